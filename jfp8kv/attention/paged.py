@@ -1,0 +1,28 @@
+"""`attend` over the paged cache: what the engine hands to a model.
+
+Write first, then read: a token's own key and value are what the cache stores, so chunked or whole prefill, a prefix taken over
+from another request, or a restart all see the same numbers.
+"""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Float
+
+from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
+from jfp8kv.attention.dispatch import Attention
+from jfp8kv.cache.pages import write
+
+KV = Float[Array, "tokens kv_heads head_dim"]
+Attend = Callable[[Layer, Query, KV, KV, KVPages], tuple[Query, KVPages]]
+
+
+def paged(attention: Attention, scales: LayerScales | None, options: AttentionOptions, at: Where) -> Attend:
+    """`attend(layer, q, k, v, pages) -> (out, pages)` for the request at `at`."""
+
+    def attend(layer: Layer, q: Query, k: KV, v: KV, pages: KVPages) -> tuple[Query, KVPages]:
+        pages = write(
+            pages, scales, k, v, layer=layer, page_table=at.page_table, start=at.start, length=at.length
+        )
+        return attention(q, pages, scales, options, at, layer=layer), pages
+
+    return attend

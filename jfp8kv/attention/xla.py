@@ -1,0 +1,111 @@
+"""Attention in plain XLA, fast without any custom kernel: a loop over tiles of pages with a running softmax.
+
+Only the tile at hand is decoded, so the cache is read at its stored width (Rabe and Staats, arXiv:2112.05682, for the running
+softmax). Scales cost nothing inside the loop: the softmax factor, static K scales and the format's `tile_factor` are folded
+into the query, static V scales into the output. Dynamic scales multiply the scores and the probabilities.
+
+The tile is one page when decoding and several in prefill, where larger products pay.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
+from jfp8kv.attention.masks import visible
+from jfp8kv.cache.scales import exponent_scale
+from jfp8kv.core.formats import decode_tile
+
+PREFILL_TILE_TOKENS = 256
+MASKED = -1e30  # a masked score
+LOWEST = -1e20  # where the running maximum starts: exp(MASKED - LOWEST) is 0, so a row that sees nothing sums to 0
+
+
+def attention(
+    q: Query, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, at: Where, *, layer: Layer
+) -> Query:
+    """`softmax(q k^T) v` for one request, accumulated in float32; rows that see no key give zeros."""
+    tokens, q_heads, head_dim = q.shape
+    window = None if options.window is None else options.window[layer]
+    kv_heads = pages.k_bits.shape[1]
+    group = q_heads // kv_heads
+    tile_pages = 1 if tokens <= 2 else max(1, PREFILL_TILE_TOKENS // pages.page_size)
+    tile = tile_pages * pages.page_size
+    dot_dtype = jnp.float32 if tokens <= 2 else q.dtype
+
+    rows = q.astype(jnp.float32).reshape(tokens, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
+    rows = rows * (options.sm_scale * pages.fmt.tile_factor)
+    if scales is not None:
+        rows = rows * scales.k[layer][:, None, None, :]
+    rows = rows.reshape(kv_heads, tokens * group, head_dim).astype(dot_dtype)
+    query = at.start + jnp.arange(tokens, dtype=jnp.int32)
+    table = _padded(at.page_table, tile_pages, pages.num_pages)
+
+    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        peak, total, out = carry
+        entries = lax.dynamic_slice(table, (i * tile_pages,), (tile_pages,))
+        page = layer * pages.num_pages + jnp.minimum(entries, pages.num_pages - 1)
+        position = i * tile + jnp.arange(tile, dtype=jnp.int32)
+        written = position < at.length
+
+        k = decode_tile(_tile(pages.k_bits, page), pages.fmt).astype(dot_dtype)
+        scores = _dot("hqd,hnd->hqn", rows, k)
+        if pages.k_exponent is not None:
+            scores = scores * exponent_scale(_tile(pages.k_exponent, page))[:, None, :]
+        if options.softcap is not None:
+            scores = options.softcap * jnp.tanh(scores / options.softcap)
+        mask = jnp.repeat(visible(query, position, length=at.length, window=window), group, axis=0)
+        scores = jnp.where(mask, scores, MASKED)
+
+        new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
+        shrink = jnp.exp(peak - new_peak)
+        weights = jnp.exp(scores - new_peak[..., None])
+        total = total * shrink + jnp.sum(weights, axis=-1)
+
+        # Unwritten slots may hold NaN codes, and 0 * NaN is NaN: their bits are cleared before anything is multiplied.
+        v_bits = jnp.where(written[None, :, None], _tile(pages.v_bits, page), jnp.zeros((), pages.fmt.stored))
+        if pages.v_exponent is not None:
+            v_scale = exponent_scale(_tile(pages.v_exponent, page))
+            weights = weights * jnp.where(written, v_scale, 0.0)[:, None, :]
+        values = decode_tile(v_bits, pages.fmt).astype(dot_dtype)
+        out = out * shrink[..., None] + _dot("hqn,hnd->hqd", weights.astype(dot_dtype), values)
+        return new_peak, total, out
+
+    peak, total = _initial(options, layer, kv_heads, tokens, group)
+    out = jnp.zeros((kv_heads, tokens * group, head_dim), jnp.float32)
+    tiles = (at.most_tokens + (tile - 1)) // tile
+    _, total, out = lax.fori_loop(0, tiles, body, (peak, total, out))
+
+    out = out * (pages.fmt.tile_factor / jnp.where(total == 0, 1.0, total))[..., None]
+    if scales is not None:
+        out = out * scales.v[layer][:, None, :]
+    out = out.reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
+    return out.reshape(tokens, q_heads, head_dim).astype(q.dtype)
+
+
+def _initial(options: AttentionOptions, layer: Layer, kv_heads: int, tokens: int, group: int) -> tuple[Array, Array]:
+    """Running maximum and sum before any key: empty, or the sink alone, whose weight at its own maximum is 1."""
+    shape = (kv_heads, tokens, group)
+    if options.sinks is None:
+        peak, total = jnp.full(shape, LOWEST, jnp.float32), jnp.zeros(shape, jnp.float32)
+    else:
+        sinks = options.sinks[layer].astype(jnp.float32).reshape(kv_heads, 1, group)
+        peak, total = jnp.broadcast_to(sinks, shape), jnp.ones(shape, jnp.float32)
+    return peak.reshape(kv_heads, -1), total.reshape(kv_heads, -1)
+
+
+def _padded(table: Array, multiple: int, sentinel: int) -> Array:
+    """The page table with whole tiles of entries."""
+    missing = -table.shape[0] % multiple
+    return jnp.pad(table, (0, missing), constant_values=sentinel) if missing else table
+
+
+def _tile(pool: Array, page: Array) -> Array:
+    """Pages side by side: `[kv_heads, tile_tokens, ...]`."""
+    x = pool[page]  # [tile_pages, kv_heads, page_size, ...]
+    return x[0] if x.shape[0] == 1 else jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+
+def _dot(equation: str, a: Array, b: Array) -> Float[Array, "h q n"]:
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -1,0 +1,153 @@
+"""The device side of the cache: one pool of pages, whose page axis folds the layers.
+
+Page `p` of layer `l` is row `l * num_pages + p`, so a `lax.scan` over layers carries the whole pool and no layer is ever sliced
+out of it. A token's place is (page, offset); a page holds `[kv_heads, page_size, head_dim]`, so one head's keys are contiguous.
+
+Everything here is written for one request. Under `vmap` over requests the pool itself stays one array: the writes of all
+requests become one scatter into it (`custom_vmap`), in place when the caller donates it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Float, Int, UInt8
+
+from jfp8kv.cache.scales import KVScales, exponent_inverse, token_head_exponent
+from jfp8kv.core.formats import KVFormat, as_values, encode
+from jfp8kv.core.pytree import pytree, static
+
+
+@pytree
+class KVPages:
+    """Keys and values of every layer. `real = stored * scale`.
+
+    `k_bits` and `v_bits` hold the format's bits (core/formats.py says why); `k` and `v` show them as `float8`. The exponents
+    are there for dynamic scales alone, else None.
+    """
+
+    k_bits: Array  # stored bits [layer_pages, kv_heads, page_size, head_dim]
+    v_bits: Array
+    k_exponent: UInt8[Array, "layer_pages kv_heads page_size"] | None
+    v_exponent: UInt8[Array, "layer_pages kv_heads page_size"] | None
+    fmt: KVFormat = static()
+    layers: int = static()
+
+    @property
+    def num_pages(self) -> int:
+        """Physical pages per layer."""
+        return self.k_bits.shape[0] // self.layers
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.k_bits.shape[2]
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether scales are stored in the pages."""
+        return self.k_exponent is not None
+
+    @property
+    def k(self) -> Array:
+        """The keys as `fmt.dtype` (`float8_e4m3fn`, ...). A copy, for looking at."""
+        return as_values(self.k_bits, self.fmt)
+
+    @property
+    def v(self) -> Array:
+        """The values as `fmt.dtype`. A copy, for looking at."""
+        return as_values(self.v_bits, self.fmt)
+
+
+@pytree
+class LayerScales:
+    """Static scales broadcast to `[layers, kv_heads, head_dim]`, with inverses taken once on the host.
+
+    Writing multiplies by the inverse, so every backend rounds the same product.
+    """
+
+    k: Float[Array, "layers kv_heads head_dim"]
+    v: Float[Array, "layers kv_heads head_dim"]
+    k_inverse: Float[Array, "layers kv_heads head_dim"]
+    v_inverse: Float[Array, "layers kv_heads head_dim"]
+
+    @classmethod
+    def of(cls, scales: KVScales, *, layers: int, kv_heads: int, head_dim: int) -> "LayerScales":
+        full = (layers, kv_heads, head_dim)
+        values = (scales.k, scales.v, 1 / scales.k, 1 / scales.v)
+        return cls(*(jnp.broadcast_to(jnp.asarray(x, jnp.float32), full) for x in values))
+
+
+def new_pages(
+    fmt: KVFormat, *, layers: int, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dynamic: bool = False
+) -> KVPages:
+    """A pool of zeros: `num_pages` pages per layer of `page_size` tokens; `dynamic` adds the token-head exponents."""
+    shape = (layers * num_pages, kv_heads, page_size, head_dim)
+    exponent = [jnp.zeros(shape[:3], jnp.uint8) if dynamic else None for _ in "kv"]
+    return KVPages(jnp.zeros(shape, fmt.stored), jnp.zeros(shape, fmt.stored), *exponent, fmt=fmt, layers=layers)
+
+
+def page_bytes(fmt: KVFormat, *, layers: int, page_size: int, kv_heads: int, head_dim: int, dynamic: bool = False) -> int:
+    """Bytes one page takes over all layers, K and V, exponents included."""
+    return 2 * layers * page_size * kv_heads * (head_dim * fmt.itemsize + int(dynamic))
+
+
+def write(
+    pages: KVPages,
+    scales: LayerScales | None,
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    *,
+    layer: Int[Array, ""] | int,
+    page_table: Int[Array, "pages"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+) -> KVPages:
+    """Store tokens `start .. length-1` of one request in `layer`; rows of `k` and `v` past `length` are padding, dropped.
+
+    `scales` are the static ones, or None when `pages.dynamic`: then each token and head is scaled by its own power of two.
+    """
+    tokens = k.shape[0]
+    position = start + jnp.arange(tokens, dtype=jnp.int32)
+    entry = jnp.minimum(position // pages.page_size, page_table.shape[0] - 1)
+    row = jnp.int32(layer) * pages.num_pages + page_table[entry]
+    row = jnp.where((position < length) & (page_table[entry] < pages.num_pages), row, pages.k_bits.shape[0])
+    offset = position % pages.page_size
+
+    def put(pool: Array, values: Array) -> Array:
+        return _scatter(pool, row, offset, values)
+
+    if pages.dynamic:
+        k_exponent, v_exponent = (token_head_exponent(x.astype(jnp.float32), pages.fmt) for x in (k, v))
+        k_factor, v_factor = (exponent_inverse(e)[..., None] for e in (k_exponent, v_exponent))
+        exponents = put(pages.k_exponent, k_exponent), put(pages.v_exponent, v_exponent)
+    else:
+        assert scales is not None, "static pages need scales"
+        k_factor, v_factor = scales.k_inverse[layer], scales.v_inverse[layer]
+        exponents = None, None
+    k_bits = put(pages.k_bits, encode(k.astype(jnp.float32) * k_factor, pages.fmt))
+    v_bits = put(pages.v_bits, encode(v.astype(jnp.float32) * v_factor, pages.fmt))
+    return KVPages(k_bits, v_bits, *exponents, fmt=pages.fmt, layers=pages.layers)
+
+
+@custom_vmap
+def _scatter(pool: Array, row: Array, offset: Array, values: Array) -> Array:
+    """`pool[row, :, offset] = values`; rows past the end are dropped."""
+    return pool.at[row, :, offset].set(values, mode="drop")
+
+
+@_scatter.def_vmap
+def _scatter_requests(axis_size: int, in_batched: list[bool], pool: Array, *args: Array) -> tuple[Array, bool]:
+    """The requests' tokens, one after another, into the one pool they share."""
+    assert not in_batched[0], "the pool is shared by the requests: vmap it with in_axes=None"
+    flat = []
+    for x, batched in zip(args, in_batched[1:], strict=True):
+        x = x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+        flat.append(x.reshape(-1, *x.shape[2:]))
+    return _scatter(pool, *flat), False
+
+
+def fill(pages: KVPages, code: int) -> KVPages:
+    """The pool with every stored byte or word set to `code` (`fmt.nan_code` poisons it), exponents to all ones."""
+    bits = jax.tree.map(lambda x: jnp.full_like(x, code if x.dtype != jnp.float32 else jnp.nan), (pages.k_bits, pages.v_bits))
+    exponents = [None if e is None else jnp.full_like(e, 255) for e in (pages.k_exponent, pages.v_exponent)]
+    return KVPages(*bits, *exponents, fmt=pages.fmt, layers=pages.layers)

@@ -1,0 +1,6 @@
+"""Reading checkpoints into `Params`: Hugging Face folders and hub ids, GGUF files, tokenizers."""
+
+from jfp8kv.checkpoint.load import load
+from jfp8kv.models.tokenizer import Tokenizer
+
+__all__ = ["Tokenizer", "load"]

@@ -1,0 +1,123 @@
+"""A Hugging Face folder: `config.json`, safetensors weights in one file or in shards, and what stands beside them."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jfp8kv.checkpoint.safetensors import open_safetensors
+from jfp8kv.checkpoint.tensors import StoredTensor
+from jfp8kv.core.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLE_ADVICE = (
+    "pickle files can run code when read, so they never are. Convert them where you trust them: "
+    "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) of transformers writes safetensors."
+)
+# Buffers that some exporters write and no decoder needs.
+_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|self_attn\.(masked_)?bias$")
+# compressed-tensors, ModelOpt, Quark, AutoFP8 and relatives: self_attn.k_scale, k_proj.output_scale, k_cache.scale.
+_KV_SCALE = re.compile(
+    r"(^|\.)((q|k|v|kv|prob)(_output)?_(scale|zero_point|scale_zero_point)|(q|k|v|kv|qkv)_proj\.output_(scale|zero_point)"
+    r"|(k|v)_cache\.(scale|zero_point)|self_attn\.[qkv]\.(scale|zero_point))$"
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a `CheckpointError` naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object.")
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`, with ModelOpt's `hf_quant_config.json` as its `quantization_config` when it has none.
+
+    Raises:
+      CheckpointError: no config.json, saying what the folder holds instead.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        ggufs = sorted(folder.glob("*.gguf"))
+        hint = f" It holds {ggufs[0].name}: load that file itself." if ggufs else ""
+        raise CheckpointError(f"{folder}: no config.json, so not a Hugging Face folder.{hint}")
+    config = read_json(path)
+    modelopt = folder / "hf_quant_config.json"
+    if "quantization_config" not in config and modelopt.is_file():
+        config["quantization_config"] = {"quant_method": "modelopt", **read_json(modelopt).get("quantization", {})}
+    return config
+
+
+def generation_eos_ids(folder: Path) -> Any:
+    """`eos_token_id` of `generation_config.json`: an int, a list or None."""
+    path = folder / "generation_config.json"
+    return read_json(path).get("eos_token_id") if path.is_file() else None
+
+
+def open_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a folder's weights, by its full name.
+
+    Raises:
+      CheckpointError: no weights, only pickles, or a shard that is missing or damaged.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in _weight_files(folder):
+        tensors |= open_safetensors(path)
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    whole, index = folder / "model.safetensors", folder / INDEX
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: has no weight_map.")
+        return [_shard(folder, name) for name in sorted(set(weight_map.values()))]
+    if found := sorted(folder.glob("*.safetensors")):
+        return found
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(f"{folder}: its weights are only in {pickles[0]}: {PICKLE_ADVICE}")
+    raise CheckpointError(f"{folder}: no weights: expected model.safetensors, or {INDEX} and its shards.")
+
+
+def _shard(folder: Path, name: Any) -> Path:
+    path = folder / str(name)
+    if path.parent != folder:
+        raise CheckpointError(f"{folder / INDEX}: the shard {name!r} lies outside the folder.")
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: the shard {name} that {INDEX} lists is missing: fetch it again.")
+    return path
+
+
+def split_scales(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """The weights under their names without "model.", and the KV-cache scale tensors under their full names.
+
+    Known buffers that are neither are dropped.
+    """
+    scales = {name: t for name, t in tensors.items() if _KV_SCALE.search(name)}
+    weights = {
+        name.removeprefix("model."): t
+        for name, t in tensors.items()
+        if name not in scales and not _HARMLESS.search(name)
+    }
+    return weights, scales
+
+
+def warn_unused_scales(folder: Path, scales: dict[str, StoredTensor]) -> None:
+    """Say that scales were found and are not applied, as long as reading them is not implemented."""
+    if scales:
+        example = next(iter(scales))
+        warnings.warn(
+            f"{folder}: {len(scales)} KV-cache scale tensors found (such as {example}) and not applied: reading them "
+            "is not implemented yet.",
+            stacklevel=4,
+        )

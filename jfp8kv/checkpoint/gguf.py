@@ -1,0 +1,208 @@
+"""Reading GGUF files: metadata, and tensors that are dequantized while they stream.
+
+The header is parsed here, because the gguf library's reader takes seconds over a vocabulary of 50 thousand strings;
+the value and tensor types, block sizes and dequantization are the library's. Two conventions are turned into ours:
+dimensions are listed fastest first, and llama files keep the rows of q and k in pairs for interleaved RoPE, which are
+put back into halves. Source: the GGUF specification in the ggml repository (versions 2 and 3, little-endian).
+"""
+
+import dataclasses
+import math
+import struct
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+
+from jfp8kv.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from jfp8kv.checkpoint.tensors import BFLOAT16, StoredTensor, chunks, read_exactly
+from jfp8kv.core.errors import CheckpointError
+from jfp8kv.models.config import ModelConfig
+from jfp8kv.models.families import config_from_gguf
+from jfp8kv.models.names import GGUF_MODULES
+from jfp8kv.models.tokenizer import Tokenizer
+
+_SCALARS = {
+    gguf.GGUFValueType.UINT8: "<B",
+    gguf.GGUFValueType.INT8: "<b",
+    gguf.GGUFValueType.UINT16: "<H",
+    gguf.GGUFValueType.INT16: "<h",
+    gguf.GGUFValueType.UINT32: "<I",
+    gguf.GGUFValueType.INT32: "<i",
+    gguf.GGUFValueType.FLOAT32: "<f",
+    gguf.GGUFValueType.BOOL: "<?",
+    gguf.GGUFValueType.UINT64: "<Q",
+    gguf.GGUFValueType.INT64: "<q",
+    gguf.GGUFValueType.FLOAT64: "<d",
+}
+_PLAIN = {
+    gguf.GGMLQuantizationType.F32: np.dtype(np.float32),
+    gguf.GGMLQuantizationType.F16: np.dtype(np.float16),
+    gguf.GGMLQuantizationType.BF16: BFLOAT16,
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFFile:
+    """An open GGUF model: its metadata, config and weights under the names of `modules`."""
+
+    path: Path
+    fields: Mapping[str, Any]
+    config: ModelConfig
+    tensors: Mapping[str, StoredTensor]
+    modules: Mapping[str, str] = dataclasses.field(default_factory=lambda: GGUF_MODULES)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer inside the file; None, with a warning, when it has none that is read here."""
+        return tokenizer_from_gguf(self.fields, eos_ids=self.config.eos_ids, where=self.path)
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Read a GGUF file's header.
+
+    Raises:
+      CheckpointError: the file is truncated, damaged or not GGUF.
+      ConfigError: its architecture is not supported.
+    """
+    fields, tensors = read_header(path)
+    factors = tensors.pop(_ROPE_FACTORS, None)
+    config = config_from_gguf(
+        fields, tensors=tensors.keys(), rope_factors=None if factors is None else _values(factors)
+    )
+    for layer in range(config.layers):
+        for module, heads in (("attn_q", config.q_heads), ("attn_k", config.kv_heads)):
+            for name in (f"blk.{layer}.{module}.weight", f"blk.{layer}.{module}.bias"):
+                if name in tensors:
+                    read = partial(_read_halves, tensors[name].read, heads)
+                    tensors[name] = dataclasses.replace(tensors[name], read=read)
+    return GGUFFile(path, fields, config, tensors)
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """The metadata and the tensors of any GGUF file by name; shapes slowest dimension first. Errors as `open_gguf`."""
+    with open(path, "rb") as file:
+        header = _Header(file, path)
+        if header.take(4) != b"GGUF":
+            raise CheckpointError(f"{path}: not a GGUF file (it does not begin with 'GGUF').")
+        version = header.number("<I")
+        if version not in (2, 3):
+            raise CheckpointError(f"{path}: GGUF version {version} is not read; versions 2 and 3, little-endian, are.")
+        tensor_count, field_count = header.number("<Q"), header.number("<Q")
+        fields = {header.string(): header.value() for _ in range(field_count)}
+        if fields.get("split.count", 1) > 1:
+            raise CheckpointError(
+                f"{path}: one of {fields['split.count']} parts; merge them with llama-gguf-split --merge."
+            )
+        infos = [header.tensor_info() for _ in range(tensor_count)]
+        alignment = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        data_start = -(-file.tell() // alignment) * alignment
+    return fields, {name: _tensor(path, name, *info, data_start) for name, *info in infos}
+
+
+class _Header:
+    """A cursor over the header that says so when the file ends."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path, self._size = file, path, path.stat().st_size
+
+    def take(self, count: int) -> bytes:
+        data = self._file.read(count) if count <= self._size else b""
+        if len(data) < count:
+            raise CheckpointError(
+                f"{self._path}: truncated or damaged: its header asks for bytes past the end of the file."
+            )
+        return data
+
+    def number(self, form: str) -> Any:
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def string(self) -> str:
+        return self.take(self.number("<Q")).decode("utf-8", errors="replace")
+
+    def value(self) -> Any:
+        return self._value_of(self._enum(gguf.GGUFValueType))
+
+    def tensor_info(self) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]:
+        name, dims = self.string(), self.number("<I")
+        shape = struct.unpack(f"<{dims}Q", self.take(8 * dims))[::-1]
+        return name, shape, self._enum(gguf.GGMLQuantizationType), self.number("<Q")
+
+    def _value_of(self, kind: gguf.GGUFValueType) -> Any:
+        if kind == gguf.GGUFValueType.STRING:
+            return self.string()
+        if kind != gguf.GGUFValueType.ARRAY:
+            return self.number(_SCALARS[kind])
+        item, count = self._enum(gguf.GGUFValueType), self.number("<Q")
+        if item in _SCALARS:
+            size = struct.calcsize(_SCALARS[item])
+            return list(struct.unpack(f"<{count}{_SCALARS[item][1]}", self.take(size * count)))
+        return [self._value_of(item) for _ in range(count)]
+
+    def _enum(self, kind: Callable[[int], Any]) -> Any:
+        number = self.number("<I")
+        try:
+            return kind(number)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._path}: unknown {kind.__name__} {number}: damaged, or newer than gguf."
+            ) from error
+
+
+def _tensor(
+    path: Path, name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, offset: int, data_start: int
+) -> StoredTensor:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if not shape or shape[-1] % block:
+        raise CheckpointError(
+            f"{path}: {name} {kind.name} {list(shape)}: rows must be whole blocks of {block}: damaged header."
+        )
+    start, end = data_start + offset, data_start + offset + math.prod(shape) // block * block_bytes
+    if end > path.stat().st_size:
+        raise CheckpointError(
+            f"{path}: truncated: {name} ends at byte {end}, the file has {path.stat().st_size}: fetch it again."
+        )
+    dtype = _PLAIN.get(kind) or (BFLOAT16 if _dequantizes(kind) else None)
+    return StoredTensor(name, shape, kind.name, dtype, path, partial(_read, path, start, kind, shape))
+
+
+@lru_cache
+def _dequantizes(kind: gguf.GGMLQuantizationType) -> bool:
+    """Whether the gguf library can dequantize this type, asked of it with one block of zeros."""
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _read(path: Path, start: int, kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], out: np.ndarray) -> None:
+    if _PLAIN.get(kind) == out.dtype:
+        return read_exactly(path, start, out)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    row_bytes = shape[-1] // block * block_bytes
+    rows = out.reshape(-1, shape[-1])
+    for part in chunks(len(rows), 4 * shape[-1]):
+        raw = np.empty((part.stop - part.start, row_bytes), np.uint8)
+        read_exactly(path, start + part.start * row_bytes, raw)
+        with np.errstate(over="ignore"):  # read_into reports values that do not fit
+            rows[part] = (raw.view(_PLAIN[kind]) if kind in _PLAIN else gguf.quants.dequantize(raw, kind)).astype(
+                out.dtype
+            )
+    return None
+
+
+def _read_halves(read: Callable[[np.ndarray], None], heads: int, out: np.ndarray) -> None:
+    """Read q or k and undo llama.cpp's order: a head's rows 0, half, 1, half + 1, ... become 0, 1, ..., half, ..."""
+    read(out)
+    pairs = out.reshape(heads, -1, 2, *out.shape[1:])
+    out[...] = np.swapaxes(pairs, 1, 2).reshape(out.shape)
+
+
+def _values(tensor: StoredTensor) -> np.ndarray:
+    out = np.empty(tensor.shape, np.float32)
+    tensor.read(out)
+    return out

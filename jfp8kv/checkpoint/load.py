@@ -1,0 +1,106 @@
+"""`load`: a folder, a file or a hub id becomes `Params`.
+
+What a source is gets decided here and nowhere else; each kind has its reader beside this file. Nothing runs code from a
+checkpoint: no pickles, no remote code, and chat templates are rendered in a sandbox.
+"""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jfp8kv.checkpoint import folder as hf
+from jfp8kv.checkpoint.hub import fetch
+from jfp8kv.checkpoint.tensors import FLOATS, assemble, weights_dtype
+from jfp8kv.checkpoint.tokenizer import read_tokenizer
+from jfp8kv.core.errors import CheckpointError, ConfigError, one_of
+from jfp8kv.models.families import config_from_hf, ids
+from jfp8kv.models.names import HF_MODULES
+from jfp8kv.models.params import Params
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def load(source: str | os.PathLike[str], dtype: Any = None) -> Params:
+    """Load a checkpoint's weights, config and tokenizer.
+
+    Weights are streamed: memory peaks below 1.3 times their size. torch is never imported.
+
+    Args:
+      source: a Hugging Face folder (config.json and safetensors), a .gguf file, or a hub id such as
+        "HuggingFaceTB/SmolLM2-135M-Instruct", fetched through huggingface_hub and its cache (`HF_HUB_OFFLINE` is
+        honoured).
+      dtype: of the weights: "float32", "bfloat16", "float16", the same as a NumPy or JAX dtype, or None to keep the
+        checkpoint's (bfloat16 for a quantized GGUF file).
+
+    Raises:
+      CheckpointError: a source that is missing, damaged, incomplete, quantized or a pickle, naming file and tensor.
+      ConfigError: an unknown `dtype`, or an architecture or setting that is not supported.
+    """
+    target = resolve_dtype(dtype)
+    path = locate(source)
+    return _load_folder(path, target) if path.is_dir() else _load_gguf(path, target)
+
+
+def resolve_dtype(dtype: Any) -> np.dtype | None:
+    """A weight dtype from its name or a NumPy or JAX dtype; None stays None, `ConfigError` with the list otherwise."""
+    if dtype is None:
+        return None
+    try:
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in FLOATS:
+        raise one_of("dtype", name, FLOATS)
+    return FLOATS[name]
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """The folder or .gguf file that `source` means; a hub id that nothing here is named after is fetched."""
+    if not isinstance(source, str | os.PathLike) or not str(source).strip():
+        raise ConfigError(f"source={source!r}: must be a folder, a .gguf file or a hub id such as 'owner/name'.")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        return _readable_file(path)
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".gguf":
+        return fetch(source)
+    raise CheckpointError(f"{source}: no such file or folder.")
+
+
+def _readable_file(path: Path) -> Path:
+    if path.suffix in hf.PICKLES:
+        raise CheckpointError(f"{path}: {hf.PICKLE_ADVICE}")
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: give the folder that holds it and its config.json: {path.parent}")
+    if path.suffix != ".gguf":
+        raise CheckpointError(f"{path}: neither a folder nor a .gguf file.")
+    return path
+
+
+def _load_folder(folder: Path, dtype: np.dtype | None) -> Params:
+    config = config_from_hf(hf.read_config(folder))
+    weights, scales = hf.split_scales(hf.open_weights(folder))
+    if config.tied_embeddings:
+        weights.pop("lm_head.weight", None)  # a copy of the embeddings, by the config's own word
+    hf.warn_unused_scales(folder, scales)
+    stored = weights_dtype(weights)
+    config = dataclasses.replace(
+        config, dtype=stored.name, eos_ids=ids([*config.eos_ids, *ids(hf.generation_eos_ids(folder))])
+    )
+    tree = assemble(config, weights, HF_MODULES, dtype or stored, where=folder)
+    return Params(tree, config, read_tokenizer(folder, eos_ids=config.eos_ids))
+
+
+def _load_gguf(path: Path, dtype: np.dtype | None) -> Params:
+    from jfp8kv.checkpoint.gguf import open_gguf  # the gguf library is only needed here
+
+    file = open_gguf(path)
+    stored = weights_dtype(file.tensors)
+    config = dataclasses.replace(file.config, dtype=stored.name)
+    tree = assemble(config, file.tensors, file.modules, dtype or stored, where=path)
+    return Params(tree, config, file.tokenizer())

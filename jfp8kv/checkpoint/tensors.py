@@ -1,0 +1,144 @@
+"""A tensor that is still in a file, and the streaming of many of them into a model's tree.
+
+Memory is the point. Each parameter is one aligned host array, filled tensor by tensor with plain reads (mapped pages
+would count as ours) and handed to JAX, which takes over the memory as it is on a CPU and copies it to any other
+device. Nothing else is ever held but one chunk of the tensor being converted.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jfp8kv.core.errors import CheckpointError
+from jfp8kv.models.config import ModelConfig
+from jfp8kv.models.names import LAYERS, Shape, expected_shapes, nest, require_names, require_shape, their_names
+
+CHUNK_BYTES = 4 << 20
+ALIGNMENT = 64  # bytes; what XLA:CPU asks of memory it is to use without a copy
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOATS = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file.
+
+    `stored` says how the file keeps it ("BF16", "Q4_K"); `dtype` is the float dtype that keeps it best, or None when it
+    cannot be read as a weight. `read(out)` fills an array of `shape`, in the float dtype of `out`.
+    """
+
+    name: str
+    shape: Shape
+    stored: str
+    dtype: np.dtype | None
+    file: Path
+    read: Callable[[np.ndarray], None]
+
+    def read_into(self, out: np.ndarray) -> None:
+        """Fill `out`, or raise a `CheckpointError` naming file and tensor when a value does not fit its dtype."""
+        self.read(out)
+        if out.dtype == np.float16 and self.dtype != np.float16 and not np.isfinite(out).all():
+            raise CheckpointError(
+                f"{self.file}: {self.name} has values beyond float16's largest, 65504; load with dtype='bfloat16' or "
+                "'float32'."
+            )
+
+
+def weights_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
+    """The dtype most of the elements are stored in."""
+    counts: dict[np.dtype, int] = {}
+    for tensor in tensors.values():
+        if tensor.dtype is not None:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    return max(counts, key=counts.__getitem__, default=BFLOAT16)
+
+
+def assemble(
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    modules: Mapping[str, str],
+    dtype: np.dtype,
+    *,
+    where: Path,
+) -> dict:
+    """The native tree of a model, streamed from its tensors. All names, shapes and dtypes are checked before any read.
+
+    Args:
+      tensors: every weight of the checkpoint under the names that `modules` gives.
+      modules: `HF_MODULES` or `GGUF_MODULES`.
+      dtype: of every parameter of the result.
+      where: the checkpoint, for messages.
+
+    Raises:
+      CheckpointError: a tensor missing, unexpected, of the wrong shape, quantized, or out of `dtype`'s range.
+    """
+    expected = expected_shapes(config)
+    sources = {ours: their_names(ours, modules, config.layers) for ours in expected}
+    each = {
+        name: expected[ours][1:] if ours.startswith(LAYERS) else expected[ours]
+        for ours, names in sources.items()
+        for name in names
+    }
+    _refuse_quantized(tensors)
+    require_names(tensors, each, where=str(where))
+    for name, shape in each.items():
+        tensor = tensors[name]
+        require_shape(tensor.name, tensor.shape, shape, where=str(tensor.file))
+    return nest(
+        {ours: _parameter(expected[ours], [tensors[n] for n in names], dtype) for ours, names in sources.items()}
+    )
+
+
+def _parameter(shape: Shape, parts: list[StoredTensor], dtype: np.dtype) -> jax.Array:
+    host = aligned_empty(shape, dtype)
+    if shape == parts[0].shape:
+        parts[0].read_into(host)
+    else:
+        for layer, tensor in enumerate(parts):
+            tensor.read_into(host[layer])
+    array = jax.device_put(host, may_alias=True)
+    array.block_until_ready()  # frees the host copy before the next parameter where the device has memory of its own
+    return array
+
+
+def _refuse_quantized(tensors: Mapping[str, StoredTensor]) -> None:
+    for tensor in tensors.values():
+        if tensor.dtype is None:
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.name} is stored as {tensor.stored}: quantized weights of this kind are not "
+                "read yet; weights may be F32, BF16 or F16 (in GGUF also the quantized types the gguf library reads)."
+            )
+
+
+def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """Uninitialized host memory that XLA:CPU can adopt without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def read_exactly(path: Path, offset: int, out: np.ndarray) -> None:
+    """Fill the bytes of a contiguous array from a file, or raise a `CheckpointError` when the file ends early."""
+    view = memoryview(out.reshape(-1).view(np.uint8))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError(
+                    f"{path}: the file ends {len(view)} bytes early; it is truncated: fetch it again."
+                )
+            view = view[count:]
+
+
+def chunks(rows: int, row_bytes: int) -> Iterator[slice]:
+    """Slices over `rows` of about `CHUNK_BYTES` each."""
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))

@@ -1,0 +1,40 @@
+"""Every error a user can meet, under one base class.
+
+A message says three things: what was given, what is allowed, what to try. A broken invariant of our own is an `assert`
+instead: it is a bug, not a mistake of the user's.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class Jfp8kvError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class ConfigError(Jfp8kvError, ValueError):
+    """A value, keyword or prompt that cannot be served as given."""
+
+
+class CheckpointError(Jfp8kvError, ValueError):
+    """A checkpoint that is missing, damaged, incomplete or of a kind that is not read."""
+
+
+class CapacityError(ConfigError):
+    """A request that could never fit the cache or the model's context."""
+
+
+class NotSupported(Jfp8kvError):
+    """This implementation or device cannot do that. Dispatch catches it and picks another."""
+
+
+def nearest(given: object, allowed: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the allowed name closest to `given`, or an empty string when none is close."""
+    close = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(what: str, given: object, allowed: Iterable[str]) -> ConfigError:
+    """The error for a value outside a closed list: names the value, the list and the nearest entry."""
+    allowed = list(allowed)
+    return ConfigError(f"{what}={given!r}: must be one of {', '.join(map(repr, allowed))}.{nearest(given, allowed)}")

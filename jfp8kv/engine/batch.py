@@ -1,0 +1,126 @@
+"""The one border between host and device: requests become padded arrays here, and arrays become tokens again.
+
+Padding rows have length 0 and nothing remaining: they write nothing and their results are dropped.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float32, Int32
+
+from jfp8kv.core.pytree import pytree
+from jfp8kv.engine.buckets import Buckets
+from jfp8kv.engine.request import Request
+from jfp8kv.engine.scheduler import Decode, Plan, Prefill
+from jfp8kv.sampling.settings import PAST_THE_END, SamplerSettings, bucket, settings_from, stack_settings
+
+Counts = Int32[Array | np.ndarray, "requests vocab"] | None
+
+
+@pytree
+class Batch:
+    """What one dispatch is told of its requests. Prefill runs `tokens[i, : length[i] - start[i]]`; decode starts from the one
+    token of each row at `start` and makes up to `remaining` more."""
+
+    tokens: Int32[Array | np.ndarray, "requests tokens"]
+    page_table: Int32[Array | np.ndarray, "requests pages"]
+    start: Int32[Array | np.ndarray, "requests"]
+    length: Int32[Array | np.ndarray, "requests"]
+    remaining: Int32[Array | np.ndarray, "requests"]
+    position: Int32[Array | np.ndarray, "requests"]  # tokens of the output so far
+    end_ids: Int32[Array | np.ndarray, "requests ends"]
+    settings: SamplerSettings
+    most_tokens: Int32[Array | np.ndarray, ""]
+    steps: Int32[Array | np.ndarray, ""]
+    prompt_counts: Counts = None
+    output_counts: Counts = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """The tokens one request got from a dispatch, with their log-probabilities and, if asked for, the likeliest ones."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    top: list[dict[int, float]]
+
+
+class Batcher:
+    """Builds batches for a model with `vocab` tokens whose requests hold at most `pages` pages of a pool of `num_pages`."""
+
+    def __init__(self, *, buckets: Buckets, vocab: int, pages: int, num_pages: int, eos_ids: tuple[int, ...]):
+        self.buckets, self.vocab, self.pages, self.num_pages, self.eos_ids = buckets, vocab, pages, num_pages, eos_ids
+
+    def end_ids(self, request: Request) -> set[int]:
+        """The ids that end this request's text."""
+        return set(request.params.stop_token_ids) | (set() if request.params.ignore_eos else set(self.eos_ids))
+
+    def build(self, plan: Plan) -> Batch:
+        """The arrays for `plan`, padded to a bucket."""
+        requests = plan.requests
+        chunks = plan.chunks if isinstance(plan, Prefill) else [1] * len(requests)
+        width = plan.width if isinstance(plan, Prefill) else 1
+        rows = self.buckets.requests(len(requests))
+
+        tokens = np.full((rows, width), self.vocab, np.int32)
+        page_table = np.full((rows, self.pages), self.num_pages, np.int32)
+        start, length, remaining, position = np.zeros((4, rows), np.int32)
+        ends = [self.end_ids(r) for r in requests]
+        end_ids = np.full((rows, bucket(max(1, *map(len, ends)))), PAST_THE_END, np.int32)
+        for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
+            start[i], length[i] = request.cached, request.cached + chunk
+            tokens[i, :chunk] = request.tokens(request.cached, request.cached + chunk)
+            page_table[i, : len(request.pages)] = request.pages
+            position[i] = len(request.output_ids)
+            remaining[i] = request.max_tokens - position[i]
+            end_ids[i, : len(ends[i])] = sorted(ends[i])
+
+        steps = plan.steps if isinstance(plan, Decode) else 1
+        longest = max(min(r.cached + c + steps - 1, r.most_tokens) for r, c in zip(requests, chunks, strict=True))
+        settings = stack_settings([settings_from(r.params, r.key, eos_ids=self.eos_ids) for r in requests], rows=rows)
+        prompt_counts, output_counts = self._counts(requests, rows)
+        return Batch(
+            tokens, page_table, start, length, remaining, position, end_ids, settings,
+            np.int32(longest), np.int32(steps), prompt_counts, output_counts,
+        )  # fmt: skip
+
+    def _counts(self, requests: list[Request], rows: int) -> tuple[Counts, Counts]:
+        """How often each token occurs in prompt and output, when some request's penalties need to know."""
+        if not any(r.params.counts_tokens for r in requests):
+            return None, None
+        counts = np.zeros((2, rows, self.vocab), np.int32)
+        for i, request in enumerate(requests):
+            counts[0, i] = np.bincount(request.prompt_ids, minlength=self.vocab)
+            counts[1, i] = np.bincount(np.asarray(request.output_ids, np.int64), minlength=self.vocab)
+        return counts[0], counts[1]
+
+
+@pytree
+class StepOutput:
+    """Tokens made per request, `vocab` past the last; log-probabilities alike; the likeliest ids if the step was asked for them."""
+
+    tokens: Int32[Array, "requests steps"]
+    logprobs: Float32[Array, "requests steps"]
+    top_ids: Int32[Array, "requests steps top"] | None = None
+    top_logprobs: Float32[Array, "requests steps top"] | None = None
+
+
+def read(output: StepOutput, requests: list[Request], vocab: int) -> list[Made]:
+    """Wait for the device and sort its results by request."""
+    output = jax.device_get(output)
+    made = []
+    for i, request in enumerate(requests):
+        token_ids = [int(t) for t in output.tokens[i] if t < vocab]
+        logprobs = [float(x) for x in output.logprobs[i, : len(token_ids)]]
+        wanted = request.params.logprobs
+        top = [_top(output, i, j, wanted) | {t: logprobs[j]} for j, t in enumerate(token_ids)] if wanted is not None else []
+        made.append(Made(token_ids, logprobs, top))
+    return made
+
+
+def _top(output: StepOutput, row: int, step: int, count: int) -> dict[int, float]:
+    if not count:
+        return {}
+    ids, values = output.top_ids[row, step, :count], output.top_logprobs[row, step, :count]
+    return {int(t): float(x) for t, x in zip(ids, values, strict=True)}

@@ -1,0 +1,42 @@
+"""The few shapes that compiled steps come in, so that a warm engine never compiles again."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Request counts are powers of two; prefill chunks are powers of four up to a token budget.
+
+    `fewest`: the smallest batch, 2 where a product with a single row is slow (models/linear.py).
+    """
+
+    max_requests: int
+    token_budget: int
+    decode_steps: int
+    fewest: int = 1
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Prefill chunk widths, in tokens: 16, 64, 256, ... and the budget itself."""
+        widths = []
+        width = 16
+        while width < self.token_budget:
+            widths.append(width)
+            width *= 4
+        return (*widths, self.token_budget)
+
+    def chunk(self, tokens: int) -> int:
+        """The narrowest chunk that holds `tokens`, or the widest there is."""
+        return next((width for width in self.chunks if width >= tokens), self.token_budget)
+
+    def prefill_requests(self, width: int) -> int:
+        """How many requests a prefill of chunks of this width may take."""
+        return max(1, min(self.token_budget // width, self.max_requests))
+
+    def requests(self, count: int) -> int:
+        """The padded batch for `count` requests."""
+        return max(self.fewest, 1 << (count - 1).bit_length())
+
+    def request_counts(self, most: int) -> list[int]:
+        """Every padded batch that `1 .. most` requests can give."""
+        return sorted({self.requests(count) for count in range(1, most + 1)})

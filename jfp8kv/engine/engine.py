@@ -1,0 +1,254 @@
+"""The loop: requests in, tokens out. Holds the weights, the pool, the scheduler and the counters."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jfp8kv.attention import dispatch
+from jfp8kv.cache.allocator import PageAllocator
+from jfp8kv.core.errors import CapacityError, ConfigError
+from jfp8kv.core.platform import activation_dtype
+from jfp8kv.engine import step
+from jfp8kv.engine.batch import Batch, Batcher, Made, read
+from jfp8kv.engine.buckets import Buckets
+from jfp8kv.engine.kv import setup
+from jfp8kv.engine.metrics import Stats
+from jfp8kv.engine.programs import Programs
+from jfp8kv.engine.request import Request
+from jfp8kv.engine.scheduler import Decode, Plan, Prefill, Scheduler
+from jfp8kv.models.linear import as_bits
+from jfp8kv.models.params import Params
+from jfp8kv.sampling.params import SamplingParams
+
+DECODE_STEPS = 16  # tokens per dispatch: long enough to hide the host's work, short enough to stream and to admit
+
+
+class Engine:
+    """Runs requests of one model over one pool of pages. See `jfp8kv.LLM` for the arguments."""
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        kv_dtype: str = "auto",
+        kv_scales: Any = "auto",
+        kv_cache_memory: int | str | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int | None = None,
+        page_size: int = 64,
+        attention: str | None = None,
+    ):
+        config = params.config
+        cpu = jax.default_backend() == "cpu"
+        self.max_model_len = _positive("max_model_len", max_model_len, config.max_len)
+        if self.max_model_len > config.max_len:
+            raise ConfigError(f"max_model_len={max_model_len}: this model was trained for at most {config.max_len} tokens.")
+        max_num_seqs = _positive("max_num_seqs", max_num_seqs, 64)
+        budget = _positive("max_num_batched_tokens", max_num_batched_tokens, 512 if cpu else 2048)
+
+        self.params = params
+        self.kv = setup(params, kv_dtype, kv_scales, page_size=page_size)
+        self.attention = dispatch.choose(attention)
+        self.model = step.Model(config, params.dtype, self.attention.attend)
+        weights = jax.tree.map(as_bits, params.tree) if cpu else params.tree
+        self.programs = Programs(self.model, weights, self.kv.layer_scales())
+
+        pages_per_request = -(-self.max_model_len // page_size)
+        self.num_pages = self.kv.num_pages(kv_cache_memory, most=pages_per_request * max_num_seqs)
+        self.pages = self.kv.pool(self.num_pages)
+        halves_on_cpu = cpu and activation_dtype(params.dtype).itemsize == 2
+        self.buckets = Buckets(max_num_seqs, budget, DECODE_STEPS, fewest=2 if halves_on_cpu else 1)
+        self.batcher = Batcher(
+            buckets=self.buckets,
+            vocab=config.vocab,
+            pages=pages_per_request,
+            num_pages=self.num_pages,
+            eos_ids=config.eos_ids,
+        )
+        self.scheduler = self._new_scheduler()
+        self.stats = Stats(
+            kv_tokens_capacity=self.num_pages * page_size, kv_bytes_per_token=self.kv.bytes_per_token
+        )
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(
+            PageAllocator(self.num_pages),
+            self.buckets,
+            page_size=self.kv.page_size,
+            max_requests=self.buckets.max_requests,
+        )
+
+    # -- what a request must satisfy ------------------------------------------------------------------------------------
+
+    def check(self, prompt_ids: list[int], params: SamplingParams, *, what: str = "prompt", more: int = 1) -> None:
+        """Raise `ConfigError` or `CapacityError` unless the empty engine could finish this request of at least `more` tokens."""
+        if not prompt_ids:
+            raise ConfigError(f"{what} is empty: at least one token is needed.")
+        vocab = self.params.config.vocab
+        bad = next((t for t in prompt_ids if not 0 <= t < vocab), None)
+        if bad is not None:
+            raise ConfigError(f"{what} holds token id {bad}: ids must be from 0 to {vocab - 1}.")
+        params.check_vocab(vocab)
+        self.check_length(len(prompt_ids), more, what=what)
+        capacity = self.stats.kv_tokens_capacity
+        needed = min(len(prompt_ids) + params.max_tokens * (more > 0), self.max_model_len)
+        if self.scheduler.pages_for(needed) > self.num_pages:
+            raise CapacityError(
+                f"{what} of {len(prompt_ids)} tokens with max_tokens={params.max_tokens} needs {needed} tokens of cache, and "
+                f"the pool holds {capacity}: give kv_cache_memory of at least "
+                f"{self.scheduler.pages_for(needed) * self.kv.page_bytes} bytes, or a smaller max_tokens."
+            )
+
+    def check_length(self, tokens: int, more: int, *, what: str = "prompt") -> None:
+        """Raise `CapacityError` if a prompt of `tokens` leaves no room for `more` within `max_model_len`."""
+        if tokens + more > self.max_model_len:
+            limit = f"max_model_len={self.max_model_len}"
+            raise CapacityError(f"{what} has {tokens} tokens: {limit} leaves room for {self.max_model_len - more} at most.")
+
+    # -- running --------------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request that `check` has passed; what would not fit `max_model_len` is not generated."""
+        self.stats.prompt_tokens += len(request.prompt_ids)
+        self.scheduler.add(request)
+
+    def cancel(self, requests: Iterable[Request]) -> None:
+        """Take requests out, whatever their state, and free their pages at once."""
+        for request in requests:
+            if request.finish_reason is None:
+                self._finish(request, "cancelled")
+
+    def run(self) -> Iterator[list[Request]]:
+        """Step until nothing is left; after each step yield the requests that got new text or finished."""
+        while (plan := self.scheduler.plan()) is not None:
+            yield self._step(plan)
+
+    def _step(self, plan: Plan) -> list[Request]:
+        began = time.perf_counter()
+        try:
+            made = self._dispatch(plan)
+        except BaseException:
+            self._abandon()
+            raise
+        seconds = time.perf_counter() - began
+        if isinstance(plan, Prefill):
+            self.stats.prefill_s += seconds
+            self.stats.prefill_steps += 1
+        else:
+            self.stats.decode_s += seconds
+            self.stats.decode_steps += plan.steps
+        progressed = [r for r, new in zip(plan.requests, made, strict=True) if self._advance(plan, r, new)]
+        self.stats.kv_tokens_used = sum(r.cached for r in self.scheduler.running)
+        return progressed
+
+    def _dispatch(self, plan: Plan) -> list[Made]:
+        batch = self.batcher.build(plan)
+        top = step.top_width([r.params.logprobs for r in plan.requests])
+        if isinstance(plan, Decode):
+            out = self._call(step.decode, batch, most_steps=self.buckets.decode_steps, top=top)
+        else:
+            out = self._call(step.prefill, batch, top=top)
+        return read(out, plan.requests, self.params.config.vocab)
+
+    def _call(self, function: Callable, batch: Batch, **static: Any) -> Any:
+        """Run a step on the pool, in place."""
+        out, self.pages = self.programs.call(function, batch, self.pages, **static)
+        self.stats.compilations = len(self.programs.built)
+        return out
+
+    def _abandon(self) -> None:
+        """After a failed step the donated pool may be gone: drop every request and start with an empty one."""
+        self.scheduler = self._new_scheduler()
+        self.pages = self.kv.pool(self.num_pages)
+        self.stats.kv_tokens_used = 0
+
+    # -- results --------------------------------------------------------------------------------------------------------
+
+    def _advance(self, plan: Plan, request: Request, made: Made) -> bool:
+        """Book what a dispatch did for one request. True if it got tokens."""
+        if isinstance(plan, Prefill):
+            request.cached += plan.chunks[plan.requests.index(request)]
+            if request.uncached:
+                return False  # the prompt goes on: the sampled token means nothing yet
+        else:
+            request.cached += len(made.token_ids)
+        now = time.perf_counter()
+        if request.first_token is None:
+            request.first_token = now
+        self.stats.generated_tokens += len(made.token_ids)
+        request.output_ids += made.token_ids
+        request.output_logprobs += made.logprobs
+        request.top_logprobs += made.top
+        if reason := self._finish_reason(request, made.token_ids):
+            self._finish(request, reason)
+            request.finished = now
+        return True
+
+    def _finish_reason(self, request: Request, new_ids: list[int]) -> str | None:
+        ends = self.batcher.end_ids(request)
+        ended = bool(new_ids) and new_ids[-1] in ends
+        text = request.detokenizer
+        if text is not None:
+            request.text += text.push(new_ids[:-1] if ended else new_ids)
+            if text.stopped is not None:
+                self._cut(request, text.tokens_kept)
+                request.stop_reason = text.stopped
+                return "stop"
+        if ended:
+            request.stop_reason = new_ids[-1]
+            return "stop"
+        return "length" if len(request.output_ids) >= request.max_tokens else None
+
+    def _cut(self, request: Request, tokens: int) -> None:
+        """Drop what was generated past a stop string."""
+        for made in (request.output_ids, request.output_logprobs, request.top_logprobs):
+            del made[tokens:]
+
+    def _finish(self, request: Request, reason: str) -> None:
+        if request.detokenizer is not None and request.detokenizer.stopped is None:
+            request.text += request.detokenizer.finish()
+        request.finish_reason = reason
+        self.scheduler.finish(request)
+
+    # -- logits ---------------------------------------------------------------------------------------------------------
+
+    def logits(self, token_ids: list[int]) -> Iterator[np.ndarray]:
+        """float32 `[chunk, vocab]` after each token, chunk by chunk, through the cache as in generation."""
+        request = Request(token_ids, SamplingParams(max_tokens=1), np.zeros(2, np.uint32), max_tokens=1)
+        pages = self.scheduler.pages_for(len(token_ids))
+        request.pages = self.scheduler.allocator.allocate(pages)
+        try:
+            while request.cached < len(token_ids):
+                width = self.buckets.chunk(request.uncached)
+                chunk = min(request.uncached, width)
+                batch = self.batcher.build(Prefill([request], [chunk], width))
+                logits = self._call(step.score, batch)
+                request.cached += chunk
+                yield np.asarray(logits[0, :chunk])
+        finally:
+            self.scheduler.allocator.release(request.pages)
+
+    def warmup(self) -> None:
+        """Compile every program that requests without penalties, bias or logprobs can need; later ones add theirs once."""
+        for width in self.buckets.chunks:
+            for rows in self.buckets.request_counts(self.buckets.prefill_requests(width)):
+                self._rehearse(lambda requests, w=width: Prefill(requests, [1] * len(requests), w), rows)
+        for rows in self.buckets.request_counts(self.buckets.max_requests):
+            self._rehearse(lambda requests: Decode(requests, 1), rows)
+
+    def _rehearse(self, plan: Callable[[list[Request]], Plan], rows: int) -> None:
+        """Run a plan for `rows` requests that own no page: nothing is written, nothing is booked."""
+        params = SamplingParams(max_tokens=1)
+        requests = [Request([0], params, np.zeros(2, np.uint32), max_tokens=1) for _ in range(min(rows, self.buckets.max_requests))]
+        self._dispatch(plan(requests))
+
+
+def _positive(name: str, value: int | None, default: int) -> int:
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r}: must be a positive integer.")
+    return value

@@ -1,0 +1,87 @@
+"""From what a user says of the KV cache to a format, scales and a pool of pages."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+
+from jfp8kv.cache.capacity import default_bytes, pages_for, parse_bytes
+from jfp8kv.cache.pages import KVPages, LayerScales, new_pages, page_bytes
+from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, UNIT, KVScales, check_shape
+from jfp8kv.core.errors import ConfigError, one_of
+from jfp8kv.core.formats import KVFormat, kv_format
+from jfp8kv.models.config import ModelConfig
+from jfp8kv.models.params import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class KVSetup:
+    """A cache's format and scales; `scales` is None when they are dynamic (one per token and head, in the pages)."""
+
+    fmt: KVFormat
+    scales: KVScales | None
+    config: ModelConfig
+    page_size: int
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {"layers": self.config.layers, "kv_heads": self.config.kv_heads, "head_dim": self.config.head_dim}
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return page_bytes(self.fmt, page_size=self.page_size, dynamic=self.scales is None, **self._sizes)
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.page_bytes / self.page_size
+
+    def num_pages(self, memory: int | str | None, *, most: int) -> int:
+        """Pages that `memory` bytes hold (None: a share of what is free on the device), at most `most`."""
+        budget = default_bytes(jax.local_devices()[0]) if memory is None else parse_bytes(memory)
+        return pages_for(budget, bytes_per_page=self.page_bytes, page_size=self.page_size, most=most)
+
+    def pool(self, num_pages: int) -> KVPages:
+        """A new pool on the device."""
+        return new_pages(
+            self.fmt, num_pages=num_pages, page_size=self.page_size, dynamic=self.scales is None, **self._sizes
+        )
+
+    def layer_scales(self) -> LayerScales | None:
+        """The static scales on the device."""
+        return None if self.scales is None else LayerScales.of(self.scales, **self._sizes)
+
+
+def setup(params: Params, kv_dtype: str, kv_scales: Any, *, page_size: int) -> KVSetup:
+    """Resolve `kv_dtype` and `kv_scales` for this model. Raises `ConfigError` or `CheckpointError` for what cannot be."""
+    config = params.config
+    if kv_dtype == "auto":
+        kv_dtype = config.kv_cache_dtype or params.dtype.name
+    fmt = kv_format(kv_dtype)
+    if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
+        raise ConfigError(f"page_size={page_size!r}: must be a positive number of tokens; try 64.")
+    return KVSetup(fmt, _scales(params, fmt, kv_scales), config, page_size)
+
+
+def _scales(params: Params, fmt: KVFormat, given: Any) -> KVScales | None:
+    config = params.config
+    unit = KVScales.unit(config.layers)
+    if given == UNIT or (given == "auto" and (params.kv_scales is None or not fmt.is_fp8)):
+        return unit
+    if not fmt.is_fp8:
+        raise ConfigError(f"kv_scales={given!r}: scales belong to an FP8 cache, and this one is {fmt.name}; leave them out.")
+    if isinstance(given, str) and given == TOKEN_HEAD:
+        return None
+    if isinstance(given, str) and given in ("auto", "checkpoint"):
+        if params.kv_scales is None:
+            raise ConfigError("kv_scales='checkpoint': the checkpoint has none; try 'unit', 'token_head' or a KVScales.")
+        given = params.kv_scales
+    if isinstance(given, str) and os.path.sep not in given and not os.path.exists(given):
+        raise one_of("kv_scales", given, (*NAMED, "a KVScales", "a path to one"))
+    if isinstance(given, str | os.PathLike):
+        given = KVScales.load(given)
+    if not isinstance(given, KVScales):
+        raise one_of("kv_scales", given, (*NAMED, "a KVScales", "a path to one"))
+    check_shape(given, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
+    return given

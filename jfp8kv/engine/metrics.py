@@ -1,0 +1,29 @@
+"""What an engine counts."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class Stats:
+    """Counters since the engine was made, and the state of its cache. `llm.stats` is a live view: read, do not write.
+
+    `kv_bytes_per_token` covers K and V of all layers, dynamic scales included. `compilations` counts step programs built (a
+    warm engine builds none). `prefix_hit_tokens` and `preemptions` stay 0 in this version, which does neither.
+    """
+
+    kv_tokens_capacity: int = 0
+    kv_bytes_per_token: float = 0.0
+    kv_tokens_used: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    compilations: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_steps: int = 0
+    decode_steps: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def to_dict(self) -> dict[str, int | float]:
+        """All counters by name."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,72 @@
+"""Compiled step programs: built once for each set of shapes, counted, and shared by every engine with an equal model.
+
+Compilation is explicit (`lower`, `compile`), not left to a jit cache: what is compiled is known, and a call with other shapes is a
+new entry here rather than a silent pause.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jfp8kv.cache.pages import KVPages, LayerScales
+from jfp8kv.engine.batch import Batch
+from jfp8kv.engine.step import Model, Weights
+
+Key = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled step and what compiling it took."""
+
+    name: str
+    requests: int
+    tokens: int
+    seconds: float
+    run: Any  # jax.stages.Compiled: (weights, scales, batch, pages) -> (output, pages), the pages donated
+
+    @property
+    def memory(self) -> Any:
+        """XLA's account of the program: `temp_size_in_bytes`, `alias_size_in_bytes`, ..."""
+        return self.run.memory_analysis()
+
+
+_BUILT: dict[Key, Program] = {}
+
+
+class Programs:
+    """The programs of one engine: calls them by name, building those that nobody built before."""
+
+    def __init__(self, model: Model, weights: Weights, scales: LayerScales | None):
+        self.model, self.weights, self.scales = model, weights, scales
+        self.built: list[Program] = []  # by this engine, in order
+        self._fixed = (model, _signature((weights, scales)))
+
+    def call(self, step: Callable, batch: Batch, pages: KVPages, **static: Any) -> tuple[Any, KVPages]:
+        """`step(model, weights, scales, batch, pages, **static)`, compiled; `pages` is donated."""
+        program = self.program(step, batch, pages, **static)
+        return program.run(self.weights, self.scales, batch, pages)
+
+    def program(self, step: Callable, batch: Batch, pages: KVPages, **static: Any) -> Program:
+        """The compiled program for a step on arrays shaped like these (shapes suffice)."""
+        key = (step, *static.items(), self._fixed, _signature((batch, pages)))
+        if key not in _BUILT:
+            _BUILT[key] = self._build(step, batch, pages, static)
+            self.built.append(_BUILT[key])
+        return _BUILT[key]
+
+    def _build(self, step: Callable, batch: Batch, pages: KVPages, static: dict[str, Any]) -> Program:
+        began = time.perf_counter()
+        function = jax.jit(functools.partial(step, self.model, **static), donate_argnums=3)
+        compiled = function.lower(self.weights, self.scales, batch, pages).compile()
+        requests, tokens = batch.tokens.shape
+        return Program(step.__name__, requests, tokens, time.perf_counter() - began, compiled)
+
+
+def _signature(tree: Any) -> Key:
+    leaves, structure = jax.tree.flatten(tree)
+    return (structure, *((x.shape, x.dtype) for x in leaves))

@@ -1,0 +1,60 @@
+"""The forms a prompt may come in, sorted out once: text, token ids, or chat messages; one of them or many."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jfp8kv.core.errors import ConfigError
+from jfp8kv.models.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+FORMS = "a str, a list of str, a list of token id lists, or chat messages (a list of dicts, or a list of those)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A prompt as ids, with the text it came from if it came as text."""
+
+    text: str | None
+    ids: list[int]
+
+
+def as_list(prompts: Any) -> list[Prompt]:
+    """The prompts as a list: a single one, in any form, becomes a list of one."""
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ConfigError(f"prompts of type {type(prompts).__name__}: must be {FORMS}.")
+    if prompts and all(isinstance(x, Mapping) or _is_id(x) for x in prompts):
+        return [prompts]
+    return list(prompts)
+
+
+def encode(prompt: Any, tokenizer: Tokenizer | None, *, what: str) -> Encoded:
+    """Token ids of one prompt. Raises `ConfigError` naming `what` for a form that is not understood."""
+    if isinstance(prompt, str):
+        return Encoded(prompt, _tokenizer(tokenizer, what).encode(prompt))
+    if isinstance(prompt, np.ndarray):
+        prompt = prompt.tolist()
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        if all(_is_id(x) for x in prompt):
+            return Encoded(None, [int(x) for x in prompt])
+        if all(isinstance(x, Mapping) for x in prompt):
+            tokenizer = _tokenizer(tokenizer, what)
+            return Encoded(tokenizer.render(prompt), tokenizer.chat(prompt))
+    raise ConfigError(f"{what} is of type {type(prompt).__name__}: prompts must be {FORMS}.")
+
+
+def _is_id(x: Any) -> bool:
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def _tokenizer(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
+    if tokenizer is None:
+        raise ConfigError(f"{what} is text, and this model has no tokenizer: give token ids, or Params with a tokenizer.")
+    return tokenizer

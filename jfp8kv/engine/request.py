@@ -1,0 +1,116 @@
+"""One sequence being generated, and what the user gets back. Plain host state."""
+
+import dataclasses
+import enum
+import time
+from typing import Any
+
+from jfp8kv.engine.detokenize import Detokenizer
+from jfp8kv.sampling.params import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One generated continuation.
+
+    `logprobs`: when asked for, a dict `{token id: log-probability}` per token, of the likeliest and the sampled one.
+    `finish_reason`: "stop" (an end token or stop string, named in `stop_reason`) or "length".
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, float]] | None
+    finish_reason: str | None
+    stop_reason: str | int | None = None
+    cumulative_logprob: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its `n` continuations, in the order of their index. `text` and `token_ids` are the first one's."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    first_token_s: float | None = None  # seconds from submission to the first token of any continuation
+    total_s: float | None = None  # seconds from submission to the last token of all
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """A sequence in the engine: the prompt, what was generated, and where its tokens lie.
+
+    `cached` counts tokens whose keys and values are in the cache. A running request whose `cached` is one short of its tokens is
+    decoding; with more missing it is still prefilling.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    key: Any  # uint32[2]: the random key of this sequence
+    max_tokens: int  # of output: what the parameters ask for, as far as the context has room
+    index: int = 0  # which of the n continuations of its prompt
+    detokenizer: Detokenizer | None = None
+    status: Status = Status.WAITING
+    output_ids: list[int] = dataclasses.field(default_factory=list)
+    output_logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
+    pages: list[int] = dataclasses.field(default_factory=list)
+    cached: int = 0
+    text: str = ""
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    submitted: float = dataclasses.field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    finished: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and output tokens at the most."""
+        return len(self.prompt_ids) + self.max_tokens
+
+    @property
+    def uncached(self) -> int:
+        """Tokens still to be run through the model before the next one can be sampled."""
+        return self.num_tokens - self.cached
+
+    @property
+    def prefilling(self) -> bool:
+        return self.uncached > 1 or not self.output_ids
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Token ids at positions `start .. stop-1`, prompt and output as one sequence."""
+        prompt = len(self.prompt_ids)
+        return self.prompt_ids[start:stop] + self.output_ids[max(0, start - prompt) : max(0, stop - prompt)]
+
+    def output(self) -> CompletionOutput:
+        """What was generated so far, as the user sees it."""
+        wanted = self.params.logprobs is not None
+        return CompletionOutput(
+            index=self.index,
+            text=self.text,
+            token_ids=list(self.output_ids),
+            logprobs=list(self.top_logprobs) if wanted else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            cumulative_logprob=float(sum(self.output_logprobs)),
+        )

@@ -1,0 +1,159 @@
+"""The step functions. The model runs on one request and `vmap` makes it a batch; `engine/programs.py` compiles them.
+
+Three steps: `prefill` runs a chunk of each request and samples the token after it; `decode` makes several tokens per dispatch
+in a loop on the device, ending early when every request is done; `score` runs a chunk and returns the logits of every position.
+The pool goes in and comes out: donated, it is updated in place, and what a step needs besides does not grow with it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jfp8kv.attention.contract import AttentionOptions, Where
+from jfp8kv.attention.dispatch import Attention
+from jfp8kv.attention.paged import paged
+from jfp8kv.cache.pages import KVPages, LayerScales
+from jfp8kv.engine.batch import Batch, StepOutput
+from jfp8kv.models.config import ModelConfig
+from jfp8kv.models.decoder import Decoder, bind
+from jfp8kv.sampling.adjust import count_token
+from jfp8kv.sampling.sample import sample_batch, top_logprobs
+from jfp8kv.sampling.params import MAX_LOGPROBS
+
+Weights = Any  # the tree of `Params`, 16-bit leaves perhaps as their bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a step is compiled for, apart from shapes: hashable, so equal models share compiled programs."""
+
+    config: ModelConfig
+    dtype: np.dtype  # of the weights
+    attention: Attention
+
+    @property
+    def options(self) -> AttentionOptions:
+        return AttentionOptions(sm_scale=self.config.attention_scale)
+
+
+def _forward(
+    model: Model, decoder: Decoder, scales: LayerScales | None, tokens: Int[Array, "tokens"], at: Where, pages: KVPages
+) -> tuple[Float[Array, "tokens hidden"], KVPages]:
+    """One request's chunk through the model, its keys and values written first."""
+    attend = paged(model.attention, scales, model.options, at)
+    positions = at.start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    return decoder(tokens, positions, attend=attend, carry=pages)
+
+
+def _next_logits(
+    model: Model, decoder: Decoder, scales: LayerScales | None, batch: Batch, pages: KVPages
+) -> tuple[Float[Array, "requests vocab"], KVPages]:
+    """Logits after the last token of each request's chunk."""
+
+    def one(tokens: Array, page_table: Array, start: Array, length: Array, pages: KVPages) -> tuple[Array, KVPages]:
+        at = Where(page_table, start, length, batch.most_tokens)
+        hidden, pages = _forward(model, decoder, scales, tokens, at, pages)
+        last = jnp.maximum(length - start - 1, 0)
+        return decoder.logits(hidden[last][None])[0], pages
+
+    requests = jax.vmap(one, in_axes=(0, 0, 0, 0, None), out_axes=(0, None))
+    return requests(batch.tokens, batch.page_table, batch.start, batch.length, pages)
+
+
+def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
+    """One token per request."""
+    tokens, logprobs = sample_batch(logits, batch.settings, batch.position, batch.prompt_counts, batch.output_counts)
+    likeliest = ()
+    if top:
+        values, ids = jax.vmap(lambda row: top_logprobs(row, top))(logits)
+        likeliest = ids[:, None], values[:, None]
+    return StepOutput(tokens[:, None], logprobs[:, None], *likeliest)
+
+
+def prefill(
+    model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages, *, top: int = 0
+) -> tuple[StepOutput, KVPages]:
+    """Cache a chunk of each request and sample the token that follows it (of meaning where the prompt ends there)."""
+    decoder = bind(model.config, weights, model.dtype)
+    logits, pages = _next_logits(model, decoder, scales, batch, pages)
+    return _sampled(logits, batch, top), pages
+
+
+def decode(
+    model: Model,
+    weights: Weights,
+    scales: LayerScales | None,
+    batch: Batch,
+    pages: KVPages,
+    *,
+    most_steps: int,
+    top: int = 0,
+) -> tuple[StepOutput, KVPages]:
+    """Up to `batch.steps` (at most `most_steps`) tokens for each request, none after its end token or its `remaining`."""
+    decoder = bind(model.config, weights, model.dtype)
+    rows, vocab = batch.start.shape[0], model.config.vocab
+    blank = StepOutput(
+        jnp.full((rows, most_steps), vocab, jnp.int32),
+        jnp.zeros((rows, most_steps), jnp.float32),
+        jnp.zeros((rows, most_steps, top), jnp.int32) if top else None,
+        jnp.zeros((rows, most_steps, top), jnp.float32) if top else None,
+    )
+
+    def unfinished(state: tuple) -> Array:
+        step, batch, _, _ = state
+        return (step < batch.steps) & jnp.any(batch.remaining > 0)
+
+    def advance(state: tuple) -> tuple:
+        step, batch, out, pages = state
+        active = batch.remaining > 0
+        batch = dataclasses.replace(batch, length=batch.start + active.astype(jnp.int32))
+        logits, pages = _next_logits(model, decoder, scales, batch, pages)
+        new = _sampled(logits, batch, top)
+        token = jnp.where(active, new.tokens[:, 0], vocab)
+        new = dataclasses.replace(new, tokens=token[:, None])
+        out = jax.tree.map(lambda all, one: lax.dynamic_update_slice_in_dim(all, one, step, axis=1), out, new)
+        return step + 1, _after(batch, token, active), out, pages
+
+    state = (jnp.int32(0), batch, blank, pages)
+    _, _, out, pages = lax.while_loop(unfinished, advance, state)
+    return out, pages
+
+
+def _after(batch: Batch, token: Int[Array, "requests"], active: Array) -> Batch:
+    """The batch once `token` was made for the `active` requests."""
+    one = active.astype(jnp.int32)
+    ended = jnp.any(token[:, None] == batch.end_ids, axis=1)
+    counts = batch.output_counts
+    return dataclasses.replace(
+        batch,
+        tokens=jnp.where(active, token, batch.tokens[:, 0])[:, None],
+        start=batch.start + one,
+        position=batch.position + one,
+        remaining=jnp.where(ended, 0, batch.remaining - one),
+        output_counts=None if counts is None else jax.vmap(count_token)(counts, token),
+    )
+
+
+def score(
+    model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages
+) -> tuple[Float[Array, "requests tokens vocab"], KVPages]:
+    """Cache a chunk of each request and return the logits after each of its tokens."""
+    decoder = bind(model.config, weights, model.dtype)
+
+    def one(tokens: Array, page_table: Array, start: Array, length: Array, pages: KVPages) -> tuple[Array, KVPages]:
+        at = Where(page_table, start, length, batch.most_tokens)
+        hidden, pages = _forward(model, decoder, scales, tokens, at, pages)
+        return decoder.logits(hidden), pages
+
+    requests = jax.vmap(one, in_axes=(0, 0, 0, 0, None), out_axes=(0, None))
+    return requests(batch.tokens, batch.page_table, batch.start, batch.length, pages)
+
+
+def top_width(wanted: list[int | None]) -> int:
+    """How many likeliest tokens a step reports: none, or as many as may be asked for, so that two programs serve all."""
+    return MAX_LOGPROBS if any(wanted) else 0

@@ -1,0 +1,252 @@
+"""`LLM`: the engine as an object that stays warm."""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jfp8kv.checkpoint.load import load
+from jfp8kv.core.errors import ConfigError
+from jfp8kv.core.platform import cache_folder
+from jfp8kv.engine.detokenize import Detokenizer
+from jfp8kv.engine.engine import Engine
+from jfp8kv.engine.metrics import Stats
+from jfp8kv.engine.prompts import Encoded, Message, as_list, encode
+from jfp8kv.engine.request import Request, RequestOutput
+from jfp8kv.models.params import Params
+from jfp8kv.models.tokenizer import Tokenizer
+from jfp8kv.sampling.keys import request_key
+from jfp8kv.sampling.params import SamplingParams
+
+CONTEXT = 4  # prompt tokens decoded before the first output token, so that a leading space survives
+MAX_SEED = 2**63 - 1
+
+
+class LLM:
+    """A model with its KV cache and compiled programs.
+
+    Args:
+      model: what `load` takes (a folder, a .gguf file, a hub id), or a `Params`.
+      kv_cache_dtype: "auto" (the checkpoint's FP8 if it declares one, else the weights' type), "bfloat16", "float16",
+        "float32", "fp8_e4m3" (or "fp8") or "fp8_e5m2".
+      kv_scales: "auto" (the checkpoint's, else 1), "checkpoint", "unit", "token_head" (dynamic), a `KVScales` or a path to one.
+      kv_cache_memory: bytes of cache ("2GiB", 500_000_000); None takes a share of what is free on the device (85% on an
+        accelerator, 10% of a computer's memory), or less if `max_num_seqs` full contexts need less.
+      max_model_len: most tokens of a request, prompt and output; None is what the model was trained for.
+      max_num_seqs: most requests run at once.
+      dtype: of the weights when `model` is loaded here; None keeps the checkpoint's.
+      seed: what requests without a seed of their own draw from, with their number.
+      max_num_batched_tokens: prompt tokens per dispatch; None is 512 on a CPU and 2048 elsewhere.
+      page_size: tokens per page.
+      attention: "xla", "reference" or "pallas"; None picks the fastest that runs here.
+
+    Raises: `ConfigError` or `CheckpointError`. Calls from several threads run one after another.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Params,
+        *,
+        kv_cache_dtype: str = "auto",
+        kv_scales: Any = "auto",
+        kv_cache_memory: int | str | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        dtype: Any = None,
+        seed: int = 0,
+        max_num_batched_tokens: int | None = None,
+        page_size: int = 64,
+        attention: str | None = None,
+    ):
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+            raise ConfigError(f"seed={seed!r}: must be an integer from 0 to 2**63 - 1.")
+        if isinstance(model, Params) and dtype is not None:
+            raise ConfigError(f"dtype={dtype!r}: the Params given are {model.dtype.name} already; cast them, or load with dtype.")
+        keep_compiled_programs()
+        self._engine = Engine(
+            model if isinstance(model, Params) else load(model, dtype=dtype),
+            kv_dtype=kv_cache_dtype,
+            kv_scales=kv_scales,
+            kv_cache_memory=kv_cache_memory,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            page_size=page_size,
+            attention=attention,
+        )
+        self._seed = seed
+        self._numbers = 0
+        self._lock = threading.RLock()
+
+    @property
+    def params(self) -> Params:
+        """The model's weights, config and tokenizer."""
+        return self._engine.params
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._engine.params.tokenizer
+
+    @property
+    def stats(self) -> Stats:
+        """Counters and the cache's state; a live view."""
+        return self._engine.stats
+
+    @property
+    def attention(self) -> str:
+        """Which attention runs and why."""
+        choice = self._engine.attention
+        return f"{choice.name}: {choice.why}"
+
+    def warmup(self) -> None:
+        """Compile all step programs now (or read them from the compilation cache); later calls then compile nothing."""
+        with self._lock:
+            self._engine.warmup()
+
+    # -- generating -----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Any, sampling_params: SamplingParams | None = None, *, progress: bool | None = None, **fields: Any
+    ) -> list[RequestOutput]:
+        """Continue each prompt; results in the order of `prompts`.
+
+        Args:
+          prompts: a str, a list of str, a list of token id lists, or chat messages (a list of dicts, or a list of those).
+          sampling_params: for all prompts, or a list with one for each. `fields` override single fields of it.
+          progress: show a bar; None shows one for more than 8 prompts on a terminal.
+
+        Raises `ConfigError` for a prompt or parameter that cannot be served, naming it, before anything runs.
+        """
+        with self._lock:
+            groups = self._requests(as_list(prompts), sampling_params, fields)
+            self._run([r for group in groups for r in group.requests], progress)
+            return [group.output() for group in groups]
+
+    def chat(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: SamplingParams | None = None, **rest: Any
+    ) -> list[RequestOutput]:
+        """`generate` for chat messages `[{"role": "user", "content": "..."}]`, or a list of such conversations."""
+        return self.generate(messages, sampling_params, **rest)
+
+    def stream(self, prompt: Any, sampling_params: SamplingParams | None = None, **fields: Any) -> Iterator[str]:
+        """The text of one continuation, piece by piece as it is made. Closing the iterator cancels the request."""
+        with self._lock:
+            (group,) = self._requests([prompt], sampling_params, fields)
+        if len(group.requests) != 1:
+            raise ConfigError("stream gives one continuation: n must be 1.")
+        if group.requests[0].detokenizer is None:
+            raise ConfigError("stream gives text, and this model has no tokenizer: use generate, which also gives token ids.")
+        return self._stream(group.requests[0])
+
+    def _stream(self, request: Request) -> Iterator[str]:
+        with self._lock:
+            try:
+                self._engine.add(request)
+                sent = 0
+                for _ in self._engine.run():
+                    if len(request.text) > sent:
+                        yield request.text[sent:]
+                        sent = len(request.text)
+            finally:
+                self._engine.cancel([request])
+
+    def _run(self, requests: list[Request], progress: bool | None) -> None:
+        from tqdm.auto import tqdm
+
+        hidden = not progress if progress is not None else (None if len(requests) > 8 else True)  # None: unless a terminal
+        try:
+            for request in requests:
+                self._engine.add(request)
+            with tqdm(total=len(requests), unit="prompt", disable=hidden) as bar:
+                for progressed in self._engine.run():
+                    bar.update(sum(r.finish_reason is not None for r in progressed))
+        finally:
+            self._engine.cancel(requests)
+
+    def _requests(self, prompts: list[Any], sampling: Any, fields: dict[str, Any]) -> list["_Group"]:
+        """Every prompt encoded and checked, or an error; nothing is queued yet."""
+        each = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * len(prompts)
+        if len(each) != len(prompts):
+            raise ConfigError(f"{len(each)} sampling parameters for {len(prompts)} prompts: give one, or one for each.")
+        groups = []
+        for i, (prompt, base) in enumerate(zip(prompts, each, strict=True)):
+            params = SamplingParams.from_fields(base, **fields)
+            encoded = encode(prompt, self.tokenizer, what=f"prompt {i}")
+            self._engine.check(encoded.ids, params, what=f"prompt {i}")
+            if params.stop and self.tokenizer is None:
+                raise ConfigError("stop strings need text, and this model has no tokenizer: use stop_token_ids.")
+            groups.append((encoded, params))
+        return [self._group(encoded, params) for encoded, params in groups]
+
+    def _group(self, prompt: Encoded, params: SamplingParams) -> "_Group":
+        number, self._numbers = self._numbers, self._numbers + 1
+        room = self._engine.max_model_len - len(prompt.ids)
+        requests = [
+            Request(
+                prompt.ids,
+                params,
+                request_key(params.seed, index=index, engine_seed=self._seed, number=number),
+                max_tokens=min(params.max_tokens, room),
+                index=index,
+                detokenizer=self.tokenizer and Detokenizer(self.tokenizer, params.stop, context=prompt.ids[-CONTEXT:]),
+            )
+            for index in range(params.n)
+        ]
+        return _Group(prompt, requests)
+
+    # -- scoring --------------------------------------------------------------------------------------------------------
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
+        """float32 `[tokens, vocab]`: the model's scores after each token, computed through the paged cache."""
+        with self._lock:
+            return np.concatenate(list(self._logits(token_ids, what="token_ids")))
+
+    def score(self, text_or_token_ids: Any) -> np.ndarray:
+        """float32 `[tokens - 1]`: log-probability of each token but the first, given those before it."""
+        with self._lock:
+            ids = encode(text_or_token_ids, self.tokenizer, what="text").ids
+            parts, at = [], 1
+            for logits in self._logits(ids, what="text"):
+                targets = ids[at : at + len(logits)]
+                rows = logits[: len(targets)].astype(np.float64)
+                peak = rows.max(axis=1)
+                total = np.log(np.exp(rows - peak[:, None]).sum(axis=1)) + peak
+                parts.append(rows[np.arange(len(targets)), targets] - total)
+                at += len(logits)
+            return np.concatenate(parts).astype(np.float32)
+
+    def _logits(self, token_ids: Sequence[int], *, what: str) -> Iterator[np.ndarray]:
+        ids = [int(t) for t in token_ids]
+        self._engine.check(ids, SamplingParams(max_tokens=1), what=what, more=0)
+        return self._engine.logits(ids)
+
+
+class _Group:
+    """A prompt and the requests made for its `n` continuations."""
+
+    def __init__(self, prompt: Encoded, requests: list[Request]):
+        self.prompt = prompt
+        self.requests = requests
+
+    def output(self) -> RequestOutput:
+        first = self.requests[0]
+        began = [r.first_token for r in self.requests if r.first_token is not None]
+        ended = [r.finished for r in self.requests if r.finished is not None]
+        return RequestOutput(
+            prompt=self.prompt.text,
+            prompt_token_ids=self.prompt.ids,
+            outputs=[r.output() for r in self.requests],
+            first_token_s=min(began) - first.submitted if began else None,
+            total_s=max(ended) - first.submitted if ended else None,
+        )
+
+
+def keep_compiled_programs() -> None:
+    """Turn JAX's persistent compilation cache on, in the user's cache folder, unless the user has set one up already."""
+    if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+

@@ -1,0 +1,161 @@
+"""The next token of each request, from its logits: one compiled program for whatever mixture of settings a batch holds.
+
+    logits -> bias, penalties, min_tokens -> temperature -> top-k -> top-p -> min-p -> a draw
+
+The draw is a race: token i runs for the time noise_i / weight_i with exponential noise, and the shortest time wins, with
+probability weight_i / sum(weights) (equivalently the Gumbel-max trick, with one logarithm instead of two and no sum). A
+race, unlike a search in the cumulative sum, moves no token because others changed a little: rounding that differs from
+batch to batch changes the outcome only when it changes who is first. Tokens about 10**7 times less likely than the rest
+are never drawn, as always in float32.
+
+What is not asked for is not paid for. A batch in which every request is greedy takes only a maximum. A batch in which
+every random request is filtered looks at the likeliest blocks of the vocabulary alone, and at all of it only if some
+request's filters reach beyond them. Both ways give the same token, since noise belongs to the token's id.
+
+No token depends on its neighbours: every function here is for one request, under `vmap`, and the branches choose between
+computations of equal results.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32
+
+from jfp8kv.sampling.adjust import adjust
+from jfp8kv.sampling.filters import Outside, keep, weights
+from jfp8kv.sampling.keys import exponential, fold_in
+from jfp8kv.sampling.settings import SamplerSettings
+
+BLOCK = 64  # ids side by side that are looked at together
+LIKELY_BLOCKS = 128
+LANES = 128
+
+
+def sample(
+    logits: Float32[Array, "vocab"],
+    settings: SamplerSettings,
+    position: Int32[Array, ""],
+    prompt_counts: Int32[Array, "vocab"] | None = None,
+    output_counts: Int32[Array, "vocab"] | None = None,
+) -> tuple[Int32[Array, ""], Float32[Array, ""]]:
+    """The token at `position` of one request's output (0 is its first), and its log-probability.
+
+    The log-probability is that of the model: log-softmax of `logits` as given, at temperature 1, without filters,
+    penalties or bias. Counts are as for `adjust`. At temperature 0 the token is the argmax, the lowest id on ties.
+    """
+    adjusted = adjust(logits, settings, position, prompt_counts, output_counts)
+    token = jnp.where(settings.temperature > 0, _draw(adjusted, settings, position), argmax(adjusted))
+    return token, logprob_at(logits, token)
+
+
+def sample_batch(
+    logits: Float32[Array, "requests vocab"],
+    settings: SamplerSettings,
+    positions: Int32[Array, "requests"],
+    prompt_counts: Int32[Array, "requests vocab"] | None = None,
+    output_counts: Int32[Array, "requests vocab"] | None = None,
+) -> tuple[Int32[Array, "requests"], Float32[Array, "requests"]]:
+    """`sample` for each request. `settings` is stacked (`stack_settings`)."""
+    adjusted = jax.vmap(adjust)(logits, settings, positions, prompt_counts, output_counts)
+    greedy = jax.vmap(argmax)(adjusted)
+    random = settings.temperature > 0
+    tokens = jax.lax.cond(
+        jnp.any(random),
+        lambda: jnp.where(random, _draw_batch(adjusted, settings, positions), greedy),
+        lambda: greedy,
+    )
+    return tokens, jax.vmap(logprob_at)(logits, tokens)
+
+
+def _draw_batch(
+    logits: Float32[Array, "requests vocab"], settings: SamplerSettings, positions: Int32[Array, "requests"]
+) -> Int32[Array, "requests"]:
+    """A draw for each request; the value of greedy ones has no meaning."""
+
+    def over_all() -> Int32[Array, "requests"]:
+        return jax.vmap(_draw)(logits, settings, positions)
+
+    def over_likely() -> Int32[Array, "requests"]:
+        tokens, certain = jax.vmap(_draw_likely)(logits, settings, positions)
+        return jax.lax.cond(jnp.all(certain | greedy), lambda: tokens, over_all)
+
+    def unfiltered() -> Int32[Array, "requests"]:
+        return jax.vmap(_draw_unfiltered)(logits, settings, positions)
+
+    greedy = settings.temperature == 0
+    filtered = (settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0)
+    small = logits.shape[1] < 2 * BLOCK * LIKELY_BLOCKS
+    every = over_all if small else lambda: jax.lax.cond(jnp.all(filtered | greedy), over_likely, over_all)
+    return jax.lax.cond(jnp.any(filtered & ~greedy), every, unfiltered)
+
+
+def _draw(
+    logits: Float32[Array, "vocab"], settings: SamplerSettings, position: Int32[Array, ""]
+) -> Int32[Array, ""]:
+    kept, _ = keep(logits, settings, jnp.max(logits))
+    return _race(kept, _all_ids(logits), settings, position)
+
+
+def _draw_unfiltered(
+    logits: Float32[Array, "vocab"], settings: SamplerSettings, position: Int32[Array, ""]
+) -> Int32[Array, ""]:
+    weight = weights(logits, settings.temperature, jnp.max(logits))
+    return _race(weight, _all_ids(logits), settings, position)
+
+
+def _all_ids(logits: Float32[Array, "vocab"]) -> Int32[Array, "vocab"]:
+    return jnp.arange(logits.shape[0], dtype=jnp.int32)
+
+
+def _draw_likely(
+    logits: Float32[Array, "vocab"], settings: SamplerSettings, position: Int32[Array, ""]
+) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
+    """`_draw` over the blocks with the largest maxima; and whether the rest of the vocabulary could matter."""
+    blocks = jnp.pad(logits, (0, -logits.shape[0] % BLOCK), constant_values=-jnp.inf).reshape(-1, BLOCK)
+    best, order = jax.lax.top_k(jnp.max(blocks, axis=1), LIKELY_BLOCKS + 1)
+    chosen = jnp.sort(order[:-1])  # by id again, so that ties still go to the lowest
+    likely = blocks[chosen].reshape(-1)
+    ids = (chosen[:, None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)).reshape(-1)
+
+    def mass(x: Float32[Array, "tokens"]) -> Float32[Array, ""]:
+        return jnp.sum(weights(x, settings.temperature, best[0]))
+
+    outside = Outside(ceiling=best[-1], mass=jnp.maximum(mass(logits) - mass(likely), 0))
+    kept, certain = keep(likely, settings, best[0], outside)
+    return _race(kept, ids, settings, position), certain
+
+
+def _race(
+    weight: Float32[Array, "tokens"],
+    ids: Int32[Array, "tokens"],
+    settings: SamplerSettings,
+    position: Int32[Array, ""],
+) -> Int32[Array, ""]:
+    """An id with probability proportional to its weight. The largest weight is 1, so a token of weight 0 never wins."""
+    return ids[argmax(weight / exponential(fold_in(settings.key, position), ids))]
+
+
+def argmax(x: Float32[Array, "tokens"]) -> Int32[Array, ""]:
+    """The place of the maximum, the first on ties. Two steps, of which the long one vectorizes: 8 x `jnp.argmax` on CPU."""
+    whole = x.shape[0] // LANES * LANES
+    if whole < x.shape[0]:
+        tail = jnp.argmax(x[whole:]).astype(jnp.int32) + whole
+        if not whole:
+            return tail
+        head = argmax(x[:whole])
+        return jnp.where(x[head] >= x[tail], head, tail)
+    rows = x.reshape(-1, LANES)
+    row = jnp.argmax(jnp.max(rows, axis=1)).astype(jnp.int32)
+    return row * LANES + jnp.argmax(rows[row]).astype(jnp.int32)
+
+
+def logprob_at(logits: Float32[Array, "vocab"], token: Int32[Array, ""]) -> Float32[Array, ""]:
+    """The log-probability of `token` under softmax(logits)."""
+    return logits[token] - jax.nn.logsumexp(logits)
+
+
+def top_logprobs(
+    logits: Float32[Array, "vocab"], k: int
+) -> tuple[Float32[Array, "k"], Int32[Array, "k"]]:
+    """The `k` largest log-probabilities under softmax(logits) and their ids, likeliest first (ties: the lowest id first)."""
+    values, ids = jax.lax.top_k(logits, k)
+    return values - jax.nn.logsumexp(logits), ids

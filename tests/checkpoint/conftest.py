@@ -1,0 +1,216 @@
+"""Tiny checkpoints, written by the formats' own libraries: safetensors, gguf, tokenizers are the independent side."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def hf_config(**changes: Any) -> dict[str, Any]:
+    """A `config.json` of two small layers with grouped queries; `changes` replace entries, None removes one."""
+    base = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
+    }
+    return {key: value for key, value in (base | changes).items() if value is not None}
+
+
+def hf_tensors(config: Mapping[str, Any], dtype: Any = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random weights under Hugging Face's names, spelled out one by one."""
+    random = np.random.default_rng(seed)
+    hidden, mlp, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        shapes[at + "input_layernorm.weight"] = (hidden,)
+        shapes[at + "post_attention_layernorm.weight"] = (hidden,)
+        for name, out, into in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
+            shapes[f"{at}self_attn.{name}_proj.weight"] = (out, into)
+            if config.get("attention_bias"):
+                shapes[f"{at}self_attn.{name}_proj.bias"] = (out,)
+        for name, out, into in (("gate", mlp, hidden), ("up", mlp, hidden), ("down", hidden, mlp)):
+            shapes[f"{at}mlp.{name}_proj.weight"] = (out, into)
+            if config.get("mlp_bias"):
+                shapes[f"{at}mlp.{name}_proj.bias"] = (out,)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return {name: random.normal(size=shape).astype(np.float32).astype(dtype) for name, shape in shapes.items()}
+
+
+def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], shards: int = 1) -> Path:
+    """A Hugging Face folder in one file, or in shards with their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        safetensors.numpy.save_file(dict(tensors), folder / "model.safetensors")
+        return folder
+    names = list(tensors)
+    weight_map = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[number::shards]}
+        safetensors.numpy.save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def byte_level_vocab() -> tuple[list[str], list[str]]:
+    """Tokens and merges of a small byte-level BPE with ChatML's special tokens first."""
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "12 3"]
+    return SPECIAL + bytes_ + [merge.replace(" ", "") for merge in merges], merges
+
+
+def write_tokenizer(folder: Path, chat_template: str | None = CHATML, **settings: Any) -> Path:
+    """`tokenizer.json` and `tokenizer_config.json` of the small byte-level BPE."""
+    tokens, merges = byte_level_vocab()
+    vocab = {token: number for number, token in enumerate(tokens)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [tuple(merge.split()) for merge in merges]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+def rows_in_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
+    """q or k as llama.cpp stores it: row 2j of a head is row j, row 2j + 1 is row half + j. One row at a time."""
+    head_dim = len(weight) // heads
+    half = head_dim // 2
+    out = np.empty_like(weight)
+    for head in range(heads):
+        for j in range(half):
+            out[head * head_dim + 2 * j] = weight[head * head_dim + j]
+            out[head * head_dim + 2 * j + 1] = weight[head * head_dim + half + j]
+    return out
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    module, leaf = name.rsplit(".", 1)
+    if module.startswith("model.layers."):
+        _, _, layer, module = module.split(".", 3)
+        return f"blk.{layer}.{GGUF_NAMES[module]}.{leaf}"
+    return f"{GGUF_NAMES[module]}.{leaf}"
+
+
+def write_gguf(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    quantize: gguf.GGMLQuantizationType | None = None,
+    more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    skip: tuple[str, ...] = (),
+) -> Path:
+    """The same model as a llama GGUF file; matrices quantized to `quantize`, norms kept in float32."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_vocab_size(config["vocab_size"])
+    more(writer)
+    for name, weight in tensors.items():
+        if name in skip:
+            continue
+        for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
+            weight = rows_in_pairs(weight, heads) if part in name else weight
+        if quantize is None or weight.ndim == 1:
+            writer.add_tensor(gguf_name(name), weight)
+        else:
+            writer.add_tensor(gguf_name(name), gguf.quants.quantize(weight, quantize), raw_dtype=quantize)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def run_python(code: str, *args: object, **env: str) -> str:
+    """Run a fresh interpreter on `code` and give what it printed; a failure shows its traceback."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """The writers of this file."""
+    return SimpleNamespace(
+        config=hf_config,
+        tensors=hf_tensors,
+        folder=write_folder,
+        tokenizer=write_tokenizer,
+        gguf=write_gguf,
+        vocab=byte_level_vocab,
+        run_python=run_python,
+        chatml=CHATML,
+    )

@@ -1,0 +1,175 @@
+"""What a `config.json` says, in every spelling, becomes a `ModelConfig`; what is not supported is refused by name."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+from jfp8kv.core.errors import CheckpointError, ConfigError
+from jfp8kv.models.config import RopeConfig
+from jfp8kv.models.families import config_from_gguf, config_from_hf, llama3_rule
+from jfp8kv.models.names import expected_shapes
+
+LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def test_old_and_new_spellings_give_the_same_config(tiny):
+    old = tiny.config(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **LLAMA31}, torch_dtype="bfloat16")
+    new = tiny.config(rope_theta=None, torch_dtype=None, dtype="bfloat16")
+    new["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA31}
+    assert config_from_hf(old) == config_from_hf(new)
+    assert config_from_hf(new).rope == RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
+    assert config_from_hf(new).dtype == "bfloat16"
+
+
+def test_what_is_left_out_or_null_has_its_default(tiny):
+    config = config_from_hf(
+        tiny.config(num_key_value_heads=None, head_dim=None) | {"head_dim": None, "rope_scaling": None}
+    )
+    assert (config.kv_heads, config.head_dim) == (4, 8)
+    assert config.rope == RopeConfig()
+    assert not config.tied_embeddings
+
+
+@pytest.mark.parametrize(("given", "expected"), [(2, (2,)), ([2, 7, 2], (2, 7)), (None, ())])
+def test_eos_ids_may_be_one_several_or_none(tiny, given, expected):
+    assert config_from_hf(tiny.config(eos_token_id=given)).eos_ids == expected
+
+
+def test_linear_rope_under_its_oldest_name(tiny):
+    config = config_from_hf(tiny.config(rope_scaling={"type": "linear", "factor": 2}))
+    assert config.rope == RopeConfig(kind="linear", factor=2.0)
+
+
+def test_attention_bias_is_on_all_four_projections(tiny):
+    shapes = expected_shapes(config_from_hf(tiny.config(attention_bias=True, mlp_bias=True)))
+    assert shapes["layers.q.bias"] == (2, 64)
+    assert shapes["layers.k.bias"] == shapes["layers.v.bias"] == (2, 32)
+    assert shapes["layers.o.bias"] == shapes["layers.down.bias"] == (2, 32)
+    assert shapes["layers.gate.bias"] == shapes["layers.up.bias"] == (2, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["LlamaForCausalLn"]}, ["LlamaForCausalLn", "Did you mean 'LlamaForCausalLM'"]),
+        ({"architectures": None, "model_type": "mamba"}, ["mamba", "LlamaForCausalLM"]),
+        ({"hidden_act": "xielu"}, ["xielu", "silu"]),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn", "default, linear, llama3"]),
+        ({"rope_scaling": {"rope_type": "linear"}}, ["factor=None", "positive"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "llama3"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+        ({"hidden_size": None}, ["hidden_size"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers=0"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads=4", "num_key_value_heads=3"]),
+        ({"head_dim": 5}, ["head_dim=5", "even"]),
+        ({"torch_dtype": "int8"}, ["int8", "bfloat16"]),
+    ],
+)
+def test_what_is_not_supported_is_named_with_what_is(tiny, change, named):
+    with pytest.raises(ConfigError) as error:
+        config_from_hf(tiny.config(**change))
+    assert all(part in str(error.value) for part in named), error.value
+
+
+FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"quant_method": "compressed-tensors", "kv_cache_scheme": FP8, "config_groups": {}},
+        {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"},
+        {"quant_method": "quark", "kv_cache_quant_config": {"*k_proj": {"output_tensors": {"dtype": "fp8_e4m3"}}}},
+    ],
+)
+def test_a_checkpoint_that_quantizes_only_its_cache_declares_fp8(tiny, scheme):
+    assert config_from_hf(tiny.config(quantization_config=scheme)).kv_cache_dtype == "fp8_e4m3"
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}},
+        {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+        {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}},
+        {"quant_method": "gptq", "bits": 4},
+    ],
+)
+def test_quantized_weights_are_refused(tiny, scheme):
+    with pytest.raises(CheckpointError, match=f"{scheme['quant_method']}.*quantized weights are not read yet"):
+        config_from_hf(tiny.config(quantization_config=scheme))
+
+
+def test_an_unknown_cache_scheme_is_said_and_ignored(tiny):
+    scheme = {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "NVFP4"}
+    with pytest.warns(UserWarning, match="NVFP4"):
+        assert config_from_hf(tiny.config(quantization_config=scheme)).kv_cache_dtype is None
+
+
+def test_no_cache_scheme_is_no_warning(tiny):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert config_from_hf(tiny.config(quantization_config={})).kv_cache_dtype is None
+
+
+def llama3_divisors(factor, theta, head_dim):
+    """Llama 3.1's published rule, one frequency at a time."""
+    divisors = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * np.pi * theta ** (i / head_dim)
+        if wavelength < 8192 / 4:
+            divisors.append(1.0)
+        elif wavelength > 8192:
+            divisors.append(factor)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(divisors, np.float32)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_read_back_from_the_divisors_that_gguf_stores(factor):
+    rule = llama3_rule(llama3_divisors(factor, 5e5, 128), 5e5)
+    assert rule == {"rope_type": "llama3", **LLAMA31, "factor": factor}
+
+
+def test_divisors_of_another_rule_are_refused():
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight"):
+        llama3_rule(np.linspace(1.0, 8.0, 64), 5e5)
+
+
+GGUF = {
+    "general.architecture": "llama",
+    "llama.block_count": 2,
+    "llama.context_length": 128,
+    "llama.embedding_length": 32,
+    "llama.feed_forward_length": 64,
+    "llama.attention.head_count": 4,
+    "llama.attention.head_count_kv": 2,
+    "llama.vocab_size": 40,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"general.architecture": "gptneox"}, ["gptneox", "llama"]),
+        ({"llama.expert_count": 8}, ["expert_count=8"]),
+        ({"llama.rope.dimension_count": 4}, ["dimension_count=4", "8"]),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, ["yarn", "llama3"]),
+    ],
+)
+def test_gguf_metadata_that_is_not_supported_is_named(change, named):
+    with pytest.raises(ConfigError) as error:
+        config_from_gguf(GGUF | change, tensors=["output.weight"])
+    assert all(part in str(error.value) for part in named), error.value
+
+
+def test_gguf_metadata_gives_linear_rope_biases_ties_and_every_end_token():
+    ends = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 5}
+    scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+    config = config_from_gguf(GGUF | ends | scaling, tensors=["token_embd.weight", "blk.0.attn_q.bias"])
+    assert config.rope == RopeConfig(kind="linear", factor=2.0)
+    assert config.eos_ids == (2, 5)
+    assert config.tied_embeddings and config.qkv_bias and not config.o_bias and not config.mlp_bias

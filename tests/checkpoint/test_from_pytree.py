@@ -1,0 +1,184 @@
+"""`Params` is a pytree of weights, and `from_pytree` takes each tree people hold or says which parameter is wrong."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jfp8kv.core.errors import CheckpointError, ConfigError
+from jfp8kv.models.families import config_from_hf
+from jfp8kv.models.names import expected_shapes, nest
+from jfp8kv.models.params import Params
+from jfp8kv.models.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def config(tiny):
+    return tiny.config(attention_bias=True)
+
+
+@pytest.fixture
+def tensors(tiny, config):
+    return tiny.tensors(config)
+
+
+@pytest.fixture
+def params(config, tensors):
+    return Params.from_pytree(tensors, config)
+
+
+def same(left: Params, right: Params) -> bool:
+    equal = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), left.tree, right.tree)
+    return left.config == right.config and jax.tree.all(equal)
+
+
+def test_hugging_face_names_are_stacked_in_layer_order(params, tensors):
+    for ours, theirs in (
+        ("q", "self_attn.q_proj"),
+        ("down", "mlp.down_proj"),
+        ("mlp_norm", "post_attention_layernorm"),
+    ):
+        for layer in range(2):
+            expected = tensors[f"model.layers.{layer}.{theirs}.weight"]
+            np.testing.assert_array_equal(params.tree["layers"][ours]["weight"][layer], expected)
+    np.testing.assert_array_equal(
+        params.tree["layers"]["o"]["bias"][1], tensors["model.layers.1.self_attn.o_proj.bias"]
+    )
+    np.testing.assert_array_equal(params.tree["head"]["weight"], tensors["lm_head.weight"])
+
+
+def test_the_tree_has_exactly_the_expected_names_and_shapes(params):
+    found = {
+        ".".join(key.key for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params.tree)[0]
+    }
+    assert found == expected_shapes(params.config)
+
+
+def test_a_tree_without_the_leading_model_is_the_same(params, config, tensors):
+    assert same(params, Params.from_pytree({n.removeprefix("model."): t for n, t in tensors.items()}, config))
+
+
+def test_nested_and_wrapped_trees_are_the_same(params, config, tensors):
+    assert same(params, Params.from_pytree(nest(tensors), config))
+    assert same(params, Params.from_pytree({"params": nest(tensors)}, config))
+    assert same(params, Params.from_pytree({tuple(name.split(".")): t for name, t in tensors.items()}, config))
+
+
+def test_a_flax_tree_has_its_kernels_transposed(params, config, tensors):
+    flax = {}
+    for name, tensor in tensors.items():
+        module, leaf = name.rsplit(".", 1)
+        if leaf == "weight":
+            leaf = "embedding" if "embed" in module else "scale" if "norm" in module else "kernel"
+        flax[f"{module}.{leaf}"] = tensor.T if leaf == "kernel" else tensor
+    assert same(params, Params.from_pytree(nest(flax), config))
+
+
+def test_the_native_tree_comes_back_without_a_copy(params):
+    again = Params.from_pytree(params.tree, params.config)
+    assert same(params, again)
+    assert again.tree["layers"]["q"]["weight"] is params.tree["layers"]["q"]["weight"]
+
+
+class Weight(nnx.Module):
+    def __init__(self, leaves):
+        for name, leaf in leaves.items():
+            setattr(self, name, nnx.Param(leaf))
+
+
+class Layers(nnx.Module):
+    def __init__(self, tree):
+        for name, leaves in tree.items():
+            setattr(self, name, Weight(leaves))
+
+
+class Model(nnx.Module):
+    def __init__(self, tree):
+        self.embed, self.norm, self.head = Weight(tree["embed"]), Weight(tree["norm"]), Weight(tree["head"])
+        self.layers = Layers(tree["layers"])
+        self.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))  # state that is no parameter
+
+
+def test_an_nnx_module_and_its_state_are_taken(params):
+    model = Model(params.tree)
+    assert same(params, Params.from_pytree(model, params.config))
+    assert same(params, Params.from_pytree(nnx.state(model), params.config))
+    assert same(params, Params.from_pytree(nnx.state(model, nnx.Param), params.config))
+
+
+def test_tied_trees_may_list_the_head_again(tiny, tensors):
+    config = tiny.config(attention_bias=True, tie_word_embeddings=True)
+    assert "head" not in Params.from_pytree(tensors, config).tree
+
+
+def test_a_config_may_be_ours_a_dict_or_a_transformers_object(params, config, tensors):
+    class Theirs:
+        def to_dict(self):
+            return config
+
+    assert same(params, Params.from_pytree(tensors, Theirs()))
+    assert same(params, Params.from_pytree(tensors, config_from_hf(config)))
+    with pytest.raises(ConfigError, match="config of type int"):
+        Params.from_pytree(tensors, 3)
+
+
+def test_what_is_wrong_with_a_tree_is_named(config, tensors):
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(CheckpointError, match=r"missing: layers\.1\.mlp\.up_proj\.weight \[64, 32\]"):
+        Params.from_pytree({n: t for n, t in tensors.items() if n != name}, config)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight has shape \[64, 31\], expected \[64, 32\]"
+    ):
+        Params.from_pytree(tensors | {name: tensors[name][:, :-1]}, config)
+    with pytest.raises(CheckpointError, match=r"not part of this architecture: layers\.0\.self_attn\.q_norm\.weight"):
+        Params.from_pytree(tensors | {"model.layers.0.self_attn.q_norm.weight": np.ones(16, np.float32)}, config)
+    with pytest.raises(CheckpointError, match=r"norm\.weight is of dtype int32"):
+        Params.from_pytree(tensors | {"model.norm.weight": np.ones(32, np.int32)}, config)
+    with pytest.raises(CheckpointError, match="norm.weight is a float, not an array"):
+        Params.from_pytree(tensors | {"model.norm.weight": 1.0}, config)
+    with pytest.raises(CheckpointError, match="holds no arrays"):
+        Params.from_pytree({}, config)
+
+
+def test_a_missing_head_hints_at_tied_embeddings(config, tensors):
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        Params.from_pytree({n: t for n, t in tensors.items() if n != "lm_head.weight"}, config)
+
+
+def test_leaves_are_the_weights_and_the_rest_survives_every_transformation(params):
+    tokenizer, scales = Tokenizer(object()), {"k": np.ones(2)}  # neither hashable by value nor comparable
+    params = dataclasses.replace(params, tokenizer=tokenizer, kv_scales=scales)
+    assert len(jax.tree.leaves(params)) == len(expected_shapes(params.config))
+    mapped = jax.tree.map(lambda x: x * 2, params)
+    jitted = jax.jit(lambda p: jax.tree.map(lambda x: x * 2, p))(params)
+    put = jax.device_put(params, jax.devices()[0])
+    for result in (mapped, jitted, put):
+        assert isinstance(result, Params)
+        assert result.config == params.config and result.tokenizer is tokenizer and result.kv_scales is scales
+    assert same(mapped, jitted) and same(params, put)
+
+
+def test_the_same_params_do_not_compile_twice(params):
+    traces = []
+
+    @jax.jit
+    def total(p):
+        traces.append(p)
+        return jnp.sum(p.tree["norm"]["weight"])
+
+    total(params), total(jax.tree.map(jnp.copy, params))
+    assert len(traces) == 1
+
+
+def test_repr_says_what_and_how_large(params):
+    bf16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    count = sum(np.prod(shape) for shape in expected_shapes(params.config).values())
+    assert (bf16.size, bf16.nbytes, bf16.dtype) == (count, 2 * count, jnp.bfloat16)
+    assert repr(bf16) == (
+        f"Params(LlamaForCausalLM, {count / 1e3:.1f} k parameters, {2 * count / 1e3:.1f} kB, bfloat16, tokenizer=no)"
+    )
+    assert repr(jax.tree.map(lambda x: None, params)) == "Params(LlamaForCausalLM)"

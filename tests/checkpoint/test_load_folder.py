@@ -1,0 +1,269 @@
+"""A Hugging Face folder loads exactly, in one file or in shards; what is wrong with one is named by file and tensor."""
+
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jfp8kv.checkpoint import load
+from jfp8kv.checkpoint.tensors import aligned_empty
+from jfp8kv.core.errors import CheckpointError, ConfigError
+from jfp8kv.models.params import Params
+
+BF16 = ml_dtypes.bfloat16
+
+
+def same(left: Params, right: Params) -> bool:
+    equal = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), left.tree, right.tree)
+    return left.config == right.config and jax.tree.all(equal)
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    config = tiny.config()
+    return tiny.folder(tmp_path / "model", config, tiny.tensors(config))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_loads_bit_for_bit_in_the_checkpoints_dtype(tiny, tmp_path, dtype, shards):
+    config = tiny.config(attention_bias=True, mlp_bias=True, torch_dtype=np.dtype(dtype).name)
+    tensors = tiny.tensors(config, dtype)
+    params = load(tiny.folder(tmp_path, config, tensors, shards))
+    assert params.dtype == dtype and params.config.dtype == np.dtype(dtype).name
+    assert same(params, Params.from_pytree(tensors, config))
+
+
+@pytest.mark.parametrize("stored", [np.float32, BF16, np.float16])
+@pytest.mark.parametrize("asked", ["float32", "bfloat16", "float16"])
+def test_a_dtype_that_is_asked_for_is_rounded_to_once(tiny, tmp_path, stored, asked):
+    config = tiny.config()
+    tensors = tiny.tensors(config, stored)
+    params = load(tiny.folder(tmp_path, config, tensors), dtype=asked)
+    expected = tensors["model.embed_tokens.weight"].astype(np.float32).astype(jnp.dtype(asked))
+    np.testing.assert_array_equal(params.tree["embed"]["weight"], expected)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {asked}
+    assert params.config.dtype == np.dtype(stored).name
+
+
+@pytest.mark.parametrize("asked", [jnp.bfloat16, np.dtype(BF16), "bfloat16"])
+def test_a_dtype_may_be_a_name_or_the_thing_itself(folder, asked):
+    assert load(folder, dtype=asked).dtype == BF16
+
+
+@pytest.mark.parametrize("asked", ["bf16", "int8", np.int8, object()])
+def test_an_unknown_dtype_is_refused_with_the_list(folder, asked):
+    with pytest.raises(ConfigError, match="'float32', 'bfloat16', 'float16'"):
+        load(folder, dtype=asked)
+
+
+def test_values_beyond_float16_are_refused_by_name(tiny, tmp_path):
+    config = tiny.config()
+    tensors = tiny.tensors(config, BF16)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = 1e5
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight.*65504.*bfloat16"):
+        load(tiny.folder(tmp_path, config, tensors), dtype="float16")
+
+
+def test_the_most_common_dtype_decides_when_norms_are_kept_finer(tiny, tmp_path):
+    config = tiny.config()
+    tensors = {n: t.astype(np.float32) if "norm" in n else t for n, t in tiny.tensors(config, BF16).items()}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(load(tiny.folder(tmp_path, config, tensors)))} == {"bfloat16"}
+
+
+def test_a_cpu_takes_the_hosts_memory_over_without_a_copy():
+    host = aligned_empty((3, 5, 7), np.dtype(BF16))
+    host[...] = 1
+    array = jax.device_put(host, jax.devices("cpu")[0], may_alias=True)
+    assert array.unsafe_buffer_pointer() == host.ctypes.data
+
+
+def test_tied_embeddings_leave_out_the_head_even_when_the_file_repeats_it(tiny, tmp_path):
+    config = tiny.config(tie_word_embeddings=True)
+    tensors = tiny.tensors(config)
+    assert "head" not in load(tiny.folder(tmp_path / "a", config, tensors)).tree
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    assert "head" not in load(tiny.folder(tmp_path / "b", config, tensors)).tree
+
+
+def test_a_bare_decoders_names_lack_model(tiny, tmp_path):
+    config = tiny.config(tie_word_embeddings=True)
+    tensors = {name.removeprefix("model."): t for name, t in tiny.tensors(config).items()}
+    assert load(tiny.folder(tmp_path, config, tensors)).size == sum(t.size for t in tensors.values())
+
+
+def test_end_tokens_of_both_config_files_are_joined(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
+    assert load(folder).config.eos_ids == (2, 7)
+
+
+def test_without_tokenizer_files_there_is_no_tokenizer(folder):
+    assert load(folder).tokenizer is None
+
+
+def test_harmless_buffers_are_dropped_and_scales_are_said(tiny, tmp_path):
+    config = tiny.config()
+    tensors = tiny.tensors(config)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    plain = load(tiny.folder(tmp_path / "a", config, tensors))
+    scales = ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.output_scale", "k_scale_zero_point", "attn.v_scale")
+    tensors |= {f"model.layers.{i}.self_attn.{name}": np.ones(1, np.float32) for i in range(2) for name in scales}
+    with pytest.warns(UserWarning, match=r"12 KV-cache scale tensors found.*not implemented yet"):
+        assert same(plain, load(tiny.folder(tmp_path / "b", config, tensors)))
+
+
+def test_float8_scales_in_the_file_do_not_stand_in_the_way(tiny, tmp_path):
+    config = tiny.config()
+    raw = safetensors.numpy.save(tiny.tensors(config) | {"model.layers.0.self_attn.k_scale": np.ones(4, np.uint8)})
+    length = int.from_bytes(raw[:8], "little")
+    header, data = raw[8 : 8 + length].replace(b'"U8"', b'"F8_E4M3"'), raw[8 + length :]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    with pytest.warns(UserWarning, match="1 KV-cache scale tensor"):
+        assert load(tmp_path).dtype == np.float32
+
+
+def test_modelopts_own_config_file_declares_the_cache(folder):
+    declared = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(declared))
+    assert load(folder).config.kv_cache_dtype == "fp8_e4m3"
+
+
+def test_quantized_weight_tensors_are_refused_by_name(tiny, tmp_path):
+    config = tiny.config()
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = tiny.tensors(config)
+    tensors[name] = tensors[name].astype(np.int8)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is stored as I8"):
+        load(tiny.folder(tmp_path, config, tensors))
+
+
+def refused(source: object, *named: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        load(source)
+    assert all(part in str(error.value) for part in named), error.value
+
+
+def test_a_missing_tensor_is_named_with_its_shape(tiny, tmp_path):
+    config = tiny.config()
+    tensors = tiny.tensors(config)
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    refused(tiny.folder(tmp_path, config, tensors), str(tmp_path), "missing: layers.1.self_attn.k_proj.weight [32, 32]")
+
+
+def test_an_unexpected_tensor_is_named(tiny, tmp_path):
+    config = tiny.config()
+    tensors = tiny.tensors(config) | {"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float32)}
+    refused(tiny.folder(tmp_path, config, tensors), "layers.0.self_attn.q_proj.bias", "Biases", "config")
+
+
+def test_a_wrong_shape_is_named_with_file_found_and_expected(tiny, tmp_path):
+    config = tiny.config()
+    tensors = tiny.tensors(config)
+    tensors["model.norm.weight"] = np.ones(31, np.float32)
+    refused(tiny.folder(tmp_path, config, tensors), "model.safetensors", "model.norm.weight", "[31]", "[32]")
+
+
+@pytest.mark.parametrize("kept", [4, 100, -1])
+def test_a_truncated_file_is_named(folder, kept):
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:kept])
+    refused(folder, str(path), "truncated")
+
+
+@pytest.mark.parametrize("content", [b"\x10\0\0\0\0\0\0\0not json at all.", b"\x02\0\0\0\0\0\0\0[]", b"\xff" * 64, b""])
+def test_what_is_not_safetensors_is_named(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    refused(folder, "model.safetensors", "not a safetensors file")
+
+
+@pytest.mark.parametrize("entry", [{"dtype": "F32"}, {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}, 7])
+def test_a_damaged_header_entry_is_named(folder, entry):
+    header = json.dumps({"model.norm.weight": entry}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 64)
+    refused(folder, "model.norm.weight", "damaged")
+
+
+def test_a_missing_shard_is_named(tiny, tmp_path):
+    config = tiny.config()
+    tiny.folder(tmp_path, config, tiny.tensors(config), shards=2)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    refused(tmp_path, "model-00002-of-00002.safetensors", "missing")
+
+
+def test_a_shard_outside_the_folder_is_refused(tiny, tmp_path):
+    config = tiny.config()
+    folder = tiny.folder(tmp_path / "model", config, tiny.tensors(config), shards=2)
+    shutil.copy(folder / "model-00001-of-00002.safetensors", tmp_path / "outside.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001-of-00002", "../outside"))
+    refused(folder, "../outside.safetensors", "outside the folder")
+
+
+def test_a_folder_without_config_says_so(folder):
+    (folder / "config.json").unlink()
+    refused(folder, "no config.json")
+    (folder / "a.gguf").touch()
+    refused(folder, "no config.json", "a.gguf")
+
+
+def test_a_config_that_is_not_json_is_named(folder):
+    (folder / "config.json").write_text("{")
+    refused(folder, "config.json", "JSON")
+
+
+def test_a_folder_without_weights_says_so(folder):
+    (folder / "model.safetensors").unlink()
+    refused(folder, "no weights", "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pickle"])
+def test_pickles_are_refused_with_the_way_to_convert_them(folder, name):
+    (folder / "model.safetensors").rename(folder / name)
+    refused(folder, name, "pickle", "save_pretrained")
+    if not name.endswith(".pickle"):
+        refused(folder / name, name, "pickle", "save_pretrained")
+
+
+def test_paths_that_are_no_checkpoint_are_told_apart(folder, tmp_path):
+    refused(folder / "model.safetensors", "give the folder", str(folder))
+    refused(folder / "config.json", "neither a folder nor a .gguf file")
+    refused(tmp_path / "absent", "no such file or folder")
+    refused(str(tmp_path / "absent.gguf"), "no such file or folder")
+    with pytest.raises(ConfigError, match="hub id"):
+        load(" ")
+
+
+def test_a_home_folder_path_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert load(os.path.join("~", folder.name)).size > 0
+
+
+HUB = """
+import sys
+from jfp8kv.checkpoint import load
+from jfp8kv.core.errors import CheckpointError
+print(load("owner/name"))
+try:
+    load("owner/absent")
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_hub_id_is_read_from_the_cache_and_a_missing_one_says_what_to_try(tiny, tmp_path):
+    config = tiny.config()
+    repo = tmp_path / "hub" / "models--owner--name"
+    tiny.folder(repo / "snapshots" / "0123abcd", config, tiny.tensors(config))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0123abcd")
+    shown = tiny.run_python(HUB, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)).splitlines()
+    assert shown[0].startswith("Params(LlamaForCausalLM")
+    assert all(part in shown[1] for part in ("owner/absent", "no such folder here", "HF_HUB_OFFLINE", "hf auth login"))

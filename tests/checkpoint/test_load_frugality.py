@@ -1,0 +1,73 @@
+"""Loading takes little more memory than the weights, never imports torch, and importing the reader is cheap."""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+MEASURE = """
+import re, sys
+import jax, jax.numpy as jnp
+from jfp8kv.checkpoint import load
+
+def kib(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+
+jnp.zeros(1).block_until_ready()
+before = kib("VmRSS")
+params = load(sys.argv[1], dtype=sys.argv[2])
+print((kib("VmHWM") - before) * 1024 / params.nbytes, params.nbytes)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tiny, tmp_path_factory):
+    """About 100 MB of bfloat16 in two shards, most of it in stacked layers."""
+    config = tiny.config(
+        vocab_size=8000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        head_dim=64,
+    )
+    ones = {n: np.ones(t.shape, ml_dtypes.bfloat16) for n, t in tiny.tensors(config | {"num_hidden_layers": 1}).items()}
+    tensors = dict(ones)
+    for layer in range(1, 6):
+        tensors |= {n.replace("layers.0.", f"layers.{layer}."): t for n, t in ones.items() if "layers.0." in n}
+    return tiny.folder(tmp_path_factory.mktemp("large"), config, tensors, shards=2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_memory_peaks_below_1_3_times_the_weights(tiny, large, dtype):
+    ratio, nbytes = map(float, tiny.run_python(MEASURE, large, dtype).split())
+    assert nbytes > 90e6
+    assert 0.9 < ratio < 1.3
+
+
+FAKE_TORCH = "raise AssertionError('torch was imported')"
+TORCH = """
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+import jfp8kv.checkpoint
+heavy = {"transformers", "huggingface_hub", "gguf", "tokenizers"} & set(sys.modules)
+assert not heavy, heavy
+params = jfp8kv.checkpoint.load(sys.argv[2])
+params.tokenizer.chat([{"role": "user", "content": "hello"}])
+warnings.simplefilter("ignore")
+jfp8kv.checkpoint.load(sys.argv[3])
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+
+
+def test_torch_is_not_imported_even_where_it_is_installed(tiny, tmp_path):
+    (tmp_path / "site" / "torch").mkdir(parents=True)
+    (tmp_path / "site" / "torch" / "__init__.py").write_text(FAKE_TORCH)
+    (tmp_path / "site" / "torch-2.9.0.dist-info").mkdir()
+    (tmp_path / "site" / "torch-2.9.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.9.0\n")
+    config = tiny.config(vocab_size=266)
+    tensors = tiny.tensors(config)
+    folder = tiny.tokenizer(tiny.folder(tmp_path / "hf", config, tensors))
+    tiny.run_python(TORCH, tmp_path / "site", folder, tiny.gguf(tmp_path / "a.gguf", config, tensors))

@@ -1,0 +1,188 @@
+"""A GGUF file gives the same weights as the Hugging Face folder it was made from; a damaged one is named."""
+
+import gguf
+import jax
+import numpy as np
+import pytest
+
+from jfp8kv.checkpoint import load
+from jfp8kv.checkpoint.gguf import read_header
+from jfp8kv.core.errors import CheckpointError
+from jfp8kv.models.params import Params
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*its tokenizer")  # these files hold none; test_tokenizers.py has them
+
+
+def same(left: Params, right: Params) -> bool:
+    return jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), left.tree, right.tree))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_weights_equal_the_folders_with_q_and_k_back_in_halves(tiny, tmp_path, tied):
+    config = tiny.config(tie_word_embeddings=tied, attention_bias=True)
+    tensors = tiny.tensors(config)
+    from_gguf = load(tiny.gguf(tmp_path / "a.gguf", config, tensors))
+    from_hf = load(tiny.folder(tmp_path / "hf", config, tensors))
+    assert same(from_gguf, from_hf)
+    assert ("head" in from_gguf.tree) is not tied
+    for field in (
+        "vocab",
+        "layers",
+        "q_heads",
+        "kv_heads",
+        "head_dim",
+        "mlp_hidden",
+        "max_len",
+        "rope",
+        "tied_embeddings",
+    ):
+        assert getattr(from_gguf.config, field) == getattr(from_hf.config, field)
+
+
+def test_half_precision_files_keep_their_dtype(tiny, tmp_path):
+    config = tiny.config()
+    tensors = tiny.tensors(config)
+    halves = {name: t.astype(np.float16) if t.ndim == 2 else t for name, t in tensors.items()}
+    params = load(tiny.gguf(tmp_path / "f16.gguf", config, halves))
+    assert params.config.dtype == "float16"
+    np.testing.assert_array_equal(params.tree["head"]["weight"], halves["lm_head.weight"])
+    params = load(tiny.gguf(tmp_path / "bf16.gguf", config, tensors, quantize=gguf.GGMLQuantizationType.BF16))
+    assert params.config.dtype == "bfloat16"
+    np.testing.assert_array_equal(params.tree["head"]["weight"], tensors["lm_head.weight"].astype(params.dtype))
+
+
+def q8_0(row: np.ndarray) -> np.ndarray:
+    """A row through ggml's Q8_0, by its definition: blocks of 32, a float16 scale of amax / 127, int8 codes."""
+    blocks = row.reshape(-1, 32)
+    exact = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
+    codes = np.rint(blocks / exact)
+    return (codes * exact.astype(np.float16).astype(np.float32)).reshape(row.shape)
+
+
+def test_quantized_weights_are_dequantized_to_bfloat16_or_as_asked(tiny, tmp_path):
+    config = tiny.config()
+    tensors = tiny.tensors(config)
+    path = tiny.gguf(tmp_path / "q8.gguf", config, tensors, quantize=gguf.GGMLQuantizationType.Q8_0)
+    fine, usual = load(path, dtype="float32"), load(path)
+    assert usual.config.dtype == "bfloat16" and usual.dtype == "bfloat16"
+    expected = np.stack([[q8_0(row) for row in tensors[f"model.layers.{i}.self_attn.k_proj.weight"]] for i in range(2)])
+    # A code may differ by one where the quantizer's float32 quotient lies within rounding of a tie.
+    np.testing.assert_allclose(fine.tree["layers"]["k"]["weight"], expected, atol=np.abs(expected).max() / 127 * 1.01)
+    assert np.mean(np.asarray(fine.tree["layers"]["k"]["weight"]) == expected) > 0.99
+    assert same(usual, jax.tree.map(lambda x: x.astype("bfloat16"), fine))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_small_blocks_come_out_as_the_library_gives_them(tiny, tmp_path, kind):
+    config, kind = tiny.config(), gguf.GGMLQuantizationType[kind]
+    tensors = tiny.tensors(config)
+    params = load(tiny.gguf(tmp_path / "q.gguf", config, tensors, quantize=kind), dtype="float32")
+    up = tensors["model.layers.1.mlp.up_proj.weight"]
+    np.testing.assert_array_equal(
+        params.tree["layers"]["up"]["weight"][1], gguf.quants.dequantize(gguf.quants.quantize(up, kind), kind)
+    )
+
+
+def test_rope_divisors_become_llama3_scaling(tiny, tmp_path):
+    config = tiny.config(head_dim=32)
+    divisors = np.concatenate([np.ones(8), np.full(8, 8.0)]).astype(np.float32)
+    wavelengths = 2 * np.pi * 1e6 ** (np.arange(16) / 16)
+    between = (wavelengths > 2048) & (wavelengths < 8192)
+    divisors[wavelengths < 2048], divisors[wavelengths > 8192] = 1.0, 8.0
+    smooth = (8192 / wavelengths[between] - 1) / 3
+    divisors[between] = 1 / ((1 - smooth) / 8 + smooth)
+    tensors = tiny.tensors(config)
+    path = tiny.gguf(
+        tmp_path / "rope.gguf",
+        config | {"rope_theta": 1e6},
+        tensors,
+        more=lambda writer: writer.add_tensor("rope_freqs.weight", divisors),
+    )
+    rope = load(path).config.rope
+    assert (rope.kind, rope.theta, rope.factor, rope.original_max_len) == ("llama3", 1e6, 8.0, 8192)
+
+
+def test_the_header_holds_what_the_gguf_librarys_own_reader_finds(tiny, tmp_path):
+    config = tiny.config()
+
+    def more(writer):
+        writer.add_array("test.strings", ["a", "", "日本"])
+        writer.add_array("test.numbers", [1, -2, 3])
+        writer.add_array("test.flags", [True, False])
+        writer.add_float64("test.float64", 0.1)
+        writer.add_bool("test.bool", True)
+        writer.add_int8("test.int8", -3)
+        writer.add_uint64("test.uint64", 1 << 40)
+
+    path = tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more)
+    fields, tensors = read_header(path)
+    theirs = gguf.GGUFReader(path)
+    assert fields == {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
+    assert {name: list(t.shape) for name, t in tensors.items()} == {
+        t.name: [int(n) for n in t.shape[::-1]] for t in theirs.tensors
+    }
+    for tensor in theirs.tensors:
+        out = np.empty(tensors[tensor.name].shape, np.float32)
+        tensors[tensor.name].read_into(out)
+        np.testing.assert_array_equal(out, tensor.data)
+
+
+def refused(path: object, *named: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        load(path)
+    assert all(part in str(error.value) for part in named), error.value
+
+
+@pytest.fixture
+def path(tiny, tmp_path):
+    config = tiny.config()
+    return tiny.gguf(tmp_path / "model.gguf", config, tiny.tensors(config))
+
+
+@pytest.mark.parametrize("kept", [2, 10, 200, 1500, 5000, -1])
+def test_a_truncated_file_is_named_wherever_it_ends(path, kept):
+    path.write_bytes(path.read_bytes()[:kept])
+    refused(path, "model.gguf", "truncated")
+
+
+def test_what_is_not_gguf_is_named(path):
+    path.write_bytes(b"GGML" + path.read_bytes()[4:])
+    refused(path, "model.gguf", "not a GGUF file")
+
+
+def test_another_version_is_named(path):
+    path.write_bytes(b"GGUF" + (7).to_bytes(4, "little") + path.read_bytes()[8:])
+    refused(path, "version 7", "2 and 3")
+
+
+def test_a_damaged_count_is_not_believed(path):
+    raw = path.read_bytes()
+    path.write_bytes(raw[:24] + (1 << 60).to_bytes(8, "little") + raw[32:])
+    refused(path, "damaged")
+
+
+def test_one_part_of_several_is_refused(tiny, tmp_path):
+    config = tiny.config()
+    more = lambda writer: writer.add_uint16("split.count", 3)  # noqa: E731
+    refused(tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more), "one of 3 parts", "merge")
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named(tiny, tmp_path):
+    config = tiny.config()
+    tensors = tiny.tensors(config)
+    refused(
+        tiny.gguf(tmp_path / "a.gguf", config, tensors, skip=("model.layers.1.mlp.up_proj.weight",)),
+        "a.gguf",
+        "missing: blk.1.ffn_up.weight [64, 32]",
+    )
+    more = lambda writer: writer.add_tensor("blk.0.attn_q_norm.weight", np.ones(16, np.float32))  # noqa: E731
+    refused(tiny.gguf(tmp_path / "b.gguf", config, tensors, more=more), "blk.0.attn_q_norm.weight")
+    tensors["model.norm.weight"] = np.ones(64, np.float32)
+    refused(tiny.gguf(tmp_path / "c.gguf", config, tensors), "output_norm.weight", "[64]", "[32]")
+
+
+def test_an_integer_tensor_is_no_weight(tiny, tmp_path):
+    config = tiny.config()
+    tensors = tiny.tensors(config)
+    tensors["model.norm.weight"] = np.ones(32, np.int32)
+    refused(tiny.gguf(tmp_path / "a.gguf", config, tensors), "output_norm.weight", "I32")

@@ -1,0 +1,280 @@
+"""Text, ids and chats: the same from a folder, from a GGUF file, and as transformers has them."""
+
+import json
+import warnings
+
+import jinja2
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from jfp8kv.checkpoint import Tokenizer, load
+from jfp8kv.checkpoint.gguf_tokenizer import tokenizer_from_gguf
+from jfp8kv.checkpoint.tokenizer import read_tokenizer
+from jfp8kv.core.errors import CheckpointError, ConfigError
+from jfp8kv.models.tokenizer import as_tokenizer, check_messages, render_template
+
+TEXTS = ["hello world 123", "", "<|im_start|>user\nhi<|im_end|>\n", "naïve 日本 🎉\n\n  x", "it's 12 34567 o'clock"]
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " hello\nworld "}]
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    return tiny.tokenizer(tmp_path)
+
+
+def gguf_fields(tiny, **changes):
+    tokens, merges = tiny.vocab()
+    fields = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": tokens,
+        "merges": merges,
+        "token_type": [3] * 3 + [1] * (len(tokens) - 3),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    chat = {"tokenizer.chat_template": tiny.chatml}
+    return chat | {f"tokenizer.ggml.{key}": value for key, value in (fields | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_folder_and_a_gguf_file_with_the_same_vocabulary_agree(tiny, folder, text):
+    hf = read_tokenizer(folder, eos_ids=(2,))
+    gguf = tokenizer_from_gguf(gguf_fields(tiny), eos_ids=(2,), where=folder)
+    assert hf.encode(text) == gguf.encode(text)
+    assert hf.chat(CHAT) == gguf.chat(CHAT)
+    for tokenizer in (hf, gguf):
+        assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+        assert tokenizer.eos_ids == (2,) and tokenizer.has_chat_template and tokenizer.vocab == 266
+
+
+def test_special_tokens_are_single_ids_and_left_out_of_text(folder):
+    tokenizer = read_tokenizer(folder)
+    ids = tokenizer.encode("<|im_start|>hello<|im_end|>")
+    assert (ids[0], ids[-1], len(ids)) == (1, 2, 3)
+    assert tokenizer.decode(np.array(ids)) == "hello"
+
+
+def test_a_digit_splitting_pre_tokenizer_never_joins_digits(tiny, folder):
+    plain = tokenizer_from_gguf(gguf_fields(tiny), eos_ids=(), where=folder)
+    digits = tokenizer_from_gguf(gguf_fields(tiny, pre="smollm"), eos_ids=(), where=folder)
+    assert len(plain.encode("123")) == 1
+    assert [digits.decode([i]) for i in digits.encode("123 4")] == ["1", "2", "3", " ", "4"]
+
+
+def test_llama3_takes_a_word_that_is_a_token_before_any_merge(tiny, folder):
+    fields = gguf_fields(tiny, pre="llama-bpe", merges=["h e"])
+    tokenizer = tokenizer_from_gguf(fields, eos_ids=(), where=folder)
+    assert tokenizer.encode("hello") == [1, fields["tokenizer.ggml.tokens"].index("hello")]  # and BOS by default
+
+
+@pytest.mark.parametrize("change", [{"pre": "superbpe"}, {"pre": None}, {"model": "bert"}, {"tokens": None}])
+def test_a_tokenizer_that_is_not_known_is_said_and_left_out(tiny, folder, change):
+    with pytest.warns(UserWarning, match="prompts must be token ids.*smollm"):
+        assert tokenizer_from_gguf(gguf_fields(tiny, **change), eos_ids=(), where=folder) is None
+
+
+def test_a_gguf_files_own_tokenizer_comes_with_its_weights(tiny, tmp_path):
+    config = tiny.config(vocab_size=266)
+    fields = gguf_fields(tiny)
+
+    def more(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(fields["tokenizer.ggml.tokens"])
+        writer.add_token_merges(fields["tokenizer.ggml.merges"])
+        writer.add_token_types(fields["tokenizer.ggml.token_type"])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_chat_template(tiny.chatml)
+
+    params = load(tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more))
+    assert params.config.eos_ids == params.tokenizer.eos_ids == (2,)
+    assert params.tokenizer.render(CHAT).endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def sentencepiece_fields(**changes):
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "▁",
+        *"helo",
+        "el",
+        "he",
+        "lo",
+        "hel",
+        "▁hello",
+    ]
+    tokens += ["hello"]
+    scores = [0.0] * 264 + [-1.0, -2.0, -3.0, -4.0, -5.0, -4.5]
+    fields = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": scores,
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in (fields | changes).items()}
+
+
+def best_pair_first(pieces: list[str], tokens: list[str], scores: list[float]) -> list[str]:
+    """Sentencepiece's rule: of all neighbours that join into a piece, join the best-scored, leftmost first."""
+    while True:
+        pairs = [(a + b, i) for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False)) if a + b in tokens]
+        if not pairs:
+            return pieces
+        joined, i = max(pairs, key=lambda pair: (scores[tokens.index(pair[0])], -pair[1]))
+        pieces = [*pieces[:i], joined, *pieces[i + 2 :]]
+
+
+@pytest.mark.parametrize("text", ["hello", "hello hello", "helo ohel", "lolo  el"])
+def test_sentencepiece_joins_the_best_scored_pair_first(tmp_path, text):
+    fields = sentencepiece_fields()
+    tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
+    tokenizer = tokenizer_from_gguf(fields, eos_ids=(2,), where=tmp_path)
+    expected = best_pair_first(list("▁" + text.replace(" ", "▁")), tokens, scores)
+    ids = tokenizer.encode(text)
+    assert ids == [1, *map(tokens.index, expected)]
+    assert tokenizer.decode(ids) == text
+
+
+def test_sentencepiece_spells_what_it_lacks_in_bytes(tmp_path):
+    tokenizer = tokenizer_from_gguf(sentencepiece_fields(add_bos_token=False), eos_ids=(2,), where=tmp_path)
+    assert tokenizer.encode("é") == [259, 3 + 0xC3, 3 + 0xA9]
+    assert tokenizer.decode(tokenizer.encode("hé\n日 lo")) == "hé\n日 lo"
+
+
+def test_the_files_post_processor_decides_whether_bos_is_added(folder):
+    path = folder / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    backend.save(str(path))
+    tokenizer = read_tokenizer(folder)
+    assert tokenizer.encode("hello") == [1, 262]
+    assert tokenizer.chat(CHAT).count(1) == 3  # a chat has the tokens of its template and no others
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_bos_token": True, "add_eos_token": True}])
+def test_ids_and_chats_are_those_of_transformers(tiny, tmp_path, settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers")
+        theirs = transformers.AutoTokenizer.from_pretrained(tiny.tokenizer(tmp_path, **settings))
+    for ours in (read_tokenizer(tmp_path), as_tokenizer(theirs)):
+        for text in TEXTS:
+            assert ours.encode(text) == theirs.encode(text)
+            assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+        for prompt in (True, False):
+            assert ours.chat(CHAT, prompt) == theirs.apply_chat_template(
+                CHAT, add_generation_prompt=prompt, return_dict=False
+            )
+        assert ours.eos_ids == (theirs.eos_token_id,)
+
+
+def test_truncation_in_the_file_does_not_cut_prompts(folder):
+    path = folder / "tokenizer.json"
+    limited = tokenizers.Tokenizer.from_file(str(path))
+    limited.enable_truncation(3)
+    limited.enable_padding(length=8)
+    limited.save(str(path))
+    tokenizer = read_tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode("a much longer text")) == "a much longer text"
+    assert len(tokenizer.encode("hello")) == 1
+
+
+def test_tokens_that_only_the_config_lists_are_added_in_their_place(tiny, tmp_path):
+    entry = {"content": "<tool>", "special": True, "normalized": False}
+    tokenizer = read_tokenizer(tiny.tokenizer(tmp_path, added_tokens_decoder={"266": entry}))
+    assert tokenizer.encode("<tool>") == [266]
+    with pytest.raises(CheckpointError, match="'<tool>' at id 300"):
+        read_tokenizer(tiny.tokenizer(tmp_path, added_tokens_decoder={"300": entry}))
+
+
+def test_a_damaged_tokenizer_is_named_and_another_form_is_said(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a readable tokenizer"):
+        read_tokenizer(folder)
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.warns(UserWarning, match=r"tokenizer\.model.*save_pretrained"):
+        assert read_tokenizer(folder) is None
+
+
+def test_chat_templates_may_stand_in_their_own_file_or_be_several(tiny, tmp_path):
+    named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
+    folder = tiny.tokenizer(tmp_path, chat_template=None, **{"pad_token": {"content": "<|endoftext|>"}})
+    assert not read_tokenizer(folder).has_chat_template
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
+    assert read_tokenizer(folder).render(CHAT) == "D"
+    (folder / "chat_template.jinja").write_text("{{ pad_token }}")
+    assert read_tokenizer(folder).render(CHAT) == "<|endoftext|>"
+
+
+def test_without_a_chat_template_messages_are_refused(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="no chat template"):
+        read_tokenizer(tiny.tokenizer(tmp_path, chat_template=None)).chat(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ([], "non-empty list"),
+        ("hello", "non-empty list"),
+        ({"role": "user", "content": "x"}, "non-empty list"),
+        (["hello"], r"messages\[0\]='hello'"),
+        ([{"content": "x"}], r"messages\[0\].*'role'"),
+        ([CHAT[0], {"role": "user"}], r"messages\[1\] from 'user' has no 'content'"),
+    ],
+)
+def test_malformed_messages_are_named(messages, named):
+    with pytest.raises(ConfigError, match=named):
+        check_messages(messages)
+
+
+def test_what_a_template_refuses_is_passed_on(folder):
+    raising = Tokenizer(None, chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ConfigError, match="roles must alternate"):
+        raising.chat(CHAT)
+    with pytest.raises(ConfigError, match="not valid"):
+        Tokenizer(None, chat_template="{% for %}").chat(CHAT)
+
+
+def test_templates_have_the_tools_that_they_are_written_for():
+    source = (
+        "{% for m in messages %}\n{% if loop.index0 == 1 %}{% break %}{% endif %}\n{{ m | tojson }}\n{% endfor %}"
+        "{% generation %}a<b{% endgeneration %}{{ strftime_now('%Y') | length }}"
+    )
+    assert render_template(source, messages=CHAT) == '{"role": "system", "content": "Be brief."}\na<b4'
+
+
+def test_templates_cannot_reach_out_of_their_sandbox():
+    with pytest.raises(ConfigError, match="refuses"):
+        render_template("{{ messages.__class__.__mro__ }}{{ ''.__class__.__base__.__subclasses__() }}", messages=CHAT)
+    with pytest.raises(ConfigError, match="refuses"):
+        render_template("{{ messages.append(1) }}", messages=CHAT)
+    assert issubclass(jinja2.exceptions.SecurityError, jinja2.TemplateError)
+
+
+def test_any_object_that_encodes_and_decodes_will_do():
+    class Bytes:
+        def encode(self, text, add_special_tokens=True):
+            return list(text.encode())
+
+        def decode(self, ids, skip_special_tokens=True):
+            return bytes(ids).decode()
+
+        def get_vocab(self):
+            return {chr(i): i for i in range(256)}
+
+    tokenizer = as_tokenizer(Bytes(), eos_ids=(0,))
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    assert (tokenizer.eos_ids, tokenizer.vocab) == ((0,), 256)
+    assert as_tokenizer(tokenizer) is tokenizer and as_tokenizer(None) is None
+    with pytest.raises(ConfigError, match="tokenizer of type int"):
+        as_tokenizer(3)

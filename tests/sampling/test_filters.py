@@ -1,0 +1,134 @@
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jfp8kv.sampling import SamplingParams, settings_from
+from jfp8kv.sampling.filters import Outside, keep, ordered, weights
+from jfp8kv.sampling.keys import request_key
+
+spec = importlib.util.spec_from_file_location("sampling_oracle", Path(__file__).with_name("oracle.py"))
+oracle = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(oracle)
+
+kept = jax.jit(keep)
+
+
+def probabilities(logits, params) -> np.ndarray:
+    logits = jnp.asarray(logits, jnp.float32)
+    settings = settings_from(params, request_key(0))
+    weight, certain = kept(logits, settings, jnp.max(logits))
+    assert certain
+    weight = np.asarray(weight, np.float64)
+    assert np.isfinite(weight).all() and weight.max() == 1
+    return oracle.normalized(weight)
+
+
+def agrees(logits, params) -> None:
+    """The same tokens survive, with the same probabilities: exp in float32 is good to 2e-6 relative for logits < 100."""
+    mine, theirs = probabilities(logits, params), oracle.distribution(np.asarray(logits, np.float32), params)
+    np.testing.assert_array_equal(mine > 0, theirs > 0)
+    np.testing.assert_allclose(mine, theirs, rtol=2e-5)
+
+
+MIXTURES = [
+    dict(),
+    dict(temperature=0.3),
+    dict(temperature=7.0),
+    dict(top_k=1),
+    dict(top_k=40),
+    dict(top_k=997),
+    dict(top_k=998),
+    dict(top_k=2**31 - 1),
+    dict(top_k=-1),
+    dict(top_p=0.003),
+    dict(top_p=0.5),
+    dict(top_p=0.9),
+    dict(top_p=0.999),
+    dict(min_p=0.01),
+    dict(min_p=1.0),
+    dict(temperature=0.7, top_p=0.8),
+    dict(temperature=1.5, top_k=50, top_p=0.9, min_p=0.02),
+    dict(top_k=3, top_p=0.99),
+    dict(temperature=3.0, top_k=500, top_p=0.7, min_p=0.3),
+]
+
+
+@pytest.mark.parametrize("fields", MIXTURES, ids=str)
+def test_the_survivors_are_those_of_sorting(fields):
+    rng = np.random.default_rng(0)
+    for spread in (0.1, 3.0):
+        agrees(rng.normal(size=998) * spread, SamplingParams(**fields))
+
+
+def test_top_k_keeps_exactly_k_when_no_logits_are_equal():
+    logits = np.random.default_rng(1).normal(size=5000)
+    for k in (1, 2, 100, 2500, 4999):
+        assert (probabilities(logits, SamplingParams(top_k=k)) > 0).sum() == k
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.sampled_from([-50.0, -3.0, -1.0, -0.0, 0.0, 1.0, 1.5, 2.0]), min_size=1, max_size=12),
+    st.integers(0, 13),
+    st.sampled_from([1.0, 0.97, 0.61, 0.33, 0.04]),
+    st.sampled_from([0.0, 0.05, 0.45, 1.0]),
+)
+def test_tokens_as_likely_as_the_last_one_kept_are_kept_with_it(levels, top_k, top_p, min_p):
+    logits = (levels * 12)[:12]  # one shape, so one compilation
+    agrees(logits, SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p))
+
+
+def test_a_distribution_without_a_favourite_is_kept_whole():
+    for fields in (dict(top_k=3), dict(top_p=0.01), dict(min_p=1.0)):
+        assert (probabilities(np.full(64, 2.5), SamplingParams(**fields)) == 1 / 64).all()
+
+
+def test_without_filters_every_token_stays_however_unlikely():
+    logits = np.concatenate([[0.0], np.linspace(-80, -20, 100)])
+    assert (probabilities(logits, SamplingParams(top_p=1.0)) > 0).all()
+    assert (probabilities(logits, SamplingParams(top_p=1.0 - 2**-24)) > 0).sum() < 101
+
+
+def test_forbidden_tokens_never_survive_and_never_make_nan():
+    logits = np.array([-np.inf, 1.0, -np.inf, 0.5, -np.inf, -np.inf, 3.0, -np.inf])
+    for fields in (dict(), dict(top_k=5), dict(top_p=0.99), dict(min_p=0.001), dict(top_k=8, top_p=0.5)):
+        agrees(logits, SamplingParams(**fields))
+
+
+def test_with_every_token_forbidden_the_weights_are_zero_and_not_nan():
+    logits = jnp.full(8, -jnp.inf)
+    for fields in (dict(), dict(top_k=3, top_p=0.5, min_p=0.1)):
+        settings = settings_from(SamplingParams(**fields), request_key(0))
+        weight, _ = kept(logits, settings, jnp.max(logits))
+        assert not np.asarray(weight).any()
+
+
+def test_keys_are_in_the_order_of_the_floats():
+    tiny = np.finfo(np.float32).tiny
+    floats = np.float32([-np.inf, -3e38, -1.5, -1, -tiny, -0.0, 0.0, tiny, 1, 1 + 2**-23, 3e38, np.inf])
+    keys = np.asarray(ordered(jnp.asarray(floats)), np.int64)
+    np.testing.assert_array_equal(np.sign(np.diff(keys)), np.sign(np.diff(np.where(np.isinf(floats), np.sign(floats) * 3.3e38, floats))))
+
+
+@pytest.mark.parametrize("fields", MIXTURES, ids=str)
+def test_a_search_of_a_part_is_certain_only_if_it_finds_what_the_whole_does(fields):
+    rng = np.random.default_rng(2)
+    settings = settings_from(SamplingParams(**fields), request_key(0))
+    certainties = []
+    for spread in (0.1, 2.0, 6.0, 20.0):
+        logits = jnp.asarray(np.sort(rng.normal(size=998) * spread)[::-1].copy(), jnp.float32)
+        part, rest = logits[:100], logits[100:]
+        mass = jnp.sum(weights(rest, jnp.asarray(settings.temperature), logits[0]))
+        mine, certain = kept(part, settings, logits[0], Outside(ceiling=rest[0], mass=mass))
+        whole, _ = kept(logits, settings, logits[0])
+        certainties.append(bool(certain))
+        if certain:
+            np.testing.assert_array_equal(np.asarray(whole), np.concatenate([mine, np.zeros(898)]))
+    unfiltered = fields.get("top_k", 0) <= 0 and "top_p" not in fields and "min_p" not in fields
+    assert any(certainties) != (unfiltered or fields.get("top_k", 0) > 100)

@@ -1,0 +1,255 @@
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from jfp8kv.sampling import SamplingParams, logprob_at, sample, sample_batch, settings_from, stack_settings, top_logprobs
+from jfp8kv.sampling.adjust import adjust, count_token
+from jfp8kv.sampling.keys import request_key
+from jfp8kv.sampling.sample import argmax
+
+spec = importlib.util.spec_from_file_location("sampling_oracle", Path(__file__).with_name("oracle.py"))
+oracle = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(oracle)
+
+VOCAB = 24
+DRAWS = 20_000
+batch = jax.jit(sample_batch)
+
+
+def stacked(fields: list[dict], eos_ids=(), rows=None):
+    """Settings of requests number 0, 1, ... that have no seed of their own."""
+    each = [
+        settings_from(SamplingParams(**kw), request_key(kw.get("seed"), number=number), eos_ids=eos_ids)
+        for number, kw in enumerate(fields)
+    ]
+    return stack_settings(each, rows=rows)
+
+
+def at(*positions) -> jax.Array:
+    return jnp.asarray(positions, jnp.int32)
+
+
+@jax.jit
+def draws(logits, settings):
+    """Tokens of positions 0 to DRAWS - 1 of one request."""
+    return jax.vmap(lambda position: sample(logits, settings, position)[0])(jnp.arange(DRAWS, dtype=jnp.int32))
+
+
+SETTINGS = [
+    dict(),
+    dict(temperature=0.5),
+    dict(temperature=3.0),
+    dict(top_k=4),
+    dict(top_p=0.7),
+    dict(min_p=0.1),
+    dict(temperature=0.8, top_k=9, top_p=0.9, min_p=0.05),
+    dict(temperature=2.0, top_p=0.8),
+]
+
+
+@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+def test_tokens_are_drawn_with_the_probabilities_of_the_oracle(fields):
+    logits = np.float32(np.random.default_rng(3).normal(size=VOCAB))
+    params = SamplingParams(**fields)
+    tokens = np.asarray(draws(jnp.asarray(logits), settings_from(params, request_key(17))))
+    expected = oracle.distribution(logits, params) * DRAWS
+    seen = np.bincount(tokens, minlength=VOCAB)
+    assert not seen[expected == 0].any()
+    rare = expected < 5  # chi-square needs about five of each: the rare ones count as one kind
+    groups = [(seen[i], expected[i]) for i in np.flatnonzero(~rare)] + [(seen[rare].sum(), expected[rare].sum())]
+    observed, wanted = np.array([(o, e) for o, e in groups if e > 0]).T
+    # The key is fixed, so this passes always or never; a right sampler fails for one key in ten thousand.
+    assert stats.chisquare(observed, wanted).pvalue > 1e-4
+
+
+def test_keys_of_different_seeds_draw_from_the_same_distribution():
+    logits = jnp.asarray(np.random.default_rng(4).normal(size=VOCAB), jnp.float32)
+    keys = jnp.asarray([request_key(seed) for seed in range(4000)])
+    settings = settings_from(SamplingParams(), request_key(0))
+    one = lambda key: sample(logits, dataclasses.replace(settings, key=key), jnp.int32(0))[0]  # noqa: E731
+    tokens = jax.jit(jax.vmap(one))(keys)
+    expected = oracle.distribution(logits, SamplingParams()) * len(keys)
+    assert stats.chisquare(np.bincount(tokens, minlength=VOCAB), expected).pvalue > 1e-4
+
+
+def test_greedy_takes_the_lowest_id_of_equal_maxima():
+    for vocab in (1, 5, 128, 129, 300, 512):
+        for places in ([0], [vocab - 1], [vocab // 2, vocab - 1], list(range(vocab))):
+            x = np.full(vocab, -1.0, np.float32)
+            x[places] = 2.0
+            assert argmax(jnp.asarray(x)) == np.argmax(x) == min(places)
+
+
+def test_argmax_agrees_with_numpy_where_logits_are_forbidden():
+    for vocab in (7, 200, 384):
+        x = np.float32(np.random.default_rng(vocab).normal(size=vocab))
+        x[np.argsort(x)[2:]] = -np.inf
+        assert argmax(jnp.asarray(x)) == np.argmax(x)
+        assert argmax(jnp.full(vocab, -jnp.inf)) == 0
+
+
+MIXED = [
+    dict(temperature=0),
+    dict(),
+    dict(temperature=0.7, top_p=0.8),
+    dict(top_k=5),
+    dict(min_p=0.2, temperature=1.3),
+    dict(logit_bias={3: 4.0, 5: -np.inf}),
+    dict(temperature=0, min_tokens=4, stop_token_ids=[1, 2]),
+    dict(top_k=3, top_p=0.6, seed=9),
+]
+
+
+def test_a_token_depends_neither_on_its_neighbours_nor_on_its_row():
+    logits = jnp.asarray(np.random.default_rng(5).normal(size=(len(MIXED), 300)) * 2, jnp.float32)
+    settings, positions = stacked(MIXED), at(*range(len(MIXED)))
+    together, logprobs = batch(logits, settings, positions)
+    order = np.random.default_rng(6).permutation(len(MIXED))
+    moved, _ = batch(logits[order], jax.tree.map(lambda leaf: leaf[order], settings), positions[order])
+    np.testing.assert_array_equal(moved, together[order])
+    for i in range(len(MIXED)):
+        row = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], settings)
+        alone, logprob = batch(logits[i : i + 1], row, positions[i : i + 1])
+        assert alone[0] == together[i]
+        np.testing.assert_allclose(logprob[0], logprobs[i], rtol=1e-6)
+        single, _ = jax.jit(sample)(logits[i], jax.tree.map(lambda leaf, i=i: leaf[i], settings), positions[i])
+        assert single == together[i]
+
+
+def test_mixed_settings_share_one_program():
+    traces = []
+
+    @jax.jit
+    def counted(logits, settings, positions):
+        traces.append(1)
+        return sample_batch(logits, settings, positions)
+
+    logits = jnp.asarray(np.random.default_rng(7).normal(size=(3, 50)), jnp.float32)
+    plain = [fields for fields in MIXED if "logit_bias" not in fields and "min_tokens" not in fields]
+    for start in range(len(plain)):
+        chosen = [plain[(start + i) % len(plain)] for i in range(3)]
+        jax.block_until_ready(counted(logits, stacked(chosen), at(0, 5, start)))
+    counted(logits, stacked([dict(), dict(top_k=2)], rows=3), at(0, 0, 0))
+    assert len(traces) == 1
+
+
+def test_a_seed_fixes_the_tokens_and_positions_and_samples_differ():
+    logits = jnp.zeros((4, 5000))  # every token as likely: two draws agree once in 5000
+    first, _ = batch(logits, stacked([dict(seed=1)] * 4), at(0, 0, 1, 2))
+    again, _ = batch(logits, stacked([dict(), dict(seed=1), dict(seed=2), dict(seed=1)]), at(0, 0, 0, 1))
+    assert first[0] == first[1] == again[1]
+    assert first[2] == again[3]
+    assert len({int(token) for token in [*first[1:], again[0], again[2]]}) == 5
+    samples = stack_settings([settings_from(SamplingParams(seed=1), request_key(1, index=i)) for i in range(4)])
+    tokens, _ = batch(logits, samples, at(0, 0, 0, 0))
+    assert tokens[0] == first[0]
+    assert len(set(map(int, tokens))) == 4
+
+
+@pytest.mark.parametrize("vocab", [16384, 20011])
+def test_looking_at_the_likeliest_blocks_alone_changes_no_token(vocab):
+    """Narrow and wide distributions: the first are settled by the likeliest blocks, the others need the whole."""
+    filters = [dict(top_k=30), dict(top_p=0.8), dict(min_p=0.1, temperature=0.6), dict(top_k=8, top_p=0.5, temperature=2.0)]
+    rng = np.random.default_rng(8)
+    whole = jax.jit(jax.vmap(sample))
+    for spread in (0.5, 3.0, 8.0):
+        logits = jnp.asarray(rng.normal(size=(4, vocab)) * spread, jnp.float32)
+        for position in range(3):
+            positions = jnp.full(4, position, jnp.int32)
+            np.testing.assert_array_equal(
+                batch(logits, stacked(filters), positions)[0], whole(logits, stacked(filters), positions)[0]
+            )
+            greedy_too = stacked([*filters[:3], dict(temperature=0)])
+            np.testing.assert_array_equal(
+                batch(logits, greedy_too, positions)[0], whole(logits, greedy_too, positions)[0]
+            )
+
+
+def test_log_probabilities_are_those_of_the_model_before_any_setting():
+    logits = np.float32(np.random.default_rng(9).normal(size=(4, 60)) * 3)
+    fields = [dict(temperature=0), dict(temperature=5.0, top_k=2), dict(logit_bias={4: 50.0}), dict(min_p=0.3)]
+    tokens, logprobs = batch(jnp.asarray(logits), stacked(fields), at(0, 1, 2, 3))
+    x = logits.astype(np.float64)
+    expected = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    assert tokens[2] == 4
+    np.testing.assert_allclose(logprobs, expected[np.arange(4), tokens], rtol=1e-5)
+    np.testing.assert_allclose(logprob_at(jnp.asarray(logits[0]), jnp.int32(7)), expected[0, 7], rtol=1e-5)
+
+
+def test_the_largest_log_probabilities_come_likeliest_first_and_ties_by_id():
+    x = np.float32([0.5, 2.0, -np.inf, 2.0, 1.0])
+    values, ids = top_logprobs(jnp.asarray(x), 5)
+    np.testing.assert_array_equal(ids, [1, 3, 4, 0, 2])
+    with np.errstate(divide="ignore"):
+        expected = np.log(np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum())
+    np.testing.assert_allclose(values, expected[ids], rtol=1e-6)
+
+
+PENALTIES = [
+    dict(repetition_penalty=1.3),
+    dict(repetition_penalty=0.7),
+    dict(presence_penalty=0.9),
+    dict(frequency_penalty=-0.4),
+    dict(repetition_penalty=1.2, presence_penalty=-0.5, frequency_penalty=0.3, logit_bias={1: 2.0, 9: -np.inf, 3: -3.5}),
+]
+
+
+@pytest.mark.parametrize("fields", PENALTIES, ids=str)
+def test_penalties_and_bias_are_those_of_the_oracle(fields):
+    logits = np.float32(np.random.default_rng(10).normal(size=12) * 2)
+    prompt, output = [0, 1, 1, 5], [1, 2, 2, 2, 11]
+    params = SamplingParams(**fields)
+    counts = [jnp.asarray(np.bincount(ids, minlength=12), jnp.int32) for ids in (prompt, output)]
+    settings = settings_from(params, request_key(0))
+    mine = jax.jit(adjust)(jnp.asarray(logits), settings, jnp.int32(5), *counts)
+    np.testing.assert_allclose(mine, oracle.adjusted(logits, params, 5, prompt, output), rtol=1e-6, atol=1e-6)
+
+
+def test_no_end_token_is_picked_before_min_tokens():
+    params = SamplingParams(min_tokens=3, stop_token_ids=[4], temperature=0)
+    logits = jnp.asarray([0.0, 9.0, 1.0, 2.0, 8.0])
+    settings = settings_from(params, request_key(0), eos_ids=[1])
+    tokens = [int(jax.jit(sample)(logits, settings, jnp.int32(position))[0]) for position in range(5)]
+    assert tokens == [3, 3, 3, 1, 1]
+    careless = settings_from(SamplingParams(min_tokens=3, ignore_eos=True, temperature=0), request_key(0), eos_ids=[1])
+    assert int(jax.jit(sample)(logits, careless, jnp.int32(0))[0]) == 1
+
+
+def test_penalties_act_on_what_is_drawn_and_settings_without_them_do_not():
+    logits = jnp.asarray([[2.0, 1.9, 0.0]] * 2)
+    counts = count_token(jnp.zeros((2, 3), jnp.int32)[0], jnp.int32(0))
+    output = jnp.stack([counts, counts])
+    fields = [dict(temperature=0, frequency_penalty=0.5), dict(temperature=0)]
+    tokens, _ = batch(logits, stacked(fields), at(1, 1), jnp.zeros_like(output), output)
+    np.testing.assert_array_equal(tokens, [1, 0])
+
+
+def test_a_bias_on_the_last_id_reaches_it_and_padding_reaches_none():
+    logits = jnp.zeros((2, 10))
+    tokens, _ = batch(logits, stacked([dict(temperature=0, logit_bias={9: 1.0}), dict(temperature=0)]), at(0, 0))
+    np.testing.assert_array_equal(tokens, [9, 0])
+
+
+def test_with_every_token_forbidden_a_token_still_comes_out():
+    fields = [dict(temperature=0), dict(top_k=3, top_p=0.5), dict(top_p=0.5), dict(min_p=0.1)]
+    for settings in (stacked(fields), stacked([*fields[:3], dict()])):
+        tokens, _ = batch(jnp.full((4, 16384), -jnp.inf), settings, at(0, 0, 0, 0))
+        assert (np.asarray(tokens) == 0).all()
+
+
+def test_a_forbidden_token_is_never_drawn_and_every_other_one_is():
+    logits = jnp.asarray(np.where(np.arange(8) % 2, 0.0, -np.inf), jnp.float32)
+    tokens = draws(logits, settings_from(SamplingParams(temperature=100.0), request_key(0)))
+    assert set(map(int, tokens)) == {1, 3, 5, 7}
+
+
+def test_temperatures_too_small_to_matter_are_greedy():
+    settings = stacked([dict(temperature=1e-30), dict(temperature=1e-6)])
+    tokens, _ = batch(jnp.asarray([[0.0, 1e-3, 0.0]] * 2), settings, at(0, 0))
+    np.testing.assert_array_equal(tokens, [1, 1])
