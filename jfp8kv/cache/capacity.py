@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import Any
 
 import jax
 
@@ -13,7 +14,7 @@ HOST_SHARE = 0.10  # of what is free in a computer's memory, which others use to
 _UNITS = {"": 1, "B": 1} | {f"{p}{b}": base**i for b, base in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT", 1)}
 
 
-def parse_bytes(value: int | float | str) -> int:
+def parse_bytes(value: Any) -> int:
     """Bytes of `2_000_000`, "2GiB", "512 MB". Raises `ConfigError` for anything else, zero and negatives included."""
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?i?B?)\s*", value) if isinstance(value, str) else None
     if match and match[2] in _UNITS:

@@ -78,12 +78,17 @@ class Batcher:
 
         steps = plan.steps if isinstance(plan, Decode) else 1
         longest = max(min(r.cached + c + steps - 1, r.most_tokens) for r, c in zip(requests, chunks, strict=True))
-        settings = stack_settings([settings_from(r.params, r.key, eos_ids=self.eos_ids) for r in requests], rows=rows)
+        settings = stack_settings([self._settings(r) for r in requests], rows=rows)
         prompt_counts, output_counts = self._counts(requests, rows)
         return Batch(
             tokens, page_table, start, length, remaining, position, end_ids, settings,
-            np.int32(longest), np.int32(steps), prompt_counts, output_counts,
+            np.array(longest, np.int32), np.array(steps, np.int32), prompt_counts, output_counts,
         )  # fmt: skip
+
+    def _settings(self, request: Request) -> SamplerSettings:
+        if request.settings is None:
+            request.settings = settings_from(request.params, request.key, eos_ids=self.eos_ids)
+        return request.settings
 
     def _counts(self, requests: list[Request], rows: int) -> tuple[Counts, Counts]:
         """How often each token occurs in prompt and output, when some request's penalties need to know."""

@@ -1,13 +1,14 @@
 """Token ids to text as they arrive: whole characters only, stopped at stop strings, constant work per token.
 
-A token is not a piece of text. It may hold half a character (byte-level BPE), and a tokenizer of the SentencePiece kind
-drops the space before the first word of whatever it decodes. So new tokens are decoded together with the few that came
-before, whose share of the text is then cut off; and text that ends in U+FFFD, the sign of an unfinished character, waits for
-the tokens that may finish it.
+A token is not a piece of text. It may hold half a character (byte-level BPE), and a tokenizer of the SentencePiece
+kind drops the space before the first word of whatever it decodes. So new tokens are decoded together with the few
+that came before, whose share of the text is then cut off; and text that ends in U+FFFD, the sign of an unfinished
+character, waits for the tokens that may finish it.
 
-`Detokenizer` is that plus the search for stop strings, which may straddle tokens: text that could be the beginning of one
-waits too. The pieces together are the decoding of all ids at once. (One exception: where a tokenizer with byte fallback is
-fed bytes that are not UTF-8, decoding at once spoils the valid characters next to them as well, which here are long shown.)
+`Detokenizer` is that plus the search for stop strings, which may straddle tokens: text that could be the beginning of
+one waits too. The pieces together are the decoding of all ids at once. (One exception: where a tokenizer with byte
+fallback is fed bytes that are not UTF-8, or that spell U+FFFD itself, decoding at once spoils the valid characters next
+to them as well, which here are long shown.)
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,11 +28,12 @@ class Decoder(Protocol):
 class Detokenizer:
     """The text of one output, piece by piece.
 
-    `stop` are the strings that end it; of several matches the one complete first counts, of those the longest. `context`
-    are the last ids of the prompt, a handful, if the text is to continue the prompt's (a first word then keeps its space).
+    `stop` are the strings that end it; of several matches the one complete first counts, of those the longest.
+    `context` are the last ids of the prompt, a handful, if the text is to continue the prompt's (a first word then
+    keeps its space).
 
-    After a match `stopped` is the stop string, and `tokens_kept` the number of pushed tokens up to the one that completed
-    it; before, `stopped` is None and `tokens_kept` counts every token pushed.
+    After a match `stopped` is the stop string, and `tokens_kept` the number of pushed tokens up to the one that
+    completed it; before, `stopped` is None and `tokens_kept` counts every token pushed.
     """
 
     def __init__(self, tokenizer: Decoder, stop: Iterable[str] = (), *, context: Sequence[int] = ()) -> None:
@@ -62,8 +64,8 @@ class Detokenizer:
 class _Characters:
     """Ids to whole characters.
 
-    `_window` are the ids decoded each time: `_settled` of them from before, whose text is out and ended well, then those
-    since. The first `_shown` characters of the window's text are out.
+    `_window` are the ids decoded each time: `_settled` of them from before, whose text is out and ended well, then
+    those since. The first `_shown` characters of the window's text are out.
     """
 
     def __init__(self, tokenizer: Decoder, context: Sequence[int]) -> None:

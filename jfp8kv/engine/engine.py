@@ -146,13 +146,13 @@ class Engine:
         return progressed
 
     def _dispatch(self, plan: Plan) -> list[Made]:
-        batch = self.batcher.build(plan)
+        batch, vocab = self.batcher.build(plan), self.params.config.vocab
+        if isinstance(plan, Prefill):
+            self._call(step.prefill, batch)
+            jax.block_until_ready(self.pages)
+            return [Made([], [], []) for _ in plan.requests]
         top = step.top_width([r.params.logprobs for r in plan.requests])
-        if isinstance(plan, Decode):
-            out = self._call(step.decode, batch, most_steps=self.buckets.decode_steps, top=top)
-        else:
-            out = self._call(step.prefill, batch, top=top)
-        return read(out, plan.requests, self.params.config.vocab)
+        return read(self._call(step.decode, batch, most_steps=self.buckets.decode_steps, top=top), plan.requests, vocab)
 
     def _call(self, function: Callable, batch: Batch, **static: Any) -> Any:
         """Run a step on the pool, in place."""
@@ -172,10 +172,8 @@ class Engine:
         """Book what a dispatch did for one request. True if it got tokens."""
         if isinstance(plan, Prefill):
             request.cached += plan.chunks[plan.requests.index(request)]
-            if request.uncached:
-                return False  # the prompt goes on: the sampled token means nothing yet
-        else:
-            request.cached += len(made.token_ids)
+            return False
+        request.cached += len(made.token_ids)
         now = time.perf_counter()
         if request.first_token is None:
             request.first_token = now

@@ -7,6 +7,7 @@ from typing import Any
 
 from jfp8kv.engine.detokenize import Detokenizer
 from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.sampling.settings import SamplerSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Status(enum.Enum):
 class Request:
     """A sequence in the engine: the prompt, what was generated, and where its tokens lie.
 
-    `cached` counts tokens whose keys and values are in the cache. A running request whose `cached` is one short of its tokens is
-    decoding; with more missing it is still prefilling.
+    `cached` counts tokens whose keys and values are in the cache. A running request that is one token short is decoding; with
+    more missing it is still prefilling.
     """
 
     prompt_ids: list[int]
@@ -65,6 +66,7 @@ class Request:
     max_tokens: int  # of output: what the parameters ask for, as far as the context has room
     index: int = 0  # which of the n continuations of its prompt
     detokenizer: Detokenizer | None = None
+    settings: SamplerSettings | None = None  # `params` for the device, made when first needed
     status: Status = Status.WAITING
     output_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list[float] = dataclasses.field(default_factory=list)
@@ -90,12 +92,12 @@ class Request:
 
     @property
     def uncached(self) -> int:
-        """Tokens still to be run through the model before the next one can be sampled."""
+        """Tokens not in the cache yet; the last of them is run when the next token is made."""
         return self.num_tokens - self.cached
 
     @property
     def prefilling(self) -> bool:
-        return self.uncached > 1 or not self.output_ids
+        return self.uncached > 1
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids at positions `start .. stop-1`, prompt and output as one sequence."""

@@ -2,7 +2,7 @@
 
 First come, first served. A request is admitted when the pool has pages for the most it could ever need, so an admitted request
 always finishes. Each turn is one dispatch to the device: a prefill of chunks under a token budget, or a decode of several tokens
-for every request that is past its prompt. Prefill goes first, since a fuller decode batch costs hardly more than a thin one, but
+for every request that has only its last token left to run. Prefill goes first, since a fuller decode batch costs hardly more than a thin one, but
 never more than `PREFILLS_PER_DECODE` times in a row while others wait to decode.
 """
 
@@ -77,10 +77,15 @@ class Scheduler:
             return self._prefill(prefilling)
         self._prefills = 0
         if decoding:
-            most = max(r.max_tokens - len(r.output_ids) for r in decoding)
-            return Decode(decoding, min(self.buckets.decode_steps, most))
+            return Decode(decoding, self._steps(decoding))
         assert not self.waiting, "requests wait although nothing runs"
         return None
+
+    def _steps(self, requests: list[Request]) -> int:
+        """Tokens per dispatch: one while some request has yet to show its first, then as many as anyone still wants."""
+        if any(not r.output_ids for r in requests):
+            return 1
+        return min(self.buckets.decode_steps, max(r.max_tokens - len(r.output_ids) for r in requests))
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_requests:
@@ -93,6 +98,6 @@ class Scheduler:
             self.running.append(self.waiting.popleft())
 
     def _prefill(self, requests: list[Request]) -> Prefill:
-        width = self.buckets.chunk(requests[0].uncached)
+        width = self.buckets.chunk(requests[0].uncached - 1)
         chosen = requests[: self.buckets.prefill_requests(width)]
-        return Prefill(chosen, [min(r.uncached, width) for r in chosen], width)
+        return Prefill(chosen, [min(r.uncached - 1, width) for r in chosen], width)

@@ -1,11 +1,12 @@
 """The step functions. The model runs on one request and `vmap` makes it a batch; `engine/programs.py` compiles them.
 
-Three steps: `prefill` runs a chunk of each request and samples the token after it; `decode` makes several tokens per dispatch
-in a loop on the device, ending early when every request is done; `score` runs a chunk and returns the logits of every position.
+Three steps: `prefill` caches a chunk of each request, up to the last token of its prompt; `decode` takes it from there and makes several
+tokens per dispatch in a loop on the device, ending early when every request is done; `score` runs a chunk and returns the logits of every position.
 The pool goes in and comes out: donated, it is updated in place, and what a step needs besides does not grow with it.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,19 +51,25 @@ def _forward(
     return decoder(tokens, positions, attend=attend, carry=pages)
 
 
-def _next_logits(
+def _each_request(one: Callable, batch: Batch, pages: KVPages, *, out_axes: Any) -> Any:
+    """`one(tokens, at, pages)` for every request of the batch, over the pool they share."""
+    def request(tokens: Array, page_table: Array, start: Array, length: Array, pages: KVPages) -> Any:
+        return one(tokens, Where(page_table, start, length, batch.most_tokens), pages)
+
+    each = jax.vmap(request, in_axes=(0, 0, 0, 0, None), out_axes=out_axes)
+    return each(batch.tokens, batch.page_table, batch.start, batch.length, pages)
+
+
+def _logits(
     model: Model, decoder: Decoder, scales: LayerScales | None, batch: Batch, pages: KVPages
-) -> tuple[Float[Array, "requests vocab"], KVPages]:
-    """Logits after the last token of each request's chunk."""
+) -> tuple[Float[Array, "requests tokens vocab"], KVPages]:
+    """Logits after every token of each request's chunk."""
 
-    def one(tokens: Array, page_table: Array, start: Array, length: Array, pages: KVPages) -> tuple[Array, KVPages]:
-        at = Where(page_table, start, length, batch.most_tokens)
+    def one(tokens: Array, at: Where, pages: KVPages) -> tuple[Array, KVPages]:
         hidden, pages = _forward(model, decoder, scales, tokens, at, pages)
-        last = jnp.maximum(length - start - 1, 0)
-        return decoder.logits(hidden[last][None])[0], pages
+        return decoder.logits(hidden), pages
 
-    requests = jax.vmap(one, in_axes=(0, 0, 0, 0, None), out_axes=(0, None))
-    return requests(batch.tokens, batch.page_table, batch.start, batch.length, pages)
+    return _each_request(one, batch, pages, out_axes=(0, None))
 
 
 def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
@@ -76,12 +83,15 @@ def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
 
 
 def prefill(
-    model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages, *, top: int = 0
-) -> tuple[StepOutput, KVPages]:
-    """Cache a chunk of each request and sample the token that follows it (of meaning where the prompt ends there)."""
+    model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages
+) -> tuple[None, KVPages]:
+    """Cache a chunk of each request. Nothing is sampled: a prompt's last token is left to `decode`."""
     decoder = bind(model.config, weights, model.dtype)
-    logits, pages = _next_logits(model, decoder, scales, batch, pages)
-    return _sampled(logits, batch, top), pages
+
+    def one(tokens: Array, at: Where, pages: KVPages) -> KVPages:
+        return _forward(model, decoder, scales, tokens, at, pages)[1]
+
+    return None, _each_request(one, batch, pages, out_axes=None)
 
 
 def decode(
@@ -112,8 +122,8 @@ def decode(
         step, batch, out, pages = state
         active = batch.remaining > 0
         batch = dataclasses.replace(batch, length=batch.start + active.astype(jnp.int32))
-        logits, pages = _next_logits(model, decoder, scales, batch, pages)
-        new = _sampled(logits, batch, top)
+        logits, pages = _logits(model, decoder, scales, batch, pages)
+        new = _sampled(logits[:, 0], batch, top)
         token = jnp.where(active, new.tokens[:, 0], vocab)
         new = dataclasses.replace(new, tokens=token[:, None])
         out = jax.tree.map(lambda all, one: lax.dynamic_update_slice_in_dim(all, one, step, axis=1), out, new)
@@ -144,14 +154,7 @@ def score(
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPages]:
     """Cache a chunk of each request and return the logits after each of its tokens."""
     decoder = bind(model.config, weights, model.dtype)
-
-    def one(tokens: Array, page_table: Array, start: Array, length: Array, pages: KVPages) -> tuple[Array, KVPages]:
-        at = Where(page_table, start, length, batch.most_tokens)
-        hidden, pages = _forward(model, decoder, scales, tokens, at, pages)
-        return decoder.logits(hidden), pages
-
-    requests = jax.vmap(one, in_axes=(0, 0, 0, 0, None), out_axes=(0, None))
-    return requests(batch.tokens, batch.page_table, batch.start, batch.length, pages)
+    return _logits(model, decoder, scales, batch, pages)
 
 
 def top_width(wanted: list[int | None]) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-TILE_BYTES = 1 << 21  # of a widened tile
+TILE_BYTES = 1 << 20  # of a widened tile
 
 
 def as_bits(weight: Array) -> Array:

@@ -1,8 +1,8 @@
 """From logits to tokens: what a request asks for, and pure functions that answer it.
 
-`params` is the user's side (checked on the host), `settings` the same as device scalars, one row per request. `keys` makes
-the random numbers, `adjust` edits logits (bias, penalties, min_tokens), `filters` finds the cut of top-k, top-p and min-p,
-`sample` puts them together. Everything on the device is written for one request and batched with `vmap`.
+`params` is the user's side (checked on the host), `settings` the same as device scalars, one row per request. `keys`
+makes the random numbers, `adjust` edits logits (bias, penalties, min_tokens), `filters` finds the cut of top-k, top-p
+and min-p, `sample` puts them together. Everything on the device is written for one request and batched with `vmap`.
 """
 
 from jfp8kv.sampling.params import SamplingParams

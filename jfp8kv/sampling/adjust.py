@@ -1,7 +1,8 @@
 """Edits of the logits before anything is chosen: bias, penalties, and the tokens that `min_tokens` holds off.
 
-Penalties need to know what came before: how often each token stands in the prompt and in the output so far. Those counts
-are `[vocab]` per request, so they are optional: a batch in which nobody asks for a penalty passes None and pays nothing.
+Penalties need to know what came before: how often each token stands in the prompt and in the output so far. Those
+counts are `[vocab]` per request, so they are optional: a batch in which nobody asks for a penalty passes None and
+pays nothing.
 """
 
 import jax.numpy as jnp
@@ -11,16 +12,16 @@ from jfp8kv.sampling.settings import SamplerSettings
 
 
 def adjust(
-    logits: Float32[Array, "vocab"],
+    logits: Float32[Array, " vocab"],
     settings: SamplerSettings,
     position: Int32[Array, ""],
-    prompt_counts: Int32[Array, "vocab"] | None = None,
-    output_counts: Int32[Array, "vocab"] | None = None,
-) -> Float32[Array, "vocab"]:
+    prompt_counts: Int32[Array, " vocab"] | None = None,
+    output_counts: Int32[Array, " vocab"] | None = None,
+) -> Float32[Array, " vocab"]:
     """The logits to choose from. `position` is the number of tokens in the output so far.
 
-    Order: bias, repetition penalty (over prompt and output), presence and frequency penalty (over the output), min_tokens.
-    Without counts, penalties do not act. A logit of -inf stays -inf.
+    Order: bias, repetition penalty (over prompt and output), presence and frequency penalty (over the output),
+    min_tokens. Without counts, penalties do not act. A logit of -inf stays -inf.
     """
     logits = logits.at[settings.bias_ids].add(settings.bias_values, mode="drop")
     if prompt_counts is not None or output_counts is not None:
@@ -30,11 +31,11 @@ def adjust(
 
 
 def _penalized(
-    logits: Float32[Array, "vocab"],
+    logits: Float32[Array, " vocab"],
     settings: SamplerSettings,
-    prompt_counts: Int32[Array, "vocab"],
-    output_counts: Int32[Array, "vocab"],
-) -> Float32[Array, "vocab"]:
+    prompt_counts: Int32[Array, " vocab"],
+    output_counts: Int32[Array, " vocab"],
+) -> Float32[Array, " vocab"]:
     rate = settings.repetition_penalty
     seen = prompt_counts + output_counts > 0
     logits = jnp.where(seen, jnp.where(logits > 0, logits / rate, logits * rate), logits)
@@ -42,10 +43,10 @@ def _penalized(
     return logits - present - settings.frequency_penalty * output_counts.astype(jnp.float32)
 
 
-def _or_zero(counts: Int32[Array, "vocab"] | None, logits: Float32[Array, "vocab"]) -> Int32[Array, "vocab"]:
+def _or_zero(counts: Int32[Array, " vocab"] | None, logits: Float32[Array, " vocab"]) -> Int32[Array, " vocab"]:
     return jnp.zeros(logits.shape, jnp.int32) if counts is None else counts
 
 
-def count_token(counts: Int32[Array, "vocab"], token: Int32[Array, ""]) -> Int32[Array, "vocab"]:
+def count_token(counts: Int32[Array, " vocab"], token: Int32[Array, ""]) -> Int32[Array, " vocab"]:
     """`counts` with one more `token`."""
     return counts.at[token].add(1, mode="drop")

@@ -1,18 +1,20 @@
 """What a request asks of its sampler, checked before anything runs.
 
-The order in which the fields act is that of `sampling.sample`: bias, penalties, min_tokens, then temperature, top-k, top-p,
-min-p. The defaults sample from the model's own distribution.
+The order in which the fields act is that of `sampling.sample`: bias, penalties, min_tokens, then temperature, top-k,
+top-p, min-p. The defaults sample from the model's own distribution.
 """
 
 import dataclasses
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, no_type_check
+from typing import Any, cast, no_type_check
 
 from jfp8kv.core.errors import ConfigError, nearest
 
 MAX_LOGPROBS = 20
+MAX_RATE = 1000  # of temperature and repetition penalty: past it nothing changes but float32 overflows
+MAX_BIAS = 1e6
 MAX_SEED = 2**64 - 1
 MAX_ID = 2**31 - 1  # the device pads id lists with this one
 
@@ -22,19 +24,19 @@ MAX_ID = 2**31 - 1  # the device pads id lists with this one
 class SamplingParams:
     """How to continue one prompt. Raises `ConfigError` for a value outside its range.
 
-    Length: at most `max_tokens` tokens are made. No end-of-sequence or stop token is picked before `min_tokens` of them;
-    `ignore_eos` continues past the model's own end-of-sequence tokens. `stop` (a string or several) ends the text before
-    the match, `stop_token_ids` end it at the token.
+    Length: at most `max_tokens` tokens are made. No end-of-sequence or stop token is picked before `min_tokens` of
+    them; `ignore_eos` continues past the model's own end-of-sequence tokens. `stop` (a string or several) ends the
+    text before the match, `stop_token_ids` end it at the token.
 
-    Choice: `temperature` 0 is greedy (ties: the lowest id). `top_k` keeps the k most likely tokens (0 or -1: all), `top_p`
-    the smallest set of likely tokens that holds that share of the probability, `min_p` those at least that share as likely
-    as the likeliest. `seed` fixes the text whatever runs beside it; `n` samples differ from each other and sample 0 is the
-    text of `n=1`.
+    Choice: `temperature` 0 is greedy (ties: the lowest id). `top_k` keeps the k most likely tokens (0 or -1: all),
+    `top_p` the smallest set of likely tokens that holds that share of the probability, `min_p` those at least that
+    share as likely as the likeliest. `seed` fixes the text whatever runs beside it; `n` samples differ from each
+    other and sample 0 is the text of `n=1`.
 
-    Penalties: `repetition_penalty` divides positive and multiplies negative logits of tokens of the prompt and the output
-    (CTRL, arXiv:1909.05858, section 4.1). `presence_penalty` is subtracted from the logit of a token the output already
-    holds, `frequency_penalty` once for each time it holds it. `logit_bias` is added to the logits of the given ids;
-    `-inf` forbids a token.
+    Penalties: `repetition_penalty` divides positive and multiplies negative logits of tokens of the prompt and the
+    output (CTRL, arXiv:1909.05858, section 4.1). `presence_penalty` is subtracted from the logit of a token the
+    output already holds, `frequency_penalty` once for each time it holds it. `logit_bias` is added to the logits of
+    the given ids; `-inf` forbids a token.
 
     Report: `logprobs` gives the log-probability of each token made and of that many likeliest alternatives (up to 20),
     `prompt_logprobs` the same for the prompt. Both speak of the model's distribution, before anything above is applied.
@@ -79,7 +81,9 @@ class SamplingParams:
     def from_fields(cls, base: "SamplingParams | None" = None, **fields: Any) -> "SamplingParams":
         """`base` (or the defaults) with `fields` in place of its own. An unknown field names the nearest known one."""
         if base is not None and not isinstance(base, cls):
-            raise ConfigError(f"sampling={base!r}: must be a SamplingParams or None; try SamplingParams(temperature=0.7).")
+            raise ConfigError(
+                f"sampling={base!r}: must be a SamplingParams or None; try SamplingParams(temperature=0.7)."
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
@@ -100,7 +104,8 @@ class SamplingParams:
 
     def check_vocab(self, vocab: int) -> None:
         """Raise `ConfigError` if `stop_token_ids` or `logit_bias` name an id the model does not have."""
-        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias or ())):
+        stop_ids = cast(tuple[int, ...], self.stop_token_ids)
+        for name, ids in (("stop_token_ids", stop_ids), ("logit_bias", tuple(self.logit_bias or ()))):
             for token in ids:
                 if token >= vocab:
                     raise ConfigError(f"{name}: id {token} is outside the vocabulary; ids go from 0 to {vocab - 1}.")
@@ -133,6 +138,10 @@ def _up_to(limit: int) -> Callable[[Any], bool]:
     return lambda x: 0 <= x <= limit
 
 
+def _is_bias(x: Any) -> bool:
+    return abs(x) <= MAX_BIAS or x == -math.inf
+
+
 def _penalty(x: Any) -> bool:
     return -2 <= x <= 2
 
@@ -144,18 +153,26 @@ _RULES = (
     _Rule(
         "temperature",
         float,
-        lambda x: 0 <= x < math.inf,
-        "of at least 0, and finite",
+        _up_to(MAX_RATE),
+        f"of at least 0 and at most {MAX_RATE}",
         "try 0 for greedy decoding, 0.7 for variety",
     ),
     _Rule("top_k", int, lambda x: x >= -1, "of at least 1, or 0 or -1 for no limit", "try 50"),
     _Rule("top_p", float, lambda x: 0 < x <= 1, "above 0 and at most 1", "1.0 keeps every token, try 0.9"),
     _Rule("min_p", float, lambda x: 0 <= x <= 1, "between 0 and 1", "0 keeps every token, try 0.05"),
-    _Rule("repetition_penalty", float, lambda x: 0 < x < math.inf, "above 0, and finite", "1.0 is none, try 1.1"),
+    _Rule(
+        "repetition_penalty",
+        float,
+        lambda x: 1 / MAX_RATE <= x <= MAX_RATE,
+        f"from {1 / MAX_RATE} to {MAX_RATE}",
+        "1.0 is none, try 1.1",
+    ),
     _Rule("presence_penalty", float, _penalty, "between -2 and 2", "0 is none"),
     _Rule("frequency_penalty", float, _penalty, "between -2 and 2", "0 is none"),
     _Rule("logprobs", int, _up_to(MAX_LOGPROBS), f"from 0 to {MAX_LOGPROBS}", "None reports nothing", optional=True),
-    _Rule("prompt_logprobs", int, _up_to(MAX_LOGPROBS), f"from 0 to {MAX_LOGPROBS}", "None reports nothing", optional=True),
+    _Rule(
+        "prompt_logprobs", int, _up_to(MAX_LOGPROBS), f"from 0 to {MAX_LOGPROBS}", "None reports nothing", optional=True
+    ),
     _Rule("seed", int, _up_to(MAX_SEED), "from 0 to 2**64 - 1", "None takes the engine's", optional=True),
 )
 
@@ -174,8 +191,9 @@ def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
 
 
 def _token_id(name: str, token: Any) -> int:
-    if not isinstance(token, numbers.Integral) or isinstance(token, bool) or not 0 <= token < MAX_ID:
-        raise ConfigError(f"{name}: {token!r} is not a token id; ids are whole numbers from 0 to the vocabulary's end.")
+    whole = isinstance(token, numbers.Integral) and not isinstance(token, bool)
+    if not whole or not 0 <= token < MAX_ID:
+        raise ConfigError(f"{name}: {token!r} is not a token id; ids are whole numbers from 0.")
     return int(token)
 
 
@@ -191,8 +209,9 @@ def _bias(bias: Any) -> dict[int, float] | None:
     if not isinstance(bias, Mapping):
         raise ConfigError(f"logit_bias={bias!r}: must map token ids to numbers; try {{50: -1.5}}.")
     for token, value in bias.items():
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not value < math.inf:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not _is_bias(value):
             raise ConfigError(
-                f"logit_bias: {value!r} for id {token!r} must be a finite number, or -inf to forbid the token; try -100."
+                f"logit_bias: {value!r} for id {token!r} must be a number between {-MAX_BIAS:g} and {MAX_BIAS:g}, "
+                "or -inf to forbid the token; try -100."
             )
     return {_token_id("logit_bias", token): float(value) for token, value in bias.items()}

@@ -1,8 +1,8 @@
 """`SamplingParams` as the device sees them: scalars of one request, stacked into rows of a batch.
 
-The ids of `logit_bias` and of the tokens that `min_tokens` holds off have as many entries as the request names. They are
-padded to a bucket (0, or a power of two from 8) with an id past the end of any vocabulary, so that few shapes occur and a
-batch without them carries none.
+The ids of `logit_bias` and of the tokens that `min_tokens` holds off have as many entries as the request names. They
+are padded to a bucket (0, or a power of two from 8) with an id past the end of any vocabulary, so that few shapes
+occur and a batch without them carries none.
 """
 
 import dataclasses

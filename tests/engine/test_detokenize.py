@@ -8,7 +8,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from jfp8kv.engine.detokenize import Detokenizer
 
-CORPUS = ["the cat sat on the mat. The end. STOP here, héllo wörld!", "你好，世界。日本語のテキスト", "😀👩‍👩‍👧 emoji 🎉🎉"] * 4
+CORPUS = [
+    "the cat sat on the mat. The end. STOP here, héllo wörld!",
+    "你好，世界。日本語のテキスト",
+    "😀👩‍👩‍👧 emoji 🎉🎉",
+] * 4
 SPECIAL = "<|end|>"
 TEXTS = st.text(alphabet="the ca.STOP\né你好世😀👩\u200d🎉ÿ", max_size=40)
 

@@ -191,15 +191,13 @@ def through_fp8(x: np.ndarray, scale: np.ndarray, fmt: str) -> np.ndarray:
 
 
 def token_head_scales(x: np.ndarray, fmt: str) -> np.ndarray:
-    """One float32 scale per token and head, `[tokens, kv_heads, 1]`: `amax / largest finite`, rounded up to a bfloat16.
+    """One float32 scale per token and head, `[tokens, kv_heads, 1]`: the smallest power of two that holds the largest value.
 
-    Rounding up keeps `x / scale` inside the finite range. A token and head that is all zero gets scale 1.
+    A token and head that is all zero gets scale 1 (any would do).
     """
-    scale = np.abs(x.astype(np.float32)).max(axis=-1, keepdims=True) / np.float32(FORMATS[fmt][1])
-    nearest = scale.astype(ml_dtypes.bfloat16)
-    next_up = (nearest.view(np.uint16) + np.uint16(1)).view(ml_dtypes.bfloat16)  # scales are never negative
-    up = np.where(nearest.astype(np.float32) < scale, next_up, nearest).astype(np.float32)
-    return np.where(scale == 0, np.float32(1), up)
+    ratio = np.abs(x.astype(np.float32)).max(axis=-1, keepdims=True).astype(np.float64) / FORMATS[fmt][1]
+    exponent = np.ceil(np.log2(np.where(ratio == 0, 1, ratio)))
+    return np.exp2(exponent).astype(np.float32)
 
 
 def _layer_scale(scales: np.ndarray | float | None, layer: int) -> np.ndarray:

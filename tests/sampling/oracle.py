@@ -19,7 +19,7 @@ def adjusted(logits, params, generated=0, prompt=(), output=(), eos_ids=()):
 
 
 def distribution(logits, params):
-    """The probabilities that temperature, top-k, top-p and min-p leave. Tokens as likely as the last one kept are kept."""
+    """The probabilities that temperature, top-k, top-p and min-p leave. Ties with the last one kept are kept."""
     x = np.asarray(logits, np.float64)
     if params.temperature == 0:
         return np.eye(len(x))[np.argmax(x)]

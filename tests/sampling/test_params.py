@@ -31,11 +31,11 @@ def test_the_defaults_are_those_of_the_contract():
 
 REFUSED = [
     ("max_tokens", [0, -1, 2.0, "8", True, None]),
-    ("temperature", [-0.1, math.nan, math.inf, "0.7", True, None]),
+    ("temperature", [-0.1, 1001, 1e39, math.nan, math.inf, "0.7", True, None]),
     ("top_k", [-2, 1.0, "5", True]),
     ("top_p", [0, -0.5, 1.0001, math.nan, "0.9", True]),
     ("min_p", [-0.1, 1.1, math.nan, "0"]),
-    ("repetition_penalty", [0, -1, math.inf, math.nan, "1"]),
+    ("repetition_penalty", [0, -1, 1e-4, 1001, math.inf, math.nan, "1"]),
     ("presence_penalty", [-2.1, 2.1, math.nan, "1"]),
     ("frequency_penalty", [-2.1, 2.1, math.nan, "1"]),
     ("stop", ["", ["a", ""], [1], 1, b"stop", {"a": 1}, None]),
@@ -45,7 +45,10 @@ REFUSED = [
     ("logprobs", [-1, 21, 1.0, True]),
     ("prompt_logprobs", [-1, 21, 1.0, True]),
     ("seed", [-1, 2**64, 1.0, "1", True]),
-    ("logit_bias", [[1, 2], {"5": 1.0}, {-1: 1.0}, {5: math.nan}, {5: math.inf}, {5: "1"}, {5: True}]),
+    (
+        "logit_bias",
+        [[1, 2], {"5": 1.0}, {-1: 1.0}, {5: math.nan}, {5: math.inf}, {5: 1e39}, {5: -1e39}, {5: "1"}, {5: True}],
+    ),
     ("min_tokens", [-1, 1.0, True, 129]),
 ]
 
@@ -57,7 +60,7 @@ def test_a_value_out_of_range_or_of_the_wrong_type_is_refused_by_name(name, valu
 
 
 def test_a_refusal_names_the_value_and_the_range_and_what_to_try():
-    with pytest.raises(ConfigError, match=r"temperature=-1: must be a number of at least 0, .*; try 0 for greedy"):
+    with pytest.raises(ConfigError, match=r"temperature=-1: must be a number of at least 0 and .*; try 0 for greedy"):
         SamplingParams(temperature=-1)
     with pytest.raises(ConfigError, match=r"top_p=1.5: must be a number above 0 and at most 1; .*try 0.9"):
         SamplingParams(top_p=1.5)

@@ -1,0 +1,140 @@
+"""What may be asked on the command line, and the model and sampling parameters that were asked for."""
+
+import argparse
+import importlib.metadata
+import logging
+import re
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from jfp8kv.core.errors import ConfigError, nearest, one_of
+
+if TYPE_CHECKING:
+    import jfp8kv.api
+
+SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises `ConfigError` for a mistake, where argparse prints its usage and leaves."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`.")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments, checked as far as that goes without a model.
+
+    Raises:
+      ConfigError: a mistake; for an unknown option or command it names the nearest known one.
+      SystemExit: after --help and --version.
+    """
+    for given in argv:
+        if any("\ud800" <= character <= "\udfff" for character in given):  # how Python hands over stray bytes
+            raise ConfigError(f"argument {given!r}: must be UTF-8 text.")
+    parser, commands = _parsers()
+    if argv and argv[0] not in commands and not argv[0].startswith("-"):
+        raise one_of("command", argv[0], commands)
+    args, unknown = parser.parse_known_args(argv)
+    for given in unknown:
+        if not given.startswith("-"):
+            raise ConfigError(f"unexpected argument {given!r}: put quotes around a text, and --prompt before it.")
+        option = given.partition("=")[0]
+        known = re.findall(r"--[a-z-]+", commands[args.command].format_help())
+        raise ConfigError(f"unknown option {option}.{nearest(option, known)} See `jfp8kv {args.command} --help`.")
+    return args
+
+
+def sampling(args: argparse.Namespace) -> "jfp8kv.api.SamplingParams":
+    """The sampling parameters asked for. Raises `ConfigError` for a value out of its range."""
+    from jfp8kv.api import SamplingParams
+
+    return SamplingParams(**{name: getattr(args, name) for name in SAMPLING if hasattr(args, name)})
+
+
+def load(args: argparse.Namespace) -> "jfp8kv.api.LLM":
+    """The model asked for, with its cache. Raises `ConfigError` or `CheckpointError`."""
+    from jfp8kv.api import LLM
+
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the others
+    return LLM(
+        args.model,
+        kv_cache_dtype=args.kv_dtype,
+        kv_scales=args.kv_scales,
+        kv_cache_memory=args.kv_cache_memory,
+        max_model_len=args.max_model_len,
+        dtype=args.dtype,
+    )
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    about = "Run language models in JAX with a paged key/value cache in 8-bit floating point."
+    parser = _Parser("jfp8kv", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"jfp8kv {importlib.metadata.version('jfp8kv')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    about = "Continue prompts. One is streamed as it is made; several run as one batch."
+    generate = commands.add_parser("generate", help="continue prompts", description=about, allow_abbrev=False)
+    _add_model(generate)
+    asked = generate.add_argument_group("prompts")
+    asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
+    asked.add_argument("--file", metavar="PATH", help="prompts, one a line, empty lines left out; - is stdin")
+    asked.add_argument("--chat", action="store_true", help="ask as a user, through the model's chat template")
+    asked.add_argument("--n", type=int, default=1, metavar="N", help="continuations of each prompt (default 1)")
+    asked.add_argument("--json", action="store_true", help="print one JSON object a line for each continuation")
+    _add_sampling(generate, max_tokens=128, temperature=1.0)
+
+    about = "Talk with a model. /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
+    chat = commands.add_parser("chat", help="talk with a model", description=about, allow_abbrev=False)
+    _add_model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+    _add_sampling(chat, max_tokens=512, temperature=0.7)
+    return parser, {"generate": generate, "chat": chat}
+
+
+def _add_model(parser: _Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
+    group = parser.add_argument_group("model and cache")
+
+    def option(name: str, metavar: str, text: str, default: str | None = None) -> None:
+        group.add_argument(name, default=default, metavar=metavar, help=text)
+
+    option(
+        "--kv-dtype",
+        "DTYPE",
+        "of the KV cache: fp8_e4m3 (or fp8), fp8_e5m2, bfloat16, float16, float32, or auto (default): the checkpoint's "
+        "FP8 if it declares one, else the type of the weights",
+        default="auto",
+    )
+    option(
+        "--kv-scales",
+        "SCALES",
+        "of an FP8 cache: checkpoint, unit, token_head (dynamic), a file of KVScales, or auto (default): the "
+        "checkpoint's, else unit",
+        default="auto",
+    )
+    option("--kv-cache-memory", "SIZE", "of the KV cache, such as 2GiB (default: a share of what is free)")
+    option("--dtype", "DTYPE", "of the weights: bfloat16, float16 or float32 (default: the file's)")
+    limit = "most tokens of prompt and output (default: the model's)"
+    group.add_argument("--max-model-len", type=int, metavar="N", help=limit)
+    group.add_argument("--quiet", action="store_true", help="print the text alone: no statistics, no progress")
+
+
+def _add_sampling(parser: _Parser, *, max_tokens: int, temperature: float) -> None:
+    group = parser.add_argument_group("sampling")
+
+    def number(name: str, kind: type, default: float | None, text: str) -> None:
+        shown = "" if default is None else f" (default {default})"
+        group.add_argument(name, type=kind, default=default, metavar="N" if kind is int else "X", help=text + shown)
+
+    number("--max-tokens", int, max_tokens, "most tokens to make")
+    number("--temperature", float, temperature, "0 takes the likeliest token each time")
+    number("--top-p", float, 1.0, "sample from the likeliest tokens that hold this share of the probability")
+    number("--top-k", int, 0, "sample from this many of the likeliest tokens; 0 is all")
+    number("--min-p", float, 0.0, "sample from tokens at least this share as likely as the likeliest")
+    number("--seed", int, None, "the same seed gives the same text")
+    stop = "end before this text; may be given again"
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help=stop)

@@ -1,0 +1,220 @@
+"""Every implementation of paged attention agrees with a NumPy loop, or raises exactly `NotSupported`.
+
+Both sides read the same stored bytes, so what separates them is float32 rounding: with n keys and head_dim d, scores carry a
+relative error of at most about d * 2**-24 of sum(|q||k|), and the output one of n * 2**-24 of max|v| plus what the scores' error
+makes of it, `exp` turning an absolute error e of a score into a relative error e of its weight. The tolerance is that bound.
+"""
+
+import itertools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from jfp8kv.attention import dispatch
+from jfp8kv.attention.contract import AttentionOptions, Where
+from jfp8kv.cache.pages import KVPages, LayerScales, new_pages
+from jfp8kv.cache.scales import KVScales
+from jfp8kv.core.errors import ConfigError, NotSupported
+from jfp8kv.core.formats import E4M3, E5M2, FLOAT32, FORMATS, encode_numpy
+
+LAYERS, PAGES, SIZE = 2, 12, 4
+IMPLEMENTATIONS = ("reference", "xla")
+EPS = 2.0**-24
+
+
+class Case:
+    """Random requests over one pool whose unwritten slots hold NaN codes."""
+
+    def __init__(self, *, fmt=E4M3, kv_heads=2, group=3, dim=16, lengths=(5,), tokens=1, scales="head", seed=0, **options):
+        rng = np.random.default_rng(seed)
+        self.lengths, self.tokens, self.fmt = np.int32(lengths), tokens, fmt
+        self.table = np.full((len(lengths), 5), PAGES, np.int32)
+        order = iter(rng.permutation(PAGES))
+        for i, length in enumerate(lengths):
+            used = -(-length // SIZE)
+            self.table[i, :used] = list(itertools.islice(order, used))
+        dynamic = scales == "token_head"
+        shape = {"tensor": (LAYERS, 1, 1), "head": (LAYERS, kv_heads, 1), "channel": (LAYERS, kv_heads, dim)}
+        self.scales = None
+        if not dynamic:
+            k_scale, v_scale = rng.uniform(0.01, 0.05, (2, *shape[scales]))
+            self.scales = LayerScales.of(KVScales(k_scale, v_scale), layers=LAYERS, kv_heads=kv_heads, head_dim=dim)
+        self.layer = int(rng.integers(LAYERS))
+        stored = [self._stored(rng, which, dynamic, kv_heads, dim) for which in ("k_inverse", "v_inverse")]
+        (k, k_exponent), (v, v_exponent) = stored
+        self.pages = KVPages(k, v, k_exponent, v_exponent, fmt=fmt, layers=LAYERS)
+        self.q = rng.normal(size=(len(lengths), tokens, kv_heads * group, dim)).astype(np.float32)
+        self.options = AttentionOptions(sm_scale=dim**-0.5, **options)
+
+    def _stored(self, rng, inverse: str, dynamic: bool, kv_heads: int, dim: int) -> tuple:
+        """A pool of NaN codes with every request's tokens in it, written by NumPy."""
+        bits = np.full((LAYERS * PAGES, kv_heads, SIZE, dim), self.fmt.nan_code or np.nan, self.fmt.stored)
+        exponents = np.full(bits.shape[:3], 255, np.uint8)
+        for i, length in enumerate(self.lengths):
+            for position, x in enumerate(rng.normal(size=(length, kv_heads, dim)).astype(np.float32)):
+                slot = self.layer * PAGES + self.table[i, position // SIZE], slice(None), position % SIZE
+                if dynamic:
+                    exponent = np.ceil(np.log2(np.abs(x).max(-1).astype(np.float64) / self.fmt.largest))
+                    exponents[slot] = exponent + 127
+                    factor = np.float32(2.0**-exponent)[:, None]
+                else:
+                    factor = np.asarray(getattr(self.scales, inverse))[self.layer]
+                bits[slot] = encode_numpy(x * factor, self.fmt)
+        return jnp.asarray(bits), jnp.asarray(exponents) if dynamic else None
+
+    @property
+    def starts(self) -> np.ndarray:
+        return np.maximum(self.lengths - self.tokens, 0).astype(np.int32)
+
+    def run(self, name: str) -> np.ndarray:
+        attend = dispatch.choose(name).attend
+
+        def one(q, table, start, length, pages):
+            at = Where(table, start, length, jnp.int32(max(self.lengths)))
+            return attend(q, pages, self.scales, self.options, at, layer=jnp.int32(self.layer))
+
+        batched = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, 0, None)))
+        return np.asarray(batched(self.q, self.table, self.starts, self.lengths, self.pages))
+
+    def values(self, bits, exponent, scale, request: int, head: int) -> np.ndarray:
+        """What the cache holds of one request and head, float64 `[length, head_dim]`."""
+        out = []
+        for position in range(self.lengths[request]):
+            row, offset = self.layer * PAGES + self.table[request, position // SIZE], position % SIZE
+            stored = np.asarray(bits)[row, head, offset].view(self.fmt.dtype).astype(np.float64)
+            factor = np.asarray(scale)[self.layer, head] if exponent is None else 2.0 ** (
+                float(np.asarray(exponent)[row, head, offset]) - 127
+            )
+            out.append(stored * factor)
+        return np.array(out).reshape(-1, self.q.shape[-1])
+
+    def expect(self) -> tuple[np.ndarray, np.ndarray]:
+        """The outputs by a plain loop in float64, and how far float32 may be from them."""
+        out, bound = np.zeros_like(self.q, np.float64), np.zeros(self.q.shape, np.float64)
+        group = self.q.shape[2] // self.pages.k_bits.shape[1]
+        o = self.options
+        for r, t, h in np.ndindex(self.q.shape[:3]):
+            position = self.starts[r] + t
+            if position >= self.lengths[r]:
+                continue
+            k = self.values(self.pages.k_bits, self.pages.k_exponent, None if self.scales is None else self.scales.k, r, h // group)
+            v = self.values(self.pages.v_bits, self.pages.v_exponent, None if self.scales is None else self.scales.v, r, h // group)
+            window = 0 if o.window is None else int(o.window[self.layer])
+            first = max(0, position - window + 1) if window else 0
+            k, v, q = k[first : position + 1], v[first : position + 1], self.q[r, t, h].astype(np.float64)
+            scores = k @ q * o.sm_scale
+            error = (len(q) + 8) * EPS * (np.abs(k) @ np.abs(q)) * o.sm_scale
+            if o.softcap is not None:
+                scores = o.softcap * np.tanh(scores / o.softcap)
+                error = error + 8 * EPS * o.softcap
+            sink = [] if o.sinks is None else [float(o.sinks[self.layer, h])]
+            weights = np.exp(scores - max([*scores, *sink]))
+            weights = weights / (weights.sum() + np.exp(np.array(sink) - max([*scores, *sink])).sum())
+            out[r, t, h] = weights @ v
+            bound[r, t, h] = (2 * error.max() + (2 * len(k) + 16) * EPS) * (weights @ np.abs(v)) + 1e-30
+        return out, bound
+
+    def check(self, name: str) -> None:
+        got, (want, bound) = self.run(name), self.expect()
+        assert np.all(np.isfinite(got)), "an unwritten slot reached the output"
+        live = self.starts[:, None] + np.arange(self.tokens) < self.lengths[:, None]
+        assert np.all(np.abs(got - want)[live] <= bound[live])
+        empty = np.broadcast_to((self.lengths == 0)[:, None], live.shape)
+        if self.options.sinks is None:
+            assert np.all(got[empty] == 0), "a query that sees nothing gives zeros"
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scales", ["tensor", "head", "channel", "token_head"])
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+def test_fp8_pages_with_every_granularity_of_scales(name, scales, fmt) -> None:
+    Case(fmt=fmt, scales=scales, lengths=(0, 1, 3, 4, 5, 13)).check(name)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_every_format_in_decode_and_prefill(name, fmt) -> None:
+    for tokens in (1, 7):
+        Case(fmt=fmt, scales="tensor", lengths=(7, 8, 9, 17), tokens=tokens).check(name)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (4, 1), (1, 6), (2, 5)], ids=["one", "mha", "mqa", "gqa"])
+@pytest.mark.parametrize("dim", [8, 80])
+def test_every_grouping_of_heads(name, kv_heads, group, dim) -> None:
+    Case(kv_heads=kv_heads, group=group, dim=dim, lengths=(9, 4), tokens=4).check(name)
+
+
+OPTIONS = {
+    "window": {"window": jnp.int32([3, 6])},
+    "no window": {"window": jnp.int32([0, 0])},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": jnp.float32(np.linspace(-2, 3, LAYERS * 6).reshape(LAYERS, 6))},
+}
+OPTIONS["all"] = OPTIONS["window"] | OPTIONS["softcap"] | OPTIONS["sinks"]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_windows_caps_and_sinks(name, options) -> None:
+    for tokens in (1, 6):
+        Case(lengths=(0, 1, 6, 14), tokens=tokens, **options).check(name)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@settings(max_examples=12)
+@given(
+    lengths=st.lists(st.integers(0, 5 * SIZE), min_size=3, max_size=3).filter(lambda x: sum(-(-n // SIZE) for n in x) <= PAGES),
+    seed=st.integers(0, 99),
+    tokens=st.sampled_from([1, 5]),
+)
+def test_ragged_batches_over_shuffled_pages(name, lengths, seed, tokens) -> None:
+    Case(lengths=tuple(lengths), seed=seed, tokens=tokens, scales="channel").check(name)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_two_requests_may_share_pages(name) -> None:
+    case = Case(fmt=FLOAT32, scales="tensor", lengths=(8, 8))
+    case.table[1] = case.table[0]
+    case.q[1] = case.q[0]
+    got = case.run(name)
+    assert np.array_equal(got[0], got[1])
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_request_does_not_depend_on_its_neighbours(name) -> None:
+    case = Case(lengths=(9, 17, 3), tokens=3)
+    together = case.run(name)
+    case.lengths, case.table, case.q = case.lengths[:1], case.table[:1], case.q[:1]
+    np.testing.assert_allclose(case.run(name)[0], together[0], rtol=0, atol=2e-6)
+
+
+def test_dispatch_says_why_and_names_what_it_cannot_do() -> None:
+    assert dispatch.choose().name == "xla" and "cpu" in dispatch.choose().why
+    assert dispatch.choose("reference").why == "asked for"
+    with pytest.raises(NotSupported, match="'xla'"):
+        dispatch.choose("pallas")
+    with pytest.raises(ConfigError, match="Did you mean 'xla'"):
+        dispatch.choose("xl")
+
+
+def test_a_pool_is_never_decoded_whole() -> None:
+    """The tile is decoded, not the pool: temporaries stay far below the pool's size."""
+    pages = jax.eval_shape(
+        lambda: new_pages(E4M3, layers=4, num_pages=512, page_size=64, kv_heads=2, head_dim=64, dynamic=False)
+    )
+    scales = LayerScales.of(KVScales.unit(4), layers=4, kv_heads=2, head_dim=64)
+
+    def decode(q, pages: KVPages, table, length):
+        at = Where(table, length - 1, length, length)
+        return dispatch.choose().attend(q, pages, scales, AttentionOptions(), at, layer=jnp.int32(2))
+
+    shape = jax.ShapeDtypeStruct
+    q, table = shape((1, 6, 64), jnp.float32), shape((64,), jnp.int32)
+    compiled = jax.jit(decode).lower(q, pages, table, shape((), jnp.int32)).compile()
+    pool_bytes = 2 * 4 * 512 * 2 * 64 * 64
+    assert compiled.memory_analysis().temp_size_in_bytes < pool_bytes / 50

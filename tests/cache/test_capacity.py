@@ -1,0 +1,43 @@
+"""Bytes to pages."""
+
+import jax
+import pytest
+
+from jfp8kv.cache.capacity import default_bytes, free_bytes, pages_for, parse_bytes
+from jfp8kv.cache.pages import new_pages, page_bytes
+from jfp8kv.core.errors import CapacityError, ConfigError
+from jfp8kv.core.formats import BFLOAT16, E4M3
+
+
+@pytest.mark.parametrize(
+    ("given", "bytes_"),
+    [(1000, 1000), ("1000", 1000), ("2KB", 2000), ("2 KiB", 2048), ("1.5GiB", 3 * 2**29), ("3GB", 3_000_000_000), ("7B", 7)],
+)
+def test_sizes_are_read_in_the_usual_spellings(given, bytes_) -> None:
+    assert parse_bytes(given) == bytes_
+
+
+@pytest.mark.parametrize("bad", ["", "two GiB", "-1GB", 0, -5, True, None, float("inf"), float("nan"), "3 XB", "1Gi"])
+def test_other_sizes_are_refused_with_an_example(bad) -> None:
+    with pytest.raises(ConfigError, match="512MiB"):
+        parse_bytes(bad)
+
+
+def test_a_budget_buys_whole_pages_up_to_a_limit_and_never_none() -> None:
+    assert pages_for(1050, bytes_per_page=100, page_size=16, most=99) == 10
+    assert pages_for(10**9, bytes_per_page=100, page_size=16, most=99) == 99
+    with pytest.raises(CapacityError, match="takes 100 bytes"):
+        pages_for(99, bytes_per_page=100, page_size=16, most=99)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("fmt", [E4M3, BFLOAT16], ids=["e4m3", "bf16"])
+def test_page_bytes_is_what_the_arrays_take(fmt, dynamic) -> None:
+    sizes = {"layers": 3, "page_size": 8, "kv_heads": 2, "head_dim": 16, "dynamic": dynamic}
+    pool = new_pages(fmt, num_pages=5, **sizes)
+    assert sum(x.nbytes for x in jax.tree.leaves(pool)) == 5 * page_bytes(fmt, **sizes)
+
+
+def test_the_default_is_a_share_of_what_is_free() -> None:
+    device = jax.devices()[0]
+    assert 0 < default_bytes(device) < free_bytes(device)

@@ -1,0 +1,93 @@
+"""Writing into the pool: the right bytes in the right places, nothing else touched, nothing copied."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jfp8kv.cache.pages import KVPages, LayerScales, fill, new_pages, write
+from jfp8kv.cache.scales import KVScales
+from jfp8kv.core.formats import E4M3, E5M2, FORMATS, encode_numpy
+
+LAYERS, PAGES, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
+
+
+def pool(fmt, dynamic: bool = False) -> KVPages:
+    pages = new_pages(
+        fmt, layers=LAYERS, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM, dynamic=dynamic
+    )
+    return fill(pages, fmt.nan_code)
+
+
+def scales_of(kind: str) -> LayerScales:
+    shape = {"tensor": (LAYERS, 1, 1), "head": (LAYERS, HEADS, 1), "channel": (LAYERS, HEADS, DIM)}[kind]
+    rng = np.random.default_rng(5)
+    scales = KVScales(rng.uniform(0.01, 0.1, shape), rng.uniform(0.01, 0.1, shape))
+    return LayerScales.of(scales, layers=LAYERS, kv_heads=HEADS, head_dim=DIM)
+
+
+def tokens(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.random.default_rng(seed).normal(size=(2, count, HEADS, DIM)).astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "head", "channel"])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_each_token_lands_in_its_slot_with_the_bytes_numpy_makes(fmt, kind) -> None:
+    scales, table, start, length = scales_of(kind), [4, 1, 3], 3, 9
+    k, v = tokens(length - start)
+    at = {"layer": 1, "page_table": jnp.int32(table), "start": jnp.int32(start), "length": jnp.int32(length)}
+    got = jax.jit(lambda p, k, v: write(p, scales, k, v, **at))(pool(fmt), k, v)
+    want_k, want_v = (np.array(x) for x in (pool(fmt).k_bits, pool(fmt).v_bits))
+    for i, position in enumerate(range(start, length)):
+        row, offset = PAGES * 1 + table[position // SIZE], position % SIZE
+        want_k[row, :, offset] = encode_numpy(k[i] * np.asarray(scales.k_inverse)[1], fmt)
+        want_v[row, :, offset] = encode_numpy(v[i] * np.asarray(scales.v_inverse)[1], fmt)
+    assert np.array_equal(np.asarray(got.k_bits), want_k, equal_nan=True)
+    assert np.array_equal(np.asarray(got.v_bits), want_v, equal_nan=True)
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
+def test_dynamic_scales_are_written_beside_their_tokens(fmt) -> None:
+    k, v = tokens(5)
+    k[2, 0] *= 1e4
+    at = {"layer": 2, "page_table": jnp.int32([0, 5]), "start": jnp.int32(0), "length": jnp.int32(5)}
+    got = write(pool(fmt, dynamic=True), None, jnp.asarray(k), jnp.asarray(v), **at)
+    for x, bits, exponent in ((k, got.k_bits, got.k_exponent), (v, got.v_bits, got.v_exponent)):
+        for i in range(5):
+            row, offset = 2 * PAGES + [0, 5][i // SIZE], i % SIZE
+            scale = 2.0 ** (np.asarray(exponent)[row, :, offset].astype(np.float64) - 127)
+            stored = np.asarray(bits)[row, :, offset].view(fmt.dtype).astype(np.float64)
+            bound = np.maximum(np.abs(x[i]) / 2 ** (fmt.mantissa_bits + 1), scale[:, None] * fmt.smallest_subnormal / 2)
+            assert np.all(np.abs(stored * scale[:, None] - x[i]) <= bound)
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 0), (0, 1), (3, 4), (4, 5), (7, 8), (0, 8), (5, 5)])
+def test_padding_and_tokens_past_the_table_are_dropped(start, length) -> None:
+    k, v = tokens(6)
+    at = {"layer": 0, "page_table": jnp.int32([2, PAGES]), "start": jnp.int32(start), "length": jnp.int32(length)}
+    got = np.asarray(write(pool(E4M3), scales_of("tensor"), jnp.asarray(k), jnp.asarray(v), **at).k_bits)
+    written = {(int(r), int(o)) for r, _, o, _ in np.argwhere(got != E4M3.nan_code)}
+    inside = range(start, min(length, start + 6, SIZE))  # the second entry is past the end: no page
+    assert written == {(2, position) for position in inside}
+
+
+def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool() -> None:
+    scales = scales_of("head")
+    k, v = (jnp.stack(x) for x in zip(tokens(3, 1), tokens(3, 2), strict=True))
+    tables, starts, lengths = jnp.int32([[0, 1], [2, 3]]), jnp.int32([0, 3]), jnp.int32([2, 6])
+
+    def one(pages, k, v, table, start, length):
+        return write(pages, scales, k, v, layer=1, page_table=table, start=start, length=length)
+
+    together = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0, 0), out_axes=None))(
+        pool(E5M2), k, v, tables, starts, lengths
+    )
+    apart = pool(E5M2)
+    for i in range(2):
+        apart = one(apart, k[i], v[i], tables[i], starts[i], lengths[i])
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True))
+
+
+def test_the_pool_shows_its_values_as_float8() -> None:
+    pages = new_pages(E4M3, layers=1, num_pages=2, page_size=4, kv_heads=1, head_dim=8)
+    assert (pages.k.dtype, pages.v.dtype, pages.num_pages, pages.page_size) == (E4M3.dtype, E4M3.dtype, 2, 4)

@@ -1,0 +1,386 @@
+"""The command line, mostly inside this process, over the tiny reference model; a few runs of the program itself.
+
+A mistake must give exit status 2 and one line on stderr that names the thing, whatever it is.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+import jfp8kv
+from jfp8kv.cli import main
+from jfp8kv.engine import engine
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "tests" / "references" / "llama_bf16"
+ASK = ("--prompt", "the end", "--temperature", "0", "--max-tokens", "12")
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process; its exit status, stdout and stderr."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(arg) for arg in argv])
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Have the user say these lines, then end stdin."""
+
+    def says(*lines: str) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(f"{x}\n" for x in lines).encode())))
+
+    return says
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return jfp8kv.LLM(str(MODEL))
+
+
+@pytest.fixture(scope="module")
+def expected(llm):
+    """What the library itself makes of ASK."""
+    return llm.generate("the end", temperature=0, max_tokens=12)[0]
+
+
+def program(*argv: object, **options) -> subprocess.CompletedProcess[str]:
+    """The program as a user starts it."""
+    command = [sys.executable, "-m", "jfp8kv", *map(str, argv)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "timeout": 120} | options
+    return subprocess.run(command, cwd=ROOT, check=False, **options)
+
+
+# -- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_prompt_gives_its_text_on_stdout_and_the_figures_on_stderr(run, expected):
+    status, out, err = run("generate", MODEL, *ASK)
+    assert (status, out) == (0, expected.text + "\n")
+    assert re.fullmatch(r"jfp8kv: 12 tokens in .* tokens/s.*; KV cache \(auto\): 256 bytes per token, room .*\n", err)
+
+
+def test_the_cache_is_of_the_format_asked_for(run):
+    _, _, err = run("generate", MODEL, *ASK, "--kv-dtype", "fp8_e5m2", "--kv-scales", "unit")
+    assert "KV cache (fp8_e5m2): 128 bytes per token" in err
+
+
+def test_quiet_leaves_stderr_empty(run):
+    assert run("generate", MODEL, *ASK, "--quiet")[2] == ""
+
+
+def test_several_prompts_are_told_apart(run, llm, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfa dog\r\n\r\n the caf\xc3\xa9\n")
+    _, out, _ = run("generate", MODEL, *ASK, "--file", file)
+    prompts = ["the end", "a dog", " the café"]
+    texts = [made.text for made in llm.generate(prompts, temperature=0, max_tokens=12)]
+    assert out == "".join(f"[{i}] {p}\n{t}\n\n" for i, (p, t) in enumerate(zip(prompts, texts, strict=True)))
+
+
+def test_prompts_come_from_stdin_too(run, says, expected):
+    says("the end")
+    assert run("generate", MODEL, *ASK[2:], "--file", "-")[1] == expected.text + "\n"
+
+
+def test_json_is_one_object_a_line_for_each_continuation(run, llm):
+    ask = (
+        "--prompt",
+        "a dog",
+        "--n",
+        2,
+        "--seed",
+        7,
+        "--max-tokens",
+        5,
+        "--min-p",
+        0.02,
+        "--top-k",
+        50,
+        "--top-p",
+        0.9,
+    )
+    status, out, _ = run("generate", MODEL, "--json", "--prompt", "the end", *ask)
+    records = [json.loads(line) for line in out.splitlines()]
+    sampling = jfp8kv.SamplingParams(n=2, seed=7, max_tokens=5, min_p=0.02, top_k=50, top_p=0.9)
+    outputs = llm.generate(["the end", "a dog"], sampling)
+    assert status == 0
+    assert [(r["prompt_index"], r["index"], r["text"], r["token_ids"], r["finish_reason"]) for r in records] == [
+        (number, made.index, made.text, made.token_ids, made.finish_reason)
+        for number, output in enumerate(outputs)
+        for made in output.outputs
+    ]
+    assert [(r["prompt"], r["prompt_tokens"]) for r in records[::2]] == [
+        (o.prompt, len(o.prompt_token_ids)) for o in outputs
+    ]
+
+
+def test_chat_asks_through_the_template(run, llm):
+    messages = [{"role": "user", "content": "the end"}]
+    assert run("generate", MODEL, *ASK, "--chat")[1] == llm.chat(messages, temperature=0, max_tokens=12)[0].text + "\n"
+
+
+def test_stop_ends_the_text_before_the_match(run, expected):
+    stop = expected.text[3:5]
+    assert run("generate", MODEL, *ASK, "--stop", stop)[1] == expected.text.split(stop)[0] + "\n"
+
+
+def test_what_is_not_asked_for_is_as_the_library_has_it(run):
+    help_text = run("generate", "--help")[1]
+    defaults = dict(re.findall(r"--([a-z-]+) [NX] [^-]*?\(default ([0-9.]+)\)", help_text))
+    assert set(defaults) == {"n", "max-tokens", "temperature", "top-p", "top-k", "min-p"}
+    library = jfp8kv.SamplingParams()
+    assert {name: float(value) for name, value in defaults.items()} == {
+        name: getattr(library, name.replace("-", "_")) for name in defaults
+    }
+
+
+# -- chat -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_remembers_until_it_is_reset(run, says, llm):
+    def answer(*messages: str) -> str:
+        roles = ("user", "assistant") * len(messages)
+        turns = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]
+        return llm.chat([{"role": "system", "content": "be kind"}, *turns], temperature=0, max_tokens=8)[0].text
+
+    says("hello", "", "a dog", "/reset", "a dog", "/what", "/exit", "never said")
+    status, out, err = run("chat", MODEL, "--temperature", 0, "--max-tokens", 8, "--system", "be kind", "--quiet")
+    first = answer("hello")
+    second, fresh = answer("hello", first, "a dog"), answer("a dog")
+    assert second != fresh
+    assert (status, out) == (0, f"{first}\n{second}\n{fresh}\n")
+    assert err.splitlines() == [
+        "jfp8kv: forgotten: a new conversation begins",
+        "jfp8kv: no command /what: the commands are /reset and /exit",
+    ]
+
+
+def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(run, says, llm):
+    says("a", "the dog and the end of the café", "hello " * 400)
+    status, out, err = run("chat", MODEL, "--temperature", 0, "--max-tokens", 24, "--max-model-len", 64, "--quiet")
+    second = llm.chat([{"role": "user", "content": "the dog and the end of the café"}], temperature=0, max_tokens=24)
+    assert status == 0
+    assert out.endswith(second[0].text + "\n")
+    notice, refused = err.splitlines()
+    assert "the context of 64 tokens is full: forgot your oldest message" in notice
+    assert "this message alone exceeds the context of 64 tokens" in refused
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """Have Ctrl-C come while the given step of the engine runs (0 is the first of all)."""
+
+    def ctrl_c(at: int) -> None:
+        steps = iter(range(at + 1))
+
+        def interrupted(*args: object) -> object:
+            if next(steps, None) == at:
+                raise KeyboardInterrupt
+            return read(*args)
+
+        read = engine.read
+        monkeypatch.setattr(engine, "read", interrupted)
+
+    return ctrl_c
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["in the prompt", "in the answer"])
+def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(run, says, ctrl_c, llm, step):
+    ctrl_c(step)
+    says("a dog", "/reset", "the end")
+    status, out, err = run("chat", MODEL, "--temperature", 0, "--max-tokens", 8, "--quiet")
+    assert (status, err.count("\n")) == (0, 1)
+    cut, whole = (
+        llm.chat([{"role": "user", "content": text}], temperature=0, max_tokens=8)[0].text
+        for text in ("a dog", "the end")
+    )
+    first, last = out.splitlines()
+    assert cut.startswith(first) and len(first) < len(cut)
+    assert last == whole
+
+
+@pytest.mark.parametrize("several", [(), ("--prompt", "a dog")], ids=["streaming", "a batch"])
+def test_ctrl_c_ends_generate_without_a_traceback(run, ctrl_c, several):
+    ctrl_c(0)
+    status, out, err = run("generate", MODEL, *ASK, *several)
+    assert (status, out.strip(), err) == (130, "", "")
+
+
+def test_ctrl_c_at_the_prompt_leaves(run, says, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    says()
+    assert run("chat", MODEL, "--quiet") == (0, "", "")
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+PROMPT = ("--prompt", "hi")
+ASK_HI = ("generate", MODEL, *PROMPT)
+MISTAKES = {
+    "no command": ((), "COMMAND"),
+    "an unknown command": (("generat",), "Did you mean 'generate'?"),
+    "no model": (("generate", *PROMPT), "MODEL"),
+    "no prompt": (("generate", MODEL), "give --prompt TEXT"),
+    "an empty prompt": ((*ASK_HI, "--prompt", ""), "prompt 1 is empty"),
+    "a prompt that is no text": (("generate", MODEL, "--prompt", "a\udcff"), "UTF-8"),
+    "a prompt without its option": (("generate", MODEL, "the end"), "'the end'"),
+    "a prompt longer than the context": (("generate", MODEL, "--prompt", "a b " * 300), "max_model_len=256"),
+    "one such prompt among good ones": ((*ASK_HI, "--prompt", "a b " * 300), "prompt 1 has"),
+    "a prompt longer than the pool": (
+        ("generate", MODEL, "--prompt", "a b " * 40, "--kv-cache-memory", "20KB"),
+        "kv_cache_memory",
+    ),
+    "a pool without a page": ((*ASK_HI, "--kv-cache-memory", "1KB"), "kv_cache_memory=1000"),
+    "a size that is none": ((*ASK_HI, "--kv-cache-memory", "lots"), "kv_cache_memory='lots'"),
+    "an unknown option": ((*ASK_HI, "--kv-dtpye", "fp8"), "Did you mean '--kv-dtype'?"),
+    "half an option": ((*ASK_HI, "--max-tok=4"), "Did you mean '--max-tokens'?"),
+    "another command's option": (("chat", MODEL, "--json"), "unknown option --json"),
+    "an unknown kv_dtype": ((*ASK_HI, "--kv-dtype", "fp8_e4m4"), "Did you mean 'fp8_e4m3'?"),
+    "unknown scales": (
+        (*ASK_HI, "--kv-dtype", "fp8", "--kv-scales", "tokenhead"),
+        "Did you mean 'token_head'?",
+    ),
+    "scales that are not there": (
+        (*ASK_HI, "--kv-dtype", "fp8", "--kv-scales", "/no/scales"),
+        "'/no/scales'",
+    ),
+    "an unknown dtype": ((*ASK_HI, "--dtype", "int8"), "dtype='int8'"),
+    "a context beyond the model's": ((*ASK_HI, "--max-model-len", 512), "max_model_len=512"),
+    "temperature below 0": ((*ASK_HI, "--temperature", -1), "temperature=-1.0"),
+    "temperature nan": ((*ASK_HI, "--temperature", "nan"), "temperature=nan"),
+    "top_p above 1": ((*ASK_HI, "--top-p", 1.5), "top_p=1.5"),
+    "top_p 0": ((*ASK_HI, "--top-p", 0), "top_p=0.0"),
+    "min_p below 0": ((*ASK_HI, "--min-p", -0.1), "min_p=-0.1"),
+    "max_tokens 0": ((*ASK_HI, "--max-tokens", 0), "max_tokens=0"),
+    "max_tokens in words": ((*ASK_HI, "--max-tokens", "ten"), "--max-tokens: invalid int value"),
+    "n 0": ((*ASK_HI, "--n", 0), "n=0"),
+    "a negative seed": ((*ASK_HI, "--seed", -1), "seed=-1"),
+    "an empty stop": ((*ASK_HI, "--stop", ""), "stop="),
+    "a model that is not there": (("generate", "/no/model", *PROMPT), "/no/model"),
+    "a hub id that is not cached": (("generate", "nobody/nothing", *PROMPT), "nobody/nothing"),
+    "a model that is a text": (("generate", __file__, *PROMPT), "neither a folder nor a .gguf file"),
+    "a chat with a model that is not there": (("chat", "/no/model"), "/no/model"),
+    "a chat with a bad temperature": (("chat", MODEL, "--temperature", -1), "temperature=-1.0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_that_names_it(run, mistake):
+    argv, named = MISTAKES[mistake]
+    status, out, err = run(*argv)
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"jfp8kv: error: .+\n", err)
+    assert named in err
+
+
+@pytest.mark.parametrize("content", [None, b"caf\xe9\n", b"", b"\n \n"], ids=["missing", "latin-1", "empty", "blank"])
+def test_a_file_without_prompts_is_refused(run, tmp_path, content):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    status, out, err = run("generate", MODEL, "--file", file)
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"jfp8kv: error: (--file .*prompts.txt: cannot be read|no prompt: ).*\n", err)
+
+
+def spoil(folder: Path, file: str, content: bytes | None) -> None:
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
+
+
+SPOILED = {
+    "no config": ("config.json", None, "config.json"),
+    "a broken config": ("config.json", b"{", "config.json"),
+    "no weights": ("model.safetensors", None, "no weights"),
+    "truncated weights": ("model.safetensors", (MODEL / "model.safetensors").read_bytes()[:-100], "model.safetensors"),
+    "an unsupported architecture": ("config.json", b'{"architectures": ["MambaForCausalLM"]}', "MambaForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_a_spoiled_checkpoint_is_one_line_that_names_the_file(run, tmp_path, spoiled):
+    file, content, named = SPOILED[spoiled]
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    spoil(folder, file, content)
+    status, out, err = run("generate", folder, *PROMPT)
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"jfp8kv: error: .+\n", err)
+    assert named in err
+
+
+def test_a_pickle_and_a_truncated_gguf_are_refused(run, tmp_path):
+    for name in ("pytorch_model.bin", "model.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF\x03\x00\x00\x00")
+        status, out, err = run("generate", tmp_path / name, *PROMPT)
+        assert (status, out) == (2, "")
+        assert re.fullmatch(rf"jfp8kv: error: .*{name}.*\n", err)
+
+
+def test_a_model_without_a_chat_template_cannot_chat(run, tmp_path):
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    status, _, err = run("chat", folder)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "has no chat template" in err
+
+
+def test_a_warning_of_the_library_is_one_line(run, monkeypatch):
+    def warn(*_: object, **__: object) -> None:
+        warnings.warn("scales found\nand not applied", stacklevel=1)
+        raise jfp8kv.ConfigError("enough")
+
+    monkeypatch.setattr("jfp8kv.api.LLM", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert run("generate", MODEL, *ASK)[2].splitlines() == [
+            "jfp8kv: warning: scales found and not applied",
+            "jfp8kv: error: enough",
+        ]
+
+
+# -- the program itself -----------------------------------------------------------------------------------------------
+
+
+def test_help_and_version_answer_without_jax():
+    code = (
+        "import sys; from jfp8kv.cli import main; status = main({!r}); sys.exit(3 if 'jax' in sys.modules else status)"
+    )
+    for argv in (["--help"], ["generate", "--help"], ["chat", "--help"], ["--version"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(argv)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"jfp8kv {jfp8kv.__version__}\n" if argv == ["--version"] else "usage: jfp8kv")
+
+
+def test_the_program_ends_with_the_status_of_main_and_says_nothing_but_its_own():
+    done = program("generate", MODEL, *ASK, "--kv-dtype", "fp8")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert done.stderr.startswith("jfp8kv: 12 tokens")
+    refused = program(*ASK_HI, "--top-k", "many")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+
+
+def test_a_reader_that_leaves_early_gives_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = program("generate", MODEL, *ASK, "--quiet", stdout=write)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
