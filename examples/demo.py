@@ -62,7 +62,7 @@ def main() -> None:
     params = jfp8kv.load(find_model())
     llms = {name: jfp8kv.LLM(params, kv_cache_dtype=kv, kv_cache_memory=CACHE) for name, kv in FORMATS.items()}
     console.print(f"SmolLM2-135M-Instruct, {params.nbytes >> 20} MiB, loaded in {time.perf_counter() - began:.1f} s.")
-    console.print("It keeps keys and values in fp8_e4m3. First it compiles; that is kept for next time.")
+    console.print("Its cache is fp8_e4m3. First it compiles, which is kept for next time.")
 
     waits = [answer(llms["fp8_e4m3"], question) for question in QUESTIONS]
     console.print(f"\nFirst words after {waits[0]:.1f} s with compilation, {waits[-1]:.2f} s without.")

@@ -3,17 +3,23 @@
     params = jfp8kv.load("path/or/hub-id")
     outs = jfp8kv.generate(params, ["Once upon a time"], kv_dtype="fp8_e4m3", max_tokens=64)
     print(outs[0].text)
+
+Names are imported when they are first used (PEP 562): JAX takes seconds, which `jfp8kv --help` need not wait for.
 """
 
-from jfp8kv.api import generate, logits, score
-from jfp8kv.cache.scales import KVScales
-from jfp8kv.checkpoint.load import load
-from jfp8kv.core.errors import CapacityError, CheckpointError, ConfigError, Jfp8kvError, NotSupported
-from jfp8kv.engine.request import CompletionOutput, RequestOutput
-from jfp8kv.llm import LLM
-from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.params import Params
-from jfp8kv.sampling.params import SamplingParams
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jfp8kv.api import generate, logits, score
+    from jfp8kv.cache.scales import KVScales
+    from jfp8kv.checkpoint.load import load
+    from jfp8kv.core.errors import CapacityError, CheckpointError, ConfigError, Jfp8kvError, NotSupported
+    from jfp8kv.engine.request import CompletionOutput, RequestOutput
+    from jfp8kv.llm import LLM
+    from jfp8kv.models.config import ModelConfig
+    from jfp8kv.models.params import Params
+    from jfp8kv.sampling.params import SamplingParams
 
 __version__ = "0.1.0.dev0"
 
@@ -35,3 +41,27 @@ __all__ = [
     "logits",
     "score",
 ]
+
+_HOMES = {
+    "api": ("generate", "logits", "score"),
+    "cache.scales": ("KVScales",),
+    "checkpoint.load": ("load",),
+    "core.errors": ("CapacityError", "CheckpointError", "ConfigError", "Jfp8kvError", "NotSupported"),
+    "engine.request": ("CompletionOutput", "RequestOutput"),
+    "llm": ("LLM",),
+    "models.config": ("ModelConfig",),
+    "models.params": ("Params",),
+    "sampling.params": ("SamplingParams",),
+}
+_HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

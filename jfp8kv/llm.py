@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jfp8kv.attention import dispatch
 from jfp8kv.checkpoint.load import load
 from jfp8kv.core.errors import ConfigError
+from jfp8kv.core.formats import kv_format
 from jfp8kv.core.platform import cache_folder
 from jfp8kv.engine.detokenize import Detokenizer
 from jfp8kv.engine.engine import Engine
@@ -65,6 +67,9 @@ class LLM:
             raise ConfigError(f"seed={seed!r}: must be an integer from 0 to 2**63 - 1.")
         if isinstance(model, Params) and dtype is not None:
             raise ConfigError(f"dtype={dtype!r}: the Params given are {model.dtype.name} already; cast them, or load with dtype.")
+        if kv_cache_dtype != "auto":
+            kv_format(kv_cache_dtype)  # refused now rather than after loading
+        dispatch.choose(attention)
         keep_compiled_programs()
         self._engine = Engine(
             model if isinstance(model, Params) else load(model, dtype=dtype),
@@ -94,6 +99,16 @@ class LLM:
     def stats(self) -> Stats:
         """Counters and the cache's state; a live view."""
         return self._engine.stats
+
+    @property
+    def kv_dtype(self) -> str:
+        """The cache's format: what "auto" came to."""
+        return self._engine.kv.fmt.name
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a request, prompt and output."""
+        return self._engine.max_model_len
 
     @property
     def attention(self) -> str:
@@ -154,7 +169,7 @@ class LLM:
                 self._engine.cancel([request])
 
     def _run(self, requests: list[Request], progress: bool | None) -> None:
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         hidden = not progress if progress is not None else (None if len(requests) > 8 else True)  # None: unless a terminal
         try:
@@ -168,6 +183,8 @@ class LLM:
 
     def _requests(self, prompts: list[Any], sampling: Any, fields: dict[str, Any]) -> list["_Group"]:
         """Every prompt encoded and checked, or an error; nothing is queued yet."""
+        if not prompts:
+            raise ConfigError("prompts is empty: give at least one.")
         each = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * len(prompts)
         if len(each) != len(prompts):
             raise ConfigError(f"{len(each)} sampling parameters for {len(prompts)} prompts: give one, or one for each.")

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"core", "cache", "attention", "models", "sampling"},
     "checkpoint": {"core", "cache", "models"},
     "calibration": {"core", "cache", "attention", "models", "checkpoint", "engine"},
-    "llm": {"core", "models", "sampling", "engine", "checkpoint"},
+    "llm": {"core", "attention", "models", "sampling", "engine", "checkpoint"},
     "api": {"llm", "core", "cache", "attention", "models", "sampling", "engine", "checkpoint", "calibration"},
     "batch": {"core", "api"},
     "cli": {"core", "api", "batch"},

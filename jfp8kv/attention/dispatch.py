@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -22,7 +23,7 @@ class Choice:
     why: str
 
 
-def choose(implementation: str | None = None) -> Choice:
+def choose(implementation: Any = None) -> Choice:
     """The implementation asked for, or the fastest this machine can run.
 
     Raises `NotSupported` when the one asked for cannot run here, `ConfigError` for an unknown name.

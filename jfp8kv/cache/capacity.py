@@ -11,12 +11,12 @@ from jfp8kv.core.errors import CapacityError, ConfigError
 DEVICE_SHARE = 0.85  # of what is free on an accelerator once the weights are there
 HOST_SHARE = 0.10  # of what is free in a computer's memory, which others use too
 
-_UNITS = {"": 1, "B": 1} | {f"{p}{b}": base**i for b, base in (("B", 1000), ("iB", 1024)) for i, p in enumerate("KMGT", 1)}
+_UNITS = {"": 1, "b": 1} | {f"{p}{b}": base**i for b, base in (("b", 1000), ("ib", 1024)) for i, p in enumerate("kmgt", 1)}
 
 
 def parse_bytes(value: Any) -> int:
     """Bytes of `2_000_000`, "2GiB", "512 MB". Raises `ConfigError` for anything else, zero and negatives included."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?i?B?)\s*", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
     if match and match[2] in _UNITS:
         value = float(match[1]) * _UNITS[match[2]]
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1 or value == float("inf"):
@@ -43,8 +43,13 @@ def _host_free_bytes() -> int:
 
 
 def default_bytes(device: jax.Device) -> int:
-    """The share of what is free on `device` that the cache takes when no size is given."""
-    return int(free_bytes(device) * (HOST_SHARE if device.platform == "cpu" else DEVICE_SHARE))
+    """The share of what is free on `device` that the cache takes when no size is given.
+
+    On a host it is rounded down to a power of two: what is free varies from run to run, and a compiled program fits one size.
+    """
+    if device.platform != "cpu":
+        return int(free_bytes(device) * DEVICE_SHARE)
+    return 1 << (int(free_bytes(device) * HOST_SHARE).bit_length() - 1)
 
 
 def pages_for(budget: int, *, bytes_per_page: int, page_size: int, most: int) -> int:

@@ -1,7 +1,6 @@
 """What may be asked on the command line, and the model and sampling parameters that were asked for."""
 
 import argparse
-import importlib.metadata
 import logging
 import re
 import sys
@@ -73,7 +72,8 @@ def load(args: argparse.Namespace) -> "jfp8kv.api.LLM":
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     about = "Run language models in JAX with a paged key/value cache in 8-bit floating point."
     parser = _Parser("jfp8kv", description=about, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"jfp8kv {importlib.metadata.version('jfp8kv')}")
+    version = sys.modules["jfp8kv"].__version__  # of the package around this one, installed or not
+    parser.add_argument("--version", action="version", version=f"jfp8kv {version}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     about = "Continue prompts. One is streamed as it is made; several run as one batch."

@@ -15,6 +15,7 @@ magnitude bits into a float16 is one instruction, exact for subnormals too, wher
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ FORMATS = {f.name: f for f in (BFLOAT16, FLOAT16, FLOAT32, E4M3, E5M2)}
 KV_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
-def kv_format(name: str) -> KVFormat:
+def kv_format(name: Any) -> KVFormat:
     """The format called `name`; "fp8" is "fp8_e4m3". Raises `ConfigError` with the list for anything else."""
     if name == "fp8":
         return E4M3

@@ -17,13 +17,13 @@ from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.kv import setup
 from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.programs import Programs
-from jfp8kv.engine.request import Request
+from jfp8kv.engine.request import Request, Status
 from jfp8kv.engine.scheduler import Decode, Plan, Prefill, Scheduler
 from jfp8kv.models.linear import as_bits
 from jfp8kv.models.params import Params
 from jfp8kv.sampling.params import SamplingParams
 
-DECODE_STEPS = 16  # tokens per dispatch: long enough to hide the host's work, short enough to stream and to admit
+DECODE_STEPS = 8  # tokens per dispatch: long enough to hide the host's work, short enough to stream and to admit
 
 
 class Engine:
@@ -33,14 +33,14 @@ class Engine:
         self,
         params: Params,
         *,
-        kv_dtype: str = "auto",
+        kv_dtype: Any = "auto",
         kv_scales: Any = "auto",
-        kv_cache_memory: int | str | None = None,
-        max_model_len: int | None = None,
-        max_num_seqs: int = 64,
-        max_num_batched_tokens: int | None = None,
-        page_size: int = 64,
-        attention: str | None = None,
+        kv_cache_memory: Any = None,
+        max_model_len: Any = None,
+        max_num_seqs: Any = 64,
+        max_num_batched_tokens: Any = None,
+        page_size: Any = 64,
+        attention: Any = None,
     ):
         config = params.config
         cpu = jax.default_backend() == "cpu"
@@ -162,6 +162,8 @@ class Engine:
 
     def _abandon(self) -> None:
         """After a failed step the donated pool may be gone: drop every request and start with an empty one."""
+        for request in (*self.scheduler.waiting, *self.scheduler.running):
+            request.status, request.pages, request.finish_reason = Status.FINISHED, [], "cancelled"
         self.scheduler = self._new_scheduler()
         self.pages = self.kv.pool(self.num_pages)
         self.stats.kv_tokens_used = 0
@@ -245,7 +247,7 @@ class Engine:
         self._dispatch(plan(requests))
 
 
-def _positive(name: str, value: int | None, default: int) -> int:
+def _positive(name: str, value: Any, default: int) -> int:
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}={value!r}: must be a positive integer.")

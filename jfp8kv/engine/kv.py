@@ -37,7 +37,7 @@ class KVSetup:
     def bytes_per_token(self) -> float:
         return self.page_bytes / self.page_size
 
-    def num_pages(self, memory: int | str | None, *, most: int) -> int:
+    def num_pages(self, memory: Any, *, most: int) -> int:
         """Pages that `memory` bytes hold (None: a share of what is free on the device), at most `most`."""
         budget = default_bytes(jax.local_devices()[0]) if memory is None else parse_bytes(memory)
         return pages_for(budget, bytes_per_page=self.page_bytes, page_size=self.page_size, most=most)
@@ -53,7 +53,7 @@ class KVSetup:
         return None if self.scales is None else LayerScales.of(self.scales, **self._sizes)
 
 
-def setup(params: Params, kv_dtype: str, kv_scales: Any, *, page_size: int) -> KVSetup:
+def setup(params: Params, kv_dtype: Any, kv_scales: Any, *, page_size: Any) -> KVSetup:
     """Resolve `kv_dtype` and `kv_scales` for this model. Raises `ConfigError` or `CheckpointError` for what cannot be."""
     config = params.config
     if kv_dtype == "auto":
@@ -66,9 +66,10 @@ def setup(params: Params, kv_dtype: str, kv_scales: Any, *, page_size: int) -> K
 
 def _scales(params: Params, fmt: KVFormat, given: Any) -> KVScales | None:
     config = params.config
-    unit = KVScales.unit(config.layers)
-    if given == UNIT or (given == "auto" and (params.kv_scales is None or not fmt.is_fp8)):
-        return unit
+    if isinstance(given, str) and given not in NAMED and os.path.sep not in given and not os.path.exists(given):
+        raise one_of("kv_scales", given, (*NAMED, "a KVScales", "a path to one"))
+    if isinstance(given, str) and (given == UNIT or (given == "auto" and (params.kv_scales is None or not fmt.is_fp8))):
+        return KVScales.unit(config.layers)
     if not fmt.is_fp8:
         raise ConfigError(f"kv_scales={given!r}: scales belong to an FP8 cache, and this one is {fmt.name}; leave them out.")
     if isinstance(given, str) and given == TOKEN_HEAD:
@@ -77,8 +78,6 @@ def _scales(params: Params, fmt: KVFormat, given: Any) -> KVScales | None:
         if params.kv_scales is None:
             raise ConfigError("kv_scales='checkpoint': the checkpoint has none; try 'unit', 'token_head' or a KVScales.")
         given = params.kv_scales
-    if isinstance(given, str) and os.path.sep not in given and not os.path.exists(given):
-        raise one_of("kv_scales", given, (*NAMED, "a KVScales", "a path to one"))
     if isinstance(given, str | os.PathLike):
         given = KVScales.load(given)
     if not isinstance(given, KVScales):

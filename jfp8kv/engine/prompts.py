@@ -22,7 +22,7 @@ class Encoded:
     ids: list[int]
 
 
-def as_list(prompts: Any) -> list[Prompt]:
+def as_list(prompts: Any) -> list[Any]:
     """The prompts as a list: a single one, in any form, becomes a list of one."""
     if isinstance(prompts, np.ndarray):
         prompts = prompts.tolist()
@@ -38,7 +38,9 @@ def as_list(prompts: Any) -> list[Prompt]:
 def encode(prompt: Any, tokenizer: Tokenizer | None, *, what: str) -> Encoded:
     """Token ids of one prompt. Raises `ConfigError` naming `what` for a form that is not understood."""
     if isinstance(prompt, str):
-        return Encoded(prompt, _tokenizer(tokenizer, what).encode(prompt))
+        if not prompt:
+            raise ConfigError(f"{what} is empty: at least one character is needed.")
+        return Encoded(prompt, _tokenizer(tokenizer, what).encode(_whole(prompt, what)))
     if isinstance(prompt, np.ndarray):
         prompt = prompt.tolist()
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
@@ -48,6 +50,15 @@ def encode(prompt: Any, tokenizer: Tokenizer | None, *, what: str) -> Encoded:
             tokenizer = _tokenizer(tokenizer, what)
             return Encoded(tokenizer.render(prompt), tokenizer.chat(prompt))
     raise ConfigError(f"{what} is of type {type(prompt).__name__}: prompts must be {FORMS}.")
+
+
+def _whole(text: str, what: str) -> str:
+    """`text`, unless it holds half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what} is no valid text at character {error.start}: {text[error.start]!r} stands alone.") from None
+    return text
 
 
 def _is_id(x: Any) -> bool:

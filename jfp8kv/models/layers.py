@@ -18,6 +18,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+FLOAT32 = np.dtype(np.float32)
 Layer = Int[Array, ""] | int
 
 
@@ -36,7 +37,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "tokens in"], layer: Layer) -> Float[Array, "tokens out"]:
         y = stacked_matmul(x, self.weight[...], layer, stored=self.stored, tiled=self.tiled)
         if self.has_bias:
-            y = y + widen(self.bias[...][layer], self.stored, jnp.float32)
+            y = y + widen(self.bias[...][layer], self.stored, FLOAT32)
         return y.astype(x.dtype)
 
 
@@ -55,7 +56,7 @@ class RMSNorm(nnx.Module):
         weight = self.weight[...] if layer is None else self.weight[...][layer]
         wide = x.astype(jnp.float32)
         norm = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (norm * widen(weight, self.stored, jnp.float32)).astype(x.dtype)
+        return (norm * widen(weight, self.stored, FLOAT32)).astype(x.dtype)
 
 
 class Table(nnx.Module):

