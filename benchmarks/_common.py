@@ -47,7 +47,11 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 def header() -> None:
     """Commit, device and versions."""
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     )
     console.print(f"commit {commit.stdout.strip() or 'unknown'}; {describe()}", style="dim")
 

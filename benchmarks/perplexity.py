@@ -13,7 +13,13 @@ import numpy as np
 import jfp8kv
 from benchmarks._common import console, header, parser, smollm2, table
 
-CACHES = (("float32", "auto"), ("bfloat16", "auto"), ("fp8_e4m3", "unit"), ("fp8_e4m3", "token_head"), ("fp8_e5m2", "unit"))
+CACHES = (
+    ("float32", "auto"),
+    ("bfloat16", "auto"),
+    ("fp8_e4m3", "unit"),
+    ("fp8_e4m3", "token_head"),
+    ("fp8_e5m2", "unit"),
+)
 
 
 def text_of(path: str | None) -> str:

@@ -1,4 +1,4 @@
-"""SmolLM2 end to end: tokens per second for one stream and for 16 prompts at once, bf16 cache against FP8, and time to first token.
+"""SmolLM2 end to end: tokens per second of one stream and of 16 prompts at once, bf16 cache against FP8; time to first token.
 
     python -m benchmarks.throughput
 
@@ -73,7 +73,14 @@ def main() -> None:
             total, prefill, decode = (median([r[i] for r in rates[d]]) for i in range(3))
             kv = llms[d].stats.kv_bytes_per_token
             rows.append([f"{name}, {d}", f"{total:.1f}", f"{prefill:.0f}", f"{decode:.1f}", f"{kv:.0f}", f"{2**30 / kv:,.0f}"])
-    columns = ["requests x prompt + output", "tokens/s", "prefill tok/s", "decode tok/s", "KV bytes/token", "tokens per GiB"]
+    columns = [
+        "requests x prompt + output",
+        "tokens/s",
+        "prefill tok/s",
+        "decode tok/s",
+        "KV bytes/token",
+        "tokens per GiB",
+    ]
     table("Throughput, medians", columns, rows)
 
     with tempfile.TemporaryDirectory() as cache:

@@ -33,9 +33,7 @@ PROMPT = "The best way to learn a language is"
 outs = {name: llm.generate(PROMPT, temperature=0.0, max_tokens=32)[0] for name, llm in llms.items()}
 for name, out in outs.items():
     pairs = zip(out.token_ids, outs["bfloat16"].token_ids, strict=True)
-    parted = next(
-        (f"parts after {i} tokens" for i, (a, b) in enumerate(pairs) if a != b), "all tokens as with bfloat16"
-    )
+    parted = next((f"parts after {i} tokens" for i, (a, b) in enumerate(pairs) if a != b), "all tokens as with bfloat16")
     print(f"{name} ({parted}):{out.text}\n")
 
 # %% [markdown]

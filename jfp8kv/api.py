@@ -43,7 +43,7 @@ def generate(
 
 
 def logits(params: Params, token_ids: Sequence[int], *, kv_dtype: str = "auto", kv_scales: Any = "auto") -> np.ndarray:
-    """float32 `[tokens, vocab]`: the model's scores after each token, computed through the paged cache by the code that generates."""
+    """float32 `[tokens, vocab]`: the model's scores after each token, through the paged cache by the code that generates."""
     return _llm(params, kv_dtype, kv_scales).logits(token_ids)
 
 

@@ -66,7 +66,9 @@ class LLM:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
             raise ConfigError(f"seed={seed!r}: must be an integer from 0 to 2**63 - 1.")
         if isinstance(model, Params) and dtype is not None:
-            raise ConfigError(f"dtype={dtype!r}: the Params given are {model.dtype.name} already; cast them, or load with dtype.")
+            raise ConfigError(
+                f"dtype={dtype!r}: the Params given are {model.dtype.name} already; cast them, or load with dtype."
+            )
         if kv_cache_dtype != "auto":
             kv_format(kv_cache_dtype)  # refused now rather than after loading
         dispatch.choose(attention)
@@ -124,7 +126,12 @@ class LLM:
     # -- generating -----------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Any, sampling_params: SamplingParams | None = None, *, progress: bool | None = None, **fields: Any
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        progress: bool | None = None,
+        **fields: Any,
     ) -> list[RequestOutput]:
         """Continue each prompt; results in the order of `prompts`.
 
@@ -141,7 +148,10 @@ class LLM:
             return [group.output() for group in groups]
 
     def chat(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]], sampling_params: SamplingParams | None = None, **rest: Any
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | None = None,
+        **rest: Any,
     ) -> list[RequestOutput]:
         """`generate` for chat messages `[{"role": "user", "content": "..."}]`, or a list of such conversations."""
         return self.generate(messages, sampling_params, **rest)
@@ -266,4 +276,3 @@ def keep_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-

@@ -195,8 +195,7 @@ def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(run, says, ctrl_c, l
     status, out, err = run("chat", MODEL, "--temperature", 0, "--max-tokens", 8, "--quiet")
     assert (status, err.count("\n")) == (0, 1)
     cut, whole = (
-        llm.chat([{"role": "user", "content": text}], temperature=0, max_tokens=8)[0].text
-        for text in ("a dog", "the end")
+        llm.chat([{"role": "user", "content": text}], temperature=0, max_tokens=8)[0].text for text in ("a dog", "the end")
     )
     assert out.endswith(f"\n{whole}\n")
     before = out.removesuffix(f"\n{whole}\n")
@@ -347,9 +346,7 @@ def test_a_warning_of_the_library_is_one_line(run, monkeypatch):
 
 
 def test_help_and_version_answer_without_jax():
-    code = (
-        "import sys; from jfp8kv.cli import main; status = main({!r}); sys.exit(3 if 'jax' in sys.modules else status)"
-    )
+    code = "import sys; from jfp8kv.cli import main; status = main({!r}); sys.exit(3 if 'jax' in sys.modules else status)"
     for argv in (["--help"], ["generate", "--help"], ["chat", "--help"], ["--version"]):
         done = subprocess.run(
             [sys.executable, "-c", code.format(argv)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False

@@ -29,7 +29,14 @@ def test_the_fields_seed_example_runs() -> None:
 def test_prompts_come_in_every_form_and_results_in_their_order(llm) -> None:
     ids = llm.tokenizer.encode("hello")
     chat = [{"role": "user", "content": "hello"}]
-    for prompts, count in (("hello", 1), (["hello", "you"], 2), ([ids, ids[:1]], 2), (ids, 1), (chat, 1), ([chat, chat], 2)):
+    for prompts, count in (
+        ("hello", 1),
+        (["hello", "you"], 2),
+        ([ids, ids[:1]], 2),
+        (ids, 1),
+        (chat, 1),
+        ([chat, chat], 2),
+    ):
         outs = llm.generate(prompts, max_tokens=3, temperature=0.0)
         assert len(outs) == count and all(len(out.outputs) == 1 for out in outs)
     outs = llm.generate(["hello", ids], max_tokens=3, temperature=0.0)

@@ -19,7 +19,7 @@ class Where:
     value. `most_tokens` is an upper bound on `length` over all requests of the batch: implementations stop there.
     """
 
-    page_table: Int[Array, "pages"]
+    page_table: Int[Array, " pages"]
     start: Int[Array, ""]
     length: Int[Array, ""]
     most_tokens: Int[Array, ""]
@@ -34,7 +34,7 @@ class AttentionOptions:
     `sinks`: one logit per query head that joins the softmax's denominator and no value (gpt-oss; arXiv:2309.17453).
     """
 
-    window: Int[Array, "layers"] | None = None
+    window: Int[Array, " layers"] | None = None
     sinks: Float[Array, "layers q_heads"] | None = None
     sm_scale: float = static(default=1.0)
     softcap: float | None = static(default=None)

@@ -1,11 +1,14 @@
 """Which keys a query sees."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
 def visible(
-    query: Int[Array, "tokens"], key: Int[Array, "keys"], *, length: Int[Array, ""], window: Int[Array, ""] | None = None
+    query: Int[Array, " tokens"],
+    key: Int[Array, " keys"],
+    *,
+    length: Int[Array, ""],
+    window: Int[Array, ""] | None = None,
 ) -> Bool[Array, "tokens keys"]:
     """Causal: keys at or before the query's position and in the cache (`< length`), and inside `window` if there is one.
 

@@ -20,9 +20,7 @@ def paged(attention: Attention, scales: LayerScales | None, options: AttentionOp
     """`attend(layer, q, k, v, pages) -> (out, pages)` for the request at `at`."""
 
     def attend(layer: Layer, q: Query, k: KV, v: KV, pages: KVPages) -> tuple[Query, KVPages]:
-        pages = write(
-            pages, scales, k, v, layer=layer, page_table=at.page_table, start=at.start, length=at.length
-        )
+        pages = write(pages, scales, k, v, layer=layer, page_table=at.page_table, start=at.start, length=at.length)
         return attention(q, pages, scales, options, at, layer=layer), pages
 
     return attend

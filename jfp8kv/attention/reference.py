@@ -4,7 +4,7 @@ The oracle the fast implementations are tested against. Needs memory for the who
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
 from jfp8kv.attention.masks import visible

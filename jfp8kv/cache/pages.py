@@ -98,7 +98,7 @@ def write(
     v: Float[Array, "tokens kv_heads head_dim"],
     *,
     layer: Int[Array, ""] | int,
-    page_table: Int[Array, "pages"],
+    page_table: Int[Array, " pages"],
     start: Int[Array, ""],
     length: Int[Array, ""],
 ) -> KVPages:

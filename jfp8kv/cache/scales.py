@@ -44,7 +44,7 @@ class KVScales:
 
     @property
     def granularity(self) -> str:
-        """"tensor", "head" or "channel": the finer of K's and V's."""
+        """ "tensor", "head" or "channel": the finer of K's and V's."""
         shape = np.maximum(self.k.shape, self.v.shape)
         return "channel" if shape[2] > 1 else "head" if shape[1] > 1 else "tensor"
 

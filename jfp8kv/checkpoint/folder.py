@@ -105,9 +105,7 @@ def split_scales(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTens
     """
     scales = {name: t for name, t in tensors.items() if _KV_SCALE.search(name)}
     weights = {
-        name.removeprefix("model."): t
-        for name, t in tensors.items()
-        if name not in scales and not _HARMLESS.search(name)
+        name.removeprefix("model."): t for name, t in tensors.items() if name not in scales and not _HARMLESS.search(name)
     }
     return weights, scales
 

@@ -70,9 +70,7 @@ def open_gguf(path: Path) -> GGUFFile:
     """
     fields, tensors = read_header(path)
     factors = tensors.pop(_ROPE_FACTORS, None)
-    config = config_from_gguf(
-        fields, tensors=tensors.keys(), rope_factors=None if factors is None else _values(factors)
-    )
+    config = config_from_gguf(fields, tensors=tensors.keys(), rope_factors=None if factors is None else _values(factors))
     for layer in range(config.layers):
         for module, heads in (("attn_q", config.q_heads), ("attn_k", config.kv_heads)):
             for name in (f"blk.{layer}.{module}.weight", f"blk.{layer}.{module}.bias"):
@@ -94,9 +92,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         tensor_count, field_count = header.number("<Q"), header.number("<Q")
         fields = {header.string(): header.value() for _ in range(field_count)}
         if fields.get("split.count", 1) > 1:
-            raise CheckpointError(
-                f"{path}: one of {fields['split.count']} parts; merge them with llama-gguf-split --merge."
-            )
+            raise CheckpointError(f"{path}: one of {fields['split.count']} parts; merge them with llama-gguf-split --merge.")
         infos = [header.tensor_info() for _ in range(tensor_count)]
         alignment = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         data_start = -(-file.tell() // alignment) * alignment
@@ -112,9 +108,7 @@ class _Header:
     def take(self, count: int) -> bytes:
         data = self._file.read(count) if count <= self._size else b""
         if len(data) < count:
-            raise CheckpointError(
-                f"{self._path}: truncated or damaged: its header asks for bytes past the end of the file."
-            )
+            raise CheckpointError(f"{self._path}: truncated or damaged: its header asks for bytes past the end of the file.")
         return data
 
     def number(self, form: str) -> Any:
@@ -147,9 +141,7 @@ class _Header:
         try:
             return kind(number)
         except ValueError as error:
-            raise CheckpointError(
-                f"{self._path}: unknown {kind.__name__} {number}: damaged, or newer than gguf."
-            ) from error
+            raise CheckpointError(f"{self._path}: unknown {kind.__name__} {number}: damaged, or newer than gguf.") from error
 
 
 def _tensor(
@@ -189,9 +181,7 @@ def _read(path: Path, start: int, kind: gguf.GGMLQuantizationType, shape: tuple[
         raw = np.empty((part.stop - part.start, row_bytes), np.uint8)
         read_exactly(path, start + part.start * row_bytes, raw)
         with np.errstate(over="ignore"):  # read_into reports values that do not fit
-            rows[part] = (raw.view(_PLAIN[kind]) if kind in _PLAIN else gguf.quants.dequantize(raw, kind)).astype(
-                out.dtype
-            )
+            rows[part] = (raw.view(_PLAIN[kind]) if kind in _PLAIN else gguf.quants.dequantize(raw, kind)).astype(out.dtype)
     return None
 
 

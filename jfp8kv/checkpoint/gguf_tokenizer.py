@@ -40,9 +40,7 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], *, eos_ids: Iterable[int], wh
     eos = special.get("eos_token") if fields.get("tokenizer.ggml.add_eos_token") else None
     if bos or eos:
         _surround(backend, bos, eos)
-    return Tokenizer(
-        backend, chat_template=fields.get("tokenizer.chat_template"), special_tokens=special, eos_ids=eos_ids
-    )
+    return Tokenizer(backend, chat_template=fields.get("tokenizer.chat_template"), special_tokens=special, eos_ids=eos_ids)
 
 
 def _adds_bos(fields: Mapping[str, Any]) -> bool:

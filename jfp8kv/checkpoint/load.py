@@ -89,9 +89,7 @@ def _load_folder(folder: Path, dtype: np.dtype | None) -> Params:
         weights.pop("lm_head.weight", None)  # a copy of the embeddings, by the config's own word
     hf.warn_unused_scales(folder, scales)
     stored = weights_dtype(weights)
-    config = dataclasses.replace(
-        config, dtype=stored.name, eos_ids=ids([*config.eos_ids, *ids(hf.generation_eos_ids(folder))])
-    )
+    config = dataclasses.replace(config, dtype=stored.name, eos_ids=ids([*config.eos_ids, *ids(hf.generation_eos_ids(folder))]))
     tree = assemble(config, weights, HF_MODULES, dtype or stored, where=folder)
     return Params(tree, config, read_tokenizer(folder, eos_ids=config.eos_ids))
 

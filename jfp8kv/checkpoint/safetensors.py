@@ -75,9 +75,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, data_bytes: int)
         raise CheckpointError(f"{path}: the header's entry for {name} is damaged: {entry!r}.") from error
     dtype = DTYPES.get(stored)
     if dtype is not None and (start < 0 or end - start != elements * dtype.itemsize):
-        raise CheckpointError(
-            f"{path}: {name} {stored} {list(shape)} does not fit its {end - start} bytes: damaged header."
-        )
+        raise CheckpointError(f"{path}: {name} {stored} {list(shape)} does not fit its {end - start} bytes: damaged header.")
     if end > data_bytes:
         raise CheckpointError(
             f"{path}: truncated: {name} ends at byte {data_start + end}, the file has {data_start + data_bytes}: fetch "

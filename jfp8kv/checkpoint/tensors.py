@@ -44,8 +44,7 @@ class StoredTensor:
         self.read(out)
         if out.dtype == np.float16 and self.dtype != np.float16 and not np.isfinite(out).all():
             raise CheckpointError(
-                f"{self.file}: {self.name} has values beyond float16's largest, 65504; load with dtype='bfloat16' or "
-                "'float32'."
+                f"{self.file}: {self.name} has values beyond float16's largest, 65504; load with dtype='bfloat16' or 'float32'."
             )
 
 
@@ -89,9 +88,7 @@ def assemble(
     for name, shape in each.items():
         tensor = tensors[name]
         require_shape(tensor.name, tensor.shape, shape, where=str(tensor.file))
-    return nest(
-        {ours: _parameter(expected[ours], [tensors[n] for n in names], dtype) for ours, names in sources.items()}
-    )
+    return nest({ours: _parameter(expected[ours], [tensors[n] for n in names], dtype) for ours, names in sources.items()})
 
 
 def _parameter(shape: Shape, parts: list[StoredTensor], dtype: np.dtype) -> jax.Array:
@@ -131,9 +128,7 @@ def read_exactly(path: Path, offset: int, out: np.ndarray) -> None:
         while view:
             count = file.readinto(view)
             if not count:
-                raise CheckpointError(
-                    f"{path}: the file ends {len(view)} bytes early; it is truncated: fetch it again."
-                )
+                raise CheckpointError(f"{path}: the file ends {len(view)} bytes early; it is truncated: fetch it again.")
             view = view[count:]
 
 

@@ -74,8 +74,7 @@ def _add_missing_tokens(backend: Any, settings: Mapping[str, Any], special: Mapp
             backend.add_tokens([AddedToken(entry["content"], **flags)])
             if (got := backend.token_to_id(entry["content"])) != int(number):
                 raise CheckpointError(
-                    f"tokenizer_config.json puts {entry['content']!r} at id {number}; beside tokenizer.json it would "
-                    f"be {got}."
+                    f"tokenizer_config.json puts {entry['content']!r} at id {number}; beside tokenizer.json it would be {got}."
                 )
     backend.add_special_tokens([token for token in special.values() if backend.token_to_id(token) is None])
 

@@ -25,10 +25,10 @@ class Batch:
 
     tokens: Int32[Array | np.ndarray, "requests tokens"]
     page_table: Int32[Array | np.ndarray, "requests pages"]
-    start: Int32[Array | np.ndarray, "requests"]
-    length: Int32[Array | np.ndarray, "requests"]
-    remaining: Int32[Array | np.ndarray, "requests"]
-    position: Int32[Array | np.ndarray, "requests"]  # tokens of the output so far
+    start: Int32[Array | np.ndarray, " requests"]
+    length: Int32[Array | np.ndarray, " requests"]
+    remaining: Int32[Array | np.ndarray, " requests"]
+    position: Int32[Array | np.ndarray, " requests"]  # tokens of the output so far
     end_ids: Int32[Array | np.ndarray, "requests ends"]
     settings: SamplerSettings
     most_tokens: Int32[Array | np.ndarray, ""]
@@ -103,7 +103,7 @@ class Batcher:
 
 @pytree
 class StepOutput:
-    """Tokens made per request, `vocab` past the last; log-probabilities alike; the likeliest ids if the step was asked for them."""
+    """Tokens made per request, `vocab` past the last, and their log-probabilities; the likeliest ids if asked for."""
 
     tokens: Int32[Array, "requests steps"]
     logprobs: Float32[Array, "requests steps"]

@@ -70,9 +70,7 @@ class Engine:
             eos_ids=config.eos_ids,
         )
         self.scheduler = self._new_scheduler()
-        self.stats = Stats(
-            kv_tokens_capacity=self.num_pages * page_size, kv_bytes_per_token=self.kv.bytes_per_token
-        )
+        self.stats = Stats(kv_tokens_capacity=self.num_pages * page_size, kv_bytes_per_token=self.kv.bytes_per_token)
 
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(
@@ -85,7 +83,7 @@ class Engine:
     # -- what a request must satisfy ------------------------------------------------------------------------------------
 
     def check(self, prompt_ids: list[int], params: SamplingParams, *, what: str = "prompt", more: int = 1) -> None:
-        """Raise `ConfigError` or `CapacityError` unless the empty engine could finish this request of at least `more` tokens."""
+        """Raise `ConfigError` or `CapacityError` unless the empty engine could finish this request and make `more` tokens."""
         if not prompt_ids:
             raise ConfigError(f"{what} is empty: at least one token is needed.")
         vocab = self.params.config.vocab
@@ -243,7 +241,9 @@ class Engine:
     def _rehearse(self, plan: Callable[[list[Request]], Plan], rows: int) -> None:
         """Run a plan for `rows` requests that own no page: nothing is written, nothing is booked."""
         params = SamplingParams(max_tokens=1)
-        requests = [Request([0], params, np.zeros(2, np.uint32), max_tokens=1) for _ in range(min(rows, self.buckets.max_requests))]
+        requests = [
+            Request([0], params, np.zeros(2, np.uint32), max_tokens=1) for _ in range(min(rows, self.buckets.max_requests))
+        ]
         self._dispatch(plan(requests))
 
 

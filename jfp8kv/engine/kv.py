@@ -44,9 +44,7 @@ class KVSetup:
 
     def pool(self, num_pages: int) -> KVPages:
         """A new pool on the device."""
-        return new_pages(
-            self.fmt, num_pages=num_pages, page_size=self.page_size, dynamic=self.scales is None, **self._sizes
-        )
+        return new_pages(self.fmt, num_pages=num_pages, page_size=self.page_size, dynamic=self.scales is None, **self._sizes)
 
     def layer_scales(self) -> LayerScales | None:
         """The static scales on the device."""

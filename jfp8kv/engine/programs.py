@@ -1,7 +1,7 @@
 """Compiled step programs: built once for each set of shapes, counted, and shared by every engine with an equal model.
 
-Compilation is explicit (`lower`, `compile`), not left to a jit cache: what is compiled is known, and a call with other shapes is a
-new entry here rather than a silent pause.
+Compilation is explicit (`lower`, `compile`), not left to a jit cache: what is compiled is known, and a call with other shapes
+is a new entry here rather than a silent pause.
 """
 
 import dataclasses

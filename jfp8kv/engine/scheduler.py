@@ -1,9 +1,9 @@
 """Which requests run next. Plain Python, read in a sitting.
 
 First come, first served. A request is admitted when the pool has pages for the most it could ever need, so an admitted request
-always finishes. Each turn is one dispatch to the device: a prefill of chunks under a token budget, or a decode of several tokens
-for every request that has only its last token left to run. Prefill goes first, since a fuller decode batch costs hardly more than a thin one, but
-never more than `PREFILLS_PER_DECODE` times in a row while others wait to decode.
+always finishes. Each turn is one dispatch to the device: a prefill of chunks under a token budget, or a decode of several
+tokens for every request that has only its last token left to run. Prefill goes first, since a fuller decode batch costs hardly
+more than a thin one, but never more than `PREFILLS_PER_DECODE` times in a row while others wait to decode.
 """
 
 import dataclasses

@@ -1,8 +1,9 @@
 """The step functions. The model runs on one request and `vmap` makes it a batch; `engine/programs.py` compiles them.
 
-Three steps: `prefill` caches a chunk of each request, up to the last token of its prompt; `decode` takes it from there and makes several
-tokens per dispatch in a loop on the device, ending early when every request is done; `score` runs a chunk and returns the logits of every position.
-The pool goes in and comes out: donated, it is updated in place, and what a step needs besides does not grow with it.
+Three steps: `prefill` caches a chunk of each request, up to the last token of its prompt; `decode` takes it from there and
+makes several tokens per dispatch in a loop on the device, ending early when every request is done; `score` runs a chunk and
+returns the logits of every position. The pool goes in and comes out: donated, it is updated in place, and what a step needs
+besides does not grow with it.
 """
 
 import dataclasses
@@ -23,8 +24,8 @@ from jfp8kv.engine.batch import Batch, StepOutput
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import Decoder, bind
 from jfp8kv.sampling.adjust import count_token
-from jfp8kv.sampling.sample import sample_batch, top_logprobs
 from jfp8kv.sampling.params import MAX_LOGPROBS
+from jfp8kv.sampling.sample import sample_batch, top_logprobs
 
 Weights = Any  # the tree of `Params`, 16-bit leaves perhaps as their bits
 
@@ -43,7 +44,7 @@ class Model:
 
 
 def _forward(
-    model: Model, decoder: Decoder, scales: LayerScales | None, tokens: Int[Array, "tokens"], at: Where, pages: KVPages
+    model: Model, decoder: Decoder, scales: LayerScales | None, tokens: Int[Array, " tokens"], at: Where, pages: KVPages
 ) -> tuple[Float[Array, "tokens hidden"], KVPages]:
     """One request's chunk through the model, its keys and values written first."""
     attend = paged(model.attention, scales, model.options, at)
@@ -53,6 +54,7 @@ def _forward(
 
 def _each_request(one: Callable, batch: Batch, pages: KVPages, *, out_axes: Any) -> Any:
     """`one(tokens, at, pages)` for every request of the batch, over the pool they share."""
+
     def request(tokens: Array, page_table: Array, start: Array, length: Array, pages: KVPages) -> Any:
         return one(tokens, Where(page_table, start, length, batch.most_tokens), pages)
 
@@ -82,9 +84,7 @@ def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
     return StepOutput(tokens[:, None], logprobs[:, None], *likeliest)
 
 
-def prefill(
-    model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages
-) -> tuple[None, KVPages]:
+def prefill(model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages) -> tuple[None, KVPages]:
     """Cache a chunk of each request. Nothing is sampled: a prompt's last token is left to `decode`."""
     decoder = bind(model.config, weights, model.dtype)
 
@@ -134,7 +134,7 @@ def decode(
     return out, pages
 
 
-def _after(batch: Batch, token: Int[Array, "requests"], active: Array) -> Batch:
+def _after(batch: Batch, token: Int[Array, " requests"], active: Array) -> Batch:
     """The batch once `token` was made for the `active` requests."""
     one = active.astype(jnp.int32)
     ended = jnp.any(token[:, None] == batch.end_ids, axis=1)

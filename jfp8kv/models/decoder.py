@@ -1,7 +1,7 @@
 """The decoder: one Flax NNX module for every family, called on the tokens of one request.
 
-It knows nothing of caches. Attention is a function it is given: `attend(layer, q, k, v, carry, options) -> (out, carry)`, with q
-and k already rotated. The engine passes one over pages, calibration one that watches, tests a plain one.
+It knows nothing of caches. Attention is a function it is given: `attend(layer, q, k, v, carry) -> (out, carry)`, with q and k
+already rotated. The engine passes one over pages, calibration one that watches, tests a plain one.
 
 Layers run under `lax.scan` with their parameters stacked, so a model of 80 layers traces and compiles like one of 2.
 """
@@ -75,7 +75,7 @@ class Decoder(nnx.Module):
         self.compute = activation_dtype(dtype)
 
     def __call__(
-        self, tokens: Int[Array, "tokens"], positions: Int[Array, "tokens"], *, attend: Attend, carry: Any
+        self, tokens: Int[Array, " tokens"], positions: Int[Array, " tokens"], *, attend: Attend, carry: Any
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
         """Hidden states after the final norm, and what `attend` made of `carry`."""
         rotation = angles(self.config.rope, self.config.head_dim, positions)

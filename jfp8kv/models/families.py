@@ -46,9 +46,7 @@ def _architecture(d: Mapping[str, Any]) -> str:
         if name in FAMILIES:
             return name
     given = ", ".join(str(n) for n in d.get("architectures") or [d.get("model_type") or "none given"])
-    raise ConfigError(
-        f"architecture {given}: not supported; supported are {', '.join(FAMILIES)}.{nearest(given, FAMILIES)}"
-    )
+    raise ConfigError(f"architecture {given}: not supported; supported are {', '.join(FAMILIES)}.{nearest(given, FAMILIES)}")
 
 
 def _llama(d: Mapping[str, Any]) -> ModelConfig:

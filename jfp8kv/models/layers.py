@@ -1,4 +1,4 @@
-"""The decoder's building blocks, as Flax NNX modules. Each holds its parameter for *all* layers and is called with a layer index.
+"""The decoder's building blocks as Flax NNX modules. Each holds its parameter of *all* layers and is called with a layer index.
 
 Weights lie `[layers, out, in]`, as checkpoints have them; 16-bit ones may be replaced by their bits (models/linear.py).
 """
@@ -67,7 +67,7 @@ class Table(nnx.Module):
         self.stored = np.dtype(dtype)
         self.tiled = tiled
 
-    def rows(self, tokens: Int[Array, "tokens"], dtype: np.dtype) -> Float[Array, "tokens hidden"]:
+    def rows(self, tokens: Int[Array, " tokens"], dtype: np.dtype) -> Float[Array, "tokens hidden"]:
         """The rows of these token ids. Ids past the end (padding) give the last row."""
         return widen(self.weight[...].at[tokens].get(mode="clip"), self.stored, dtype)
 

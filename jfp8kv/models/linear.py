@@ -2,11 +2,11 @@
 
 All layers of a decoder share one array per parameter, `[layers, out, in]`, so that `lax.scan` runs them with one traced body.
 Indexing that array would first copy the layer's whole matrix, on XLA:CPU two to four times the cost of the product itself when
-few rows are multiplied. So a matrix is taken in tiles of rows that fit a core's cache; copying a tile out of the stack and
-widening it to float32 are one pass, and the product then reads it from cache (docs/log.md has the figures).
+few rows are multiplied. So a matrix is taken in tiles of rows that stay in cache: copying a tile out of the stack and widening
+it to float32 are one pass, and the product reads it from there (docs/log.md has the figures).
 
-16-bit weights arrive as their bits (`uint16`, see `as_bits`) on the CPU, for the same reason as the KV cache does: XLA:CPU would
-widen the whole stack at each slice of it.
+16-bit weights arrive as their bits (`uint16`, see `as_bits`) on the CPU, for the same reason as the KV cache does: XLA:CPU
+would widen the whole stack at each slice of it.
 """
 
 import ctypes

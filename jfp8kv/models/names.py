@@ -104,9 +104,7 @@ def require_names(found: Collection[str], expected: Mapping[str, Shape], *, wher
 def require_shape(name: str, found: Shape, expected: Shape, *, where: str) -> None:
     """Raise a `CheckpointError` naming the parameter and both shapes unless they agree."""
     if tuple(found) != tuple(expected):
-        raise CheckpointError(
-            f"{where}: {name} has shape {list(found)}, expected {list(expected)} by the model's config."
-        )
+        raise CheckpointError(f"{where}: {name} has shape {list(found)}, expected {list(expected)} by the model's config.")
 
 
 def nest(flat: Mapping[str, object]) -> dict:

@@ -171,9 +171,7 @@ def _from_hf_names(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, ja
     sources = {ours: their_names(ours, HF_MODULES, config.layers) for ours in expected}
     stacked = {ours for ours in expected if ours.startswith("layers.")}
     each: dict[str, Shape] = {
-        name: expected[ours][1:] if ours in stacked else expected[ours]
-        for ours, names in sources.items()
-        for name in names
+        name: expected[ours][1:] if ours in stacked else expected[ours] for ours, names in sources.items() for name in names
     }
     theirs = _checked(theirs, each)
     return {

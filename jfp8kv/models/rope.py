@@ -27,7 +27,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return frequency.astype(np.float32)
 
 
-def angles(rope: RopeConfig, head_dim: int, positions: Int[Array, "tokens"]) -> Angles:
+def angles(rope: RopeConfig, head_dim: int, positions: Int[Array, " tokens"]) -> Angles:
     """Cosine and sine of every position and pair, in float32."""
     radians = positions.astype(jnp.float32)[:, None] * inverse_frequencies(rope, head_dim)[None, :]
     return jnp.cos(radians), jnp.sin(radians)

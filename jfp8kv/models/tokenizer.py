@@ -68,9 +68,7 @@ class Tokenizer:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text of a conversation, special tokens written out. Errors as for `chat`."""
         if self._chat_template is None:
-            raise ConfigError(
-                "This model's tokenizer has no chat template: give a plain text prompt instead of messages."
-            )
+            raise ConfigError("This model's tokenizer has no chat template: give a plain text prompt instead of messages.")
         check_messages(messages)
         return render_template(
             self._chat_template,

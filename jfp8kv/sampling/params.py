@@ -81,15 +81,11 @@ class SamplingParams:
     def from_fields(cls, base: "SamplingParams | None" = None, **fields: Any) -> "SamplingParams":
         """`base` (or the defaults) with `fields` in place of its own. An unknown field names the nearest known one."""
         if base is not None and not isinstance(base, cls):
-            raise ConfigError(
-                f"sampling={base!r}: must be a SamplingParams or None; try SamplingParams(temperature=0.7)."
-            )
+            raise ConfigError(f"sampling={base!r}: must be a SamplingParams or None; try SamplingParams(temperature=0.7).")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
-                raise ConfigError(
-                    f"{name}: not a sampling field.{nearest(name, known)} The fields are {', '.join(known)}."
-                )
+                raise ConfigError(f"{name}: not a sampling field.{nearest(name, known)} The fields are {', '.join(known)}.")
         return dataclasses.replace(base or cls(), **fields)
 
     @property
@@ -170,9 +166,7 @@ _RULES = (
     _Rule("presence_penalty", float, _penalty, "between -2 and 2", "0 is none"),
     _Rule("frequency_penalty", float, _penalty, "between -2 and 2", "0 is none"),
     _Rule("logprobs", int, _up_to(MAX_LOGPROBS), f"from 0 to {MAX_LOGPROBS}", "None reports nothing", optional=True),
-    _Rule(
-        "prompt_logprobs", int, _up_to(MAX_LOGPROBS), f"from 0 to {MAX_LOGPROBS}", "None reports nothing", optional=True
-    ),
+    _Rule("prompt_logprobs", int, _up_to(MAX_LOGPROBS), f"from 0 to {MAX_LOGPROBS}", "None reports nothing", optional=True),
     _Rule("seed", int, _up_to(MAX_SEED), "from 0 to 2**64 - 1", "None takes the engine's", optional=True),
 )
 

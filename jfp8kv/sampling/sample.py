@@ -95,9 +95,7 @@ def _draw(logits: Float32[Array, " vocab"], settings: SamplerSettings, key: UInt
     return _race(kept, _all_ids(logits), key)
 
 
-def _draw_unfiltered(
-    logits: Float32[Array, " vocab"], settings: SamplerSettings, key: UInt32[Array, "2"]
-) -> Int32[Array, ""]:
+def _draw_unfiltered(logits: Float32[Array, " vocab"], settings: SamplerSettings, key: UInt32[Array, "2"]) -> Int32[Array, ""]:
     return _race(weights(logits, settings.temperature, jnp.max(logits)), _all_ids(logits), key)
 
 

@@ -42,9 +42,7 @@ class SamplerSettings:
     held_ids: Int32[Array | np.ndarray, "*requests held"]
 
 
-def settings_from(
-    params: SamplingParams, key: UInt32[np.ndarray, "2"], *, eos_ids: Iterable[int] = ()
-) -> SamplerSettings:
+def settings_from(params: SamplingParams, key: UInt32[np.ndarray, "2"], *, eos_ids: Iterable[int] = ()) -> SamplerSettings:
     """The settings of one request, as NumPy arrays. `eos_ids`: the model's own end-of-sequence tokens."""
     ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
     bias = params.logit_bias or {}

@@ -1,8 +1,8 @@
 """Every implementation of paged attention agrees with a NumPy loop, or raises exactly `NotSupported`.
 
-Both sides read the same stored bytes, so what separates them is float32 rounding: with n keys and head_dim d, scores carry a
-relative error of at most about d * 2**-24 of sum(|q||k|), and the output one of n * 2**-24 of max|v| plus what the scores' error
-makes of it, `exp` turning an absolute error e of a score into a relative error e of its weight. The tolerance is that bound.
+Both sides read the same stored bytes, so what separates them is float32 rounding: with n keys and head_dim d, scores carry an
+error of at most about d * 2**-24 of sum(|q||k|), and the output one of n * 2**-24 of max|v| plus what the scores' error makes
+of it, `exp` turning an absolute error e of a score into a relative error e of its weight. The tolerance is that bound.
 """
 
 import itertools
@@ -86,8 +86,10 @@ class Case:
         for position in range(self.lengths[request]):
             row, offset = self.layer * PAGES + self.table[request, position // SIZE], position % SIZE
             stored = np.asarray(bits)[row, head, offset].view(self.fmt.dtype).astype(np.float64)
-            factor = np.asarray(scale)[self.layer, head] if exponent is None else 2.0 ** (
-                float(np.asarray(exponent)[row, head, offset]) - 127
+            factor = (
+                np.asarray(scale)[self.layer, head]
+                if exponent is None
+                else 2.0 ** (float(np.asarray(exponent)[row, head, offset]) - 127)
             )
             out.append(stored * factor)
         return np.array(out).reshape(-1, self.q.shape[-1])
@@ -101,8 +103,12 @@ class Case:
             position = self.starts[r] + t
             if position >= self.lengths[r]:
                 continue
-            k = self.values(self.pages.k_bits, self.pages.k_exponent, None if self.scales is None else self.scales.k, r, h // group)
-            v = self.values(self.pages.v_bits, self.pages.v_exponent, None if self.scales is None else self.scales.v, r, h // group)
+            k = self.values(
+                self.pages.k_bits, self.pages.k_exponent, None if self.scales is None else self.scales.k, r, h // group
+            )
+            v = self.values(
+                self.pages.v_bits, self.pages.v_exponent, None if self.scales is None else self.scales.v, r, h // group
+            )
             window = 0 if o.window is None else int(o.window[self.layer])
             first = max(0, position - window + 1) if window else 0
             k, v, q = k[first : position + 1], v[first : position + 1], self.q[r, t, h].astype(np.float64)

@@ -11,7 +11,15 @@ from jfp8kv.core.formats import BFLOAT16, E4M3
 
 @pytest.mark.parametrize(
     ("given", "bytes_"),
-    [(1000, 1000), ("1000", 1000), ("2KB", 2000), ("2 KiB", 2048), ("1.5GiB", 3 * 2**29), ("3GB", 3_000_000_000), ("7B", 7)],
+    [
+        (1000, 1000),
+        ("1000", 1000),
+        ("2KB", 2000),
+        ("2 KiB", 2048),
+        ("1.5GiB", 3 * 2**29),
+        ("3GB", 3_000_000_000),
+        ("7B", 7),
+    ],
 )
 def test_sizes_are_read_in_the_usual_spellings(given, bytes_) -> None:
     assert parse_bytes(given) == bytes_

@@ -13,9 +13,7 @@ LAYERS, PAGES, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
 
 
 def pool(fmt, dynamic: bool = False) -> KVPages:
-    pages = new_pages(
-        fmt, layers=LAYERS, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM, dynamic=dynamic
-    )
+    pages = new_pages(fmt, layers=LAYERS, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM, dynamic=dynamic)
     return fill(pages, fmt.nan_code)
 
 
@@ -79,9 +77,7 @@ def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool() -> No
     def one(pages, k, v, table, start, length):
         return write(pages, scales, k, v, layer=1, page_table=table, start=start, length=length)
 
-    together = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0, 0), out_axes=None))(
-        pool(E5M2), k, v, tables, starts, lengths
-    )
+    together = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0, 0), out_axes=None))(pool(E5M2), k, v, tables, starts, lengths)
     apart = pool(E5M2)
     for i in range(2):
         apart = one(apart, k[i], v[i], tables[i], starts[i], lengths[i])

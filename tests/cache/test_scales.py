@@ -10,9 +10,7 @@ from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.core.formats import E4M3, E5M2
 
 
-@pytest.mark.parametrize(
-    ("shape", "granularity"), [((2, 1, 1), "tensor"), ((2, 3, 1), "head"), ((2, 3, 4), "channel")]
-)
+@pytest.mark.parametrize(("shape", "granularity"), [((2, 1, 1), "tensor"), ((2, 3, 1), "head"), ((2, 3, 4), "channel")])
 def test_scales_survive_a_file_with_their_granularity(tmp_path, shape, granularity) -> None:
     scales = KVScales(np.random.default_rng(0).uniform(0.1, 2, shape), np.ones((2, 1, 1)))
     scales.save(tmp_path / "scales.safetensors")

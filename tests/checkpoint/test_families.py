@@ -23,9 +23,7 @@ def test_old_and_new_spellings_give_the_same_config(tiny):
 
 
 def test_what_is_left_out_or_null_has_its_default(tiny):
-    config = config_from_hf(
-        tiny.config(num_key_value_heads=None, head_dim=None) | {"head_dim": None, "rope_scaling": None}
-    )
+    config = config_from_hf(tiny.config(num_key_value_heads=None, head_dim=None) | {"head_dim": None, "rope_scaling": None})
     assert (config.kv_heads, config.head_dim) == (4, 8)
     assert config.rope == RopeConfig()
     assert not config.tied_embeddings

@@ -44,16 +44,13 @@ def test_hugging_face_names_are_stacked_in_layer_order(params, tensors):
         for layer in range(2):
             expected = tensors[f"model.layers.{layer}.{theirs}.weight"]
             np.testing.assert_array_equal(params.tree["layers"][ours]["weight"][layer], expected)
-    np.testing.assert_array_equal(
-        params.tree["layers"]["o"]["bias"][1], tensors["model.layers.1.self_attn.o_proj.bias"]
-    )
+    np.testing.assert_array_equal(params.tree["layers"]["o"]["bias"][1], tensors["model.layers.1.self_attn.o_proj.bias"])
     np.testing.assert_array_equal(params.tree["head"]["weight"], tensors["lm_head.weight"])
 
 
 def test_the_tree_has_exactly_the_expected_names_and_shapes(params):
     found = {
-        ".".join(key.key for key in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(params.tree)[0]
+        ".".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params.tree)[0]
     }
     assert found == expected_shapes(params.config)
 
@@ -130,9 +127,7 @@ def test_what_is_wrong_with_a_tree_is_named(config, tensors):
     name = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(CheckpointError, match=r"missing: layers\.1\.mlp\.up_proj\.weight \[64, 32\]"):
         Params.from_pytree({n: t for n, t in tensors.items() if n != name}, config)
-    with pytest.raises(
-        CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight has shape \[64, 31\], expected \[64, 32\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight has shape \[64, 31\], expected \[64, 32\]"):
         Params.from_pytree(tensors | {name: tensors[name][:, :-1]}, config)
     with pytest.raises(CheckpointError, match=r"not part of this architecture: layers\.0\.self_attn\.q_norm\.weight"):
         Params.from_pytree(tensors | {"model.layers.0.self_attn.q_norm.weight": np.ones(16, np.float32)}, config)

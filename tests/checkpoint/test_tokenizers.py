@@ -171,9 +171,7 @@ def test_ids_and_chats_are_those_of_transformers(tiny, tmp_path, settings):
             assert ours.encode(text) == theirs.encode(text)
             assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
         for prompt in (True, False):
-            assert ours.chat(CHAT, prompt) == theirs.apply_chat_template(
-                CHAT, add_generation_prompt=prompt, return_dict=False
-            )
+            assert ours.chat(CHAT, prompt) == theirs.apply_chat_template(CHAT, add_generation_prompt=prompt, return_dict=False)
         assert ours.eos_ids == (theirs.eos_token_id,)
 
 

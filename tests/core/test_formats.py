@@ -8,7 +8,18 @@ import pytest
 
 from jfp8kv.core import formats
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32, FORMATS, decode, decode_tile, encode, encode_numpy
+from jfp8kv.core.formats import (
+    BFLOAT16,
+    E4M3,
+    E5M2,
+    FLOAT16,
+    FLOAT32,
+    FORMATS,
+    decode,
+    decode_tile,
+    encode,
+    encode_numpy,
+)
 
 FP8 = [E4M3, E5M2]
 HALVES = [BFLOAT16, FLOAT16]

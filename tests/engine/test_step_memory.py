@@ -24,7 +24,8 @@ def pool_of(params: jfp8kv.Params, kv_dtype: str, kv_scales: str, pool_bytes: in
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 @pytest.mark.parametrize(
-    ("kv_dtype", "kv_scales"), [("fp8_e4m3", "auto"), ("fp8_e5m2", "token_head"), ("bfloat16", "auto"), ("float32", "auto")]
+    ("kv_dtype", "kv_scales"),
+    [("fp8_e4m3", "auto"), ("fp8_e5m2", "token_head"), ("bfloat16", "auto"), ("float32", "auto")],
 )
 def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased(kind, kv_dtype, kv_scales) -> None:
     params = jfp8kv.load(REFERENCES[0])

@@ -16,7 +16,13 @@ from tests.references import oracle
 
 REFERENCES = sorted((Path(__file__).parent.parent / "references").glob("llama_*"))
 CASES = pytest.mark.parametrize("folder", REFERENCES, ids=lambda f: f.name)
-ENGINE = {"kv_cache_memory": "1MB", "max_model_len": 96, "max_num_seqs": 2, "max_num_batched_tokens": 64, "page_size": 16}
+ENGINE = {
+    "kv_cache_memory": "1MB",
+    "max_model_len": 96,
+    "max_num_seqs": 2,
+    "max_num_batched_tokens": 64,
+    "page_size": 16,
+}
 
 
 def rms(got: np.ndarray, want: np.ndarray) -> float:

@@ -159,9 +159,7 @@ def _forward(config: dict[str, Any], weights: Weights, tokens: np.ndarray, store
 # --- storing in FP8 -------------------------------------------------------------------------------------------------
 
 
-def fp8_store(
-    fmt: str, k_scales: np.ndarray | None = None, v_scales: np.ndarray | None = None, dynamic: bool = False
-) -> Store:
+def fp8_store(fmt: str, k_scales: np.ndarray | None = None, v_scales: np.ndarray | None = None, dynamic: bool = False) -> Store:
     """A store that rounds through FP8: `fmt` is "e4m3" (float8_e4m3fn) or "e5m2".
 
     `k_scales` and `v_scales` broadcast to `[layers, kv_heads, head_dim]` (a number, per tensor, head or channel); None

@@ -108,9 +108,7 @@ def test_rounding_takes_the_nearest_of_all_finite_numbers_and_the_even_one_of_tw
         np.testing.assert_array_equal(oracle.through_fp8(sign * ties, one[0], fmt), sign * even)
         np.testing.assert_array_equal(oracle.through_fp8(sign * ties * (1 + 1e-6), one[0], fmt), sign * numbers[1:])
         np.testing.assert_array_equal(oracle.through_fp8(sign * ties * (1 - 1e-6), one[0], fmt), sign * numbers[:-1])
-        np.testing.assert_array_equal(
-            oracle.through_fp8(sign * np.array([2.0, 1e9]) * largest, one[0], fmt), sign * largest
-        )
+        np.testing.assert_array_equal(oracle.through_fp8(sign * np.array([2.0, 1e9]) * largest, one[0], fmt), sign * largest)
 
 
 def test_scales_of_every_granularity_act_on_the_layer_head_and_channel_they_name() -> None:
@@ -124,9 +122,7 @@ def test_scales_of_every_granularity_act_on_the_layer_head_and_channel_they_name
             scale = full[1, head, channel]
             code = ml_dtypes.float8_e4m3fn(np.clip(np.float32(x[t, head, channel]) / scale, -448, 448))
             assert stored[t, head, channel] == np.float32(code) * scale
-        np.testing.assert_array_equal(
-            oracle.fp8_store("e4m3", k_scales=scales)(x, 1, "v"), oracle.fp8_store("e4m3")(x, 1, "v")
-        )
+        np.testing.assert_array_equal(oracle.fp8_store("e4m3", k_scales=scales)(x, 1, "v"), oracle.fp8_store("e4m3")(x, 1, "v"))
 
 
 @pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])

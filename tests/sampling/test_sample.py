@@ -194,9 +194,7 @@ def test_looking_at_the_likeliest_blocks_alone_changes_no_token():
                 batch(logits, stacked(filters), positions)[0], whole(logits, stacked(filters), positions)[0]
             )
             greedy_too = stacked([*filters[:3], dict(temperature=0)])
-            np.testing.assert_array_equal(
-                batch(logits, greedy_too, positions)[0], whole(logits, greedy_too, positions)[0]
-            )
+            np.testing.assert_array_equal(batch(logits, greedy_too, positions)[0], whole(logits, greedy_too, positions)[0])
 
 
 def test_log_probabilities_are_those_of_the_model_before_any_setting():
@@ -224,9 +222,7 @@ PENALTIES = [
     dict(repetition_penalty=0.7),
     dict(presence_penalty=0.9),
     dict(frequency_penalty=-0.4),
-    dict(
-        repetition_penalty=1.2, presence_penalty=-0.5, frequency_penalty=0.3, logit_bias={1: 2.0, 9: -np.inf, 3: -3.5}
-    ),
+    dict(repetition_penalty=1.2, presence_penalty=-0.5, frequency_penalty=0.3, logit_bias={1: 2.0, 9: -np.inf, 3: -3.5}),
 ]
 
 
