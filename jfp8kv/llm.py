@@ -145,6 +145,9 @@ class LLM:
         with self._lock:
             groups = self._requests(as_list(prompts), sampling_params, fields)
             self._run([r for group in groups for r in group.requests], progress)
+            for group in groups:
+                if (wanted := group.requests[0].params.prompt_logprobs) is not None:
+                    group.prompt_logprobs = self._prompt_logprobs(group.prompt.ids, wanted)
             return [group.output() for group in groups]
 
     def chat(
@@ -235,15 +238,23 @@ class LLM:
         """float32 `[tokens - 1]`: log-probability of each token but the first, given those before it."""
         with self._lock:
             ids = encode(text_or_token_ids, self.tokenizer, what="text").ids
-            parts, at = [], 1
-            for logits in self._logits(ids, what="text"):
-                targets = ids[at : at + len(logits)]
-                rows = logits[: len(targets)].astype(np.float64)
-                peak = rows.max(axis=1)
-                total = np.log(np.exp(rows - peak[:, None]).sum(axis=1)) + peak
-                parts.append(rows[np.arange(len(targets)), targets] - total)
-                at += len(logits)
-            return np.concatenate(parts).astype(np.float32)
+            found = [row[token] for row, token in zip(self._logprobs(ids, what="text"), ids[1:], strict=False)]
+            return np.asarray(found, np.float32)
+
+    def _prompt_logprobs(self, ids: list[int], count: int) -> list[dict[int, float] | None]:
+        """For each prompt token but the first (None): its log-probability and those of the `count` likeliest ids."""
+        found: list[dict[int, float] | None] = [None]
+        for row, token in zip(self._logprobs(ids, what="prompt"), ids[1:], strict=False):
+            likeliest = np.argsort(-row, kind="stable")[:count]
+            found.append({int(i): float(row[i]) for i in (*likeliest, token)})
+        return found
+
+    def _logprobs(self, ids: list[int], *, what: str) -> Iterator[np.ndarray]:
+        """The log-softmax of the logits after each token, float64 `[vocab]`."""
+        for logits in self._logits(ids, what=what):
+            for row in logits.astype(np.float64):
+                peak = row.max()
+                yield row - (peak + np.log(np.exp(row - peak).sum()))
 
     def _logits(self, token_ids: Sequence[int], *, what: str) -> Iterator[np.ndarray]:
         ids = [int(t) for t in token_ids]
@@ -257,6 +268,7 @@ class _Group:
     def __init__(self, prompt: Encoded, requests: list[Request]):
         self.prompt = prompt
         self.requests = requests
+        self.prompt_logprobs: list[dict[int, float] | None] | None = None
 
     def output(self) -> RequestOutput:
         first = self.requests[0]
@@ -266,6 +278,7 @@ class _Group:
             prompt=self.prompt.text,
             prompt_token_ids=self.prompt.ids,
             outputs=[r.output() for r in self.requests],
+            prompt_logprobs=self.prompt_logprobs,
             first_token_s=min(began) - first.submitted if began else None,
             total_s=max(ended) - first.submitted if ended else None,
         )

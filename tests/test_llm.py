@@ -78,6 +78,14 @@ def test_logprobs_hold_the_sampled_token_and_the_likeliest(llm) -> None:
     assert llm.generate("hello", max_tokens=2)[0].outputs[0].logprobs is None
 
 
+def test_prompt_logprobs_are_scores_with_the_likeliest(llm) -> None:
+    ids = llm.tokenizer.encode("hello you")
+    (out,) = llm.generate([ids], max_tokens=1, prompt_logprobs=2)
+    assert out.prompt_logprobs[0] is None and len(out.prompt_logprobs) == len(ids)
+    np.testing.assert_allclose([d[t] for d, t in zip(out.prompt_logprobs[1:], ids[1:], strict=True)], llm.score(ids), atol=1e-6)
+    assert all(len(d) in (2, 3) and max(d.values()) >= d[t] for d, t in zip(out.prompt_logprobs[1:], ids[1:], strict=True))
+
+
 def test_penalties_bias_and_min_tokens_act(llm) -> None:
     base = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
     plain = llm.generate("hello", **base)[0].token_ids

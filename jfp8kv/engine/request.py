@@ -34,6 +34,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, float] | None] | None = None  # if asked for; None for the first token
     first_token_s: float | None = None  # seconds from submission to the first token of any continuation
     total_s: float | None = None  # seconds from submission to the last token of all
 
