@@ -1,19 +1,20 @@
 """The functions of one line: `generate`, `logits`, `score`. Each keeps a warm `LLM` per model and cache setting behind it."""
 
-import weakref
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.engine.prompts import as_list
+from jfp8kv.engine.prompts import as_list, encode, is_single
 from jfp8kv.engine.request import RequestOutput
 from jfp8kv.llm import LLM
 from jfp8kv.models.params import Params
 from jfp8kv.sampling.params import SamplingParams
 
-_ENGINES: "weakref.WeakKeyDictionary[Params, tuple[Any, LLM]]" = weakref.WeakKeyDictionary()
+_ENGINE = "_engine"  # where a `Params` keeps its warm engine
 
 
 def generate(
@@ -38,8 +39,8 @@ def generate(
 
     Raises `ConfigError` for anything that cannot be served, naming it, before anything runs.
     """
-    llm = _llm(params, kv_dtype, kv_scales)
-    return llm.generate(prompts, sampling, progress=progress, **sampling_fields)
+    sampling = SamplingParams.from_fields(sampling, also=("kv_dtype", "kv_scales", "sampling", "progress"), **sampling_fields)
+    return _llm(params, kv_dtype, kv_scales).generate(prompts, sampling, progress=progress)
 
 
 def logits(params: Params, token_ids: Sequence[int], *, kv_dtype: str = "auto", kv_scales: Any = "auto") -> np.ndarray:
@@ -56,22 +57,35 @@ def score(
     """
     llm = _llm(params, kv_dtype, kv_scales)
     texts = as_list(texts_or_token_ids)
-    scores = [llm.score(text) for text in texts]
-    single = isinstance(texts_or_token_ids, str) or (len(texts) == 1 and texts[0] is texts_or_token_ids)
-    return scores[0] if single else scores
+    if not texts:
+        raise ConfigError("texts is empty: give at least one.")
+    ids = [encode(text, params.tokenizer, what=f"text {i}").ids for i, text in enumerate(texts)]
+    scores = [llm.score(text) for text in ids]
+    return scores[0] if is_single(texts_or_token_ids) else scores
 
 
 def _llm(params: Params, kv_dtype: str, kv_scales: Any) -> LLM:
-    """The warm engine of these parameters, made anew when the cache's settings change."""
+    """The warm engine of these parameters, made anew when the cache's settings change.
+
+    It belongs to `params` and goes with them. Scales from a file are read each time: what counts is what they are now.
+    """
     if not isinstance(params, Params):
         raise ConfigError(
             f"params of type {type(params).__name__}: must be a Params; make one with jfp8kv.load(path) or "
             "Params.from_pytree(tree, config)."
         )
-    settings, llm = _ENGINES.get(params, (None, None))
-    wanted = (kv_dtype, kv_scales if isinstance(kv_scales, str) else id(kv_scales))
-    if llm is None or settings != wanted:
-        _ENGINES.pop(params, None)
+    if isinstance(kv_scales, os.PathLike) or (isinstance(kv_scales, str) and os.path.isfile(kv_scales)):
+        kv_scales = KVScales.load(kv_scales)
+    settings, llm = params.__dict__.get(_ENGINE, (None, None))
+    if settings is None or settings[0] != kv_dtype or not _same(settings[1], kv_scales):
+        params.__dict__.pop(_ENGINE, None)  # its pool is freed before the next one is made
         llm = LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales)
-        _ENGINES[params] = (wanted, llm)
+        params.__dict__[_ENGINE] = ((kv_dtype, kv_scales), llm)
     return llm
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two `kv_scales` are the same name, or scales with the same numbers."""
+    if isinstance(a, KVScales) and isinstance(b, KVScales):
+        return np.array_equal(a.k, b.k) and np.array_equal(a.v, b.v)
+    return type(a) is type(b) and a == b

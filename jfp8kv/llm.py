@@ -1,5 +1,6 @@
 """`LLM`: the engine as an object that stays warm."""
 
+import inspect
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -10,21 +11,20 @@ import numpy as np
 
 from jfp8kv.attention import dispatch
 from jfp8kv.checkpoint.load import load
-from jfp8kv.core.errors import ConfigError
+from jfp8kv.core.errors import ConfigError, Jfp8kvError, unknown_keyword
 from jfp8kv.core.formats import kv_format
 from jfp8kv.core.platform import cache_folder
 from jfp8kv.engine.detokenize import Detokenizer
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.prompts import Encoded, Message, as_list, encode
-from jfp8kv.engine.request import Request, RequestOutput
+from jfp8kv.engine.request import CANCELLED, Request, RequestOutput
 from jfp8kv.models.params import Params
 from jfp8kv.models.tokenizer import Tokenizer
 from jfp8kv.sampling.keys import request_key
-from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.sampling.params import MAX_SEED, SamplingParams
 
 CONTEXT = 4  # prompt tokens decoded before the first output token, so that a leading space survives
-MAX_SEED = 2**63 - 1
 
 
 class LLM:
@@ -45,7 +45,8 @@ class LLM:
       page_size: tokens per page.
       attention: "xla", "reference" or "pallas"; None picks the fastest that runs here.
 
-    Raises: `ConfigError` or `CheckpointError`. Calls from several threads run one after another.
+    Raises `ConfigError`, `CheckpointError`, or `NotSupported` for an attention that cannot run here. Threads may share it:
+    whole calls take turns, streams take turns step by step.
     """
 
     def __init__(
@@ -62,9 +63,13 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         page_size: int = 64,
         attention: str | None = None,
+        **unknown: Any,
     ):
+        for name in unknown:
+            meant = "kv_cache_dtype" if name == "kv_dtype" else None
+            raise unknown_keyword(name, list(inspect.signature(LLM).parameters)[1:-1], meant=meant)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-            raise ConfigError(f"seed={seed!r}: must be an integer from 0 to 2**63 - 1.")
+            raise ConfigError(f"seed={seed!r}: must be an integer from 0 to 2**64 - 1.")
         if isinstance(model, Params) and dtype is not None:
             raise ConfigError(
                 f"dtype={dtype!r}: the Params given are {model.dtype.name} already; cast them, or load with dtype."
@@ -144,10 +149,10 @@ class LLM:
         """
         with self._lock:
             groups = self._requests(as_list(prompts), sampling_params, fields)
-            self._run([r for group in groups for r in group.requests], progress)
             for group in groups:
                 if (wanted := group.requests[0].params.prompt_logprobs) is not None:
                     group.prompt_logprobs = self._prompt_logprobs(group.prompt.ids, wanted)
+            self._run([r for group in groups for r in group.requests], progress)
             return [group.output() for group in groups]
 
     def chat(
@@ -157,28 +162,43 @@ class LLM:
         **rest: Any,
     ) -> list[RequestOutput]:
         """`generate` for chat messages `[{"role": "user", "content": "..."}]`, or a list of such conversations."""
+        if isinstance(messages, str) or any(isinstance(m, str) for m in messages):
+            raise ConfigError('chat takes messages such as [{"role": "user", "content": "..."}]; give plain text to generate.')
         return self.generate(messages, sampling_params, **rest)
 
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None, **fields: Any) -> Iterator[str]:
-        """The text of one continuation, piece by piece as it is made. Closing the iterator cancels the request."""
+        """The text of one continuation, piece by piece as it is made. Closing the iterator cancels the request.
+
+        Other calls may run between two pieces: they share the engine.
+        """
         with self._lock:
             (group,) = self._requests([prompt], sampling_params, fields)
-        if len(group.requests) != 1:
-            raise ConfigError("stream gives one continuation: n must be 1.")
-        if group.requests[0].detokenizer is None:
+        request = group.requests[0]
+        if len(group.requests) != 1 or request.params.prompt_logprobs is not None:
+            raise ConfigError("stream gives the text of one continuation: n must be 1, and prompt_logprobs None.")
+        if request.detokenizer is None:
             raise ConfigError("stream gives text, and this model has no tokenizer: use generate, which also gives token ids.")
-        return self._stream(group.requests[0])
+        return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[str]:
-        with self._lock:
-            try:
+        sent = 0
+        try:
+            with self._lock:
                 self._engine.add(request)
-                sent = 0
-                for _ in self._engine.run():
-                    if len(request.text) > sent:
-                        yield request.text[sent:]
-                        sent = len(request.text)
-            finally:
+            while True:
+                with self._lock:
+                    if request.finish_reason is None:
+                        self._engine.step()
+                    text, done = request.text, request.finish_reason
+                if len(text) > sent:
+                    yield text[sent:]
+                    sent = len(text)
+                if done == CANCELLED:
+                    raise Jfp8kvError("a step failed while this text was being made, and it was dropped: ask again.")
+                if done:
+                    return
+        finally:
+            with self._lock:
                 self._engine.cancel([request])
 
     def _run(self, requests: list[Request], progress: bool | None) -> None:
@@ -189,8 +209,11 @@ class LLM:
             for request in requests:
                 self._engine.add(request)
             with tqdm(total=len(requests), unit="prompt", disable=hidden) as bar:
-                for progressed in self._engine.run():
-                    bar.update(sum(r.finish_reason is not None for r in progressed))
+                left = len(requests)
+                while left:
+                    self._engine.step()
+                    before, left = left, sum(r.finish_reason is None for r in requests)
+                    bar.update(before - left)
         finally:
             self._engine.cancel(requests)
 
@@ -203,7 +226,7 @@ class LLM:
             raise ConfigError(f"{len(each)} sampling parameters for {len(prompts)} prompts: give one, or one for each.")
         groups = []
         for i, (prompt, base) in enumerate(zip(prompts, each, strict=True)):
-            params = SamplingParams.from_fields(base, **fields)
+            params = SamplingParams.from_fields(base, also=("progress",), **fields)
             encoded = encode(prompt, self.tokenizer, what=f"prompt {i}")
             self._engine.check(encoded.ids, params, what=f"prompt {i}")
             if params.stop and self.tokenizer is None:
@@ -245,8 +268,9 @@ class LLM:
         """For each prompt token but the first (None): its log-probability and those of the `count` likeliest ids."""
         found: list[dict[int, float] | None] = [None]
         for row, token in zip(self._logprobs(ids, what="prompt"), ids[1:], strict=False):
-            likeliest = np.argsort(-row, kind="stable")[:count]
-            found.append({int(i): float(row[i]) for i in (*likeliest, token)})
+            likeliest = np.argpartition(-row, count)[:count] if count < len(row) else np.arange(len(row))
+            ordered = sorted(likeliest.tolist(), key=lambda i, row=row: (-row[i], i))
+            found.append({i: float(row[i]) for i in (*ordered, token)})
         return found
 
     def _logprobs(self, ids: list[int], *, what: str) -> Iterator[np.ndarray]:
@@ -257,7 +281,7 @@ class LLM:
                 yield row - (peak + np.log(np.exp(row - peak).sum()))
 
     def _logits(self, token_ids: Sequence[int], *, what: str) -> Iterator[np.ndarray]:
-        ids = [int(t) for t in token_ids]
+        ids = encode(token_ids, None, what=what).ids
         self._engine.check(ids, SamplingParams(max_tokens=1), what=what, more=0)
         return self._engine.logits(ids)
 

@@ -70,12 +70,12 @@ def program(*argv: object, **options) -> subprocess.CompletedProcess[str]:
 def test_one_prompt_gives_its_text_on_stdout_and_the_figures_on_stderr(run, expected):
     status, out, err = run("generate", MODEL, *ASK)
     assert (status, out) == (0, expected.text + "\n")
-    assert re.fullmatch(r"jfp8kv: 12 tokens in .* tokens/s.*; KV cache \(auto\): 256 bytes per token, room .*\n", err)
+    assert re.fullmatch(r"jfp8kv: 12 tokens in .* tokens/s.*; KV cache \(bfloat16\): 256 bytes per token, room .*\n", err)
 
 
 def test_the_cache_is_of_the_format_asked_for(run):
     _, _, err = run("generate", MODEL, *ASK, "--kv-dtype", "fp8", "--kv-scales", "unit")
-    assert "KV cache (fp8): 128 bytes per token" in err
+    assert "KV cache (fp8_e4m3): 128 bytes per token" in err
 
 
 def test_quiet_leaves_stderr_empty(run):
@@ -261,6 +261,7 @@ MISTAKES = {
     "an empty stop": ((*ASK_HI, "--stop", ""), "stop="),
     "a model that is not there": (("generate", "/no/model", *PROMPT), "/no/model"),
     "a hub id that is not cached": (("generate", "nobody/nothing", *PROMPT), "nobody/nothing"),
+    "a model with a name that no file can have": (("generate", "m" * 300, *PROMPT), "m" * 300),
     "a model that is a text": (("generate", __file__, *PROMPT), "neither a folder nor a .gguf file"),
     "a chat with a model that is not there": (("chat", "/no/model"), "/no/model"),
     "a chat with a bad temperature": (("chat", MODEL, "--temperature", -1), "temperature=-1.0"),
@@ -297,6 +298,11 @@ SPOILED = {
     "a broken config": ("config.json", b"{", "config.json"),
     "no weights": ("model.safetensors", None, "no weights"),
     "truncated weights": ("model.safetensors", (MODEL / "model.safetensors").read_bytes()[:-100], "model.safetensors"),
+    "an entry of another type": (
+        "config.json",
+        b'{"architectures": "LlamaForCausalLM", "hidden_size": "64"}',
+        "hidden_size='64'",
+    ),
     "an unsupported architecture": ("config.json", b'{"architectures": ["MambaForCausalLM"]}', "MambaForCausalLM"),
 }
 

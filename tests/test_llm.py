@@ -51,6 +51,34 @@ def test_the_stream_is_the_text(llm) -> None:
     assert "".join(pieces) == llm.generate("hello", sampling)[0].text and len(pieces) > 1
 
 
+def test_streams_and_calls_share_an_engine_and_nothing_is_lost(llm) -> None:
+    from itertools import zip_longest
+
+    sampling = SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True)
+    want = [llm.generate("hello", sampling, seed=seed)[0].text for seed in (5, 6)]
+    stream = llm.stream("hello", sampling, seed=5)
+    pieces = [next(stream)]
+    assert llm.generate("hello", sampling, seed=6)[0].text == want[1]
+    assert "".join([*pieces, *stream]) == want[0]
+    both = list(zip_longest(*(llm.stream("hello", sampling, seed=seed) for seed in (5, 6)), fillvalue=""))
+    assert ["".join(pieces) for pieces in zip(*both, strict=True)] == want
+
+
+def test_a_stream_that_is_not_read_holds_nobody_up(llm) -> None:
+    from threading import Thread
+
+    stream = llm.stream("hello", max_tokens=40, ignore_eos=True)
+    next(stream)
+    other = Thread(target=lambda: llm.generate("hello", max_tokens=4))
+    other.start()
+    other.join(timeout=60)
+    assert not other.is_alive()
+    closer = Thread(target=stream.close)
+    closer.start()
+    closer.join(timeout=60)
+    assert llm.stats.kv_tokens_used == 0
+
+
 def test_a_stop_string_ends_the_text_before_it(llm) -> None:
     whole = llm.generate("hello", max_tokens=40, temperature=1.0, seed=3, ignore_eos=True)[0].text
     stop = whole[10:13]
@@ -115,6 +143,45 @@ def test_generate_keeps_its_engine_warm_until_the_cache_changes(params) -> None:
     assert outs[0].text == outs[0].outputs[0].text
 
 
+def test_params_take_their_engine_with_them() -> None:
+    import gc
+    import weakref
+
+    params = jfp8kv.load(FOLDER)
+    jfp8kv.score(params, "hello")
+    gone = weakref.ref(params)
+    del params
+    gc.collect()
+    assert gone() is None
+
+
+def test_weights_of_mixed_types_compute_like_float32(params) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    tree = jax.tree.map(lambda w: w, params.tree)
+    tree["layers"]["q"]["weight"] = tree["layers"]["q"]["weight"].astype(jnp.float16)
+    tree["norm"]["weight"] = tree["norm"]["weight"].astype(jnp.float32)
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), tree)
+    mixed, plain = (jfp8kv.Params.from_pytree(t, params.config) for t in (tree, wide))
+    got, want = (jfp8kv.logits(p, [1, 40, 50, 60], kv_dtype="float32") for p in (mixed, plain))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tokenizer_ends_a_text_where_the_config_names_no_end(params) -> None:
+    import dataclasses
+
+    made = jfp8kv.generate(params, "hello", max_tokens=8, temperature=0.0, ignore_eos=True)[0].token_ids
+    tokenizer = dataclasses.replace(params, config=dataclasses.replace(params.config, eos_ids=())).tokenizer
+    before, tokenizer.eos_ids = tokenizer.eos_ids, (made[3],)
+    try:
+        bare = jfp8kv.Params(params.tree, dataclasses.replace(params.config, eos_ids=()), tokenizer)
+        out = jfp8kv.generate(bare, "hello", max_tokens=8, temperature=0.0)[0]
+    finally:
+        tokenizer.eos_ids = before
+    assert out.token_ids == made[: made.index(made[3]) + 1]
+
+
 MISTAKES = [
     ({"prompts": ""}, ConfigError, "prompt 0 is empty"),
     ({"prompts": ["hello", []]}, ConfigError, "prompt 1 is empty"),
@@ -130,6 +197,7 @@ MISTAKES = [
     ({"top_p": 1.5}, ConfigError, "top_p"),
     ({"max_tokens": 0}, ConfigError, "max_tokens"),
     ({"temprature": 0.5}, ConfigError, "Did you mean 'temperature'"),
+    ({"kv_dtyp": "fp8"}, ConfigError, "Did you mean 'kv_dtype'"),
     ({"sampling": {"temperature": 1}}, ConfigError, "SamplingParams"),
     ({"kv_dtype": "fp8_e4m4"}, ConfigError, "Did you mean 'fp8_e4m3'"),
     ({"kv_dtype": 8}, ConfigError, "kv_dtype=8"),
@@ -164,6 +232,7 @@ def test_one_bad_prompt_among_many_is_refused_before_any_runs(llm) -> None:
         ({"kv_cache_memory": 10}, "holds no page"),
         ({"seed": -1}, "seed=-1"),
         ({"dtype": "float32"}, "already"),
+        ({"kv_dtype": "fp8"}, "Did you mean 'kv_cache_dtype'"),
         ({"attention": "flash"}, "attention='flash'"),
         ({"kv_scales": jfp8kv.KVScales.unit(99)}, "layers=2"),
     ],

@@ -31,7 +31,7 @@ def attention(
     group = q_heads // kv_heads
     tile_pages = 1 if tokens <= 2 else max(1, PREFILL_TILE_TOKENS // pages.page_size)
     tile = tile_pages * pages.page_size
-    dot_dtype = jnp.float32 if tokens <= 2 else q.dtype
+    dot_dtype = q.dtype if tokens > 2 and q.dtype == jnp.bfloat16 else jnp.float32  # float16 overflows with the factors in
 
     rows = q.astype(jnp.float32).reshape(tokens, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
     rows = rows * (options.sm_scale * pages.fmt.tile_factor)

@@ -86,7 +86,7 @@ def _unchecked(k: object, v: object) -> KVScales:
 
 
 def _checked(name: str, value: object) -> np.ndarray:
-    value = np.asarray(value, np.float32)
+    value = np.array(value, np.float32, order="C")  # a copy of our own, laid out as files want it
     if value.ndim != 3 or (value.shape[2] > 1 and value.shape[1] == 1):
         raise ConfigError(
             f"{name} scales of shape {value.shape}: must be [layers, 1, 1] (tensor), [layers, kv_heads, 1] (head) "

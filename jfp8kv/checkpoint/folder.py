@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a `CheckpointError` naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must hold a JSON object.")
@@ -50,7 +50,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(path)
     modelopt = folder / "hf_quant_config.json"
     if "quantization_config" not in config and modelopt.is_file():
-        config["quantization_config"] = {"quant_method": "modelopt", **read_json(modelopt).get("quantization", {})}
+        declared = read_json(modelopt).get("quantization", {})
+        if not isinstance(declared, dict):
+            raise CheckpointError(f"{modelopt}: quantization={declared!r}: must be a JSON object.")
+        config["quantization_config"] = {"quant_method": "modelopt", **declared}
     return config
 
 
@@ -80,7 +83,7 @@ def _weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: has no weight_map.")
-        return [_shard(folder, name) for name in sorted(set(weight_map.values()))]
+        return [_shard(folder, name) for name in sorted({str(file) for file in weight_map.values()})]
     if found := sorted(folder.glob("*.safetensors")):
         return found
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
@@ -89,8 +92,8 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: no weights: expected model.safetensors, or {INDEX} and its shards.")
 
 
-def _shard(folder: Path, name: Any) -> Path:
-    path = folder / str(name)
+def _shard(folder: Path, name: str) -> Path:
+    path = folder / name
     if path.parent != folder:
         raise CheckpointError(f"{folder / INDEX}: the shard {name!r} lies outside the folder.")
     if not path.is_file():

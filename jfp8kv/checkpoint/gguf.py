@@ -82,6 +82,13 @@ def open_gguf(path: Path) -> GGUFFile:
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """The metadata and the tensors of any GGUF file by name; shapes slowest dimension first. Errors as `open_gguf`."""
+    try:
+        return _read_header(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     with open(path, "rb") as file:
         header = _Header(file, path)
         if header.take(4) != b"GGUF":
@@ -91,12 +98,19 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
             raise CheckpointError(f"{path}: GGUF version {version} is not read; versions 2 and 3, little-endian, are.")
         tensor_count, field_count = header.number("<Q"), header.number("<Q")
         fields = {header.string(): header.value() for _ in range(field_count)}
-        if fields.get("split.count", 1) > 1:
-            raise CheckpointError(f"{path}: one of {fields['split.count']} parts; merge them with llama-gguf-split --merge.")
+        if (parts := _integer(path, fields, "split.count", 0)) > 1:
+            raise CheckpointError(f"{path}: one of {parts} parts; merge them with llama-gguf-split --merge.")
         infos = [header.tensor_info() for _ in range(tensor_count)]
-        alignment = fields.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+        alignment = _integer(path, fields, "general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT, least=1)
         data_start = -(-file.tell() // alignment) * alignment
     return fields, {name: _tensor(path, name, *info, data_start) for name, *info in infos}
+
+
+def _integer(path: Path, fields: Mapping[str, Any], key: str, default: int, least: int = 0) -> int:
+    value = fields.get(key, default)
+    if type(value) is not int or value < least:
+        raise CheckpointError(f"{path}: {key}={value!r}: must be an integer, {least} or more: damaged header.")
+    return value
 
 
 class _Header:

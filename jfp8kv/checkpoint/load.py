@@ -62,7 +62,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     """The folder or .gguf file that `source` means; a hub id that nothing here is named after is fetched."""
     if not isinstance(source, str | os.PathLike) or not str(source).strip():
         raise ConfigError(f"source={source!r}: must be a folder, a .gguf file or a hub id such as 'owner/name'.")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return path
     if path.exists():

@@ -42,11 +42,14 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of a file by its name; only the header is read.
 
     Raises:
-      CheckpointError: the file is truncated or not safetensors.
+      CheckpointError: the file is truncated, not safetensors, or cannot be opened.
     """
-    header, data_start = _header(path)
+    try:
+        header, data_start = _header(path)
+        data_bytes = path.stat().st_size - data_start
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     header.pop("__metadata__", None)
-    data_bytes = path.stat().st_size - data_start
     return {name: _tensor(path, name, entry, data_start, data_bytes) for name, entry in header.items()}
 
 
@@ -60,7 +63,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         raise CheckpointError(f"{path}: truncated in its header ({len(text)} of {length} bytes): fetch it again.")
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file (its header is not JSON: {error}).") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: not a safetensors file (its header is not a JSON object).")
@@ -68,13 +71,15 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) -> StoredTensor:
+    damaged = CheckpointError(f"{path}: the header's entry for {name} is damaged: {entry!r}.")
     try:
         stored, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        elements = math.prod(shape)
     except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header's entry for {name} is damaged: {entry!r}.") from error
+        raise damaged from error
+    if not isinstance(stored, str) or not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+        raise damaged
     dtype = DTYPES.get(stored)
-    if dtype is not None and (start < 0 or end - start != elements * dtype.itemsize):
+    if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(f"{path}: {name} {stored} {list(shape)} does not fit its {end - start} bytes: damaged header.")
     if end > data_bytes:
         raise CheckpointError(

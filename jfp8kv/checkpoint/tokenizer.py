@@ -68,11 +68,15 @@ def _add_missing_tokens(backend: Any, settings: Mapping[str, Any], special: Mapp
     from tokenizers import AddedToken
 
     listed = settings.get("added_tokens_decoder") or {}
-    for number, entry in sorted(listed.items(), key=lambda item: int(item[0])):
+    try:
+        entries = sorted(((int(number), dict(entry)) for number, entry in listed.items()), key=lambda item: item[0])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"tokenizer_config.json: added_tokens_decoder is malformed ({error}).") from error
+    for number, entry in entries:
         if backend.token_to_id(entry["content"]) is None:
             flags = {k: entry[k] for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in entry}
             backend.add_tokens([AddedToken(entry["content"], **flags)])
-            if (got := backend.token_to_id(entry["content"])) != int(number):
+            if (got := backend.token_to_id(entry["content"])) != number:
                 raise CheckpointError(
                     f"tokenizer_config.json puts {entry['content']!r} at id {number}; beside tokenizer.json it would be {got}."
                 )

@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = INTERRUPTED
     except BrokenPipeError:
         status = 1
-    except OSError as error:
-        say(f"error: {error}")
-        status = 1
+    except OSError as error:  # with a file's name: a path that cannot be used; without: writing what was made failed
+        say(f"error: {error if error.filename is None else f'{error.filename}: {error.strerror}'}")
+        status = 1 if error.filename is None else 2
     return _flushed(status)
 
 

@@ -27,9 +27,9 @@ def run(args: argparse.Namespace) -> int:
     llm = load(args)
     if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
         raise ConfigError(f"{args.model}: has no chat template; try `jfp8kv generate` with plain prompts.")
-    most = llm.params.config.max_len if args.max_model_len is None else args.max_model_len
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    conversation = Conversation(llm, params, system, min(most, llm.stats.kv_tokens_capacity), quiet=args.quiet)
+    context = min(llm.max_model_len, llm.stats.kv_tokens_capacity)
+    conversation = Conversation(llm, params, system, context, quiet=args.quiet)
     if not args.quiet:
         say(f"{args.model} listens; {COMMANDS} are commands, Ctrl-D leaves")
     for text in _lines():

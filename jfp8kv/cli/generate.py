@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         speed, stats = rate(llm.stats.generated_tokens, time.perf_counter() - began), llm.stats
         say(
-            f"{speed}{', compiling included' if stats.compilations else ''}; KV cache ({args.kv_dtype}): "
+            f"{speed}{', compiling included' if stats.compilations else ''}; KV cache ({llm.kv_dtype}): "
             f"{stats.kv_bytes_per_token:,.0f} bytes per token, room for {stats.kv_tokens_capacity:,} tokens"
         )
     return 0

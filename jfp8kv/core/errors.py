@@ -25,13 +25,19 @@ class CapacityError(ConfigError):
 
 
 class NotSupported(Jfp8kvError):
-    """This implementation or device cannot do that. Dispatch catches it and picks another."""
+    """This implementation, device or version cannot do that; the message says what can."""
 
 
 def nearest(given: object, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the allowed name closest to `given`, or an empty string when none is close."""
     close = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_keyword(name: str, allowed: Iterable[str], *, meant: str | None = None) -> ConfigError:
+    """The error for a keyword nobody knows: names it, the one `meant` or else the nearest, and all there are."""
+    allowed = list(allowed)
+    return ConfigError(f"{name}: no such keyword.{nearest(meant or name, allowed)} There are {', '.join(allowed)}.")
 
 
 def one_of(what: str, given: object, allowed: Iterable[str]) -> ConfigError:

@@ -66,20 +66,22 @@ class Batcher:
         tokens = np.full((rows, width), self.vocab, np.int32)
         page_table = np.full((rows, self.pages), self.num_pages, np.int32)
         start, length, remaining, position = np.zeros((4, rows), np.int32)
-        ends = [self.end_ids(r) for r in requests]
-        end_ids = np.full((rows, bucket(max(1, *map(len, ends)))), PAST_THE_END, np.int32)
+        sampled = requests if isinstance(plan, Decode) else []  # prefill has no use for the rest: it stays one shape
+        ends = [self.end_ids(r) for r in sampled]
+        end_ids = np.full((rows, bucket(max([1, *map(len, ends)]))), PAST_THE_END, np.int32)
         for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
             start[i], length[i] = request.cached, request.cached + chunk
             tokens[i, :chunk] = request.tokens(request.cached, request.cached + chunk)
             page_table[i, : len(request.pages)] = request.pages
             position[i] = len(request.output_ids)
             remaining[i] = request.max_tokens - position[i]
-            end_ids[i, : len(ends[i])] = sorted(ends[i])
+        for i, ids in enumerate(ends):
+            end_ids[i, : len(ids)] = sorted(ids)
 
         steps = plan.steps if isinstance(plan, Decode) else 1
         longest = max(min(r.cached + c + steps - 1, r.most_tokens) for r, c in zip(requests, chunks, strict=True))
-        settings = stack_settings([self._settings(r) for r in requests], rows=rows)
-        prompt_counts, output_counts = self._counts(requests, rows)
+        settings = stack_settings([self._settings(r) for r in sampled], rows=rows)
+        prompt_counts, output_counts = self._counts(sampled, rows)
         return Batch(
             tokens, page_table, start, length, remaining, position, end_ids, settings,
             np.array(longest, np.int32), np.array(steps, np.int32), prompt_counts, output_counts,

@@ -17,7 +17,7 @@ from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.kv import setup
 from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.programs import Programs
-from jfp8kv.engine.request import Request, Status
+from jfp8kv.engine.request import CANCELLED, Request, Status
 from jfp8kv.engine.scheduler import Decode, Plan, Prefill, Scheduler
 from jfp8kv.models.linear import as_bits
 from jfp8kv.models.params import Params
@@ -54,7 +54,7 @@ class Engine:
         self.kv = setup(params, kv_dtype, kv_scales, page_size=page_size)
         self.attention = dispatch.choose(attention)
         self.model = step.Model(config, params.dtype, self.attention.attend)
-        weights = jax.tree.map(as_bits, params.tree) if cpu else params.tree
+        weights = jax.tree.map(lambda w: _on_cpu(w, params.dtype), params.tree) if cpu else params.tree
         self.programs = Programs(self.model, weights, self.kv.layer_scales())
 
         pages_per_request = -(-self.max_model_len // page_size)
@@ -67,7 +67,7 @@ class Engine:
             vocab=config.vocab,
             pages=pages_per_request,
             num_pages=self.num_pages,
-            eos_ids=config.eos_ids,
+            eos_ids=config.eos_ids or getattr(params.tokenizer, "eos_ids", ()),
         )
         self.scheduler = self._new_scheduler()
         self.stats = Stats(kv_tokens_capacity=self.num_pages * page_size, kv_bytes_per_token=self.kv.bytes_per_token)
@@ -118,20 +118,16 @@ class Engine:
         """Take requests out, whatever their state, and free their pages at once."""
         for request in requests:
             if request.finish_reason is None:
-                self._finish(request, "cancelled")
+                self._finish(request, CANCELLED)
+        self._count_used()
 
-    def run(self) -> Iterator[list[Request]]:
-        """Step until nothing is left; after each step yield the requests that got new text or finished."""
-        while (plan := self.scheduler.plan()) is not None:
-            yield self._step(plan)
-
-    def _step(self, plan: Plan) -> list[Request]:
+    def step(self) -> list[Request]:
+        """One dispatch for whatever is queued, whoever queued it; returns the requests that got new tokens."""
+        plan = self.scheduler.plan()
+        if plan is None:
+            return []
         began = time.perf_counter()
-        try:
-            made = self._dispatch(plan)
-        except BaseException:
-            self._abandon()
-            raise
+        made = self._dispatch(plan)
         seconds = time.perf_counter() - began
         if isinstance(plan, Prefill):
             self.stats.prefill_s += seconds
@@ -140,28 +136,35 @@ class Engine:
             self.stats.decode_s += seconds
             self.stats.decode_steps += plan.steps
         progressed = [r for r, new in zip(plan.requests, made, strict=True) if self._advance(plan, r, new)]
-        self.stats.kv_tokens_used = sum(r.cached for r in self.scheduler.running)
+        self._count_used()
         return progressed
+
+    def _count_used(self) -> None:
+        self.stats.kv_tokens_used = sum(r.cached for r in self.scheduler.running)
 
     def _dispatch(self, plan: Plan) -> list[Made]:
         batch, vocab = self.batcher.build(plan), self.params.config.vocab
         if isinstance(plan, Prefill):
             self._call(step.prefill, batch)
-            jax.block_until_ready(self.pages)
             return [Made([], [], []) for _ in plan.requests]
         top = step.top_width([r.params.logprobs for r in plan.requests])
         return read(self._call(step.decode, batch, most_steps=self.buckets.decode_steps, top=top), plan.requests, vocab)
 
     def _call(self, function: Callable, batch: Batch, **static: Any) -> Any:
         """Run a step on the pool, in place."""
-        out, self.pages = self.programs.call(function, batch, self.pages, **static)
+        try:
+            out, self.pages = self.programs.call(function, batch, self.pages, **static)
+            jax.block_until_ready(self.pages)
+        except BaseException:
+            self._abandon()
+            raise
         self.stats.compilations = len(self.programs.built)
         return out
 
     def _abandon(self) -> None:
         """After a failed step the donated pool may be gone: drop every request and start with an empty one."""
         for request in (*self.scheduler.waiting, *self.scheduler.running):
-            request.status, request.pages, request.finish_reason = Status.FINISHED, [], "cancelled"
+            request.status, request.pages, request.finish_reason = Status.FINISHED, [], CANCELLED
         self.scheduler = self._new_scheduler()
         self.pages = self.kv.pool(self.num_pages)
         self.stats.kv_tokens_used = 0
@@ -218,7 +221,13 @@ class Engine:
         """float32 `[chunk, vocab]` after each token, chunk by chunk, through the cache as in generation."""
         request = Request(token_ids, SamplingParams(max_tokens=1), np.zeros(2, np.uint32), max_tokens=1)
         pages = self.scheduler.pages_for(len(token_ids))
-        request.pages = self.scheduler.allocator.allocate(pages)
+        allocator = self.scheduler.allocator
+        if pages > allocator.free_pages:
+            raise CapacityError(
+                f"{len(token_ids)} tokens need {pages} pages of cache and {allocator.free_pages} are free while other requests "
+                "run: finish or close them first, or give a larger kv_cache_memory."
+            )
+        request.pages = allocator.allocate(pages)
         try:
             while request.cached < len(token_ids):
                 width = self.buckets.chunk(request.uncached)
@@ -228,10 +237,13 @@ class Engine:
                 request.cached += chunk
                 yield np.asarray(logits[0, :chunk])
         finally:
-            self.scheduler.allocator.release(request.pages)
+            allocator.release(request.pages)
 
     def warmup(self) -> None:
-        """Compile every program that requests without penalties, bias or logprobs can need; later ones add theirs once."""
+        """Compile every program that plain requests can need.
+
+        Requests with penalties, logit_bias, min_tokens, logprobs or more than 8 end tokens each add a decode program once.
+        """
         for width in self.buckets.chunks:
             for rows in self.buckets.request_counts(self.buckets.prefill_requests(width)):
                 self._rehearse(lambda requests, w=width: Prefill(requests, [1] * len(requests), w), rows)
@@ -245,6 +257,11 @@ class Engine:
             Request([0], params, np.zeros(2, np.uint32), max_tokens=1) for _ in range(min(rows, self.buckets.max_requests))
         ]
         self._dispatch(plan(requests))
+
+
+def _on_cpu(weight: jax.Array, dtype: np.dtype) -> jax.Array:
+    """A weight as the CPU's products want it: the bits of the model's 16-bit type, float32 for a leaf of any other type."""
+    return as_bits(weight) if weight.dtype == dtype else weight.astype(np.float32)
 
 
 def _positive(name: str, value: Any, default: int) -> int:

@@ -24,15 +24,20 @@ class Encoded:
 
 def as_list(prompts: Any) -> list[Any]:
     """The prompts as a list: a single one, in any form, becomes a list of one."""
-    if isinstance(prompts, np.ndarray):
-        prompts = prompts.tolist()
-    if isinstance(prompts, str):
+    prompts = _plain(prompts)
+    if is_single(prompts):
         return [prompts]
     if not isinstance(prompts, Sequence):
         raise ConfigError(f"prompts of type {type(prompts).__name__}: must be {FORMS}.")
-    if prompts and all(isinstance(x, Mapping) or _is_id(x) for x in prompts):
-        return [prompts]
     return list(prompts)
+
+
+def is_single(prompts: Any) -> bool:
+    """Whether this is one prompt rather than a list of them: a text, a list of ids, or a list of messages."""
+    prompts = _plain(prompts)
+    if isinstance(prompts, str):
+        return True
+    return isinstance(prompts, Sequence) and bool(prompts) and all(isinstance(x, Mapping) or _is_id(x) for x in prompts)
 
 
 def encode(prompt: Any, tokenizer: Tokenizer | None, *, what: str) -> Encoded:
@@ -41,14 +46,14 @@ def encode(prompt: Any, tokenizer: Tokenizer | None, *, what: str) -> Encoded:
         if not prompt:
             raise ConfigError(f"{what} is empty: at least one character is needed.")
         return Encoded(prompt, _tokenizer(tokenizer, what).encode(_whole(prompt, what)))
-    if isinstance(prompt, np.ndarray):
-        prompt = prompt.tolist()
+    prompt = _plain(prompt)
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
         if all(_is_id(x) for x in prompt):
             return Encoded(None, [int(x) for x in prompt])
         if all(isinstance(x, Mapping) for x in prompt):
             tokenizer = _tokenizer(tokenizer, what)
-            return Encoded(tokenizer.render(prompt), tokenizer.chat(prompt))
+            text = _whole(tokenizer.render(prompt), what)
+            return Encoded(text, tokenizer.encode(text, add_special_tokens=False))
     raise ConfigError(f"{what} is of type {type(prompt).__name__}: prompts must be {FORMS}.")
 
 
@@ -59,6 +64,11 @@ def _whole(text: str, what: str) -> str:
     except UnicodeEncodeError as error:
         raise ConfigError(f"{what} is no valid text at character {error.start}: {text[error.start]!r} stands alone.") from None
     return text
+
+
+def _plain(x: Any) -> Any:
+    """Arrays of NumPy, JAX and others as lists; anything else as it is."""
+    return np.asarray(x).tolist() if hasattr(x, "__array__") else x
 
 
 def _is_id(x: Any) -> bool:

@@ -47,6 +47,9 @@ class RequestOutput:
         return self.outputs[0].token_ids
 
 
+CANCELLED = "cancelled"  # the finish reason of what was dropped: seen by nobody but its own stream
+
+
 class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"

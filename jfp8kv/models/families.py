@@ -41,11 +41,13 @@ def config_from_hf(d: Mapping[str, Any]) -> ModelConfig:
 
 
 def _architecture(d: Mapping[str, Any]) -> str:
-    names = d.get("architectures") or [MODEL_TYPES.get(d.get("model_type", ""))]
+    model_type = str(d.get("model_type") or "none given")
+    listed = d.get("architectures") or MODEL_TYPES.get(model_type, model_type)
+    names = [str(name) for name in (listed if isinstance(listed, list | tuple) else [listed])]
     for name in names:
         if name in FAMILIES:
             return name
-    given = ", ".join(str(n) for n in d.get("architectures") or [d.get("model_type") or "none given"])
+    given = ", ".join(names)
     raise ConfigError(f"architecture {given}: not supported; supported are {', '.join(FAMILIES)}.{nearest(given, FAMILIES)}")
 
 
@@ -64,17 +66,17 @@ def _llama(d: Mapping[str, Any]) -> ModelConfig:
             head_dim=_count(d, "head_dim", hidden // q_heads),
             mlp_hidden=_count(d, "intermediate_size"),
             max_len=_count(d, "max_position_embeddings", 2048),
-            norm_eps=float(d.get("rms_norm_eps", 1e-6)),
+            norm_eps=_number(d, "rms_norm_eps", 1e-6),
             activation=_activation(d.get("hidden_act", "silu")),
             rope=_rope(d),
             qkv_bias=bias,
             o_bias=bias,
             mlp_bias=bool(d.get("mlp_bias", False)),
             tied_embeddings=bool(d.get("tie_word_embeddings", False)),
-            bos_id=d.get("bos_token_id"),
+            bos_id=_one_id(d, "bos_token_id"),
             eos_ids=ids(d.get("eos_token_id")),
             dtype=_dtype(d),
-            kv_cache_dtype=declared_kv_dtype(d.get("quantization_config")),
+            kv_cache_dtype=declared_kv_dtype(_mapping(d, "quantization_config")),
         )
     )
 
@@ -95,11 +97,25 @@ def checked(config: ModelConfig) -> ModelConfig:
     return config
 
 
-def ids(value: int | Collection[int] | None) -> tuple[int, ...]:
-    """One token id, several or none, as a tuple without repeats."""
+def ids(value: Any) -> tuple[int, ...]:
+    """An `eos_token_id`, which is one token id, several or none, as a tuple without repeats; `ConfigError` otherwise."""
     if value is None:
         return ()
-    return (value,) if isinstance(value, int) else tuple(dict.fromkeys(int(v) for v in value))
+    listed = value if isinstance(value, list | tuple) else [value]
+    if not all(_whole(token) for token in listed):
+        raise ConfigError(f"eos_token_id={value!r} in the model's config: must be a token id, or a list of them.")
+    return tuple(dict.fromkeys(listed))
+
+
+def _one_id(d: Mapping[str, Any], key: str) -> int | None:
+    value = d.get(key)
+    if value is not None and not _whole(value):
+        raise ConfigError(f"{key}={value!r} in the model's config: must be a token id.")
+    return value
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _count(d: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -107,13 +123,27 @@ def _count(d: Mapping[str, Any], key: str, default: int | None = None) -> int:
     value = default if value is None else value
     if value is None:
         raise ConfigError(f"the model's config has no {key}: it must be a positive integer.")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not _whole(value) or value < 1:
         raise ConfigError(f"{key}={value!r} in the model's config: must be a positive integer.")
     return value
 
 
-def _activation(name: str) -> Activation:
-    if name not in ACTIVATIONS:
+def _number(d: Mapping[str, Any], key: str, default: float | None = None, why: str = "in the model's config") -> float:
+    value = d.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ConfigError(f"{key}={value!r} {why}: must be a positive number.")
+    return float(value)
+
+
+def _mapping(d: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = d.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}={value!r} in the model's config: must be a mapping, or null.")
+    return value
+
+
+def _activation(name: Any) -> Activation:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ConfigError(f"hidden_act={name!r}: not supported; supported are {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
@@ -126,33 +156,27 @@ def _dtype(d: Mapping[str, Any]) -> str:
 
 
 def _rope(d: Mapping[str, Any]) -> RopeConfig:
-    given = {**(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
+    given = {**_mapping(d, "rope_scaling"), **_mapping(d, "rope_parameters")}
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in ROPE_KINDS:
         raise ConfigError(f"rope_type={kind!r}: not supported; supported are {', '.join(ROPE_KINDS)}.")
     if (share := given.get("partial_rotary_factor") or d.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ConfigError(f"partial_rotary_factor={share}: only 1.0, rotating the whole head, is supported.")
-    theta = float(given.get("rope_theta") or d.get("rope_theta") or 10000.0)
+    theta = _number(d if given.get("rope_theta") is None else given, "rope_theta", 10000.0)
     if kind == "default":
         return RopeConfig(theta=theta)
-    factor = _positive(given, "factor", kind)
+    why = f"for rope_type {kind!r}"
+    factor = _number(given, "factor", why=why)
     if kind == "linear":
         return RopeConfig(theta=theta, kind="linear", factor=factor)
     return RopeConfig(
         theta=theta,
         kind="llama3",
         factor=factor,
-        low_freq_factor=_positive(given, "low_freq_factor", kind),
-        high_freq_factor=_positive(given, "high_freq_factor", kind),
-        original_max_len=int(_positive(given, "original_max_position_embeddings", kind)),
+        low_freq_factor=_number(given, "low_freq_factor", why=why),
+        high_freq_factor=_number(given, "high_freq_factor", why=why),
+        original_max_len=int(_number(given, "original_max_position_embeddings", why=why)),
     )
-
-
-def _positive(given: Mapping[str, Any], key: str, kind: str) -> float:
-    value = given.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ConfigError(f"{key}={value!r}: rope_type {kind!r} needs a positive number.")
-    return float(value)
 
 
 def config_from_gguf(
@@ -163,7 +187,7 @@ def config_from_gguf(
     `rope_factors` is the file's `rope_freqs.weight` if it has one: Llama 3.1 stores the result of its frequency
     interpolation, from which the rule is read back. Sources: the GGUF specification (ggml), gguf's `constants.py`.
     """
-    arch = fields.get("general.architecture")
+    arch = str(fields.get("general.architecture"))
     if arch not in MODEL_TYPES:
         raise ConfigError(f"GGUF architecture {arch!r}: not supported; supported are {', '.join(MODEL_TYPES)}.")
 
@@ -172,21 +196,16 @@ def config_from_gguf(
 
     if get("expert_count", 0):
         raise ConfigError(f"{arch}.expert_count={get('expert_count')}: mixture-of-experts models are not supported.")
-    hidden, heads = get("embedding_length"), get("attention.head_count")
-    head_dim = get("attention.key_length") or (hidden // heads if hidden and heads else None)
-    if (rotated := get("rope.dimension_count", head_dim)) != head_dim:
-        raise ConfigError(f"{arch}.rope.dimension_count={rotated}: must be the whole head_dim, {head_dim}.")
-    if (value_dim := get("attention.value_length", head_dim)) != head_dim:
-        raise ConfigError(f"{arch}.attention.value_length={value_dim}: must be the keys' length, {head_dim}.")
-    theta = float(get("rope.freq_base", 10000.0))
+    theta = _number(fields, f"{arch}.rope.freq_base", 10000.0)
+    tokens = fields.get("tokenizer.ggml.tokens")
     as_hf = {
         "architectures": [MODEL_TYPES[arch]],
-        "vocab_size": get("vocab_size") or len(fields.get("tokenizer.ggml.tokens", ())) or None,
-        "hidden_size": hidden,
+        "vocab_size": get("vocab_size") or (len(tokens) if isinstance(tokens, list) else None),
+        "hidden_size": get("embedding_length"),
         "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
+        "num_attention_heads": get("attention.head_count"),
         "num_key_value_heads": get("attention.head_count_kv"),
-        "head_dim": head_dim,
+        "head_dim": get("attention.key_length"),
         "intermediate_size": get("feed_forward_length"),
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon", 1e-6),
@@ -202,7 +221,12 @@ def config_from_gguf(
             if fields.get(key) is not None
         ],
     }
-    return dataclasses.replace(config_from_hf(as_hf), o_bias="blk.0.attn_output.bias" in tensors)
+    config = config_from_hf(as_hf)
+    if (rotated := get("rope.dimension_count", config.head_dim)) != config.head_dim:
+        raise ConfigError(f"{arch}.rope.dimension_count={rotated}: must be the whole head_dim, {config.head_dim}.")
+    if (value_dim := get("attention.value_length", config.head_dim)) != config.head_dim:
+        raise ConfigError(f"{arch}.attention.value_length={value_dim}: must be the keys' length, {config.head_dim}.")
+    return dataclasses.replace(config, o_bias="blk.0.attn_output.bias" in tensors)
 
 
 def _gguf_rope(get: Callable[..., Any], theta: float, factors: np.ndarray | None) -> dict[str, Any] | None:
@@ -212,7 +236,7 @@ def _gguf_rope(get: Callable[..., Any], theta: float, factors: np.ndarray | None
     factor = get("rope.scaling.factor") or get("rope.scale_linear") or 1.0
     if kind == "none" and get("rope.scale_linear") is None:
         return None
-    return {"rope_type": "linear" if kind == "none" else kind, "factor": float(factor)}
+    return {"rope_type": "linear" if kind == "none" else kind, "factor": factor}
 
 
 def llama3_rule(factors: np.ndarray, theta: float) -> dict[str, Any]:

@@ -26,9 +26,9 @@ def as_bits(weight: Array) -> Array:
     """
     if weight.dtype.itemsize != 2:
         return weight
-    host = np.asarray(weight)
+    host = np.ascontiguousarray(np.asarray(weight))
     buffer = (ctypes.c_uint16 * host.size).from_address(host.ctypes.data)
-    buffer.owner = weight  # whoever holds the view keeps the array alive
+    buffer.owner = host  # whoever holds the view keeps the array alive
     return jnp.from_dlpack(np.frombuffer(buffer, np.uint16).reshape(host.shape))
 
 

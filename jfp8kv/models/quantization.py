@@ -19,6 +19,13 @@ def declared_kv_dtype(quantization: Mapping[str, Any] | None) -> str | None:
     """
     if not quantization:
         return None
+    try:
+        return _declared(quantization)
+    except (AttributeError, TypeError) as error:  # an entry of another type than the tools write
+        raise CheckpointError(f"quantization_config={quantization!r}: malformed ({error}).") from error
+
+
+def _declared(quantization: Mapping[str, Any]) -> str | None:
     method = quantization.get("quant_method")
     if _weights_are_quantized(quantization):
         raise CheckpointError(

@@ -49,9 +49,9 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens (a leading BOS) that the model's tokenizer adds by itself."""
-        return self._ids(text, add_special_tokens=True)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, with the special tokens (a leading BOS) that the model's tokenizer adds by itself unless told not to."""
+        return self._ids(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Iterable[SupportsInt], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Bytes that are not whole characters come out as U+FFFD."""

@@ -10,7 +10,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast, no_type_check
 
-from jfp8kv.core.errors import ConfigError, nearest
+from jfp8kv.core.errors import ConfigError, unknown_keyword
 
 MAX_LOGPROBS = 20
 MAX_RATE = 1000  # of temperature and repetition penalty: past it nothing changes but float32 overflows
@@ -26,7 +26,7 @@ class SamplingParams:
 
     Length: at most `max_tokens` tokens are made. No end-of-sequence or stop token is picked before `min_tokens` of
     them; `ignore_eos` continues past the model's own end-of-sequence tokens. `stop` (a string or several) ends the
-    text before the match, `stop_token_ids` end it at the token.
+    text before the match (`min_tokens` does not hold it off), `stop_token_ids` end it at the token.
 
     Choice: `temperature` 0 is greedy (ties: the lowest id). `top_k` keeps the k most likely tokens (0 or -1: all),
     `top_p` the smallest set of likely tokens that holds that share of the probability, `min_p` those at least that
@@ -78,14 +78,18 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
     @classmethod
-    def from_fields(cls, base: "SamplingParams | None" = None, **fields: Any) -> "SamplingParams":
-        """`base` (or the defaults) with `fields` in place of its own. An unknown field names the nearest known one."""
+    def from_fields(cls, base: "SamplingParams | None" = None, *, also: Iterable[str] = (), **fields: Any) -> "SamplingParams":
+        """`base` (or the defaults) with `fields` in place of its own.
+
+        Raises `ConfigError` for an unknown field, naming the nearest of the known ones and of `also`, the other keywords of
+        whoever passes the fields on.
+        """
         if base is not None and not isinstance(base, cls):
             raise ConfigError(f"sampling={base!r}: must be a SamplingParams or None; try SamplingParams(temperature=0.7).")
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
-                raise ConfigError(f"{name}: not a sampling field.{nearest(name, known)} The fields are {', '.join(known)}.")
+                raise unknown_keyword(name, [*also, *known])
         return dataclasses.replace(base or cls(), **fields)
 
     @property
@@ -172,6 +176,7 @@ _RULES = (
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
+    stop = () if stop is None else stop
     strings = (stop,) if isinstance(stop, str) else _sequence("stop", stop, "a string or a list of strings")
     for string in strings:
         if not isinstance(string, str) or not string:
@@ -180,6 +185,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 
 
 def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
+    ids = () if ids is None else ids
     ids = (ids,) if isinstance(ids, numbers.Number) else _sequence(name, ids, "a list of token ids")
     return tuple(_token_id(name, token) for token in ids)
 

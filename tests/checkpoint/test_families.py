@@ -9,6 +9,7 @@ from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import RopeConfig
 from jfp8kv.models.families import config_from_gguf, config_from_hf, llama3_rule
 from jfp8kv.models.names import expected_shapes
+from jfp8kv.models.quantization import declared_kv_dtype
 
 LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -54,7 +55,7 @@ def test_attention_bias_is_on_all_four_projections(tiny):
         ({"architectures": None, "model_type": "mamba"}, ["mamba", "LlamaForCausalLM"]),
         ({"hidden_act": "xielu"}, ["xielu", "silu"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn", "default, linear, llama3"]),
-        ({"rope_scaling": {"rope_type": "linear"}}, ["factor=None", "positive"]),
+        ({"rope_scaling": {"rope_type": "linear"}}, ["factor=None", "'linear'", "positive"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "llama3"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
         ({"hidden_size": None}, ["hidden_size"]),
@@ -68,6 +69,39 @@ def test_what_is_not_supported_is_named_with_what_is(tiny, change, named):
     with pytest.raises(ConfigError) as error:
         config_from_hf(tiny.config(**change))
     assert all(part in str(error.value) for part in named), error.value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("architectures", {"LlamaForCausalLM": 1}),
+        ("rms_norm_eps", None),
+        ("rms_norm_eps", "1e-5"),
+        ("rope_theta", "10000"),
+        ("rope_theta", [1e4]),
+        ("bos_token_id", [1]),
+        ("eos_token_id", "</s>"),
+        ("eos_token_id", [[2]]),
+        ("eos_token_id", {"2": 2}),
+        ("eos_token_id", True),
+        ("rope_scaling", "linear"),
+        ("rope_parameters", [1.0]),
+        ("quantization_config", "fp8"),
+        ("hidden_act", ["silu"]),
+        ("hidden_act", 3),
+        ("hidden_size", "32"),
+        ("torch_dtype", ["float32"]),
+    ],
+)
+def test_a_damaged_entry_is_named_with_what_it_holds(tiny, key, value):
+    named = key.removeprefix("torch_").removesuffix("s")
+    with pytest.raises(ConfigError) as error:
+        config_from_hf(tiny.config() | {key: value})
+    assert named in str(error.value) and str(value) in str(error.value), error.value
+
+
+def test_an_architecture_may_stand_outside_a_list(tiny):
+    assert config_from_hf(tiny.config(architectures="LlamaForCausalLM")) == config_from_hf(tiny.config())
 
 
 FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor"}
@@ -156,6 +190,12 @@ GGUF = {
         ({"llama.expert_count": 8}, ["expert_count=8"]),
         ({"llama.rope.dimension_count": 4}, ["dimension_count=4", "8"]),
         ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, ["yarn", "llama3"]),
+        ({"llama.attention.value_length": 4}, ["value_length=4", "8"]),
+        ({"general.architecture": ["llama"]}, ["['llama']"]),
+        ({"llama.attention.head_count": [4, 4]}, ["num_attention_heads=[4, 4]"]),
+        ({"llama.rope.freq_base": "1e4"}, ["freq_base='1e4'", "positive number"]),
+        ({"llama.rope.scale_linear": "two"}, ["factor='two'", "positive number"]),
+        ({"tokenizer.ggml.eos_token_id": "</s>"}, ["eos_token_id=['</s>']"]),
     ],
 )
 def test_gguf_metadata_that_is_not_supported_is_named(change, named):
@@ -171,3 +211,9 @@ def test_gguf_metadata_gives_linear_rope_biases_ties_and_every_end_token():
     assert config.rope == RopeConfig(kind="linear", factor=2.0)
     assert config.eos_ids == (2, 5)
     assert config.tied_embeddings and config.qkv_bias and not config.o_bias and not config.mlp_bias
+
+
+@pytest.mark.parametrize("entry", [{"kv_cache_scheme": "fp8"}, {"config_groups": ["a"]}, {"kv_cache_quant_config": "fp8"}])
+def test_a_malformed_quantization_config_is_named(entry) -> None:
+    with pytest.raises(CheckpointError, match="quantization_config=.*malformed"):
+        declared_kv_dtype({"quant_method": "compressed-tensors"} | entry)

@@ -135,6 +135,11 @@ def test_modelopts_own_config_file_declares_the_cache(folder):
     assert load(folder).config.kv_cache_dtype == "fp8_e4m3"
 
 
+def test_a_damaged_config_of_modelopt_is_named(folder):
+    (folder / "hf_quant_config.json").write_text('{"quantization": "FP8"}')
+    refused(folder, "hf_quant_config.json", "quantization='FP8'")
+
+
 def test_quantized_weight_tensors_are_refused_by_name(tiny, tmp_path):
     config = tiny.config()
     name = "model.layers.0.mlp.up_proj.weight"
@@ -184,11 +189,30 @@ def test_what_is_not_safetensors_is_named(folder, content):
     refused(folder, "model.safetensors", "not a safetensors file")
 
 
-@pytest.mark.parametrize("entry", [{"dtype": "F32"}, {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}, 7])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        7,
+        {"dtype": "F32"},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [3], "data_offsets": ["0", 12]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0.0, 12.0]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [-12, 0]},
+        {"dtype": "F32", "shape": [[3]], "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": [-1, -3], "data_offsets": [0, 12]},
+        {"dtype": ["F32"], "shape": [3], "data_offsets": [0, 12]},
+    ],
+)
 def test_a_damaged_header_entry_is_named(folder, entry):
     header = json.dumps({"model.norm.weight": entry}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 64)
     refused(folder, "model.norm.weight", "damaged")
+
+
+def test_a_directory_in_place_of_the_weights_is_named(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    refused(folder, "model.safetensors: cannot be read: Is a directory")
 
 
 def test_a_missing_shard_is_named(tiny, tmp_path):
@@ -237,6 +261,7 @@ def test_paths_that_are_no_checkpoint_are_told_apart(folder, tmp_path):
     refused(folder / "config.json", "neither a folder nor a .gguf file")
     refused(tmp_path / "absent", "no such file or folder")
     refused(str(tmp_path / "absent.gguf"), "no such file or folder")
+    refused("~nobody-of-this-name/model", "no such file or folder")
     with pytest.raises(ConfigError, match="hub id"):
         load(" ")
 

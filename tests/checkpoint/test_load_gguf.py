@@ -167,6 +167,24 @@ def test_one_part_of_several_is_refused(tiny, tmp_path):
     refused(tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more), "one of 3 parts", "merge")
 
 
+def test_a_merged_file_says_that_it_has_no_parts(tiny, tmp_path):
+    config = tiny.config()
+    more = lambda writer: writer.add_uint16("split.count", 0)  # noqa: E731
+    assert load(tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more)).size > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("general.alignment", 0), ("general.alignment", "32"), ("split.count", "3"), ("split.count", -1)]
+)
+def test_a_damaged_field_of_the_format_is_named(tiny, tmp_path, key, value):
+    config = tiny.config()
+
+    def more(writer):
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_int32(key, value)
+
+    refused(tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more), "a.gguf", f"{key}={value!r}")
+
+
 def test_missing_unexpected_and_misshapen_tensors_are_named(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config)

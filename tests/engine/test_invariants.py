@@ -147,6 +147,31 @@ def test_a_failed_step_frees_everything_and_the_next_call_is_served(params, monk
     assert tokens(llm.generate(prompts(3), **GREEDY)) == want
 
 
+def test_failed_logits_leave_an_engine_that_works(params, monkeypatch) -> None:
+    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", max_num_batched_tokens=64, **SIZES)
+    want = llm.logits([5, 6, 7])
+    program = llm._engine.programs
+    real = program.call
+
+    def lost(step, batch, pages, **static):
+        real(step, batch, pages, **static)  # the pool is donated, and its successor lost
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(program, "call", lost)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        llm.logits([5, 6, 7])
+    monkeypatch.setattr(program, "call", real)
+    assert np.array_equal(llm.logits([5, 6, 7]), want) and llm._engine.scheduler.allocator.used_pages == 0
+
+
+def test_what_only_sampling_needs_does_not_recompile_prefill(params) -> None:
+    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", max_num_batched_tokens=64, **SIZES)
+    llm.generate([[5] * 20], max_tokens=2)
+    built = sum(p.name == "prefill" for p in llm._engine.programs.built)
+    llm.generate([[5] * 20], max_tokens=3, min_tokens=2, presence_penalty=1.0, logit_bias={3: 1.0}, stop_token_ids=range(9))
+    assert sum(p.name == "prefill" for p in llm._engine.programs.built) == built
+
+
 def test_a_request_too_large_for_the_pool_is_refused_with_what_would_do(params) -> None:
     sizes = SIZES | {"kv_cache_memory": "10kB"}
     llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", max_num_batched_tokens=64, **sizes)

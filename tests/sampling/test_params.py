@@ -38,8 +38,8 @@ REFUSED = [
     ("repetition_penalty", [0, -1, 1e-4, 1001, math.inf, math.nan, "1"]),
     ("presence_penalty", [-2.1, 2.1, math.nan, "1"]),
     ("frequency_penalty", [-2.1, 2.1, math.nan, "1"]),
-    ("stop", ["", ["a", ""], [1], 1, b"stop", {"a": 1}, None]),
-    ("stop_token_ids", ["2", [-1], [1.0], [True], True, {1: 2}, 2.5, [2**31], None]),
+    ("stop", ["", ["a", ""], [1], 1, b"stop", {"a": 1}]),
+    ("stop_token_ids", ["2", [-1], [1.0], [True], True, {1: 2}, 2.5, [2**31]]),
     ("ignore_eos", [1, "yes", None]),
     ("n", [0, -1, 1.5, True]),
     ("logprobs", [-1, 21, 1.0, True]),
@@ -108,7 +108,7 @@ def test_fields_replace_those_of_the_base_and_keep_the_rest():
 
 
 def test_an_unknown_field_names_the_nearest_known_one():
-    with pytest.raises(ConfigError, match="temprature: not a sampling field. Did you mean 'temperature'"):
+    with pytest.raises(ConfigError, match="temprature: no such keyword. Did you mean 'temperature'"):
         SamplingParams.from_fields(temprature=0.5)
     with pytest.raises(ConfigError, match="must be a SamplingParams"):
         SamplingParams.from_fields({"temperature": 1.0})
