@@ -255,7 +255,8 @@ class LLM:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 `[tokens, vocab]`: the model's scores after each token, computed through the paged cache."""
         with self._lock:
-            return np.concatenate(list(self._logits(token_ids, what="token_ids")))
+            ids = encode(token_ids, None, what="token_ids").ids
+            return np.concatenate(list(self._logits(ids, what="token_ids")))
 
     def score(self, text_or_token_ids: Any) -> np.ndarray:
         """float32 `[tokens - 1]`: log-probability of each token but the first, given those before it."""
@@ -280,8 +281,7 @@ class LLM:
                 peak = row.max()
                 yield row - (peak + np.log(np.exp(row - peak).sum()))
 
-    def _logits(self, token_ids: Sequence[int], *, what: str) -> Iterator[np.ndarray]:
-        ids = encode(token_ids, None, what=what).ids
+    def _logits(self, ids: list[int], *, what: str) -> Iterator[np.ndarray]:
         self._engine.check(ids, SamplingParams(max_tokens=1), what=what, more=0)
         return self._engine.logits(ids)
 

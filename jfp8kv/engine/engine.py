@@ -121,32 +121,35 @@ class Engine:
                 self._finish(request, CANCELLED)
         self._count_used()
 
-    def step(self) -> list[Request]:
-        """One dispatch for whatever is queued, whoever queued it; returns the requests that got new tokens."""
+    def step(self) -> None:
+        """One dispatch for whatever is queued, whoever queued it."""
         plan = self.scheduler.plan()
         if plan is None:
-            return []
+            return
         began = time.perf_counter()
         made = self._dispatch(plan)
         seconds = time.perf_counter() - began
         if isinstance(plan, Prefill):
             self.stats.prefill_s += seconds
             self.stats.prefill_steps += 1
+            for request, chunk in zip(plan.requests, plan.chunks, strict=True):
+                request.cached += chunk
         else:
             self.stats.decode_s += seconds
             self.stats.decode_steps += plan.steps
-        progressed = [r for r, new in zip(plan.requests, made, strict=True) if self._advance(plan, r, new)]
+            for request, new in zip(plan.requests, made, strict=True):
+                self._advance(request, new)
         self._count_used()
-        return progressed
 
     def _count_used(self) -> None:
         self.stats.kv_tokens_used = sum(r.cached for r in self.scheduler.running)
 
     def _dispatch(self, plan: Plan) -> list[Made]:
+        """Run `plan` on the device; what each request got, nothing for a prefill."""
         batch, vocab = self.batcher.build(plan), self.params.config.vocab
         if isinstance(plan, Prefill):
             self._call(step.prefill, batch)
-            return [Made([], [], []) for _ in plan.requests]
+            return []
         top = step.top_width([r.params.logprobs for r in plan.requests])
         return read(self._call(step.decode, batch, most_steps=self.buckets.decode_steps, top=top), plan.requests, vocab)
 
@@ -171,11 +174,8 @@ class Engine:
 
     # -- results --------------------------------------------------------------------------------------------------------
 
-    def _advance(self, plan: Plan, request: Request, made: Made) -> bool:
-        """Book what a dispatch did for one request. True if it got tokens."""
-        if isinstance(plan, Prefill):
-            request.cached += plan.chunks[plan.requests.index(request)]
-            return False
+    def _advance(self, request: Request, made: Made) -> None:
+        """Book the tokens that one request got."""
         request.cached += len(made.token_ids)
         now = time.perf_counter()
         if request.first_token is None:
@@ -187,7 +187,6 @@ class Engine:
         if reason := self._finish_reason(request, made.token_ids):
             self._finish(request, reason)
             request.finished = now
-        return True
 
     def _finish_reason(self, request: Request, new_ids: list[int]) -> str | None:
         ends = self.batcher.end_ids(request)

@@ -10,7 +10,6 @@ from jfp8kv.core.errors import ConfigError
 from jfp8kv.models.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Sequence[Message]
 FORMS = "a str, a list of str, a list of token id lists, or chat messages (a list of dicts, or a list of those)"
 
 

@@ -126,7 +126,7 @@ def decode(
         new = _sampled(logits[:, 0], batch, top)
         token = jnp.where(active, new.tokens[:, 0], vocab)
         new = dataclasses.replace(new, tokens=token[:, None])
-        out = jax.tree.map(lambda all, one: lax.dynamic_update_slice_in_dim(all, one, step, axis=1), out, new)
+        out = jax.tree.map(lambda made, one: lax.dynamic_update_slice_in_dim(made, one, step, axis=1), out, new)
         return step + 1, _after(batch, token, active), out, pages
 
     state = (jnp.int32(0), batch, blank, pages)
