@@ -9,6 +9,7 @@ from typing import Any
 from jfp8kv.checkpoint.safetensors import open_safetensors
 from jfp8kv.checkpoint.tensors import StoredTensor
 from jfp8kv.core.errors import CheckpointError
+from jfp8kv.models.layouts import bare
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -17,7 +18,8 @@ PICKLE_ADVICE = (
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) of transformers writes safetensors."
 )
 # Buffers that some exporters write and no decoder needs.
-_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|self_attn\.(masked_)?bias$")
+_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|attn\.(masked_)?bias$")
+_VISION = ("vision_tower.", "multi_modal_projector.")  # bare names of what turns images into embeddings
 # compressed-tensors, ModelOpt, Quark, AutoFP8 and relatives: self_attn.k_scale, k_proj.output_scale, k_cache.scale.
 _KV_SCALE = re.compile(
     r"(^|\.)((q|k|v|kv|prob)(_output)?_(scale|zero_point|scale_zero_point)|(q|k|v|kv|qkv)_proj\.output_(scale|zero_point)"
@@ -102,15 +104,23 @@ def _shard(folder: Path, name: str) -> Path:
 
 
 def split_scales(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """The weights under their names without "model.", and the KV-cache scale tensors under their full names.
+    """The weights under their bare names (models/layouts.py), and the KV-cache scale tensors under their full names.
 
     Known buffers that are neither are dropped.
     """
     scales = {name: t for name, t in tensors.items() if _KV_SCALE.search(name)}
-    weights = {
-        name.removeprefix("model."): t for name, t in tensors.items() if name not in scales and not _HARMLESS.search(name)
-    }
+    weights = {bare(name): t for name, t in tensors.items() if name not in scales and not _HARMLESS.search(name)}
     return weights, scales
+
+
+def without_vision(folder: Path, weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The text model's weights, with a warning that says what is left out of a model that also sees."""
+    text = {name: tensor for name, tensor in weights.items() if not name.startswith(_VISION)}
+    if len(text) < len(weights):
+        warnings.warn(
+            f"{folder}: only text is served: {len(weights) - len(text)} tensors of its vision part are left out.", stacklevel=4
+        )
+    return text
 
 
 def warn_unused_scales(folder: Path, scales: dict[str, StoredTensor]) -> None:

@@ -21,8 +21,7 @@ from jfp8kv.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from jfp8kv.checkpoint.tensors import BFLOAT16, StoredTensor, chunks, read_exactly
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.families import config_from_gguf
-from jfp8kv.models.names import GGUF_MODULES
+from jfp8kv.models.families.gguf import config_from_gguf
 from jfp8kv.models.tokenizer import Tokenizer
 
 _SCALARS = {
@@ -48,13 +47,12 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclasses.dataclass(frozen=True)
 class GGUFFile:
-    """An open GGUF model: its metadata, config and weights under the names of `modules`."""
+    """An open GGUF model: its metadata, config and weights."""
 
     path: Path
     fields: Mapping[str, Any]
     config: ModelConfig
     tensors: Mapping[str, StoredTensor]
-    modules: Mapping[str, str] = dataclasses.field(default_factory=lambda: GGUF_MODULES)
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer inside the file; None, with a warning, when it has none that is read here."""
@@ -71,12 +69,6 @@ def open_gguf(path: Path) -> GGUFFile:
     fields, tensors = read_header(path)
     factors = tensors.pop(_ROPE_FACTORS, None)
     config = config_from_gguf(fields, tensors=tensors.keys(), rope_factors=None if factors is None else _values(factors))
-    for layer in range(config.layers):
-        for module, heads in (("attn_q", config.q_heads), ("attn_k", config.kv_heads)):
-            for name in (f"blk.{layer}.{module}.weight", f"blk.{layer}.{module}.bias"):
-                if name in tensors:
-                    read = partial(_read_halves, tensors[name].read, heads)
-                    tensors[name] = dataclasses.replace(tensors[name], read=read)
     return GGUFFile(path, fields, config, tensors)
 
 
@@ -197,13 +189,6 @@ def _read(path: Path, start: int, kind: gguf.GGMLQuantizationType, shape: tuple[
         with np.errstate(over="ignore"):  # read_into reports values that do not fit
             rows[part] = (raw.view(_PLAIN[kind]) if kind in _PLAIN else gguf.quants.dequantize(raw, kind)).astype(out.dtype)
     return None
-
-
-def _read_halves(read: Callable[[np.ndarray], None], heads: int, out: np.ndarray) -> None:
-    """Read q or k and undo llama.cpp's order: a head's rows 0, half, 1, half + 1, ... become 0, 1, ..., half, ..."""
-    read(out)
-    pairs = out.reshape(heads, -1, 2, *out.shape[1:])
-    out[...] = np.swapaxes(pairs, 1, 2).reshape(out.shape)
 
 
 def _values(tensor: StoredTensor) -> np.ndarray:

@@ -17,8 +17,9 @@ from jfp8kv.checkpoint.hub import fetch
 from jfp8kv.checkpoint.tensors import FLOATS, assemble, weights_dtype
 from jfp8kv.checkpoint.tokenizer import read_tokenizer
 from jfp8kv.core.errors import CheckpointError, ConfigError, one_of
-from jfp8kv.models.families import config_from_hf, ids
-from jfp8kv.models.names import HF_MODULES
+from jfp8kv.models.families import config_from_hf
+from jfp8kv.models.families.fields import ids
+from jfp8kv.models.layouts import gguf_modules, hf_modules
 from jfp8kv.models.params import Params
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -83,14 +84,17 @@ def _readable_file(path: Path) -> Path:
 
 
 def _load_folder(folder: Path, dtype: np.dtype | None) -> Params:
-    config = config_from_hf(hf.read_config(folder))
+    described = hf.read_config(folder)
+    config = config_from_hf(described)
     weights, scales = hf.split_scales(hf.open_weights(folder))
+    if "vision_config" in described:
+        weights = hf.without_vision(folder, weights)
     if config.tied_embeddings:
         weights.pop("lm_head.weight", None)  # a copy of the embeddings, by the config's own word
     hf.warn_unused_scales(folder, scales)
     stored = weights_dtype(weights)
     config = dataclasses.replace(config, dtype=stored.name, eos_ids=ids([*config.eos_ids, *ids(hf.generation_eos_ids(folder))]))
-    tree = assemble(config, weights, HF_MODULES, dtype or stored, where=folder)
+    tree = assemble(config, weights, hf_modules(config, weights), dtype or stored, where=folder)
     return Params(tree, config, read_tokenizer(folder, eos_ids=config.eos_ids))
 
 
@@ -100,5 +104,5 @@ def _load_gguf(path: Path, dtype: np.dtype | None) -> Params:
     file = open_gguf(path)
     stored = weights_dtype(file.tensors)
     config = dataclasses.replace(file.config, dtype=stored.name)
-    tree = assemble(config, file.tensors, file.modules, dtype or stored, where=path)
+    tree = assemble(config, file.tensors, gguf_modules(config), dtype or stored, where=path)
     return Params(tree, config, file.tokenizer())

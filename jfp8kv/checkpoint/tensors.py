@@ -16,7 +16,7 @@ import numpy as np
 
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.names import LAYERS, Shape, expected_shapes, nest, require_names, require_shape, their_names
+from jfp8kv.models.names import Module, Shape, Source, each_source, expected_shapes, nest, require_names, require_shape, sources
 
 CHUNK_BYTES = 4 << 20
 ALIGNMENT = 64  # bytes; what XLA:CPU asks of memory it is to use without a copy
@@ -60,7 +60,7 @@ def weights_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
 def assemble(
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],
-    modules: Mapping[str, str],
+    modules: Mapping[str, Module],
     dtype: np.dtype,
     *,
     where: Path,
@@ -69,35 +69,33 @@ def assemble(
 
     Args:
       tensors: every weight of the checkpoint under the names that `modules` gives.
-      modules: `HF_MODULES` or `GGUF_MODULES`.
+      modules: the checkpoint's layout (models/layouts.py).
       dtype: of every parameter of the result.
       where: the checkpoint, for messages.
 
     Raises:
       CheckpointError: a tensor missing, unexpected, of the wrong shape, quantized, or out of `dtype`'s range.
     """
-    expected = expected_shapes(config)
-    sources = {ours: their_names(ours, modules, config.layers) for ours in expected}
-    each = {
-        name: expected[ours][1:] if ours.startswith(LAYERS) else expected[ours]
-        for ours, names in sources.items()
-        for name in names
-    }
+    found, shapes = sources(config, modules), expected_shapes(config)
+    each = each_source(found)
     _refuse_quantized(tensors)
     require_names(tensors, each, where=str(where))
     for name, shape in each.items():
         tensor = tensors[name]
         require_shape(tensor.name, tensor.shape, shape, where=str(tensor.file))
-    return nest({ours: _parameter(expected[ours], [tensors[n] for n in names], dtype) for ours, names in sources.items()})
+    return nest({ours: _parameter(shapes[ours], parts, tensors, dtype) for ours, parts in found.items()})
 
 
-def _parameter(shape: Shape, parts: list[StoredTensor], dtype: np.dtype) -> jax.Array:
+def _parameter(shape: Shape, parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: np.dtype) -> jax.Array:
     host = aligned_empty(shape, dtype)
-    if shape == parts[0].shape:
-        parts[0].read_into(host)
-    else:
-        for layer, tensor in enumerate(parts):
-            tensor.read_into(host[layer])
+    rows = host.reshape(len(parts), *parts[0].part)
+    for row, part in zip(rows, parts, strict=True):
+        if part.take is None:
+            tensors[part.name].read_into(row)
+        else:
+            whole = np.empty(part.shape, dtype)
+            tensors[part.name].read_into(whole)
+            row[...] = part.take(whole)
     array = jax.device_put(host, may_alias=True)
     array.block_until_ready()  # frees the host copy before the next parameter where the device has memory of its own
     return array

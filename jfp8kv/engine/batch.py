@@ -27,6 +27,7 @@ class Batch:
     page_table: Int32[Array | np.ndarray, "requests pages"]
     start: Int32[Array | np.ndarray, " requests"]
     length: Int32[Array | np.ndarray, " requests"]
+    context: Int32[Array | np.ndarray, " requests"]  # tokens a text had when its cache was begun (models/rope.py)
     remaining: Int32[Array | np.ndarray, " requests"]
     position: Int32[Array | np.ndarray, " requests"]  # tokens of the output so far
     end_ids: Int32[Array | np.ndarray, "requests ends"]
@@ -49,12 +50,29 @@ class Made:
 class Batcher:
     """Builds batches for a model with `vocab` tokens whose requests hold at most `pages` pages of a pool of `num_pages`."""
 
-    def __init__(self, *, buckets: Buckets, vocab: int, pages: int, num_pages: int, eos_ids: tuple[int, ...]):
+    def __init__(
+        self,
+        *,
+        buckets: Buckets,
+        vocab: int,
+        pages: int,
+        num_pages: int,
+        eos_ids: tuple[int, ...],
+        switch_length: int | None = None,
+    ):
         self.buckets, self.vocab, self.pages, self.num_pages, self.eos_ids = buckets, vocab, pages, num_pages, eos_ids
+        self.switch_length = switch_length  # where texts must begin their cache anew (models/rope.py), if anywhere
 
     def end_ids(self, request: Request) -> set[int]:
         """The ids that end this request's text."""
         return set(request.params.stop_token_ids) | (set() if request.params.ignore_eos else set(self.eos_ids))
+
+    def _room(self, request: Request) -> int:
+        """Tokens this request may make in one go: all it still wants, or up to the first past `switch_length`."""
+        wanted = request.max_tokens - len(request.output_ids)
+        if self.switch_length is None or request.num_tokens > self.switch_length:
+            return wanted
+        return min(wanted, self.switch_length + 1 - request.num_tokens)
 
     def build(self, plan: Plan) -> Batch:
         """The arrays for `plan`, padded to a bucket."""
@@ -65,7 +83,7 @@ class Batcher:
 
         tokens = np.full((rows, width), self.vocab, np.int32)
         page_table = np.full((rows, self.pages), self.num_pages, np.int32)
-        start, length, remaining, position = np.zeros((4, rows), np.int32)
+        start, length, context, remaining, position = np.zeros((5, rows), np.int32)
         sampled = requests if isinstance(plan, Decode) else []  # prefill has no use for the rest: it stays one shape
         ends = [self.end_ids(r) for r in sampled]
         end_ids = np.full((rows, bucket(max([1, *map(len, ends)]))), PAST_THE_END, np.int32)
@@ -73,8 +91,9 @@ class Batcher:
             start[i], length[i] = request.cached, request.cached + chunk
             tokens[i, :chunk] = request.tokens(request.cached, request.cached + chunk)
             page_table[i, : len(request.pages)] = request.pages
+            context[i] = request.context
             position[i] = len(request.output_ids)
-            remaining[i] = request.max_tokens - position[i]
+            remaining[i] = self._room(request)
         for i, ids in enumerate(ends):
             end_ids[i, : len(ids)] = sorted(ids)
 
@@ -83,7 +102,7 @@ class Batcher:
         settings = stack_settings([self._settings(r) for r in sampled], rows=rows)
         prompt_counts, output_counts = self._counts(sampled, rows)
         return Batch(
-            tokens, page_table, start, length, remaining, position, end_ids, settings,
+            tokens, page_table, start, length, context, remaining, position, end_ids, settings,
             np.array(longest, np.int32), np.array(steps, np.int32), prompt_counts, output_counts,
         )  # fmt: skip
 

@@ -21,6 +21,7 @@ from jfp8kv.engine.request import CANCELLED, Request, Status
 from jfp8kv.engine.scheduler import Decode, Plan, Prefill, Scheduler
 from jfp8kv.models.linear import as_bits
 from jfp8kv.models.params import Params
+from jfp8kv.models.rope import switch_length
 from jfp8kv.sampling.params import SamplingParams
 
 DECODE_STEPS = 8  # tokens per dispatch: long enough to hide the host's work, short enough to stream and to admit
@@ -68,6 +69,7 @@ class Engine:
             pages=pages_per_request,
             num_pages=self.num_pages,
             eos_ids=config.eos_ids or getattr(params.tokenizer, "eos_ids", ()),
+            switch_length=switch_length(config.ropes),
         )
         self.scheduler = self._new_scheduler()
         self.stats = Stats(kv_tokens_capacity=self.num_pages * page_size, kv_bytes_per_token=self.kv.bytes_per_token)
@@ -187,6 +189,8 @@ class Engine:
         if reason := self._finish_reason(request, made.token_ids):
             self._finish(request, reason)
             request.finished = now
+        elif (limit := self.batcher.switch_length) is not None and request.context <= limit < request.num_tokens:
+            request.begin_again()
 
     def _finish_reason(self, request: Request, new_ids: list[int]) -> str | None:
         ends = self.batcher.end_ids(request)

@@ -77,12 +77,20 @@ class Request:
     top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
     pages: list[int] = dataclasses.field(default_factory=list)
     cached: int = 0
+    context: int = 0  # tokens there were when the cache was begun: the prompt's, unless it was begun anew
     text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float | None = None
     finished: float | None = None
+
+    def __post_init__(self) -> None:
+        self.context = self.context or len(self.prompt_ids)
+
+    def begin_again(self) -> None:
+        """Forget what is cached, keeping the pages: every token so far is to be run again."""
+        self.cached, self.context = 0, self.num_tokens
 
     @property
     def num_tokens(self) -> int:

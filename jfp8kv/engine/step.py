@@ -20,6 +20,7 @@ from jfp8kv.attention.contract import AttentionOptions, Where
 from jfp8kv.attention.dispatch import Attention
 from jfp8kv.attention.paged import paged
 from jfp8kv.cache.pages import KVPages, LayerScales
+from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.batch import Batch, StepOutput
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import Decoder, bind
@@ -38,28 +39,39 @@ class Model:
     dtype: np.dtype  # of the weights
     attention: Attention
 
-    @property
-    def options(self) -> AttentionOptions:
-        return AttentionOptions(sm_scale=self.config.attention_scale)
+    def options(self, decoder: Decoder) -> AttentionOptions:
+        """What this model asks of attention, its sinks read from the weights."""
+        c = self.config
+        windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
+        return AttentionOptions(window=windows, sinks=decoder.sinks(), sm_scale=c.attention_scale, softcap=c.softcap)
+
+
+@pytree
+class Chunk:
+    """One request's share of a batch: its tokens, where they are, and how long its text was when its cache was begun."""
+
+    tokens: Int[Array, " tokens"]
+    at: Where
+    context: Int[Array, ""]
 
 
 def _forward(
-    model: Model, decoder: Decoder, scales: LayerScales | None, tokens: Int[Array, " tokens"], at: Where, pages: KVPages
+    model: Model, decoder: Decoder, scales: LayerScales | None, chunk: Chunk, pages: KVPages
 ) -> tuple[Float[Array, "tokens hidden"], KVPages]:
     """One request's chunk through the model, its keys and values written first."""
-    attend = paged(model.attention, scales, model.options, at)
-    positions = at.start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    return decoder(tokens, positions, attend=attend, carry=pages)
+    attend = paged(model.attention, scales, model.options(decoder), chunk.at)
+    positions = chunk.at.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
+    return decoder(chunk.tokens, positions, attend=attend, carry=pages, context=chunk.context)
 
 
 def _each_request(one: Callable, batch: Batch, pages: KVPages, *, out_axes: Any) -> Any:
-    """`one(tokens, at, pages)` for every request of the batch, over the pool they share."""
+    """`one(chunk, pages)` for every request of the batch, over the pool they share."""
 
-    def request(tokens: Array, page_table: Array, start: Array, length: Array, pages: KVPages) -> Any:
-        return one(tokens, Where(page_table, start, length, batch.most_tokens), pages)
+    def request(tokens: Array, page_table: Array, start: Array, length: Array, context: Array, pages: KVPages) -> Any:
+        return one(Chunk(tokens, Where(page_table, start, length, batch.most_tokens), context), pages)
 
-    each = jax.vmap(request, in_axes=(0, 0, 0, 0, None), out_axes=out_axes)
-    return each(batch.tokens, batch.page_table, batch.start, batch.length, pages)
+    each = jax.vmap(request, in_axes=(0, 0, 0, 0, 0, None), out_axes=out_axes)
+    return each(batch.tokens, batch.page_table, batch.start, batch.length, batch.context, pages)
 
 
 def _logits(
@@ -67,8 +79,8 @@ def _logits(
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPages]:
     """Logits after every token of each request's chunk."""
 
-    def one(tokens: Array, at: Where, pages: KVPages) -> tuple[Array, KVPages]:
-        hidden, pages = _forward(model, decoder, scales, tokens, at, pages)
+    def one(chunk: Chunk, pages: KVPages) -> tuple[Array, KVPages]:
+        hidden, pages = _forward(model, decoder, scales, chunk, pages)
         return decoder.logits(hidden), pages
 
     return _each_request(one, batch, pages, out_axes=(0, None))
@@ -88,8 +100,8 @@ def prefill(model: Model, weights: Weights, scales: LayerScales | None, batch: B
     """Cache a chunk of each request. Nothing is sampled: a prompt's last token is left to `decode`."""
     decoder = bind(model.config, weights, model.dtype)
 
-    def one(tokens: Array, at: Where, pages: KVPages) -> KVPages:
-        return _forward(model, decoder, scales, tokens, at, pages)[1]
+    def one(chunk: Chunk, pages: KVPages) -> KVPages:
+        return _forward(model, decoder, scales, chunk, pages)[1]
 
     return None, _each_request(one, batch, pages, out_axes=None)
 

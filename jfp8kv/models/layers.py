@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jfp8kv.models.config import Activation
+from jfp8kv.models.config import Norm as NormKind
 from jfp8kv.models.linear import stacked_matmul, widen
 
 ACTIVATIONS = {
@@ -41,22 +42,34 @@ class Linear(nnx.Module):
         return y.astype(x.dtype)
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm in float32 (Zhang and Sennrich 2019, arXiv:1910.07467), returned in `x.dtype`.
+class Norm(nnx.Module):
+    """A norm over the last axis in float32, returned in `x.dtype`. `layers=None` is a single norm, called without a layer.
 
-    `layers=None` is a single norm, called without a layer.
+    "rms": root mean square (Zhang and Sennrich 2019, arXiv:1910.07467), "rms_plus_one" multiplies by `1 + weight`; "layer"
+    subtracts the mean, divides by the standard deviation and adds a bias (Ba et al. 2016, arXiv:1607.06450).
     """
 
-    def __init__(self, layers: int | None, width: int, *, eps: float, dtype: np.dtype):
-        self.weight = nnx.Param(jnp.ones((width,) if layers is None else (layers, width), dtype))
+    def __init__(self, layers: int | None, width: int, *, kind: NormKind, eps: float, dtype: np.dtype):
+        shape = (width,) if layers is None else (layers, width)
+        self.weight = nnx.Param(jnp.full(shape, 0 if kind == "rms_plus_one" else 1, dtype))
+        if kind == "layer":
+            self.bias = nnx.Param(jnp.zeros(shape, dtype))
+        self.kind = kind
         self.eps = eps
         self.stored = np.dtype(dtype)
 
-    def __call__(self, x: Float[Array, "tokens hidden"], layer: Layer | None = None) -> Float[Array, "tokens hidden"]:
-        weight = self.weight[...] if layer is None else self.weight[...][layer]
+    def __call__(self, x: Float[Array, "*rows width"], layer: Layer | None = None) -> Float[Array, "*rows width"]:
         wide = x.astype(jnp.float32)
-        norm = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (norm * widen(weight, self.stored, FLOAT32)).astype(x.dtype)
+        if self.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        weight = self._read(self.weight, layer)
+        normed = normed * (weight + 1.0 if self.kind == "rms_plus_one" else weight)
+        return (normed + self._read(self.bias, layer) if self.kind == "layer" else normed).astype(x.dtype)
+
+    def _read(self, parameter: nnx.Param, layer: Layer | None) -> Float[Array, " width"]:
+        value = parameter[...] if layer is None else parameter[...][layer]
+        return widen(value, self.stored, FLOAT32)
 
 
 class Table(nnx.Module):
@@ -74,6 +87,11 @@ class Table(nnx.Module):
     def scores(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
         """`x @ weight.T`, in float32."""
         return stacked_matmul(x, self.weight[...][None], 0, stored=self.stored, tiled=self.tiled)
+
+
+def activate(kind: Activation, x: Float[Array, "tokens mlp"]) -> Float[Array, "tokens mlp"]:
+    """`activation(x)`, in float32, returned in `x.dtype`."""
+    return ACTIVATIONS[kind](x.astype(jnp.float32)).astype(x.dtype)
 
 
 def gated(kind: Activation, gate: Float[Array, "tokens mlp"], up: Float[Array, "tokens mlp"]) -> Float[Array, "tokens mlp"]:

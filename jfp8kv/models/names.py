@@ -1,84 +1,200 @@
-"""The name and shape of every parameter, ours and theirs.
+"""The name and shape of every parameter of ours, and where checkpoints keep it.
 
-`expected_shapes` is the one place that says which parameters a `ModelConfig` has. Our tree is small because the
-layers are stacked: `layers.q.weight` holds the query projection of every layer, `[layers, out, in]`. Files name each
-layer's tensor by itself; `HF_MODULES` and `GGUF_MODULES` translate, one row per module, with `{}` where the layer
-number goes. A row a model does not have (a bias, a head of its own) is simply not asked for.
+`expected_shapes` is the one place that says which parameters a `ModelConfig` has. Our tree is small because the layers are
+stacked: `layers.q.weight` holds the query projection of every layer, `[layers, out, in]`. Files name each layer's tensor by
+itself, fuse several into one or store them transposed; a `Module` (models/layouts.py lists them) says how, and `sources` turns
+that into the tensors to read and the part of each to take.
 """
 
-from collections.abc import Collection, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
 
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.config import ModelConfig
 
 Shape = tuple[int, ...]
+LAYERS, EXPERTS = "layers.", "layers.experts."
+EACH_EXPERT = tuple(f"{EXPERTS}{name}" for name in ("gate", "up", "down"))  # one matrix for every expert of a layer
 
-LAYERS = "layers."
 
-# Hugging Face module paths without the leading "model.", which bare decoders leave out.
-HF_MODULES = {
-    "embed": "embed_tokens",
-    "layers.attention_norm": "layers.{}.input_layernorm",
-    "layers.q": "layers.{}.self_attn.q_proj",
-    "layers.k": "layers.{}.self_attn.k_proj",
-    "layers.v": "layers.{}.self_attn.v_proj",
-    "layers.o": "layers.{}.self_attn.o_proj",
-    "layers.mlp_norm": "layers.{}.post_attention_layernorm",
-    "layers.gate": "layers.{}.mlp.gate_proj",
-    "layers.up": "layers.{}.mlp.up_proj",
-    "layers.down": "layers.{}.mlp.down_proj",
-    "norm": "norm",
-    "head": "lm_head",
-}
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """How a checkpoint keeps one module of ours.
 
-GGUF_MODULES = {
-    "embed": "token_embd",
-    "layers.attention_norm": "blk.{}.attn_norm",
-    "layers.q": "blk.{}.attn_q",
-    "layers.k": "blk.{}.attn_k",
-    "layers.v": "blk.{}.attn_v",
-    "layers.o": "blk.{}.attn_output",
-    "layers.mlp_norm": "blk.{}.ffn_norm",
-    "layers.gate": "blk.{}.ffn_gate",
-    "layers.up": "blk.{}.ffn_up",
-    "layers.down": "blk.{}.ffn_down",
-    "norm": "output_norm",
-    "head": "output",
-}
+    Args:
+      path: the module's name there, `{layer}` and `{expert}` filled in; without `{expert}`, all of them are one tensor.
+      fused: the modules of ours that share this tensor, in order of their rows (`layers.` left out); () is a tensor of its own.
+      interleaved: the fused modules' rows take turns instead of following each other.
+      transposed: stored `[in, out]`.
+      leaves: what follows `path` for our `weight` and `bias`.
+      heads: rows are kept in pairs for interleaved RoPE, in so many heads, and are put back into halves.
+      offset: added to every value read.
+    """
+
+    path: str
+    fused: tuple[str, ...] = ()
+    interleaved: bool = False
+    transposed: bool = False
+    leaves: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"weight": ".weight", "bias": ".bias"})
+    heads: int = 0
+    offset: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The tensor of theirs, of `shape`, and what one layer (and expert) of a parameter takes of it: an array of shape `part`.
+
+    `take` works on NumPy and JAX arrays alike; None takes the tensor as it is.
+    """
+
+    name: str
+    shape: Shape
+    part: Shape
+    take: Callable[[Any], Any] | None = None
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Native name -> shape of every parameter of a model: weights `[out, in]`, `layers.*` stacked on a leading axis."""
-    q, kv = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
-    hidden, mlp = config.hidden, config.mlp_hidden
-    linears = {
-        "q": (q, hidden, config.qkv_bias),
-        "k": (kv, hidden, config.qkv_bias),
-        "v": (kv, hidden, config.qkv_bias),
-        "o": (hidden, q, config.o_bias),
-        "gate": (mlp, hidden, config.mlp_bias),
-        "up": (mlp, hidden, config.mlp_bias),
-        "down": (hidden, mlp, config.mlp_bias),
-    }
-    shapes: dict[str, Shape] = {"embed.weight": (config.vocab, hidden)}
-    for norm in ("attention_norm", "mlp_norm"):
-        shapes[f"layers.{norm}.weight"] = (config.layers, hidden)
-    for name, (out, into, bias) in linears.items():
-        shapes[f"layers.{name}.weight"] = (config.layers, out, into)
-        if bias:
-            shapes[f"layers.{name}.bias"] = (config.layers, out)
-    shapes["norm.weight"] = (hidden,)
-    if not config.tied_embeddings:
-        shapes["head.weight"] = (config.vocab, hidden)
+    c = config
+    shapes: dict[str, Shape] = {"embed.weight": (c.vocab, c.hidden)}
+    if c.learned_positions:
+        shapes["positions.weight"] = (c.max_len, c.hidden)
+    shapes |= {f"{LAYERS}{name}": shape for name, shape in (*_norms(c), *_linears(c), *_experts(c))}
+    if c.sinks:
+        shapes["layers.sinks"] = (c.layers, c.q_heads)
+    shapes["norm.weight"] = (c.hidden,)
+    if c.norm == "layer":
+        shapes["norm.bias"] = (c.hidden,)
+    if not c.tied_embeddings:
+        shapes["head.weight"] = (c.vocab, c.hidden)
     return shapes
 
 
-def their_names(ours: str, modules: Mapping[str, str], layers: int) -> list[str]:
-    """The tensors that make up one native parameter, in layer order; a single name for what is not stacked."""
-    module, leaf = ours.rsplit(".", 1)
-    path = modules[module]
-    count = layers if ours.startswith(LAYERS) else 1
-    return [f"{path.format(layer)}.{leaf}" for layer in range(count)]
+def _norms(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    widths = {}
+    if c.pre_norm:
+        widths |= {"attention_norm": c.hidden, "mlp_norm": c.hidden}
+    if c.post_norm:
+        widths |= {"attention_post_norm": c.hidden, "mlp_post_norm": c.hidden}
+    if c.qk_norm:
+        q, k = (1, 1) if c.qk_norm == "head" else (c.q_heads, c.kv_heads)
+        widths |= {"q_norm": q * c.head_dim, "k_norm": k * c.head_dim}
+    for name, width in widths.items():
+        yield f"{name}.weight", (c.layers, width)
+        if c.norm == "layer":
+            yield f"{name}.bias", (c.layers, width)
+
+
+def _linears(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    q, kv, dense = c.q_heads * c.head_dim, c.kv_heads * c.head_dim, len(c.dense_layers)
+    linears = {
+        "q": (c.layers, q, c.hidden, c.qkv_bias),
+        "k": (c.layers, kv, c.hidden, c.qkv_bias),
+        "v": (c.layers, kv, c.hidden, c.qkv_bias),
+        "o": (c.layers, c.hidden, q, c.o_bias),
+        "gate": (dense if c.gated_mlp else 0, c.mlp_hidden, c.hidden, c.mlp_bias),
+        "up": (dense, c.mlp_hidden, c.hidden, c.mlp_bias),
+        "down": (dense, c.hidden, c.mlp_hidden, c.mlp_bias),
+    }
+    for name, (layers, out, into, bias) in linears.items():
+        if layers:
+            yield f"{name}.weight", (layers, out, into)
+        if layers and bias:
+            yield f"{name}.bias", (layers, out)
+
+
+def _experts(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    if (e := c.experts) is None:
+        return
+    layers, shared = len(e.layers), e.shared_hidden
+    linears = {
+        "router": ((layers, e.count, c.hidden), e.bias),
+        "gate": ((layers, e.count, e.hidden, c.hidden), e.bias),
+        "up": ((layers, e.count, e.hidden, c.hidden), e.bias),
+        "down": ((layers, e.count, c.hidden, e.hidden), e.bias),
+    }
+    if shared:
+        linears |= {
+            "shared_gate": ((layers, shared, c.hidden), False),
+            "shared_up": ((layers, shared, c.hidden), False),
+            "shared_down": ((layers, c.hidden, shared), False),
+            "shared_switch": ((layers, 1, c.hidden), False),
+        }
+    for name, (shape, bias) in linears.items():
+        yield f"experts.{name}.weight", shape
+        if bias:
+            yield f"experts.{name}.bias", shape[:-1]
+
+
+def sources(config: ModelConfig, modules: Mapping[str, Module]) -> dict[str, list[Source]]:
+    """For each native parameter the tensors it is read from, layer by layer and expert by expert.
+
+    The parts follow each other along the parameter's leading axes: reshaped to `[parts, *part]` it is filled in this order.
+    """
+    shapes = expected_shapes(config)
+    return {ours: list(_sources(ours, shapes, config, modules)) for ours in shapes}
+
+
+def _sources(ours: str, shapes: Mapping[str, Shape], c: ModelConfig, modules: Mapping[str, Module]) -> Iterator[Source]:
+    module, _, leaf = ours.rpartition(".") if ours not in modules else (ours, "", "")
+    theirs = modules[module]
+    suffix = theirs.leaves[leaf] if leaf else ""
+    if not ours.startswith(LAYERS):
+        yield _source(theirs, theirs.path + suffix, ours, leaf, shapes[ours], shapes)
+        return
+    apart = module in EACH_EXPERT and "{expert}" in theirs.path
+    shape = shapes[ours][2 if apart else 1 :]
+    for layer in _layers_of(module, c):
+        for expert in range(shapes[ours][1] if apart else 1):
+            name = theirs.path.format(layer=layer, expert=expert) + suffix
+            yield _source(theirs, name, ours, leaf, shape, shapes)
+
+
+def _layers_of(module: str, c: ModelConfig) -> tuple[int, ...]:
+    if c.experts is not None and module.startswith(EXPERTS):
+        return c.experts.layers
+    return c.dense_layers if module in ("layers.gate", "layers.up", "layers.down") else tuple(range(c.layers))
+
+
+def _source(module: Module, name: str, ours: str, leaf: str, shape: Shape, shapes: Mapping[str, Shape]) -> Source:
+    matrix = leaf == "weight" and len(shape) > 1
+    theirs, axis, part = list(shape), -2 if matrix else -1, None
+    if module.fused:
+        widths = {other: shapes[f"{LAYERS}{other}.{leaf}"][axis] for other in module.fused}
+        theirs[axis], part = sum(widths.values()), _part(module, ours.removeprefix(LAYERS).rpartition(".")[0], widths)
+    if matrix and module.transposed:
+        theirs[-2:] = theirs[:-3:-1]
+    if part is None and not (matrix and module.transposed) and not module.heads and not module.offset:
+        return Source(name, shape, shape)
+
+    def take(x: Any) -> Any:
+        x = x.swapaxes(-1, -2) if matrix and module.transposed else x
+        x = x if part is None else (x[..., part, :] if matrix else x[..., part])
+        x = _halves(x, module.heads) if module.heads else x
+        return x + np.asarray(module.offset, x.dtype) if module.offset else x
+
+    return Source(name, tuple(theirs), shape, take)
+
+
+def _part(module: Module, ours: str, widths: Mapping[str, int]) -> slice:
+    place = module.fused.index(ours)
+    if module.interleaved:
+        return slice(place, None, len(module.fused))
+    start = sum(list(widths.values())[:place])
+    return slice(start, start + widths[ours])
+
+
+def _halves(x: Any, heads: int) -> Any:
+    """A head's rows 0, half, 1, half + 1, ... as 0, 1, ..., half, ..."""
+    return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def each_source(found: Mapping[str, list[Source]]) -> dict[str, Shape]:
+    """Name and shape of every tensor that is read, each once."""
+    return {source.name: source.shape for parts in found.values() for source in parts}
 
 
 def require_names(found: Collection[str], expected: Mapping[str, Shape], *, where: str) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
-from jfp8kv.models.names import HF_MODULES, Shape, expected_shapes, nest, require_names, require_shape, their_names
+from jfp8kv.models.layouts import bare, hf_modules
+from jfp8kv.models.names import Shape, Source, each_source, expected_shapes, nest, require_names, require_shape, sources
 from jfp8kv.models.tokenizer import as_tokenizer
 
 _WHERE = "the given tree"
@@ -72,10 +73,8 @@ class Params:
         """
         config = _config(config)
         flat = _flatten(tree)
-        if any("embed_tokens" in name or "self_attn" in name for name in flat):
-            native = _from_hf_names(flat, config)
-        else:
-            native = _checked(flat, expected_shapes(config))
+        ours = any(name.startswith(("embed.", "layers.q.")) for name in flat)
+        native = _checked(flat, expected_shapes(config)) if ours else _from_hf_names(flat, config)
         return cls(nest(native), config, as_tokenizer(tokenizer, eos_ids=config.eos_ids))
 
     @property
@@ -167,22 +166,20 @@ def _from_hf_names(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, ja
     theirs = dict(_hf_name(name, leaf) for name, leaf in flat.items())
     if config.tied_embeddings:
         theirs.pop("lm_head.weight", None)  # a copy of the embeddings that Hugging Face state dicts list again
-    expected = expected_shapes(config)
-    sources = {ours: their_names(ours, HF_MODULES, config.layers) for ours in expected}
-    stacked = {ours for ours in expected if ours.startswith("layers.")}
-    each: dict[str, Shape] = {
-        name: expected[ours][1:] if ours in stacked else expected[ours] for ours, names in sources.items() for name in names
-    }
-    theirs = _checked(theirs, each)
-    return {
-        ours: jnp.stack([theirs[name] for name in names]) if ours in stacked else theirs[names[0]]
-        for ours, names in sources.items()
-    }
+    found = sources(config, hf_modules(config, theirs))
+    theirs = _checked(theirs, each_source(found))
+    shapes = expected_shapes(config)
+    return {ours: _parameter(shapes[ours], parts, theirs) for ours, parts in found.items()}
+
+
+def _parameter(shape: Shape, parts: list[Source], theirs: Mapping[str, jax.Array]) -> jax.Array:
+    taken = [theirs[part.name] if part.take is None else part.take(theirs[part.name]) for part in parts]
+    return taken[0] if shape == parts[0].part else jnp.stack(taken).reshape(shape)
 
 
 def _hf_name(name: str, leaf: Any) -> tuple[str, Any]:
-    """One leaf under its Hugging Face name without "model.", a Flax `kernel` turned to `[out, in]`."""
-    *path, kind = name.removeprefix("model.").split(".")
+    """One leaf under its bare Hugging Face name, a Flax `kernel` turned to `[out, in]`."""
+    *path, kind = bare(name).split(".")
     if kind == "kernel":
         leaf = leaf.T
     return ".".join([*path, "weight" if kind in ("kernel", "embedding", "scale") else kind]), leaf

@@ -7,7 +7,8 @@ import pytest
 
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import RopeConfig
-from jfp8kv.models.families import config_from_gguf, config_from_hf, llama3_rule
+from jfp8kv.models.families import config_from_hf
+from jfp8kv.models.families.gguf import config_from_gguf, llama3_rule
 from jfp8kv.models.names import expected_shapes
 from jfp8kv.models.quantization import declared_kv_dtype
 
@@ -19,14 +20,14 @@ def test_old_and_new_spellings_give_the_same_config(tiny):
     new = tiny.config(rope_theta=None, torch_dtype=None, dtype="bfloat16")
     new["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA31}
     assert config_from_hf(old) == config_from_hf(new)
-    assert config_from_hf(new).rope == RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
+    assert config_from_hf(new).ropes[0] == RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
     assert config_from_hf(new).dtype == "bfloat16"
 
 
 def test_what_is_left_out_or_null_has_its_default(tiny):
     config = config_from_hf(tiny.config(num_key_value_heads=None, head_dim=None) | {"head_dim": None, "rope_scaling": None})
     assert (config.kv_heads, config.head_dim) == (4, 8)
-    assert config.rope == RopeConfig()
+    assert config.ropes[0] == RopeConfig()
     assert not config.tied_embeddings
 
 
@@ -37,7 +38,7 @@ def test_eos_ids_may_be_one_several_or_none(tiny, given, expected):
 
 def test_linear_rope_under_its_oldest_name(tiny):
     config = config_from_hf(tiny.config(rope_scaling={"type": "linear", "factor": 2}))
-    assert config.rope == RopeConfig(kind="linear", factor=2.0)
+    assert config.ropes[0] == RopeConfig(kind="linear", factor=2.0)
 
 
 def test_attention_bias_is_on_all_four_projections(tiny):
@@ -54,10 +55,10 @@ def test_attention_bias_is_on_all_four_projections(tiny):
         ({"architectures": ["LlamaForCausalLn"]}, ["LlamaForCausalLn", "Did you mean 'LlamaForCausalLM'"]),
         ({"architectures": None, "model_type": "mamba"}, ["mamba", "LlamaForCausalLM"]),
         ({"hidden_act": "xielu"}, ["xielu", "silu"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["yarn", "default, linear, llama3"]),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, ["spiral", "default, linear, dynamic, llama3"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["factor=None", "'linear'", "positive"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "llama3"]),
-        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+        ({"partial_rotary_factor": 1.5}, ["partial_rotary_factor=1.5"]),
         ({"hidden_size": None}, ["hidden_size"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers=0"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads=4", "num_key_value_heads=3"]),
@@ -189,7 +190,7 @@ GGUF = {
         ({"general.architecture": "gptneox"}, ["gptneox", "llama"]),
         ({"llama.expert_count": 8}, ["expert_count=8"]),
         ({"llama.rope.dimension_count": 4}, ["dimension_count=4", "8"]),
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, ["yarn", "llama3"]),
+        ({"llama.rope.scaling.type": "spiral", "llama.rope.scaling.factor": 4.0}, ["spiral", "llama3"]),
         ({"llama.attention.value_length": 4}, ["value_length=4", "8"]),
         ({"general.architecture": ["llama"]}, ["['llama']"]),
         ({"llama.attention.head_count": [4, 4]}, ["num_attention_heads=[4, 4]"]),
@@ -208,7 +209,7 @@ def test_gguf_metadata_gives_linear_rope_biases_ties_and_every_end_token():
     ends = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 5}
     scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
     config = config_from_gguf(GGUF | ends | scaling, tensors=["token_embd.weight", "blk.0.attn_q.bias"])
-    assert config.rope == RopeConfig(kind="linear", factor=2.0)
+    assert config.ropes[0] == RopeConfig(kind="linear", factor=2.0)
     assert config.eos_ids == (2, 5)
     assert config.tied_embeddings and config.qkv_bias and not config.o_bias and not config.mlp_bias
 

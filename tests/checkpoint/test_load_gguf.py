@@ -33,7 +33,7 @@ def test_the_weights_equal_the_folders_with_q_and_k_back_in_halves(tiny, tmp_pat
         "head_dim",
         "mlp_hidden",
         "max_len",
-        "rope",
+        "ropes",
         "tied_embeddings",
     ):
         assert getattr(from_gguf.config, field) == getattr(from_hf.config, field)
@@ -98,7 +98,7 @@ def test_rope_divisors_become_llama3_scaling(tiny, tmp_path):
         tensors,
         more=lambda writer: writer.add_tensor("rope_freqs.weight", divisors),
     )
-    rope = load(path).config.rope
+    rope = load(path).config.ropes[0]
     assert (rope.kind, rope.theta, rope.factor, rope.original_max_len) == ("llama3", 1e6, 8.0, 8192)
 
 
