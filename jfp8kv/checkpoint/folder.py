@@ -18,7 +18,7 @@ PICKLE_ADVICE = (
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) of transformers writes safetensors."
 )
 # Buffers that some exporters write and no decoder needs.
-_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|attn\.(masked_)?bias$")
+_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(self_)?attn\.(masked_)?bias$")
 _VISION = ("vision_tower.", "multi_modal_projector.")  # bare names of what turns images into embeddings
 # compressed-tensors, ModelOpt, Quark, AutoFP8 and relatives: self_attn.k_scale, k_proj.output_scale, k_cache.scale.
 _KV_SCALE = re.compile(

@@ -14,7 +14,7 @@ import numpy as np
 
 from jfp8kv.checkpoint import folder as hf
 from jfp8kv.checkpoint.hub import fetch
-from jfp8kv.checkpoint.tensors import FLOATS, assemble, weights_dtype
+from jfp8kv.checkpoint.tensors import FLOATS, assemble, same_values, weights_dtype
 from jfp8kv.checkpoint.tokenizer import read_tokenizer
 from jfp8kv.core.errors import CheckpointError, ConfigError, one_of
 from jfp8kv.models.families import config_from_hf
@@ -22,6 +22,7 @@ from jfp8kv.models.families.fields import ids
 from jfp8kv.models.layouts import gguf_modules, hf_modules
 from jfp8kv.models.params import Params
 
+_HEAD = "lm_head.weight"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -89,12 +90,15 @@ def _load_folder(folder: Path, dtype: np.dtype | None) -> Params:
     weights, scales = hf.split_scales(hf.open_weights(folder))
     if "vision_config" in described:
         weights = hf.without_vision(folder, weights)
-    if config.tied_embeddings:
-        weights.pop("lm_head.weight", None)  # a copy of the embeddings, by the config's own word
+    modules = hf_modules(config, weights)
+    if config.tied_embeddings and _HEAD in weights:  # a copy of the embeddings, or a head of its own whatever the config says
+        tied = same_values(weights[_HEAD], weights.get(f"{modules['embed'].path}.weight"))
+        config = dataclasses.replace(config, tied_embeddings=tied)
+        weights = {name: tensor for name, tensor in weights.items() if not (tied and name == _HEAD)}
     hf.warn_unused_scales(folder, scales)
     stored = weights_dtype(weights)
     config = dataclasses.replace(config, dtype=stored.name, eos_ids=ids([*config.eos_ids, *ids(hf.generation_eos_ids(folder))]))
-    tree = assemble(config, weights, hf_modules(config, weights), dtype or stored, where=folder)
+    tree = assemble(config, weights, modules, dtype or stored, where=folder)
     return Params(tree, config, read_tokenizer(folder, eos_ids=config.eos_ids))
 
 

@@ -101,6 +101,16 @@ def _parameter(shape: Shape, parts: list[Source], tensors: Mapping[str, StoredTe
     return array
 
 
+def same_values(a: StoredTensor, b: StoredTensor | None) -> bool:
+    """Whether `b` is there and holds the same values as `a`. Reads both."""
+    if b is None or a.shape != b.shape or None in (a.dtype, b.dtype):
+        return False
+    first, second = (np.empty(t.shape, a.dtype) for t in (a, b))
+    a.read_into(first)
+    b.read_into(second)
+    return np.array_equal(first, second)
+
+
 def _refuse_quantized(tensors: Mapping[str, StoredTensor]) -> None:
     for tensor in tensors.values():
         if tensor.dtype is None:

@@ -102,17 +102,16 @@ def uniform_windows(d: Fields, window: int | None) -> tuple[int, ...]:
 
 
 def experts(
-    d: Fields, *, count_key: str, hidden_key: str, count: int, top_k: int, hidden: int | None = None, **rest: Any
+    d: Fields, *, hidden_key: str, count: int, top_k: int, hidden: int | None = None, **rest: Any
 ) -> ExpertsConfig | None:
     """A mixture of experts on the layers that `decoder_sparse_step` and `mlp_only_layers` leave it; None if that is none."""
     total = f.count(d, "num_hidden_layers")
     step, dense = f.count(d, "decoder_sparse_step", 1), d.get("mlp_only_layers") or []
     layers = tuple(i for i in range(total) if i not in dense and (i + 1) % step == 0)
-    size, chosen = f.count(d, count_key, count), f.count(d, "num_experts_per_tok", top_k)
+    key = "num_local_experts" if "num_local_experts" in d else "num_experts"  # two spellings of one field
+    size, chosen = f.count(d, key, count), f.count(d, "num_experts_per_tok", top_k)
     if chosen > size:
-        raise ConfigError(
-            f"num_experts_per_tok={chosen}, {count_key}={size}: a token cannot go to more experts than there are."
-        )
+        raise ConfigError(f"num_experts_per_tok={chosen}, {key}={size}: a token cannot go to more experts than there are.")
     if not layers:
         return None
     return ExpertsConfig(count=size, top_k=chosen, hidden=f.count(d, hidden_key, hidden), layers=layers, **rest)

@@ -6,7 +6,7 @@ from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import fields as f
 from jfp8kv.models.families.common import every, layer_types, llama_like, sliding_window, windows
 from jfp8kv.models.families.fields import Fields
-from jfp8kv.models.families.ropes import FULL, SLIDING, distinct, rope, spelled
+from jfp8kv.models.families.ropes import FULL, SLIDING, distinct, rope
 
 
 def _gemma(d: Fields, architecture: str, **rest: Any) -> ModelConfig:
@@ -30,8 +30,8 @@ def _gemma(d: Fields, architecture: str, **rest: Any) -> ModelConfig:
 
 
 def gemma(d: Fields) -> ModelConfig:
-    """Gemma 1. Its early configs say "gelu" and mean the tanh approximation, as `hidden_activation` says in later ones."""
-    name = d.get("hidden_activation") or d.get("hidden_act")
+    """Gemma 1. Its early configs say "gelu" and mean the tanh approximation."""
+    name = d.get("hidden_act")
     return _gemma({**d, "hidden_act": "gelu_pytorch_tanh" if name == "gelu" else name}, "GemmaForCausalLM", kv_heads=16)
 
 
@@ -64,16 +64,17 @@ def gemma2(d: Fields) -> ModelConfig:
 
 
 def gemma3(d: Fields) -> ModelConfig:
-    """Gemma 3's text model: five layers with a window and a rope of their own to one that sees all."""
+    """Gemma 3's text model: five layers with a window and a rope of their own to one that sees all.
+
+    Its configs carry `attn_logit_softcapping` from Gemma 2; no implementation applies it.
+    """
     layers = f.count(d, "num_hidden_layers")
     kinds = layer_types(d, layers, every(f.count(d, "sliding_window_pattern", 6), layers))
     head_dim, max_len = f.count(d, "head_dim", 256), f.count(d, "max_position_embeddings", 131072)
-    given = spelled(d)
-    nested = {kind: given[kind] or {} for kind in (FULL, SLIDING) if kind in given}
     # The old spelling: `rope_theta` and `rope_scaling` are of the layers that see all, `rope_local_base_freq` of the others.
-    flat = {key: value for key, value in given.items() if key not in nested}
-    full = {"rope_theta": d.get("rope_theta")} | flat | nested.get(FULL, {})
-    sliding = {"rope_theta": d.get("rope_local_base_freq")} | nested.get(SLIDING, {})
+    given = f.mapping(d, "rope_parameters")
+    full = {"rope_theta": d.get("rope_theta")} | f.mapping(given, FULL) | f.mapping(d, "rope_scaling")
+    sliding = {"rope_theta": d.get("rope_local_base_freq")} | f.mapping(given, SLIDING)
     ropes = {
         FULL: rope(full, head_dim=head_dim, max_len=max_len, theta=1e6),
         SLIDING: rope(sliding, head_dim=head_dim, max_len=max_len, theta=1e4),
@@ -87,7 +88,6 @@ def gemma3(d: Fields) -> ModelConfig:
         qk_norm="head",
         ropes=every_rope,
         layer_ropes=layer_ropes,
-        softcap=f.optional_number(d, "attn_logit_softcapping"),
         logit_softcap=f.optional_number(d, "final_logit_softcapping"),
     )
 

@@ -48,7 +48,7 @@ def config_from_gguf(
         "max_position_embeddings": get("context_length"),
         "rms_norm_eps": get("attention.layer_norm_rms_epsilon", 1e-6),
         "rope_theta": theta,
-        "rope_parameters": _gguf_rope(get, theta, rope_factors),
+        "rope_scaling": _gguf_rope(get, theta, rope_factors),
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,

@@ -25,8 +25,8 @@ def smollm3(d: Fields) -> ModelConfig:
     layers = f.count(d, "num_hidden_layers")
     step = f.count(d, "no_rope_layer_interval", 4)
     rotates = f.by_layer(d, "no_rope_layers", layers) or [(layer + 1) % step != 0 for layer in range(layers)]
-    window = sliding_window(d) if f.flag(d, "use_sliding_window") else None
-    kinds = layer_types(d, layers, [FULL if rotated or not window else SLIDING for rotated in rotates])
+    window, slides = sliding_window(d), f.flag(d, "use_sliding_window")
+    kinds = layer_types(d, layers, [SLIDING if slides and window and not rotated else FULL for rotated in rotates])
     head_dim = f.count(d, "head_dim", f.count(d, "hidden_size") // f.count(d, "num_attention_heads"))
     max_len = f.count(d, "max_position_embeddings", 32768)
     found, which = ropes(d, kinds, head_dim=head_dim, max_len=max_len, theta=2e6)

@@ -34,7 +34,7 @@ def mixtral(d: Fields) -> ModelConfig:
         norm_eps=1e-5,
         kv_heads=8,
         windows=uniform_windows(d, sliding_window(d)),
-        experts=experts(d, count_key="num_local_experts", hidden_key="intermediate_size", count=8, top_k=2),
+        experts=experts(d, hidden_key="intermediate_size", count=8, top_k=2),
     )
 
 
@@ -58,7 +58,6 @@ def gpt_oss(d: Fields) -> ModelConfig:
         o_bias=bias,
         experts=experts(
             d,
-            count_key="num_local_experts" if "num_local_experts" in d else "num_experts",
             hidden_key="intermediate_size",
             count=128,
             top_k=4,

@@ -55,7 +55,6 @@ def qwen3_moe(d: Fields) -> ModelConfig:
         o_bias=bias,
         experts=experts(
             d,
-            count_key="num_experts",
             hidden_key="moe_intermediate_size",
             count=128,
             top_k=8,
@@ -79,7 +78,6 @@ def qwen2_moe(d: Fields) -> ModelConfig:
         qkv_bias=f.flag(d, "qkv_bias", True),
         experts=experts(
             d,
-            count_key="num_experts",
             hidden_key="moe_intermediate_size",
             count=60,
             top_k=4,

@@ -15,8 +15,8 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 def spelled(d: Fields) -> Fields:
-    """The rope parameters of a config, whichever way it spells them; keys by layer type stay nested."""
-    return {**mapping(d, "rope_scaling"), **mapping(d, "rope_parameters")}
+    """The rope parameters of a config: `rope_scaling` (the old spelling) unless empty, else `rope_parameters`."""
+    return mapping(d, "rope_scaling") or mapping(d, "rope_parameters")
 
 
 def ropes(
@@ -99,8 +99,8 @@ def _yarn(given: Fields, factor: float) -> dict[str, float | bool]:
         magnitude = number(given, "attention_factor")
     return {
         "magnitude": float(magnitude),
-        "beta_fast": number(given, "beta_fast", 32.0),
-        "beta_slow": number(given, "beta_slow", 1.0),
+        "beta_fast": number({"beta_fast": given.get("beta_fast") or 32.0}, "beta_fast"),
+        "beta_slow": number({"beta_slow": given.get("beta_slow") or 1.0}, "beta_slow"),
         "truncate": flag(given, "truncate", True),
     }
 
