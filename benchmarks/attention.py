@@ -34,7 +34,7 @@ class Side:
         pages = shape["requests"] * per_request
         size = (pages, shape["kv_heads"], shape["page_size"], shape["head_dim"])
         k, v = (jnp.asarray(encode_numpy(rng.normal(size=size), fmt)) for _ in "kv")
-        self.pages = KVPages(k, v, None, None, fmt=fmt, layers=1)
+        self.pages = KVPages(k, v, None, None, fmt=fmt, depth=1)
         self.table = jnp.asarray(rng.permutation(pages).reshape(shape["requests"], per_request), jnp.int32)
         heads = shape["kv_heads"] * shape["group"]
         self.q = jnp.asarray(rng.normal(size=(shape["requests"], 1, heads, shape["head_dim"])), jnp.float32)

@@ -15,8 +15,9 @@ class Where:
     """Where one request's tokens are: its `page_table`, and which of its tokens the queries are.
 
     Queries stand at positions `start, start + 1, ...`; the cache holds positions `0 .. length - 1`, those of the queries
-    included. Queries at `length` or beyond are padding. `page_table` entries past the request's pages are never read for their
-    value. `most_tokens` is an upper bound on `length` over all requests of the batch: implementations stop there.
+    included. Queries at `length` or beyond are padding. `page_table` has the page numbers of the layer's group; entries past
+    the request's pages, or of pages before every query's window, are never read for their value. `most_tokens` is an upper
+    bound on `length` over all requests of the batch: implementations stop there.
     """
 
     page_table: Int[Array, " pages"]

@@ -1,5 +1,6 @@
 """Which keys a query sees."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
@@ -19,3 +20,15 @@ def visible(
     if window is not None:
         seen &= (q - k < window) | (window == 0)
     return seen
+
+
+def first_visible(start: Int[Array, ""], window: Int[Array, ""] | None) -> Int[Array, ""]:
+    """The first position that a query at `start` sees, and so the first that any query from there on does."""
+    if window is None:
+        return jnp.zeros_like(start)
+    return jnp.where(window == 0, 0, jnp.maximum(start - window + 1, 0))
+
+
+def live(key: Int[Array, " keys"], *, first: Int[Array, ""], length: Int[Array, ""]) -> Bool[Array, " keys"]:
+    """Positions that hold what some query sees. Others may hold anything, NaN codes too: they are cleared, not just masked."""
+    return (key >= first) & (key < length)

@@ -16,10 +16,13 @@ KV = Float[Array, "tokens kv_heads head_dim"]
 Attend = Callable[[Layer, Query, KV, KV, KVPages], tuple[Query, KVPages]]
 
 
-def paged(attention: Attention, scales: LayerScales | None, options: AttentionOptions, at: Where) -> Attend:
-    """`attend(layer, q, k, v, pages) -> (out, pages)` for the request at `at`."""
+def paged(
+    attention: Attention, scales: LayerScales | None, options: AttentionOptions, where: Callable[[Layer], Where]
+) -> Attend:
+    """`attend(layer, q, k, v, pages) -> (out, pages)` for the request that is, in each layer, at `where(layer)`."""
 
     def attend(layer: Layer, q: Query, k: KV, v: KV, pages: KVPages) -> tuple[Query, KVPages]:
+        at = where(layer)
         pages = write(pages, scales, k, v, layer=layer, page_table=at.page_table, start=at.start, length=at.length)
         return attention(q, pages, scales, options, at, layer=layer), pages
 

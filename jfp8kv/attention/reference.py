@@ -7,19 +7,22 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
-from jfp8kv.attention.masks import visible
+from jfp8kv.attention.masks import first_visible, live, visible
 from jfp8kv.cache.scales import exponent_scale
 from jfp8kv.core.formats import decode
 
 
-def _gather(bits: Array, exponent: Array | None, scale: Array | None, pages: KVPages, at: Where, layer: Layer) -> Array:
-    """One request's real values, `[kv_heads, tokens, head_dim]`; slots past its length are zero."""
-    rows = layer * pages.num_pages + jnp.minimum(at.page_table, pages.num_pages - 1)
+def _gather(
+    bits: Array, exponent: Array | None, scale: Array | None, pages: KVPages, at: Where, first: Array, layer: Layer
+) -> Array:
+    """One request's real values, `[kv_heads, tokens, head_dim]`; slots before `first` and past its length are zero."""
+    rows = jnp.minimum(pages.rows(layer, at.page_table), bits.shape[0] - 1)
     values = decode(bits[rows], pages.fmt)  # [pages, kv_heads, page_size, head_dim]
     if exponent is not None:
         values = values * exponent_scale(exponent[rows])[..., None]
     values = jnp.moveaxis(values, 0, 1).reshape(bits.shape[1], -1, bits.shape[3])
-    values = jnp.where((jnp.arange(values.shape[1]) < at.length)[None, :, None], values, 0.0)
+    known = live(jnp.arange(values.shape[1], dtype=jnp.int32), first=first, length=at.length)
+    values = jnp.where(known[None, :, None], values, 0.0)
     return values if scale is None else values * scale[layer][:, None, :]
 
 
@@ -29,8 +32,9 @@ def attention(
     """`softmax(q k^T) v` in float32 for one request; rows that see no key give zeros."""
     tokens, q_heads, head_dim = q.shape
     window = None if options.window is None else options.window[layer]
-    k = _gather(pages.k_bits, pages.k_exponent, None if scales is None else scales.k, pages, at, layer)
-    v = _gather(pages.v_bits, pages.v_exponent, None if scales is None else scales.v, pages, at, layer)
+    first = first_visible(at.start, window)
+    k = _gather(pages.k_bits, pages.k_exponent, None if scales is None else scales.k, pages, at, first, layer)
+    v = _gather(pages.v_bits, pages.v_exponent, None if scales is None else scales.v, pages, at, first, layer)
     kv_heads = k.shape[0]
     grouped = q.astype(jnp.float32).reshape(tokens, kv_heads, q_heads // kv_heads, head_dim)
 

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
-from jfp8kv.attention.masks import visible
+from jfp8kv.attention.masks import first_visible, live, visible
 from jfp8kv.cache.scales import exponent_scale
 from jfp8kv.core.formats import decode_tile
 
@@ -41,12 +41,16 @@ def attention(
     query = at.start + jnp.arange(tokens, dtype=jnp.int32)
     table = _padded(at.page_table, tile_pages, pages.num_pages)
 
+    first = first_visible(at.start, window)
+    first_tile = first // tile
+
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, out = carry
+        i = first_tile + i
         entries = lax.dynamic_slice(table, (i * tile_pages,), (tile_pages,))
-        page = layer * pages.num_pages + jnp.minimum(entries, pages.num_pages - 1)
+        page = jnp.minimum(pages.rows(layer, entries), pages.k_bits.shape[0] - 1)
         position = i * tile + jnp.arange(tile, dtype=jnp.int32)
-        written = position < at.length
+        known = live(position, first=first, length=at.length)
 
         k = decode_tile(_tile(pages.k_bits, page), pages.fmt).astype(dot_dtype)
         scores = _dot("hqd,hnd->hqn", rows, k)
@@ -63,24 +67,29 @@ def attention(
         total = total * shrink + jnp.sum(weights, axis=-1)
 
         # Unwritten slots may hold NaN codes, and 0 * NaN is NaN: their bits are cleared before anything is multiplied.
-        v_bits = jnp.where(written[None, :, None], _tile(pages.v_bits, page), jnp.zeros((), pages.fmt.stored))
+        v_bits = jnp.where(known[None, :, None], _tile(pages.v_bits, page), jnp.zeros((), pages.fmt.stored))
         if pages.v_exponent is not None:
             v_scale = exponent_scale(_tile(pages.v_exponent, page))
-            weights = weights * jnp.where(written, v_scale, 0.0)[:, None, :]
+            weights = weights * jnp.where(known, v_scale, 0.0)[:, None, :]
         values = decode_tile(v_bits, pages.fmt).astype(dot_dtype)
         out = out * shrink[..., None] + _dot("hqn,hnd->hqd", weights.astype(dot_dtype), values)
         return new_peak, total, out
 
     peak, total = _initial(options, layer, kv_heads, tokens, group)
     out = jnp.zeros((kv_heads, tokens * group, head_dim), jnp.float32)
-    tiles = (at.most_tokens + (tile - 1)) // tile
-    _, total, out = lax.fori_loop(0, tiles, body, (peak, total, out))
+    _, total, out = lax.fori_loop(0, _tiles(at.most_tokens, window, tokens, tile), body, (peak, total, out))
 
     out = out * (pages.fmt.tile_factor / jnp.where(total == 0, 1.0, total))[..., None]
     if scales is not None:
         out = out * scales.v[layer][:, None, :]
     out = out.reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
     return out.reshape(tokens, q_heads, head_dim).astype(q.dtype)
+
+
+def _tiles(most_tokens: Array, window: Array | None, tokens: int, tile: int) -> Array:
+    """Tiles to go through, the same for all requests: up to the longest text, or as many as a window's keys can touch."""
+    tiles = (most_tokens + (tile - 1)) // tile
+    return tiles if window is None else jnp.where(window == 0, tiles, jnp.minimum(tiles, (window + tokens - 3) // tile + 2))
 
 
 def _initial(options: AttentionOptions, layer: Layer, kv_heads: int, tokens: int, group: int) -> tuple[Array, Array]:

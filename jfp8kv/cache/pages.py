@@ -1,7 +1,8 @@
 """The device side of the cache: one pool of pages, whose page axis folds the layers.
 
 Page `p` of layer `l` is row `l * num_pages + p`, so a `lax.scan` over layers carries the whole pool and no layer is ever sliced
-out of it. A token's place is (page, offset); a page holds `[kv_heads, page_size, head_dim]`, so one head's keys are contiguous.
+out of it; where windows put layers into groups (cache/groups.py), the layer's slot in its group stands for `l`. A token's place
+is (page, offset); a page holds `[kv_heads, page_size, head_dim]`, so one head's keys are contiguous.
 
 Everything here is written for one request. Under `vmap` over requests the pool itself stays one array: the writes of all
 requests become one scatter into it (`custom_vmap`), in place when the caller donates it.
@@ -30,12 +31,18 @@ class KVPages:
     k_exponent: UInt8[Array, "layer_pages kv_heads page_size"] | None
     v_exponent: UInt8[Array, "layer_pages kv_heads page_size"] | None
     fmt: KVFormat = static()
-    layers: int = static()
+    depth: int = static()  # layers that share a page number
+    slots: tuple[int, ...] = static(default=())  # by layer, its place among those; () is the layer's own index
 
     @property
     def num_pages(self) -> int:
-        """Physical pages per layer."""
-        return self.k_bits.shape[0] // self.layers
+        """Page numbers there are, each a page in `depth` layers."""
+        return self.k_bits.shape[0] // self.depth
+
+    def rows(self, layer: Int[Array, ""] | int, numbers: Int[Array, " pages"]) -> Int[Array, " pages"]:
+        """Rows of the pool for page numbers of `layer`; numbers past the end give rows past the end."""
+        slot = jnp.asarray(self.slots, jnp.int32)[layer] if self.slots else jnp.int32(layer)
+        return jnp.where(numbers < self.num_pages, slot * self.num_pages + numbers, self.k_bits.shape[0])
 
     @property
     def page_size(self) -> int:
@@ -78,17 +85,25 @@ class LayerScales:
 
 
 def new_pages(
-    fmt: KVFormat, *, layers: int, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dynamic: bool = False
+    fmt: KVFormat,
+    *,
+    depth: int,
+    num_pages: int,
+    page_size: int,
+    kv_heads: int,
+    head_dim: int,
+    dynamic: bool = False,
+    slots: tuple[int, ...] = (),
 ) -> KVPages:
-    """A pool of zeros: `num_pages` pages per layer of `page_size` tokens; `dynamic` adds the token-head exponents."""
-    shape = (layers * num_pages, kv_heads, page_size, head_dim)
+    """A pool of zeros: `num_pages` pages in each of `depth` layers, of `page_size` tokens; `dynamic` adds the exponents."""
+    shape = (depth * num_pages, kv_heads, page_size, head_dim)
     exponent = [jnp.zeros(shape[:3], jnp.uint8) if dynamic else None for _ in "kv"]
-    return KVPages(jnp.zeros(shape, fmt.stored), jnp.zeros(shape, fmt.stored), *exponent, fmt=fmt, layers=layers)
+    return KVPages(jnp.zeros(shape, fmt.stored), jnp.zeros(shape, fmt.stored), *exponent, fmt=fmt, depth=depth, slots=slots)
 
 
-def page_bytes(fmt: KVFormat, *, layers: int, page_size: int, kv_heads: int, head_dim: int, dynamic: bool = False) -> int:
-    """Bytes one page takes over all layers, K and V, exponents included."""
-    return 2 * layers * page_size * kv_heads * (head_dim * fmt.itemsize + int(dynamic))
+def page_bytes(fmt: KVFormat, *, depth: int, page_size: int, kv_heads: int, head_dim: int, dynamic: bool = False) -> int:
+    """Bytes one page number takes in all its layers, K and V, exponents included."""
+    return 2 * depth * page_size * kv_heads * (head_dim * fmt.itemsize + int(dynamic))
 
 
 def write(
@@ -109,8 +124,7 @@ def write(
     tokens = k.shape[0]
     position = start + jnp.arange(tokens, dtype=jnp.int32)
     entry = jnp.minimum(position // pages.page_size, page_table.shape[0] - 1)
-    row = jnp.int32(layer) * pages.num_pages + page_table[entry]
-    row = jnp.where((position < length) & (page_table[entry] < pages.num_pages), row, pages.k_bits.shape[0])
+    row = jnp.where(position < length, pages.rows(layer, page_table[entry]), pages.k_bits.shape[0])
     offset = position % pages.page_size
 
     def put(pool: Array, values: Array) -> Array:
@@ -126,7 +140,7 @@ def write(
         exponents = None, None
     k_bits = put(pages.k_bits, encode(k.astype(jnp.float32) * k_factor, pages.fmt))
     v_bits = put(pages.v_bits, encode(v.astype(jnp.float32) * v_factor, pages.fmt))
-    return KVPages(k_bits, v_bits, *exponents, fmt=pages.fmt, layers=pages.layers)
+    return KVPages(k_bits, v_bits, *exponents, fmt=pages.fmt, depth=pages.depth, slots=pages.slots)
 
 
 @custom_vmap
@@ -150,4 +164,4 @@ def fill(pages: KVPages, code: int) -> KVPages:
     """The pool with every stored byte or word set to `code` (`fmt.nan_code` poisons it), exponents to all ones."""
     bits = jax.tree.map(lambda x: jnp.full_like(x, code if x.dtype != jnp.float32 else jnp.nan), (pages.k_bits, pages.v_bits))
     exponents = [None if e is None else jnp.full_like(e, 255) for e in (pages.k_exponent, pages.v_exponent)]
-    return KVPages(*bits, *exponents, fmt=pages.fmt, layers=pages.layers)
+    return KVPages(*bits, *exponents, fmt=pages.fmt, depth=pages.depth, slots=pages.slots)

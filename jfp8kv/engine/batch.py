@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
+from jfp8kv.cache.groups import PageNeeds
 from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.request import Request
@@ -24,7 +25,7 @@ class Batch:
     token of each row at `start` and makes up to `remaining` more."""
 
     tokens: Int32[Array | np.ndarray, "requests tokens"]
-    page_table: Int32[Array | np.ndarray, "requests pages"]
+    page_tables: Int32[Array | np.ndarray, "requests groups pages"]
     start: Int32[Array | np.ndarray, " requests"]
     length: Int32[Array | np.ndarray, " requests"]
     context: Int32[Array | np.ndarray, " requests"]  # tokens a text had when its cache was begun (models/rope.py)
@@ -48,19 +49,21 @@ class Made:
 
 
 class Batcher:
-    """Builds batches for a model with `vocab` tokens whose requests hold at most `pages` pages of a pool of `num_pages`."""
+    """Builds batches for a model with `vocab` tokens whose page tables have `pages` entries, numbers below `num_pages`."""
 
     def __init__(
         self,
         *,
         buckets: Buckets,
         vocab: int,
+        needs: PageNeeds,
         pages: int,
         num_pages: int,
         eos_ids: tuple[int, ...],
         switch_length: int | None = None,
     ):
-        self.buckets, self.vocab, self.pages, self.num_pages, self.eos_ids = buckets, vocab, pages, num_pages, eos_ids
+        self.buckets, self.vocab, self.eos_ids = buckets, vocab, eos_ids
+        self.needs, self.pages, self.num_pages = needs, pages, num_pages
         self.switch_length = switch_length  # where texts must begin their cache anew (models/rope.py), if anywhere
 
     def end_ids(self, request: Request) -> set[int]:
@@ -79,10 +82,11 @@ class Batcher:
         requests = plan.requests
         chunks = plan.chunks if isinstance(plan, Prefill) else [1] * len(requests)
         width = plan.width if isinstance(plan, Prefill) else 1
+        steps = plan.steps if isinstance(plan, Decode) else 1
         rows = self.buckets.requests(len(requests))
 
         tokens = np.full((rows, width), self.vocab, np.int32)
-        page_table = np.full((rows, self.pages), self.num_pages, np.int32)
+        page_tables = np.full((rows, len(self.needs.groups.windows), self.pages), self.num_pages, np.int32)
         start, length, context, remaining, position = np.zeros((5, rows), np.int32)
         sampled = requests if isinstance(plan, Decode) else []  # prefill has no use for the rest: it stays one shape
         ends = [self.end_ids(r) for r in sampled]
@@ -90,19 +94,20 @@ class Batcher:
         for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
             start[i], length[i] = request.cached, request.cached + chunk
             tokens[i, :chunk] = request.tokens(request.cached, request.cached + chunk)
-            page_table[i, : len(request.pages)] = request.pages
+            stop = min(request.cached + chunk + steps - 1, request.most_tokens)
+            for group, where, numbers in self.needs.entries(request.pages, request.cached, stop):
+                page_tables[i, group, where] = numbers
             context[i] = request.context
             position[i] = len(request.output_ids)
             remaining[i] = self._room(request)
         for i, ids in enumerate(ends):
             end_ids[i, : len(ids)] = sorted(ids)
 
-        steps = plan.steps if isinstance(plan, Decode) else 1
         longest = max(min(r.cached + c + steps - 1, r.most_tokens) for r, c in zip(requests, chunks, strict=True))
         settings = stack_settings([self._settings(r) for r in sampled], rows=rows)
         prompt_counts, output_counts = self._counts(sampled, rows)
         return Batch(
-            tokens, page_table, start, length, context, remaining, position, end_ids, settings,
+            tokens, page_tables, start, length, context, remaining, position, end_ids, settings,
             np.array(longest, np.int32), np.array(steps, np.int32), prompt_counts, output_counts,
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from jfp8kv.attention import dispatch
 from jfp8kv.cache.allocator import PageAllocator
+from jfp8kv.cache.groups import PageNeeds
 from jfp8kv.core.errors import CapacityError, ConfigError
 from jfp8kv.core.platform import activation_dtype
 from jfp8kv.engine import step
@@ -58,27 +59,35 @@ class Engine:
         weights = jax.tree.map(lambda w: _on_cpu(w, params.dtype), params.tree) if cpu else params.tree
         self.programs = Programs(self.model, weights, self.kv.layer_scales())
 
-        pages_per_request = -(-self.max_model_len // page_size)
-        self.num_pages = self.kv.num_pages(kv_cache_memory, most=pages_per_request * max_num_seqs)
-        self.pages = self.kv.pool(self.num_pages)
         halves_on_cpu = cpu and activation_dtype(params.dtype).itemsize == 2
         self.buckets = Buckets(max_num_seqs, budget, DECODE_STEPS, fewest=2 if halves_on_cpu else 1)
+        self.needs = PageNeeds(self.kv.groups, page_size, span=max(self.buckets.token_budget, DECODE_STEPS))
+        longest = self.needs.total(self.max_model_len)
+        self.num_pages = self.kv.num_pages(kv_cache_memory, most=longest * max_num_seqs)
+        self.pages = self.kv.pool(self.num_pages)
+        table_pages = -(-self.max_model_len // page_size)
         self.batcher = Batcher(
             buckets=self.buckets,
             vocab=config.vocab,
-            pages=pages_per_request,
+            needs=self.needs,
+            pages=table_pages,
             num_pages=self.num_pages,
             eos_ids=config.eos_ids or getattr(params.tokenizer, "eos_ids", ()),
             switch_length=switch_length(config.ropes),
         )
         self.scheduler = self._new_scheduler()
-        self.stats = Stats(kv_tokens_capacity=self.num_pages * page_size, kv_bytes_per_token=self.kv.bytes_per_token)
+        self.stats = Stats(
+            kv_tokens_capacity=self.num_pages * page_size * table_pages // longest,
+            kv_bytes_per_token=longest * self.kv.page_bytes / (table_pages * page_size),
+            kv_bytes_per_token_without_windows=self.kv.full_bytes_per_token,
+            kv_bytes_capacity=self.num_pages * self.kv.page_bytes,
+        )
 
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(
             PageAllocator(self.num_pages),
             self.buckets,
-            page_size=self.kv.page_size,
+            self.needs,
             max_requests=self.buckets.max_requests,
         )
 
@@ -96,11 +105,11 @@ class Engine:
         self.check_length(len(prompt_ids), more, what=what)
         capacity = self.stats.kv_tokens_capacity
         needed = min(len(prompt_ids) + params.max_tokens * (more > 0), self.max_model_len)
-        if self.scheduler.pages_for(needed) > self.num_pages:
+        if (pages := self.needs.total(needed)) > self.num_pages:
             raise CapacityError(
                 f"{what} of {len(prompt_ids)} tokens with max_tokens={params.max_tokens} needs {needed} tokens of cache, and "
                 f"the pool holds {capacity}: give kv_cache_memory of at least "
-                f"{self.scheduler.pages_for(needed) * self.kv.page_bytes} bytes, or a smaller max_tokens."
+                f"{pages * self.kv.page_bytes} bytes, or a smaller max_tokens."
             )
 
     def check_length(self, tokens: int, more: int, *, what: str = "prompt") -> None:
@@ -145,6 +154,7 @@ class Engine:
 
     def _count_used(self) -> None:
         self.stats.kv_tokens_used = sum(r.cached for r in self.scheduler.running)
+        self.stats.kv_bytes_used = self.scheduler.allocator.used_pages * self.kv.page_bytes
 
     def _dispatch(self, plan: Plan) -> list[Made]:
         """Run `plan` on the device; what each request got, nothing for a prefill."""
@@ -172,7 +182,7 @@ class Engine:
             request.status, request.pages, request.finish_reason = Status.FINISHED, [], CANCELLED
         self.scheduler = self._new_scheduler()
         self.pages = self.kv.pool(self.num_pages)
-        self.stats.kv_tokens_used = 0
+        self._count_used()
 
     # -- results --------------------------------------------------------------------------------------------------------
 
@@ -223,14 +233,14 @@ class Engine:
     def logits(self, token_ids: list[int]) -> Iterator[np.ndarray]:
         """float32 `[chunk, vocab]` after each token, chunk by chunk, through the cache as in generation."""
         request = Request(token_ids, SamplingParams(max_tokens=1), np.zeros(2, np.uint32), max_tokens=1)
-        pages = self.scheduler.pages_for(len(token_ids))
-        allocator = self.scheduler.allocator
-        if pages > allocator.free_pages:
+        scheduler = self.scheduler  # a failed step replaces the engine's
+        pages, free = self.needs.total(len(token_ids)), scheduler.allocator.free_pages
+        if pages > free:
             raise CapacityError(
-                f"{len(token_ids)} tokens need {pages} pages of cache and {allocator.free_pages} are free while other requests "
-                "run: finish or close them first, or give a larger kv_cache_memory."
+                f"{len(token_ids)} tokens need {pages} pages of cache and {free} are free while other requests run: finish or "
+                "close them first, or give a larger kv_cache_memory."
             )
-        request.pages = allocator.allocate(pages)
+        scheduler.allocate(request, len(token_ids))
         try:
             while request.cached < len(token_ids):
                 width = self.buckets.chunk(request.uncached)
@@ -240,7 +250,7 @@ class Engine:
                 request.cached += chunk
                 yield np.asarray(logits[0, :chunk])
         finally:
-            allocator.release(request.pages)
+            scheduler.release(request)
 
     def warmup(self) -> None:
         """Compile every program that plain requests can need.

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jfp8kv.cache.capacity import default_bytes, pages_for, parse_bytes
+from jfp8kv.cache.groups import LayerGroups
 from jfp8kv.cache.pages import KVPages, LayerScales, new_pages, page_bytes
 from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, UNIT, KVScales, check_shape
 from jfp8kv.core.errors import ConfigError, one_of
@@ -25,17 +26,28 @@ class KVSetup:
     page_size: int
 
     @property
-    def _sizes(self) -> dict[str, int]:
-        return {"layers": self.config.layers, "kv_heads": self.config.kv_heads, "head_dim": self.config.head_dim}
+    def groups(self) -> LayerGroups:
+        """Which layers share a page number."""
+        return LayerGroups.of(self.config.windows or (0,) * self.config.layers)
+
+    @property
+    def _page(self) -> dict[str, Any]:
+        return {
+            "page_size": self.page_size,
+            "kv_heads": self.config.kv_heads,
+            "head_dim": self.config.head_dim,
+            "dynamic": self.scales is None,
+        }
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers."""
-        return page_bytes(self.fmt, page_size=self.page_size, dynamic=self.scales is None, **self._sizes)
+        """Bytes of one page number over the layers that share it."""
+        return page_bytes(self.fmt, depth=self.groups.depth, **self._page)
 
     @property
-    def bytes_per_token(self) -> float:
-        return self.page_bytes / self.page_size
+    def full_bytes_per_token(self) -> float:
+        """Bytes that a token takes in all layers, as if none had a window."""
+        return page_bytes(self.fmt, depth=self.config.layers, **self._page) / self.page_size
 
     def num_pages(self, memory: Any, *, most: int) -> int:
         """Pages that `memory` bytes hold (None: a share of what is free on the device), at most `most`."""
@@ -44,11 +56,15 @@ class KVSetup:
 
     def pool(self, num_pages: int) -> KVPages:
         """A new pool on the device."""
-        return new_pages(self.fmt, num_pages=num_pages, page_size=self.page_size, dynamic=self.scales is None, **self._sizes)
+        groups = self.groups
+        slots = () if groups.uniform else groups.slot
+        return new_pages(self.fmt, depth=groups.depth, slots=slots, num_pages=num_pages, **self._page)
 
     def layer_scales(self) -> LayerScales | None:
         """The static scales on the device."""
-        return None if self.scales is None else LayerScales.of(self.scales, **self._sizes)
+        c = self.config
+        sizes = {"layers": c.layers, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
+        return None if self.scales is None else LayerScales.of(self.scales, **sizes)
 
 
 def setup(params: Params, kv_dtype: Any, kv_scales: Any, *, page_size: Any) -> KVSetup:

@@ -7,13 +7,19 @@ import dataclasses
 class Stats:
     """Counters since the engine was made, and the state of its cache. `llm.stats` is a live view: read, do not write.
 
-    `kv_bytes_per_token` covers K and V of all layers, dynamic scales included. `compilations` counts step programs built (a
+    `kv_bytes_per_token` covers K and V of all layers, dynamic scales included, as a text of `max_model_len` tokens takes them:
+    layers with a sliding window keep its tokens alone, and `kv_bytes_per_token_without_windows` is what all layers would take
+    if they kept everything. `kv_tokens_capacity` is for such texts too. `kv_bytes_used` is what running requests hold of
+    `kv_bytes_capacity`. `compilations` counts step programs built (a
     warm engine builds none). `prefix_hit_tokens` and `preemptions` stay 0 in this version, which does neither.
     """
 
     kv_tokens_capacity: int = 0
     kv_bytes_per_token: float = 0.0
+    kv_bytes_per_token_without_windows: float = 0.0
     kv_tokens_used: int = 0
+    kv_bytes_capacity: int = 0
+    kv_bytes_used: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     compilations: int = 0

@@ -75,7 +75,7 @@ class Request:
     output_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
-    pages: list[int] = dataclasses.field(default_factory=list)
+    pages: list[list[int]] = dataclasses.field(default_factory=list)  # page numbers by group of layers (cache/groups.py)
     cached: int = 0
     context: int = 0  # tokens there were when the cache was begun: the prompt's, unless it was begun anew
     text: str = ""

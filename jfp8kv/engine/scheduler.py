@@ -10,6 +10,7 @@ import dataclasses
 from collections import deque
 
 from jfp8kv.cache.allocator import PageAllocator
+from jfp8kv.cache.groups import PageNeeds
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.request import Request, Status
 
@@ -39,22 +40,18 @@ Plan = Prefill | Decode
 class Scheduler:
     """Waiting and running requests, and the pages they hold."""
 
-    def __init__(self, allocator: PageAllocator, buckets: Buckets, *, page_size: int, max_requests: int):
+    def __init__(self, allocator: PageAllocator, buckets: Buckets, needs: PageNeeds, *, max_requests: int):
         self.allocator = allocator
         self.buckets = buckets
-        self.page_size = page_size
+        self.needs = needs
         self.max_requests = max_requests
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._prefills = 0
 
-    def pages_for(self, tokens: int) -> int:
-        """Pages that hold `tokens` tokens of one request."""
-        return -(-tokens // self.page_size)
-
     def add(self, request: Request) -> None:
         """Queue `request`. The caller has checked that the empty pool could hold it."""
-        assert self.pages_for(request.most_tokens) <= self.allocator.num_pages
+        assert self.needs.total(request.most_tokens) <= self.allocator.num_pages
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
@@ -63,9 +60,20 @@ class Scheduler:
             self.waiting.remove(request)
         elif request.status is Status.RUNNING:
             self.running.remove(request)
-            self.allocator.release(request.pages)
-            request.pages = []
+            self.release(request)
         request.status = Status.FINISHED
+
+    def allocate(self, request: Request, tokens: int) -> None:
+        """Give `request` the pages that up to `tokens` tokens need at any one time. Raises `CapacityError`, taking none."""
+        counts = self.needs.of(tokens)
+        pages = self.allocator.allocate(sum(counts))
+        request.pages = [[pages.pop() for _ in range(count)] for count in counts]
+
+    def release(self, request: Request) -> None:
+        """Take the pages of `request` back."""
+        for pages in request.pages:
+            self.allocator.release(pages)
+        request.pages = []
 
     def plan(self) -> Plan | None:
         """The next dispatch, or None when nothing is left to do."""
@@ -90,10 +98,9 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_requests:
             request = self.waiting[0]
-            count = self.pages_for(request.most_tokens)
-            if count > self.allocator.free_pages:
+            if self.needs.total(request.most_tokens) > self.allocator.free_pages:
                 return  # its turn comes when others finish; nobody overtakes it
-            request.pages = self.allocator.allocate(count)
+            self.allocate(request, request.most_tokens)
             request.status = Status.RUNNING
             self.running.append(self.waiting.popleft())
 

@@ -16,9 +16,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jfp8kv.attention.contract import AttentionOptions, Where
+from jfp8kv.attention.contract import AttentionOptions, Layer, Where
 from jfp8kv.attention.dispatch import Attention
 from jfp8kv.attention.paged import paged
+from jfp8kv.cache.groups import LayerGroups
 from jfp8kv.cache.pages import KVPages, LayerScales
 from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.batch import Batch, StepOutput
@@ -45,33 +46,50 @@ class Model:
         windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
         return AttentionOptions(window=windows, sinks=decoder.sinks(), sm_scale=c.attention_scale, softcap=c.softcap)
 
+    @property
+    def groups(self) -> LayerGroups:
+        """Which page table each layer reads."""
+        return LayerGroups.of(self.config.windows or (0,) * self.config.layers)
+
 
 @pytree
 class Chunk:
-    """One request's share of a batch: its tokens, where they are, and how long its text was when its cache was begun."""
+    """One request's share of a batch: the fields of `Batch` that say what it is and where it lies."""
 
     tokens: Int[Array, " tokens"]
-    at: Where
+    page_tables: Int[Array, "groups pages"]
+    start: Int[Array, ""]
+    length: Int[Array, ""]
     context: Int[Array, ""]
+    most_tokens: Int[Array, ""]
+
+    def where(self, groups: LayerGroups) -> Callable[[Layer], Where]:
+        """The place of its tokens in each layer."""
+
+        def at(layer: Layer) -> Where:
+            group = 0 if groups.uniform else jnp.asarray(groups.group, jnp.int32)[layer]
+            return Where(self.page_tables[group], self.start, self.length, self.most_tokens)
+
+        return at
 
 
 def _forward(
     model: Model, decoder: Decoder, scales: LayerScales | None, chunk: Chunk, pages: KVPages
 ) -> tuple[Float[Array, "tokens hidden"], KVPages]:
     """One request's chunk through the model, its keys and values written first."""
-    attend = paged(model.attention, scales, model.options(decoder), chunk.at)
-    positions = chunk.at.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
+    attend = paged(model.attention, scales, model.options(decoder), chunk.where(model.groups))
+    positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
     return decoder(chunk.tokens, positions, attend=attend, carry=pages, context=chunk.context)
 
 
 def _each_request(one: Callable, batch: Batch, pages: KVPages, *, out_axes: Any) -> Any:
     """`one(chunk, pages)` for every request of the batch, over the pool they share."""
 
-    def request(tokens: Array, page_table: Array, start: Array, length: Array, context: Array, pages: KVPages) -> Any:
-        return one(Chunk(tokens, Where(page_table, start, length, batch.most_tokens), context), pages)
+    def request(tokens: Array, tables: Array, start: Array, length: Array, context: Array, pages: KVPages) -> Any:
+        return one(Chunk(tokens, tables, start, length, context, batch.most_tokens), pages)
 
     each = jax.vmap(request, in_axes=(0, 0, 0, 0, 0, None), out_axes=out_axes)
-    return each(batch.tokens, batch.page_table, batch.start, batch.length, batch.context, pages)
+    return each(batch.tokens, batch.page_tables, batch.start, batch.length, batch.context, pages)
 
 
 def _logits(

@@ -41,7 +41,7 @@ def test_a_budget_buys_whole_pages_up_to_a_limit_and_never_none() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("fmt", [E4M3, BFLOAT16], ids=["e4m3", "bf16"])
 def test_page_bytes_is_what_the_arrays_take(fmt, dynamic) -> None:
-    sizes = {"layers": 3, "page_size": 8, "kv_heads": 2, "head_dim": 16, "dynamic": dynamic}
+    sizes = {"depth": 3, "page_size": 8, "kv_heads": 2, "head_dim": 16, "dynamic": dynamic}
     pool = new_pages(fmt, num_pages=5, **sizes)
     assert sum(x.nbytes for x in jax.tree.leaves(pool)) == 5 * page_bytes(fmt, **sizes)
 

@@ -13,7 +13,7 @@ LAYERS, PAGES, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
 
 
 def pool(fmt, dynamic: bool = False) -> KVPages:
-    pages = new_pages(fmt, layers=LAYERS, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM, dynamic=dynamic)
+    pages = new_pages(fmt, depth=LAYERS, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM, dynamic=dynamic)
     return fill(pages, fmt.nan_code)
 
 
@@ -85,5 +85,5 @@ def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool() -> No
 
 
 def test_the_pool_shows_its_values_as_float8() -> None:
-    pages = new_pages(E4M3, layers=1, num_pages=2, page_size=4, kv_heads=1, head_dim=8)
+    pages = new_pages(E4M3, depth=1, num_pages=2, page_size=4, kv_heads=1, head_dim=8)
     assert (pages.k.dtype, pages.v.dtype, pages.num_pages, pages.page_size) == (E4M3.dtype, E4M3.dtype, 2, 4)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 
 from jfp8kv.cache.allocator import PageAllocator
+from jfp8kv.cache.groups import LayerGroups, PageNeeds
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.request import Request, Status
 from jfp8kv.engine.scheduler import PREFILLS_PER_DECODE, Decode, Prefill, Scheduler
@@ -17,7 +18,8 @@ sizes = st.tuples(st.integers(1, 150), st.integers(1, 20), st.integers(0, 12))  
 
 def scheduler(num_pages: int, max_requests: int = 4) -> Scheduler:
     buckets = Buckets(max_requests, BUDGET, decode_steps=5)
-    return Scheduler(PageAllocator(num_pages), buckets, page_size=PAGE, max_requests=max_requests)
+    needs = PageNeeds(LayerGroups.of([0, 0]), PAGE, span=BUDGET)
+    return Scheduler(PageAllocator(num_pages), buckets, needs, max_requests=max_requests)
 
 
 def request(prompt: int, output: int) -> Request:
@@ -53,7 +55,7 @@ def test_every_request_ends_with_all_its_tokens_and_every_page_comes_back(sizes,
                 break
             continue
         started += [r for r in sched.running if r not in started]
-        held = [p for r in sched.running for p in r.pages]
+        held = [p for r in sched.running for group in r.pages for p in group]
         assert len(held) == len(set(held)) == sched.allocator.used_pages and len(sched.running) <= 4
         waiting_to_decode = [r for r in sched.running if not r.prefilling]
         if isinstance(plan, Prefill):

@@ -1,0 +1,64 @@
+"""Layers in groups: every layer has its place, little lies idle, and a ring never loses what a query can still see."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from jfp8kv.cache.groups import WASTE, LayerGroups, PageNeeds
+
+layer_windows = st.lists(st.sampled_from([0, 0, 8, 16]), min_size=1, max_size=48)
+
+
+@given(windows=layer_windows)
+def test_every_layer_has_a_place_of_its_own_and_little_of_the_pool_lies_idle(windows) -> None:
+    groups = LayerGroups.of(windows)
+    places = list(zip(groups.group, groups.slot, strict=True))
+    assert len(set(places)) == len(windows)
+    assert all(slot < groups.depth for slot in groups.slot)
+    assert [groups.windows[group] for group in groups.group] == windows
+    assert len(windows) >= (1 - WASTE) * len(groups.windows) * groups.depth - 1e-9
+
+
+def test_layers_that_are_all_alike_are_one_group_and_their_own_slots() -> None:
+    groups = LayerGroups.of([0] * 5)
+    assert groups.uniform and groups.slot == (0, 1, 2, 3, 4) and groups.depth == 5
+
+
+@pytest.mark.parametrize(
+    ("windows", "depth", "count"),
+    [([8, 0] * 13, 13, 2), (([8] * 5 + [0]) * 4, 4, 6), ([0] * 3 + [8], 1, 4), (([8] * 5 + [0]) * 4 + [8, 8], 4, 7)],
+)
+def test_groups_are_as_deep_as_can_be(windows, depth, count) -> None:
+    groups = LayerGroups.of(windows)
+    assert (groups.depth, len(groups.windows)) == (depth, count)
+
+
+@given(
+    window=st.integers(1, 40),
+    page_size=st.integers(1, 16),
+    spans=st.lists(st.integers(1, 20), min_size=1, max_size=30),
+)
+def test_a_ring_keeps_what_every_query_of_a_dispatch_sees(window, page_size, spans) -> None:
+    """A plain model of the cache: what each physical slot holds, written dispatch by dispatch, against what queries see."""
+    needs = PageNeeds(LayerGroups.of([window, 0]), page_size, span=max(spans))
+    total = sum(spans)
+    held = [list(range(100 * g, 100 * g + count)) for g, count in enumerate(needs.of(total))]
+    contents: dict[tuple[int, int], int] = {}
+    start = 0
+    for span in spans:
+        stop = start + span
+        tables = {group: dict(enumerate(pages, where.start)) for group, where, pages in needs.entries(held, start, stop)}
+        for group, sees in ((0, window), (1, total)):
+            table = tables[group]
+            for position in range(start, stop):
+                contents[table[position // page_size], position % page_size] = position
+            for position in range(max(0, start - sees + 1), stop):  # seen by the first query, or written after it
+                assert contents[table[position // page_size], position % page_size] == position
+        start = stop
+
+
+def test_a_window_bounds_the_pages_of_a_long_text_and_costs_nothing_in_a_short_one() -> None:
+    needs = PageNeeds(LayerGroups.of([512] * 5 + [0]), 64, span=512)
+    assert needs.of(100) == [2] * 6
+    assert needs.of(8192) == [17] * 5 + [128]
+    assert needs.total(8192) == 5 * 17 + 128
