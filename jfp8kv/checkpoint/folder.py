@@ -48,6 +48,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = f" It holds {ggufs[0].name}: load that file itself." if ggufs else ""
         raise CheckpointError(f"{folder}: no config.json, so not a Hugging Face folder.{hint}")
     config = read_json(path)
+    if "quantization_config" not in config and "compression_config" in config:  # compressed-tensors' first name for it
+        config["quantization_config"] = config["compression_config"]
     modelopt = folder / "hf_quant_config.json"
     if "quantization_config" not in config and modelopt.is_file():
         declared = read_json(modelopt).get("quantization", {})

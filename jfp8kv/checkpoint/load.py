@@ -14,12 +14,14 @@ import numpy as np
 
 from jfp8kv.checkpoint import folder as hf
 from jfp8kv.checkpoint.hub import fetch
+from jfp8kv.checkpoint.quantized import dequantized, warn_dequantized
 from jfp8kv.checkpoint.tensors import FLOATS, assemble, weights_dtype
 from jfp8kv.checkpoint.tokenizer import read_tokenizer
 from jfp8kv.core.errors import CheckpointError, ConfigError, one_of
 from jfp8kv.models.families import config_from_hf, ids
 from jfp8kv.models.names import HF_MODULES
 from jfp8kv.models.params import Params
+from jfp8kv.models.quantization import weight_scheme
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -27,17 +29,19 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def load(source: str | os.PathLike[str], dtype: Any = None) -> Params:
     """Load a checkpoint's weights, config and tokenizer.
 
-    Weights are streamed: memory peaks below 1.3 times their size. torch is never imported.
+    Weights are streamed: memory peaks below 1.3 times their size. torch is never imported. FP8 and MXFP4 weights are
+    dequantized on the way, which a warning says.
 
     Args:
       source: a Hugging Face folder (config.json and safetensors), a .gguf file, or a hub id such as
         "HuggingFaceTB/SmolLM2-135M-Instruct", fetched through huggingface_hub and its cache (`HF_HUB_OFFLINE` is
         honoured).
       dtype: of the weights: "float32", "bfloat16", "float16", the same as a NumPy or JAX dtype, or None to keep the
-        checkpoint's (bfloat16 for a quantized GGUF file).
+        checkpoint's (for FP8 and MXFP4 weights the one that config.json declares; bfloat16 for a quantized GGUF file).
 
     Raises:
-      CheckpointError: a source that is missing, damaged, incomplete, quantized or a pickle, naming file and tensor.
+      CheckpointError: a source that is missing, damaged, incomplete, a pickle, or quantized in a way that is not read,
+        naming file and tensor.
       ConfigError: an unknown `dtype`, or an architecture or setting that is not supported.
     """
     target = resolve_dtype(dtype)
@@ -83,12 +87,15 @@ def _readable_file(path: Path) -> Path:
 
 
 def _load_folder(folder: Path, dtype: np.dtype | None) -> Params:
-    config = config_from_hf(hf.read_config(folder))
+    declared = hf.read_config(folder)
+    config, scheme = config_from_hf(declared), weight_scheme(declared.get("quantization_config"))
     weights, scales = hf.split_scales(hf.open_weights(folder))
+    weights = dequantized(weights, scheme, FLOATS[config.dtype])
     if config.tied_embeddings:
         weights.pop("lm_head.weight", None)  # a copy of the embeddings, by the config's own word
     hf.warn_unused_scales(folder, scales)
     stored = weights_dtype(weights)
+    warn_dequantized(folder, scheme, weights, dtype or stored)
     config = dataclasses.replace(config, dtype=stored.name, eos_ids=ids([*config.eos_ids, *ids(hf.generation_eos_ids(folder))]))
     tree = assemble(config, weights, HF_MODULES, dtype or stored, where=folder)
     return Params(tree, config, read_tokenizer(folder, eos_ids=config.eos_ids))

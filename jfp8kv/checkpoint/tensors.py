@@ -29,7 +29,8 @@ class StoredTensor:
     """One tensor in a file.
 
     `stored` says how the file keeps it ("BF16", "Q4_K"); `dtype` is the float dtype that keeps it best, or None when it
-    cannot be read as a weight. `read(out)` fills an array of `shape`, in the float dtype of `out`.
+    cannot be read as a weight. `read(out)` fills an array of `shape`, in the float dtype of `out`. `offset` is where its
+    bytes begin in `file`, when they lie there in C order.
     """
 
     name: str
@@ -38,6 +39,7 @@ class StoredTensor:
     dtype: np.dtype | None
     file: Path
     read: Callable[[np.ndarray], None]
+    offset: int | None = None
 
     def read_into(self, out: np.ndarray) -> None:
         """Fill `out`, or raise a `CheckpointError` naming file and tensor when a value does not fit its dtype."""
@@ -108,7 +110,8 @@ def _refuse_quantized(tensors: Mapping[str, StoredTensor]) -> None:
         if tensor.dtype is None:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name} is stored as {tensor.stored}: quantized weights of this kind are not "
-                "read yet; weights may be F32, BF16 or F16 (in GGUF also the quantized types the gguf library reads)."
+                "read; weights may be F32, BF16 or F16, float8 where config.json declares how, and in GGUF the quantized "
+                "types that the gguf library reads."
             )
 
 
