@@ -14,6 +14,7 @@ import numpy as np
 
 from jfp8kv.checkpoint import folder as hf
 from jfp8kv.checkpoint.hub import fetch
+from jfp8kv.checkpoint.orbax import is_saved, load_saved
 from jfp8kv.checkpoint.quantized import dequantized, warn_dequantized
 from jfp8kv.checkpoint.tensors import FLOATS, assemble, weights_dtype
 from jfp8kv.checkpoint.tokenizer import read_tokenizer
@@ -33,8 +34,8 @@ def load(source: str | os.PathLike[str], dtype: Any = None) -> Params:
     dequantized on the way, which a warning says.
 
     Args:
-      source: a Hugging Face folder (config.json and safetensors), a .gguf file, or a hub id such as
-        "HuggingFaceTB/SmolLM2-135M-Instruct", fetched through huggingface_hub and its cache (`HF_HUB_OFFLINE` is
+      source: a Hugging Face folder (config.json and safetensors), a folder that `save` wrote, a .gguf file, or a hub id
+        such as "HuggingFaceTB/SmolLM2-135M-Instruct", fetched through huggingface_hub and its cache (`HF_HUB_OFFLINE` is
         honoured).
       dtype: of the weights: "float32", "bfloat16", "float16", the same as a NumPy or JAX dtype, or None to keep the
         checkpoint's (for FP8 and MXFP4 weights the one that config.json declares; bfloat16 for a quantized GGUF file).
@@ -46,7 +47,9 @@ def load(source: str | os.PathLike[str], dtype: Any = None) -> Params:
     """
     target = resolve_dtype(dtype)
     path = locate(source)
-    return _load_folder(path, target) if path.is_dir() else _load_gguf(path, target)
+    if not path.is_dir():
+        return _load_gguf(path, target)
+    return load_saved(path, target) if is_saved(path) else _load_folder(path, target)
 
 
 def resolve_dtype(dtype: Any) -> np.dtype | None:

@@ -90,10 +90,11 @@ def assemble(
     for name, shape in each.items():
         tensor = tensors[name]
         require_shape(tensor.name, tensor.shape, shape, where=str(tensor.file))
-    return nest({ours: _parameter(expected[ours], [tensors[n] for n in names], dtype) for ours, names in sources.items()})
+    return nest({ours: parameter(expected[ours], [tensors[n] for n in names], dtype) for ours, names in sources.items()})
 
 
-def _parameter(shape: Shape, parts: list[StoredTensor], dtype: np.dtype) -> jax.Array:
+def parameter(shape: Shape, parts: list[StoredTensor], dtype: np.dtype) -> jax.Array:
+    """One parameter on the default device, read from one tensor of its shape or from one for each layer."""
     host = aligned_empty(shape, dtype)
     if shape == parts[0].shape:
         parts[0].read_into(host)

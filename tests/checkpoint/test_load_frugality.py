@@ -81,7 +81,7 @@ TORCH = """
 import sys, warnings
 sys.path.insert(0, sys.argv[1])
 import jfp8kv.checkpoint
-heavy = {"transformers", "huggingface_hub", "gguf", "tokenizers"} & set(sys.modules)
+heavy = {"transformers", "huggingface_hub", "gguf", "tokenizers", "orbax", "tensorstore"} & set(sys.modules)
 assert not heavy, heavy
 params = jfp8kv.checkpoint.load(sys.argv[2])
 params.tokenizer.chat([{"role": "user", "content": "hello"}])
