@@ -14,6 +14,8 @@ import numpy as np
 
 from jfp8kv.checkpoint import folder as hf
 from jfp8kv.checkpoint.hub import fetch
+from jfp8kv.checkpoint.orbax import is_saved, load_saved
+from jfp8kv.checkpoint.quantized import dequantized, warn_dequantized
 from jfp8kv.checkpoint.tensors import FLOATS, assemble, same_values, weights_dtype
 from jfp8kv.checkpoint.tokenizer import read_tokenizer
 from jfp8kv.core.errors import CheckpointError, ConfigError, one_of
@@ -21,6 +23,7 @@ from jfp8kv.models.families import config_from_hf
 from jfp8kv.models.families.fields import ids
 from jfp8kv.models.layouts import gguf_modules, hf_modules
 from jfp8kv.models.params import Params
+from jfp8kv.models.quantization import weight_scheme
 
 _HEAD = "lm_head.weight"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -29,22 +32,26 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def load(source: str | os.PathLike[str], dtype: Any = None) -> Params:
     """Load a checkpoint's weights, config and tokenizer.
 
-    Weights are streamed: memory peaks below 1.3 times their size. torch is never imported.
+    Weights are streamed: memory peaks below 1.3 times their size. torch is never imported. FP8 and MXFP4 weights are
+    dequantized on the way, which a warning says.
 
     Args:
-      source: a Hugging Face folder (config.json and safetensors), a .gguf file, or a hub id such as
-        "HuggingFaceTB/SmolLM2-135M-Instruct", fetched through huggingface_hub and its cache (`HF_HUB_OFFLINE` is
+      source: a Hugging Face folder (config.json and safetensors), a folder that `save` wrote, a .gguf file, or a hub id
+        such as "HuggingFaceTB/SmolLM2-135M-Instruct", fetched through huggingface_hub and its cache (`HF_HUB_OFFLINE` is
         honoured).
       dtype: of the weights: "float32", "bfloat16", "float16", the same as a NumPy or JAX dtype, or None to keep the
-        checkpoint's (bfloat16 for a quantized GGUF file).
+        checkpoint's (for FP8 and MXFP4 weights the one that config.json declares; bfloat16 for a quantized GGUF file).
 
     Raises:
-      CheckpointError: a source that is missing, damaged, incomplete, quantized or a pickle, naming file and tensor.
+      CheckpointError: a source that is missing, damaged, incomplete, a pickle, or quantized in a way that is not read,
+        naming file and tensor.
       ConfigError: an unknown `dtype`, or an architecture or setting that is not supported.
     """
     target = resolve_dtype(dtype)
     path = locate(source)
-    return _load_folder(path, target) if path.is_dir() else _load_gguf(path, target)
+    if not path.is_dir():
+        return _load_gguf(path, target)
+    return load_saved(path, target) if is_saved(path) else _load_folder(path, target)
 
 
 def resolve_dtype(dtype: Any) -> np.dtype | None:
@@ -86,10 +93,11 @@ def _readable_file(path: Path) -> Path:
 
 def _load_folder(folder: Path, dtype: np.dtype | None) -> Params:
     described = hf.read_config(folder)
-    config = config_from_hf(described)
+    config, scheme = config_from_hf(described), weight_scheme(described.get("quantization_config"))
     weights, scales = hf.split_scales(hf.open_weights(folder))
     if "vision_config" in described:
         weights = hf.without_vision(folder, weights)
+    weights = dequantized(weights, scheme, FLOATS[config.dtype])
     modules = hf_modules(config, weights)
     if config.tied_embeddings and _HEAD in weights:  # a copy of the embeddings, or a head of its own whatever the config says
         tied = same_values(weights[_HEAD], weights.get(f"{modules['embed'].path}.weight"))
@@ -97,6 +105,7 @@ def _load_folder(folder: Path, dtype: np.dtype | None) -> Params:
         weights = {name: tensor for name, tensor in weights.items() if not (tied and name == _HEAD)}
     hf.warn_unused_scales(folder, scales)
     stored = weights_dtype(weights)
+    warn_dequantized(folder, scheme, weights, dtype or stored)
     config = dataclasses.replace(config, dtype=stored.name, eos_ids=ids([*config.eos_ids, *ids(hf.generation_eos_ids(folder))]))
     tree = assemble(config, weights, modules, dtype or stored, where=folder)
     return Params(tree, config, read_tokenizer(folder, eos_ids=config.eos_ids))
