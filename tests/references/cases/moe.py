@@ -1,0 +1,165 @@
+"""Mixtures of experts: Mixtral, Qwen2Moe, Qwen3Moe, GPT-OSS."""
+
+import torch
+
+from cases.case import old, saved, sizes
+from cases.mxfp4 import with_packed_experts
+
+MIXTRAL = [
+    saved(
+        "mixtral_saved",
+        0,
+        "mixtral",
+        sizes(97, 24, 16, 2, 3, 1),
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
+    old(
+        "mixtral_window",
+        0,
+        "MixtralForCausalLM",
+        "mixtral",
+        sizes(101, 32, 16, 2, 4, 2),
+        dtype=torch.float16,
+        hidden_act="silu",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        output_router_logits=False,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        sliding_window=16,
+        tie_word_embeddings=False,
+    ),
+    saved(  # experts stacked in the file, as 5.23 holds them in memory
+        "mixtral_fused",
+        0,
+        "mixtral",
+        sizes(103, 24, 16, 2, 2, 1),
+        fused_experts=True,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=3,
+    ),
+]
+
+QWEN3_MOE = [
+    saved(  # the middle layer is dense
+        "qwen3_moe_mixed",
+        0,
+        "qwen3_moe",
+        sizes(107, 24, 24, 3, 2, 1),
+        head_dim=16,
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        tie_word_embeddings=True,
+    ),
+    old(  # layers 1 and 3 are sparse; the weights of the chosen experts do not sum to one; every layer slides
+        "qwen3_moe_step",
+        0,
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        sizes(109, 24, 24, 4, 2, 1),
+        head_dim=16,
+        attention_bias=False,
+        decoder_sparse_step=2,
+        hidden_act="silu",
+        max_window_layers=3,
+        mlp_only_layers=[],
+        moe_intermediate_size=16,
+        norm_topk_prob=False,
+        num_experts=6,
+        num_experts_per_tok=3,
+        rms_norm_eps=1e-6,
+        rope_scaling=None,
+        rope_theta=1000000.0,
+        sliding_window=24,
+        tie_word_embeddings=False,
+        use_sliding_window=True,
+    ),
+]
+
+QWEN2_MOE = [
+    saved(
+        "qwen2_moe_shared",
+        0,
+        "qwen2_moe",
+        sizes(103, 24, 24, 2, 2, 1),
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=20,
+    ),
+    old(  # layer 0 is dense and slides, layer 1 is sparse
+        "qwen2_moe_window",
+        0,
+        "Qwen2MoeForCausalLM",
+        "qwen2_moe",
+        sizes(101, 24, 24, 2, 2, 2),
+        hidden_act="silu",
+        decoder_sparse_step=2,
+        max_window_layers=2,
+        moe_intermediate_size=12,
+        norm_topk_prob=True,
+        num_experts=4,
+        num_experts_per_tok=2,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        shared_expert_intermediate_size=16,
+        sliding_window=12,
+        tie_word_embeddings=False,
+        use_sliding_window=True,
+    ),
+]
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "truncate": False}
+GPT_OSS = [
+    saved(
+        "gpt_oss_saved",
+        0,
+        "gpt_oss",
+        sizes(107, 24, 16, 3, 4, 2),
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=12,
+        swiglu_limit=2.5,
+        rope_parameters=YARN | {"rope_theta": 500.0, "beta_fast": 8.0, "beta_slow": 0.5},
+    ),
+    old(
+        "gpt_oss_mxfp4",
+        0,
+        "GptOssForCausalLM",
+        "gpt_oss",
+        sizes(109, 32, 32, 2, 4, 2),
+        relayout=with_packed_experts,
+        attention_bias=True,
+        experts_per_token=2,
+        head_dim=16,
+        hidden_act="silu",
+        initial_context_length=4096,
+        layer_types=["full_attention", "sliding_attention"],
+        num_experts_per_tok=2,
+        num_local_experts=4,
+        quantization_config={
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+            "quant_method": "mxfp4",
+        },
+        rms_norm_eps=1e-5,
+        rope_scaling=YARN | {"beta_fast": 32.0, "beta_slow": 1.0},
+        rope_theta=150000,
+        sliding_window=16,
+        swiglu_limit=7.0,
+        tie_word_embeddings=False,
+    ),
+]
+
+CASES = [*MIXTRAL, *QWEN3_MOE, *QWEN2_MOE, *GPT_OSS]
