@@ -1,15 +1,15 @@
 """Tiny random checkpoints of every decoder family and what PyTorch says about them, written once and committed.
 
-Run by hand, like `make_references.py`, whose pieces this uses; `cases/` says what is in each folder and FAMILIES.md what the families
-compute. `reference.npz` holds what transformers computes, in float32, after loading the folder from disk:
+Run by hand, like `make_references.py`, whose pieces this uses; `cases/` says what is in each folder and FAMILIES.md what the
+families compute. `reference.npz` holds what transformers computes, in float32, after loading the folder from disk:
 
     seed                 the seed the weights and the prompt were drawn with
     tokens               int32 [61], the prompt
     logits               float32 [61, vocab]
     greedy               int32 [24], the ids that `generate` appends, with its cache
 
-and where keys and values were also rounded to FP8, as in `make_references.py`: `last_logits_*`, `greedy_*`. Where recomputing the
-whole sequence at each step gives something else than the cache does, because RoPE depends on the length:
+and where keys and values were also rounded to FP8, as in `make_references.py`: `last_logits_*`, `greedy_*`. Where recomputing
+the whole sequence at each step can give something else than the cache does, because RoPE depends on the length:
 
     step_logits          float32 [24, vocab], what `generate` chose `greedy` from
     greedy_uncached      int32 [24], what recomputing everything at each step chooses

@@ -1,7 +1,6 @@
 """Dense families other than Gemma: Mistral, Qwen2, Qwen3, SmolLM3, Phi3, OLMo2, Granite, GPT-2."""
 
 import torch
-
 from cases.case import Tensors, old, saved, sizes
 
 MISTRAL = [

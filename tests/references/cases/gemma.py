@@ -1,14 +1,13 @@
 """Gemma 1, 2 and 3. Their embeddings are drawn small: the model multiplies them by the root of the hidden size."""
 
 import torch
-
 from cases.case import old, saved, sizes
 
 GEMMA = [
-    saved("gemma_mqa", 0, "gemma", sizes(101, 32, 32, 2, 4, 1), embedding=1.0, head_dim=16),
+    saved("gemma_mqa", 9, "gemma", sizes(101, 32, 32, 2, 4, 1), embedding=1.0, head_dim=16),
     old(  # as first published: "gelu" means the tanh form
         "gemma_gelu",
-        0,
+        4,
         "GemmaForCausalLM",
         "gemma",
         sizes(103, 24, 32, 3, 2, 2),
@@ -30,24 +29,26 @@ GEMMA2 = [
         "gemma2",
         sizes(107, 32, 24, 3, 4, 2),
         embedding=1.0,
+        min_different=10,
         fp8=True,
         head_dim=16,
         query_pre_attn_scalar=10,
-        attn_logit_softcapping=3.0,
-        final_logit_softcapping=6.0,
+        attn_logit_softcapping=4.0,
+        final_logit_softcapping=9.0,
         sliding_window=12,
     ),
     old(  # no cap on scores; the window's pattern is the default
         "gemma2_final_cap",
-        0,
+        38,
         "Gemma2ForCausalLM",
         "gemma2",
         sizes(109, 24, 24, 4, 3, 1),
         embedding=1.0,
+        min_different=11,
         head_dim=12,
         query_pre_attn_scalar=24,
         attn_logit_softcapping=None,
-        final_logit_softcapping=5.0,
+        final_logit_softcapping=9.0,
         hidden_act="gelu_pytorch_tanh",
         hidden_activation="gelu_pytorch_tanh",
         rms_norm_eps=1e-6,
@@ -56,10 +57,11 @@ GEMMA2 = [
     ),
     saved(
         "gemma2_no_caps",
-        0,
+        48,
         "gemma2",
         sizes(113, 32, 32, 3, 2, 2),
         embedding=1.0,
+        min_different=12,
         dtype=torch.float16,
         head_dim=16,
         query_pre_attn_scalar=16,
@@ -84,7 +86,7 @@ VISION = {
 GEMMA3 = [
     old(  # five of six layers slide, by default; the global rope is scaled
         "gemma3_old",
-        0,
+        45,
         "Gemma3ForCausalLM",
         "gemma3_text",
         sizes(103, 16, 24, 7, 2, 1),
@@ -118,7 +120,7 @@ GEMMA3 = [
     ),
     saved(
         "gemma3_new",
-        0,
+        16,
         "gemma3_text",
         sizes(109, 32, 24, 4, 4, 2),
         embedding=1.0,
@@ -134,7 +136,7 @@ GEMMA3 = [
     ),
     saved(  # text and vision in one folder
         "gemma3_vision",
-        0,
+        7,
         "gemma3",
         {},
         embedding=1.0,

@@ -1,7 +1,6 @@
 """Mixtures of experts: Mixtral, Qwen2Moe, Qwen3Moe, GPT-OSS."""
 
 import torch
-
 from cases.case import old, saved, sizes
 from cases.mxfp4 import with_packed_experts
 

@@ -5,7 +5,6 @@ two numbers to a byte, the earlier one in the low half. Source: OCP Microscaling
 """
 
 import torch
-
 from cases.case import Tensors
 
 VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])

@@ -18,13 +18,13 @@ LONG = [1.0, 1.4, 2.0, 3.0, 4.5, 6.0, 8.0, 9.0]
 
 CASES = [
     # the prompt is already longer than the trained 40 positions
-    llama_old("rope_dynamic", 0, 101, 40, rope_theta=500.0, rope_scaling={"type": "dynamic", "factor": 4.0}),
+    llama_old("rope_dynamic", 49, 101, 40, rope_theta=500.0, rope_scaling={"type": "dynamic", "factor": 4.0}),
     # it becomes longer than 70 while generating
-    llama_saved("rope_dynamic_cross", 0, 103, 70, rope_type="dynamic", rope_theta=500.0, factor=8.0),
-    llama_saved("rope_yarn", 0, 107, 128, rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32),
+    llama_saved("rope_dynamic_cross", 6, 103, 70, rope_type="dynamic", rope_theta=500.0, factor=8.0),
+    llama_saved("rope_yarn", 11, 107, 128, rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32),
     llama_saved(
         "rope_yarn_mscale",
-        0,
+        13,
         109,
         128,
         rope_type="yarn",
@@ -38,7 +38,7 @@ CASES = [
     ),
     llama_old(
         "rope_yarn_attention",
-        0,
+        2,
         113,
         128,
         rope_theta=1000.0,
@@ -54,7 +54,7 @@ CASES = [
     ),
     llama_saved(
         "rope_longrope_long",
-        0,
+        5,
         101,
         256,
         rope_type="longrope",
@@ -66,7 +66,7 @@ CASES = [
     ),
     llama_saved(
         "rope_longrope_cross",
-        0,
+        6,
         103,
         256,
         rope_type="longrope",
