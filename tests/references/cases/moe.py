@@ -7,7 +7,7 @@ from cases.mxfp4 import with_packed_experts
 MIXTRAL = [
     saved(
         "mixtral_saved",
-        0,
+        5,
         "mixtral",
         sizes(97, 24, 16, 2, 3, 1),
         num_local_experts=5,
@@ -16,7 +16,7 @@ MIXTRAL = [
     ),
     old(
         "mixtral_window",
-        0,
+        5,
         "MixtralForCausalLM",
         "mixtral",
         sizes(101, 32, 16, 2, 4, 2),
@@ -32,7 +32,7 @@ MIXTRAL = [
     ),
     saved(  # experts stacked in the file, as 5.23 holds them in memory
         "mixtral_fused",
-        0,
+        28,
         "mixtral",
         sizes(103, 24, 16, 2, 2, 1),
         fused_experts=True,
@@ -45,7 +45,7 @@ MIXTRAL = [
 QWEN3_MOE = [
     saved(  # the middle layer is dense
         "qwen3_moe_mixed",
-        0,
+        5,
         "qwen3_moe",
         sizes(107, 24, 24, 3, 2, 1),
         head_dim=16,
@@ -58,7 +58,7 @@ QWEN3_MOE = [
     ),
     old(  # layers 1 and 3 are sparse; the weights of the chosen experts do not sum to one; every layer slides
         "qwen3_moe_step",
-        0,
+        5,
         "Qwen3MoeForCausalLM",
         "qwen3_moe",
         sizes(109, 24, 24, 4, 2, 1),
@@ -84,7 +84,7 @@ QWEN3_MOE = [
 QWEN2_MOE = [
     saved(
         "qwen2_moe_shared",
-        0,
+        4,
         "qwen2_moe",
         sizes(103, 24, 24, 2, 2, 1),
         num_experts=4,
@@ -130,7 +130,7 @@ GPT_OSS = [
     ),
     old(
         "gpt_oss_mxfp4",
-        0,
+        1,
         "GptOssForCausalLM",
         "gpt_oss",
         sizes(109, 32, 32, 2, 4, 2),
