@@ -20,7 +20,6 @@ Seeds are tried in order until every choice has a margin, the ids vary, and no r
 import argparse
 import itertools
 import json
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from cases import dense, gemma, moe, mxfp4, rope
 from cases.case import Family
 from make_references import GREEDY_TOKENS, LAST_ROWS, MIN_MARGIN, PROMPT_TOKENS, SPECIAL_IDS, new_cache, run
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 
 CASES = [*dense.CASES, *gemma.CASES, *rope.CASES, *moe.CASES]
 MIN_ROUTER_GAP = 1e-3  # between the last expert that is chosen and the first that is not, in the router's logits
@@ -99,7 +98,7 @@ def draw(case: Family, config: transformers.PretrainedConfig, seed: int) -> tupl
 
 def stored_exactly(case: Family, name: str, value: torch.Tensor) -> torch.Tensor:
     """`value` as the file will hold it."""
-    if case.relayout is mxfp4.with_packed_experts and name.endswith(mxfp4.PACKED):
+    if is_packed(case) and name.endswith(mxfp4.PACKED):
         return mxfp4.unpack(*mxfp4.pack(value))
     return value.to(case.dtype)
 
@@ -120,25 +119,16 @@ def write(case: Family, model: PreTrainedModel, folder: Path) -> None:
 
 def load(case: Family, folder: Path) -> PreTrainedModel:
     """The folder as transformers understands it, in float32, with nothing missing and nothing left over."""
-    if case.relayout is mxfp4.with_packed_experts:
-        return load_unpacked(case, folder)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **EXACT)
+    how = EXACT | ({"quantization_config": Mxfp4Config(dequantize=True)} if is_packed(case) else {})
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
     assert not info["missing_keys"] and not info["mismatched_keys"], info
     assert all(name.endswith(IGNORED) for name in info["unexpected_keys"]), info
     return model.eval()
 
 
-def load_unpacked(case: Family, folder: Path) -> PreTrainedModel:
-    """Of a folder with MXFP4 experts, which transformers reads only with another package's help."""
-    plain = {key: value for key, value in case.config.items() if key != "quantization_config"}
-    with tempfile.TemporaryDirectory() as where:
-        there = Path(where)
-        (there / "config.json").write_text(json.dumps(plain))
-        tensors = mxfp4.with_plain_experts(load_file(folder / "model.safetensors"))
-        save_file(tensors, there / "model.safetensors", metadata={"format": "pt"})
-        model, info = AutoModelForCausalLM.from_pretrained(there, dtype=torch.float32, output_loading_info=True, **EXACT)
-    assert not any(info[key] for key in ("missing_keys", "mismatched_keys", "unexpected_keys")), info
-    return model.eval()
+def is_packed(case: Family) -> bool:
+    """Whether the experts of the file are MXFP4. transformers can read those without its kernels: unpacked, exactly."""
+    return "quantization_config" in case.config
 
 
 def greedy(case: Family, model: PreTrainedModel, prompt: list[int], fp8: torch.dtype | None = None) -> list[int] | None:

@@ -38,10 +38,3 @@ def with_packed_experts(tensors: Tensors) -> Tensors:
         else:
             found[name] = tensor
     return found
-
-
-def with_plain_experts(tensors: Tensors) -> Tensors:
-    found = {name: tensor for name, tensor in tensors.items() if not name.endswith(("_blocks", "_scales"))}
-    for name in [name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")]:
-        found[name] = unpack(tensors[name + "_blocks"], tensors[name + "_scales"])
-    return found
