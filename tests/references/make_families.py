@@ -201,8 +201,10 @@ def search(case: Family, config: transformers.PretrainedConfig) -> int:
     """The first seed that makes a good test, without touching the disk."""
     for seed in itertools.count(case.first_seed):
         model, prompt = draw(case, config, seed)
+        if case.fp8 and rounded(case, model, prompt) is None:  # first: the rarest to hold
+            continue
         ids = greedy(case, model, prompt)
-        if ids is None or not routers_are_clear(model, prompt + ids) or (case.fp8 and rounded(case, model, prompt) is None):
+        if ids is None or not routers_are_clear(model, prompt + ids):
             continue
         if generated(case, draw(case, config, seed)[0], prompt) is not None:
             return seed
