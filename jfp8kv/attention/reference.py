@@ -13,7 +13,10 @@ from jfp8kv.core.formats import decode
 
 
 def _gather(bits: Array, exponent: Array | None, scale: Array | None, pages: KVPages, at: Where, layer: Layer) -> Array:
-    """One request's real values, `[kv_heads, tokens, head_dim]`; slots past its length are zero."""
+    """One request's real values, `[kv_heads, tokens, head_dim]`, of `[layer_pages, kv_heads, page_size, head_dim]` stored ones.
+
+    Slots past its length are zero.
+    """
     rows = layer * pages.num_pages + jnp.minimum(at.page_table, pages.num_pages - 1)
     values = decode(bits[rows], pages.fmt)  # [pages, kv_heads, page_size, head_dim]
     if exponent is not None:
@@ -29,7 +32,7 @@ def attention(
     """`softmax(q k^T) v` in float32 for one request; rows that see no key give zeros."""
     tokens, q_heads, head_dim = q.shape
     window = None if options.window is None else options.window[layer]
-    k = _gather(pages.k_bits, pages.k_exponent, None if scales is None else scales.k, pages, at, layer)
+    k = _gather(pages.k_bits.swapaxes(2, 3), pages.k_exponent, None if scales is None else scales.k, pages, at, layer)
     v = _gather(pages.v_bits, pages.v_exponent, None if scales is None else scales.v, pages, at, layer)
     kv_heads = k.shape[0]
     grouped = q.astype(jnp.float32).reshape(tokens, kv_heads, q_heads // kv_heads, head_dim)
