@@ -53,12 +53,12 @@ class KVPages:
 
     @property
     def k(self) -> Array:
-        """The keys as `fmt.dtype` (`float8_e4m3fn`, ...), `[layer_pages, kv_heads, page_size, head_dim]`. A copy, to look at."""
+        """The keys as `fmt.dtype` (`float8_e4m3fn`, ...), `[layer_pages, kv_heads, page_size, head_dim]`. A copy."""
         return as_values(self.k_bits.swapaxes(2, 3), self.fmt)
 
     @property
     def v(self) -> Array:
-        """The values as `fmt.dtype`, of the same shape. A copy, to look at."""
+        """The values as `fmt.dtype`, of the same shape. A copy."""
         return as_values(self.v_bits, self.fmt)
 
 
@@ -155,8 +155,8 @@ def _scatter(place: Callable[[Array, Array], tuple]) -> Callable[[Array, Array, 
     return scatter
 
 
-_put = _scatter(lambda row, offset: (row, slice(None), offset))  # [layer_pages, kv_heads, page_size, ...]
-_put_keys = _scatter(lambda row, offset: (row, slice(None), slice(None), offset))  # [layer_pages, kv_heads, head_dim, page_size]
+_put = _scatter(lambda row, offset: (row, slice(None), offset))
+_put_keys = _scatter(lambda row, offset: (row, slice(None), slice(None), offset))
 
 
 def fill(pages: KVPages, code: int) -> KVPages:
