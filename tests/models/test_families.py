@@ -25,4 +25,6 @@ def test_logits_and_greedy_tokens_are_those_of_pytorch(folder, sizes) -> None:
     llm = jfp8kv.LLM(jfp8kv.load(folder, dtype="float32"), **SIZES, **sizes)
     assert rms(llm.logits(reference["tokens"]), reference["logits"]) <= 1e-5
     out = llm.generate(reference["tokens"].tolist(), max_tokens=24, temperature=0.0, ignore_eos=True)
-    assert out[0].token_ids == reference["greedy"].tolist()
+    # transformers keeps keys of the short factors when a longrope Llama outgrows them; here, as with Phi-3, all are made anew.
+    switches = llm.params.config.ropes and llm.params.config.ropes[0].kind == "longrope"
+    assert out[0].token_ids == reference["greedy_uncached" if switches else "greedy"].tolist()
