@@ -9,7 +9,7 @@ from typing import Any
 from jfp8kv.checkpoint.safetensors import open_safetensors
 from jfp8kv.checkpoint.tensors import StoredTensor
 from jfp8kv.core.errors import CheckpointError
-from jfp8kv.models.layouts import bare
+from jfp8kv.models.layouts import bare, is_buffer
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -17,8 +17,6 @@ PICKLE_ADVICE = (
     "pickle files can run code when read, so they never are. Convert them where you trust them: "
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) of transformers writes safetensors."
 )
-# Buffers that some exporters write and no decoder needs.
-_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(self_)?attn\.(masked_)?bias$")
 _VISION = ("vision_tower.", "multi_modal_projector.")  # bare names of what turns images into embeddings
 # compressed-tensors, ModelOpt, Quark, AutoFP8 and relatives: self_attn.k_scale, k_proj.output_scale, k_cache.scale.
 _KV_SCALE = re.compile(
@@ -113,7 +111,7 @@ def split_scales(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTens
     Known buffers that are neither are dropped.
     """
     scales = {name: t for name, t in tensors.items() if _KV_SCALE.search(name)}
-    weights = {bare(name): t for name, t in tensors.items() if name not in scales and not _HARMLESS.search(name)}
+    weights = {bare(name): t for name, t in tensors.items() if name not in scales and not is_buffer(name)}
     return weights, scales
 
 
