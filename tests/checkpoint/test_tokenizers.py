@@ -86,8 +86,6 @@ def test_a_gguf_files_own_tokenizer_comes_with_its_weights(tiny, tmp_path):
         writer.add_token_list(fields["tokenizer.ggml.tokens"])
         writer.add_token_merges(fields["tokenizer.ggml.merges"])
         writer.add_token_types(fields["tokenizer.ggml.token_type"])
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
         writer.add_chat_template(tiny.chatml)
 
     params = load(tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more))
