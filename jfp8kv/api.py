@@ -1,5 +1,5 @@
-"""The functions of one line: `generate`, `logits` and `score`, each with a warm `LLM` per model and cache setting behind it, and
-`inspect`, which needs none."""
+"""The functions of one line: `generate`, `logits` and `score`, which keep a warm `LLM` per model and cache setting behind them,
+and `inspect`, which needs none."""
 
 import os
 from collections.abc import Sequence
@@ -85,13 +85,10 @@ def inspect(
 
     Raises `CheckpointError` or `ConfigError` for what cannot be loaded or served, as far as config and headers tell.
     """
+    cache = {"kv_dtype": kv_dtype, "kv_scales": kv_scales, "max_model_len": max_model_len, "page_size": page_size}
     if isinstance(source_or_params, Params):
-        found, source = source_or_params, "Params"
-    else:
-        found, source = describe(source_or_params, weights=False), os.fspath(source_or_params)
-    return report(
-        found, source, kv_dtype=kv_dtype, kv_scales=kv_scales, max_model_len=max_model_len, page_size=page_size
-    )
+        return report(source_or_params, "Params", **cache)
+    return report(describe(source_or_params, weights=False), os.fspath(source_or_params), **cache)
 
 
 def _llm(params: Params, kv_dtype: str, kv_scales: Any) -> LLM:

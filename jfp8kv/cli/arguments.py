@@ -94,7 +94,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_sampling(chat, max_tokens=512, temperature=0.7)
 
     about = "Say what a model is and what its KV cache costs in each format. Config and headers are read, weights are not."
-    inspect = commands.add_parser("inspect", help="what a model is and what its cache costs", description=about, allow_abbrev=False)
+    inspect = commands.add_parser(
+        "inspect", help="what a model is and what its cache costs", description=about, allow_abbrev=False
+    )
     group = _add_model(inspect)
     group.add_argument("--page-size", type=int, default=64, metavar="N", help="tokens per page (default 64)")
     inspect.add_argument("--json", action="store_true", help="print a JSON object")
@@ -121,7 +123,9 @@ def _add_model(parser: _Parser) -> argparse._ArgumentGroup:
 
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--kv-cache-memory", metavar="SIZE", help="of the KV cache, such as 2GiB (default: a share of what is free)")
+    group.add_argument(
+        "--kv-cache-memory", metavar="SIZE", help="of the KV cache, such as 2GiB (default: a share of what is free)"
+    )
     group.add_argument("--dtype", metavar="DTYPE", help="of the weights: bfloat16, float16 or float32 (default: the file's)")
     group.add_argument("--quiet", action="store_true", help="print the text alone: no statistics, no progress")
 
