@@ -34,7 +34,7 @@ class Side:
         pages = shape["requests"] * per_request
         size = (pages, shape["kv_heads"], shape["page_size"], shape["head_dim"])
         k, v = (jnp.asarray(encode_numpy(rng.normal(size=size), fmt)) for _ in "kv")
-        self.pages = KVPages(k, v, None, None, fmt=fmt, depth=1)
+        self.pages = KVPages(k.swapaxes(2, 3), v, None, None, fmt=fmt, depth=1)
         self.table = jnp.asarray(rng.permutation(pages).reshape(shape["requests"], per_request), jnp.int32)
         heads = shape["kv_heads"] * shape["group"]
         self.q = jnp.asarray(rng.normal(size=(shape["requests"], 1, heads, shape["head_dim"])), jnp.float32)
@@ -60,8 +60,8 @@ class Side:
         @jax.jit
         def step(q, table, k, v):
             k, v = (lax.bitcast_convert_type(x, dtype)[table].astype(jnp.float32) for x in (k, v))
-            q = q.reshape(*table.shape[:1], k.shape[2], -1, k.shape[4]) * self.options.sm_scale
-            scores = jnp.einsum("bhgd,bnhpd->bhgnp", q, k)
+            q = q.reshape(*table.shape[:1], v.shape[2], -1, v.shape[4]) * self.options.sm_scale
+            scores = jnp.einsum("bhgd,bnhdp->bhgnp", q, k)
             weights = jax.nn.softmax(scores.reshape(*scores.shape[:3], -1)).reshape(scores.shape)
             return jnp.einsum("bhgnp,bnhpd->bhgd", weights, v).reshape(self.q.shape)
 

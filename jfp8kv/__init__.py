@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jfp8kv.api import generate, inspect, logits, score
     from jfp8kv.cache.scales import KVScales
     from jfp8kv.checkpoint.load import load
+    from jfp8kv.checkpoint.orbax import save
     from jfp8kv.core.errors import CapacityError, CheckpointError, ConfigError, Jfp8kvError, NotSupported
     from jfp8kv.engine.request import CompletionOutput, RequestOutput
     from jfp8kv.inspection.report import Inspection
@@ -42,6 +43,7 @@ __all__ = [
     "inspect",
     "load",
     "logits",
+    "save",
     "score",
 ]
 
@@ -49,6 +51,7 @@ _HOMES = {
     "api": ("generate", "inspect", "logits", "score"),
     "cache.scales": ("KVScales",),
     "checkpoint.load": ("load",),
+    "checkpoint.orbax": ("save",),
     "core.errors": ("CapacityError", "CheckpointError", "ConfigError", "Jfp8kvError", "NotSupported"),
     "engine.request": ("CompletionOutput", "RequestOutput"),
     "inspection.report": ("Inspection",),

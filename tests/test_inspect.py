@@ -62,12 +62,16 @@ def described(folder: Path, config: dict, **changes) -> Path:
     return folder
 
 
-def with_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    """Add a safetensors file of bfloat16 tensors whose bytes are a hole: any size takes no room on the disk."""
+def with_weights(folder: Path, shapes: dict[str, tuple[int, ...]], kinds: dict[str, tuple[str, int]] | None = None) -> Path:
+    """Add a safetensors file whose bytes are a hole: any size takes no room on the disk.
+
+    Tensors are bfloat16, or of the kind and bytes an element given by name.
+    """
     header, end = {}, 0
     for name, shape in shapes.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+        kind, size = (kinds or {}).get(name, ("BF16", 2))
+        begin, end = end, end + size * math.prod(shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -169,6 +173,29 @@ def test_a_gguf_file_is_described_by_its_header(smollm2_path, monkeypatch):
     assert found.weights.tensors == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
     assert found.tokenizer and found.chat_template
     assert by_name(found)["fp8_e4m3", "static"].bytes_per_token == 11_520
+
+
+def test_a_saved_model_is_described_by_what_lies_beside_its_weights(tmp_path, monkeypatch):
+    loaded = jfp8kv.load(FOLDER)
+    params = jfp8kv.Params(loaded.tree, loaded.config, loaded.tokenizer, jfp8kv.KVScales.unit(loaded.config.layers))
+    jfp8kv.save(params, tmp_path / "saved")
+    monkeypatch.setattr("jfp8kv.checkpoint.orbax.parameter", lambda *_: pytest.fail("a weight was read"))
+    found, memory = jfp8kv.inspect(tmp_path / "saved"), jfp8kv.inspect(params)
+    assert (found.model, found.caches, found.scales) == (memory.model, memory.caches, memory.scales)
+    assert (found.tokenizer, found.chat_template) == (memory.tokenizer, memory.chat_template) == (True, True)
+    assert found.kind == "folder of jfp8kv.save" and found.weights.bytes_on_disk > 0
+    assert found.weights.tensors == memory.weights.tensors and found.weights.bytes_in_memory == params.nbytes
+
+
+def test_float8_weights_are_said_as_they_are_stored(tmp_path):
+    config = LLAMA3_8B | {"num_hidden_layers": 1, "quantization_config": {"quant_method": "fp8"}}
+    shapes = llama_tensors(config)
+    quantized = [name for name in shapes if "_proj" in name]
+    scales = {f"{name}_scale": () for name in quantized}
+    folder = with_weights(described(tmp_path, config), shapes | scales, {name: ("F8_E4M3", 1) for name in quantized})
+    found = jfp8kv.inspect(folder)
+    assert found.weights.tensors == {"F8_E4M3": 7, "BF16": 5} and found.weights.dtype == "bfloat16"
+    assert "7 F8_E4M3, 5 BF16 (fp8: FP8, a scale per tensor)" in str(found)
 
 
 def test_scales_in_a_checkpoint_are_named_and_what_it_declares_is_what_auto_means(tmp_path):

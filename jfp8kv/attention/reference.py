@@ -15,7 +15,10 @@ from jfp8kv.core.formats import decode
 def _gather(
     bits: Array, exponent: Array | None, scale: Array | None, pages: KVPages, at: Where, first: Array, layer: Layer
 ) -> Array:
-    """One request's real values, `[kv_heads, tokens, head_dim]`; slots before `first` and past its length are zero."""
+    """One request's real values, `[kv_heads, tokens, head_dim]`, of `[layer_pages, kv_heads, page_size, head_dim]` stored ones.
+
+    Slots before `first` and past its length are zero.
+    """
     rows = jnp.minimum(pages.rows(layer, at.page_table), bits.shape[0] - 1)
     values = decode(bits[rows], pages.fmt)  # [pages, kv_heads, page_size, head_dim]
     if exponent is not None:
@@ -33,7 +36,8 @@ def attention(
     tokens, q_heads, head_dim = q.shape
     window = None if options.window is None else options.window[layer]
     first = first_visible(at.start, window)
-    k = _gather(pages.k_bits, pages.k_exponent, None if scales is None else scales.k, pages, at, first, layer)
+    k_bits = pages.k_bits.swapaxes(2, 3)
+    k = _gather(k_bits, pages.k_exponent, None if scales is None else scales.k, pages, at, first, layer)
     v = _gather(pages.v_bits, pages.v_exponent, None if scales is None else scales.v, pages, at, first, layer)
     kv_heads = k.shape[0]
     grouped = q.astype(jnp.float32).reshape(tokens, kv_heads, q_heads // kv_heads, head_dim)

@@ -4,19 +4,19 @@ Only the tile at hand is decoded, so the cache is read at its stored width (Rabe
 softmax). Scales cost nothing inside the loop: the softmax factor, static K scales and the format's `tile_factor` are folded
 into the query, static V scales into the output. Dynamic scales multiply the scores and the probabilities.
 
-The tile is one page when decoding and several in prefill, where larger products pay.
+A tile is several pages: large enough that its two products outweigh the loop around them, small enough for the caches.
 """
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
 from jfp8kv.attention.masks import first_visible, live, visible
 from jfp8kv.cache.scales import exponent_scale
 from jfp8kv.core.formats import decode_tile
 
-PREFILL_TILE_TOKENS = 256
+DECODE_TILE_TOKENS, PREFILL_TILE_TOKENS = 128, 256
 MASKED = -1e30  # a masked score
 LOWEST = -1e20  # where the running maximum starts: exp(MASKED - LOWEST) is 0, so a row that sees nothing sums to 0
 
@@ -29,16 +29,9 @@ def attention(
     window = None if options.window is None else options.window[layer]
     kv_heads = pages.k_bits.shape[1]
     group = q_heads // kv_heads
-    tile_pages = 1 if tokens <= 2 else max(1, PREFILL_TILE_TOKENS // pages.page_size)
+    tile_pages = max(1, (DECODE_TILE_TOKENS if tokens <= 2 else PREFILL_TILE_TOKENS) // pages.page_size)
     tile = tile_pages * pages.page_size
-    dot_dtype = q.dtype if tokens > 2 and q.dtype == jnp.bfloat16 else jnp.float32  # float16 overflows with the factors in
-
-    rows = q.astype(jnp.float32).reshape(tokens, kv_heads, group, head_dim).transpose(1, 0, 2, 3)
-    rows = rows * (options.sm_scale * pages.fmt.tile_factor)
-    if scales is not None:
-        rows = rows * scales.k[layer][:, None, None, :]
-    rows = rows.reshape(kv_heads, tokens * group, head_dim).astype(dot_dtype)
-    query = at.start + jnp.arange(tokens, dtype=jnp.int32)
+    rows = _query_rows(q, pages, scales, options, layer)
     table = _padded(at.page_table, tile_pages, pages.num_pages)
 
     first = first_visible(at.start, window)
@@ -48,31 +41,17 @@ def attention(
         peak, total, out = carry
         i = first_tile + i
         entries = lax.dynamic_slice(table, (i * tile_pages,), (tile_pages,))
-        page = jnp.minimum(pages.rows(layer, entries), pages.k_bits.shape[0] - 1)
+        page = jnp.minimum(pages.rows(layer, entries), pages.k_bits.shape[0] - 1)  # past the end: some page that exists
         position = i * tile + jnp.arange(tile, dtype=jnp.int32)
-        known = live(position, first=first, length=at.length)
 
-        k = decode_tile(_tile(pages.k_bits, page), pages.fmt).astype(dot_dtype)
-        scores = _dot("hqd,hnd->hqn", rows, k)
-        if pages.k_exponent is not None:
-            scores = scores * exponent_scale(_tile(pages.k_exponent, page))[:, None, :]
-        if options.softcap is not None:
-            scores = options.softcap * jnp.tanh(scores / options.softcap)
-        mask = jnp.repeat(visible(query, position, length=at.length, window=window), group, axis=0)
-        scores = jnp.where(mask, scores, MASKED)
-
+        scores = _scores(rows, pages, page, options)
+        scores = jnp.where(_seen(at, position, window, tokens, group), scores, MASKED)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
         shrink = jnp.exp(peak - new_peak)
         weights = jnp.exp(scores - new_peak[..., None])
         total = total * shrink + jnp.sum(weights, axis=-1)
-
-        # Unwritten slots may hold NaN codes, and 0 * NaN is NaN: their bits are cleared before anything is multiplied.
-        v_bits = jnp.where(known[None, :, None], _tile(pages.v_bits, page), jnp.zeros((), pages.fmt.stored))
-        if pages.v_exponent is not None:
-            v_scale = exponent_scale(_tile(pages.v_exponent, page))
-            weights = weights * jnp.where(known, v_scale, 0.0)[:, None, :]
-        values = decode_tile(v_bits, pages.fmt).astype(dot_dtype)
-        out = out * shrink[..., None] + _dot("hqn,hnd->hqd", weights.astype(dot_dtype), values)
+        known = live(position, first=first, length=at.length)
+        out = out * shrink[..., None] + _weighted_values(weights, pages, page, known, rows.dtype)
         return new_peak, total, out
 
     peak, total = _initial(options, layer, kv_heads, tokens, group)
@@ -86,10 +65,52 @@ def attention(
     return out.reshape(tokens, q_heads, head_dim).astype(q.dtype)
 
 
+def _query_rows(
+    q: Query, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, layer: Layer
+) -> Float[Array, "kv_heads rows head_dim"]:
+    """The queries of each KV head, token by token, with every static factor on the scores in them."""
+    tokens, q_heads, head_dim = q.shape
+    kv_heads = pages.k_bits.shape[1]
+    # Prefill in bfloat16 multiplies in it. float16 would overflow with the factors in.
+    dtype = q.dtype if tokens > 2 and q.dtype == jnp.bfloat16 else jnp.float32
+    rows = q.astype(jnp.float32).reshape(tokens, kv_heads, q_heads // kv_heads, head_dim).transpose(1, 0, 2, 3)
+    rows = rows * (options.sm_scale * pages.fmt.tile_factor)
+    if scales is not None:
+        rows = rows * scales.k[layer][:, None, None, :]
+    return rows.reshape(kv_heads, -1, head_dim).astype(dtype)
+
+
 def _tiles(most_tokens: Array, window: Array | None, tokens: int, tile: int) -> Array:
     """Tiles to go through, the same for all requests: up to the longest text, or as many as a window's keys can touch."""
     tiles = (most_tokens + (tile - 1)) // tile
     return tiles if window is None else jnp.where(window == 0, tiles, jnp.minimum(tiles, (window + tokens - 3) // tile + 2))
+
+
+def _scores(rows: Array, pages: KVPages, page: Array, options: AttentionOptions) -> Float[Array, "kv_heads rows tile"]:
+    k = decode_tile(_tile(pages.k_bits, page, axis=3), pages.fmt).astype(rows.dtype)
+    scores = _dot("hqd,hdn->hqn", rows, k)
+    if pages.k_exponent is not None:
+        scores = scores * exponent_scale(_tile(pages.k_exponent, page, axis=2))[:, None, :]
+    if options.softcap is not None:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
+    return scores
+
+
+def _seen(at: Where, position: Array, window: Array | None, tokens: int, group: int) -> Bool[Array, "rows tile"]:
+    """Which keys each row of queries sees."""
+    query = at.start + jnp.arange(tokens, dtype=jnp.int32)
+    return jnp.repeat(visible(query, position, length=at.length, window=window), group, axis=0)
+
+
+def _weighted_values(
+    weights: Array, pages: KVPages, page: Array, known: Array, dtype: jnp.dtype
+) -> Float[Array, "kv_heads rows head_dim"]:
+    # Unwritten slots may hold NaN codes, and 0 * NaN is NaN: their bits are cleared before anything is multiplied.
+    v_bits = jnp.where(known[None, :, None], _tile(pages.v_bits, page, axis=2), jnp.zeros((), pages.fmt.stored))
+    if pages.v_exponent is not None:
+        v_scale = exponent_scale(_tile(pages.v_exponent, page, axis=2))
+        weights = weights * jnp.where(known, v_scale, 0.0)[:, None, :]
+    return _dot("hqn,hnd->hqd", weights.astype(dtype), decode_tile(v_bits, pages.fmt).astype(dtype))
 
 
 def _initial(options: AttentionOptions, layer: Layer, kv_heads: int, tokens: int, group: int) -> tuple[Array, Array]:
@@ -109,10 +130,10 @@ def _padded(table: Array, multiple: int, sentinel: int) -> Array:
     return jnp.pad(table, (0, missing), constant_values=sentinel) if missing else table
 
 
-def _tile(pool: Array, page: Array) -> Array:
-    """Pages side by side: `[kv_heads, tile_tokens, ...]`."""
-    x = pool[page]  # [tile_pages, kv_heads, page_size, ...]
-    return x[0] if x.shape[0] == 1 else jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+def _tile(pool: Array, page: Array, *, axis: int) -> Array:
+    """Pages side by side along their tokens, which are `axis` of the pool: `[kv_heads, ..., tile, ...]`."""
+    x = jnp.moveaxis(pool[page], 0, axis - 1)
+    return x.reshape(*x.shape[: axis - 1], -1, *x.shape[axis + 1 :])
 
 
 def _dot(equation: str, a: Array, b: Array) -> Float[Array, "h q n"]:

@@ -2,11 +2,15 @@
 
 Page `p` of layer `l` is row `l * num_pages + p`, so a `lax.scan` over layers carries the whole pool and no layer is ever sliced
 out of it; where windows put layers into groups (cache/groups.py), the layer's slot in its group stands for `l`. A token's place
-is (page, offset); a page holds `[kv_heads, page_size, head_dim]`, so one head's keys are contiguous.
+is (page, offset). A page holds values as `[kv_heads, page_size, head_dim]` and keys transposed, as `[kv_heads, head_dim,
+page_size]`: both products of attention then run along rows, `q k^T` over tokens and `p v` over channels, which a CPU does twice
+as fast (docs/log.md). A key is written with a stride, once; it is read once per token to come.
 
 Everything here is written for one request. Under `vmap` over requests the pool itself stays one array: the writes of all
 requests become one scatter into it (`custom_vmap`), in place when the caller donates it.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +26,12 @@ from jfp8kv.core.pytree import pytree, static
 class KVPages:
     """Keys and values of every layer. `real = stored * scale`.
 
-    `k_bits` and `v_bits` hold the format's bits (core/formats.py says why); `k` and `v` show them as `float8`. The exponents
-    are there for dynamic scales alone, else None.
+    `k_bits` and `v_bits` hold the format's bits (core/formats.py says why), keys transposed; `k` and `v` show them as `float8`,
+    both with tokens before channels. The exponents are there for dynamic scales alone, else None.
     """
 
-    k_bits: Array  # stored bits [layer_pages, kv_heads, page_size, head_dim]
-    v_bits: Array
+    k_bits: Array  # stored bits [layer_pages, kv_heads, head_dim, page_size]
+    v_bits: Array  # stored bits [layer_pages, kv_heads, page_size, head_dim]
     k_exponent: UInt8[Array, "layer_pages kv_heads page_size"] | None
     v_exponent: UInt8[Array, "layer_pages kv_heads page_size"] | None
     fmt: KVFormat = static()
@@ -47,7 +51,7 @@ class KVPages:
     @property
     def page_size(self) -> int:
         """Tokens per page."""
-        return self.k_bits.shape[2]
+        return self.v_bits.shape[2]
 
     @property
     def dynamic(self) -> bool:
@@ -56,12 +60,12 @@ class KVPages:
 
     @property
     def k(self) -> Array:
-        """The keys as `fmt.dtype` (`float8_e4m3fn`, ...). A copy, for looking at."""
-        return as_values(self.k_bits, self.fmt)
+        """The keys as `fmt.dtype` (`float8_e4m3fn`, ...), `[layer_pages, kv_heads, page_size, head_dim]`. A copy."""
+        return as_values(self.k_bits.swapaxes(2, 3), self.fmt)
 
     @property
     def v(self) -> Array:
-        """The values as `fmt.dtype`. A copy, for looking at."""
+        """The values as `fmt.dtype`, of the same shape. A copy."""
         return as_values(self.v_bits, self.fmt)
 
 
@@ -96,9 +100,11 @@ def new_pages(
     slots: tuple[int, ...] = (),
 ) -> KVPages:
     """A pool of zeros: `num_pages` pages in each of `depth` layers, of `page_size` tokens; `dynamic` adds the exponents."""
-    shape = (depth * num_pages, kv_heads, page_size, head_dim)
-    exponent = [jnp.zeros(shape[:3], jnp.uint8) if dynamic else None for _ in "kv"]
-    return KVPages(jnp.zeros(shape, fmt.stored), jnp.zeros(shape, fmt.stored), *exponent, fmt=fmt, depth=depth, slots=slots)
+    heads = (depth * num_pages, kv_heads)
+    k_bits = jnp.zeros((*heads, head_dim, page_size), fmt.stored)
+    v_bits = jnp.zeros((*heads, page_size, head_dim), fmt.stored)
+    exponent = [jnp.zeros((*heads, page_size), jnp.uint8) if dynamic else None for _ in "kv"]
+    return KVPages(k_bits, v_bits, *exponent, fmt=fmt, depth=depth, slots=slots)
 
 
 def page_bytes(fmt: KVFormat, *, depth: int, page_size: int, kv_heads: int, head_dim: int, dynamic: bool = False) -> int:
@@ -127,37 +133,44 @@ def write(
     row = jnp.where(position < length, pages.rows(layer, page_table[entry]), pages.k_bits.shape[0])
     offset = position % pages.page_size
 
-    def put(pool: Array, values: Array) -> Array:
-        return _scatter(pool, row, offset, values)
-
     if pages.dynamic:
         k_exponent, v_exponent = (token_head_exponent(x.astype(jnp.float32), pages.fmt) for x in (k, v))
         k_factor, v_factor = (exponent_inverse(e)[..., None] for e in (k_exponent, v_exponent))
-        exponents = put(pages.k_exponent, k_exponent), put(pages.v_exponent, v_exponent)
+        exponents = (
+            _put(pages.k_exponent, row, offset, k_exponent),
+            _put(pages.v_exponent, row, offset, v_exponent),
+        )
     else:
         assert scales is not None, "static pages need scales"
         k_factor, v_factor = scales.k_inverse[layer], scales.v_inverse[layer]
         exponents = None, None
-    k_bits = put(pages.k_bits, encode(k.astype(jnp.float32) * k_factor, pages.fmt))
-    v_bits = put(pages.v_bits, encode(v.astype(jnp.float32) * v_factor, pages.fmt))
+    k_bits = _put_keys(pages.k_bits, row, offset, encode(k.astype(jnp.float32) * k_factor, pages.fmt))
+    v_bits = _put(pages.v_bits, row, offset, encode(v.astype(jnp.float32) * v_factor, pages.fmt))
     return KVPages(k_bits, v_bits, *exponents, fmt=pages.fmt, depth=pages.depth, slots=pages.slots)
 
 
-@custom_vmap
-def _scatter(pool: Array, row: Array, offset: Array, values: Array) -> Array:
-    """`pool[row, :, offset] = values`; rows past the end are dropped."""
-    return pool.at[row, :, offset].set(values, mode="drop")
+def _scatter(place: Callable[[Array, Array], tuple]) -> Callable[[Array, Array, Array, Array], Array]:
+    """`pool[place(row, offset)] = values`, rows past the end dropped; under `vmap` one scatter for all requests."""
+
+    @custom_vmap
+    def scatter(pool: Array, row: Array, offset: Array, values: Array) -> Array:
+        return pool.at[place(row, offset)].set(values, mode="drop")
+
+    @scatter.def_vmap
+    def requests(axis_size: int, in_batched: list[bool], pool: Array, *args: Array) -> tuple[Array, bool]:
+        """The requests' tokens, one after another, into the one pool they share."""
+        assert not in_batched[0], "the pool is shared by the requests: vmap it with in_axes=None"
+        flat = []
+        for x, batched in zip(args, in_batched[1:], strict=True):
+            x = x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+            flat.append(x.reshape(-1, *x.shape[2:]))
+        return scatter(pool, *flat), False
+
+    return scatter
 
 
-@_scatter.def_vmap
-def _scatter_requests(axis_size: int, in_batched: list[bool], pool: Array, *args: Array) -> tuple[Array, bool]:
-    """The requests' tokens, one after another, into the one pool they share."""
-    assert not in_batched[0], "the pool is shared by the requests: vmap it with in_axes=None"
-    flat = []
-    for x, batched in zip(args, in_batched[1:], strict=True):
-        x = x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-        flat.append(x.reshape(-1, *x.shape[2:]))
-    return _scatter(pool, *flat), False
+_put = _scatter(lambda row, offset: (row, slice(None), offset))
+_put_keys = _scatter(lambda row, offset: (row, slice(None), slice(None), offset))
 
 
 def fill(pages: KVPages, code: int) -> KVPages:

@@ -1,6 +1,7 @@
-"""Reading checkpoints into `Params`: Hugging Face folders and hub ids, GGUF files, tokenizers."""
+"""Reading checkpoints into `Params`: Hugging Face folders and hub ids, GGUF files, tokenizers, and what `save` wrote."""
 
 from jfp8kv.checkpoint.load import load
+from jfp8kv.checkpoint.orbax import save
 from jfp8kv.models.tokenizer import Tokenizer
 
-__all__ = ["Tokenizer", "load"]
+__all__ = ["Tokenizer", "load", "save"]

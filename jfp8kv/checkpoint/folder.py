@@ -49,8 +49,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f" It holds {ggufs[0].name}: load that file itself." if ggufs else ""
-        raise CheckpointError(f"{folder}: no config.json, so not a Hugging Face folder.{hint}")
+        raise CheckpointError(
+            f"{folder}: no config.json, so not a Hugging Face folder, and no jfp8kv.json, so not one of jfp8kv.save.{hint}"
+        )
     config = read_json(path)
+    if "quantization_config" not in config and "compression_config" in config:  # compressed-tensors' first name for it
+        config["quantization_config"] = config["compression_config"]
     modelopt = folder / "hf_quant_config.json"
     if "quantization_config" not in config and modelopt.is_file():
         declared = read_json(modelopt).get("quantization", {})

@@ -1,7 +1,7 @@
 """`load`: a folder, a file or a hub id becomes `Params`.
 
-What a source is gets decided in `describe` and nowhere else; each kind has its reader beside this file. `describe` reads the
-config and the headers, `load` then the weights. Nothing runs code from a checkpoint: no pickles, no remote code, and chat
+What a source is gets decided here and nowhere else; each kind has its reader beside this file. `describe` reads the config and
+the headers, and `load` then the weights. Nothing runs code from a checkpoint: no pickles, no remote code, and chat
 templates are rendered in a sandbox.
 """
 
@@ -16,8 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint import folder as hf
 from jfp8kv.checkpoint.hub import fetch
+from jfp8kv.checkpoint.orbax import describe_saved, is_saved, load_saved
+from jfp8kv.checkpoint.quantized import dequantized, warn_dequantized
 from jfp8kv.checkpoint.tensors import FLOATS, StoredTensor, assemble, same_values, weights_dtype
 from jfp8kv.checkpoint.tokenizer import read_tokenizer
 from jfp8kv.core.errors import CheckpointError, ConfigError, one_of
@@ -27,6 +30,7 @@ from jfp8kv.models.families.fields import ids, mapping
 from jfp8kv.models.layouts import gguf_modules, hf_modules
 from jfp8kv.models.names import Module, expected_shapes, nest
 from jfp8kv.models.params import Params
+from jfp8kv.models.quantization import WeightScheme, weight_scheme
 from jfp8kv.models.tokenizer import Tokenizer
 
 _HEAD = "lm_head.weight"
@@ -36,21 +40,26 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 def load(source: str | os.PathLike[str], dtype: Any = None) -> Params:
     """Load a checkpoint's weights, config and tokenizer.
 
-    Weights are streamed: memory peaks below 1.3 times their size. torch is never imported.
+    Weights are streamed: memory peaks below 1.3 times their size. torch is never imported. FP8 and MXFP4 weights are
+    dequantized on the way, which a warning says.
 
     Args:
-      source: a Hugging Face folder (config.json and safetensors), a .gguf file, or a hub id such as
-        "HuggingFaceTB/SmolLM2-135M-Instruct", fetched through huggingface_hub and its cache (`HF_HUB_OFFLINE` is
+      source: a Hugging Face folder (config.json and safetensors), a folder that `save` wrote, a .gguf file, or a hub id
+        such as "HuggingFaceTB/SmolLM2-135M-Instruct", fetched through huggingface_hub and its cache (`HF_HUB_OFFLINE` is
         honoured).
       dtype: of the weights: "float32", "bfloat16", "float16", the same as a NumPy or JAX dtype, or None to keep the
-        checkpoint's (bfloat16 for a quantized GGUF file).
+        checkpoint's (for FP8 and MXFP4 weights the one that config.json declares; bfloat16 for a quantized GGUF file).
 
     Raises:
-      CheckpointError: a source that is missing, damaged, incomplete, quantized or a pickle, naming file and tensor.
+      CheckpointError: a source that is missing, damaged, incomplete, a pickle, or quantized in a way that is not read,
+        naming file and tensor.
       ConfigError: an unknown `dtype`, or an architecture or setting that is not supported.
     """
     target = resolve_dtype(dtype)
-    return _read(describe(source), target)
+    path = locate(source)
+    if path.is_dir() and is_saved(path):
+        return load_saved(path, target)
+    return _read(_describe(path, needs_weights=True), target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +70,12 @@ class Described:
       path: the folder or file; `kind` says of what sort, for people.
       config: with `dtype` as the weights are stored. Where it ties the output to the embeddings and the checkpoint repeats
         them, `load` looks whether they are the same.
-      weights: every tensor of the text model, under the names that `modules` gives; none where they are not there.
+      weights: every tensor of the text model, under the names that `modules` gives or our own; none where they are not there.
       tokenizer: reads the tokenizer, None if there is none.
       scales: the KV-cache scale tensors by their full names.
+      kv_scales: scales that are read already.
       vision: how many tensors of a vision part are left out.
-      quantization: the tool that quantized weights or cache, by the name the config has for it.
+      scheme: how the weights are quantized; `quantized_by` names the tool, which may have quantized the cache alone.
     """
 
     path: Path
@@ -75,14 +85,18 @@ class Described:
     modules: Mapping[str, Module]
     tokenizer: Callable[[], Tokenizer | None]
     scales: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
+    kv_scales: KVScales | None = None
     vision: int = 0
-    quantization: str | None = None
+    scheme: WeightScheme | None = None
+    quantized_by: str | None = None
 
     def shapes(self) -> Params:
         """The `Params` that `load` gives, with a `jax.ShapeDtypeStruct` in the place of every array."""
-        dtype = FLOATS[self.config.dtype]
-        tree = nest({name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in expected_shapes(self.config).items()})
-        return Params(tree, self.config, self.tokenizer())
+        usual = FLOATS[self.config.dtype]
+        dtypes = {} if self.modules else {name: tensor.dtype for name, tensor in self.weights.items()}
+        shapes = expected_shapes(self.config).items()
+        tree = nest({name: jax.ShapeDtypeStruct(shape, dtypes.get(name, usual)) for name, shape in shapes})
+        return Params(tree, self.config, self.tokenizer(), self.kv_scales)
 
 
 def describe(source: str | os.PathLike[str], *, weights: bool = True) -> Described:
@@ -96,10 +110,13 @@ def describe(source: str | os.PathLike[str], *, weights: bool = True) -> Describ
     Raises:
       CheckpointError, ConfigError: as `load`, for all that config and headers can tell.
     """
-    path = locate(source, weights=weights)
+    return _describe(locate(source, weights=weights), needs_weights=weights)
+
+
+def _describe(path: Path, *, needs_weights: bool) -> Described:
     if not path.is_dir():
         return _describe_gguf(path)
-    return _describe_folder(path, weights)
+    return _describe_saved(path) if is_saved(path) else _describe_folder(path, needs_weights)
 
 
 def resolve_dtype(dtype: Any) -> np.dtype | None:
@@ -142,10 +159,11 @@ def _readable_file(path: Path) -> Path:
 
 def _describe_folder(folder: Path, needs_weights: bool) -> Described:
     declared = hf.read_config(folder)
-    config = config_from_hf(declared)
+    config, scheme = config_from_hf(declared), weight_scheme(declared.get("quantization_config"))
     tensors = hf.open_weights(folder) if needs_weights or any(folder.glob("*.safetensors")) else {}
     weights, scales = hf.split_scales(tensors)
-    text = hf.without_vision(weights) if "vision_config" in declared else weights
+    seen = hf.without_vision(weights) if "vision_config" in declared else weights
+    text = dequantized(seen, scheme, FLOATS[config.dtype])
     config = dataclasses.replace(
         config,
         dtype=weights_dtype(text).name if text else config.dtype,
@@ -159,8 +177,9 @@ def _describe_folder(folder: Path, needs_weights: bool) -> Described:
         hf_modules(config, text),
         partial(read_tokenizer, folder, eos_ids=config.eos_ids),
         scales=scales,
-        vision=len(weights) - len(text),
-        quantization=mapping(declared, "quantization_config").get("quant_method"),
+        vision=len(weights) - len(seen),
+        scheme=scheme,
+        quantized_by=mapping(declared, "quantization_config").get("quant_method"),
     )
 
 
@@ -172,10 +191,17 @@ def _describe_gguf(path: Path) -> Described:
     return Described(path, "GGUF file", config, file.tensors, gguf_modules(config), file.tokenizer)
 
 
+def _describe_saved(folder: Path) -> Described:
+    config, tokenizer, kv_scales, weights = describe_saved(folder)
+    return Described(folder, "folder of jfp8kv.save", config, weights, {}, lambda: tokenizer, kv_scales=kv_scales)
+
+
 def _read(found: Described, dtype: np.dtype | None) -> Params:
     config, weights = _with_its_head(found)
     hf.warn_left_out(found.path, vision=found.vision, scales=found.scales)
-    tree = assemble(config, weights, found.modules, dtype or FLOATS[config.dtype], where=found.path)
+    dtype = dtype or FLOATS[config.dtype]
+    warn_dequantized(found.path, found.scheme, weights, dtype)
+    tree = assemble(config, weights, found.modules, dtype, where=found.path)
     return Params(tree, config, found.tokenizer())
 
 

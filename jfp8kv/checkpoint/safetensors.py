@@ -24,6 +24,7 @@ DTYPES = {
     "BF16": BFLOAT16,
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -87,7 +88,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, data_bytes: int)
             "it again."
         )
     read = partial(_read, path, data_start + start, dtype)
-    return StoredTensor(name, shape, stored, WEIGHTS.get(stored), path, read)
+    return StoredTensor(name, shape, stored, WEIGHTS.get(stored), path, read, data_start + start)
 
 
 def _read(path: Path, offset: int, stored: np.dtype, out: np.ndarray) -> None:

@@ -29,7 +29,8 @@ class StoredTensor:
     """One tensor in a file.
 
     `stored` says how the file keeps it ("BF16", "Q4_K"); `dtype` is the float dtype that keeps it best, or None when it
-    cannot be read as a weight. `read(out)` fills an array of `shape`, in the float dtype of `out`.
+    cannot be read as a weight. `read(out)` fills an array of `shape`, in the float dtype of `out`. `offset` is where its
+    bytes begin in `file`, when they lie there in C order.
     """
 
     name: str
@@ -38,6 +39,7 @@ class StoredTensor:
     dtype: np.dtype | None
     file: Path
     read: Callable[[np.ndarray], None]
+    offset: int | None = None
 
     def read_into(self, out: np.ndarray) -> None:
         """Fill `out`, or raise a `CheckpointError` naming file and tensor when a value does not fit its dtype."""
@@ -83,10 +85,11 @@ def assemble(
     for name, shape in each.items():
         tensor = tensors[name]
         require_shape(tensor.name, tensor.shape, shape, where=str(tensor.file))
-    return nest({ours: _parameter(shapes[ours], parts, tensors, dtype) for ours, parts in found.items()})
+    return nest({ours: parameter(shapes[ours], parts, tensors, dtype) for ours, parts in found.items()})
 
 
-def _parameter(shape: Shape, parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: np.dtype) -> jax.Array:
+def parameter(shape: Shape, parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: np.dtype) -> jax.Array:
+    """One parameter on the default device, its parts read one after another."""
     host = aligned_empty(shape, dtype)
     rows = host.reshape(len(parts), *parts[0].part)
     for row, part in zip(rows, parts, strict=True):
@@ -116,7 +119,8 @@ def _refuse_quantized(tensors: Mapping[str, StoredTensor]) -> None:
         if tensor.dtype is None:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name} is stored as {tensor.stored}: quantized weights of this kind are not "
-                "read yet; weights may be F32, BF16 or F16 (in GGUF also the quantized types the gguf library reads)."
+                "read; weights may be F32, BF16 or F16, float8 where config.json declares how, and in GGUF the quantized "
+                "types that the gguf library reads."
             )
 
 

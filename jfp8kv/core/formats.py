@@ -148,10 +148,10 @@ def decode_tile(bits: Array, fmt: KVFormat) -> Float[Array, "*dims"]:
     if fmt is E5M2:
         half = bits.astype(jnp.uint16) << 8
     elif fmt is E4M3:
-        wide = bits.astype(jnp.uint16)
-        magnitude = (wide & jnp.uint16(0x7F)) << 7
-        nan = (magnitude + jnp.uint16(0x80)) & jnp.uint16(0x4000)  # set for code 0x7F alone: makes the exponent all ones
-        half = ((wide & jnp.uint16(0x80)) << 8) | magnitude | nan
+        # Widened as a signed number, the sign is in bits 15 and 14 and bit 14 has to go: fewer steps than moving it alone.
+        wide = lax.bitcast_convert_type(bits, jnp.int8).astype(jnp.int16) << 7
+        nan = ((wide & jnp.int16(0x3F80)) + jnp.int16(0x80)) & jnp.int16(0x4000)  # set for code 0x7F alone: exponent all ones
+        half = (wide & jnp.int16(~0x4000)) | nan
     return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import html
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ class Weights:
     bytes_in_memory: int
     bytes_on_disk: int | None
     tensors: dict[str, int]
-    quantization: str | None  # the tool that quantized weights or cache, by the config's name for it
+    quantization: str | None  # how the weights are quantized, or the tool that quantized the cache alone
     vision_tensors: int  # left out
 
 
@@ -137,7 +138,7 @@ def report(
         weights=_weights_of_files(found, params) if unread else _weights_in_memory(params),
         attention=_attention(config),
         caches=_costs(params, asked, lengths),
-        scales=FoundScales(tuple(found.scales), None) if unread else _scales_in_memory(params.kv_scales),
+        scales=_scales(found.scales if unread else (), params.kv_scales),
         tokenizer=params.tokenizer is not None,
         chat_template=bool(getattr(params.tokenizer, "has_chat_template", False)),
         max_model_len=longest,
@@ -152,9 +153,9 @@ def _weights_of_files(found: Described, shapes: Params) -> Weights:
         parameters=shapes.size,
         dtype=shapes.dtype.name,
         bytes_in_memory=shapes.nbytes,
-        bytes_on_disk=sum(file.stat().st_size for file in files) if files else None,
+        bytes_on_disk=sum(map(_size, files)) if files else None,
         tensors=_counted(tensor.stored for tensor in found.weights.values()),
-        quantization=found.quantization,
+        quantization=str(found.scheme) if found.scheme else found.quantized_by,
         vision_tensors=found.vision,
     )
 
@@ -176,8 +177,14 @@ def _counted(kinds: Iterable[str]) -> dict[str, int]:
     return dict(Counter(kinds).most_common())
 
 
-def _scales_in_memory(scales: KVScales | None) -> FoundScales:
-    return FoundScales((), None if scales is None else scales.granularity)
+def _scales(tensors: Iterable[str], read: KVScales | None) -> FoundScales:
+    return FoundScales(tuple(tensors), None if read is None else read.granularity)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _attention(c: ModelConfig) -> tuple[AlikeLayers, ...]:

@@ -65,7 +65,7 @@ def _weights(found: Inspection) -> Iterator[tuple[str, str]]:
     w = found.weights
     yield "parameters", f"{w.parameters:,}"
     kinds = ", ".join(f"{count} {kind}" for kind, count in w.tensors.items())
-    by = f", by {w.quantization}" if w.quantization else ""
+    by = f" ({w.quantization})" if w.quantization else ""
     left_out = f"; {w.vision_tensors} of a vision part are left out" if w.vision_tensors else ""
     yield "tensors", f"{kinds or 'no safetensors here: sizes are by the config'}{by}{left_out}"
     memory = f"{_bytes(w.bytes_in_memory)} in memory as {w.dtype}"

@@ -46,6 +46,21 @@ class Tokenizer:
         return len(self._backend.get_vocab())
 
     @property
+    def backend(self) -> Any:
+        """What does the encoding."""
+        return self._backend
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template of conversations, or None."""
+        return self._chat_template
+
+    @property
+    def special_tokens(self) -> dict[str, Any]:
+        """What templates may name, such as `{"bos_token": "<s>"}`."""
+        return dict(self._special_tokens)
+
+    @property
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 

@@ -46,7 +46,7 @@ class Case:
         self.layer = int(rng.integers(LAYERS))
         stored = [self._stored(rng, which, dynamic, kv_heads, dim) for which in ("k_inverse", "v_inverse")]
         (k, k_exponent), (v, v_exponent) = stored
-        self.pages = KVPages(k, v, k_exponent, v_exponent, fmt=fmt, depth=LAYERS)
+        self.pages = KVPages(k.swapaxes(2, 3), v, k_exponent, v_exponent, fmt=fmt, depth=LAYERS)
         self.q = rng.normal(size=(len(lengths), tokens, kv_heads * group, dim)).astype(np.float32)
         self.options = AttentionOptions(sm_scale=dim**-0.5, **options)
 
@@ -81,7 +81,7 @@ class Case:
         return np.asarray(batched(self.q, self.table, self.starts, self.lengths, self.pages))
 
     def values(self, bits, exponent, scale, request: int, head: int) -> np.ndarray:
-        """What the cache holds of one request and head, float64 `[length, head_dim]`."""
+        """What the cache holds of one request and head, float64 `[length, head_dim]`. `bits` has tokens before channels."""
         out = []
         for position in range(self.lengths[request]):
             row, offset = self.layer * PAGES + self.table[request, position // SIZE], position % SIZE
@@ -104,7 +104,11 @@ class Case:
             if position >= self.lengths[r]:
                 continue
             k = self.values(
-                self.pages.k_bits, self.pages.k_exponent, None if self.scales is None else self.scales.k, r, h // group
+                self.pages.k_bits.swapaxes(2, 3),
+                self.pages.k_exponent,
+                None if self.scales is None else self.scales.k,
+                r,
+                h // group,
             )
             v = self.values(
                 self.pages.v_bits, self.pages.v_exponent, None if self.scales is None else self.scales.v, r, h // group

@@ -120,20 +120,6 @@ def test_a_checkpoint_that_quantizes_only_its_cache_declares_fp8(tiny, scheme):
     assert config_from_hf(tiny.config(quantization_config=scheme)).kv_cache_dtype == "fp8_e4m3"
 
 
-@pytest.mark.parametrize(
-    "scheme",
-    [
-        {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8}}}},
-        {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
-        {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "fp8_e4m3"}}},
-        {"quant_method": "gptq", "bits": 4},
-    ],
-)
-def test_quantized_weights_are_refused(tiny, scheme):
-    with pytest.raises(CheckpointError, match=f"{scheme['quant_method']}.*quantized weights are not read yet"):
-        config_from_hf(tiny.config(quantization_config=scheme))
-
-
 def test_an_unknown_cache_scheme_is_said_and_ignored(tiny):
     scheme = {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "NVFP4"}
     with pytest.warns(UserWarning, match="NVFP4"):
@@ -214,7 +200,7 @@ def test_gguf_metadata_gives_linear_rope_biases_ties_and_every_end_token():
     assert config.tied_embeddings and config.qkv_bias and not config.o_bias and not config.mlp_bias
 
 
-@pytest.mark.parametrize("entry", [{"kv_cache_scheme": "fp8"}, {"config_groups": ["a"]}, {"kv_cache_quant_config": "fp8"}])
+@pytest.mark.parametrize("entry", [{"kv_cache_scheme": "fp8"}, {"kv_cache_quant_config": "fp8"}])
 def test_a_malformed_quantization_config_is_named(entry) -> None:
     with pytest.raises(CheckpointError, match="quantization_config=.*malformed"):
         declared_kv_dtype({"quant_method": "compressed-tensors"} | entry)

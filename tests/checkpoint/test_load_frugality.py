@@ -1,10 +1,14 @@
 """Loading takes little more memory than the weights, never imports torch, and importing the reader is cheap."""
 
+import json
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
+
+from jfp8kv.checkpoint.safetensors import open_safetensors
 
 MEASURE = """
 import re, sys
@@ -47,12 +51,37 @@ def test_memory_peaks_below_1_3_times_the_weights(tiny, large, dtype):
     assert 0.9 < ratio < 1.3
 
 
+@pytest.fixture(scope="module")
+def large_fp8(large, tmp_path_factory):
+    """The same model with its projections in float8, in blocks of 128 x 128."""
+    tensors = {}
+    for file in sorted(large.glob("*.safetensors")):
+        for name, tensor in open_safetensors(file).items():
+            quantized = "_proj" in name
+            tensors[name] = np.ones(tensor.shape, ml_dtypes.float8_e4m3fn if quantized else ml_dtypes.bfloat16)
+            if quantized:
+                tensors[name + "_scale_inv"] = np.ones([-(-size // 128) for size in tensor.shape], np.float32)
+    config = json.loads((large / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    folder = tmp_path_factory.mktemp("large_fp8")
+    (folder / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_float8_weights_are_never_held_twice_either(tiny, large_fp8):
+    ratio, nbytes = map(float, tiny.run_python(MEASURE, large_fp8, "bfloat16").split())
+    assert nbytes > 90e6
+    assert 0.9 < ratio < 1.3
+
+
 FAKE_TORCH = "raise AssertionError('torch was imported')"
 TORCH = """
 import sys, warnings
 sys.path.insert(0, sys.argv[1])
 import jfp8kv.checkpoint
-heavy = {"transformers", "huggingface_hub", "gguf", "tokenizers"} & set(sys.modules)
+heavy = {"transformers", "huggingface_hub", "gguf", "tokenizers", "orbax", "tensorstore"} & set(sys.modules)
 assert not heavy, heavy
 params = jfp8kv.checkpoint.load(sys.argv[2])
 params.tokenizer.chat([{"role": "user", "content": "hello"}])

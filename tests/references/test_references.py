@@ -16,6 +16,9 @@ from tests.references import oracle
 
 HERE = Path(__file__).parent
 CASES = sorted(folder.name for folder in HERE.glob("llama_*"))
+FOLDERS = sorted(file.parent.name for file in HERE.glob("*/config.json"))
+LARGEST_FOLDER_BYTES = 155_000
+LARGEST_TOTAL_BYTES = 5_200_000
 FLOAT32_ROUNDING = 1e-5
 ALLOWED_IN_FLOAT32 = 2e-4  # of the library, whose products may be summed in any order
 
@@ -31,6 +34,34 @@ def folder(request: pytest.FixtureRequest) -> Path:
 
 def test_there_are_seven_cases() -> None:
     assert len(CASES) == 7
+
+
+def folder_bytes(name: str) -> int:
+    return sum(file.stat().st_size for file in (HERE / name).iterdir())
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_is_small_and_has_a_reference_of_the_usual_shapes(name: str) -> None:
+    config = json.loads((HERE / name / "config.json").read_text())
+    vocab = config.get("text_config", config)["vocab_size"]
+    reference = np.load(HERE / name / "reference.npz")
+    shapes = {"tokens": (61,), "logits": (61, vocab), "greedy": (24,)}
+    if "step_logits" in reference:
+        shapes |= {"step_logits": (24, vocab), "greedy_uncached": (24,)}
+        assert np.array_equal(reference["step_logits"].argmax(-1), reference["greedy"])
+    for key, shape in shapes.items():
+        assert reference[key].shape == shape
+        assert reference[key].dtype == (np.float32 if "logits" in key else np.int32)
+    assert np.isfinite(reference["logits"]).all()
+    assert reference["logits"][-1].argmax() == reference["greedy"][0]
+    assert list((HERE / name).glob("*.safetensors"))
+    assert folder_bytes(name) <= LARGEST_FOLDER_BYTES
+
+
+def test_all_folders_together_are_small_and_the_readme_has_a_row_for_each() -> None:
+    readme = (HERE / "README.md").read_text()
+    assert [name for name in FOLDERS if f"| `{name}` |" not in readme] == []
+    assert sum(map(folder_bytes, FOLDERS)) <= LARGEST_TOTAL_BYTES
 
 
 def test_the_oracle_gives_the_logits_of_pytorch(folder: Path) -> None:

@@ -60,7 +60,7 @@ def config_from_hf(d: Fields) -> ModelConfig:
 
     Raises:
       ConfigError: an architecture, activation, RoPE type or size that is missing or not supported, naming it and what is.
-      CheckpointError: quantized weights that are not read.
+      CheckpointError: a malformed quantization_config.
     """
     return FAMILIES[_architecture(d)](d)
 

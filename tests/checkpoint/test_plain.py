@@ -1,0 +1,76 @@
+"""A config of any fields comes back from JSON equal, tuples as tuples."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jfp8kv.checkpoint.plain import from_plain, to_plain
+from jfp8kv.models import config as configs
+from jfp8kv.models.config import ExpertsConfig, ModelConfig, RopeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """What `ModelConfig` may grow into."""
+
+    ropes: tuple[RopeConfig | None, ...]
+    windows: tuple[tuple[int, ...], ...] = ()
+    cap: float | None = None
+    share: float = 0.1
+    name: str = "é"
+    on: bool = True
+
+
+@pytest.fixture(autouse=True)
+def later(monkeypatch):
+    monkeypatch.setattr(configs, "Later", Later, raising=False)
+
+
+def through_json(value):
+    return from_plain(json.loads(json.dumps(to_plain(value))))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(
+            "LlamaForCausalLM",
+            *(40, 32, 2, 4, 2, 16, 64, 128),
+            ropes=(
+                RopeConfig(5e5, "llama3", 8.0),
+                RopeConfig(kind="longrope", short_factors=(1.0, 2.0), long_factors=(4.0, 8.0)),
+            ),
+            layer_ropes=(0, -1),
+            windows=(8, 0),
+            experts=ExpertsConfig(4, 2, 8, (1,)),
+            eos_ids=(2, 7),
+        ),
+        Later((RopeConfig(), None, RopeConfig(1e6)), windows=((1, 2), (), (3,)), cap=1 / 3, share=0.1 + 2**-54),
+        Later((), cap=float("inf"), on=False),
+    ],
+)
+def test_a_config_comes_back_equal_and_hashable(config):
+    back = through_json(config)
+    assert back == config and hash(back) == hash(config) and repr(back) == repr(config)
+
+
+def test_numpys_numbers_become_plain_ones():
+    assert through_json(Later((), cap=np.float32(0.5))) == Later((), cap=0.5)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"type": "Literal"},
+        {"type": "dataclasses"},
+        {"theta": 1.0},
+        {"type": "Later"},
+        {"type": "RopeConfig", "thetas": 1.0},
+        {"type": "Later", "ropes": [{"type": "?"}]},
+    ],
+)
+def test_what_is_no_config_is_refused(value):
+    with pytest.raises((TypeError, ValueError)):
+        from_plain(value)
