@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +116,15 @@ def split_scales(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTens
     return weights, scales
 
 
-def without_vision(folder: Path, weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The text model's weights, with a warning that says what is left out of a model that also sees."""
-    text = {name: tensor for name, tensor in weights.items() if not name.startswith(_VISION)}
-    if len(text) < len(weights):
-        warnings.warn(
-            f"{folder}: only text is served: {len(weights) - len(text)} tensors of its vision part are left out.", stacklevel=4
-        )
-    return text
+def without_vision(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The text model's weights, of a model that also sees."""
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(_VISION)}
 
 
-def warn_unused_scales(folder: Path, scales: dict[str, StoredTensor]) -> None:
-    """Say that scales were found and are not applied, as long as reading them is not implemented."""
+def warn_left_out(folder: Path, *, vision: int, scales: Mapping[str, StoredTensor]) -> None:
+    """Say what was found and is not loaded: a vision part, and scales as long as reading them is not implemented."""
+    if vision:
+        warnings.warn(f"{folder}: only text is served: {vision} tensors of its vision part are left out.", stacklevel=4)
     if scales:
         example = next(iter(scales))
         warnings.warn(
