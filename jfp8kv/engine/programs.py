@@ -1,4 +1,7 @@
-"""Compiled step programs: built once for each set of shapes, counted, and shared by every engine with an equal model.
+"""Compiled step programs: built once for each set of shapes, counted, and shared by engines with an equal model.
+
+An engine keeps its own programs; the last few that any engine used are kept for the next one. No more, since each holds about
+two hundred memory maps on a CPU, and Linux allows a process 65,530.
 
 Compilation is explicit (`lower`, `compile`), not left to a jit cache: what is compiled is known, and a call with other shapes
 is a new entry here rather than a silent pause.
@@ -7,6 +10,7 @@ is a new entry here rather than a silent pause.
 import dataclasses
 import functools
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +39,9 @@ class Program:
         return self.run.memory_analysis()
 
 
-_BUILT: dict[Key, Program] = {}
+KEPT = 64  # programs kept for engines to come
+
+_recent: OrderedDict[Key, Program] = OrderedDict()
 
 
 class Programs:
@@ -44,6 +50,7 @@ class Programs:
     def __init__(self, model: Model, weights: Weights, scales: LayerScales | None):
         self.model, self.weights, self.scales = model, weights, scales
         self.built: list[Program] = []  # by this engine, in order
+        self._own: dict[Key, Program] = {}
         self._fixed = (model, _signature((weights, scales)))
 
     def call(self, step: Callable, batch: Batch, pages: KVPages, **static: Any) -> tuple[Any, KVPages]:
@@ -54,10 +61,15 @@ class Programs:
     def program(self, step: Callable, batch: Batch, pages: KVPages, **static: Any) -> Program:
         """The compiled program for a step on arrays shaped like these (shapes suffice)."""
         key = (step, *static.items(), self._fixed, _signature((batch, pages)))
-        if key not in _BUILT:
-            _BUILT[key] = self._build(step, batch, pages, static)
-            self.built.append(_BUILT[key])
-        return _BUILT[key]
+        if key not in self._own:
+            if key not in _recent:
+                self.built.append(self._build(step, batch, pages, static))
+                _recent[key] = self.built[-1]
+            _recent.move_to_end(key)
+            self._own[key] = _recent[key]
+            while len(_recent) > KEPT:
+                _recent.popitem(last=False)
+        return self._own[key]
 
     def _build(self, step: Callable, batch: Batch, pages: KVPages, static: dict[str, Any]) -> Program:
         began = time.perf_counter()
