@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jfp8kv.api import generate, logits, score
+    from jfp8kv.api import calibrate, generate, logits, score
     from jfp8kv.cache.scales import KVScales
     from jfp8kv.checkpoint.load import load
     from jfp8kv.checkpoint.orbax import save
@@ -37,6 +37,7 @@ __all__ = [
     "Params",
     "RequestOutput",
     "SamplingParams",
+    "calibrate",
     "generate",
     "load",
     "logits",
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("generate", "logits", "score"),
+    "api": ("calibrate", "generate", "logits", "score"),
     "cache.scales": ("KVScales",),
     "checkpoint.load": ("load",),
     "checkpoint.orbax": ("save",),
