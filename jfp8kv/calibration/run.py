@@ -33,6 +33,7 @@ from jfp8kv.models.params import Params
 
 Statistics = Any  # Peaks, Histogram or Errors
 Carry = tuple[KVPages, Statistics]
+CPU_CHUNK, CHUNK = 512, 2048  # most tokens of a text per dispatch
 PAGE_TOKENS, POOL_TOKENS = 64, 512  # the cache for one prompt: so many tokens, or 4, 16, ... times as many
 
 
@@ -73,7 +74,7 @@ class Watch:
         cpu = jax.default_backend() == "cpu"
         self.model = Model(params.config, params.dtype, xla.attention)
         self.weights = _on_cpu(params) if cpu else params.tree
-        self.units, self.buckets = units, Buckets(1, 512 if cpu else 2048, 1)
+        self.units, self.buckets = units, Buckets(1, CPU_CHUNK if cpu else CHUNK, 1)
         self.prompts = self.tokens = 0
         self._pages: KVPages | None = None
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     data, out = Path(args.data), Path(args.out)
     if args.field is not None and not _is_jsonl(data):
         raise ConfigError(f"--field {args.field}: belongs to records, in a file that ends in .jsonl; {args.data} is text.")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {args.out}: there is no folder {out.parent}; make it first.")
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ConfigError(f"--out {args.out}: no file can be written there; give one in a folder that exists.")
     if not data.is_file():
         raise ConfigError(f"{args.data}: no such file. DATA is a text file or a .jsonl file.")
     from jfp8kv.api import calibration, calibration_plan, load
@@ -105,7 +106,5 @@ def _table(summary: dict[str, Any]) -> str:
     """Three lines for a reader."""
     kinds = {"K": summary["k"], "V": summary["v"]}
     head = f"{summary['observer']} scales per {summary['granularity']} for {summary['kv_dtype']}, {summary['layers']} layers"
-    rows = [
-        f"  {kind}  " + "  ".join(f"{what} {value:.3g}" for what, value in spread.items()) for kind, spread in kinds.items()
-    ]
-    return "\n".join([head, *rows])
+    shown = {kind: "  ".join(f"{what} {value:.3g}" for what, value in spread.items()) for kind, spread in kinds.items()}
+    return "\n".join([head, *(f"  {kind}  {spread}" for kind, spread in shown.items())])
