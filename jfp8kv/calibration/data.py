@@ -64,7 +64,7 @@ class Spool:
     def __exit__(self, *_: Any) -> None:
         self._file.close()
 
-    def keep(self, prompts: Iterable[list[list[int]]]) -> Iterator[list[list[int]]]:
+    def keep(self, prompts: Iterable[Any]) -> Iterator[list[list[int]]]:
         """The same, remembered as they pass."""
         for prompt in prompts:
             self._file.write(np.array([len(prompt), *map(len, prompt)], np.int32).tobytes())
@@ -76,7 +76,7 @@ class Spool:
         self._file.seek(0)
         while head := self._file.read(4):
             (count,) = np.frombuffer(head, np.int32)
-            yield [self._ids(length) for length in self._ids(count)]
+            yield [self._ids(length) for length in self._ids(int(count))]
 
     def _ids(self, count: int) -> list[int]:
-        return np.frombuffer(self._file.read(4 * int(count)), np.int32).tolist()
+        return np.frombuffer(self._file.read(4 * count), np.int32).tolist()

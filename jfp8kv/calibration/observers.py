@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped, UInt32
 
 from jfp8kv.attention.contract import Layer
 from jfp8kv.core.formats import KVFormat, decode, encode
@@ -82,9 +82,9 @@ class Peaks:
 
     def update(self, layer: Layer, x: Block, real: Real) -> "Peaks":
         """With the keys and values `x` of `layer`; tokens that are not `real` are padding and never count."""
-        magnitude = jnp.where(real[:, None, None], jnp.abs(x.astype(jnp.float32)), 0.0)
-        new = _over_units(jnp.max, magnitude, self.amax)
-        return Peaks(self.amax.at[layer].set(jnp.maximum(self.amax[layer], new)))
+        magnitude = jnp.where(real[:, None, None], _magnitude_bits(x), jnp.uint32(0))
+        new = jnp.maximum(_magnitude_bits(self.amax[layer]), _over_units(jnp.max, magnitude, self.amax))
+        return Peaks(self.amax.at[layer].set(lax.bitcast_convert_type(new, jnp.float32)))
 
     def host(self) -> "Peaks":
         return Peaks(np.asarray(self.amax))
@@ -136,8 +136,7 @@ class Histogram:
         return cls(Peaks.empty(units), jnp.zeros((*units.shape, BINS), jnp.int32))
 
     def update(self, layer: Layer, x: Block, real: Real) -> "Histogram":
-        bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.uint32)
-        bins = jnp.clip((bits >> _SHIFT).astype(jnp.int32) - _OFFSET, 0, BINS - 1)
+        bins = jnp.clip((_magnitude_bits(x) >> _SHIFT).astype(jnp.int32) - _OFFSET, 0, BINS - 1)
         kinds, heads, channels = (
             jnp.arange(size, dtype=jnp.int32).reshape([-1 if axis == i else 1 for axis in range(4)])
             for i, size in ((0, 2), (2, self.counts.shape[2]), (3, self.counts.shape[3]))
@@ -234,7 +233,12 @@ class Errors:
         return np.take_along_axis(np.asarray(self.candidates), best[None], axis=0)[0]
 
 
-def _over_units(reduce: Callable, x: Float[Array, "kinds tokens kv_heads head_dim"], like: Any) -> Array:
+def _magnitude_bits(x: Float[Array, "*dims"]) -> UInt32[Array, "*dims"]:
+    """The float32 bits of `|x|`, in the order of magnitudes, NaN above all: a maximum of floats may lose one on a CPU."""
+    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) & jnp.uint32(0x7FFFFFFF)
+
+
+def _over_units(reduce: Callable, x: Shaped[Array, "kinds tokens kv_heads head_dim"], like: Any) -> Array:
     """`reduce` over tokens and over whatever shares a scale: `[kinds, heads, channels]` for units of the shape of `like`."""
     over = [1, *(axis for axis in (2, 3) if like.shape[axis] == 1)]
     return jnp.squeeze(reduce(x, axis=tuple(over), keepdims=True), axis=1)

@@ -24,6 +24,7 @@ from jfp8kv.calibration.observers import Errors, Histogram, Peaks, Real, Units
 from jfp8kv.calibration.plan import Plan
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import FLOAT32
+from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.step import Model, Weights
 from jfp8kv.models.config import ModelConfig
@@ -78,8 +79,8 @@ class Watch:
         self.prompts = self.tokens = 0
         self._pages: KVPages | None = None
 
-    def over(self, prompts: Iterable[list[list[int]]], statistics: Statistics) -> Statistics:
-        """The statistics of all prompts, on the host. Raises `ConfigError` if there are none, or for NaN or infinity."""
+    def over(self, prompts: Iterable[Any], statistics: Statistics) -> Statistics:
+        """The statistics of all prompts, each a list of texts (token ids), on the host. Raises `ConfigError` if there are none, or for NaN or infinity."""
         total, room, held = None, statistics.room(self.units), 0
         self.prompts = self.tokens = 0
 
@@ -117,8 +118,7 @@ class Watch:
             start += len(real)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Chunk:
     """Tokens `start .. length-1` of a text of `context` tokens; `tokens` past those are padding."""
 
