@@ -80,7 +80,10 @@ class Watch:
         self._pages: KVPages | None = None
 
     def over(self, prompts: Iterable[Any], statistics: Statistics) -> Statistics:
-        """The statistics of all prompts, each a list of texts (token ids), on the host. Raises `ConfigError` if there are none, or for NaN or infinity."""
+        """The statistics of all prompts, each a list of texts (token ids), on the host.
+
+        Raises `ConfigError` if there are none, or for NaN or infinity.
+        """
         total, room, held = None, statistics.room(self.units), 0
         self.prompts = self.tokens = 0
 

@@ -1,6 +1,7 @@
-"""`calibrate` on whole models: equal to NumPy on the keys and values of an independent pass, in any order, in constant memory."""
+"""`calibrate` on whole models: equal to NumPy on keys and values of another pass, in any order, in constant memory."""
 
 import dataclasses
+import itertools
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from jfp8kv.models.decoder import bind
 from tests.references import oracle
 
 FOLDERS = Path(__file__).parent.parent / "references"
-FORMATS = pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
 
 
 @cache
@@ -94,14 +94,15 @@ def units_of(x: np.ndarray, granularity: str) -> np.ndarray:
     return x.reshape(layers, kinds, heads, 1, -1) if granularity == "head" else x
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gemma3_new", "qwen2_bias"])
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@FORMATS
-@pytest.mark.parametrize("observer", OBSERVERS)
+CASES = [
+    *itertools.product(["llama_gqa", "gemma3_new"], GRANULARITIES, ["fp8_e4m3", "fp8_e5m2"], OBSERVERS),
+    *itertools.product(["qwen2_bias"], GRANULARITIES, ["fp8_e4m3"], ["amax"]),
+]
+
+
+@pytest.mark.parametrize(("name", "granularity", "kv_dtype", "observer"), CASES)
 def test_scales_are_those_of_numpy_on_the_keys_and_values_of_another_pass(name, granularity, kv_dtype, observer):
     """Two passes in float32 and float64 agree to 1e-5; a percentile is at most 33/32 too high; see each observer's tests."""
-    if name == "qwen2_bias" and (kv_dtype, observer) != ("fp8_e4m3", "amax"):
-        pytest.skip("differs from llama_gqa in its keys and values alone")
     options = {"percentile": 99.0} if observer == "percentile" else {}
     found = jfp8kv.calibrate(
         load(name), prompts(name, *PROMPTS), kv_dtype=kv_dtype, granularity=granularity, observer=observer, **options
@@ -118,7 +119,7 @@ def test_scales_are_those_of_numpy_on_the_keys_and_values_of_another_pass(name, 
     else:
         candidates = [np.float32(amax / fmt.largest * 2 ** (-i / STEPS_PER_OCTAVE)) for i in range(CANDIDATES)]
         least = np.min([squared_error(x, scale, fmt) for scale in candidates], axis=0)
-        # Values a hair apart may fall on either side of a rounding boundary: one of a unit's few dozen moves its error by some %.
+        # A hair apart, a value may fall on the other side of a rounding boundary: one of a few dozen moves the error by some %.
         assert np.all(squared_error(x, scales, fmt) <= least * 1.1)
 
 
@@ -162,20 +163,34 @@ def test_pieces_of_a_window_are_texts_of_their_own():
     np.testing.assert_array_equal(stacked(cut), stacked(jfp8kv.calibrate(params, [text[:20], text[20:40], text[40:]])))
 
 
-def test_channel_scales_give_nearer_logits_than_unit_scales_where_keys_have_a_bias():
-    params = load("qwen2_bias")
-    text = prompts("qwen2_bias", *PROMPTS)
-    exact, unit, channel = (
-        jfp8kv.logits(params, text[0], kv_dtype=dtype, kv_scales=scales)
-        for dtype, scales in (
-            ("float32", "auto"),
-            ("fp8_e4m3", "unit"),
-            ("fp8_e4m3", jfp8kv.calibrate(params, text, granularity="channel")),
-        )
+def with_keys_times(params: jfp8kv.Params, factor: float) -> jfp8kv.Params:
+    """The same function with keys `factor` times as large, a power of two: queries are divided by it."""
+    layers = params.tree["layers"]
+    scaled = {
+        name: {leaf: weight * by for leaf, weight in layers[name].items()} for name, by in (("k", factor), ("q", 1 / factor))
+    }
+    return dataclasses.replace(params, tree={**params.tree, "layers": {**layers, **scaled}})
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "share"), [("qwen2_bias", 16.0, 0.85), ("llama_gqa", 2.0**-11, 0.25)], ids=["clipped", "flushed"]
+)
+def test_channel_scales_rescue_keys_that_lie_outside_the_range_of_e4m3(name, factor, share):
+    """Keys up to 946 are clipped at 448, keys of up to 0.0037 fall among the subnormals: measured 0.69 and 0.13 of the error
+    that unit scales make. Inside the range a scale changes little, since a float rounds by a share of the value
+    (docs/notes/009)."""
+    params = with_keys_times(load(name), factor)
+    data = prompts(name, *[60] * 8)
+    scales = jfp8kv.calibrate(params, data, granularity="channel")
+
+    def logits(**cache) -> np.ndarray:
+        return np.stack([jfp8kv.logits(params, text, **cache) for text in data])
+
+    exact = logits(kv_dtype="float32")
+    unit, channel = (
+        np.sqrt(np.mean((logits(kv_dtype="fp8_e4m3", kv_scales=kv_scales) - exact) ** 2)) for kv_scales in ("unit", scales)
     )
-    errors = [float(np.sqrt(np.mean((x - exact) ** 2))) for x in (unit, channel)]
-    print(errors)
-    assert errors[1] < 0.9 * errors[0]
+    assert channel < share * unit
 
 
 # -- memory -------------------------------------------------------------------------------------------------------------
