@@ -161,7 +161,7 @@ class Histogram:
         """An upper bound on the least magnitude that `percent` % of all do not exceed, float32, of the shape of `amax`.
 
         With `v` for that value, it is `v <= bound <= v * 33/32` for `v` from 2**-16 to 2**16; below, `bound` is at most
-        `v + 2**-16`, and above it is the largest value seen, which `bound` never exceeds.
+        `2**-16 * 33/32`, and above it is the largest value seen, which `bound` never exceeds.
         """
         seen = np.cumsum(self.counts, axis=-1)
         rank = math.ceil(Fraction(str(percent)) / 100 * int(seen.flat[-1]))  # the same for all units
