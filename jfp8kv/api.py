@@ -1,9 +1,9 @@
 """The functions of one line: `generate`, `logits` and `score`, which keep a warm `LLM` per model and cache setting behind them,
-and `calibrate`."""
+and two that need none, `calibrate` and `inspect`."""
 
-import inspect
 import os
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ from jfp8kv.calibration.plan import Plan as CalibrationPlan  # noqa: F401  (for 
 from jfp8kv.calibration.plan import plan as calibration_plan
 from jfp8kv.calibration.run import Calibration as Calibration
 from jfp8kv.calibration.run import calibration
+from jfp8kv.checkpoint.load import describe
 from jfp8kv.checkpoint.load import load as load
 from jfp8kv.core.errors import ConfigError, unknown_keyword
 from jfp8kv.engine.prompts import as_list, encode, is_single
 from jfp8kv.engine.request import RequestOutput
+from jfp8kv.inspection.report import Inspection, report
 from jfp8kv.llm import LLM, keep_compiled_programs
 from jfp8kv.models.params import Params
 from jfp8kv.sampling.params import SamplingParams
@@ -105,7 +107,7 @@ def calibrate(
     unknown format, granularity or observer; a value out of range; NaN or infinity among the keys or values of a layer.
     """
     for name in unknown:
-        raise unknown_keyword(name, list(inspect.signature(calibrate).parameters)[2:-1])
+        raise unknown_keyword(name, list(signature(calibrate).parameters)[2:-1])
     _require_params(params)
     asked = calibration_plan(
         kv_dtype=kv_dtype,
@@ -117,6 +119,30 @@ def calibrate(
     )
     keep_compiled_programs()
     return calibration(params, prompts, asked, progress=progress).scales
+
+
+def inspect(
+    source_or_params: str | os.PathLike[str] | Params,
+    *,
+    kv_dtype: str = "auto",
+    kv_scales: Any = "auto",
+    max_model_len: int | None = None,
+    page_size: int = 64,
+) -> Inspection:
+    """What a model is and what its KV cache costs in each format. Weights are not read: config and headers say it all.
+
+    Args:
+      source_or_params: what `load` takes, or a `Params`. Of a hub model only the small files are fetched; a folder may lack
+        its weights.
+      kv_dtype, kv_scales, max_model_len, page_size: as in `LLM`, whose `stats` would show the same figures. The usual formats
+        are listed whatever `kv_dtype` says.
+
+    Raises `CheckpointError` or `ConfigError` for what cannot be loaded or served, as far as config and headers tell.
+    """
+    cache = {"kv_dtype": kv_dtype, "kv_scales": kv_scales, "max_model_len": max_model_len, "page_size": page_size}
+    if isinstance(source_or_params, Params):
+        return report(source_or_params, "Params", **cache)
+    return report(describe(source_or_params, weights=False), os.fspath(source_or_params), **cache)
 
 
 def _llm(params: Params, kv_dtype: str, kv_scales: Any) -> LLM:

@@ -25,7 +25,7 @@ from jfp8kv.calibration.plan import Plan
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import FLOAT32
 from jfp8kv.core.pytree import pytree
-from jfp8kv.engine.buckets import Buckets
+from jfp8kv.engine.buckets import Buckets, default_token_budget
 from jfp8kv.engine.step import Model, Weights
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import bind
@@ -34,7 +34,6 @@ from jfp8kv.models.params import Params
 
 Statistics = Any  # Peaks, Histogram or Errors
 Carry = tuple[KVPages, Statistics]
-CPU_CHUNK, CHUNK = 512, 2048  # most tokens of a text per dispatch
 PAGE_TOKENS, POOL_TOKENS = 64, 512  # the cache for one prompt: so many tokens, or 4, 16, ... times as many
 
 
@@ -75,7 +74,7 @@ class Watch:
         cpu = jax.default_backend() == "cpu"
         self.model = Model(params.config, params.dtype, xla.attention)
         self.weights = _on_cpu(params) if cpu else params.tree
-        self.units, self.buckets = units, Buckets(1, CPU_CHUNK if cpu else CHUNK, 1)
+        self.units, self.buckets = units, Buckets(1, default_token_budget(), 1)
         self.prompts = self.tokens = 0
         self._pages: KVPages | None = None
 

@@ -3,13 +3,14 @@
 import json
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jfp8kv.checkpoint.safetensors import open_safetensors
 from jfp8kv.checkpoint.tensors import StoredTensor
 from jfp8kv.core.errors import CheckpointError
-from jfp8kv.models.layouts import bare
+from jfp8kv.models.layouts import bare, is_buffer
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -17,8 +18,6 @@ PICKLE_ADVICE = (
     "pickle files can run code when read, so they never are. Convert them where you trust them: "
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) of transformers writes safetensors."
 )
-# Buffers that some exporters write and no decoder needs.
-_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(self_)?attn\.(masked_)?bias$")
 _VISION = ("vision_tower.", "multi_modal_projector.")  # bare names of what turns images into embeddings
 # compressed-tensors, ModelOpt, Quark, AutoFP8 and relatives: self_attn.k_scale, k_proj.output_scale, k_cache.scale.
 _KV_SCALE = re.compile(
@@ -113,22 +112,19 @@ def split_scales(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTens
     Known buffers that are neither are dropped.
     """
     scales = {name: t for name, t in tensors.items() if _KV_SCALE.search(name)}
-    weights = {bare(name): t for name, t in tensors.items() if name not in scales and not _HARMLESS.search(name)}
+    weights = {bare(name): t for name, t in tensors.items() if name not in scales and not is_buffer(name)}
     return weights, scales
 
 
-def without_vision(folder: Path, weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The text model's weights, with a warning that says what is left out of a model that also sees."""
-    text = {name: tensor for name, tensor in weights.items() if not name.startswith(_VISION)}
-    if len(text) < len(weights):
-        warnings.warn(
-            f"{folder}: only text is served: {len(weights) - len(text)} tensors of its vision part are left out.", stacklevel=4
-        )
-    return text
+def without_vision(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The text model's weights, of a model that also sees."""
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(_VISION)}
 
 
-def warn_unused_scales(folder: Path, scales: dict[str, StoredTensor]) -> None:
-    """Say that scales were found and are not applied, as long as reading them is not implemented."""
+def warn_left_out(folder: Path, *, vision: int, scales: Mapping[str, StoredTensor]) -> None:
+    """Say what was found and is not loaded: a vision part, and scales as long as reading them is not implemented."""
+    if vision:
+        warnings.warn(f"{folder}: only text is served: {vision} tensors of its vision part are left out.", stacklevel=4)
     if scales:
         example = next(iter(scales))
         warnings.warn(
