@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jfp8kv.api import generate, inspect, logits, score
+    from jfp8kv.api import calibrate, generate, inspect, logits, score
     from jfp8kv.cache.scales import KVScales
     from jfp8kv.checkpoint.load import load
     from jfp8kv.checkpoint.orbax import save
@@ -39,6 +39,7 @@ __all__ = [
     "Params",
     "RequestOutput",
     "SamplingParams",
+    "calibrate",
     "generate",
     "inspect",
     "load",
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("generate", "inspect", "logits", "score"),
+    "api": ("calibrate", "generate", "inspect", "logits", "score"),
     "cache.scales": ("KVScales",),
     "checkpoint.load": ("load",),
     "checkpoint.orbax": ("save",),

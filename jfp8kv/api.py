@@ -1,19 +1,25 @@
 """The functions of one line: `generate`, `logits` and `score`, which keep a warm `LLM` per model and cache setting behind them,
-and `inspect`, which needs none."""
+and two that need none, `calibrate` and `inspect`."""
 
 import os
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
 
 from jfp8kv.cache.scales import KVScales
+from jfp8kv.calibration.plan import Plan as CalibrationPlan  # noqa: F401  (for the command line)
+from jfp8kv.calibration.plan import plan as calibration_plan
+from jfp8kv.calibration.run import Calibration as Calibration
+from jfp8kv.calibration.run import calibration
 from jfp8kv.checkpoint.load import describe
-from jfp8kv.core.errors import ConfigError
+from jfp8kv.checkpoint.load import load as load
+from jfp8kv.core.errors import ConfigError, unknown_keyword
 from jfp8kv.engine.prompts import as_list, encode, is_single
 from jfp8kv.engine.request import RequestOutput
 from jfp8kv.inspection.report import Inspection, report
-from jfp8kv.llm import LLM
+from jfp8kv.llm import LLM, keep_compiled_programs
 from jfp8kv.models.params import Params
 from jfp8kv.sampling.params import SamplingParams
 
@@ -67,6 +73,54 @@ def score(
     return scores[0] if is_single(texts_or_token_ids) else scores
 
 
+def calibrate(
+    params: Params,
+    prompts: Any,
+    *,
+    kv_dtype: str = "fp8_e4m3",
+    granularity: str = "head",
+    observer: str = "amax",
+    percentile: float | None = None,
+    window: int | None = None,
+    max_model_len: int | None = None,
+    progress: bool | None = None,
+    **unknown: Any,
+) -> KVScales:
+    """Static scales for an FP8 cache, from the keys (after RoPE) and values of all of `prompts`.
+
+    The same prompts in any order give the same scales. Memory does not grow with their number: an iterable is taken one by one.
+
+    Args:
+      params: what `load` or `Params.from_pytree` gave.
+      prompts: as for `generate`, or any iterable of such prompts.
+      kv_dtype: the format the scales are for: "fp8_e4m3" (or "fp8") or "fp8_e5m2".
+      granularity: what shares a scale in a layer: "tensor" (all of K, all of V), "head" (a KV head) or "channel".
+      observer: "amax": the largest magnitude seen becomes the largest finite value. "percentile": the same of the magnitude
+        that `percentile` % of the values do not exceed, up to a factor of 33/32 (calibration/observers.py). "mse": of 25
+        candidates from that of "amax" down to an eighth of it, the one of least squared error; goes over the data twice.
+      percentile: for that observer, above 0 and up to 100; None is 99.99.
+      window: cut prompts into pieces of this many tokens, each a text of its own; None takes them whole.
+      max_model_len: most tokens of a prompt or a piece; None is what the model was trained for.
+      progress: show a bar; None shows one on a terminal, unless there are 8 prompts or fewer.
+
+    What saw nothing but zeros gets scale 1. Raises `ConfigError`: no prompts, or one that is empty, too long or no prompt; an
+    unknown format, granularity or observer; a value out of range; NaN or infinity among the keys or values of a layer.
+    """
+    for name in unknown:
+        raise unknown_keyword(name, list(signature(calibrate).parameters)[2:-1])
+    _require_params(params)
+    asked = calibration_plan(
+        kv_dtype=kv_dtype,
+        granularity=granularity,
+        observer=observer,
+        percentile=percentile,
+        window=window,
+        max_model_len=max_model_len,
+    )
+    keep_compiled_programs()
+    return calibration(params, prompts, asked, progress=progress).scales
+
+
 def inspect(
     source_or_params: str | os.PathLike[str] | Params,
     *,
@@ -96,11 +150,7 @@ def _llm(params: Params, kv_dtype: str, kv_scales: Any) -> LLM:
 
     It belongs to `params` and goes with them. Scales from a file are read each time: what counts is what they are now.
     """
-    if not isinstance(params, Params):
-        raise ConfigError(
-            f"params of type {type(params).__name__}: must be a Params; make one with jfp8kv.load(path) or "
-            "Params.from_pytree(tree, config)."
-        )
+    _require_params(params)
     if isinstance(kv_scales, os.PathLike) or (isinstance(kv_scales, str) and os.path.isfile(kv_scales)):
         kv_scales = KVScales.load(kv_scales)
     settings, llm = params.__dict__.get(_ENGINE, (None, None))
@@ -116,3 +166,11 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, KVScales) and isinstance(b, KVScales):
         return np.array_equal(a.k, b.k) and np.array_equal(a.v, b.v)
     return type(a) is type(b) and a == b
+
+
+def _require_params(params: Any) -> None:
+    if not isinstance(params, Params):
+        raise ConfigError(
+            f"params of type {type(params).__name__}: must be a Params; make one with jfp8kv.load(path) or "
+            "Params.from_pytree(tree, config)."
+        )

@@ -4,7 +4,7 @@ import argparse
 import logging
 import re
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jfp8kv.core.errors import ConfigError, nearest, one_of
 
@@ -55,7 +55,7 @@ def load(args: argparse.Namespace) -> "jfp8kv.api.LLM":
     """The model asked for, with its cache. Raises `ConfigError` or `CheckpointError`."""
     from jfp8kv.api import LLM
 
-    logging.getLogger("jax").setLevel(logging.ERROR)
+    quiet_jax()
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the others
@@ -67,6 +67,11 @@ def load(args: argparse.Namespace) -> "jfp8kv.api.LLM":
         max_model_len=args.max_model_len,
         dtype=args.dtype,
     )
+
+
+def quiet_jax() -> None:
+    """JAX's own remarks are for its developers."""
+    logging.getLogger("jax").setLevel(logging.ERROR)
 
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
@@ -100,7 +105,32 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     group = _add_model(inspect)
     group.add_argument("--page-size", type=int, default=64, metavar="N", help="tokens per page (default 64)")
     inspect.add_argument("--json", action="store_true", help="print a JSON object")
-    return parser, {"generate": generate, "chat": chat, "inspect": inspect}
+
+    about = "Find scales for an FP8 cache from data, and write them to a file that --kv-scales takes."
+    calibrate = commands.add_parser("calibrate", help="find scales for an FP8 cache", description=about, allow_abbrev=False)
+    _add_calibration(calibrate)
+    return parser, {"generate": generate, "chat": chat, "inspect": inspect, "calibrate": calibrate}
+
+
+def _add_calibration(parser: _Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
+    data = "a text file with a prompt on each line, or a .jsonl file with a prompt in each record"
+    parser.add_argument("data", metavar="DATA", help=data)
+
+    def option(name: str, metavar: str, text: str, kind: type = str, **rest: Any) -> None:
+        parser.add_argument(name, metavar=metavar, type=kind, help=text, **rest)
+
+    option("--out", "FILE", "where the scales go (safetensors)", required=True)
+    option("--kv-dtype", "DTYPE", "fp8_e4m3 (or fp8, default) or fp8_e5m2", default="fp8_e4m3")
+    option("--granularity", "WHAT", "what shares a scale: tensor, head (default) or channel", default="head")
+    option("--observer", "NAME", "amax (default), percentile or mse", default="amax")
+    option("--percentile", "X", "of magnitudes that need no clipping (default 99.99), for --observer percentile", float)
+    option("--window", "N", "cut prompts into pieces of N tokens; a text file is then one text, not a prompt a line", int)
+    option("--field", "NAME", "of a record that holds the prompt (default: text, prompt or messages)")
+    option("--max-model-len", "N", "most tokens of a prompt (default: the model's)", int)
+    option("--dtype", "DTYPE", "of the weights: bfloat16, float16 or float32 (default: the file's)")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="print the summary alone: no progress, no remarks")
 
 
 def _add_model(parser: _Parser) -> argparse._ArgumentGroup:

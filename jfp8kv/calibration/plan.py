@@ -1,0 +1,79 @@
+"""What is asked of a calibration, checked before anything runs."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jfp8kv.calibration.observers import GRANULARITIES
+from jfp8kv.core.errors import ConfigError, one_of
+from jfp8kv.core.formats import FORMATS, KVFormat, kv_format
+from jfp8kv.models.config import ModelConfig
+
+OBSERVERS = ("amax", "percentile", "mse")
+PERCENTILE = 99.99
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The arguments of `jfp8kv.calibrate`, resolved as far as that goes without a model."""
+
+    fmt: KVFormat
+    granularity: str
+    observer: str
+    percentile: float
+    window: int | None
+    max_model_len: int | None
+
+    def most_tokens(self, config: ModelConfig) -> int:
+        """Most tokens of one text. Raises `ConfigError` for more than the model takes."""
+        for name, value in (("max_model_len", self.max_model_len), ("window", self.window)):
+            if value is not None and value > config.max_len:
+                raise ConfigError(f"{name}={value}: this model was trained for at most {config.max_len} tokens.")
+        return self.max_model_len or config.max_len
+
+
+def plan(
+    *,
+    kv_dtype: Any = "fp8_e4m3",
+    granularity: Any = "head",
+    observer: Any = "amax",
+    percentile: Any = None,
+    window: Any = None,
+    max_model_len: Any = None,
+) -> Plan:
+    """The arguments of `jfp8kv.calibrate`, each checked. Raises `ConfigError`."""
+    if not _is_one_of(granularity, GRANULARITIES):
+        raise one_of("granularity", granularity, GRANULARITIES)
+    if not _is_one_of(observer, OBSERVERS):
+        raise one_of("observer", observer, OBSERVERS)
+    if percentile is not None and observer != "percentile":
+        raise ConfigError(f"percentile={percentile!r}: belongs to observer='percentile', and this one is {observer!r}.")
+    for name, value in (("window", window), ("max_model_len", max_model_len)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name}={value!r}: must be a positive number of tokens.")
+    if window is not None and max_model_len is not None and window > max_model_len:
+        raise ConfigError(f"window={window}: must be at most max_model_len={max_model_len}.")
+    return Plan(_fp8(kv_dtype), granularity, observer, _percent(percentile), window, max_model_len)
+
+
+def _is_one_of(given: Any, allowed: tuple[str, ...]) -> bool:
+    return isinstance(given, str) and given in allowed
+
+
+def _fp8(kv_dtype: Any) -> KVFormat:
+    allowed = ("fp8", *(name for name, fmt in FORMATS.items() if fmt.is_fp8))
+    if isinstance(kv_dtype, str) and kv_dtype in FORMATS and kv_dtype not in allowed:
+        known = ", ".join(map(repr, allowed))
+        raise ConfigError(f"kv_dtype={kv_dtype!r}: scales belong to an FP8 cache, of kv_dtype {known}.")
+    if not _is_one_of(kv_dtype, allowed):
+        raise one_of("kv_dtype", kv_dtype, allowed)
+    return kv_format(kv_dtype)
+
+
+def _percent(percentile: Any) -> float:
+    if percentile is None:
+        return PERCENTILE
+    number = not isinstance(percentile, bool) and isinstance(percentile, int | float)
+    if not number or not math.isfinite(percentile) or not 0 < percentile <= 100:
+        raise ConfigError(f"percentile={percentile!r}: must be a number above 0 and up to 100, such as {PERCENTILE}.")
+    return float(percentile)

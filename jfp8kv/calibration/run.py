@@ -1,0 +1,193 @@
+"""The pass over the data: the engine's forward pass over a small float32 cache, with an `attend` that also watches.
+
+One prompt at a time, in chunks whose widths follow from the prompt's length alone: what a prompt adds to the statistics then
+depends on nothing beside it, to the last bit, and merging is exact. So order and grouping of the data change nothing. What is
+kept (the statistics, a cache for one prompt) does not grow with the number of prompts.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jfp8kv.attention import xla
+from jfp8kv.attention.contract import Layer, Query, Where
+from jfp8kv.attention.paged import KV, Attend, paged
+from jfp8kv.cache.pages import KVPages, LayerScales, new_pages
+from jfp8kv.cache.scales import KVScales
+from jfp8kv.calibration.data import Spool, pieces, stream
+from jfp8kv.calibration.observers import Errors, Histogram, Peaks, Real, Units
+from jfp8kv.calibration.plan import Plan
+from jfp8kv.core.errors import ConfigError
+from jfp8kv.core.formats import FLOAT32
+from jfp8kv.core.pytree import pytree
+from jfp8kv.engine.buckets import Buckets, default_token_budget
+from jfp8kv.engine.step import Model, Weights
+from jfp8kv.models.config import ModelConfig
+from jfp8kv.models.decoder import bind
+from jfp8kv.models.linear import as_bits
+from jfp8kv.models.params import Params
+
+Statistics = Any  # Peaks, Histogram or Errors
+Carry = tuple[KVPages, Statistics]
+PAGE_TOKENS, POOL_TOKENS = 64, 512  # the cache for one prompt: so many tokens, or 4, 16, ... times as many
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Scales, and how much they were made from."""
+
+    scales: KVScales
+    prompts: int
+    tokens: int
+
+
+def calibration(params: Params, prompts: Any, plan: Plan, *, progress: bool | None = None) -> Calibration:
+    """Choose scales for `params` from all of `prompts`. Errors as for `jfp8kv.calibrate`."""
+    c = params.config
+    units = Units(c.layers, c.kv_heads, c.head_dim, plan.granularity)
+    most = plan.most_tokens(c)
+    prompts, count = stream(prompts)
+    todo = pieces(prompts, params, max_model_len=most, window=plan.window)
+    watch = Watch(params, units)
+    with Spool() as spool:
+        if plan.observer == "percentile":
+            first = watch.over(_bar(todo, count, progress), Histogram.empty(units))
+            chosen = first.scales(plan.fmt, plan.percentile)
+        elif plan.observer == "mse":
+            first = watch.over(_bar(spool.keep(todo), count, progress, "largest values"), Peaks.empty(units))
+            again = _bar(spool.again(), watch.prompts, progress, "errors")
+            chosen = watch.over(again, Errors.of(first, plan.fmt)).scales()
+        else:
+            chosen = watch.over(_bar(todo, count, progress), Peaks.empty(units)).scales(plan.fmt)
+    return Calibration(KVScales(chosen[:, 0], chosen[:, 1]), watch.prompts, watch.tokens)
+
+
+class Watch:
+    """Runs prompts through the model and counts them."""
+
+    def __init__(self, params: Params, units: Units):
+        cpu = jax.default_backend() == "cpu"
+        self.model = Model(params.config, params.dtype, xla.attention)
+        self.weights = _on_cpu(params) if cpu else params.tree
+        self.units, self.buckets = units, Buckets(1, default_token_budget(), 1)
+        self.prompts = self.tokens = 0
+        self._pages: KVPages | None = None
+
+    def over(self, prompts: Iterable[Any], statistics: Statistics) -> Statistics:
+        """The statistics of all prompts, each a list of texts (token ids), on the host.
+
+        Raises `ConfigError` if there are none, or for NaN or infinity.
+        """
+        total, room, held = None, statistics.room(self.units), 0
+        self.prompts = self.tokens = 0
+
+        def taken(statistics: Statistics) -> Statistics:
+            return statistics.host() if total is None else total.merge(statistics.host())
+
+        for number, prompt in enumerate(prompts):
+            for ids in prompt:
+                for chunk in self._chunks(ids):
+                    if held and held + len(chunk.tokens) > room:
+                        total, statistics, held = taken(statistics), statistics.cleared(), 0
+                    self._pages, statistics = observe(self.model, self.weights, chunk, (self._pages, statistics))
+                    held += len(chunk.tokens)
+            _require_finite(statistics, number)
+            self.prompts, self.tokens = number + 1, self.tokens + sum(map(len, prompt))
+        if not self.prompts:
+            raise ConfigError("prompts is empty: give at least one.")
+        return taken(statistics)
+
+    def _chunks(self, ids: list[int]) -> Iterator["Chunk"]:
+        """One text as the step takes it, with a cache that holds all of it ready."""
+        pool = POOL_TOKENS
+        while pool < len(ids):
+            pool *= 4
+        if self._pages is None or self._pages.num_pages * PAGE_TOKENS != pool:
+            self._pages = None  # freed before the next one is made
+            self._pages = new_float32_pages(self.model.config, pool)
+        start = 0
+        while start < len(ids):
+            width = self.buckets.chunk(len(ids) - start)
+            tokens = np.full(width, self.model.config.vocab, np.int32)
+            real = ids[start : start + width]
+            tokens[: len(real)] = real
+            yield Chunk(tokens, *(np.array(n, np.int32) for n in (start, start + len(real), len(ids))))
+            start += len(real)
+
+
+@pytree
+class Chunk:
+    """Tokens `start .. length-1` of a text of `context` tokens; `tokens` past those are padding."""
+
+    tokens: Int[Array | np.ndarray, " tokens"]
+    start: Int[Array | np.ndarray, ""]
+    length: Int[Array | np.ndarray, ""]
+    context: Int[Array | np.ndarray, ""]
+
+
+def observe_chunk(model: Model, weights: Weights, chunk: Chunk, carry: Carry) -> Carry:
+    """The cache and the statistics after this chunk. Compiled as `observe`, which updates both in place."""
+    decoder = bind(model.config, weights, model.dtype)
+    pages = carry[0]
+    where = Where(jnp.arange(pages.num_pages, dtype=jnp.int32), chunk.start, chunk.length, chunk.length)
+    c = model.config
+    unit = LayerScales.of(KVScales.unit(c.layers), layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim)
+    positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
+    attend = observing(paged(model.attention, unit, model.options(decoder), lambda layer: where), positions < chunk.length)
+    return decoder(chunk.tokens, positions, attend=attend, carry=carry, context=chunk.context)[1]
+
+
+observe = jax.jit(observe_chunk, static_argnums=0, donate_argnums=3)
+
+
+def observing(attend: Attend, real: Real) -> Callable[..., tuple[Query, Carry]]:
+    """`attend` that updates statistics by the keys and values it is given, which are those the cache would be.
+
+    Attention itself is in float32 whatever the activations are.
+    """
+
+    def watched(layer: Layer, q: Query, k: KV, v: KV, carry: Carry) -> tuple[Query, Carry]:
+        pages, statistics = carry
+        out, pages = attend(layer, q.astype(jnp.float32), k, v, pages)
+        return out.astype(q.dtype), (pages, statistics.update(layer, jnp.stack([k, v]), real))
+
+    return watched
+
+
+def new_float32_pages(config: ModelConfig, tokens: int) -> KVPages:
+    """A cache that keeps `tokens` tokens of one text as they are, in every layer."""
+    sizes = {"kv_heads": config.kv_heads, "head_dim": config.head_dim, "page_size": PAGE_TOKENS}
+    return new_pages(FLOAT32, depth=config.layers, num_pages=tokens // PAGE_TOKENS, **sizes)
+
+
+def _on_cpu(params: Params) -> Weights:
+    """The weights as the CPU's products want them: as the engine does."""
+    return jax.tree.map(lambda w: as_bits(w) if w.dtype == params.dtype else w.astype(np.float32), params.tree)
+
+
+def _require_finite(statistics: Statistics, prompt: int) -> None:
+    """Raise `ConfigError` naming the layer if the keys or values seen so far were not all finite."""
+    if isinstance(statistics, Errors):
+        return  # a first pass has seen the same
+    peaks = statistics if isinstance(statistics, Peaks) else statistics.peaks
+    bad = np.argwhere(~np.isfinite(np.asarray(peaks.amax)))
+    if len(bad):
+        layer, kind, *_ = (int(i) for i in bad[0])
+        value = "NaN" if np.isnan(np.asarray(peaks.amax)[tuple(bad[0])]) else "an infinity"
+        raise ConfigError(
+            f"prompt {prompt} gave {value} among the {'KV'[kind]} of layer {layer}: no scale fits it. Check the weights, "
+            "or load them with dtype='float32'."
+        )
+
+
+def _bar(prompts: Iterable, count: int | None, progress: bool | None, what: str | None = None) -> Iterable:
+    """The prompts with a progress bar; None shows one on a terminal, unless they are known to be few."""
+    from tqdm import tqdm
+
+    hidden = not progress if progress is not None else (None if count is None or count > 8 else True)
+    return tqdm(prompts, total=count, desc=what, unit="prompt", disable=hidden)

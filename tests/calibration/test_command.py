@@ -1,0 +1,129 @@
+"""`jfp8kv calibrate` in this process, over the tiny reference model that has a tokenizer."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jfp8kv
+from jfp8kv.cli import main
+
+MODEL = Path(__file__).parent.parent / "references" / "llama_bf16"
+LINES = ["the end of the day", "a cat sat on the mat", "the end"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process; its exit status, stdout and stderr."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(arg) for arg in argv])
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+def same(path: Path, scales: jfp8kv.KVScales) -> bool:
+    found = jfp8kv.KVScales.load(path)
+    return np.array_equal(found.k, scales.k) and np.array_equal(found.v, scales.v)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jfp8kv.load(MODEL)
+
+
+def test_a_text_file_has_a_prompt_on_each_line_and_the_scales_serve_generate(run, params, tmp_path):
+    data, out = tmp_path / "data.txt", tmp_path / "scales.safetensors"
+    data.write_bytes(b"\xef\xbb\xbf" + "\r\n\n".join(LINES).encode())
+    status, shown, said = run("calibrate", MODEL, data, "--out", out)
+    assert status == 0, said
+    assert same(out, jfp8kv.calibrate(params, LINES))
+    assert shown.startswith("amax scales per head for fp8_e4m3, 2 layers\n  K  min ") and "\n  V  min " in shown
+    assert "of 3 prompts" in said and f"wrote {out}" in said
+    generate = ("generate", MODEL, "--prompt", "the end", "--max-tokens", "2", "--kv-dtype", "fp8", "--kv-scales", out)
+    assert run(*generate)[0] == 0
+
+
+def test_a_window_takes_a_text_file_as_one_text(run, params, tmp_path):
+    data, out = tmp_path / "data.txt", tmp_path / "scales.safetensors"
+    data.write_text("\n".join(LINES))
+    options = (
+        "--window",
+        16,
+        "--observer",
+        "percentile",
+        "--percentile",
+        99,
+        "--granularity",
+        "channel",
+        "--kv-dtype",
+        "fp8_e5m2",
+    )
+    status, shown, said = run("calibrate", MODEL, data, "--out", out, "--json", "--quiet", *options)
+    assert (status, said) == (0, "")
+    expected = jfp8kv.calibrate(
+        params, "\n".join(LINES), window=16, observer="percentile", percentile=99, granularity="channel", kv_dtype="fp8_e5m2"
+    )
+    assert same(out, expected)
+    summary = json.loads(shown)
+    assert summary["k"] == {name: float(getattr(np, name)(expected.k)) for name in ("min", "median", "max")}
+    asked = {"kv_dtype": "fp8_e5m2", "granularity": "channel", "observer": "percentile", "percentile": 99.0}
+    tokens = len(params.tokenizer.encode("\n".join(LINES)))
+    seen = {"out": str(out), "prompts": 1, "tokens": tokens, "layers": 2}
+    assert {name: summary[name] for name in asked | seen} == asked | seen
+
+
+def test_records_give_their_text_prompt_or_messages_or_the_field_named(run, params, tmp_path):
+    data, out = tmp_path / "data.jsonl", tmp_path / "scales.safetensors"
+    chat = [{"role": "user", "content": LINES[2]}]
+    records = [{"text": LINES[0], "other": "the"}, {"prompt": LINES[1], "other": [5, 6]}, {"messages": chat, "other": "a"}]
+    data.write_text("".join(json.dumps(record) + "\n\n" for record in records))
+    assert run("calibrate", MODEL, data, "--out", out)[0] == 0
+    assert same(out, jfp8kv.calibrate(params, iter([*LINES[:2], chat])))
+    assert run("calibrate", MODEL, data, "--out", out, "--field", "other")[0] == 0
+    assert same(out, jfp8kv.calibrate(params, iter(["the", [5, 6], "a"])))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "said"),
+    [
+        ("none.txt", None, [], "none.txt: no such file"),
+        ("data.txt", "", [], "prompts is empty"),
+        ("data.txt", "\n \n", [], "prompts is empty"),
+        ("data.txt", "", ["--window", 4], "prompts is empty"),
+        ("data.txt", "a " * 400, [], "prompt 0 has"),
+        ("data.txt", "a", ["--field", "text"], "--field text: belongs to records"),
+        ("data.txt", "a", ["--granularity", "chanel"], "Did you mean 'channel'"),
+        ("data.txt", "a", ["--observer", "max"], "observer='max'"),
+        ("data.txt", "a", ["--kv-dtype", "float32"], "kv_dtype='float32': scales belong to an FP8 cache"),
+        ("data.txt", "a", ["--observer", "percentile", "--percentile", "101"], "percentile=101.0"),
+        ("data.txt", "a", ["--percentle", "9"], "Did you mean '--percentile'"),
+        ("data.txt", "a", ["--window", "x"], "--window"),
+        ("data.txt", b"\xff\xfe", [], "cannot be read as UTF-8"),
+        ("data.jsonl", "{", [], "data.jsonl:1: is no JSON"),
+        ("data.jsonl", '{"text": "a"}\n{"body": "a"}', [], "data.jsonl:2: has no 'text' or 'prompt' or 'messages', but 'body'"),
+        ("data.jsonl", '{"text": "a"}', ["--field", "body"], "has no 'body', but 'text'"),
+        ("data.jsonl", "[1]", [], "but no object"),
+        ("data.jsonl", '{"text": 5}', [], "prompt 0 is of type int"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_two(run, tmp_path, name, content, options, said):
+    data, out = tmp_path / name, tmp_path / "scales.safetensors"
+    if content is not None:
+        data.write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, shown, error = run("calibrate", MODEL, data, "--out", out, *options)
+    assert (status, shown) == (2, "")
+    (line,) = error.splitlines()
+    assert line.startswith("jfp8kv: error: ") and said in line
+    assert not out.exists()
+
+
+def test_a_place_that_takes_no_file_is_refused_before_the_model_is_read(run, tmp_path):
+    (tmp_path / "data.txt").write_text("a")
+    for out in (tmp_path, tmp_path / "none" / "scales"):
+        status, _, error = run("calibrate", tmp_path / "no_model", tmp_path / "data.txt", "--out", out)
+        assert status == 2 and f"--out {out}" in error
+    assert "--out" in run("calibrate", MODEL, tmp_path / "data.txt")[2]
