@@ -6,6 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from jfp8kv.checkpoint.kv_names import is_kv_scale
+from jfp8kv.checkpoint.kv_sidecar import SIDECAR, Sidecar, read_sidecar
 from jfp8kv.checkpoint.safetensors import open_safetensors
 from jfp8kv.checkpoint.tensors import StoredTensor
 from jfp8kv.core.errors import CheckpointError
@@ -20,11 +22,6 @@ PICKLE_ADVICE = (
 # Buffers that some exporters write and no decoder needs.
 _HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(self_)?attn\.(masked_)?bias$")
 _VISION = ("vision_tower.", "multi_modal_projector.")  # bare names of what turns images into embeddings
-# compressed-tensors, ModelOpt, Quark, AutoFP8 and relatives: self_attn.k_scale, k_proj.output_scale, k_cache.scale.
-_KV_SCALE = re.compile(
-    r"(^|\.)((q|k|v|kv|prob)(_output)?_(scale|zero_point|scale_zero_point)|(q|k|v|kv|qkv)_proj\.output_(scale|zero_point)"
-    r"|(k|v)_cache\.(scale|zero_point)|self_attn\.[qkv]\.(scale|zero_point))$"
-)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,12 +104,18 @@ def _shard(folder: Path, name: str) -> Path:
     return path
 
 
+def open_sidecar(folder: Path) -> Sidecar | None:
+    """What `kv_cache_scales.json` says, or None if it is not there. Raises `CheckpointError` if it cannot be read."""
+    path = folder / SIDECAR
+    return read_sidecar(read_json(path), where=path) if path.is_file() else None
+
+
 def split_scales(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """The weights under their bare names (models/layouts.py), and the KV-cache scale tensors under their full names.
 
-    Known buffers that are neither are dropped.
+    Known buffers that are neither are dropped. A vision part's scales stay with its weights.
     """
-    scales = {name: t for name, t in tensors.items() if _KV_SCALE.search(name)}
+    scales = {name: t for name, t in tensors.items() if is_kv_scale(name) and not bare(name).startswith(_VISION)}
     weights = {bare(name): t for name, t in tensors.items() if name not in scales and not _HARMLESS.search(name)}
     return weights, scales
 
@@ -125,14 +128,3 @@ def without_vision(folder: Path, weights: dict[str, StoredTensor]) -> dict[str, 
             f"{folder}: only text is served: {len(weights) - len(text)} tensors of its vision part are left out.", stacklevel=4
         )
     return text
-
-
-def warn_unused_scales(folder: Path, scales: dict[str, StoredTensor]) -> None:
-    """Say that scales were found and are not applied, as long as reading them is not implemented."""
-    if scales:
-        example = next(iter(scales))
-        warnings.warn(
-            f"{folder}: {len(scales)} KV-cache scale tensors found (such as {example}) and not applied: reading them "
-            "is not implemented yet.",
-            stacklevel=4,
-        )
