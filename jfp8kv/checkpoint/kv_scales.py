@@ -243,7 +243,7 @@ def _checked(tensor: StoredTensor, heads: int, factor: float) -> tuple[np.ndarra
         per_head = f", or [{heads}] or [{heads}, 1, 1], one for each of its heads" if heads > 1 else ""
         return None, f"has shape {list(tensor.shape)}: must be [] or [1], one for the layer{per_head}"
     value = _values(tensor).reshape(sizes)
-    return (None, problem) if (problem := _broken(value)) else (value * np.float32(factor), None)
+    return (None, problem) if (problem := _broken(value)) else (np.asarray(value * np.float32(factor)), None)
 
 
 def _values(tensor: StoredTensor) -> np.ndarray:
@@ -295,25 +295,32 @@ def _by_place(read: Iterable[ReadScale], config: ModelConfig) -> dict[Place, lis
 
 def _judge(layer: int, by_place: Mapping[Place, list[ReadScale]]) -> tuple[LayerFound, list[Problem]]:
     """What this layer uses, and what is wrong with its scales."""
-    one = np.ones((), np.float32)
-    values, problems = {}, []
+    values, used, problems = {}, [], []
     for part in "kv":
-        there = by_place.get((layer, part), [])
-        usable = [scale.value for scale in there if scale.value is not None]
-        broken = [Problem(layer, scale.source, scale.problem, _FALLBACK) for scale in there if scale.problem is not None]
-        if not there:
-            broken = [_missing(layer, part, by_place)]
-        if not broken and not all(np.array_equal(value, usable[0]) for value in usable):
-            values[part] = np.array(functools.reduce(np.maximum, usable))
-            what = f"and {' and '.join(scale.source for scale in there[1:])} differ, and only one can be {part.upper()}'s"
-            problems.append(Problem(layer, there[0].source, what, "the larger is used"))
-            continue
-        problems += broken
-        values[part] = one if broken else usable[0]
-    problems = list(dict.fromkeys(problems))
-    used = [scale for part in "kv" for scale in by_place.get((layer, part), []) if scale.value is not None]
+        values[part], behind, wrong = _choose(layer, part, by_place)
+        used += behind
+        problems += wrong
+    problems = list(dict.fromkeys(problems))  # one scale for both is wrong once
     verdict = "; ".join(f"{problem.source} {problem.what}: {problem.fallback}" for problem in problems) or _verdict(used)
     return LayerFound(layer, values["k"], values["v"], tuple(dict.fromkeys(used)), verdict), problems
+
+
+def _choose(
+    layer: int, part: str, by_place: Mapping[Place, list[ReadScale]]
+) -> tuple[np.ndarray, list[ReadScale], list[Problem]]:
+    """The value for K or V of a layer, the scales it comes from, and why it is not simply what the file says."""
+    there = by_place.get((layer, part), [])
+    broken = [Problem(layer, scale.source, scale.problem, _FALLBACK) for scale in there if scale.problem is not None]
+    if not there:
+        broken = [_missing(layer, part, by_place)]
+    if broken:
+        return np.ones((), np.float32), [], broken
+    values = [scale.value for scale in there if scale.value is not None]
+    if all(np.array_equal(value, values[0]) for value in values):
+        return values[0], there, []
+    others = " and ".join(scale.source for scale in there[1:])
+    what = f"and {others} differ, and only one of them can be the scale of {part.upper()}"
+    return functools.reduce(np.maximum, values), there, [Problem(layer, there[0].source, what, "the larger is used")]
 
 
 def _verdict(used: Iterable[ReadScale]) -> str:
@@ -322,11 +329,14 @@ def _verdict(used: Iterable[ReadScale]) -> str:
 
 
 def _missing(layer: int, part: str, by_place: Mapping[Place, list[ReadScale]]) -> Problem:
-    alike = next((there[0].source for (_, other), there in by_place.items() if other == part), None)
-    if alike is not None:
-        return Problem(layer, of_layer(alike, layer), "is missing", _FALLBACK)
-    half = next(there[0].source for there in by_place.values())
-    return Problem(layer, of_layer(half, layer), f"has no {part.upper()} scale beside it, half a pair", _FALLBACK)
+    """Named after the same part's scale in another layer, or where none has it, after the half of the pair that is there."""
+    named = {place: [s.source for s in there if not s.source.endswith("zero_point")] for place, there in by_place.items()}
+    half = (named.get((layer, "v" if part == "k" else "k")) or [""])[0]
+    alike = next((sources[0] for (_, other), sources in named.items() if other == part and sources), None)
+    if alike is None:
+        anyone = half or next((sources[0] for sources in named.values() if sources), f"{part}_scale")
+        return Problem(layer, of_layer(anyone, layer), f"has no {part.upper()} scale beside it: half a pair", _FALLBACK)
+    return Problem(layer, of_layer(alike, layer), f"is missing{half and f' beside {half}: half a pair'}", _FALLBACK)
 
 
 def _no_such_layer(scale: ReadScale, config: ModelConfig) -> Problem:
