@@ -106,6 +106,31 @@ def test_experts_scales_are_told_from_the_caches(tiny, tmp_path, architecture, b
 
 
 @pytest.mark.parametrize(
+    ("name", "layer", "part"),
+    [
+        ("transformer.h.11.attn.k_scale", 11, "k"),
+        ("backbone.layers.3.mixer.v_proj.v_scale", 3, "v"),
+        ("model.layers.10.self_attn.qkqkv_proj.k_scale", 10, "k"),
+        ("model.layers.2.self_attn.attn.kv_scale", 2, "kv"),
+        ("model.layers.2.self_attn.attn.prob_scale", 2, "prob"),
+        ("model.layers.2.self_attn.q.scale", 2, "q"),
+    ],
+)
+def test_a_name_says_layer_and_part(name, layer, part):
+    found = kv_names.scale_name(name)
+    assert (found.layer, found.part, found.is_zero_point) == (layer, part, False)
+    point = kv_names.scale_name(f"{name.removesuffix('scale')}zero_point")
+    assert (point.layer, point.part, point.is_zero_point) == (layer, part, True)
+
+
+def test_a_vision_parts_scales_are_not_the_text_models(tiny, tmp_path):
+    tensors = tiny.scales("compressed-tensors", [0.5, 2.0], [1.0, 4.0])
+    seeing = {f"model.vision_tower.encoder.{name.removeprefix('model.')}": np.asarray(tensor * 3) for name, tensor in tensors.items()}
+    found = load_kv_scales(only_scales(tiny, tmp_path, tensors | seeing))
+    assert found.scales.k.ravel().tolist() == [0.5, 2] and found.problems == ()
+
+
+@pytest.mark.parametrize(
     "name",
     ["q_proj.weight", "k_proj.weight_scale", "k_proj.weight_scale_inv", "v_proj.input_scale", "k_norm.weight", "q_norm.scale"],
 )
