@@ -164,16 +164,18 @@ def load_saved(folder: Path, dtype: np.dtype | None) -> Params:
 
 
 def saved_scales(folder: Path) -> KVScales | None:
-    """The scales alone that `save` wrote, or None. Raises `CheckpointError` for a file that is damaged."""
+    """The scales alone that `save` wrote, or None. Raises `CheckpointError` for what is damaged."""
     about = read_json(folder / ABOUT)
     _require_version(folder, about)
-    return KVScales.load(folder / KV_SCALES) if about.get("kv_scales") else None
+    return _scales(folder / KV_SCALES) if about.get("kv_scales") else None
 
 
-def _scales(path: Path, config: ModelConfig) -> KVScales:
+def _scales(path: Path, config: ModelConfig | None = None) -> KVScales:
+    """Scales from a file of ours, which belong to a model of this config, if it is given."""
     try:
         scales = KVScales.load(path)
-        check_shape(scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
+        if config is not None:
+            check_shape(scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return scales

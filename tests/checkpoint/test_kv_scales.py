@@ -125,7 +125,9 @@ def test_a_name_says_layer_and_part(name, layer, part):
 
 def test_a_vision_parts_scales_are_not_the_text_models(tiny, tmp_path):
     tensors = tiny.scales("compressed-tensors", [0.5, 2.0], [1.0, 4.0])
-    seeing = {f"model.vision_tower.encoder.{name.removeprefix('model.')}": np.asarray(tensor * 3) for name, tensor in tensors.items()}
+    seeing = {
+        f"model.vision_tower.encoder.{name.removeprefix('model.')}": np.asarray(tensor * 3) for name, tensor in tensors.items()
+    }
     found = load_kv_scales(only_scales(tiny, tmp_path, tensors | seeing))
     assert found.scales.k.ravel().tolist() == [0.5, 2] and found.problems == ()
 
@@ -173,6 +175,8 @@ def test_scales_of_queries_and_probabilities_are_reported_and_not_used(tiny, tmp
 def test_a_model_without_scales_has_an_empty_report(tiny, tmp_path):
     found = load_kv_scales(folder_of(tiny, tmp_path, quantization_config=None))
     assert found.rows() == [] and found.scales is None and found.problems == found.notes == ()
+    config = tiny.config()
+    assert load_kv_scales(tiny.gguf(tmp_path / "model.gguf", config, tiny.tensors(config))).rows() == []
 
 
 # What is wrong
