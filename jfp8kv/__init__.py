@@ -11,12 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jfp8kv.api import generate, logits, score
+    from jfp8kv.api import generate, inspect, logits, score
     from jfp8kv.cache.scales import KVScales
     from jfp8kv.checkpoint.load import load
     from jfp8kv.checkpoint.orbax import save
     from jfp8kv.core.errors import CapacityError, CheckpointError, ConfigError, Jfp8kvError, NotSupported
     from jfp8kv.engine.request import CompletionOutput, RequestOutput
+    from jfp8kv.inspection.report import Inspection
     from jfp8kv.llm import LLM
     from jfp8kv.models.config import ModelConfig
     from jfp8kv.models.params import Params
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "Inspection",
     "Jfp8kvError",
     "KVScales",
     "ModelConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "generate",
+    "inspect",
     "load",
     "logits",
     "save",
@@ -45,12 +48,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("generate", "logits", "score"),
+    "api": ("generate", "inspect", "logits", "score"),
     "cache.scales": ("KVScales",),
     "checkpoint.load": ("load",),
     "checkpoint.orbax": ("save",),
     "core.errors": ("CapacityError", "CheckpointError", "ConfigError", "Jfp8kvError", "NotSupported"),
     "engine.request": ("CompletionOutput", "RequestOutput"),
+    "inspection.report": ("Inspection",),
     "llm": ("LLM",),
     "models.config": ("ModelConfig",),
     "models.params": ("Params",),

@@ -1,4 +1,5 @@
-"""The functions of one line: `generate`, `logits`, `score`. Each keeps a warm `LLM` per model and cache setting behind it."""
+"""The functions of one line: `generate`, `logits` and `score`, which keep a warm `LLM` per model and cache setting behind them,
+and `inspect`, which needs none."""
 
 import os
 from collections.abc import Sequence
@@ -7,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from jfp8kv.cache.scales import KVScales
+from jfp8kv.checkpoint.load import describe
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.engine.prompts import as_list, encode, is_single
 from jfp8kv.engine.request import RequestOutput
+from jfp8kv.inspection.report import Inspection, report
 from jfp8kv.llm import LLM
 from jfp8kv.models.params import Params
 from jfp8kv.sampling.params import SamplingParams
@@ -62,6 +65,30 @@ def score(
     ids = [encode(text, params.tokenizer, what=f"text {i}").ids for i, text in enumerate(texts)]
     scores = [llm.score(text) for text in ids]
     return scores[0] if is_single(texts_or_token_ids) else scores
+
+
+def inspect(
+    source_or_params: str | os.PathLike[str] | Params,
+    *,
+    kv_dtype: str = "auto",
+    kv_scales: Any = "auto",
+    max_model_len: int | None = None,
+    page_size: int = 64,
+) -> Inspection:
+    """What a model is and what its KV cache costs in each format. Weights are not read: config and headers say it all.
+
+    Args:
+      source_or_params: what `load` takes, or a `Params`. Of a hub model only the small files are fetched; a folder may lack
+        its weights.
+      kv_dtype, kv_scales, max_model_len, page_size: as in `LLM`, whose `stats` would show the same figures. The usual formats
+        are listed whatever `kv_dtype` says.
+
+    Raises `CheckpointError` or `ConfigError` for what cannot be loaded or served, as far as config and headers tell.
+    """
+    cache = {"kv_dtype": kv_dtype, "kv_scales": kv_scales, "max_model_len": max_model_len, "page_size": page_size}
+    if isinstance(source_or_params, Params):
+        return report(source_or_params, "Params", **cache)
+    return report(describe(source_or_params, weights=False), os.fspath(source_or_params), **cache)
 
 
 def _llm(params: Params, kv_dtype: str, kv_scales: Any) -> LLM:

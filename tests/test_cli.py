@@ -215,6 +215,32 @@ def test_ctrl_c_at_the_prompt_leaves(run, says, monkeypatch):
     assert run("chat", MODEL, "--quiet") == (0, "", "")
 
 
+# -- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_prints_plain_tables_to_a_pipe(run):
+    asked = jfp8kv.inspect(MODEL, kv_dtype="fp8", kv_scales="token_head", max_model_len=100, page_size=16)
+    options = ("--kv-dtype", "fp8", "--kv-scales", "token_head", "--max-model-len", 100, "--page-size", 16)
+    assert run("inspect", MODEL, *options) == (0, f"{asked}\n", "")
+
+
+def test_inspect_prints_json(run):
+    status, out, err = run("inspect", MODEL, "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out) == json.loads(json.dumps(jfp8kv.inspect(MODEL).to_dict()))
+
+
+def test_inspect_draws_lines_and_colours_on_a_terminal_and_keeps_to_its_width():
+    ours, theirs = os.openpty()
+    done = program("inspect", MODEL, stdout=theirs, env=os.environ | {"COLUMNS": "100", "TERM": "xterm"})
+    os.close(theirs)
+    with open(ours, "rb", buffering=0) as terminal:
+        shown = terminal.read(100_000).decode()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b[1m" in shown and "───" in shown
+    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in shown.splitlines()) <= 100
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 PROMPT = ("--prompt", "hi")
@@ -263,6 +289,12 @@ MISTAKES = {
     "a hub id that is not cached": (("generate", "nobody/nothing", *PROMPT), "nobody/nothing"),
     "a model with a name that no file can have": (("generate", "m" * 300, *PROMPT), "m" * 300),
     "a model that is a text": (("generate", __file__, *PROMPT), "neither a folder nor a .gguf file"),
+    "an inspection of nothing": (("inspect",), "MODEL"),
+    "an inspection of a model that is not there": (("inspect", "/no/model"), "/no/model"),
+    "an inspection beyond the model's context": (("inspect", MODEL, "--max-model-len", 512), "max_model_len=512"),
+    "an inspection with pages of nothing": (("inspect", MODEL, "--page-size", 0), "page_size=0"),
+    "an inspection with a misspelt option": (("inspect", MODEL, "--page-sise", 8), "Did you mean '--page-size'?"),
+    "a misspelt inspection": (("inspct", MODEL), "Did you mean 'inspect'?"),
     "a chat with a model that is not there": (("chat", "/no/model"), "/no/model"),
     "a chat with a bad temperature": (("chat", MODEL, "--temperature", -1), "temperature=-1.0"),
 }
@@ -353,7 +385,7 @@ def test_a_warning_of_the_library_is_one_line(run, monkeypatch):
 
 def test_help_and_version_answer_without_jax():
     code = "import sys; from jfp8kv.cli import main; status = main({!r}); sys.exit(3 if 'jax' in sys.modules else status)"
-    for argv in (["--help"], ["generate", "--help"], ["chat", "--help"], ["--version"]):
+    for argv in (["--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"], ["--version"]):
         done = subprocess.run(
             [sys.executable, "-c", code.format(argv)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
         )

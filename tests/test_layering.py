@@ -23,12 +23,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"core", "cache", "attention", "models", "sampling"},
     "checkpoint": {"core", "cache", "models"},
     "calibration": {"core", "cache", "attention", "models", "checkpoint", "engine"},
+    "inspection": {"core", "cache", "models", "engine", "checkpoint"},
     "llm": {"core", "attention", "models", "sampling", "engine", "checkpoint"},
-    "api": {"llm", "core", "cache", "attention", "models", "sampling", "engine", "checkpoint", "calibration"},
+    "api": {"llm", "inspection", "core", "cache", "attention", "models", "sampling", "engine", "checkpoint", "calibration"},
     "batch": {"core", "api"},
     "cli": {"core", "api", "batch"},
     # The front door names things again, and `python -m jfp8kv` starts the command line.
-    "jfp8kv": {"core", "cache", "models", "sampling", "checkpoint", "calibration", "engine", "llm", "api"},
+    "jfp8kv": {"core", "cache", "models", "sampling", "checkpoint", "calibration", "engine", "inspection", "llm", "api"},
     "__main__": {"cli"},
 }
 

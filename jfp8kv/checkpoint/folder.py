@@ -1,7 +1,6 @@
 """A Hugging Face folder: `config.json`, safetensors weights in one file or in shards, and what stands beside them."""
 
 import json
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from jfp8kv.checkpoint.kv_sidecar import SIDECAR, Sidecar, read_sidecar
 from jfp8kv.checkpoint.safetensors import open_safetensors
 from jfp8kv.checkpoint.tensors import StoredTensor
 from jfp8kv.core.errors import CheckpointError
-from jfp8kv.models.layouts import bare
+from jfp8kv.models.layouts import bare, is_buffer
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -19,8 +18,6 @@ PICKLE_ADVICE = (
     "pickle files can run code when read, so they never are. Convert them where you trust them: "
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) of transformers writes safetensors."
 )
-# Buffers that some exporters write and no decoder needs.
-_HARMLESS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(self_)?attn\.(masked_)?bias$")
 _VISION = ("vision_tower.", "multi_modal_projector.")  # bare names of what turns images into embeddings
 
 
@@ -116,15 +113,16 @@ def split_scales(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTens
     Known buffers that are neither are dropped. A vision part's scales stay with its weights.
     """
     scales = {name: t for name, t in tensors.items() if is_kv_scale(name) and not bare(name).startswith(_VISION)}
-    weights = {bare(name): t for name, t in tensors.items() if name not in scales and not _HARMLESS.search(name)}
+    weights = {bare(name): t for name, t in tensors.items() if name not in scales and not is_buffer(name)}
     return weights, scales
 
 
-def without_vision(folder: Path, weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The text model's weights, with a warning that says what is left out of a model that also sees."""
-    text = {name: tensor for name, tensor in weights.items() if not name.startswith(_VISION)}
-    if len(text) < len(weights):
-        warnings.warn(
-            f"{folder}: only text is served: {len(weights) - len(text)} tensors of its vision part are left out.", stacklevel=4
-        )
-    return text
+def without_vision(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The text model's weights, of a model that also sees."""
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(_VISION)}
+
+
+def warn_without_vision(folder: Path, count: int) -> None:
+    """Say that a vision part of `count` tensors is not loaded, if there is one."""
+    if count:
+        warnings.warn(f"{folder}: only text is served: {count} tensors of its vision part are left out.", stacklevel=4)

@@ -68,7 +68,8 @@ def open_gguf(path: Path) -> GGUFFile:
     """
     fields, tensors = read_header(path)
     factors = tensors.pop(_ROPE_FACTORS, None)
-    config = config_from_gguf(fields, tensors=tensors.keys(), rope_factors=None if factors is None else _values(factors))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    config = config_from_gguf(fields, tensors=shapes, rope_factors=None if factors is None else _values(factors))
     return GGUFFile(path, fields, config, tensors)
 
 

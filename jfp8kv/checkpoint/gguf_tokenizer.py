@@ -2,11 +2,12 @@
 
 GGUF keeps a vocabulary, merges or scores, token types, and for byte-level BPE the *name* of a pre-tokenizer, not its
 rule. The rules are listed here, as the models' own `tokenizer.json` files have them. A name that is not listed gives
-no tokenizer, with a warning: splitting text by the wrong rule would change every answer quietly.
+no tokenizer, with a warning: splitting text by the wrong rule would change every answer quietly. Where llama.cpp and the
+model's `tokenizer.json` differ, ids are the latter's: it normalizes Unicode for Qwen, for one.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 def tokenizer_from_gguf(fields: Mapping[str, Any], *, eos_ids: Iterable[int], where: Path) -> Tokenizer | None:
     """A `Tokenizer` from GGUF metadata; None, with a warning, when the file has none that is read here."""
     build = _MODELS.get(fields.get("tokenizer.ggml.model", ""))
+    fields = _with_spaces_marked(fields)
     backend = build(fields) if build and "tokenizer.ggml.tokens" in fields else None
     if backend is None:
         name = " / ".join(str(fields.get(f"tokenizer.ggml.{key}")) for key in ("model", "pre"))
@@ -41,6 +43,18 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], *, eos_ids: Iterable[int], wh
     if bos or eos:
         _surround(backend, bos, eos)
     return Tokenizer(backend, chat_template=fields.get("tokenizer.chat_template"), special_tokens=special, eos_ids=eos_ids)
+
+
+def _with_spaces_marked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields, runs of spaces that are tokens (Gemma has them) spelled "▁" as in the model's own file, not " "."""
+    tokens, kinds = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.token_type")
+    if fields.get("tokenizer.ggml.model") != "llama" or not tokens or not kinds:
+        return fields
+    marked = [
+        "▁" * len(token) if kind == _USER_DEFINED and not token.strip(" ") else token
+        for token, kind in zip(tokens, kinds, strict=False)
+    ]
+    return {**fields, "tokenizer.ggml.tokens": [*marked, *tokens[len(kinds) :]]}
 
 
 def _adds_bos(fields: Mapping[str, Any]) -> bool:
@@ -84,7 +98,7 @@ def _mark_special(backend: Any, fields: Mapping[str, Any]) -> None:
 def _byte_level_bpe(fields: Mapping[str, Any]) -> Any | None:
     """Byte-level BPE (GPT-2's kind). Llama 3 takes a whole word that is a token before it looks at merges."""
     from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models
+    from tokenizers import decoders, models, normalizers
 
     name = fields.get("tokenizer.ggml.pre")
     if name not in _PRE_TOKENIZERS or "tokenizer.ggml.merges" not in fields:
@@ -92,6 +106,8 @@ def _byte_level_bpe(fields: Mapping[str, Any]) -> Any | None:
     vocab = {token: number for number, token in enumerate(fields["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     backend = Backend(models.BPE(vocab, merges, ignore_merges=name in _LLAMA3_NAMES))
+    if name in _COMPOSED:
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _PRE_TOKENIZERS[name]()
     backend.decoder = decoders.ByteLevel()
     return backend
@@ -122,6 +138,7 @@ def _by_regex(pattern: str) -> Callable[[], Any]:
 
 
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_COMPOSED = ("qwen2",)  # "e" and a combining accent become one letter first
 _PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "gpt-2": _gpt2,
     "smollm": _single_digits,
@@ -133,7 +150,7 @@ _PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
 
 
 def _sentencepiece(fields: Mapping[str, Any]) -> Any | None:
-    """Llama 1 and 2's sentencepiece BPE: no merges are stored, the best-scored joined piece is merged first."""
+    """The sentencepiece BPE of Llama 1 and 2 and of Gemma: no merges are stored, the best-scored piece is joined first."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
 
@@ -141,8 +158,10 @@ def _sentencepiece(fields: Mapping[str, Any]) -> Any | None:
     if scores is None:
         return None
     vocab = {token: number for number, token in enumerate(tokens)}
+    kinds = fields.get("tokenizer.ggml.token_type", ())
+    kept = dict.fromkeys(token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED)
     unknown = _special_tokens(fields).get("unk_token")
-    model = models.BPE(vocab, _merges(vocab, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model = models.BPE(vocab, _merges(vocab, scores, kept), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend = Backend(model)
     prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
     space = normalizers.Replace(" ", "▁")
@@ -152,15 +171,21 @@ def _sentencepiece(fields: Mapping[str, Any]) -> Any | None:
     return backend
 
 
-def _merges(vocab: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, best score of the third first (ties: the lower ids)."""
-    found = []
-    for piece, number in vocab.items():
-        for cut in range(1, len(piece)):
-            left, right = vocab.get(piece[:cut]), vocab.get(piece[cut:])
-            if left is not None and right is not None:
-                found.append((-scores[number], left, right, piece[:cut], piece[cut:]))
-    return [(left, right) for *_, left, right in sorted(found)]
+def _merges(vocab: Mapping[str, int], scores: Sequence[float], kept: Collection[str]) -> list[tuple[str, str]]:
+    """Every way to join two pieces into a third, best score of the third first, then in order of ids, as in Llama 2's own file.
+
+    User-defined pieces (`kept`) go before all, the longest left part first, so that a run of spaces is one token for as long
+    as there is one. Their scores in the file mean nothing.
+    """
+    first = sorted((pair for piece in kept for pair in _splits(piece, vocab)), key=lambda pair: (-len(pair[0]), -len(pair[1])))
+    ranked = sorted((piece for piece in vocab if piece not in kept), key=lambda piece: -scores[vocab[piece]])
+    return first + [pair for piece in ranked for pair in _splits(piece, vocab)]
+
+
+def _splits(piece: str, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    cuts = range(1, len(piece))
+    found = [(left, right) for cut in cuts if (left := piece[:cut]) in vocab and (right := piece[cut:]) in vocab]
+    return sorted(found, key=lambda pair: (vocab[pair[0]], vocab[pair[1]])) if len(found) > 1 else found
 
 
 _MODELS: dict[str, Callable[[Mapping[str, Any]], Any | None]] = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}

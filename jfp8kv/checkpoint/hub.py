@@ -4,12 +4,13 @@ from pathlib import Path
 
 from jfp8kv.core.errors import CheckpointError
 
-FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+SMALL = ["*.json", "*.jinja", "tokenizer.model"]
+FILES = ["*.safetensors", *SMALL]
 NOT_THESE = ["*/*", "consolidated*.safetensors"]  # other formats and copies of the same weights
 
 
-def fetch(repo: str) -> Path:
-    """The local folder of a hub model: weights, configs and tokenizer, downloaded if the cache lacks them.
+def fetch(repo: str, *, weights: bool = True) -> Path:
+    """The local folder of a hub model: configs, tokenizer and, if asked for, weights, downloaded if the cache lacks them.
 
     Raises:
       CheckpointError: it cannot be had, saying what to try.
@@ -17,7 +18,7 @@ def fetch(repo: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=FILES, ignore_patterns=NOT_THESE))
+        return Path(snapshot_download(repo, allow_patterns=FILES if weights else SMALL, ignore_patterns=NOT_THESE))
     except Exception as error:  # it lets through those of its HTTP library, which differs between its versions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

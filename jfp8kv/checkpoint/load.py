@@ -1,32 +1,37 @@
 """`load`: a folder, a file or a hub id becomes `Params`.
 
-What a source is gets decided here and nowhere else; each kind has its reader beside this file. Nothing runs code from a
-checkpoint: no pickles, no remote code, and chat templates are rendered in a sandbox.
+What a source is gets decided here and nowhere else; each kind has its reader beside this file. `describe` reads the config and
+the headers, and `load` then the weights. Nothing runs code from a checkpoint: no pickles, no remote code, and chat
+templates are rendered in a sandbox.
 """
 
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jfp8kv.checkpoint import folder as hf
 from jfp8kv.checkpoint.hub import fetch
 from jfp8kv.checkpoint.kv_scales import FoundScales, find_scales
-from jfp8kv.checkpoint.orbax import KV_SCALES, is_saved, load_saved, saved_scales
+from jfp8kv.checkpoint.orbax import KV_SCALES, describe_saved, is_saved, load_saved
 from jfp8kv.checkpoint.quantized import dequantized, warn_dequantized
 from jfp8kv.checkpoint.tensors import FLOATS, StoredTensor, assemble, same_values, weights_dtype
 from jfp8kv.checkpoint.tokenizer import read_tokenizer
 from jfp8kv.core.errors import CheckpointError, ConfigError, one_of
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
-from jfp8kv.models.families.fields import ids
+from jfp8kv.models.families.fields import ids, mapping
 from jfp8kv.models.layouts import gguf_modules, hf_modules
+from jfp8kv.models.names import Module, expected_shapes, nest
 from jfp8kv.models.params import Params
-from jfp8kv.models.quantization import weight_scheme
+from jfp8kv.models.quantization import WeightScheme, weight_scheme
+from jfp8kv.models.tokenizer import Tokenizer
 
 _HEAD = "lm_head.weight"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -55,9 +60,66 @@ def load(source: str | os.PathLike[str], dtype: Any = None, *, strict: bool = Tr
     """
     target = resolve_dtype(dtype)
     path = locate(source)
+    if path.is_dir() and is_saved(path):
+        return load_saved(path, target)
+    return _read(_describe(path, needs_weights=True), target, strict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A checkpoint as its config and headers have it. Of the weights nothing is read.
+
+    Attributes:
+      path: the folder or file; `kind` says of what sort, for people.
+      config: with `dtype` as the weights are stored. Where it ties the output to the embeddings and the checkpoint repeats
+        them, `load` looks whether they are the same.
+      weights: every tensor of the text model, under the names that `modules` gives or our own; none where they are not there.
+      tokenizer: reads the tokenizer, None if there is none.
+      scales: the KV-cache scale tensors by their full names.
+      found: what those, a side-car or a file of ours say, layer by layer.
+      vision: how many tensors of a vision part are left out.
+      scheme: how the weights are quantized; `quantized_by` names the tool, which may have quantized the cache alone.
+    """
+
+    path: Path
+    kind: str
+    config: ModelConfig
+    weights: Mapping[str, StoredTensor]
+    modules: Mapping[str, Module]
+    tokenizer: Callable[[], Tokenizer | None]
+    scales: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
+    found: FoundScales = dataclasses.field(default_factory=FoundScales)
+    vision: int = 0
+    scheme: WeightScheme | None = None
+    quantized_by: str | None = None
+
+    def shapes(self) -> Params:
+        """The `Params` that `load` gives, with a `jax.ShapeDtypeStruct` in the place of every array."""
+        usual = FLOATS[self.config.dtype]
+        dtypes = {} if self.modules else {name: tensor.dtype for name, tensor in self.weights.items()}
+        shapes = expected_shapes(self.config).items()
+        tree = nest({name: jax.ShapeDtypeStruct(shape, dtypes.get(name, usual)) for name, shape in shapes})
+        return Params(tree, self.config, self.tokenizer(), self.found.scales)
+
+
+def describe(source: str | os.PathLike[str], *, weights: bool = True) -> Described:
+    """What `load` would load, without reading the weights.
+
+    Args:
+      source: as for `load`.
+      weights: False asks for no weights: of a hub model they are not fetched, and a folder may have none. Their headers are
+        read where they are there.
+
+    Raises:
+      CheckpointError, ConfigError: as `load`, for all that config and headers can tell.
+    """
+    return _describe(locate(source, weights=weights), needs_weights=weights)
+
+
+def _describe(path: Path, *, needs_weights: bool) -> Described:
     if not path.is_dir():
-        return _load_gguf(path, target)
-    return load_saved(path, target) if is_saved(path) else _load_folder(path, target, strict)
+        return _describe_gguf(path)
+    return _describe_saved(path) if is_saved(path) else _describe_folder(path, needs_weights)
 
 
 def resolve_dtype(dtype: Any) -> np.dtype | None:
@@ -73,8 +135,9 @@ def resolve_dtype(dtype: Any) -> np.dtype | None:
     return FLOATS[name]
 
 
-def locate(source: str | os.PathLike[str]) -> Path:
-    """The folder or .gguf file that `source` means; a hub id that nothing here is named after is fetched."""
+def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
+    """The folder or .gguf file that `source` means; a hub id that nothing here is named after is fetched, with its weights
+    or without."""
     if not isinstance(source, str | os.PathLike) or not str(source).strip():
         raise ConfigError(f"source={source!r}: must be a folder, a .gguf file or a hub id such as 'owner/name'.")
     path = Path(os.path.expanduser(source))
@@ -83,7 +146,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if path.exists():
         return _readable_file(path)
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".gguf":
-        return fetch(source)
+        return fetch(source, weights=weights)
     raise CheckpointError(f"{source}: no such file or folder.")
 
 
@@ -105,36 +168,11 @@ def load_kv_scales(source: str | os.PathLike[str]) -> FoundScales:
       CheckpointError, ConfigError: as `load`, for what its config and headers tell.
     """
     path = locate(source)
-    if not path.is_dir():
-        return FoundScales()
-    if is_saved(path):
-        scales = saved_scales(path)
-        return FoundScales() if scales is None else FoundScales.of(scales, source=KV_SCALES)
-    described = hf.read_config(path)
-    _, scales = hf.split_scales(hf.open_weights(path))
-    return _found_scales(path, described, config_from_hf(described), scales)
-
-
-def _load_folder(folder: Path, dtype: np.dtype | None, strict: bool) -> Params:
-    described = hf.read_config(folder)
-    config, scheme = config_from_hf(described), weight_scheme(described.get("quantization_config"))
-    weights, scales = hf.split_scales(hf.open_weights(folder))
-    if "vision_config" in described:
-        weights = hf.without_vision(folder, weights)
-    weights = dequantized(weights, scheme, FLOATS[config.dtype])
-    modules = hf_modules(config, weights)
-    if config.tied_embeddings and _HEAD in weights:  # a copy of the embeddings, or a head of its own whatever the config says
-        tied = same_values(weights[_HEAD], weights.get(f"{modules['embed'].path}.weight"))
-        config = dataclasses.replace(config, tied_embeddings=tied)
-        weights = {name: tensor for name, tensor in weights.items() if not (tied and name == _HEAD)}
-    found = _found_scales(folder, described, config, scales)
-    found.say(folder, strict=strict, stacklevel=4)
-    config = dataclasses.replace(config, kv_cache_dtype=config.kv_cache_dtype or found.declares)
-    stored = weights_dtype(weights)
-    warn_dequantized(folder, scheme, weights, dtype or stored)
-    config = dataclasses.replace(config, dtype=stored.name, eos_ids=ids([*config.eos_ids, *ids(hf.generation_eos_ids(folder))]))
-    tree = assemble(config, weights, modules, dtype or stored, where=folder)
-    return Params(tree, config, read_tokenizer(folder, eos_ids=config.eos_ids), found.scales)
+    if path.is_dir() and not is_saved(path):
+        declared = hf.read_config(path)
+        _, scales = hf.split_scales(hf.open_weights(path))
+        return _found_scales(path, declared, config_from_hf(declared), scales)
+    return _describe(path, needs_weights=True).found
 
 
 def _found_scales(
@@ -149,11 +187,65 @@ def _found_scales(
     )
 
 
-def _load_gguf(path: Path, dtype: np.dtype | None) -> Params:
+def _describe_folder(folder: Path, needs_weights: bool) -> Described:
+    declared = hf.read_config(folder)
+    config, scheme = config_from_hf(declared), weight_scheme(declared.get("quantization_config"))
+    tensors = hf.open_weights(folder) if needs_weights or any(folder.glob("*.safetensors")) else {}
+    weights, scales = hf.split_scales(tensors)
+    seen = hf.without_vision(weights) if "vision_config" in declared else weights
+    text = dequantized(seen, scheme, FLOATS[config.dtype])
+    found = _found_scales(folder, declared, config, scales)
+    config = dataclasses.replace(
+        config,
+        kv_cache_dtype=config.kv_cache_dtype or found.declares,
+        dtype=weights_dtype(text).name if text else config.dtype,
+        eos_ids=ids([*config.eos_ids, *ids(hf.generation_eos_ids(folder))]),
+    )
+    return Described(
+        folder,
+        "Hugging Face folder",
+        config,
+        text,
+        hf_modules(config, text),
+        partial(read_tokenizer, folder, eos_ids=config.eos_ids),
+        scales=scales,
+        found=found,
+        vision=len(weights) - len(seen),
+        scheme=scheme,
+        quantized_by=mapping(declared, "quantization_config").get("quant_method"),
+    )
+
+
+def _describe_gguf(path: Path) -> Described:
     from jfp8kv.checkpoint.gguf import open_gguf  # the gguf library is only needed here
 
     file = open_gguf(path)
-    stored = weights_dtype(file.tensors)
-    config = dataclasses.replace(file.config, dtype=stored.name)
-    tree = assemble(config, file.tensors, gguf_modules(config), dtype or stored, where=path)
-    return Params(tree, config, file.tokenizer())
+    config = dataclasses.replace(file.config, dtype=weights_dtype(file.tensors).name)
+    return Described(path, "GGUF file", config, file.tensors, gguf_modules(config), file.tokenizer)
+
+
+def _describe_saved(folder: Path) -> Described:
+    config, tokenizer, scales, weights = describe_saved(folder)
+    found = FoundScales() if scales is None else FoundScales.of(scales, source=KV_SCALES)
+    return Described(folder, "folder of jfp8kv.save", config, weights, {}, lambda: tokenizer, found=found)
+
+
+def _read(found: Described, dtype: np.dtype | None, strict: bool) -> Params:
+    config, weights = _with_its_head(found)
+    hf.warn_without_vision(found.path, found.vision)
+    found.found.say(found.path, strict=strict, stacklevel=4)
+    dtype = dtype or FLOATS[config.dtype]
+    warn_dequantized(found.path, found.scheme, weights, dtype)
+    tree = assemble(config, weights, found.modules, dtype, where=found.path)
+    return Params(tree, config, found.tokenizer(), found.found.scales)
+
+
+def _with_its_head(found: Described) -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
+    """The config and weights once it is known what a head beside tied embeddings is: a copy of them, which is left out, or a
+    head of its own, whatever the config says."""
+    config, weights = found.config, found.weights
+    if not config.tied_embeddings or _HEAD not in weights:
+        return config, weights
+    tied = same_values(weights[_HEAD], weights.get(f"{found.modules['embed'].path}.weight"))
+    kept = {name: tensor for name, tensor in weights.items() if not (tied and name == _HEAD)}
+    return dataclasses.replace(config, tied_embeddings=tied), kept

@@ -146,36 +146,46 @@ def load_saved(folder: Path, dtype: np.dtype | None) -> Params:
     Raises:
       CheckpointError: written by a newer version, damaged, truncated, or out of `dtype`'s range.
     """
+    config, tokenizer, scales = _about(folder)
+    expected, path = expected_shapes(config), folder / WEIGHTS
+    with _checkpointer() as checkpointer:
+        found = _checked(path, expected, checkpointer)
+        largest_first = sorted(expected, key=lambda name: math.prod(expected[name]), reverse=True)
+        whole = {name: [Source(name, shape, shape)] for name, shape in expected.items()}
+        read = {name: parameter(expected[name], whole[name], found, dtype or found[name].dtype) for name in largest_first}
+    return Params(nest({name: read[name] for name in expected}), config, tokenizer, scales)
+
+
+def describe_saved(folder: Path) -> tuple[ModelConfig, Tokenizer | None, KVScales | None, dict[str, StoredTensor]]:
+    """What `load_saved` would load: config, tokenizer, KV scales, and the weights by name, unread. Errors as there."""
+    config, tokenizer, scales = _about(folder)
+    with _checkpointer() as checkpointer:
+        return config, tokenizer, scales, _checked(folder / WEIGHTS, expected_shapes(config), checkpointer)
+
+
+def _about(folder: Path) -> tuple[ModelConfig, Tokenizer | None, KVScales | None]:
+    """All that lies beside the weights."""
     about = read_json(folder / ABOUT)
     _require_version(folder, about)
     try:
         config = from_plain(about["config"])
         if not isinstance(config, ModelConfig):
             raise TypeError(f"config is a {type(config).__name__}")
-        expected = expected_shapes(config)
+        expected_shapes(config)  # raises where a field of the config is of the wrong type
         tokenizer = _tokenizer(folder, about["tokenizer"])
         has_scales = about["kv_scales"]
     except CheckpointError:
         raise
     except Exception as error:  # whatever a field of the wrong type leads to
         raise CheckpointError(f"{folder / ABOUT}: damaged ({type(error).__name__}: {error}).") from error
-    tree = _weights(folder / WEIGHTS, expected, dtype)
-    return Params(tree, config, tokenizer, _scales(folder / KV_SCALES, config) if has_scales else None)
+    return config, tokenizer, _scales(folder / KV_SCALES, config) if has_scales else None
 
 
-def saved_scales(folder: Path) -> KVScales | None:
-    """The scales alone that `save` wrote, or None. Raises `CheckpointError` for what is damaged."""
-    about = read_json(folder / ABOUT)
-    _require_version(folder, about)
-    return _scales(folder / KV_SCALES) if about.get("kv_scales") else None
-
-
-def _scales(path: Path, config: ModelConfig | None = None) -> KVScales:
-    """Scales from a file of ours, which belong to a model of this config, if it is given."""
+def _scales(path: Path, config: ModelConfig) -> KVScales:
+    """Scales from a file of ours, which belong to a model of this config."""
     try:
         scales = KVScales.load(path)
-        if config is not None:
-            check_shape(scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
+        check_shape(scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return scales
@@ -208,18 +218,19 @@ def _tokenizer(folder: Path, about: Mapping[str, Any] | None) -> Tokenizer | Non
     )
 
 
-def _weights(path: Path, expected: Mapping[str, Shape], dtype: np.dtype | None) -> dict[str, Any]:
+def _checkpointer() -> Any:
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        found = _stored(path, checkpointer)
-        require_names(found, expected, where=str(path))
-        for name, shape in expected.items():
-            require_shape(name, found[name].shape, shape, where=str(path))
-        largest_first = sorted(expected, key=lambda name: math.prod(expected[name]), reverse=True)
-        whole = {name: [Source(name, shape, shape)] for name, shape in expected.items()}
-        read = {name: parameter(expected[name], whole[name], found, dtype or found[name].dtype) for name in largest_first}
-    return nest({name: read[name] for name in expected})
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+
+def _checked(path: Path, expected: Mapping[str, Shape], checkpointer: Any) -> dict[str, StoredTensor]:
+    """Every array of the weights by its dotted name, once names and shapes are those expected."""
+    found = _stored(path, checkpointer)
+    require_names(found, expected, where=str(path))
+    for name, shape in expected.items():
+        require_shape(name, found[name].shape, shape, where=str(path))
+    return found
 
 
 def _stored(path: Path, checkpointer: Any) -> dict[str, StoredTensor]:

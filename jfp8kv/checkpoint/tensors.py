@@ -96,7 +96,7 @@ def parameter(shape: Shape, parts: list[Source], tensors: Mapping[str, StoredTen
         if part.take is None:
             tensors[part.name].read_into(row)
         else:
-            whole = np.empty(part.shape, dtype)
+            whole = np.empty(part.shape, np.float32 if part.wide else dtype)
             tensors[part.name].read_into(whole)
             row[...] = part.take(whole)
     array = jax.device_put(host, may_alias=True)

@@ -78,7 +78,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     about = "Continue prompts. One is streamed as it is made; several run as one batch."
     generate = commands.add_parser("generate", help="continue prompts", description=about, allow_abbrev=False)
-    _add_model(generate)
+    _add_running(_add_model(generate))
     asked = generate.add_argument_group("prompts")
     asked.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given again")
     asked.add_argument("--file", metavar="PATH", help="prompts, one a line, empty lines left out; - is stdin")
@@ -89,37 +89,44 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     about = "Talk with a model. /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
     chat = commands.add_parser("chat", help="talk with a model", description=about, allow_abbrev=False)
-    _add_model(chat)
+    _add_running(_add_model(chat))
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     _add_sampling(chat, max_tokens=512, temperature=0.7)
-    return parser, {"generate": generate, "chat": chat}
+
+    about = "Say what a model is and what its KV cache costs in each format. Config and headers are read, weights are not."
+    inspect = commands.add_parser(
+        "inspect", help="what a model is and what its cache costs", description=about, allow_abbrev=False
+    )
+    group = _add_model(inspect)
+    group.add_argument("--page-size", type=int, default=64, metavar="N", help="tokens per page (default 64)")
+    inspect.add_argument("--json", action="store_true", help="print a JSON object")
+    return parser, {"generate": generate, "chat": chat, "inspect": inspect}
 
 
-def _add_model(parser: _Parser) -> None:
+def _add_model(parser: _Parser) -> argparse._ArgumentGroup:
+    """The model and its cache; what else belongs to them may be added to the group."""
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
     group = parser.add_argument_group("model and cache")
-
-    def option(name: str, metavar: str, text: str, default: str | None = None) -> None:
-        group.add_argument(name, default=default, metavar=metavar, help=text)
-
-    option(
-        "--kv-dtype",
-        "DTYPE",
+    kv_dtype = (
         "of the KV cache: fp8_e4m3 (or fp8), fp8_e5m2, bfloat16, float16, float32, or auto (default): the checkpoint's "
-        "FP8 if it declares one, else the type of the weights",
-        default="auto",
+        "FP8 if it declares one, else the type of the weights"
     )
-    option(
-        "--kv-scales",
-        "SCALES",
-        "of an FP8 cache: checkpoint, unit, token_head (dynamic), a file of KVScales, or auto (default): the "
-        "checkpoint's, else unit",
-        default="auto",
+    kv_scales = (
+        "of an FP8 cache: checkpoint, unit, token_head (dynamic), a file of KVScales, or auto (default): the checkpoint's, "
+        "else unit"
     )
-    option("--kv-cache-memory", "SIZE", "of the KV cache, such as 2GiB (default: a share of what is free)")
-    option("--dtype", "DTYPE", "of the weights: bfloat16, float16 or float32 (default: the file's)")
     limit = "most tokens of prompt and output (default: the model's)"
+    group.add_argument("--kv-dtype", default="auto", metavar="DTYPE", help=kv_dtype)
+    group.add_argument("--kv-scales", default="auto", metavar="SCALES", help=kv_scales)
     group.add_argument("--max-model-len", type=int, metavar="N", help=limit)
+    return group
+
+
+def _add_running(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--kv-cache-memory", metavar="SIZE", help="of the KV cache, such as 2GiB (default: a share of what is free)"
+    )
+    group.add_argument("--dtype", metavar="DTYPE", help="of the weights: bfloat16, float16 or float32 (default: the file's)")
     group.add_argument("--quiet", action="store_true", help="print the text alone: no statistics, no progress")
 
 

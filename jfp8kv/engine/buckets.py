@@ -2,6 +2,15 @@
 
 import dataclasses
 
+import jax
+
+DECODE_STEPS = 8  # tokens per dispatch: long enough to hide the host's work, short enough to stream and to admit
+
+
+def default_token_budget() -> int:
+    """Prompt tokens per dispatch when nobody says: what keeps this machine busy."""
+    return 512 if jax.default_backend() == "cpu" else 2048
+
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
@@ -14,6 +23,11 @@ class Buckets:
     token_budget: int
     decode_steps: int
     fewest: int = 1
+
+    @property
+    def span(self) -> int:
+        """The most tokens that one dispatch adds to a text."""
+        return max(self.token_budget, self.decode_steps)
 
     @property
     def chunks(self) -> tuple[int, ...]:

@@ -9,13 +9,12 @@ import numpy as np
 
 from jfp8kv.attention import dispatch
 from jfp8kv.cache.allocator import PageAllocator
-from jfp8kv.cache.groups import PageNeeds
 from jfp8kv.core.errors import CapacityError, ConfigError
 from jfp8kv.core.platform import activation_dtype
 from jfp8kv.engine import step
 from jfp8kv.engine.batch import Batch, Batcher, Made, read
-from jfp8kv.engine.buckets import Buckets
-from jfp8kv.engine.kv import setup
+from jfp8kv.engine.buckets import DECODE_STEPS, Buckets, default_token_budget
+from jfp8kv.engine.kv import context_length, positive, setup
 from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import CANCELLED, Request, Status
@@ -24,8 +23,6 @@ from jfp8kv.models.linear import as_bits
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import switch_length
 from jfp8kv.sampling.params import SamplingParams
-
-DECODE_STEPS = 8  # tokens per dispatch: long enough to hide the host's work, short enough to stream and to admit
 
 
 class Engine:
@@ -46,22 +43,20 @@ class Engine:
     ):
         config = params.config
         cpu = jax.default_backend() == "cpu"
-        self.max_model_len = _positive("max_model_len", max_model_len, config.max_len)
-        if self.max_model_len > config.max_len:
-            raise ConfigError(f"max_model_len={max_model_len}: this model was trained for at most {config.max_len} tokens.")
-        max_num_seqs = _positive("max_num_seqs", max_num_seqs, 64)
-        budget = _positive("max_num_batched_tokens", max_num_batched_tokens, 512 if cpu else 2048)
+        self.max_model_len = context_length(config, max_model_len)
+        max_num_seqs = positive("max_num_seqs", max_num_seqs, 64)
+        budget = positive("max_num_batched_tokens", max_num_batched_tokens, default_token_budget())
+        halves_on_cpu = cpu and activation_dtype(params.dtype).itemsize == 2
+        self.buckets = Buckets(max_num_seqs, budget, DECODE_STEPS, fewest=2 if halves_on_cpu else 1)
 
         self.params = params
-        self.kv = setup(params, kv_dtype, kv_scales, page_size=page_size)
+        self.kv = setup(params, kv_dtype, kv_scales, page_size=page_size, span=self.buckets.span)
         self.attention = dispatch.choose(attention)
         self.model = step.Model(config, params.dtype, self.attention.attend)
         weights = jax.tree.map(lambda w: _on_cpu(w, params.dtype), params.tree) if cpu else params.tree
         self.programs = Programs(self.model, weights, self.kv.layer_scales())
 
-        halves_on_cpu = cpu and activation_dtype(params.dtype).itemsize == 2
-        self.buckets = Buckets(max_num_seqs, budget, DECODE_STEPS, fewest=2 if halves_on_cpu else 1)
-        self.needs = PageNeeds(self.kv.groups, page_size, span=max(self.buckets.token_budget, DECODE_STEPS))
+        self.needs = self.kv.needs
         longest = self.needs.total(self.max_model_len)
         self.num_pages = self.kv.num_pages(kv_cache_memory, most=longest * max_num_seqs)
         self.pages = self.kv.pool(self.num_pages)
@@ -78,8 +73,8 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self.stats = Stats(
             kv_tokens_capacity=self.num_pages * page_size * table_pages // longest,
-            kv_bytes_per_token=longest * self.kv.page_bytes / (table_pages * page_size),
-            kv_bytes_per_token_without_windows=self.kv.full_bytes_per_token,
+            kv_bytes_per_token=self.kv.bytes_per_token(self.max_model_len),
+            kv_bytes_per_token_without_windows=self.kv.without_windows.bytes_per_token(self.max_model_len),
             kv_bytes_capacity=self.num_pages * self.kv.page_bytes,
         )
 
@@ -275,10 +270,3 @@ class Engine:
 def _on_cpu(weight: jax.Array, dtype: np.dtype) -> jax.Array:
     """A weight as the CPU's products want it: the bits of the model's 16-bit type, float32 for a leaf of any other type."""
     return as_bits(weight) if weight.dtype == dtype else weight.astype(np.float32)
-
-
-def _positive(name: str, value: Any, default: int) -> int:
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r}: must be a positive integer.")
-    return value

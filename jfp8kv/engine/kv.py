@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jfp8kv.cache.capacity import default_bytes, pages_for, parse_bytes
-from jfp8kv.cache.groups import LayerGroups
+from jfp8kv.cache.groups import LayerGroups, PageNeeds
 from jfp8kv.cache.pages import KVPages, LayerScales, new_pages, page_bytes
 from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, UNIT, KVScales, check_shape
 from jfp8kv.core.errors import ConfigError, one_of
@@ -20,12 +20,16 @@ from jfp8kv.models.params import Params
 
 @dataclasses.dataclass(frozen=True)
 class KVSetup:
-    """A cache's format and scales; `scales` is None when they are dynamic (one per token and head, in the pages)."""
+    """A cache's format and scales; `scales` is None when they are dynamic (one per token and head, in the pages).
+
+    `span` is the most tokens that one dispatch adds to a text: pages of a window last so much longer.
+    """
 
     fmt: KVFormat
     scales: KVScales | None
     config: ModelConfig
     page_size: int
+    span: int
 
     @property
     def groups(self) -> LayerGroups:
@@ -47,9 +51,22 @@ class KVSetup:
         return page_bytes(self.fmt, depth=self.groups.depth, **self._page)
 
     @property
-    def full_bytes_per_token(self) -> float:
-        """Bytes that a token takes in all layers, as if none had a window."""
-        return page_bytes(self.fmt, depth=self.config.layers, **self._page) / self.page_size
+    def needs(self) -> PageNeeds:
+        """How many pages a text takes."""
+        return PageNeeds(self.groups, self.page_size, self.span)
+
+    @property
+    def without_windows(self) -> "KVSetup":
+        """The same cache if every layer kept the whole text."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, windows=()))
+
+    def text_bytes(self, tokens: int) -> int:
+        """Bytes of the pages that a text of `tokens` tokens takes in all layers."""
+        return self.needs.total(tokens) * self.page_bytes
+
+    def bytes_per_token(self, tokens: int) -> float:
+        """`text_bytes` of a text that fills its last page, by token: without windows the same for every length."""
+        return self.text_bytes(tokens) / (-(-tokens // self.page_size) * self.page_size)
 
     def num_pages(self, memory: Any, *, most: int) -> int:
         """Pages that `memory` bytes hold (None: a share of what is free on the device), at most `most`."""
@@ -69,15 +86,18 @@ class KVSetup:
         return None if self.scales is None else LayerScales.of(self.scales, **sizes)
 
 
-def setup(params: Params, kv_dtype: Any, kv_scales: Any, *, page_size: Any) -> KVSetup:
-    """Resolve `kv_dtype` and `kv_scales` for this model. Raises `ConfigError` or `CheckpointError` for what cannot be."""
+def setup(params: Params, kv_dtype: Any, kv_scales: Any, *, page_size: Any, span: int) -> KVSetup:
+    """Resolve `kv_dtype` and `kv_scales` for this model. Raises `ConfigError` or `CheckpointError` for what cannot be.
+
+    Of the weights only their type is looked at.
+    """
     config = params.config
     if kv_dtype == "auto":
         kv_dtype = config.kv_cache_dtype or params.dtype.name
     fmt = kv_format(kv_dtype)
     if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
         raise ConfigError(f"page_size={page_size!r}: must be a positive number of tokens; try 64.")
-    return KVSetup(fmt, _scales(params, fmt, kv_scales), config, page_size)
+    return KVSetup(fmt, _scales(params, fmt, kv_scales), config, page_size, span)
 
 
 def _for_format(scales: KVScales, fmt: KVFormat) -> KVScales:
@@ -113,3 +133,19 @@ def _scales(params: Params, fmt: KVFormat, given: Any) -> KVScales | None:
         raise one_of("kv_scales", given, (*NAMED, "a KVScales", "a path to one"))
     check_shape(given, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
     return given
+
+
+def context_length(config: ModelConfig, max_model_len: Any) -> int:
+    """Most tokens of a request; None is what the model was trained for. Raises `ConfigError` for more than that."""
+    length = positive("max_model_len", max_model_len, config.max_len)
+    if length > config.max_len:
+        raise ConfigError(f"max_model_len={max_model_len}: this model was trained for at most {config.max_len} tokens.")
+    return length
+
+
+def positive(name: str, value: Any, default: int) -> int:
+    """A positive integer, `default` for None; `ConfigError` with the name otherwise."""
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r}: must be a positive integer.")
+    return value

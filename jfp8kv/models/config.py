@@ -136,3 +136,8 @@ class ModelConfig:
     def window(self, layer: int) -> int:
         """Tokens a query of this layer sees, itself included; 0 sees all."""
         return self.windows[layer] if self.windows else 0
+
+    def rope(self, layer: int) -> RopeConfig | None:
+        """How this layer rotates queries and keys; None if it does not."""
+        which = self.layer_ropes[layer] if self.layer_ropes else 0
+        return self.ropes[which] if self.ropes and which >= 0 else None

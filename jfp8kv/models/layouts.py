@@ -13,6 +13,14 @@ from jfp8kv.models.names import Module
 # What stands before the names of a bare decoder: nothing, the causal model's prefix, or the text part of one that also sees.
 _PREFIX = re.compile(r"^(model\.language_model|language_model\.model|language_model|model|transformer)\.")
 
+# Buffers that some exporters write and no decoder needs. A bias of GPT-2's is `attn.c_attn.bias`.
+_BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(self_)?attn\.(masked_)?bias$")
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a Hugging Face tensor is a buffer that follows from the config, and so is left out."""
+    return _BUFFERS.search(name) is not None
+
 
 def bare(name: str) -> str:
     """A Hugging Face tensor's name without the prefix that says which class saved it."""

@@ -31,7 +31,7 @@ class Module:
       transposed: stored `[in, out]`.
       leaves: what follows `path` for our `weight` and `bias`.
       heads: rows are kept in pairs for interleaved RoPE, in so many heads, and are put back into halves.
-      offset: added to every value read.
+      offset: added to every value read, before it is rounded to the parameter's type.
     """
 
     path: str
@@ -47,13 +47,14 @@ class Module:
 class Source:
     """The tensor of theirs, of `shape`, and what one layer (and expert) of a parameter takes of it: an array of shape `part`.
 
-    `take` works on NumPy and JAX arrays alike; None takes the tensor as it is.
+    `take` works on NumPy and JAX arrays alike; None takes the tensor as it is. Where it computes (`wide`) it wants float32.
     """
 
     name: str
     shape: Shape
     part: Shape
     take: Callable[[Any], Any] | None = None
+    wide: bool = False
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -176,7 +177,7 @@ def _source(module: Module, name: str, ours: str, leaf: str, shape: Shape, shape
         x = _halves(x, module.heads) if module.heads else x
         return x + np.asarray(module.offset, x.dtype) if module.offset else x
 
-    return Source(name, tuple(theirs), shape, take)
+    return Source(name, tuple(theirs), shape, take, wide=bool(module.offset))
 
 
 def _part(module: Module, ours: str, widths: Mapping[str, int]) -> slice:

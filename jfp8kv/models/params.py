@@ -17,7 +17,7 @@ import numpy as np
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
-from jfp8kv.models.layouts import bare, hf_modules
+from jfp8kv.models.layouts import bare, hf_modules, is_buffer
 from jfp8kv.models.names import Shape, Source, each_source, expected_shapes, nest, require_names, require_shape, sources
 from jfp8kv.models.tokenizer import as_tokenizer
 
@@ -163,7 +163,7 @@ def _plain(tree: Any) -> Any:
 
 
 def _from_hf_names(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, jax.Array]:
-    theirs = dict(_hf_name(name, leaf) for name, leaf in flat.items())
+    theirs = dict(_hf_name(name, leaf) for name, leaf in flat.items() if not is_buffer(name))
     if config.tied_embeddings:
         theirs.pop("lm_head.weight", None)  # a copy of the embeddings that Hugging Face state dicts list again
     found = sources(config, hf_modules(config, theirs))

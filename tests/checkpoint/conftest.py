@@ -47,19 +47,50 @@ def hf_config(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (base | changes).items() if value is not None}
 
 
+# What a config of each family that GGUF files are read for has beside or instead of `hf_config`'s entries.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "head_dim": None, "hidden_size": 64},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 8,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 24,
+        "hidden_act": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 10000.0,
+    },
+}
+
+
+def family_config(family: str, **changes: Any) -> dict[str, Any]:
+    """A small `config.json` of a family, as `hf_config`."""
+    return hf_config(**(FAMILIES[family] | changes))
+
+
 def hf_tensors(config: Mapping[str, Any], dtype: Any = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights under Hugging Face's names, spelled out one by one."""
     random = np.random.default_rng(seed)
-    hidden, mlp, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    family, hidden, mlp = config["model_type"], config["hidden_size"], config["intermediate_size"]
+    head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    biased = "qkvo" if config.get("attention_bias") else "qkv" if family == "qwen2" else ""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
         shapes[at + "input_layernorm.weight"] = (hidden,)
         shapes[at + "post_attention_layernorm.weight"] = (hidden,)
+        if family == "gemma3_text":
+            shapes[at + "pre_feedforward_layernorm.weight"] = (hidden,)
+            shapes[at + "post_feedforward_layernorm.weight"] = (hidden,)
+        if family in ("qwen3", "gemma3_text"):
+            shapes[at + "self_attn.q_norm.weight"] = shapes[at + "self_attn.k_norm.weight"] = (head_dim,)
         for name, out, into in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
             shapes[f"{at}self_attn.{name}_proj.weight"] = (out, into)
-            if config.get("attention_bias"):
+            if name in biased:
                 shapes[f"{at}self_attn.{name}_proj.bias"] = (out,)
         for name, out, into in (("gate", mlp, hidden), ("up", mlp, hidden), ("down", hidden, mlp)):
             shapes[f"{at}mlp.{name}_proj.weight"] = (out, into)
@@ -175,30 +206,6 @@ def rows_in_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
     return out
 
 
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    module, leaf = name.rsplit(".", 1)
-    if module.startswith("model.layers."):
-        _, _, layer, module = module.split(".", 3)
-        return f"blk.{layer}.{GGUF_NAMES[module]}.{leaf}"
-    return f"{GGUF_NAMES[module]}.{leaf}"
-
-
 def write_gguf(
     path: Path,
     config: Mapping[str, Any],
@@ -207,35 +214,68 @@ def write_gguf(
     more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     skip: tuple[str, ...] = (),
 ) -> Path:
-    """The same model as a llama GGUF file; matrices quantized to `quantize`, norms kept in float32."""
-    writer = gguf.GGUFWriter(path, "llama")
+    """The same model as llama.cpp's converter writes it: names by gguf's own table, matrices quantized to `quantize`.
+
+    Vectors are float32; Llama's q and k have their rows in pairs, and Gemma's norms their 1 added.
+    """
+    arch = config["model_type"].removesuffix("_text")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
+    writer = gguf.GGUFWriter(path, arch)
+    write_metadata(writer, config)
+    more(writer)
+    for name, weight in tensors.items():
+        if name in skip:
+            continue
+        for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
+            weight = rows_in_pairs(weight, heads) if arch == "llama" and part in name else weight
+        if weight.ndim == 1 and weight.dtype.kind != "i":
+            weight = weight.astype(np.float32) + np.float32(arch == "gemma3")
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        kind = gguf.GGMLQuantizationType.BF16 if weight.dtype == "bfloat16" else quantize
+        if kind is None or weight.ndim == 1:
+            writer.add_tensor(found, weight)
+        else:
+            writer.add_tensor(found, gguf.quants.quantize(weight.astype(np.float32), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    """What a `config.json` says, under GGUF's names; each family leaves out what its converter does."""
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
+    if "head_dim" in config:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    more(writer)
-    for name, weight in tensors.items():
-        if name in skip:
-            continue
-        for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
-            weight = rows_in_pairs(weight, heads) if part in name else weight
-        if quantize is None or weight.ndim == 1:
-            writer.add_tensor(gguf_name(name), weight)
-        else:
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(weight, quantize), raw_dtype=quantize)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    if config["model_type"] == "llama":
+        writer.add_vocab_size(config["vocab_size"])
+        writer.add_rope_dimension_count(config["head_dim"])
+    if config["model_type"] == "gemma3_text":
+        writer.add_sliding_window(config["sliding_window"])
+        if "final_logit_softcapping" in config:
+            writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if scaling := config.get("rope_scaling"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
+        writer.add_rope_scaling_factor(scaling["factor"])
+        for key, add in (
+            ("original_max_position_embeddings", writer.add_rope_scaling_orig_ctx_len),
+            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        ):
+            if key in scaling:
+                add(scaling[key])
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
 
 
 def run_python(code: str, *args: object, **env: str) -> str:
@@ -257,6 +297,7 @@ def tiny() -> SimpleNamespace:
     """The writers of this file."""
     return SimpleNamespace(
         config=hf_config,
+        family=family_config,
         tensors=hf_tensors,
         folder=write_folder,
         tokenizer=write_tokenizer,

@@ -179,6 +179,9 @@ GGUF = {
         ({"llama.rope.scaling.type": "spiral", "llama.rope.scaling.factor": 4.0}, ["spiral", "llama3"]),
         ({"llama.attention.value_length": 4}, ["value_length=4", "8"]),
         ({"general.architecture": ["llama"]}, ["['llama']"]),
+        ({"general.architecture": "gemma2"}, ["'gemma2'", "llama, qwen2, qwen3, gemma3"]),
+        ({"general.architecture": "qwen3moe"}, ["'qwen3moe'", "llama, qwen2, qwen3, gemma3"]),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.5}, ["yarn_ext_factor=0.5", "1.0"]),
         ({"llama.attention.head_count": [4, 4]}, ["num_attention_heads=[4, 4]"]),
         ({"llama.rope.freq_base": "1e4"}, ["freq_base='1e4'", "positive number"]),
         ({"llama.rope.scale_linear": "two"}, ["factor='two'", "positive number"]),
@@ -187,17 +190,73 @@ GGUF = {
 )
 def test_gguf_metadata_that_is_not_supported_is_named(change, named):
     with pytest.raises(ConfigError) as error:
-        config_from_gguf(GGUF | change, tensors=["output.weight"])
+        config_from_gguf(GGUF | change, tensors={"output.weight": (40, 32)})
     assert all(part in str(error.value) for part in named), error.value
 
 
 def test_gguf_metadata_gives_linear_rope_biases_ties_and_every_end_token():
     ends = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 5}
     scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
-    config = config_from_gguf(GGUF | ends | scaling, tensors=["token_embd.weight", "blk.0.attn_q.bias"])
+    config = config_from_gguf(GGUF | ends | scaling, tensors={"token_embd.weight": (40, 32), "blk.0.attn_q.bias": (32,)})
     assert config.ropes[0] == RopeConfig(kind="linear", factor=2.0)
     assert config.eos_ids == (2, 5)
     assert config.tied_embeddings and config.qkv_bias and not config.o_bias and not config.mlp_bias
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"factor": 4.0}, RopeConfig(kind="linear", factor=4.0)),  # a scaling without a type is linear
+        ({"type": "none", "factor": 4.0}, RopeConfig()),
+        ({"type": "linear", "factor": 0.0}, RopeConfig()),
+    ],
+)
+def test_a_gguf_rope_is_scaled_as_llama_cpp_reads_it(scaling, expected):
+    config = config_from_gguf(GGUF | {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}, tensors={})
+    assert config.ropes == (expected,)
+
+
+def gemma3(**more):
+    own = {"attention.sliding_window": 24, "attention.key_length": 16, "rope.freq_base": 1e6, "block_count": 8} | more
+    metadata = {f"gemma3.{key.removeprefix('llama.')}": value for key, value in GGUF.items() if key.startswith("llama.")}
+    metadata |= {f"gemma3.{key}": value for key, value in own.items()}
+    return config_from_gguf(metadata | {"general.architecture": "gemma3"}, tensors={})
+
+
+def test_a_gemma3_gguf_has_its_windows_and_ropes_by_default_or_as_listed():
+    usual = gemma3()
+    assert usual.windows == (24, 24, 24, 24, 24, 0, 24, 24) and usual.layer_ropes == (0, 0, 0, 0, 0, 1, 0, 0)
+    assert [rope.theta for rope in usual.ropes] == [1e4, 1e6]
+    assert gemma3(**{"rope.freq_base_swa": 2e4}).ropes[0].theta == 2e4
+    assert gemma3(**{"attention.sliding_window_pattern": 2}).windows == (24, 0) * 4
+    assert gemma3(**{"attention.sliding_window_pattern": [True, False, False, True] * 2}).windows == (24, 0, 0, 24) * 2
+    for none in (0, None):
+        config = gemma3(**{"attention.sliding_window": none})
+        assert config.windows == () and [rope.theta for rope in config.ropes] == [1e6]
+
+
+def test_gemma3s_length_counts_its_ropes_scaling_already():
+    assert gemma3(**{"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}).max_len == 128
+
+
+@pytest.mark.parametrize(
+    ("arch", "tokens", "expected"),
+    [
+        ("qwen2", ["a", "b", "<|im_end|>", "<|endoftext|>"], (2, 3)),
+        ("gemma3", ["<pad>", "<eos>", "<bos>", "<end_of_turn>"], (2, 1, 3)),
+        ("llama", ["<|eot_id|>", "a", "</s>", "<|im_end|>"], (2, 0)),
+    ],
+)
+def test_a_gguf_text_ends_at_the_files_end_token_and_the_familys_others(arch, tokens, expected):
+    metadata = {key.replace("llama.", f"{arch}."): value for key, value in GGUF.items()} | {"general.architecture": arch}
+    metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eos_token_id": 2}
+    assert config_from_gguf(metadata, tensors={}).eos_ids == expected
+
+
+def test_a_gguf_without_key_length_or_kv_heads_has_what_follows_from_the_others():
+    metadata = {key.replace("llama.", "qwen3."): value for key, value in GGUF.items() if not key.endswith("head_count_kv")}
+    config = config_from_gguf(metadata | {"general.architecture": "qwen3"}, tensors={})
+    assert (config.kv_heads, config.head_dim) == (4, 8)
 
 
 @pytest.mark.parametrize("entry", [{"kv_cache_scheme": "fp8"}, {"kv_cache_quant_config": "fp8"}])

@@ -1,13 +1,17 @@
 """`Params` is a pytree of weights, and `from_pytree` takes each tree people hold or says which parameter is wrong."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
+from jfp8kv.checkpoint.load import load
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.families import config_from_hf
 from jfp8kv.models.names import expected_shapes, nest
@@ -177,3 +181,16 @@ def test_repr_says_what_and_how_large(params):
         f"Params(LlamaForCausalLM, {count / 1e3:.1f} k parameters, {2 * count / 1e3:.1f} kB, bfloat16, tokenizer=no)"
     )
     assert repr(jax.tree.map(lambda x: None, params)) == "Params(LlamaForCausalLM)"
+
+
+FAMILIES = sorted(path.parent for path in (Path(__file__).parent.parent / "references").glob("*/config.json"))
+NOT_PLAIN = ("gpt_oss_mxfp4", "gemma3_vision")  # what is not the text model's weights as they are: `load` alone reads those
+
+
+@pytest.mark.parametrize("folder", [f for f in FAMILIES if f.name not in NOT_PLAIN], ids=lambda f: f.name)
+def test_a_familys_tensors_under_their_own_names_are_its_parameters(folder):
+    tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    params = Params.from_pytree(tensors, json.loads((folder / "config.json").read_text()))
+    loaded = load(folder)
+    assert jax.tree.structure(params.tree) == jax.tree.structure(loaded.tree)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params.tree), jax.tree.leaves(loaded.tree), strict=True))

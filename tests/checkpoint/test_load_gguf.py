@@ -7,6 +7,7 @@ import pytest
 
 from jfp8kv.checkpoint import load
 from jfp8kv.checkpoint.gguf import read_header
+from jfp8kv.checkpoint.tensors import BFLOAT16
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.params import Params
 
@@ -37,6 +38,69 @@ def test_the_weights_equal_the_folders_with_q_and_k_back_in_halves(tiny, tmp_pat
         "tied_embeddings",
     ):
         assert getattr(from_gguf.config, field) == getattr(from_hf.config, field)
+
+
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma3"]
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_gives_the_folders_weights_and_config(tiny, tmp_path, family, tied):
+    config = tiny.family(family, tie_word_embeddings=tied, torch_dtype="bfloat16")
+    tensors = tiny.tensors(config, BFLOAT16)
+    from_gguf = load(tiny.gguf(tmp_path / "a.gguf", config, tensors))
+    from_hf = load(tiny.folder(tmp_path / "hf", config, tensors))
+    assert from_gguf.config == from_hf.config
+    assert same(from_gguf, from_hf)
+    assert ("head" in from_gguf.tree) is not tied
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("llama", {"num_key_value_heads": 4, "mlp_bias": True}),
+        ("qwen2", {"rope_scaling": YARN, "rms_norm_eps": 1e-6}),
+        ("qwen3", {"rope_scaling": YARN | {"attention_factor": 1.5, "beta_fast": 16.0, "beta_slow": 2.0}}),
+        ("qwen3", {"attention_bias": True}),
+        ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "final_logit_softcapping": 30.0}),
+        ("gemma3", {"num_hidden_layers": 62, "query_pre_attn_scalar": 8}),  # as many as Gemma 3 27B: hidden / heads, 32 / 4
+    ],
+)
+def test_what_a_family_can_have_besides_gives_the_folders_weights_and_config(tiny, tmp_path, family, changes):
+    config = tiny.family(family, torch_dtype="bfloat16", **changes)
+    tensors = tiny.tensors(config, BFLOAT16)
+    from_gguf = load(tiny.gguf(tmp_path / "a.gguf", config, tensors))
+    from_hf = load(tiny.folder(tmp_path / "hf", config, tensors))
+    assert from_gguf.config == from_hf.config
+    assert same(from_gguf, from_hf)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_familys_quantized_weights_lie_within_half_a_step(tiny, tmp_path, family):
+    config = tiny.family(family)
+    tensors = tiny.tensors(config)
+    path = tiny.gguf(tmp_path / "a.gguf", config, tensors, quantize=gguf.GGMLQuantizationType.Q8_0)
+    from_gguf, from_hf = load(path, dtype="float32"), load(tiny.folder(tmp_path / "hf", config, tensors))
+    # Half a step of 1/127 of a block's largest value, and the step itself is off by half a float16 ulp, 127 steps away at
+    # most: (1/254 + 2**-11) of the block's largest, which is at most the array's. Norms are float32; 1 + w - 1 rounds twice.
+    for ours, exact in zip(jax.tree.leaves(from_gguf.tree), jax.tree.leaves(from_hf.tree), strict=True):
+        np.testing.assert_allclose(ours, exact, rtol=0, atol=(1 / 254 + 2**-11) * np.abs(exact).max())
+
+
+def test_the_vocabulary_is_as_long_as_the_embeddings_whatever_the_metadata_says(tiny, tmp_path):
+    config = tiny.family("gemma3")
+    tensors = tiny.tensors(config)
+
+    def more(writer):
+        writer.add_tokenizer_model("none")
+        writer.add_token_list([f"[PAD{i}]" for i in range(64)])
+
+    assert load(tiny.gguf(tmp_path / "a.gguf", config, tensors, more=more)).config.vocab == 40
+    llama = tiny.family("llama")
+    path = tiny.gguf(tmp_path / "b.gguf", llama | {"vocab_size": 48}, tiny.tensors(llama))
+    assert load(path).config.vocab == 40
 
 
 def test_half_precision_files_keep_their_dtype(tiny, tmp_path):

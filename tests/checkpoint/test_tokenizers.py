@@ -86,8 +86,6 @@ def test_a_gguf_files_own_tokenizer_comes_with_its_weights(tiny, tmp_path):
         writer.add_token_list(fields["tokenizer.ggml.tokens"])
         writer.add_token_merges(fields["tokenizer.ggml.merges"])
         writer.add_token_types(fields["tokenizer.ggml.token_type"])
-        writer.add_bos_token_id(1)
-        writer.add_eos_token_id(2)
         writer.add_chat_template(tiny.chatml)
 
     params = load(tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more))
@@ -150,6 +148,70 @@ def test_sentencepiece_spells_what_it_lacks_in_bytes(tmp_path):
     assert tokenizer.decode(tokenizer.encode("hé\n日 lo")) == "hé\n日 lo"
 
 
+@pytest.fixture(scope="module")
+def transformers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "cafe\u0301 caf\u00e9", "I'M 12345\n\n  x\t", "\u212b \u0301 a\u0308\u0301"])
+def test_qwens_ids_from_gguf_are_those_of_transformers(tiny, tmp_path, transformers, text):
+    fields = gguf_fields(tiny, pre="qwen2", add_bos_token=False)
+    tokens, merges = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "merges"))
+    theirs = transformers.Qwen2Tokenizer({t: i for i, t in enumerate(tokens)}, [tuple(m.split()) for m in merges])
+    theirs.add_special_tokens({"additional_special_tokens": tokens[:3]})
+    ours = tokenizer_from_gguf(fields, eos_ids=(2,), where=tmp_path)
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+
+
+def gemma_fields():
+    """A small vocabulary in Gemma's manner: runs of spaces and newlines and a tag that are found before anything is merged."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+    kept = ["\n", "\n\n", "  ", "   ", "    ", "<b>"]
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    pieces = ["▁h", "he", "▁he", "ll", "▁hell", "hell", "hello", "▁hello", "▁", *"helowrd<>b/"]
+    fields = {
+        "model": "llama",
+        "tokens": special + kept + bytes_ + pieces,
+        "scores": [-1000.0] * 12 + [0.0] * 256 + [-float(i) for i in range(len(pieces))],
+        "token_type": [3] * 6 + [4] * 6 + [6] * 256 + [1] * len(pieces),
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "unknown_token_id": 3,
+        "add_bos_token": True,
+        "add_space_prefix": False,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+
+
+SPACED = [" hello  hello", "hello       hello", "   \n\n\n  hell", "<b>hello</b>", "▁▁ hello ▁ he", "é\t日 w", "  ▁   h"]
+
+
+@pytest.mark.parametrize("text", [*SPACED, "<start_of_turn>hello\n  he<end_of_turn>\n", ""])
+def test_gemmas_ids_from_gguf_are_those_of_transformers(tmp_path, transformers, text):
+    from transformers.tokenization_utils_base import generate_merges
+
+    fields = gemma_fields()
+    named = [token.replace(" ", "▁") for token in fields["tokenizer.ggml.tokens"]]  # as the model's own file spells them
+    vocab = {token: number for number, token in enumerate(named)}
+    scores = dict(zip(named, [0.0] * 12 + fields["tokenizer.ggml.scores"][12:], strict=True))
+    theirs = transformers.GemmaTokenizer(vocab, generate_merges(vocab, scores), mask_token=None, add_bos_token=True)
+    theirs.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in named[6:12]])
+    theirs.add_special_tokens({"additional_special_tokens": named[4:6]})
+    ours = tokenizer_from_gguf(fields, eos_ids=(1,), where=tmp_path)
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+    assert ours.decode(ours.encode(text), skip_special_tokens=False) == "<bos>" + text.replace("▁", " ")
+
+
+def test_a_run_of_spaces_is_the_longest_token_first_and_never_half_a_word(tmp_path):
+    fields = gemma_fields()
+    ids = tokenizer_from_gguf(fields, eos_ids=(1,), where=tmp_path).encode(" " * 7 + "hello", add_special_tokens=False)
+    assert [fields["tokenizer.ggml.tokens"][i] for i in ids] == ["    ", "   ", "hello"]
+
+
 def test_the_files_post_processor_decides_whether_bos_is_added(folder):
     path = folder / "tokenizer.json"
     backend = tokenizers.Tokenizer.from_file(str(path))
@@ -161,10 +223,9 @@ def test_the_files_post_processor_decides_whether_bos_is_added(folder):
 
 
 @pytest.mark.parametrize("settings", [{}, {"add_bos_token": True, "add_eos_token": True}])
-def test_ids_and_chats_are_those_of_transformers(tiny, tmp_path, settings):
+def test_ids_and_chats_are_those_of_transformers(tiny, tmp_path, transformers, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        transformers = pytest.importorskip("transformers")
         theirs = transformers.AutoTokenizer.from_pretrained(tiny.tokenizer(tmp_path, **settings))
     for ours in (read_tokenizer(tmp_path), as_tokenizer(theirs)):
         for text in TEXTS:

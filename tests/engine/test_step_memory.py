@@ -18,7 +18,7 @@ MIB = 2**20
 
 
 def pool_of(params: jfp8kv.Params, kv_dtype: str, kv_scales: str, pool_bytes: int) -> KVPages:
-    kv = setup(params, kv_dtype, kv_scales, page_size=64)
+    kv = setup(params, kv_dtype, kv_scales, page_size=64, span=16)
     return jax.eval_shape(lambda: kv.pool(pool_bytes // kv.page_bytes))
 
 

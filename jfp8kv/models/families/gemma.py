@@ -1,5 +1,6 @@
 """Gemma 1, 2 and 3 (text): norms that multiply by 1 + weight, scaled embeddings, soft caps, alternating windows."""
 
+import dataclasses
 from typing import Any
 
 from jfp8kv.models.config import ModelConfig
@@ -80,7 +81,7 @@ def gemma3(d: Fields) -> ModelConfig:
         SLIDING: rope(sliding, head_dim=head_dim, max_len=max_len, theta=1e4),
     }
     every_rope, layer_ropes = distinct([ropes[kind] for kind in kinds])
-    return _from_gemma2(
+    config = _from_gemma2(
         d,
         "Gemma3ForCausalLM",
         kinds,
@@ -90,6 +91,7 @@ def gemma3(d: Fields) -> ModelConfig:
         layer_ropes=layer_ropes,
         logit_softcap=f.optional_number(d, "final_logit_softcapping"),
     )
+    return dataclasses.replace(config, max_len=max_len)  # counts its rope's scaling already
 
 
 def gemma3_with_vision(d: Fields) -> ModelConfig:
