@@ -1,12 +1,12 @@
 """A Hugging Face folder: `config.json`, safetensors weights in one file or in shards, and what stands beside them."""
 
 import json
-import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jfp8kv.checkpoint.kv_names import is_kv_scale
+from jfp8kv.checkpoint.kv_sidecar import SIDECAR, Sidecar, read_sidecar
 from jfp8kv.checkpoint.safetensors import open_safetensors
 from jfp8kv.checkpoint.tensors import StoredTensor
 from jfp8kv.core.errors import CheckpointError
@@ -19,11 +19,6 @@ PICKLE_ADVICE = (
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) of transformers writes safetensors."
 )
 _VISION = ("vision_tower.", "multi_modal_projector.")  # bare names of what turns images into embeddings
-# compressed-tensors, ModelOpt, Quark, AutoFP8 and relatives: self_attn.k_scale, k_proj.output_scale, k_cache.scale.
-_KV_SCALE = re.compile(
-    r"(^|\.)((q|k|v|kv|prob)(_output)?_(scale|zero_point|scale_zero_point)|(q|k|v|kv|qkv)_proj\.output_(scale|zero_point)"
-    r"|(k|v)_cache\.(scale|zero_point)|self_attn\.[qkv]\.(scale|zero_point))$"
-)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -106,12 +101,18 @@ def _shard(folder: Path, name: str) -> Path:
     return path
 
 
+def open_sidecar(folder: Path) -> Sidecar | None:
+    """What `kv_cache_scales.json` says, or None if it is not there. Raises `CheckpointError` if it cannot be read."""
+    path = folder / SIDECAR
+    return read_sidecar(read_json(path), where=path) if path.is_file() else None
+
+
 def split_scales(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """The weights under their bare names (models/layouts.py), and the KV-cache scale tensors under their full names.
 
-    Known buffers that are neither are dropped.
+    Known buffers that are neither are dropped. A vision part's scales stay with its weights.
     """
-    scales = {name: t for name, t in tensors.items() if _KV_SCALE.search(name)}
+    scales = {name: t for name, t in tensors.items() if is_kv_scale(name) and not bare(name).startswith(_VISION)}
     weights = {bare(name): t for name, t in tensors.items() if name not in scales and not is_buffer(name)}
     return weights, scales
 
@@ -121,14 +122,7 @@ def without_vision(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     return {name: tensor for name, tensor in weights.items() if not name.startswith(_VISION)}
 
 
-def warn_left_out(folder: Path, *, vision: int, scales: Mapping[str, StoredTensor]) -> None:
-    """Say what was found and is not loaded: a vision part, and scales as long as reading them is not implemented."""
-    if vision:
-        warnings.warn(f"{folder}: only text is served: {vision} tensors of its vision part are left out.", stacklevel=4)
-    if scales:
-        example = next(iter(scales))
-        warnings.warn(
-            f"{folder}: {len(scales)} KV-cache scale tensors found (such as {example}) and not applied: reading them "
-            "is not implemented yet.",
-            stacklevel=4,
-        )
+def warn_without_vision(folder: Path, count: int) -> None:
+    """Say that a vision part of `count` tensors is not loaded, if there is one."""
+    if count:
+        warnings.warn(f"{folder}: only text is served: {count} tensors of its vision part are left out.", stacklevel=4)

@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint import folder as hf
 from jfp8kv.checkpoint.hub import fetch
-from jfp8kv.checkpoint.orbax import describe_saved, is_saved, load_saved
+from jfp8kv.checkpoint.kv_scales import FoundScales, find_scales
+from jfp8kv.checkpoint.orbax import KV_SCALES, describe_saved, is_saved, load_saved
 from jfp8kv.checkpoint.quantized import dequantized, warn_dequantized
 from jfp8kv.checkpoint.tensors import FLOATS, StoredTensor, assemble, same_values, weights_dtype
 from jfp8kv.checkpoint.tokenizer import read_tokenizer
@@ -37,8 +37,8 @@ _HEAD = "lm_head.weight"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def load(source: str | os.PathLike[str], dtype: Any = None) -> Params:
-    """Load a checkpoint's weights, config and tokenizer.
+def load(source: str | os.PathLike[str], dtype: Any = None, *, strict: bool = True) -> Params:
+    """Load a checkpoint's weights, config, tokenizer and the scales of its KV cache (`Params.kv_scales`).
 
     Weights are streamed: memory peaks below 1.3 times their size. torch is never imported. FP8 and MXFP4 weights are
     dequantized on the way, which a warning says.
@@ -49,17 +49,20 @@ def load(source: str | os.PathLike[str], dtype: Any = None) -> Params:
         honoured).
       dtype: of the weights: "float32", "bfloat16", "float16", the same as a NumPy or JAX dtype, or None to keep the
         checkpoint's (for FP8 and MXFP4 weights the one that config.json declares; bfloat16 for a quantized GGUF file).
+      strict: whether a KV scale that is missing for a layer, zero, negative, not finite, of a wrong shape, of a layer or a name
+        that the model does not have, or half a pair, is an error. If not, a warning names layer and tensor, and scale 1 (values
+        are stored as they are) stands in for what is missing or broken.
 
     Raises:
       CheckpointError: a source that is missing, damaged, incomplete, a pickle, or quantized in a way that is not read,
-        naming file and tensor.
+        naming file and tensor; KV scales that are not as they should be, naming layer and tensor.
       ConfigError: an unknown `dtype`, or an architecture or setting that is not supported.
     """
     target = resolve_dtype(dtype)
     path = locate(source)
     if path.is_dir() and is_saved(path):
         return load_saved(path, target)
-    return _read(_describe(path, needs_weights=True), target)
+    return _read(_describe(path, needs_weights=True), target, strict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Described:
       weights: every tensor of the text model, under the names that `modules` gives or our own; none where they are not there.
       tokenizer: reads the tokenizer, None if there is none.
       scales: the KV-cache scale tensors by their full names.
-      kv_scales: scales that are read already.
+      found: what those, a side-car or a file of ours say, layer by layer.
       vision: how many tensors of a vision part are left out.
       scheme: how the weights are quantized; `quantized_by` names the tool, which may have quantized the cache alone.
     """
@@ -85,7 +88,7 @@ class Described:
     modules: Mapping[str, Module]
     tokenizer: Callable[[], Tokenizer | None]
     scales: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
-    kv_scales: KVScales | None = None
+    found: FoundScales = dataclasses.field(default_factory=FoundScales)
     vision: int = 0
     scheme: WeightScheme | None = None
     quantized_by: str | None = None
@@ -96,7 +99,7 @@ class Described:
         dtypes = {} if self.modules else {name: tensor.dtype for name, tensor in self.weights.items()}
         shapes = expected_shapes(self.config).items()
         tree = nest({name: jax.ShapeDtypeStruct(shape, dtypes.get(name, usual)) for name, shape in shapes})
-        return Params(tree, self.config, self.tokenizer(), self.kv_scales)
+        return Params(tree, self.config, self.tokenizer(), self.found.scales)
 
 
 def describe(source: str | os.PathLike[str], *, weights: bool = True) -> Described:
@@ -157,6 +160,33 @@ def _readable_file(path: Path) -> Path:
     return path
 
 
+def load_kv_scales(source: str | os.PathLike[str]) -> FoundScales:
+    """The KV scales that come with a checkpoint, layer by layer with a verdict on each. Weights are not read, and nothing
+    that is wrong with a scale raises: it is in the report.
+
+    Raises:
+      CheckpointError, ConfigError: as `load`, for what its config and headers tell.
+    """
+    path = locate(source)
+    if path.is_dir() and not is_saved(path):
+        declared = hf.read_config(path)
+        _, scales = hf.split_scales(hf.open_weights(path))
+        return _found_scales(path, declared, config_from_hf(declared), scales)
+    return _describe(path, needs_weights=True).found
+
+
+def _found_scales(
+    folder: Path, described: Mapping[str, Any], config: ModelConfig, scales: Mapping[str, StoredTensor]
+) -> FoundScales:
+    return find_scales(
+        config,
+        scales,
+        quantization=described.get("quantization_config"),
+        sidecar=hf.open_sidecar(folder),
+        model_types={part.get("model_type") for part in (described, described.get("text_config") or {})},
+    )
+
+
 def _describe_folder(folder: Path, needs_weights: bool) -> Described:
     declared = hf.read_config(folder)
     config, scheme = config_from_hf(declared), weight_scheme(declared.get("quantization_config"))
@@ -164,8 +194,10 @@ def _describe_folder(folder: Path, needs_weights: bool) -> Described:
     weights, scales = hf.split_scales(tensors)
     seen = hf.without_vision(weights) if "vision_config" in declared else weights
     text = dequantized(seen, scheme, FLOATS[config.dtype])
+    found = _found_scales(folder, declared, config, scales)
     config = dataclasses.replace(
         config,
+        kv_cache_dtype=config.kv_cache_dtype or found.declares,
         dtype=weights_dtype(text).name if text else config.dtype,
         eos_ids=ids([*config.eos_ids, *ids(hf.generation_eos_ids(folder))]),
     )
@@ -177,6 +209,7 @@ def _describe_folder(folder: Path, needs_weights: bool) -> Described:
         hf_modules(config, text),
         partial(read_tokenizer, folder, eos_ids=config.eos_ids),
         scales=scales,
+        found=found,
         vision=len(weights) - len(seen),
         scheme=scheme,
         quantized_by=mapping(declared, "quantization_config").get("quant_method"),
@@ -192,17 +225,19 @@ def _describe_gguf(path: Path) -> Described:
 
 
 def _describe_saved(folder: Path) -> Described:
-    config, tokenizer, kv_scales, weights = describe_saved(folder)
-    return Described(folder, "folder of jfp8kv.save", config, weights, {}, lambda: tokenizer, kv_scales=kv_scales)
+    config, tokenizer, scales, weights = describe_saved(folder)
+    found = FoundScales() if scales is None else FoundScales.of(scales, source=KV_SCALES)
+    return Described(folder, "folder of jfp8kv.save", config, weights, {}, lambda: tokenizer, found=found)
 
 
-def _read(found: Described, dtype: np.dtype | None) -> Params:
+def _read(found: Described, dtype: np.dtype | None, strict: bool) -> Params:
     config, weights = _with_its_head(found)
-    hf.warn_left_out(found.path, vision=found.vision, scales=found.scales)
+    hf.warn_without_vision(found.path, found.vision)
+    found.found.say(found.path, strict=strict, stacklevel=4)
     dtype = dtype or FLOATS[config.dtype]
     warn_dequantized(found.path, found.scheme, weights, dtype)
     tree = assemble(config, weights, found.modules, dtype, where=found.path)
-    return Params(tree, config, found.tokenizer())
+    return Params(tree, config, found.tokenizer(), found.found.scales)
 
 
 def _with_its_head(found: Described) -> tuple[ModelConfig, Mapping[str, StoredTensor]]:

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jfp8kv.cache.scales import KVScales
+from jfp8kv.cache.scales import KVScales, check_shape
 from jfp8kv.checkpoint.folder import INDEX, read_json
 from jfp8kv.checkpoint.plain import from_plain, to_plain
 from jfp8kv.checkpoint.tensors import StoredTensor, chunks, parameter
@@ -173,12 +173,22 @@ def _about(folder: Path) -> tuple[ModelConfig, Tokenizer | None, KVScales | None
             raise TypeError(f"config is a {type(config).__name__}")
         expected_shapes(config)  # raises where a field of the config is of the wrong type
         tokenizer = _tokenizer(folder, about["tokenizer"])
-        scales = about["kv_scales"]
+        has_scales = about["kv_scales"]
     except CheckpointError:
         raise
     except Exception as error:  # whatever a field of the wrong type leads to
         raise CheckpointError(f"{folder / ABOUT}: damaged ({type(error).__name__}: {error}).") from error
-    return config, tokenizer, KVScales.load(folder / KV_SCALES) if scales else None
+    return config, tokenizer, _scales(folder / KV_SCALES, config) if has_scales else None
+
+
+def _scales(path: Path, config: ModelConfig) -> KVScales:
+    """Scales from a file of ours, which belong to a model of this config."""
+    try:
+        scales = KVScales.load(path)
+        check_shape(scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return scales
 
 
 def _require_version(folder: Path, about: Mapping[str, Any]) -> None:

@@ -2,16 +2,18 @@
 
 import dataclasses
 import os
+import warnings
 from typing import Any
 
 import jax
+import numpy as np
 
 from jfp8kv.cache.capacity import default_bytes, pages_for, parse_bytes
 from jfp8kv.cache.groups import LayerGroups, PageNeeds
 from jfp8kv.cache.pages import KVPages, LayerScales, new_pages, page_bytes
 from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, UNIT, KVScales, check_shape
 from jfp8kv.core.errors import ConfigError, one_of
-from jfp8kv.core.formats import KVFormat, kv_format
+from jfp8kv.core.formats import E4M3, KVFormat, kv_format
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
 
@@ -98,6 +100,19 @@ def setup(params: Params, kv_dtype: Any, kv_scales: Any, *, page_size: Any, span
     return KVSetup(fmt, _scales(params, fmt, kv_scales), config, page_size, span)
 
 
+def _for_format(scales: KVScales, fmt: KVFormat) -> KVScales:
+    """A checkpoint's scales, which are for E4M3, made for `fmt`: the largest value stays the largest, said aloud."""
+    if fmt is E4M3:
+        return scales
+    warnings.warn(
+        f"The checkpoint's KV scales are made for {E4M3.name}: for {fmt.name} they are multiplied by the ratio of the formats' "
+        f"largest values, {E4M3.largest:g} / {fmt.largest:g}.",
+        stacklevel=2,
+    )
+    ratio = np.float32(E4M3.largest / fmt.largest)
+    return KVScales(scales.k * ratio, scales.v * ratio)
+
+
 def _scales(params: Params, fmt: KVFormat, given: Any) -> KVScales | None:
     config = params.config
     if isinstance(given, str) and given not in NAMED and os.path.sep not in given and not os.path.exists(given):
@@ -111,7 +126,7 @@ def _scales(params: Params, fmt: KVFormat, given: Any) -> KVScales | None:
     if isinstance(given, str) and given in ("auto", "checkpoint"):
         if params.kv_scales is None:
             raise ConfigError("kv_scales='checkpoint': the checkpoint has none; try 'unit', 'token_head' or a KVScales.")
-        given = params.kv_scales
+        given = _for_format(params.kv_scales, fmt)
     if isinstance(given, str | os.PathLike):
         given = KVScales.load(given)
     if not isinstance(given, KVScales):

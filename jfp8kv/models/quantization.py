@@ -172,21 +172,61 @@ def declared_kv_dtype(quantization: Mapping[str, Any] | None) -> str | None:
 
 
 def _declared(quantization: Mapping[str, Any]) -> str | None:
-    scheme = quantization.get("kv_cache_scheme")
-    algorithm = quantization.get("kv_cache_quant_algo")
-    outputs = {
-        str((part.get("output_tensors") or {}).get("dtype"))
-        for part in (quantization.get("kv_cache_quant_config") or {}).values()
-    }
+    scheme, algorithm, outputs = _kv_entries(quantization)
     if quantization.get("quant_method") == "fp8" and (scheme == "static" or quantization.get("kv_cache_quant_targets")):
         return "fp8_e4m3"  # AutoFP8's two spellings
     if scheme:
         if scheme.get("num_bits") == 8 and scheme.get("type") == "float":
             return "fp8_e4m3"
-    elif algorithm == "FP8" or outputs == {"fp8_e4m3"}:
+    elif algorithm in ("FP8", "FP8_E4M3FNUZ") or outputs in ({"fp8_e4m3"}, {"fp8_e4m3fnuz"}):
         return "fp8_e4m3"
+    elif outputs == {"fp8_e5m2"}:
+        return "fp8_e5m2"
     if declared := scheme or algorithm or outputs:
         warnings.warn(
             f"The checkpoint declares a KV cache scheme that is not known here and is ignored: {declared}", stacklevel=2
         )
     return None
+
+
+def _kv_entries(quantization: Mapping[str, Any]) -> tuple[Any, Any, set[str]]:
+    """compressed-tensors' scheme (AutoFP8's word), ModelOpt's algorithm, and the dtypes that Quark gives K and V."""
+    outputs = {
+        str((part.get("output_tensors") or {}).get("dtype"))
+        for part in (quantization.get("kv_cache_quant_config") or {}).values()
+    }
+    return quantization.get("kv_cache_scheme"), quantization.get("kv_cache_quant_algo"), outputs
+
+
+def scales_made_for(quantization: Mapping[str, Any] | None) -> str:
+    """The format that the KV scales of such a checkpoint are made for.
+
+    "fp8_e4m3" unless the config says otherwise: "fp8_e4m3fnuz", "fp8_e5m2", or what it says, in words, when scales for that
+    mean nothing here (integers, 4 bits). Raises `CheckpointError` for a malformed config.
+    """
+    if not quantization:
+        return "fp8_e4m3"
+    if any("fnuz" in text.lower() for text in _strings(quantization)):
+        return "fp8_e4m3fnuz"
+    with _named(quantization):
+        scheme, algorithm, outputs = _kv_entries(quantization)
+        if isinstance(scheme, Mapping):
+            bits, kind = scheme.get("num_bits"), scheme.get("type")
+            return "fp8_e4m3" if (bits, kind) == (8, "float") else f"{kind} of {bits} bits"
+        if algorithm not in (None, "FP8"):
+            return str(algorithm)
+        return " and ".join(sorted(outputs)) or "fp8_e4m3"
+
+
+def is_static_kv(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether a declared FP8 cache has its scales in the checkpoint, rather than finds them as it runs."""
+    scheme = (quantization or {}).get("kv_cache_scheme")
+    return not (isinstance(scheme, Mapping) and scheme.get("dynamic"))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(entry)

@@ -120,6 +120,57 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
     return folder
 
 
+_COMPRESSED = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+_QUARK = {f"*{part}_proj": {"output_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}} for part in "kv"}
+# By layout: where K's and V's scale stand in a layer, and what config.json declares.
+SCALE_LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "compressed-tensors": (
+        "self_attn.k_scale",
+        "self_attn.v_scale",
+        {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": _COMPRESSED},
+    ),
+    "ModelOpt": (
+        "self_attn.k_proj.k_scale",
+        "self_attn.v_proj.v_scale",
+        {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"},
+    ),
+    "Quark": (
+        "self_attn.k_proj.output_scale",
+        "self_attn.v_proj.output_scale",
+        {"quant_method": "quark", "kv_cache_quant_config": _QUARK},
+    ),
+}
+_DECLARED = SCALE_LAYOUTS["compressed-tensors"][2]
+SCALE_LAYOUTS |= {
+    "fused": ("self_attn.qkv_proj.k_scale", "self_attn.qkv_proj.v_scale", _DECLARED),
+    "attention": ("self_attn.attn.k_scale", "self_attn.attn.v_scale", _DECLARED),
+    "cache": ("self_attn.k_cache.scale", "self_attn.v_cache.scale", _DECLARED),
+    "module": ("self_attn.k.scale", "self_attn.v.scale", _DECLARED),
+    "mixer": ("mixer.k_proj.k_scale", "mixer.v_proj.v_scale", _DECLARED),
+    "AutoFP8": ("self_attn.kv_scale", "self_attn.kv_scale", _DECLARED),
+}
+
+
+def scale_tensors(
+    layout: str, k: Any, v: Any, dtype: Any = np.float32, shape: tuple[int, ...] | None = None, at: str = "model.layers."
+) -> dict[str, np.ndarray]:
+    """The scales of each layer, `k` and `v` `[layers]` or `[layers, heads]`, under the names of a layout and in a `shape`."""
+    tensors = {}
+    for name, values in zip(SCALE_LAYOUTS[layout], (k, v), strict=False):
+        for layer, value in enumerate(values):
+            stored = np.asarray(value, np.float32).astype(dtype)
+            tensors[f"{at}{layer}.{name}"] = stored if shape is None else stored.reshape(shape)
+    return tensors
+
+
+def write_sidecar(folder: Path, ranks: Any, dtype: str = "float8_e4m3fn", model_type: str = "llama") -> Path:
+    """vLLM's `kv_cache_scales.json`; `ranks` are lists of one scale a layer."""
+    factors = {str(rank): {str(layer): float(s) for layer, s in enumerate(scales)} for rank, scales in enumerate(ranks)}
+    content = {"model_type": model_type, "kv_cache": {"dtype": dtype, "scaling_factor": factors}}
+    (folder / "kv_cache_scales.json").write_text(json.dumps(content))
+    return folder
+
+
 def byte_level_vocab() -> tuple[list[str], list[str]]:
     """Tokens and merges of a small byte-level BPE with ChatML's special tokens first."""
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -254,4 +305,7 @@ def tiny() -> SimpleNamespace:
         vocab=byte_level_vocab,
         run_python=run_python,
         chatml=CHATML,
+        scale_layouts=SCALE_LAYOUTS,
+        scales=scale_tensors,
+        sidecar=write_sidecar,
     )

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 
 from jfp8kv.checkpoint import load
 from jfp8kv.checkpoint.tensors import aligned_empty
@@ -107,32 +106,19 @@ def test_without_tokenizer_files_there_is_no_tokenizer(folder):
     assert load(folder).tokenizer is None
 
 
-def test_harmless_buffers_are_dropped_and_scales_are_said(tiny, tmp_path):
+def test_harmless_buffers_are_dropped(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     plain = load(tiny.folder(tmp_path / "a", config, tensors))
-    scales = ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.output_scale", "k_scale_zero_point", "attn.v_scale")
-    tensors |= {f"model.layers.{i}.self_attn.{name}": np.ones(1, np.float32) for i in range(2) for name in scales}
-    with pytest.warns(UserWarning, match=r"12 KV-cache scale tensors found.*not implemented yet"):
-        assert same(plain, load(tiny.folder(tmp_path / "b", config, tensors)))
-
-
-def test_float8_scales_in_the_file_do_not_stand_in_the_way(tiny, tmp_path):
-    config = tiny.config()
-    raw = safetensors.numpy.save(tiny.tensors(config) | {"model.layers.0.self_attn.k_scale": np.ones(4, np.uint8)})
-    length = int.from_bytes(raw[:8], "little")
-    header, data = raw[8 : 8 + length].replace(b'"U8"', b'"F8_E4M3"'), raw[8 + length :]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
-    with pytest.warns(UserWarning, match="1 KV-cache scale tensor"):
-        assert load(tmp_path).dtype == np.float32
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    assert same(plain, load(tiny.folder(tmp_path / "b", config, tensors)))
 
 
 def test_modelopts_own_config_file_declares_the_cache(folder):
     declared = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
     (folder / "hf_quant_config.json").write_text(json.dumps(declared))
-    assert load(folder).config.kv_cache_dtype == "fp8_e4m3"
+    with pytest.warns(UserWarning, match="declares an fp8_e4m3 cache but no scales"):
+        assert load(folder).config.kv_cache_dtype == "fp8_e4m3"
 
 
 def test_a_damaged_config_of_modelopt_is_named(folder):

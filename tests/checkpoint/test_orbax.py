@@ -12,10 +12,12 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
 
 import jfp8kv
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint import Tokenizer, load, save
+from jfp8kv.checkpoint.load import load_kv_scales
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.names import expected_shapes, nest
@@ -106,6 +108,17 @@ def test_scales_of_the_cache_come_back(params, tmp_path):
     save(dataclasses.replace(params, kv_scales=scales), tmp_path / "saved")
     back = load(tmp_path / "saved").kv_scales
     assert (back.k == scales.k).all() and (back.v == scales.v).all() and back.granularity == "channel"
+    rows = load_kv_scales(tmp_path / "saved").rows()
+    assert [(row.source, row.granularity) for row in rows] == [("kv_scales.safetensors", "channel")] * 2
+
+
+def test_saved_scales_that_are_bad_or_of_another_model_are_named(params, tmp_path):
+    save(dataclasses.replace(params, kv_scales=KVScales.unit(2)), tmp_path / "saved")
+    file, v = tmp_path / "saved" / "kv_scales.safetensors", np.ones((2, 1, 1), np.float32)
+    safetensors.numpy.save_file({"k": np.float32([1, 0]).reshape(2, 1, 1), "v": v}, file)
+    refused(tmp_path / "saved", str(file), "k scale of layer 1 is 0")
+    KVScales(np.ones((2, 3, 1)), v).save(file)
+    refused(tmp_path / "saved", str(file), "kv_heads=2")
 
 
 CHAT = [{"role": "user", "content": "hello 123"}]

@@ -177,9 +177,9 @@ def test_the_caches_scales_are_told_from_the_weights(tiny, tmp_path):
     stored, real = quantize(tiny.tensors(config, BF16), "modelopt")
     for layer in range(2):
         stored |= {f"model.layers.{layer}.self_attn.{n}_proj.{n}_scale": np.ones((), np.float32) for n in "kv"}
-    with pytest.warns(UserWarning, match="4 KV-cache scale tensors"):
+    with pytest.warns(UserWarning, match="declares no FP8 cache"):
         params = quiet_load(tiny.folder(tmp_path, config, stored))
-    assert equal(params, real, config, BF16)
+    assert equal(params, real, config, BF16) and (params.kv_scales.k == 1).all()
 
 
 def test_zero_points_that_are_zero_say_nothing_and_others_are_refused(tiny, tmp_path):
