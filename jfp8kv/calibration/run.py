@@ -29,7 +29,7 @@ from jfp8kv.engine.buckets import Buckets, default_token_budget
 from jfp8kv.engine.step import Model, Weights
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import bind
-from jfp8kv.models.linear import as_bits
+from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
 
 Statistics = Any  # Peaks, Histogram or Errors
@@ -73,7 +73,7 @@ class Watch:
     def __init__(self, params: Params, units: Units):
         cpu = jax.default_backend() == "cpu"
         self.model = Model(params.config, params.dtype, xla.attention)
-        self.weights = _on_cpu(params) if cpu else params.tree
+        self.weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
         self.units, self.buckets = units, Buckets(1, default_token_budget(), 1)
         self.prompts = self.tokens = 0
         self._pages: KVPages | None = None
@@ -163,11 +163,6 @@ def new_float32_pages(config: ModelConfig, tokens: int) -> KVPages:
     """A cache that keeps `tokens` tokens of one text as they are, in every layer."""
     sizes = {"kv_heads": config.kv_heads, "head_dim": config.head_dim, "page_size": PAGE_TOKENS}
     return new_pages(FLOAT32, depth=config.layers, num_pages=tokens // PAGE_TOKENS, **sizes)
-
-
-def _on_cpu(params: Params) -> Weights:
-    """The weights as the CPU's products want them: as the engine does."""
-    return jax.tree.map(lambda w: as_bits(w) if w.dtype == params.dtype else w.astype(np.float32), params.tree)
 
 
 def _require_finite(statistics: Statistics, prompt: int) -> None:

@@ -19,7 +19,7 @@ from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import CANCELLED, Request, Status
 from jfp8kv.engine.scheduler import Decode, Plan, Prefill, Scheduler
-from jfp8kv.models.linear import as_bits
+from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import switch_length
 from jfp8kv.sampling.params import SamplingParams
@@ -53,7 +53,7 @@ class Engine:
         self.kv = setup(params, kv_dtype, kv_scales, page_size=page_size, span=self.buckets.span)
         self.attention = dispatch.choose(attention)
         self.model = step.Model(config, params.dtype, self.attention.attend)
-        weights = jax.tree.map(lambda w: _on_cpu(w, params.dtype), params.tree) if cpu else params.tree
+        weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
         self.programs = Programs(self.model, weights, self.kv.layer_scales())
 
         self.needs = self.kv.needs
@@ -265,8 +265,3 @@ class Engine:
             Request([0], params, np.zeros(2, np.uint32), max_tokens=1) for _ in range(min(rows, self.buckets.max_requests))
         ]
         self._dispatch(plan(requests))
-
-
-def _on_cpu(weight: jax.Array, dtype: np.dtype) -> jax.Array:
-    """A weight as the CPU's products want it: the bits of the model's 16-bit type, float32 for a leaf of any other type."""
-    return as_bits(weight) if weight.dtype == dtype else weight.astype(np.float32)

@@ -32,6 +32,11 @@ def as_bits(weight: Array) -> Array:
     return jnp.from_dlpack(np.frombuffer(buffer, np.uint16).reshape(host.shape))
 
 
+def on_cpu(weight: Array, dtype: np.dtype) -> Array:
+    """A weight as the CPU's products want it: the bits of the model's 16-bit type, float32 for a leaf of any other type."""
+    return as_bits(weight) if weight.dtype == dtype else weight.astype(np.float32)
+
+
 def widen(weight: Array, stored: np.dtype, to: np.dtype) -> Array:
     """Weights as type `to`; `uint16` holds the bits of type `stored`."""
     if weight.dtype != jnp.uint16:
