@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, UInt8
 
-from jfp8kv.cache.scales import KVScales, exponent_inverse, token_head_exponent
-from jfp8kv.core.formats import KVFormat, as_values, encode
+from jfp8kv.cache.scales import KVScales, exponent_inverse, exponent_scale, token_head_exponent
+from jfp8kv.core.formats import KVFormat, as_values, decode, encode
 from jfp8kv.core.pytree import pytree, static
 
 
@@ -147,6 +147,30 @@ def write(
     k_bits = _put_keys(pages.k_bits, row, offset, encode(k.astype(jnp.float32) * k_factor, pages.fmt))
     v_bits = _put(pages.v_bits, row, offset, encode(v.astype(jnp.float32) * v_factor, pages.fmt))
     return KVPages(k_bits, v_bits, *exponents, fmt=pages.fmt, depth=pages.depth, slots=pages.slots)
+
+
+KV = Float[Array, "tokens kv_heads head_dim"]
+
+
+def read(
+    pages: KVPages, scales: LayerScales | None, *, layer: Int[Array, ""] | int, page_table: Int[Array, " pages"]
+) -> tuple[KV, KV]:
+    """Keys and values of one request in `layer`, real ones, float32: every slot of its pages, in the order of its tokens.
+
+    What `write` stored comes back as it is there; slots never written hold anything. The whole text is decoded at once: for
+    measuring and for oracles.
+    """
+    rows = jnp.minimum(pages.rows(layer, page_table), pages.k_bits.shape[0] - 1)
+
+    def real(bits: Array, exponent: Array | None, scale: Array | None) -> KV:
+        values = decode(bits, pages.fmt)  # [pages, kv_heads, page_size, head_dim]
+        if exponent is not None:
+            values = values * exponent_scale(exponent[rows])[..., None]
+        values = values.swapaxes(1, 2).reshape(-1, bits.shape[1], bits.shape[3])
+        return values if scale is None else values * scale[layer]
+
+    k = real(pages.k_bits[rows].swapaxes(2, 3), pages.k_exponent, None if scales is None else scales.k)
+    return k, real(pages.v_bits[rows], pages.v_exponent, None if scales is None else scales.v)
 
 
 def _scatter(place: Callable[[Array, Array], tuple]) -> Callable[[Array, Array, Array, Array], Array]:
