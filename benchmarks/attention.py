@@ -17,6 +17,7 @@ from jax import lax
 from benchmarks._common import header, interleaved, median, parser, table
 from jfp8kv.attention import reference, xla
 from jfp8kv.attention.contract import AttentionOptions, Where
+from jfp8kv.cache.layout import PoolLayout
 from jfp8kv.cache.pages import KVPages, LayerScales
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT32, KVFormat, encode_numpy
@@ -34,7 +35,7 @@ class Side:
         pages = shape["requests"] * per_request
         size = (pages, shape["kv_heads"], shape["page_size"], shape["head_dim"])
         k, v = (jnp.asarray(encode_numpy(rng.normal(size=size), fmt)) for _ in "kv")
-        self.pages = KVPages(k.swapaxes(2, 3), v, None, None, fmt=fmt, depth=1)
+        self.pages = KVPages(k.swapaxes(2, 3), v, None, None, layout=PoolLayout.alike(fmt, 1))
         self.table = jnp.asarray(rng.permutation(pages).reshape(shape["requests"], per_request), jnp.int32)
         heads = shape["kv_heads"] * shape["group"]
         self.q = jnp.asarray(rng.normal(size=(shape["requests"], 1, heads, shape["head_dim"])), jnp.float32)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.calibration.plan import Plan as CalibrationPlan  # noqa: F401  (for the command line)
 from jfp8kv.calibration.plan import plan as calibration_plan
@@ -16,6 +17,7 @@ from jfp8kv.calibration.run import calibration
 from jfp8kv.checkpoint.load import describe
 from jfp8kv.checkpoint.load import load as load
 from jfp8kv.core.errors import ConfigError, unknown_keyword
+from jfp8kv.engine.kv_dtype import plan_of
 from jfp8kv.engine.prompts import as_list, encode, is_single
 from jfp8kv.engine.request import RequestOutput
 from jfp8kv.inspection.report import Inspection, report
@@ -30,7 +32,7 @@ def generate(
     params: Params,
     prompts: Any,
     *,
-    kv_dtype: str = "auto",
+    kv_dtype: Any = "auto",
     kv_scales: Any = "auto",
     sampling: SamplingParams | None = None,
     progress: bool | None = None,
@@ -41,7 +43,8 @@ def generate(
     Args:
       params: what `load` or `Params.from_pytree` gave.
       prompts: a str, a list of str, a list of token id lists, or chat messages (a list of dicts, or a list of those).
-      kv_dtype: of the cache: "auto", "bfloat16", "float16", "float32", "fp8" (= "fp8_e4m3"), "fp8_e4m3", "fp8_e5m2".
+      kv_dtype: of the cache: "auto", "bfloat16", "float16", "float32", "fp8" (= "fp8_e4m3"), "fp8_e4m3", "fp8_e5m2";
+        or by layer, a `KVPlan` among others: see `LLM`.
       kv_scales: "auto", "checkpoint", "unit", "token_head", a `KVScales` or a path to one; see `LLM`.
       sampling: a `SamplingParams`; `sampling_fields` (`max_tokens=64, temperature=0.0, ...`) override its fields.
       progress: show a bar; None shows one for more than 8 prompts on a terminal.
@@ -52,13 +55,13 @@ def generate(
     return _llm(params, kv_dtype, kv_scales).generate(prompts, sampling, progress=progress)
 
 
-def logits(params: Params, token_ids: Sequence[int], *, kv_dtype: str = "auto", kv_scales: Any = "auto") -> np.ndarray:
+def logits(params: Params, token_ids: Sequence[int], *, kv_dtype: Any = "auto", kv_scales: Any = "auto") -> np.ndarray:
     """float32 `[tokens, vocab]`: the model's scores after each token, through the paged cache by the code that generates."""
     return _llm(params, kv_dtype, kv_scales).logits(token_ids)
 
 
 def score(
-    params: Params, texts_or_token_ids: Any, *, kv_dtype: str = "auto", kv_scales: Any = "auto"
+    params: Params, texts_or_token_ids: Any, *, kv_dtype: Any = "auto", kv_scales: Any = "auto"
 ) -> list[np.ndarray] | np.ndarray:
     """Log-probability of each token given those before it, float32 `[tokens - 1]` (the first token has none).
 
@@ -124,7 +127,7 @@ def calibrate(
 def inspect(
     source_or_params: str | os.PathLike[str] | Params,
     *,
-    kv_dtype: str = "auto",
+    kv_dtype: Any = "auto",
     kv_scales: Any = "auto",
     max_model_len: int | None = None,
     page_size: int = 64,
@@ -145,16 +148,17 @@ def inspect(
     return report(describe(source_or_params, weights=False), os.fspath(source_or_params), **cache)
 
 
-def _llm(params: Params, kv_dtype: str, kv_scales: Any) -> LLM:
+def _llm(params: Params, kv_dtype: Any, kv_scales: Any) -> LLM:
     """The warm engine of these parameters, made anew when the cache's settings change.
 
-    It belongs to `params` and goes with them. Scales from a file are read each time: what counts is what they are now.
+    It belongs to `params` and goes with them. Scales and plans from files are read each time: what counts is what they are now.
     """
     _require_params(params)
+    kv_dtype = plan_of(kv_dtype) or kv_dtype
     if isinstance(kv_scales, os.PathLike) or (isinstance(kv_scales, str) and os.path.isfile(kv_scales)):
         kv_scales = KVScales.load(kv_scales)
     settings, llm = params.__dict__.get(_ENGINE, (None, None))
-    if settings is None or settings[0] != kv_dtype or not _same(settings[1], kv_scales):
+    if settings is None or not all(map(_same, settings, (kv_dtype, kv_scales))):
         params.__dict__.pop(_ENGINE, None)  # its pool is freed before the next one is made
         llm = LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales)
         params.__dict__[_ENGINE] = ((kv_dtype, kv_scales), llm)
@@ -162,9 +166,15 @@ def _llm(params: Params, kv_dtype: str, kv_scales: Any) -> LLM:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two `kv_scales` are the same name, or scales with the same numbers."""
+    """Whether two settings are equal: the same names, or scales with the same numbers."""
     if isinstance(a, KVScales) and isinstance(b, KVScales):
-        return np.array_equal(a.k, b.k) and np.array_equal(a.v, b.v)
+        return (
+            a.kv_dtype == b.kv_dtype
+            and a.arrays.keys() == b.arrays.keys()
+            and all(np.array_equal(value, b.arrays[name]) for name, value in a.arrays.items())
+        )
+    if isinstance(a, KVPlan) and isinstance(b, KVPlan):
+        return a.layers == b.layers and _same(a.scales, b.scales)
     return type(a) is type(b) and a == b
 
 

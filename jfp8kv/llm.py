@@ -16,6 +16,7 @@ from jfp8kv.core.formats import kv_format
 from jfp8kv.core.platform import cache_folder
 from jfp8kv.engine.detokenize import Detokenizer
 from jfp8kv.engine.engine import Engine
+from jfp8kv.engine.kv_dtype import is_name
 from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.prompts import Encoded, Message, as_list, encode
 from jfp8kv.engine.request import CANCELLED, Request, RequestOutput
@@ -33,7 +34,8 @@ class LLM:
     Args:
       model: what `load` takes (a folder, a .gguf file, a hub id), or a `Params`.
       kv_cache_dtype: "auto" (the checkpoint's FP8 if it declares one, else the weights' type), "bfloat16", "float16",
-        "float32", "fp8_e4m3" (or "fp8") or "fp8_e5m2".
+        "float32", "fp8_e4m3" (or "fp8") or "fp8_e5m2". By layer: {"default": "fp8_e4m3", "skip": [0, "sliding_window"]}, whose
+        skipped layers keep bfloat16 (or "skip_dtype"), a list of one name per layer, a `KVPlan` or a path to one.
       kv_scales: "auto" (the checkpoint's, else 1), "checkpoint", "unit", "token_head" (dynamic), a `KVScales` or a path to one.
       kv_cache_memory: bytes of cache ("2GiB", 500_000_000); None takes a share of what is free on the device (85% on an
         accelerator, 10% of a computer's memory), or less if `max_num_seqs` full contexts need less.
@@ -53,7 +55,7 @@ class LLM:
         self,
         model: str | os.PathLike[str] | Params,
         *,
-        kv_cache_dtype: str = "auto",
+        kv_cache_dtype: Any = "auto",
         kv_scales: Any = "auto",
         kv_cache_memory: int | str | None = None,
         max_model_len: int | None = None,
@@ -74,7 +76,7 @@ class LLM:
             raise ConfigError(
                 f"dtype={dtype!r}: the Params given are {model.dtype.name} already; cast them, or load with dtype."
             )
-        if kv_cache_dtype != "auto":
+        if is_name(kv_cache_dtype) and kv_cache_dtype != "auto":
             kv_format(kv_cache_dtype)  # refused now rather than after loading
         dispatch.choose(attention)
         keep_compiled_programs()
@@ -109,8 +111,8 @@ class LLM:
 
     @property
     def kv_dtype(self) -> str:
-        """The cache's format: what "auto" came to."""
-        return self._engine.kv.fmt.name
+        """The cache's format: what "auto" came to, with how many layers have which where they differ."""
+        return self._engine.kv.name
 
     @property
     def max_model_len(self) -> int:

@@ -1,12 +1,13 @@
 """What every implementation of paged attention is given, and what it must return.
 
-All are functions of one request, batched with `vmap` (the pool unbatched). They read the same stored bytes and agree within
+All are functions of one request, batched with `vmap` (the pool unbatched). They are shown a pool whose layers are of one kind
+(`KVPages.only`), whose elements may lie in byte planes (`KVPages.stored`). They read the same stored bytes and agree within
 rounding, or raise `NotSupported`.
 """
 
 from jaxtyping import Array, Float, Int
 
-from jfp8kv.cache.pages import KVPages, LayerScales
+from jfp8kv.cache.pages import KVPages, Layer, LayerScales
 from jfp8kv.core.pytree import pytree, static
 
 
@@ -42,6 +43,5 @@ class AttentionOptions:
 
 
 Query = Float[Array, "tokens q_heads head_dim"]
-Layer = Int[Array, ""] | int
 
 __all__ = ["AttentionOptions", "KVPages", "Layer", "LayerScales", "Query", "Where"]

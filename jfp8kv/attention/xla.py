@@ -18,6 +18,7 @@ from jfp8kv.core.formats import decode_tile
 
 DECODE_TILE_TOKENS, PREFILL_TILE_TOKENS = 128, 256
 MASKED = -1e30  # a masked score
+Here = tuple[Array, Array | None]  # a tile's rows of the pool, and of the exponents
 LOWEST = -1e20  # where the running maximum starts: exp(MASKED - LOWEST) is 0, so a row that sees nothing sums to 0
 
 
@@ -32,6 +33,7 @@ def attention(
     tile_pages = max(1, (DECODE_TILE_TOKENS if tokens <= 2 else PREFILL_TILE_TOKENS) // pages.page_size)
     tile = tile_pages * pages.page_size
     rows = _query_rows(q, pages, scales, options, layer)
+    shift = _shift(q, kv_heads, scales, options, layer)
     table = _padded(at.page_table, tile_pages, pages.num_pages)
 
     first = first_visible(at.start, window)
@@ -41,17 +43,17 @@ def attention(
         peak, total, out = carry
         i = first_tile + i
         entries = lax.dynamic_slice(table, (i * tile_pages,), (tile_pages,))
-        page = jnp.minimum(pages.rows(layer, entries), pages.k_bits.shape[0] - 1)  # past the end: some page that exists
+        here = pages.rows(layer, entries), pages.exponent_rows(layer, entries) if pages.dynamic else None
         position = i * tile + jnp.arange(tile, dtype=jnp.int32)
 
-        scores = _scores(rows, pages, page, options)
+        scores = _scores(rows, shift, pages, here, options)
         scores = jnp.where(_seen(at, position, window, tokens, group), scores, MASKED)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
         shrink = jnp.exp(peak - new_peak)
         weights = jnp.exp(scores - new_peak[..., None])
         total = total * shrink + jnp.sum(weights, axis=-1)
         known = live(position, first=first, length=at.length)
-        out = out * shrink[..., None] + _weighted_values(weights, pages, page, known, rows.dtype)
+        out = out * shrink[..., None] + _weighted_values(weights, pages, here, known, rows.dtype)
         return new_peak, total, out
 
     peak, total = _initial(options, layer, kv_heads, tokens, group)
@@ -59,7 +61,7 @@ def attention(
     _, total, out = lax.fori_loop(0, _tiles(at.most_tokens, window, tokens, tile), body, (peak, total, out))
 
     out = out * (pages.fmt.tile_factor / jnp.where(total == 0, 1.0, total))[..., None]
-    if scales is not None:
+    if not pages.dynamic:
         out = out * scales.v[layer][:, None, :]
     out = out.reshape(kv_heads, tokens, group, head_dim).transpose(1, 0, 2, 3)
     return out.reshape(tokens, q_heads, head_dim).astype(q.dtype)
@@ -75,9 +77,21 @@ def _query_rows(
     dtype = q.dtype if tokens > 2 and q.dtype == jnp.bfloat16 else jnp.float32
     rows = q.astype(jnp.float32).reshape(tokens, kv_heads, q_heads // kv_heads, head_dim).transpose(1, 0, 2, 3)
     rows = rows * (options.sm_scale * pages.fmt.tile_factor)
-    if scales is not None:
+    if not pages.dynamic:
         rows = rows * scales.k[layer][:, None, None, :]
     return rows.reshape(kv_heads, -1, head_dim).astype(dtype)
+
+
+def _shift(
+    q: Query, kv_heads: int, scales: LayerScales | None, options: AttentionOptions, layer: Layer
+) -> Float[Array, "kv_heads rows"] | None:
+    """What the K offset adds to each query's scores. All of a row's scores alike, which a softmax does not see: so only where
+    a cap or a sink does. Float32: the offset is what is large about such keys."""
+    if scales is None or scales.k_offset is None or (options.softcap is None and options.sinks is None):
+        return None
+    grouped = q.astype(jnp.float32).reshape(q.shape[0], kv_heads, -1, q.shape[2])
+    shift = jnp.einsum("thgd,hd->htg", grouped, scales.k_offset[layer], precision="highest") * options.sm_scale
+    return shift.reshape(kv_heads, -1)
 
 
 def _tiles(most_tokens: Array, window: Array | None, tokens: int, tile: int) -> Array:
@@ -86,11 +100,15 @@ def _tiles(most_tokens: Array, window: Array | None, tokens: int, tile: int) -> 
     return tiles if window is None else jnp.where(window == 0, tiles, jnp.minimum(tiles, (window + tokens - 3) // tile + 2))
 
 
-def _scores(rows: Array, pages: KVPages, page: Array, options: AttentionOptions) -> Float[Array, "kv_heads rows tile"]:
-    k = decode_tile(_tile(pages.k_bits, page, axis=3), pages.fmt).astype(rows.dtype)
+def _scores(
+    rows: Array, shift: Array | None, pages: KVPages, here: Here, options: AttentionOptions
+) -> Float[Array, "kv_heads rows tile"]:
+    k = decode_tile(_tile(pages.stored(pages.k_bits, here[0]), axis=3), pages.fmt).astype(rows.dtype)
     scores = _dot("hqd,hdn->hqn", rows, k)
-    if pages.k_exponent is not None:
-        scores = scores * exponent_scale(_tile(pages.k_exponent, page, axis=2))[:, None, :]
+    if pages.dynamic:
+        scores = scores * exponent_scale(_tile(pages.exponents(pages.k_exponent, here[1]), axis=2))[:, None, :]
+    if shift is not None:
+        scores = scores + shift[..., None]
     if options.softcap is not None:
         scores = options.softcap * jnp.tanh(scores / options.softcap)
     return scores
@@ -103,12 +121,13 @@ def _seen(at: Where, position: Array, window: Array | None, tokens: int, group: 
 
 
 def _weighted_values(
-    weights: Array, pages: KVPages, page: Array, known: Array, dtype: jnp.dtype
+    weights: Array, pages: KVPages, here: Here, known: Array, dtype: jnp.dtype
 ) -> Float[Array, "kv_heads rows head_dim"]:
     # Unwritten slots may hold NaN codes, and 0 * NaN is NaN: their bits are cleared before anything is multiplied.
-    v_bits = jnp.where(known[None, :, None], _tile(pages.v_bits, page, axis=2), jnp.zeros((), pages.fmt.stored))
-    if pages.v_exponent is not None:
-        v_scale = exponent_scale(_tile(pages.v_exponent, page, axis=2))
+    v_bits = _tile(pages.stored(pages.v_bits, here[0]), axis=2)
+    v_bits = jnp.where(known[None, :, None], v_bits, jnp.zeros((), pages.fmt.stored))
+    if pages.dynamic:
+        v_scale = exponent_scale(_tile(pages.exponents(pages.v_exponent, here[1]), axis=2))
         weights = weights * jnp.where(known, v_scale, 0.0)[:, None, :]
     return _dot("hqn,hnd->hqd", weights.astype(dtype), decode_tile(v_bits, pages.fmt).astype(dtype))
 
@@ -130,9 +149,9 @@ def _padded(table: Array, multiple: int, sentinel: int) -> Array:
     return jnp.pad(table, (0, missing), constant_values=sentinel) if missing else table
 
 
-def _tile(pool: Array, page: Array, *, axis: int) -> Array:
-    """Pages side by side along their tokens, which are `axis` of the pool: `[kv_heads, ..., tile, ...]`."""
-    x = jnp.moveaxis(pool[page], 0, axis - 1)
+def _tile(pages: Array, *, axis: int) -> Array:
+    """Pages side by side along their tokens, which are `axis` of them: `[kv_heads, ..., tile, ...]`."""
+    x = jnp.moveaxis(pages, 0, axis - 1)
     return x.reshape(*x.shape[: axis - 1], -1, *x.shape[axis + 1 :])
 
 

@@ -4,6 +4,7 @@ A layer that sees all of a text keeps all of its pages; a layer with a sliding w
 are put into *groups* of at most `depth`, each with one kind of window: a page number that a group takes is a page in each of
 its layers, and every group has a page table of its own. One pool and one allocator serve all groups, since a page is as large
 whoever takes it: what windows save goes to whoever needs it. A model without windows is one group of all its layers.
+A layer may be more than one slot wide: where formats differ, a 16-bit layer takes two (cache/layout.py).
 
 A group with a window holds a *ring* of pages: logical page `j` lies in its `j % held`-th page, long enough that a page is
 written again only when no query can see what it held. (vLLM calls the idea a hybrid KV cache.)
@@ -18,8 +19,8 @@ WASTE = 0.1  # share of the slots of one kind of layer that may lie idle for the
 
 @dataclasses.dataclass(frozen=True)
 class LayerGroups:
-    """`group` and `slot` by layer: which page table it reads, and its place among the layers of a page. `windows` by group,
-    in tokens, 0 for all."""
+    """`group` and `slot` by layer: which page table it reads, and its first place among the `depth` slots of a page. `windows`
+    by group, in tokens, 0 for all."""
 
     group: tuple[int, ...]
     slot: tuple[int, ...]
@@ -32,22 +33,45 @@ class LayerGroups:
         return len(self.windows) == 1
 
     @classmethod
-    def of(cls, windows: Sequence[int]) -> "LayerGroups":
-        """The groups of layers with these windows: as deep as can be with little of the pool lying idle."""
+    def of(cls, windows: Sequence[int], widths: Sequence[int] | None = None) -> "LayerGroups":
+        """The groups of layers with these windows, each so many slots wide (1): as deep as can be with little lying idle."""
+        widths = widths or [1] * len(windows)
         kinds = {window: [i for i, w in enumerate(windows) if w == window] for window in dict.fromkeys(windows)}
-        sizes = [len(layers) for layers in kinds.values()]
-        depth = next(d for d in range(max(sizes), 0, -1) if _idle(sizes, d) <= WASTE)
+        sizes = [[widths[layer] for layer in layers] for layers in kinds.values()]
+        least = max(widths)
+        depths = [d for d in range(max(map(sum, sizes)), least - 1, -1)]
+        depth = next((d for d in depths if max(_idle(each, d) for each in sizes) <= WASTE), None)
+        if depth is None:  # wide and narrow layers that fill no depth well
+            depth = min(depths, key=lambda d: sum(d * len(_packed(each, d)) for each in sizes))
         group, slot, by_group = [0] * len(windows), [0] * len(windows), []
         for window, layers in kinds.items():
-            for i, layer in enumerate(layers):
-                group[layer], slot[layer] = len(by_group) + i // depth, i % depth
-            by_group += [window] * -(-len(layers) // depth)
+            for members in _packed([widths[layer] for layer in layers], depth):
+                place = 0
+                for index in members:
+                    group[layers[index]], slot[layers[index]] = len(by_group), place
+                    place += widths[layers[index]]
+                by_group.append(window)
         return cls(tuple(group), tuple(slot), tuple(by_group), depth)
 
 
-def _idle(sizes: Sequence[int], depth: int) -> float:
-    """The largest share of slots that one kind of layer leaves empty."""
-    return max(1 - size / (-(-size // depth) * depth) for size in sizes)
+def _packed(widths: Sequence[int], depth: int) -> list[list[int]]:
+    """Indices of layers by group: each goes into the first group that has room."""
+    groups: list[list[int]] = []
+    room: list[int] = []
+    for index, width in enumerate(widths):
+        at = next((g for g, left in enumerate(room) if left >= width), None)
+        if at is None:
+            at = len(groups)
+            groups.append([])
+            room.append(depth)
+        groups[at].append(index)
+        room[at] -= width
+    return groups
+
+
+def _idle(widths: Sequence[int], depth: int) -> float:
+    """The share of slots that layers of one window leave empty."""
+    return 1 - sum(widths) / (len(_packed(widths, depth)) * depth)
 
 
 @dataclasses.dataclass(frozen=True)

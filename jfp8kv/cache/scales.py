@@ -11,7 +11,9 @@ every backend stores the same bytes.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from jfp8kv.core.errors import CheckpointError, ConfigError
-from jfp8kv.core.formats import KVFormat
+from jfp8kv.core.formats import KVFormat, kv_format
 
 UNIT, TOKEN_HEAD = "unit", "token_head"
 NAMED = ("auto", "checkpoint", UNIT, TOKEN_HEAD)
@@ -30,17 +32,27 @@ class KVScales:
     """Static scales of every layer: `k` and `v`, float32, broadcastable to `[layers, kv_heads, head_dim]`.
 
     `[layers, 1, 1]` is one scale per tensor, `[layers, kv_heads, 1]` per head, `[layers, kv_heads, head_dim]` per channel.
-    Raises `ConfigError` for a scale that is not positive and finite, naming the layer. Compared by identity.
+    `k_offset`, of the same shapes, is subtracted from keys (after RoPE) before they are scaled, or None: the scores of a query
+    all move alike, which its softmax does not see. `kv_dtype` says what format the scales were made for; None is whatever cache
+    they are given to. Raises `ConfigError` for a scale that is not positive and finite, naming the layer. Compared by identity.
     """
 
-    def __init__(self, k: np.ndarray, v: np.ndarray):
-        self.k = _checked("k", k)
-        self.v = _checked("v", v)
+    def __init__(self, k: np.ndarray, v: np.ndarray, k_offset: np.ndarray | None = None, kv_dtype: str | None = None):
+        self.k = _positive("k", k)
+        self.v = _positive("v", v)
+        self.k_offset = None if k_offset is None else _finite("k_offset", k_offset)
+        self.kv_dtype = None if kv_dtype is None else kv_format(kv_dtype).name
         if len(self.k) != len(self.v):
             raise ConfigError(f"K scales for {len(self.k)} layers and V scales for {len(self.v)}: must be the same number.")
+        if self.k_offset is not None and len(self.k) != len(self.k_offset):
+            raise ConfigError(
+                f"K scales for {len(self.k)} layers and K offsets for {len(self.k_offset)}: must be the same number."
+            )
 
     def __repr__(self) -> str:
-        return f"KVScales(layers={len(self.k)}, granularity={self.granularity!r})"
+        made_for = f", kv_dtype={self.kv_dtype!r}" if self.kv_dtype else ""
+        offset = ", with K offsets" if self.k_offset is not None else ""
+        return f"KVScales(layers={len(self.k)}, granularity={self.granularity!r}{made_for}{offset})"
 
     @property
     def granularity(self) -> str:
@@ -48,61 +60,99 @@ class KVScales:
         shape = np.maximum(self.k.shape, self.v.shape)
         return "channel" if shape[2] > 1 else "head" if shape[1] > 1 else "tensor"
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """`k`, `v` and `k_offset` if there is one, by name."""
+        found = {"k": self.k, "v": self.v, "k_offset": self.k_offset}
+        return {name: value for name, value in found.items() if value is not None}
+
     @classmethod
     def unit(cls, layers: int) -> "KVScales":
         """Scale 1 everywhere: values are stored as they are."""
         return cls(np.ones((layers, 1, 1), np.float32), np.ones((layers, 1, 1), np.float32))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write `path` as a safetensors file holding `k`, `v` and their granularity."""
+        """Write `path` as a safetensors file holding `k`, `v`, `k_offset` if there is one, and what they are."""
         from safetensors.numpy import save_file
 
-        about = json.dumps({"format": "jfp8kv.KVScales", "granularity": self.granularity})
-        save_file({"k": self.k, "v": self.v}, str(path), metadata={"jfp8kv": about})
+        about = json.dumps({"format": "jfp8kv.KVScales", "granularity": self.granularity, "kv_dtype": self.kv_dtype})
+        save_file(self.arrays, str(path), metadata={"jfp8kv": about})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "KVScales":
         """Read what `save` wrote. Raises `CheckpointError` for anything else."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        tensors, about = read_own_file(path, "kv_scales", "KVScales")
+        return cls.of(tensors, about.get("kv_dtype"))
 
-        if not Path(path).is_file():
-            raise CheckpointError(f"kv_scales={str(path)!r}: no such file. Write one with KVScales.save(path).")
-        try:
-            tensors = load_file(str(path))
-            return cls(tensors["k"], tensors["v"])
-        except (SafetensorError, KeyError) as error:
-            raise CheckpointError(f"kv_scales={str(path)!r}: not a KVScales file ({error}).") from error
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray], kv_dtype: str | None) -> "KVScales":
+        """From what `arrays` gives."""
+        return cls(arrays["k"], arrays["v"], arrays.get("k_offset"), kv_dtype)
 
 
-jax.tree_util.register_pytree_node(KVScales, lambda s: ((s.k, s.v), None), lambda _, kv: _unchecked(*kv))
+def read_own_file(path: str | os.PathLike, what: str, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of a safetensors file that `kind.save` wrote, and what is said of them. Raises `CheckpointError`."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise CheckpointError(f"{what}={str(path)!r}: no such file. Write one with {kind}.save(path).")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            about = json.loads((file.metadata() or {}).get("jfp8kv", "{}"))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{what}={str(path)!r}: not a {kind} file ({error}).") from error
+    if missing := [name for name in "kv" if name not in arrays]:
+        raise CheckpointError(f"{what}={str(path)!r}: not a {kind} file (it holds no {' and no '.join(map(repr, missing))}).")
+    if about.get("format", f"jfp8kv.{kind}") != f"jfp8kv.{kind}":
+        raise CheckpointError(f"{what}={str(path)!r}: a {about['format']} file, not a jfp8kv.{kind}.")
+    return arrays, about
 
 
-def _unchecked(k: object, v: object) -> KVScales:
+jax.tree_util.register_pytree_node(
+    KVScales, lambda s: ((s.k, s.v, s.k_offset), s.kv_dtype), lambda kv_dtype, children: _unchecked(kv_dtype, *children)
+)
+
+
+def _unchecked(kv_dtype: str | None, k: object, v: object, k_offset: object) -> KVScales:
     """JAX may rebuild the tree around anything (tracers, None): no checks there."""
     scales = object.__new__(KVScales)
-    scales.k, scales.v = k, v  # type: ignore[assignment]
+    scales.k, scales.v, scales.k_offset, scales.kv_dtype = k, v, k_offset, kv_dtype  # type: ignore[assignment]
     return scales
 
 
-def _checked(name: str, value: object) -> np.ndarray:
+def _shaped(name: str, value: object) -> np.ndarray:
     value = np.array(value, np.float32, order="C")  # a copy of our own, laid out as files want it
     if value.ndim != 3 or (value.shape[2] > 1 and value.shape[1] == 1):
         raise ConfigError(
             f"{name} scales of shape {value.shape}: must be [layers, 1, 1] (tensor), [layers, kv_heads, 1] (head) "
             "or [layers, kv_heads, head_dim] (channel)."
         )
-    bad = ~(np.isfinite(value) & (value > 0))
+    return value
+
+
+def _positive(name: str, value: object) -> np.ndarray:
+    value = _shaped(name, value)
+    _refuse(~(np.isfinite(value) & (value > 0)), value, f"{name} scale", "scales must be positive and finite")
+    return value
+
+
+def _finite(name: str, value: object) -> np.ndarray:
+    value = _shaped(name, value)
+    _refuse(~np.isfinite(value), value, name, "offsets must be finite")
+    return value
+
+
+def _refuse(bad: np.ndarray, value: np.ndarray, what: str, rule: str) -> None:
     if bad.any():
         at = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise ConfigError(f"{name} scale of layer {at[0]} is {value[at]}: scales must be positive and finite.")
-    return value
+        raise ConfigError(f"{what} of layer {at[0]} is {value[at]}: {rule}.")
 
 
 def check_shape(scales: KVScales, *, layers: int, kv_heads: int, head_dim: int) -> None:
     """Raise `ConfigError` unless the scales belong to a model of these sizes."""
     full = (layers, kv_heads, head_dim)
-    for name, value in (("k", scales.k), ("v", scales.v)):
+    for name, value in scales.arrays.items():
         if value.shape[0] != layers or any(s not in (1, f) for s, f in zip(value.shape, full, strict=True)):
             raise ConfigError(
                 f"{name} scales of shape {value.shape} do not fit a model with layers={layers}, kv_heads={kv_heads}, "

@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 from jfp8kv.attention import xla
 from jfp8kv.attention.contract import Layer, Query, Where
 from jfp8kv.attention.paged import KV, Attend, paged
+from jfp8kv.cache.layout import PoolLayout
 from jfp8kv.cache.pages import KVPages, LayerScales, new_pages
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.calibration.data import Spool, pieces, stream
@@ -64,7 +65,7 @@ def calibration(params: Params, prompts: Any, plan: Plan, *, progress: bool | No
             chosen = watch.over(again, Errors.of(first, plan.fmt)).scales()
         else:
             chosen = watch.over(_bar(todo, count, progress), Peaks.empty(units)).scales(plan.fmt)
-    return Calibration(KVScales(chosen[:, 0], chosen[:, 1]), watch.prompts, watch.tokens)
+    return Calibration(KVScales(chosen[:, 0], chosen[:, 1], kv_dtype=plan.fmt.name), watch.prompts, watch.tokens)
 
 
 class Watch:
@@ -162,7 +163,7 @@ def observing(attend: Attend, real: Real) -> Callable[..., tuple[Query, Carry]]:
 def new_float32_pages(config: ModelConfig, tokens: int) -> KVPages:
     """A cache that keeps `tokens` tokens of one text as they are, in every layer."""
     sizes = {"kv_heads": config.kv_heads, "head_dim": config.head_dim, "page_size": PAGE_TOKENS}
-    return new_pages(FLOAT32, depth=config.layers, num_pages=tokens // PAGE_TOKENS, **sizes)
+    return new_pages(PoolLayout.alike(FLOAT32, config.layers), num_pages=tokens // PAGE_TOKENS, **sizes)
 
 
 def _require_finite(statistics: Statistics, prompt: int) -> None:

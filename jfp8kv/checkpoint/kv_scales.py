@@ -349,7 +349,7 @@ def _stacked(found: Iterable[LayerFound]) -> KVScales:
         heads = max(value.size for value in values)
         return np.stack([np.broadcast_to(value, heads) for value in values])[..., None]
 
-    return KVScales(stack([layer.k for layer in found]), stack([layer.v for layer in found]))
+    return KVScales(stack([layer.k for layer in found]), stack([layer.v for layer in found]), kv_dtype="fp8_e4m3")
 
 
 def _trimmed(value: np.ndarray) -> np.ndarray:

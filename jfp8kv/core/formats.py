@@ -15,6 +15,7 @@ magnitude bits into a float16 is one instruction, exact for subnormals too, wher
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -159,6 +160,21 @@ def decode(bits: Array, fmt: KVFormat) -> Float[Array, "*dims"]:
     """float32 values of stored bits, exact for every code."""
     tile = decode_tile(bits, fmt)
     return tile if fmt.tile_factor == 1.0 else tile * jnp.float32(fmt.tile_factor)
+
+
+def split_planes(bits: Array) -> list[Array]:
+    """The bytes of stored elements, from high to low, each an array of uint8. Float32 is seen as its bits."""
+    if bits.dtype == jnp.float32:
+        bits = lax.bitcast_convert_type(bits, jnp.uint32)
+    return [(bits >> (8 * i)).astype(jnp.uint8) for i in reversed(range(bits.dtype.itemsize))]
+
+
+def join_planes(planes: Sequence[Array], fmt: KVFormat) -> Array:
+    """The stored elements of `fmt` whose bytes these are."""
+    bits = planes[0].astype(jnp.uint32)
+    for plane in planes[1:]:
+        bits = (bits << 8) | plane.astype(jnp.uint32)
+    return lax.bitcast_convert_type(bits, jnp.float32) if fmt is FLOAT32 else bits.astype(fmt.stored)
 
 
 def as_values(bits: Array, fmt: KVFormat) -> Array:

@@ -52,7 +52,7 @@ class Engine:
         self.params = params
         self.kv = setup(params, kv_dtype, kv_scales, page_size=page_size, span=self.buckets.span)
         self.attention = dispatch.choose(attention)
-        self.model = step.Model(config, params.dtype, self.attention.attend)
+        self.model = step.Model(config, params.dtype, self.attention.attend, self.kv.groups)
         weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
         self.programs = Programs(self.model, weights, self.kv.layer_scales())
 

@@ -1,8 +1,10 @@
 """From what a user says of the KV cache to a format, scales and a pool of pages."""
 
 import dataclasses
+import functools
 import os
 import warnings
+from collections import Counter
 from typing import Any
 
 import jax
@@ -10,45 +12,63 @@ import numpy as np
 
 from jfp8kv.cache.capacity import default_bytes, pages_for, parse_bytes
 from jfp8kv.cache.groups import LayerGroups, PageNeeds
+from jfp8kv.cache.layout import LayerKind, PoolLayout, widths
 from jfp8kv.cache.pages import KVPages, LayerScales, new_pages, page_bytes
+from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, UNIT, KVScales, check_shape
 from jfp8kv.core.errors import ConfigError, one_of
-from jfp8kv.core.formats import E4M3, KVFormat, kv_format
+from jfp8kv.core.formats import KVFormat, kv_format
+from jfp8kv.engine.kv_dtype import layer_formats, plan_of
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
 
 
 @dataclasses.dataclass(frozen=True)
 class KVSetup:
-    """A cache's format and scales; `scales` is None when they are dynamic (one per token and head, in the pages).
+    """What each layer of a cache keeps, and its scales; `scales` is None when all are dynamic (one per token and head, in the
+    pages).
 
     `span` is the most tokens that one dispatch adds to a text: pages of a window last so much longer.
     """
 
-    fmt: KVFormat
+    kinds: tuple[LayerKind, ...]
     scales: KVScales | None
     config: ModelConfig
     page_size: int
     span: int
 
     @property
+    def name(self) -> str:
+        """The format's name; where layers differ, each with how many layers have it: "fp8_e4m3 (28 layers), bfloat16 (2)"."""
+        counts = Counter(kind.fmt.name for kind in self.kinds)
+        if len(counts) == 1:
+            return next(iter(counts))
+        (first, layers), *rest = counts.most_common()
+        return ", ".join([f"{first} ({layers} layers)", *(f"{name} ({layers})" for name, layers in rest)])
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether any layer has dynamic scales."""
+        return any(kind.dynamic for kind in self.kinds)
+
+    @functools.cached_property
     def groups(self) -> LayerGroups:
         """Which layers share a page number."""
-        return LayerGroups.of(self.config.windows or (0,) * self.config.layers)
+        return LayerGroups.of(self.config.windows or (0,) * self.config.layers, widths(self.kinds))
+
+    @functools.cached_property
+    def layout(self) -> PoolLayout:
+        """Where each layer lies in the pool."""
+        return PoolLayout.of(self.kinds, self.groups)
 
     @property
     def _page(self) -> dict[str, Any]:
-        return {
-            "page_size": self.page_size,
-            "kv_heads": self.config.kv_heads,
-            "head_dim": self.config.head_dim,
-            "dynamic": self.scales is None,
-        }
+        return {"page_size": self.page_size, "kv_heads": self.config.kv_heads, "head_dim": self.config.head_dim}
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page number over the layers that share it."""
-        return page_bytes(self.fmt, depth=self.groups.depth, **self._page)
+        return page_bytes(self.layout, **self._page)
 
     @property
     def needs(self) -> PageNeeds:
@@ -75,9 +95,7 @@ class KVSetup:
 
     def pool(self, num_pages: int) -> KVPages:
         """A new pool on the device."""
-        groups = self.groups
-        slots = () if groups.uniform else groups.slot
-        return new_pages(self.fmt, depth=groups.depth, slots=slots, num_pages=num_pages, **self._page)
+        return new_pages(self.layout, num_pages=num_pages, **self._page)
 
     def layer_scales(self) -> LayerScales | None:
         """The static scales on the device."""
@@ -92,47 +110,77 @@ def setup(params: Params, kv_dtype: Any, kv_scales: Any, *, page_size: Any, span
     Of the weights only their type is looked at.
     """
     config = params.config
-    if kv_dtype == "auto":
-        kv_dtype = config.kv_cache_dtype or params.dtype.name
-    fmt = kv_format(kv_dtype)
     if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
         raise ConfigError(f"page_size={page_size!r}: must be a positive number of tokens; try 64.")
-    return KVSetup(fmt, _scales(params, fmt, kv_scales), config, page_size, span)
+    plan = plan_of(kv_dtype)
+    if plan is not None:
+        kinds, scales = _planned(plan, config, kv_scales)
+    else:
+        formats = layer_formats(kv_dtype, config, params.dtype.name)
+        dynamic, scales = _scales(params, formats, kv_scales)
+        kinds = tuple(LayerKind(fmt, dynamic and fmt.is_fp8) for fmt in formats)
+    if scales is None and not all(kind.dynamic for kind in kinds):
+        scales = KVScales.unit(config.layers)
+    return KVSetup(kinds, scales, config, page_size, span)
 
 
-def _for_format(scales: KVScales, fmt: KVFormat) -> KVScales:
-    """A checkpoint's scales, which are for E4M3, made for `fmt`: the largest value stays the largest, said aloud."""
-    if fmt is E4M3:
-        return scales
-    warnings.warn(
-        f"The checkpoint's KV scales are made for {E4M3.name}: for {fmt.name} they are multiplied by the ratio of the formats' "
-        f"largest values, {E4M3.largest:g} / {fmt.largest:g}.",
-        stacklevel=2,
-    )
-    ratio = np.float32(E4M3.largest / fmt.largest)
-    return KVScales(scales.k * ratio, scales.v * ratio)
+def _planned(plan: KVPlan, config: ModelConfig, kv_scales: Any) -> tuple[tuple[LayerKind, ...], KVScales]:
+    """What a plan says. Its scales are part of it: others are refused."""
+    if not (isinstance(kv_scales, str) and kv_scales == "auto"):
+        raise ConfigError(f"kv_scales={kv_scales!r}: kv_dtype is a plan, which brings its own scales; leave kv_scales out.")
+    plan.check(config.layers)
+    check_shape(plan.scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
+    return tuple(layer.kind for layer in plan.layers), plan.scales
 
 
-def _scales(params: Params, fmt: KVFormat, given: Any) -> KVScales | None:
-    config = params.config
+def _scales(params: Params, formats: tuple[KVFormat, ...], given: Any) -> tuple[bool, KVScales | None]:
+    """Whether FP8 layers have dynamic scales, and the static ones."""
+    config, quantized = params.config, [fmt for fmt in formats if fmt.is_fp8]
     if isinstance(given, str) and given not in NAMED and os.path.sep not in given and not os.path.exists(given):
         raise one_of("kv_scales", given, (*NAMED, "a KVScales", "a path to one"))
-    if isinstance(given, str) and (given == UNIT or (given == "auto" and (params.kv_scales is None or not fmt.is_fp8))):
-        return KVScales.unit(config.layers)
-    if not fmt.is_fp8:
-        raise ConfigError(f"kv_scales={given!r}: scales belong to an FP8 cache, and this one is {fmt.name}; leave them out.")
+    if isinstance(given, str) and (given == UNIT or (given == "auto" and (params.kv_scales is None or not quantized))):
+        return False, KVScales.unit(config.layers)
+    if not quantized:
+        raise ConfigError(
+            f"kv_scales={given!r}: scales belong to an FP8 cache, and this one is {formats[0].name}; leave them out."
+        )
     if isinstance(given, str) and given == TOKEN_HEAD:
-        return None
+        return True, None
     if isinstance(given, str) and given in ("auto", "checkpoint"):
         if params.kv_scales is None:
             raise ConfigError("kv_scales='checkpoint': the checkpoint has none; try 'unit', 'token_head' or a KVScales.")
-        given = _for_format(params.kv_scales, fmt)
+        given = params.kv_scales
     if isinstance(given, str | os.PathLike):
         given = KVScales.load(given)
     if not isinstance(given, KVScales):
         raise one_of("kv_scales", given, (*NAMED, "a KVScales", "a path to one"))
     check_shape(given, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
-    return given
+    return False, _for_formats(given, formats)
+
+
+def _for_formats(scales: KVScales, formats: tuple[KVFormat, ...]) -> KVScales:
+    """Scales for the formats that the layers have: 1 where a layer is not FP8, and where they were made for another format,
+    changed so that the largest value stays the largest, said aloud."""
+    made_for = scales.kv_dtype and kv_format(scales.kv_dtype)
+    for fmt in dict.fromkeys(fmt for fmt in formats if fmt.is_fp8 and made_for not in (None, fmt)):
+        warnings.warn(
+            f"The KV scales are made for {made_for.name}: for {fmt.name} they are multiplied by the ratio of the formats' "
+            f"largest values, {made_for.largest:g} / {fmt.largest:g}.",
+            stacklevel=2,
+        )
+    if all(fmt is made_for or (made_for is None and fmt.is_fp8) for fmt in formats):
+        return scales
+
+    def fitted(name: str) -> np.ndarray:
+        value = getattr(scales, name).copy()
+        for layer, fmt in enumerate(formats):
+            if not fmt.is_fp8:
+                value[layer] = 1
+            elif made_for is not None:
+                value[layer] *= np.float32(made_for.largest / fmt.largest)
+        return value
+
+    return KVScales(fitted("k"), fitted("v"), scales.k_offset)
 
 
 def context_length(config: ModelConfig, max_model_len: Any) -> int:

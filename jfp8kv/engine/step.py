@@ -39,17 +39,13 @@ class Model:
     config: ModelConfig
     dtype: np.dtype  # of the weights
     attention: Attention
+    groups: LayerGroups | None = None  # which page table each layer reads; None: all of them one
 
     def options(self, decoder: Decoder) -> AttentionOptions:
         """What this model asks of attention, its sinks read from the weights."""
         c = self.config
         windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
         return AttentionOptions(window=windows, sinks=decoder.sinks(), sm_scale=c.attention_scale, softcap=c.softcap)
-
-    @property
-    def groups(self) -> LayerGroups:
-        """Which page table each layer reads."""
-        return LayerGroups.of(self.config.windows or (0,) * self.config.layers)
 
 
 @pytree
@@ -63,11 +59,11 @@ class Chunk:
     context: Int[Array, ""]
     most_tokens: Int[Array, ""]
 
-    def where(self, groups: LayerGroups) -> Callable[[Layer], Where]:
+    def where(self, groups: LayerGroups | None) -> Callable[[Layer], Where]:
         """The place of its tokens in each layer."""
 
         def at(layer: Layer) -> Where:
-            group = 0 if groups.uniform else jnp.asarray(groups.group, jnp.int32)[layer]
+            group = 0 if groups is None or groups.uniform else jnp.asarray(groups.group, jnp.int32)[layer]
             return Where(self.page_tables[group], self.start, self.length, self.most_tokens)
 
         return at

@@ -203,7 +203,7 @@ def _costs(params: Params, asked: KVSetup, lengths: list[int]) -> tuple[CacheCos
 
 
 def _kind(kv: KVSetup) -> tuple[str, str]:
-    return kv.fmt.name, "static" if kv.scales is not None else TOKEN_HEAD
+    return kv.name, TOKEN_HEAD if kv.dynamic else "static"
 
 
 def _cost(kv: KVSetup, asked: bool, lengths: list[int]) -> CacheCost:

@@ -9,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from jfp8kv.core.ranges import runs
 from jfp8kv.inspection.report import GIB, CacheCost, Inspection
 from jfp8kv.models.config import ModelConfig, RopeConfig
 
@@ -93,7 +94,7 @@ def _attention(found: Inspection, lines: box.Box | None) -> Table:
     table = _table(lines, ("layers", "right"), ("attention sees", "left"), ("rotation", "left"), ("which", "left"))
     for alike in found.attention:
         sees = f"the last {alike.window:,} tokens" if alike.window else "everything"
-        table.add_row(f"{len(alike.layers)}", sees, _rope(alike.rope, found.model), _runs(alike.layers))
+        table.add_row(f"{len(alike.layers)}", sees, _rope(alike.rope, found.model), runs(alike.layers, _RUNS))
     return table
 
 
@@ -103,18 +104,6 @@ def _rope(rope: RopeConfig | None, c: ModelConfig) -> str:
     part = "" if rope.share == 1 else f" of {rope.rotated(c.head_dim)} features"
     stretched = "" if rope.kind == "default" else f", x{rope.factor:g}"
     return f"{rope.kind}{part}, theta {rope.theta:,.0f}{stretched}"
-
-
-def _runs(layers: Sequence[int]) -> str:
-    """`0-4, 6-10` for layers 0 to 4 and 6 to 10."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    shown = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-    return ", ".join(shown if len(shown) <= _RUNS else [*shown[: _RUNS - 1], "..."])
 
 
 # -- the cache ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 
 from jfp8kv.attention import dispatch
 from jfp8kv.attention.contract import AttentionOptions, Where
+from jfp8kv.cache.layout import PoolLayout
 from jfp8kv.cache.pages import KVPages, LayerScales, new_pages
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.errors import ConfigError, NotSupported
@@ -46,7 +47,7 @@ class Case:
         self.layer = int(rng.integers(LAYERS))
         stored = [self._stored(rng, which, dynamic, kv_heads, dim) for which in ("k_inverse", "v_inverse")]
         (k, k_exponent), (v, v_exponent) = stored
-        self.pages = KVPages(k.swapaxes(2, 3), v, k_exponent, v_exponent, fmt=fmt, depth=LAYERS)
+        self.pages = KVPages(k.swapaxes(2, 3), v, k_exponent, v_exponent, layout=PoolLayout.alike(fmt, LAYERS, dynamic=dynamic))
         self.q = rng.normal(size=(len(lengths), tokens, kv_heads * group, dim)).astype(np.float32)
         self.options = AttentionOptions(sm_scale=dim**-0.5, **options)
 
@@ -214,9 +215,7 @@ def test_dispatch_says_why_and_names_what_it_cannot_do() -> None:
 
 def test_a_pool_is_never_decoded_whole() -> None:
     """The tile is decoded, not the pool: temporaries stay far below the pool's size."""
-    pages = jax.eval_shape(
-        lambda: new_pages(E4M3, depth=4, num_pages=512, page_size=64, kv_heads=2, head_dim=64, dynamic=False)
-    )
+    pages = jax.eval_shape(lambda: new_pages(PoolLayout.alike(E4M3, 4), num_pages=512, page_size=64, kv_heads=2, head_dim=64))
     scales = LayerScales.of(KVScales.unit(4), layers=4, kv_heads=2, head_dim=64)
 
     def decode(q, pages: KVPages, table, length):

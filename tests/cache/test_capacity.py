@@ -4,9 +4,11 @@ import jax
 import pytest
 
 from jfp8kv.cache.capacity import default_bytes, free_bytes, pages_for, parse_bytes
+from jfp8kv.cache.groups import LayerGroups
+from jfp8kv.cache.layout import LayerKind, PoolLayout, widths
 from jfp8kv.cache.pages import new_pages, page_bytes
 from jfp8kv.core.errors import CapacityError, ConfigError
-from jfp8kv.core.formats import BFLOAT16, E4M3
+from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT32
 
 
 @pytest.mark.parametrize(
@@ -38,12 +40,17 @@ def test_a_budget_buys_whole_pages_up_to_a_limit_and_never_none() -> None:
         pages_for(99, bytes_per_page=100, page_size=16, most=99)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("fmt", [E4M3, BFLOAT16], ids=["e4m3", "bf16"])
-def test_page_bytes_is_what_the_arrays_take(fmt, dynamic) -> None:
-    sizes = {"depth": 3, "page_size": 8, "kv_heads": 2, "head_dim": 16, "dynamic": dynamic}
-    pool = new_pages(fmt, num_pages=5, **sizes)
-    assert sum(x.nbytes for x in jax.tree.leaves(pool)) == 5 * page_bytes(fmt, **sizes)
+KINDS = {"e4m3": [LayerKind(E4M3)] * 3, "dynamic": [LayerKind(E4M3, True)] * 3, "bf16": [LayerKind(BFLOAT16)] * 3} | {
+    "mixed": [LayerKind(E4M3), LayerKind(BFLOAT16), LayerKind(E5M2, True), LayerKind(FLOAT32)]
+}
+
+
+@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
+def test_page_bytes_is_what_the_arrays_take_and_no_more_than_the_layers_need(kinds) -> None:
+    layout, sizes = PoolLayout.of(kinds, LayerGroups.of([0] * len(kinds), widths(kinds))), {"page_size": 8, "kv_heads": 2}
+    pool = new_pages(layout, num_pages=5, head_dim=16, **sizes)
+    assert sum(x.nbytes for x in jax.tree.leaves(pool)) == 5 * page_bytes(layout, head_dim=16, **sizes)
+    assert page_bytes(layout, head_dim=16, **sizes) == 2 * 8 * 2 * sum(16 * k.fmt.itemsize + k.dynamic for k in kinds)
 
 
 def test_the_default_is_a_share_of_what_is_free() -> None:

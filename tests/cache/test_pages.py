@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jfp8kv.cache.layout import PoolLayout
 from jfp8kv.cache.pages import KVPages, LayerScales, fill, new_pages, write
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import E4M3, E5M2, FORMATS, encode_numpy
@@ -13,7 +14,8 @@ LAYERS, PAGES, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
 
 
 def pool(fmt, dynamic: bool = False) -> KVPages:
-    pages = new_pages(fmt, depth=LAYERS, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM, dynamic=dynamic)
+    layout = PoolLayout.alike(fmt, LAYERS, dynamic=dynamic)
+    pages = new_pages(layout, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM)
     return fill(pages, fmt.nan_code)
 
 
@@ -85,5 +87,5 @@ def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool() -> No
 
 
 def test_the_pool_shows_its_values_as_float8() -> None:
-    pages = new_pages(E4M3, depth=1, num_pages=2, page_size=4, kv_heads=1, head_dim=8)
+    pages = new_pages(PoolLayout.alike(E4M3, 1), num_pages=2, page_size=4, kv_heads=1, head_dim=8)
     assert (pages.k.dtype, pages.v.dtype, pages.num_pages, pages.page_size) == (E4M3.dtype, E4M3.dtype, 2, 4)

@@ -28,7 +28,7 @@ def llm(request, params) -> jfp8kv.LLM:
 
 
 def poisoned(llm: jfp8kv.LLM) -> jfp8kv.LLM:
-    llm._engine.pages = fill(llm._engine.pages, llm._engine.kv.fmt.nan_code)
+    llm._engine.pages = fill(llm._engine.pages, llm._engine.kv.kinds[0].fmt.nan_code)
     return llm
 
 
@@ -53,7 +53,7 @@ def test_batched_is_alone(llm) -> None:
 
 def test_chunked_prefill_is_whole_prefill(llm, params) -> None:
     whole = tokens(llm.generate(prompts(4), **GREEDY))
-    dtype = llm._engine.kv.fmt.name
+    dtype = llm._engine.kv.name
     small = poisoned(jfp8kv.LLM(params, kv_cache_dtype=dtype, max_num_batched_tokens=16, **SIZES))
     assert tokens(small.generate(prompts(4), **GREEDY)) == whole
 
