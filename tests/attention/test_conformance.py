@@ -16,7 +16,8 @@ from hypothesis import given, settings
 
 from jfp8kv.attention import dispatch
 from jfp8kv.attention.contract import AttentionOptions, Where
-from jfp8kv.cache.layout import PoolLayout
+from jfp8kv.cache.groups import LayerGroups
+from jfp8kv.cache.layout import LayerKind, PoolLayout, widths
 from jfp8kv.cache.pages import KVPages, LayerScales, new_pages
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.errors import ConfigError, NotSupported
@@ -30,7 +31,9 @@ EPS = 2.0**-24
 class Case:
     """Random requests over one pool whose unwritten slots hold NaN codes."""
 
-    def __init__(self, *, fmt=E4M3, kv_heads=2, group=3, dim=16, lengths=(5,), tokens=1, scales="head", seed=0, **options):
+    def __init__(
+        self, *, fmt=E4M3, kv_heads=2, group=3, dim=16, lengths=(5,), tokens=1, scales="head", seed=0, offset=0.0, **options
+    ):
         rng = np.random.default_rng(seed)
         self.lengths, self.tokens, self.fmt = np.int32(lengths), tokens, fmt
         self.table = np.full((len(lengths), 5), PAGES, np.int32)
@@ -43,11 +46,14 @@ class Case:
         self.scales = None
         if not dynamic:
             k_scale, v_scale = rng.uniform(0.01, 0.05, (2, *shape[scales]))
-            self.scales = LayerScales.of(KVScales(k_scale, v_scale), layers=LAYERS, kv_heads=kv_heads, head_dim=dim)
+            self.k_offset = offset * rng.normal(size=(LAYERS, kv_heads, dim))
+            static = KVScales(k_scale, v_scale, self.k_offset if offset else None)
+            self.scales = LayerScales.of(static, layers=LAYERS, kv_heads=kv_heads, head_dim=dim)
         self.layer = int(rng.integers(LAYERS))
         stored = [self._stored(rng, which, dynamic, kv_heads, dim) for which in ("k_inverse", "v_inverse")]
         (k, k_exponent), (v, v_exponent) = stored
         self.pages = KVPages(k.swapaxes(2, 3), v, k_exponent, v_exponent, layout=PoolLayout.alike(fmt, LAYERS, dynamic=dynamic))
+        self.whole = self.pages
         self.q = rng.normal(size=(len(lengths), tokens, kv_heads * group, dim)).astype(np.float32)
         self.options = AttentionOptions(sm_scale=dim**-0.5, **options)
 
@@ -67,6 +73,27 @@ class Case:
                 bits[slot] = encode_numpy(x * factor, self.fmt)
         return jnp.asarray(bits), jnp.asarray(exponents) if dynamic else None
 
+    def in_planes(self) -> "Case":
+        """The same stored elements as bytes of a pool whose other layer keeps another format."""
+        other = LayerKind(FLOAT32 if self.fmt.itemsize < 4 else E5M2)
+        kinds = [self.pages.layout.kinds[0]] * LAYERS
+        kinds[1 - self.layer] = other
+        layout = PoolLayout.of(kinds, LayerGroups.of([0] * LAYERS, widths(kinds)))
+        rows = slice(self.layer * PAGES, (self.layer + 1) * PAGES)
+
+        def cut(bits) -> jax.Array:
+            pool = np.full((layout.depth * PAGES, *bits.shape[1:]), 0xFF, np.uint8)
+            elements = np.ascontiguousarray(np.asarray(bits)[rows])[..., None].view(np.uint8)  # low byte first
+            for plane in range(self.fmt.itemsize):
+                first = (layout.slots[self.layer] + plane) * PAGES
+                pool[first : first + PAGES] = elements[..., self.fmt.itemsize - 1 - plane]
+            return jnp.asarray(pool)
+
+        p = self.pages
+        exponents = [None if e is None else e[rows] for e in (p.k_exponent, p.v_exponent)]
+        self.whole, self.pages = p, KVPages(cut(p.k_bits), cut(p.v_bits), *exponents, layout=layout)
+        return self
+
     @property
     def starts(self) -> np.ndarray:
         return np.maximum(self.lengths - self.tokens, 0).astype(np.int32)
@@ -76,7 +103,8 @@ class Case:
 
         def one(q, table, start, length, pages):
             at = Where(table, start, length, jnp.int32(max(self.lengths)))
-            return attend(q, pages, self.scales, self.options, at, layer=jnp.int32(self.layer))
+            shown = pages.only(pages.layout.kinds[self.layer])
+            return attend(q, shown, self.scales, self.options, at, layer=jnp.int32(self.layer))
 
         batched = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, 0, None)))
         return np.asarray(batched(self.q, self.table, self.starts, self.lengths, self.pages))
@@ -98,27 +126,26 @@ class Case:
     def expect(self) -> tuple[np.ndarray, np.ndarray]:
         """The outputs by a plain loop in float64, and how far float32 may be from them."""
         out, bound = np.zeros_like(self.q, np.float64), np.zeros(self.q.shape, np.float64)
-        group = self.q.shape[2] // self.pages.k_bits.shape[1]
-        o = self.options
+        pages, o = self.whole, self.options
+        group = self.q.shape[2] // pages.k_bits.shape[1]
         for r, t, h in np.ndindex(self.q.shape[:3]):
             position = self.starts[r] + t
             if position >= self.lengths[r]:
                 continue
             k = self.values(
-                self.pages.k_bits.swapaxes(2, 3),
-                self.pages.k_exponent,
+                pages.k_bits.swapaxes(2, 3),
+                pages.k_exponent,
                 None if self.scales is None else self.scales.k,
                 r,
                 h // group,
             )
-            v = self.values(
-                self.pages.v_bits, self.pages.v_exponent, None if self.scales is None else self.scales.v, r, h // group
-            )
+            v = self.values(pages.v_bits, pages.v_exponent, None if self.scales is None else self.scales.v, r, h // group)
             window = 0 if o.window is None else int(o.window[self.layer])
             first = max(0, position - window + 1) if window else 0
             k, v, q = k[first : position + 1], v[first : position + 1], self.q[r, t, h].astype(np.float64)
-            scores = k @ q * o.sm_scale
-            error = (len(q) + 8) * EPS * (np.abs(k) @ np.abs(q)) * o.sm_scale
+            offset = 0.0 if self.scales is None else self.k_offset[self.layer, h // group]
+            scores = (k + offset) @ q * o.sm_scale
+            error = (len(q) + 8) * EPS * ((np.abs(k) + np.abs(offset)) @ np.abs(q)) * o.sm_scale
             if o.softcap is not None:
                 scores = o.softcap * np.tanh(scores / o.softcap)
                 error = error + 8 * EPS * o.softcap
@@ -174,6 +201,21 @@ OPTIONS["all"] = OPTIONS["window"] | OPTIONS["softcap"] | OPTIONS["sinks"]
 def test_windows_caps_and_sinks(name, options) -> None:
     for tokens in (1, 6):
         Case(lengths=(0, 1, 6, 14), tokens=tokens, **options).check(name)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scales", ["head", "token_head"])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_a_pool_of_several_formats_is_read_by_planes(name, fmt, scales) -> None:
+    if fmt.is_fp8 or scales != "token_head":
+        Case(fmt=fmt, scales=scales, lengths=(7, 8, 9, 0)).in_planes().check(name)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_an_offset_of_the_keys_changes_nothing_but_what_a_cap_or_a_sink_sees(name, options) -> None:
+    for tokens in (1, 6):
+        Case(lengths=(1, 6, 14), tokens=tokens, offset=30.0, **options).check(name)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

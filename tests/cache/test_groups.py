@@ -19,6 +19,17 @@ def test_every_layer_has_a_place_of_its_own_and_little_of_the_pool_lies_idle(win
     assert len(windows) >= (1 - WASTE) * len(groups.windows) * groups.depth - 1e-9
 
 
+@given(layers=st.lists(st.tuples(st.sampled_from([0, 0, 8]), st.sampled_from([1, 2, 4])), min_size=1, max_size=40))
+def test_layers_of_several_widths_never_share_a_slot(layers) -> None:
+    windows, widths = zip(*layers, strict=True)
+    groups = LayerGroups.of(windows, widths)
+    taken = [(g, s + i) for g, s, w in zip(groups.group, groups.slot, widths, strict=True) for i in range(w)]
+    assert len(set(taken)) == sum(widths) and all(slot < groups.depth for _, slot in taken)
+    assert [groups.windows[group] for group in groups.group] == list(windows)
+    if len(set(windows)) == 1:
+        assert groups.uniform and groups.depth == sum(widths), "nothing lies idle"
+
+
 def test_layers_that_are_all_alike_are_one_group_and_their_own_slots() -> None:
     groups = LayerGroups.of([0] * 5)
     assert groups.uniform and groups.slot == (0, 1, 2, 3, 4) and groups.depth == 5

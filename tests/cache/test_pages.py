@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jfp8kv.cache.layout import PoolLayout
-from jfp8kv.cache.pages import KVPages, LayerScales, fill, new_pages, write
+from jfp8kv.cache.groups import LayerGroups
+from jfp8kv.cache.layout import LayerKind, PoolLayout, widths
+from jfp8kv.cache.pages import KVPages, LayerScales, fill, new_pages, read, write
 from jfp8kv.cache.scales import KVScales
-from jfp8kv.core.formats import E4M3, E5M2, FORMATS, encode_numpy
+from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32, FORMATS, encode_numpy, join_planes, split_planes
 
 LAYERS, PAGES, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
 
@@ -89,3 +90,49 @@ def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool() -> No
 def test_the_pool_shows_its_values_as_float8() -> None:
     pages = new_pages(PoolLayout.alike(E4M3, 1), num_pages=2, page_size=4, kv_heads=1, head_dim=8)
     assert (pages.k.dtype, pages.v.dtype, pages.num_pages, pages.page_size) == (E4M3.dtype, E4M3.dtype, 2, 4)
+
+
+MIXED = (
+    LayerKind(E4M3),
+    LayerKind(BFLOAT16),
+    LayerKind(E5M2, True),
+    LayerKind(FLOAT32),
+    LayerKind(FLOAT16),
+    LayerKind(E4M3, True),
+)
+
+
+def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and_nothing_else_moves() -> None:
+    layers = len(MIXED)
+    layout = PoolLayout.of(MIXED, LayerGroups.of([0] * layers, widths(MIXED)))
+    rng = np.random.default_rng(1)
+    static = KVScales(*rng.uniform(0.01, 0.1, (2, layers, HEADS, 1)), k_offset=rng.normal(size=(layers, HEADS, DIM)))
+    scales = LayerScales.of(static, layers=layers, kv_heads=HEADS, head_dim=DIM)
+    pages = fill(new_pages(layout, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM), 0xFF)
+    table = jnp.int32([4, 1])
+    put = jax.jit(lambda p, k, v, layer: write(p, scales, k, v, layer=layer, page_table=table, start=jnp.int32(0), length=jnp.int32(6)))
+    for layer in range(layers):
+        pages = put(pages, *tokens(6, seed=layer), jnp.int32(layer))
+    get = jax.jit(lambda p, layer: read(p, scales, layer=layer, page_table=table))
+    for layer, kind in enumerate(MIXED):
+        k, v = tokens(6, seed=layer)
+        offset = np.asarray(scales.k_offset)[layer]
+        for x, which, got, less in zip((k, v), "kv", get(pages, jnp.int32(layer)), (offset, 0 * offset), strict=True):
+            if kind.dynamic:
+                scale = np.exp2(np.ceil(np.log2(np.abs(x - less).max(-1) / kind.fmt.largest)))[..., None]
+            else:
+                scale = np.asarray(getattr(scales, which))[layer]
+            inverse = (np.float32(1) / scale).astype(np.float32)
+            want = encode_numpy((x - less) * inverse, kind.fmt).view(kind.fmt.dtype).astype(np.float32) * scale + less
+            np.testing.assert_array_equal(got[:6], want.astype(np.float32))
+    written = [x for x in jax.tree.leaves(pages)]
+    assert all(np.all(np.asarray(x).reshape(-1, PAGES, *x.shape[1:])[:, [0, 2, 3, 5]] == 0xFF) for x in written)
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_planes_are_the_bytes_from_high_to_low(fmt) -> None:
+    bits = np.arange(7, dtype=np.uint32).astype(fmt.stored) * np.float32(1.1).astype(fmt.stored) + np.array(3, fmt.stored)
+    planes = split_planes(jnp.asarray(bits))
+    want = bits[:, None].view(np.uint8)[:, ::-1].T
+    assert np.array_equal(np.stack(planes), want)
+    assert np.array_equal(join_planes(planes, fmt), bits)

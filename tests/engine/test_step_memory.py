@@ -1,5 +1,7 @@
 """Read off the compiled step: the pool is updated in place, and what a step needs besides does not grow with it."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from jfp8kv.sampling.params import SamplingParams
 from tests.models.test_decoder import REFERENCES
 
 MIB = 2**20
+SKIPPING = {"default": "fp8_e4m3", "skip": [-1]}
 
 
-def pool_of(params: jfp8kv.Params, kv_dtype: str, kv_scales: str, pool_bytes: int) -> KVPages:
+def pool_of(params: jfp8kv.Params, kv_dtype: Any, kv_scales: str, pool_bytes: int) -> KVPages:
     kv = setup(params, kv_dtype, kv_scales, page_size=64, span=16)
     return jax.eval_shape(lambda: kv.pool(pool_bytes // kv.page_bytes))
 
@@ -25,7 +28,7 @@ def pool_of(params: jfp8kv.Params, kv_dtype: str, kv_scales: str, pool_bytes: in
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 @pytest.mark.parametrize(
     ("kv_dtype", "kv_scales"),
-    [("fp8_e4m3", "auto"), ("fp8_e5m2", "token_head"), ("bfloat16", "auto"), ("float32", "auto")],
+    [("fp8_e4m3", "auto"), ("fp8_e5m2", "token_head"), ("bfloat16", "auto"), ("float32", "auto"), (SKIPPING, "token_head")],
 )
 def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased(kind, kv_dtype, kv_scales) -> None:
     params = jfp8kv.load(REFERENCES[0])
