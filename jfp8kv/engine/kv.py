@@ -39,12 +39,9 @@ class KVSetup:
 
     @property
     def name(self) -> str:
-        """The format's name; where layers differ, each with how many layers have it: "fp8_e4m3 (28 layers), bfloat16 (2)"."""
+        """The format's name; where layers differ, each with how many layers have it: "fp8_e4m3 x28, bfloat16 x2"."""
         counts = Counter(kind.fmt.name for kind in self.kinds)
-        if len(counts) == 1:
-            return next(iter(counts))
-        (first, layers), *rest = counts.most_common()
-        return ", ".join([f"{first} ({layers} layers)", *(f"{name} ({layers})" for name, layers in rest)])
+        return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{name} x{n}" for name, n in counts.most_common())
 
     @property
     def dynamic(self) -> bool:

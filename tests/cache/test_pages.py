@@ -110,7 +110,9 @@ def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and
     scales = LayerScales.of(static, layers=layers, kv_heads=HEADS, head_dim=DIM)
     pages = fill(new_pages(layout, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM), 0xFF)
     table = jnp.int32([4, 1])
-    put = jax.jit(lambda p, k, v, layer: write(p, scales, k, v, layer=layer, page_table=table, start=jnp.int32(0), length=jnp.int32(6)))
+    put = jax.jit(
+        lambda p, k, v, layer: write(p, scales, k, v, layer=layer, page_table=table, start=jnp.int32(0), length=jnp.int32(6))
+    )
     for layer in range(layers):
         pages = put(pages, *tokens(6, seed=layer), jnp.int32(layer))
     get = jax.jit(lambda p, layer: read(p, scales, layer=layer, page_table=table))

@@ -61,7 +61,7 @@ def test_skipped_layers_keep_bfloat16_and_need_no_scales(params) -> None:
     got = jfp8kv.logits(params, tokens(), kv_dtype=skipping, kv_scales=given)
     want = expected(oracle.fp8_store("e4m3", given.k, given.v), None)
     assert rms(got, want) <= ROUNDING + 2**-8, "the layer in bfloat16 adds a rounding of 2**-9 to each value"
-    assert jfp8kv.LLM(params, kv_cache_dtype=skipping, **ENGINE).kv_dtype == "fp8_e4m3 (1 layers), bfloat16 (1)"
+    assert jfp8kv.LLM(params, kv_cache_dtype=skipping, **ENGINE).kv_dtype == "fp8_e4m3 x1, bfloat16 x1"
 
 
 def test_a_list_of_one_format_is_that_format(params) -> None:
