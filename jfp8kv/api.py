@@ -86,6 +86,7 @@ def calibrate(
     percentile: float | None = None,
     window: int | None = None,
     max_model_len: int | None = None,
+    k_offset: bool = False,
     progress: bool | None = None,
     **unknown: Any,
 ) -> KVScales:
@@ -104,6 +105,9 @@ def calibrate(
       percentile: for that observer, above 0 and up to 100; None is 99.99.
       window: cut prompts into pieces of this many tokens, each a text of its own; None takes them whole.
       max_model_len: most tokens of a prompt or a piece; None is what the model was trained for.
+      k_offset: also find what is constant of the keys, channel by channel, and store keys without it; for models with large K
+        biases (calibration/offsets.py). Goes with observer "amax" and over the data twice. The scales allow for positions up
+        to `max_model_len`.
       progress: show a bar; None shows one on a terminal, unless there are 8 prompts or fewer.
 
     What saw nothing but zeros gets scale 1. Raises `ConfigError`: no prompts, or one that is empty, too long or no prompt; an
@@ -119,6 +123,7 @@ def calibrate(
         percentile=percentile,
         window=window,
         max_model_len=max_model_len,
+        k_offset=k_offset,
     )
     keep_compiled_programs()
     return calibration(params, prompts, asked, progress=progress).scales

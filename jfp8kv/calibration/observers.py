@@ -1,7 +1,8 @@
 """What calibration keeps of the keys and values it sees: frozen statistics, updated by a block at a time.
 
-`Peaks` is the largest magnitude (observer "amax"); `Histogram` adds counts by magnitude ("percentile"); `Errors` holds, for
-each of a few candidate scales, the squared error of storing every value under it ("mse").
+`Peaks` is the largest magnitude (observer "amax"); `Sums` adds the sum of values, for K offsets; `Histogram` adds counts by
+magnitude ("percentile"); `Errors` holds, for each of a few candidate scales, the squared error of storing every value under it
+("mse").
 
 Merging is exact in any order: a maximum, and sums of integers. On the device a statistic is float32 and int32; `host` gives the
 same statistic in NumPy with 64-bit integers, and it is those that are merged and turned into scales.
@@ -100,9 +101,59 @@ class Peaks:
     def merge(self, other: "Peaks") -> "Peaks":
         return Peaks(np.maximum(self.amax, other.amax))
 
+    def wider(self, by: np.ndarray) -> "Peaks":
+        """The same for keys that may lie farther out, by so much `[layers, heads, channels]`; values stay."""
+        amax = np.array(self.amax)
+        amax[:, 0] += by
+        return Peaks(amax)
+
+    def shared(self, units: Units) -> "Peaks":
+        """The same where more values share a scale."""
+        over = tuple(axis for axis in (2, 3) if units.shape[axis] == 1)
+        return Peaks(np.max(self.amax, axis=over, keepdims=True, initial=0))
+
     def scales(self, fmt: KVFormat) -> np.ndarray:
         """`amax / largest`, float32, of the shape of `amax`."""
         return to_scales(self.amax, fmt)
+
+
+# -- means --------------------------------------------------------------------------------------------------------------
+
+SUM_QUANTUM = 2.0**-24  # sums are kept as whole multiples of this: an error of at most 2**-25 per block, whatever the order
+
+
+@pytree
+class Sums:
+    """The sum of each unit's values. On the host, int64 multiples of `SUM_QUANTUM`."""
+
+    peaks: Peaks
+    sums: Each | Int[np.ndarray, "layers kinds heads channels"]
+
+    @classmethod
+    def empty(cls, units: Units) -> "Sums":
+        return cls(Peaks.empty(units), jnp.zeros(units.shape, jnp.float32))
+
+    def update(self, layer: Layer, x: Block, real: Real) -> "Sums":
+        new = _over_units(jnp.sum, jnp.where(real[:, None, None], x.astype(jnp.float32), 0.0), self.sums)
+        return Sums(self.peaks.update(layer, x, real), self.sums.at[layer].add(new))
+
+    def host(self) -> "Sums":
+        peaks, sums = self.peaks.host(), np.asarray(self.sums, np.float64)
+        sums = np.where(np.isfinite(peaks.amax), sums, 0.0)  # what is not finite is refused by its peak
+        return Sums(peaks, np.rint(sums / SUM_QUANTUM).astype(np.int64))
+
+    def cleared(self) -> "Sums":
+        return Sums(self.peaks.cleared(), jnp.zeros_like(self.sums))
+
+    def room(self, units: Units) -> int:
+        return 0
+
+    def merge(self, other: "Sums") -> "Sums":
+        return Sums(self.peaks.merge(other.peaks), self.sums + other.sums)
+
+    def mean(self, tokens: int) -> np.ndarray:
+        """Of keys, over so many tokens: float32 `[layers, heads, channels]`. For units of a channel each."""
+        return (self.sums[:, 0] * SUM_QUANTUM / tokens).astype(np.float32)
 
 
 # -- percentile ---------------------------------------------------------------------------------------------------------

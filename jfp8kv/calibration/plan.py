@@ -23,6 +23,7 @@ class Plan:
     percentile: float
     window: int | None
     max_model_len: int | None
+    k_offset: bool
 
     def most_tokens(self, config: ModelConfig) -> int:
         """Most tokens of one text. Raises `ConfigError` for more than the model takes."""
@@ -40,12 +41,17 @@ def plan(
     percentile: Any = None,
     window: Any = None,
     max_model_len: Any = None,
+    k_offset: Any = False,
 ) -> Plan:
     """The arguments of `jfp8kv.calibrate`, each checked. Raises `ConfigError`."""
     if not _is_one_of(granularity, GRANULARITIES):
         raise one_of("granularity", granularity, GRANULARITIES)
     if not _is_one_of(observer, OBSERVERS):
         raise one_of("observer", observer, OBSERVERS)
+    if not isinstance(k_offset, bool):
+        raise ConfigError(f"k_offset={k_offset!r}: must be True or False.")
+    if k_offset and observer != "amax":
+        raise ConfigError(f"k_offset=True goes with observer='amax', and this one is {observer!r}.")
     if percentile is not None and observer != "percentile":
         raise ConfigError(f"percentile={percentile!r}: belongs to observer='percentile', and this one is {observer!r}.")
     for name, value in (("window", window), ("max_model_len", max_model_len)):
@@ -53,7 +59,7 @@ def plan(
             raise ConfigError(f"{name}={value!r}: must be a positive number of tokens.")
     if window is not None and max_model_len is not None and window > max_model_len:
         raise ConfigError(f"window={window}: must be at most max_model_len={max_model_len}.")
-    return Plan(_fp8(kv_dtype), granularity, observer, _percent(percentile), window, max_model_len)
+    return Plan(_fp8(kv_dtype), granularity, observer, _percent(percentile), window, max_model_len, k_offset)
 
 
 def _is_one_of(given: Any, allowed: tuple[str, ...]) -> bool:

@@ -7,6 +7,7 @@ kept (the statistics, a cache for one prompt) does not grow with the number of p
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ from jfp8kv.cache.layout import PoolLayout
 from jfp8kv.cache.pages import KVPages, LayerScales, new_pages
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.calibration.data import Spool, pieces, stream
-from jfp8kv.calibration.observers import Errors, Histogram, Peaks, Real, Units
+from jfp8kv.calibration.observers import Errors, Histogram, Peaks, Real, Sums, Units
+from jfp8kv.calibration.offsets import AroundMean, AsCached, BeforeRope, Seen, View, turned
 from jfp8kv.calibration.plan import Plan
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import FLOAT32
@@ -32,6 +34,7 @@ from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import bind
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
+from jfp8kv.models.rope import angles
 
 Statistics = Any  # Peaks, Histogram or Errors
 Carry = tuple[KVPages, Statistics]
@@ -56,6 +59,9 @@ def calibration(params: Params, prompts: Any, plan: Plan, *, progress: bool | No
     todo = pieces(prompts, params, max_model_len=most, window=plan.window)
     watch = Watch(params, units)
     with Spool() as spool:
+        if plan.k_offset:
+            scales = _with_offsets(watch, todo, spool, plan, most, partial(_bar, progress=progress), count)
+            return Calibration(scales, watch.prompts, watch.tokens)
         if plan.observer == "percentile":
             first = watch.over(_bar(todo, count, progress), Histogram.empty(units))
             chosen = first.scales(plan.fmt, plan.percentile)
@@ -66,6 +72,20 @@ def calibration(params: Params, prompts: Any, plan: Plan, *, progress: bool | No
         else:
             chosen = watch.over(_bar(todo, count, progress), Peaks.empty(units)).scales(plan.fmt)
     return Calibration(KVScales(chosen[:, 0], chosen[:, 1], kv_dtype=plan.fmt.name), watch.prompts, watch.tokens)
+
+
+def _with_offsets(
+    watch: "Watch", todo: Iterable, spool: Spool, plan: Plan, most: int, bar: Callable[..., Iterable], count: int | None
+) -> KVScales:
+    """K offsets, from a first pass over the prompts, and the scales of what is left, from a second."""
+    c = watch.model.config
+    each = dataclasses.replace(watch.units, granularity="channel")
+    sums = watch.over(bar(spool.keep(todo), count, what="means"), Sums.empty(each), BeforeRope())
+    mean = sums.mean(watch.tokens)
+    offset, swing = turned(c, mean, most)
+    around = watch.over(bar(spool.again(), watch.prompts, what="largest values"), Peaks.empty(each), AroundMean(mean))
+    chosen = around.wider(swing).shared(watch.units).scales(plan.fmt)
+    return KVScales(chosen[:, 0], chosen[:, 1], k_offset=offset, kv_dtype=plan.fmt.name)
 
 
 class Watch:
@@ -79,13 +99,15 @@ class Watch:
         self.prompts = self.tokens = 0
         self._pages: KVPages | None = None
 
-    def over(self, prompts: Iterable[Any], statistics: Statistics) -> Statistics:
-        """The statistics of all prompts, each a list of texts (token ids), on the host.
+    def over(self, prompts: Iterable[Any], statistics: Statistics, view: View | None = None) -> Statistics:
+        """The statistics of all prompts, each a list of texts (token ids), on the host: of keys and values as the cache gets
+        them, or as `view` turns them.
 
         Raises `ConfigError` if there are none, or for NaN or infinity.
         """
         total, room, held = None, statistics.room(self.units), 0
         self.prompts = self.tokens = 0
+        view = AsCached() if view is None else view
 
         def taken(statistics: Statistics) -> Statistics:
             return statistics.host() if total is None else total.merge(statistics.host())
@@ -95,7 +117,7 @@ class Watch:
                 for chunk in self._chunks(ids):
                     if held and held + len(chunk.tokens) > room:
                         total, statistics, held = taken(statistics), statistics.cleared(), 0
-                    self._pages, statistics = observe(self.model, self.weights, chunk, (self._pages, statistics))
+                    self._pages, statistics = observe(self.model, self.weights, chunk, view, (self._pages, statistics))
                     held += len(chunk.tokens)
             _require_finite(statistics, number)
             self.prompts, self.tokens = number + 1, self.tokens + sum(map(len, prompt))
@@ -131,7 +153,7 @@ class Chunk:
     context: Int[Array | np.ndarray, ""]
 
 
-def observe_chunk(model: Model, weights: Weights, chunk: Chunk, carry: Carry) -> Carry:
+def observe_chunk(model: Model, weights: Weights, chunk: Chunk, view: View, carry: Carry) -> Carry:
     """The cache and the statistics after this chunk. Compiled as `observe`, which updates both in place."""
     decoder = bind(model.config, weights, model.dtype)
     pages = carry[0]
@@ -139,15 +161,17 @@ def observe_chunk(model: Model, weights: Weights, chunk: Chunk, carry: Carry) ->
     c = model.config
     unit = LayerScales.of(KVScales.unit(c.layers), layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim)
     positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
-    attend = observing(paged(model.attention, unit, model.options(decoder), lambda layer: where), positions < chunk.length)
+    seen = view.of(c, angles(c, positions, chunk.context) if c.ropes else None)
+    cached = paged(model.attention, unit, model.options(decoder), lambda layer: where)
+    attend = observing(cached, seen, positions < chunk.length)
     return decoder(chunk.tokens, positions, attend=attend, carry=carry, context=chunk.context)[1]
 
 
-observe = jax.jit(observe_chunk, static_argnums=0, donate_argnums=3)
+observe = jax.jit(observe_chunk, static_argnums=0, donate_argnums=4)
 
 
-def observing(attend: Attend, real: Real) -> Callable[..., tuple[Query, Carry]]:
-    """`attend` that updates statistics by the keys and values it is given, which are those the cache would be.
+def observing(attend: Attend, seen: Seen, real: Real) -> Callable[..., tuple[Query, Carry]]:
+    """`attend` that updates statistics by what is `seen` of the keys and values it is given, which are those the cache gets.
 
     Attention itself is in float32 whatever the activations are.
     """
@@ -155,7 +179,7 @@ def observing(attend: Attend, real: Real) -> Callable[..., tuple[Query, Carry]]:
     def watched(layer: Layer, q: Query, k: KV, v: KV, carry: Carry) -> tuple[Query, Carry]:
         pages, statistics = carry
         out, pages = attend(layer, q.astype(jnp.float32), k, v, pages)
-        return out.astype(q.dtype), (pages, statistics.update(layer, jnp.stack([k, v]), real))
+        return out.astype(q.dtype), (pages, statistics.update(layer, seen(layer, k, v), real))
 
     return watched
 

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         percentile=args.percentile,
         window=args.window,
         max_model_len=args.max_model_len,
+        k_offset=args.k_offset,
     )
     quiet_jax()
     params = load(args.model, dtype=args.dtype)

@@ -22,7 +22,7 @@ from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.experts import Experts
 from jfp8kv.models.layers import FLOAT32, Linear, Norm, Table, activate, gated
 from jfp8kv.models.linear import widen
-from jfp8kv.models.rope import AllAngles, Angles, angles, rotate
+from jfp8kv.models.rope import AllAngles, angles, layer_angles, rotate
 
 Attend = Callable[..., tuple[Array, Any]]
 Layer = Int[Array, ""]
@@ -86,22 +86,13 @@ class Layers(nnx.Module):
         if c.qk_norm == "head":
             q, k = self.q_norm(q, layer), self.k_norm(k, layer)
         if rotations is not None:
-            rotation = self._rotation(layer, rotations)
+            rotation = layer_angles(c, rotations, layer)
             q, k = rotate(q, rotation), rotate(k, rotation)
         if c.scale_by_layer:
             q = (q.astype(jnp.float32) / (layer + 1).astype(jnp.float32)).astype(q.dtype)
         v = self.v(x, layer).reshape(tokens, c.kv_heads, c.head_dim)
         out, carry = attend(layer, q, k, v, carry)
         return self.o(out.reshape(tokens, -1), layer), carry
-
-    def _rotation(self, layer: Layer, rotations: AllAngles) -> Angles:
-        which = self.config.layer_ropes
-        cos, sin = rotations
-        if len(set(which)) < 2:
-            index: Any = which[0] if which else 0
-        else:
-            index = jnp.asarray(which, jnp.int32)[layer]  # -1 is the last entry: no rotation
-        return cos[index], sin[index]
 
     def _mlp(self, layer: Layer, x: Array, real: Bool[Array, " tokens"]) -> Array:
         c = self.config

@@ -9,6 +9,7 @@ cache anew (`switch_length`).
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +83,17 @@ def angles(config: ModelConfig, positions: Int[Array, " tokens"], context: Int[A
     return jnp.stack(cos), jnp.stack(sin)
 
 
+def layer_angles(config: ModelConfig, every: AllAngles, layer: Int[Array, ""] | int) -> Angles:
+    """Those of one layer."""
+    cos, sin = every
+    which = config.layer_ropes
+    if len(set(which)) < 2:
+        index: Any = which[0] if which else 0
+    else:
+        index = jnp.asarray(which, jnp.int32)[layer]  # -1 is the last entry: no rotation
+    return cos[index], sin[index]
+
+
 def _angles(rope: RopeConfig, head_dim: int, positions: Array, length: Array) -> Angles:
     frequency = inverse_frequencies(rope, head_dim)[None, :]
     if rope.kind == "longrope":
@@ -103,3 +115,10 @@ def rotate(x: Float[Array, "tokens heads head_dim"], angles: Angles) -> Float[Ar
     wide = x.astype(jnp.float32)
     a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
+
+
+def unrotate(x: Float[Array, "tokens heads head_dim"], angles: Angles) -> Float[Array, "tokens heads head_dim"]:
+    """What `rotate` made `x` of."""
+    cos, sin = angles
+    length = cos * cos + sin * sin  # the square of a rope's magnitude
+    return rotate(x, (cos / length, -sin / length))

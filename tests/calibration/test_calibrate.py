@@ -219,7 +219,7 @@ def test_the_compiled_pass_updates_in_place_and_its_temporaries_do_not_grow_with
 
     def memory(tokens: int):
         pages = jax.eval_shape(lambda: run.new_float32_pages(c, tokens))
-        compiled = run.observe.lower(model, params.tree, chunk, (pages, statistics)).compile()
+        compiled = run.observe.lower(model, params.tree, chunk, run.AsCached(), (pages, statistics)).compile()
         return compiled.memory_analysis(), sum(x.size * 4 for x in (pages.k_bits, pages.v_bits))
 
     (small, _), (large, pool_bytes) = memory(512), memory(8192)

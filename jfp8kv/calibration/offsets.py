@@ -1,0 +1,101 @@
+"""The constant part of a model's keys, which need not be stored.
+
+A softmax does not see what moves all scores of a query alike, and `q . c` does for any `c` that is the same for every key. So
+`c` may be taken off the keys before they are quantized, and nothing need be added back. Keys with a large constant part are
+common: the biases of Qwen2 and Qwen2.5 reach hundreds, and a float that spends its three bits of mantissa on them has none left
+for the rest.
+
+RoPE turns such a part with the position, and what is turned is not constant. Two things follow. The mean is taken of keys
+*before* they are rotated, and `c` is the mean of that vector over the positions of the longest text: pairs of channels that
+turn slowly keep nearly all of it, pairs that turn often none. And the scale must allow for what is left at positions that no
+prompt reached: the largest deviation from the *turning* mean that was seen, plus the farthest that the turning mean gets from
+`c`.
+
+What is observed is a `View` of the keys: `BeforeRope` for the mean, `AroundMean` for the deviation.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jfp8kv.attention.contract import Layer
+from jfp8kv.attention.paged import KV
+from jfp8kv.calibration.observers import Block
+from jfp8kv.core.pytree import pytree
+from jfp8kv.models.config import ModelConfig
+from jfp8kv.models.rope import AllAngles, angles, layer_angles, rotate, unrotate
+
+Seen = Callable[[Layer, KV, KV], Block]
+EachChannel = Float[Array | np.ndarray, "layers kv_heads head_dim"]
+POSITIONS = 1024  # looked at together
+
+
+@pytree
+class AsCached:
+    """Keys and values as they are written."""
+
+    def of(self, config: ModelConfig, rotations: AllAngles | None) -> Seen:
+        return lambda layer, k, v: jnp.stack([k, v])
+
+
+@pytree
+class BeforeRope:
+    """Keys as they were before their rotation."""
+
+    def of(self, config: ModelConfig, rotations: AllAngles | None) -> Seen:
+        def seen(layer: Layer, k: KV, v: KV) -> Block:
+            k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+            return jnp.stack([k if rotations is None else unrotate(k, layer_angles(config, rotations, layer)), v])
+
+        return seen
+
+
+@pytree
+class AroundMean:
+    """Keys less their mean, which turns as they do; values as they are."""
+
+    mean: EachChannel
+
+    def of(self, config: ModelConfig, rotations: AllAngles | None) -> Seen:
+        def seen(layer: Layer, k: KV, v: KV) -> Block:
+            mean = jnp.broadcast_to(jnp.asarray(self.mean)[layer], k.shape)
+            turned = mean if rotations is None else rotate(mean, layer_angles(config, rotations, layer))
+            return jnp.stack([k.astype(jnp.float32) - turned, v.astype(jnp.float32)])
+
+        return seen
+
+
+View = AsCached | BeforeRope | AroundMean
+
+
+def turned(config: ModelConfig, mean: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """What is constant of a mean that turns, over positions `0 .. tokens-1`, and how far it gets from that.
+
+    Args:
+      mean: of keys before RoPE, float32 `[layers, kv_heads, head_dim]`.
+
+    Returns: the offset and, for each channel, the largest distance from it; both as `mean`.
+    """
+    if not config.ropes:
+        return mean, np.zeros_like(mean)
+    starts = range(0, tokens, POSITIONS)
+    context = jnp.int32(tokens)
+
+    def part(layer: Layer, start: Int[Array, ""] | int) -> Float[Array, "tokens kv_heads head_dim"]:
+        """Positions past the last stand at the last."""
+        positions = jnp.minimum(start + jnp.arange(POSITIONS, dtype=jnp.int32), tokens - 1)
+        each = layer_angles(config, angles(config, positions, context), layer)
+        return rotate(jnp.broadcast_to(jnp.asarray(mean)[layer], (POSITIONS, *mean.shape[1:])), each)
+
+    total = jax.jit(lambda layer, start: jnp.sum(part(layer, start), axis=0))
+    farthest = jax.jit(lambda layer, start, c: jnp.max(jnp.abs(part(layer, start) - c), axis=0))
+    offset, swing = np.zeros_like(mean), np.zeros_like(mean)
+    for layer in range(config.layers):
+        sums = sum(np.asarray(total(layer, start), np.float64) for start in starts)
+        last = np.asarray(part(layer, tokens - 1)[0], np.float64) * (len(starts) * POSITIONS - tokens)
+        offset[layer] = (sums - last) / tokens
+        swing[layer] = np.max([farthest(layer, start, offset[layer]) for start in starts], axis=0)
+    return offset, swing
