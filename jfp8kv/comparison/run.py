@@ -163,7 +163,7 @@ def _likeliest(logits: Any) -> Any:
 def _require_finite(found: Scores, count: int, base: bool) -> None:
     if base and not np.all(np.isfinite(found.nll[:count])):
         raise ConfigError(
-            "the model's own logits are not finite, under a float32 cache: check the weights, or load them with dtype='float32'."
+            "the logits are not finite, under a float32 cache too: check the weights, or load them with dtype='float32'."
         )
 
 

@@ -89,9 +89,8 @@ def _notes(found: Comparison) -> Iterator[Text]:
 
 
 def _kept(found: Comparison, lines: box.Box | None) -> Table:
-    table = _table(
-        lines, "KV cache", "K SNR dB", "least, in layer", "V SNR dB", "least, in layer", "K, V clipped", "K, V flushed"
-    )
+    snr = ("K SNR dB", "least, in layer", "V SNR dB", "least, in layer")
+    table = _table(lines, "KV cache", *snr, "K, V clipped", "K, V flushed")
     for choice in found.choices[1:]:
         table.add_row(choice.label, *_snr(choice.k), *_snr(choice.v), _shares(choice, "clipped"), _shares(choice, "flushed"))
     return table

@@ -117,7 +117,7 @@ def written(pages: KVPages, scales: LayerScales | None, at: Where, *, tokens: in
     return jnp.stack([x[slot] for x in read(pages, scales, layer=layer, page_table=table)])
 
 
-def largest_held(pages: KVPages, scales: LayerScales | None, layer: Layer) -> Float[Array, "kinds #kv_heads #head_dim"]:
+def largest_held(pages: KVPages, scales: LayerScales | None, layer: Layer) -> Float[Array, "2 heads channels"]:
     """The largest magnitudes that `layer` can hold of K and V; infinite where each token brings a scale that fits it."""
     largest = jnp.full((2, 1, 1), pages.fmt.largest, jnp.float32)
     if scales is None:

@@ -248,10 +248,8 @@ class Engine:
             while request.cached < len(token_ids):
                 width = self.buckets.chunk(request.uncached)
                 chunk = min(request.uncached, width)
-                batch, positions = (
-                    self.batcher.build(Prefill([request], [chunk], width)),
-                    range(request.cached, request.cached + chunk),
-                )
+                batch = self.batcher.build(Prefill([request], [chunk], width))
+                positions = range(request.cached, request.cached + chunk)
                 yield positions, self._call(function, batch, **static)  # not kept here: it may be large
                 request.cached += chunk
         finally:
