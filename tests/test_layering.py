@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint",
         "calibration",
         "comparison",
-    },  # fmt: skip
+    },
     "batch": {"core", "api"},
     "cli": {"core", "api", "batch"},
     # The front door names things again, and `python -m jfp8kv` starts the command line.
@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inspection",
         "llm",
         "api",
-    },  # fmt: skip
+    },
     "__main__": {"cli"},
 }
 
