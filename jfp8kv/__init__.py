@@ -11,10 +11,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jfp8kv.api import calibrate, generate, inspect, logits, score
+    from jfp8kv.api import calibrate, compare, generate, inspect, logits, score
     from jfp8kv.cache.scales import KVScales
     from jfp8kv.checkpoint.load import load
     from jfp8kv.checkpoint.orbax import save
+    from jfp8kv.comparison.report import Comparison
     from jfp8kv.core.errors import CapacityError, CheckpointError, ConfigError, Jfp8kvError, NotSupported
     from jfp8kv.engine.request import CompletionOutput, RequestOutput
     from jfp8kv.inspection.report import Inspection
@@ -29,6 +30,7 @@ __all__ = [
     "LLM",
     "CapacityError",
     "CheckpointError",
+    "Comparison",
     "CompletionOutput",
     "ConfigError",
     "Inspection",
@@ -40,6 +42,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "calibrate",
+    "compare",
     "generate",
     "inspect",
     "load",
@@ -49,10 +52,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("calibrate", "generate", "inspect", "logits", "score"),
+    "api": ("calibrate", "compare", "generate", "inspect", "logits", "score"),
     "cache.scales": ("KVScales",),
     "checkpoint.load": ("load",),
     "checkpoint.orbax": ("save",),
+    "comparison.report": ("Comparison",),
     "core.errors": ("CapacityError", "CheckpointError", "ConfigError", "Jfp8kvError", "NotSupported"),
     "engine.request": ("CompletionOutput", "RequestOutput"),
     "inspection.report": ("Inspection",),

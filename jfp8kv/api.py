@@ -1,5 +1,5 @@
 """The functions of one line: `generate`, `logits` and `score`, which keep a warm `LLM` per model and cache setting behind them,
-and two that need none, `calibrate` and `inspect`."""
+and three that need none, `calibrate`, `compare` and `inspect`."""
 
 import os
 from collections.abc import Sequence
@@ -16,6 +16,10 @@ from jfp8kv.calibration.run import Calibration as Calibration
 from jfp8kv.calibration.run import calibration
 from jfp8kv.checkpoint.load import describe
 from jfp8kv.checkpoint.load import load as load
+from jfp8kv.comparison.choices import KV_DTYPES, KV_SCALES
+from jfp8kv.comparison.needle import DEPTHS
+from jfp8kv.comparison.report import Comparison
+from jfp8kv.comparison.run import comparison
 from jfp8kv.core.errors import ConfigError, unknown_keyword
 from jfp8kv.engine.kv_dtype import plan_of
 from jfp8kv.engine.prompts import as_list, encode, is_single
@@ -127,6 +131,60 @@ def calibrate(
     )
     keep_compiled_programs()
     return calibration(params, prompts, asked, progress=progress).scales
+
+
+def compare(
+    params: Params,
+    texts: Any,
+    *,
+    kv_dtypes: Any = KV_DTYPES,
+    kv_scales: Any = KV_SCALES,
+    calibration: Any = None,
+    window: int | None = None,
+    needle_lengths: Sequence[int] | None = None,
+    needle_depths: Sequence[float] = DEPTHS,
+    max_model_len: int | None = None,
+    progress: bool | None = None,
+    **unknown: Any,
+) -> Comparison:
+    """What caches cost in quality: each against a float32 cache of the same weights, over the same texts, through the engine.
+
+    Of every cache: perplexity, KL divergence and agreement with the float32 one, how well keys and values are kept by layer and
+    head, recall of a needle in a haystack, bytes per token. The report prints as tables; `report.plot()`, `report.to_dict()`.
+
+    Args:
+      params: what `load` or `Params.from_pytree` gave.
+      texts: as `prompts` of `generate`, or any iterable of such. Texts of one token predict nothing and count for nothing.
+      kv_dtypes: formats, as `kv_dtype` of `generate`; a dict names them. The float32 cache comes first whether named or not.
+      kv_scales: for each format that is FP8: "unit", "token_head", "auto", "checkpoint", a `KVScales` or a path to one; or
+        "tensor", "head" or "channel": found on `calibration`, by amax, for the format at hand. A dict `{label: scales}` names
+        them, and so do pairs `(label, KVScales)` among the others.
+      calibration: prompts to find such scales on, cut like `texts`; not those of `texts`, or the result flatters.
+      window: cut texts into pieces of this many tokens, each a text of its own; None is `max_model_len`.
+      needle_lengths: tokens of the haystacks; None is 256 and 1024, as far as the model takes them, () leaves the task out.
+      needle_depths: where the needle is, from 0, the beginning, to 1, the end.
+      max_model_len: most tokens of a piece; None is what the model was trained for.
+      progress: show a bar; None shows one on a terminal.
+
+    Raises `ConfigError` or `CheckpointError` for what cannot be, before anything runs: unknown formats or scales, no texts,
+    ones that are no prompts, calibrated scales without prompts to find them on.
+    """
+    for name in unknown:
+        raise unknown_keyword(name, list(signature(compare).parameters)[2:-1])
+    _require_params(params)
+    keep_compiled_programs()
+    return comparison(
+        params,
+        texts,
+        kv_dtypes=kv_dtypes,
+        kv_scales=kv_scales,
+        calibration=calibration,
+        window=window,
+        needle_lengths=needle_lengths,
+        needle_depths=needle_depths,
+        max_model_len=max_model_len,
+        progress=progress,
+    )
 
 
 def inspect(

@@ -26,7 +26,7 @@ os.environ.setdefault("NPROC", str(max(2, (os.cpu_count() or 1) // workers)))
 import jaxtyping  # noqa: E402
 
 # The public face (api, llm, cli, checkpoint) is left out: it meets whatever users give, and answers with errors of its own.
-CHECKED = ["core", "cache", "attention", "models", "sampling", "engine", "calibration"]
+CHECKED = ["core", "cache", "attention", "models", "sampling", "engine", "calibration", "comparison"]
 jaxtyping.install_import_hook([f"jfp8kv.{layer}" for layer in CHECKED] + ["pallas_kernels"], "beartype.beartype")
 
 import hypothesis  # noqa: E402

@@ -109,7 +109,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     about = "Find scales for an FP8 cache from data, and write them to a file that --kv-scales takes."
     calibrate = commands.add_parser("calibrate", help="find scales for an FP8 cache", description=about, allow_abbrev=False)
     _add_calibration(calibrate)
-    return parser, {"generate": generate, "chat": chat, "inspect": inspect, "calibrate": calibrate}
+
+    about = "Compare what KV caches cost in quality and in bytes, over a text, against a float32 cache of the same weights."
+    compare = commands.add_parser("compare", help="what caches cost in quality", description=about, allow_abbrev=False)
+    _add_comparison(compare)
+    made = {"generate": generate, "chat": chat, "inspect": inspect, "calibrate": calibrate, "compare": compare}
+    return parser, made
 
 
 def _add_calibration(parser: _Parser) -> None:
@@ -132,6 +137,34 @@ def _add_calibration(parser: _Parser) -> None:
     option("--dtype", "DTYPE", "of the weights: bfloat16, float16 or float32 (default: the file's)")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument("--quiet", action="store_true", help="print the summary alone: no progress, no remarks")
+
+
+def _add_comparison(parser: _Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
+    parser.add_argument("text", metavar="TEXT", help="a text file, or a .jsonl file with a text in each record")
+    scales = (
+        "of the FP8 ones, by commas: unit, token_head, checkpoint, auto, files of KVScales, or tensor, head, channel, found on "
+        "--calibration (default unit,token_head)"
+    )
+
+    def option(name: str, metavar: str, text: str, kind: type = str, **rest: Any) -> None:
+        parser.add_argument(name, metavar=metavar, type=kind, help=text, **rest)
+
+    dtypes = "bfloat16,fp8_e4m3,fp8_e5m2"
+    option("--kv-dtypes", "LIST", f"formats to compare, by commas (default {dtypes})", default=dtypes)
+    option("--kv-scales", "LIST", scales, default="unit,token_head")
+    option("--calibration", "FILE", "texts to calibrate scales on, as TEXT; not the same ones")
+    option("--window", "N", "cut texts into pieces of N tokens (default: the most that the model takes)", int)
+    option(
+        "--needle-lengths", "LIST", "tokens of the haystacks, by commas, or none (default 256,1024, if the model takes them)"
+    )
+    option("--field", "NAME", "of a record that holds the text (default: text, prompt or messages)")
+    option("--max-model-len", "N", "most tokens of a piece (default: the model's)", int)
+    option("--dtype", "DTYPE", "of the weights: bfloat16, float16 or float32 (default: the file's)")
+    option("--plot", "FILE", "draw it, too: a .png, .pdf or .svg file")
+    parser.add_argument("--by-layer", action="store_true", help="print what is kept layer by layer, too")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="print the result alone: no progress, no remarks")
 
 
 def _add_model(parser: _Parser) -> argparse._ArgumentGroup:

@@ -4,29 +4,25 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jfp8kv.cli.arguments import quiet_jax
+from jfp8kv.cli.data import check, check_field, texts
 from jfp8kv.cli.output import say
 from jfp8kv.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import jfp8kv.api
 
-FIELDS = ("text", "prompt", "messages")  # of a JSONL record, the first there is
-
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate, write the scales and say what they are; the exit status."""
     data, out = Path(args.data), Path(args.out)
-    if args.field is not None and not _is_jsonl(data):
-        raise ConfigError(f"--field {args.field}: belongs to records, in a file that ends in .jsonl; {args.data} is text.")
+    check_field(args.field, data)
     if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
         raise ConfigError(f"--out {args.out}: no file can be written there; give one in a folder that exists.")
-    if not data.is_file():
-        raise ConfigError(f"{args.data}: no such file. DATA is a text file or a .jsonl file.")
+    check(data, "DATA", args.data)
     from jfp8kv.api import calibration, calibration_plan, load
 
     plan = calibration_plan(
@@ -41,50 +37,15 @@ def run(args: argparse.Namespace) -> int:
     quiet_jax()
     params = load(args.model, dtype=args.dtype)
     began = time.perf_counter()
-    done = calibration(params, _prompts(data, args), plan, progress=False if args.quiet else None)
+    done = calibration(
+        params, texts(data, field=args.field, whole=args.window is not None), plan, progress=False if args.quiet else None
+    )
     done.scales.save(out)
     summary = _summary(done, plan, args.out)
     print(json.dumps(summary) if args.json else _table(summary), flush=True)
     if not args.quiet:
         say(f"{done.tokens:,} tokens of {done.prompts:,} prompts in {time.perf_counter() - began:.1f} s; wrote {args.out}")
     return 0
-
-
-def _is_jsonl(path: Path) -> bool:
-    return path.suffix.lower() in (".jsonl", ".ndjson")
-
-
-def _prompts(path: Path, args: argparse.Namespace) -> Iterator[Any]:
-    """The prompts of a file, read line by line: a JSONL record each, or a line of text each.
-
-    With --window, a text file is one text, cut where that says.
-    """
-    try:
-        if not _is_jsonl(path) and args.window is not None:
-            if text := path.read_bytes().decode("utf-8-sig"):
-                yield text
-            return
-        with path.open(encoding="utf-8-sig", newline="\n") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    line = line.removesuffix("\n").removesuffix("\r")
-                    yield _record(line, args.field, f"{path}:{number}") if _is_jsonl(path) else line
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error.reason}.") from error
-
-
-def _record(line: str, field: str | None, where: str) -> Any:
-    """The prompt in one JSONL record."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where}: is no JSON ({error}).") from error
-    wanted = FIELDS if field is None else (field,)
-    found = next((name for name in wanted if isinstance(record, dict) and name in record), None)
-    if found is None:
-        there = ", ".join(map(repr, record)) if isinstance(record, dict) else "no object"
-        raise ConfigError(f"{where}: has no {' or '.join(map(repr, wanted))}, but {there}; name the field with --field.")
-    return record[found]
 
 
 def _summary(done: "jfp8kv.api.Calibration", plan: "jfp8kv.api.CalibrationPlan", out: str) -> dict[str, Any]:

@@ -227,6 +227,14 @@ class Engine:
 
     def logits(self, token_ids: list[int]) -> Iterator[np.ndarray]:
         """float32 `[chunk, vocab]` after each token, chunk by chunk, through the cache as in generation."""
+        for chunk, logits in self.chunks(token_ids, step.score):
+            yield np.asarray(logits[0, : len(chunk)])
+
+    def chunks(self, token_ids: list[int], function: Callable, **static: Any) -> Iterator[tuple[range, Any]]:
+        """Run a text through `function` (a step such as `step.score`) chunk by chunk: the positions, and what it gave.
+
+        That is on the device, and padded: `[requests, tokens, ...]`, of which the first row's first tokens are meant.
+        """
         request = Request(token_ids, SamplingParams(max_tokens=1), np.zeros(2, np.uint32), max_tokens=1)
         scheduler = self.scheduler  # a failed step replaces the engine's
         pages, free = self.needs.total(len(token_ids)), scheduler.allocator.free_pages
@@ -241,9 +249,9 @@ class Engine:
                 width = self.buckets.chunk(request.uncached)
                 chunk = min(request.uncached, width)
                 batch = self.batcher.build(Prefill([request], [chunk], width))
-                logits = self._call(step.score, batch)
+                positions = range(request.cached, request.cached + chunk)
+                yield positions, self._call(function, batch, **static)  # not kept here: it may be large
                 request.cached += chunk
-                yield np.asarray(logits[0, :chunk])
         finally:
             scheduler.release(request)
 

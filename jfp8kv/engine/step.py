@@ -78,7 +78,7 @@ def _forward(
     return decoder(chunk.tokens, positions, attend=attend, carry=pages, context=chunk.context)
 
 
-def _each_request(one: Callable, batch: Batch, pages: KVPages, *, out_axes: Any) -> Any:
+def each_request(one: Callable, batch: Batch, pages: KVPages, *, out_axes: Any) -> Any:
     """`one(chunk, pages)` for every request of the batch, over the pool they share."""
 
     def request(tokens: Array, tables: Array, start: Array, length: Array, context: Array, pages: KVPages) -> Any:
@@ -97,7 +97,7 @@ def _logits(
         hidden, pages = _forward(model, decoder, scales, chunk, pages)
         return decoder.logits(hidden), pages
 
-    return _each_request(one, batch, pages, out_axes=(0, None))
+    return each_request(one, batch, pages, out_axes=(0, None))
 
 
 def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
@@ -117,7 +117,7 @@ def prefill(model: Model, weights: Weights, scales: LayerScales | None, batch: B
     def one(chunk: Chunk, pages: KVPages) -> KVPages:
         return _forward(model, decoder, scales, chunk, pages)[1]
 
-    return None, _each_request(one, batch, pages, out_axes=None)
+    return None, each_request(one, batch, pages, out_axes=None)
 
 
 def decode(

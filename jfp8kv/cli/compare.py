@@ -1,0 +1,95 @@
+"""`jfp8kv compare`: what KV caches cost in quality, as tables or as JSON, and as a picture."""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jfp8kv.cli.arguments import quiet_jax
+from jfp8kv.cli.data import check, check_field, texts
+from jfp8kv.cli.output import say
+from jfp8kv.core.errors import ConfigError, NotSupported, one_of
+
+if TYPE_CHECKING:
+    import jfp8kv.api
+
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print the report and draw it; the exit status."""
+    data, calibration = Path(args.text), None if args.calibration is None else Path(args.calibration)
+    check(data, "TEXT", args.text)
+    if calibration is not None:
+        check(calibration, "--calibration", args.calibration)
+    check_field(args.field, data, *([calibration] if calibration else []))
+    if args.plot is not None:
+        _check_picture(args.plot)
+    lengths = _lengths(args.needle_lengths)
+    from jfp8kv.api import compare, load
+
+    quiet_jax()
+    params = load(args.model, dtype=args.dtype)
+    began = time.perf_counter()
+    report = compare(
+        params,
+        texts(data, field=args.field, whole=True),
+        kv_dtypes=_names(args.kv_dtypes),
+        kv_scales=_names(args.kv_scales),
+        calibration=None if calibration is None else texts(calibration, field=args.field, whole=True),
+        window=args.window,
+        needle_lengths=lengths,
+        max_model_len=args.max_model_len,
+        progress=False if args.quiet else None,
+    )
+    _print(report, args)
+    if args.plot is not None:
+        report.plot().savefig(args.plot, dpi=150)
+    if not args.quiet:
+        wrote = "" if args.plot is None else f"; wrote {args.plot}"
+        say(f"{len(report.choices)} caches over {report.tokens:,} tokens in {time.perf_counter() - began:.1f} s{wrote}")
+    return 0
+
+
+def _print(report: "jfp8kv.api.Comparison", args: argparse.Namespace) -> None:
+    """Tables get lines and colours on a terminal alone."""
+    if args.json:
+        print(json.dumps(report.to_dict(), allow_nan=False), flush=True)
+        return
+    if sys.stdout is not None and sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(report)
+    else:
+        print(report, flush=True)
+    if args.by_layer:
+        print(f"\n{report.by_layer()}", flush=True)
+
+
+def _names(given: str) -> list[str]:
+    return [name.strip() for name in given.split(",") if name.strip()]
+
+
+def _lengths(given: str | None) -> list[int] | None:
+    """Lengths of haystacks: None for the usual ones, none at all for "none"."""
+    if given is None or given == "none":
+        return None if given is None else []
+    try:
+        return [int(length) for length in _names(given)]
+    except ValueError:
+        raise ConfigError(f"--needle-lengths {given}: must be numbers of tokens, such as 256,1024, or none.") from None
+
+
+def _check_picture(given: str) -> None:
+    """Raise unless a picture can be drawn and written there: sooner than after the work."""
+    path = Path(given)
+    if path.suffix.lower() not in PICTURES:
+        raise one_of("--plot", path.suffix, PICTURES)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--plot {given}: no file can be written there; give one in a folder that exists.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NotSupported("--plot needs matplotlib, which is not installed: pip install 'jfp8kv[notebooks]'.")

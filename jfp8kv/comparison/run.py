@@ -1,0 +1,179 @@
+"""The comparison itself: all caches over the same texts in lockstep, chunk by chunk, through engines of their own.
+
+The engines share the weights; each has a pool that holds the longest text and no more. After a chunk the logits of every cache
+are set against the float32 cache's and dropped, so that memory does not grow with the texts: at any time the logits of
+two caches are alive, and what setting them against each other takes. Sums are kept in float64 on the host.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jfp8kv.calibration.data import pieces, stream
+from jfp8kv.calibration.plan import plan as calibration_plan
+from jfp8kv.comparison.choices import Choice, choices, with_calibrated
+from jfp8kv.comparison.metrics import Scores, scores
+from jfp8kv.comparison.needle import Needle, depths_for, lengths_for, needles
+from jfp8kv.comparison.report import Comparison
+from jfp8kv.comparison.summary import magnitudes_of, summary
+from jfp8kv.comparison.totals import Totals
+from jfp8kv.comparison.watch import Seen, watched
+from jfp8kv.core.errors import ConfigError
+from jfp8kv.engine.buckets import default_token_budget
+from jfp8kv.engine.engine import Engine
+from jfp8kv.engine.kv import context_length
+from jfp8kv.models.params import Params
+
+LOGITS_BYTES = 2**28  # of one chunk's logits, at most
+
+
+def comparison(
+    params: Params,
+    texts: Any,
+    *,
+    kv_dtypes: Any,
+    kv_scales: Any,
+    calibration: Any = None,
+    window: Any = None,
+    needle_lengths: Any = None,
+    needle_depths: Any = None,
+    max_model_len: Any = None,
+    progress: bool | None = None,
+) -> Comparison:
+    """Compare caches; see `jfp8kv.compare`. All is checked, and scales are calibrated, before the first text is run."""
+    calibration_plan(window=window, max_model_len=max_model_len)  # raises for what is no number of tokens
+    most = context_length(params.config, max_model_len)
+    window = context_length(params.config, window) if window is not None else most
+    asked = choices(params, kv_dtypes, kv_scales)
+    lengths, depths = lengths_for(needle_lengths, most), depths_for(needle_depths)
+    cut = partial(pieces, params=params, max_model_len=most, window=window)
+    prompts = _calibration_prompts(cut, asked, calibration)
+    whole = [piece for text in cut(_texts(texts)) for piece in text]
+    used = [piece for piece in whole if len(piece) > 1]
+    if not used:
+        raise ConfigError("texts hold no two tokens in a row: there is nothing to predict.")
+    hidden = needles(np.concatenate([np.asarray(piece, np.int32) for piece in whole]), lengths, depths)
+    asked = with_calibrated(params, asked, prompts)
+    longest = max(map(len, [*used, *(needle.ids for needle in hidden)]))
+    sides = _sides(params, asked, longest)
+    with _bar((len(used) + len(hidden)) * len(sides), progress) as bar:
+        for piece in used:
+            _over_text(sides, piece, bar)
+        for needle in hidden:
+            for side in sides:
+                side.totals.recall.append(_recall(side, needle))
+                bar.update()
+    base = sides[0].totals
+    return Comparison(
+        tokens=sum(map(len, used)),
+        pieces=len(used),
+        window=window,
+        needle_lengths=lengths if hidden else (),
+        needle_depths=depths if hidden else (),
+        choices=tuple(summary(side.choice, side.engine.kv, side.totals, base, len(depths), most) for side in sides),
+        magnitudes=magnitudes_of(base),
+    )
+
+
+@dataclasses.dataclass
+class Side:
+    """A cache, the engine that has it, and what was found so far."""
+
+    choice: Choice
+    engine: Engine
+    totals: Totals
+    base: bool  # the float32 cache, which also sees how large keys and values are
+
+    def chunks(self, ids: list[int]) -> Iterator[tuple[range, tuple[Any, Seen]]]:
+        """Run a text: positions, their logits `[requests, tokens, vocab]`, what was seen."""
+        return self.engine.chunks(ids, watched, magnitudes=self.base)
+
+
+def _calibration_prompts(cut: Any, asked: Sequence[Choice], calibration: Any) -> list[list[list[int]]]:
+    """The token ids of the prompts to calibrate on, none if no choice wants them. Raises `ConfigError` where they lack."""
+    wanting = [choice.label for choice in asked if choice.calibrated]
+    if wanting and calibration is None:
+        raise ConfigError(
+            f"{wanting[0]}: scales are to be calibrated, and calibration is None: give it prompts to find them on."
+        )
+    if calibration is not None and not wanting:
+        raise ConfigError("calibration was given and no choice uses it: add 'tensor', 'head' or 'channel' to kv_scales.")
+    return list(cut(stream(calibration)[0])) if wanting else []
+
+
+def _texts(texts: Any) -> Any:
+    found, count = stream(texts)
+    if count == 0:
+        raise ConfigError("texts is empty: give at least one.")
+    return found
+
+
+def _sides(params: Params, asked: Sequence[Choice], longest: int) -> list[Side]:
+    budget = max(16, min(default_token_budget(), LOGITS_BYTES // (4 * params.config.vocab)))
+    sides: list[Side] = []
+    for choice in asked:
+        engine = Engine(
+            params,
+            kv_dtype=choice.kv_dtype,
+            kv_scales=choice.kv_scales,
+            max_model_len=longest,
+            max_num_seqs=1,
+            max_num_batched_tokens=budget,
+        )
+        if sides:
+            engine.programs.weights = sides[0].engine.programs.weights
+        sides.append(Side(choice, engine, Totals(), base=not sides))
+    return sides
+
+
+def _over_text(sides: Sequence[Side], ids: list[int], bar: Any) -> None:
+    """Run one text through every cache, chunk by chunk, and add what each chunk says to the totals."""
+    runs = [side.chunks(ids) for side in sides]
+    for side in sides:
+        side.totals.begin()
+    for chunk, (base, seen) in runs[0]:
+        width = base.shape[1]
+        following = np.zeros(width, np.int32)
+        following[: len(chunk)] = [*ids[chunk.start + 1 : chunk.stop + 1], 0][: len(chunk)]
+        predicted = min(chunk.stop, len(ids) - 1) - chunk.start
+        for side, run in zip(sides, runs, strict=True):
+            logits, seen = (base, seen) if side.base else next(run)[1]
+            found = jax.device_get(_scores(base, logits, following))
+            _require_finite(found, predicted, side.base)
+            side.totals.add(found, jax.tree.map(lambda x: x[0], jax.device_get(seen)), predicted, len(chunk))
+            del logits
+    bar.update(len(sides))
+
+
+@jax.jit
+def _scores(base: Any, other: Any, following: Any) -> Scores:
+    return scores(base[0], other[0], following)
+
+
+@jax.jit
+def _likeliest(logits: Any) -> Any:
+    return jnp.argmax(logits[0], axis=-1)
+
+
+def _require_finite(found: Scores, count: int, base: bool) -> None:
+    if base and not np.all(np.isfinite(found.nll[:count])):
+        raise ConfigError(
+            "the logits are not finite, under a float32 cache too: check the weights, or load them with dtype='float32'."
+        )
+
+
+def _recall(side: Side, needle: Needle) -> float:
+    """The share of the needle's tokens after the cue that were the likeliest."""
+    likeliest = [np.asarray(_likeliest(logits))[: len(chunk)] for chunk, (logits, _) in side.chunks(needle.ids)]
+    return float(np.mean(np.concatenate(likeliest)[needle.first - 1 : -1] == needle.ids[needle.first :]))
+
+
+def _bar(total: int, progress: bool | None) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="pass", disable=None if progress is None else not progress)

@@ -1,0 +1,54 @@
+"""What is added up while texts run through a cache: float64 and Python integers on the host."""
+
+import dataclasses
+
+import numpy as np
+
+from jfp8kv.calibration.observers import Histogram
+from jfp8kv.comparison.metrics import Scores
+from jfp8kv.comparison.watch import Fidelity, Seen
+
+
+@dataclasses.dataclass
+class Piece:
+    """Sums over one text's predictions."""
+
+    count: int = 0
+    nll: float = 0.0
+    kl: float = 0.0
+    agreed: int = 0
+
+
+class Totals:
+    """All that was seen of one cache."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Piece] = []
+        self.tokens = 0  # whose keys and values were stored
+        self.fidelity: dict[str, np.ndarray] = {}  # the fields of `Fidelity`, `[layers, kinds, kv_heads]`
+        self.magnitudes: Histogram | None = None
+        self.kl_largest = 0.0
+        self.recall: list[float] = []  # by needle
+
+    def begin(self) -> None:
+        """A new text."""
+        self.pieces.append(Piece())
+
+    def add(self, found: Scores, seen: Seen, predicted: int, tokens: int) -> None:
+        """A chunk of `tokens` tokens, of which the first `predicted` have one that follows."""
+        piece = self.pieces[-1]
+        piece.count += predicted
+        piece.nll += float(np.sum(found.nll[:predicted], dtype=np.float64))
+        piece.kl += float(np.sum(found.kl[:predicted], dtype=np.float64))
+        piece.agreed += int(np.sum(found.agrees[:predicted]))
+        self.kl_largest = max([self.kl_largest, *found.kl[:predicted].tolist()])
+        self.tokens += tokens
+        self._add_fidelity(seen.fidelity)
+        if seen.magnitudes is not None:
+            new = seen.magnitudes.host()
+            self.magnitudes = new if self.magnitudes is None else self.magnitudes.merge(new)
+
+    def _add_fidelity(self, new: Fidelity) -> None:
+        for field in dataclasses.fields(new):
+            values = np.asarray(getattr(new, field.name), np.float64)
+            self.fidelity[field.name] = self.fidelity.get(field.name, 0.0) + values

@@ -1,0 +1,125 @@
+"""The step that is measured: the engine's own, with an `attend` that reads back what the cache has stored.
+
+Nothing is simulated: keys and values are written by the attention's own write, read by its inverse (cache/pages.py), and
+compared with those the model gave.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from jfp8kv.attention.contract import Layer, Query, Where
+from jfp8kv.attention.paged import KV, Attend, paged
+from jfp8kv.cache.pages import KVPages, LayerScales, read
+from jfp8kv.calibration.observers import Block, Histogram, Real, Units
+from jfp8kv.core.pytree import pytree
+from jfp8kv.engine.batch import Batch
+from jfp8kv.engine.step import Chunk, Model, Weights, each_request
+from jfp8kv.models.config import ModelConfig
+from jfp8kv.models.decoder import bind
+
+ROUNDING = 2.0**-22  # of float32, twice: a scale's inverse, its product with a value, and that of the scale with what is stored
+Sums = Float32[Array, "layers kinds kv_heads"]
+Counts = Int32[Array, "layers kinds kv_heads"]
+
+
+@pytree
+class Fidelity:
+    """Sums over the values of each layer, K then V, and KV head: of squares, of squared errors, and how many values were
+    clipped (stored as the largest there is, although they are larger) or flushed (stored as zero, although they are not)."""
+
+    signal: Sums
+    noise: Sums
+    clipped: Counts
+    flushed: Counts
+
+    @classmethod
+    def empty(cls, config: ModelConfig) -> "Fidelity":
+        shape = config.layers, 2, config.kv_heads
+        return cls(*(jnp.zeros(shape, jnp.float32) for _ in range(2)), *(jnp.zeros(shape, jnp.int32) for _ in range(2)))
+
+    def update(self, layer: Layer, given: Block, stored: Block, largest: Array, real: Real) -> "Fidelity":
+        """With the keys and values of `layer` as they were given and as they were stored; see `largest_held`."""
+        given = given.astype(jnp.float32)
+        real = real[:, None, None]
+        larger = jnp.abs(given) > jnp.abs(stored) * (1 + ROUNDING)
+        clipped = larger & (jnp.abs(stored) >= largest[:, None])
+        flushed = (given != 0) & (stored == 0)
+
+        def added(to: Array, values: Array) -> Array:
+            return to.at[layer].add(jnp.sum(jnp.where(real, values, jnp.zeros_like(values)), axis=(1, 3), dtype=to.dtype))
+
+        return Fidelity(
+            added(self.signal, given**2),
+            added(self.noise, (given - stored) ** 2),
+            added(self.clipped, clipped.astype(jnp.int32)),
+            added(self.flushed, flushed.astype(jnp.int32)),
+        )
+
+
+@pytree
+class Seen:
+    """What a pass has seen: how well the cache kept keys and values, and which magnitudes they had, if that was asked for."""
+
+    fidelity: Fidelity
+    magnitudes: Histogram | None
+
+    @classmethod
+    def empty(cls, config: ModelConfig, *, magnitudes: bool) -> "Seen":
+        units = Units(config.layers, config.kv_heads, config.head_dim, "tensor")
+        return cls(Fidelity.empty(config), Histogram.empty(units) if magnitudes else None)
+
+    def update(self, layer: Layer, given: Block, stored: Block, largest: Array, real: Real) -> "Seen":
+        fidelity = self.fidelity.update(layer, given, stored, largest, real)
+        return Seen(fidelity, None if self.magnitudes is None else self.magnitudes.update(layer, given, real))
+
+
+def watched(
+    model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages, *, magnitudes: bool = False
+) -> tuple[tuple[Float[Array, "requests tokens vocab"], Seen], KVPages]:
+    """`engine.step.score`, and what was seen of each request's keys and values."""
+    decoder = bind(model.config, weights, model.dtype)
+
+    def one(chunk: Chunk, pages: KVPages) -> tuple[tuple[Array, Seen], KVPages]:
+        where = chunk.where(model.groups)
+        positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
+        attend = paged(model.attention, scales, model.options(decoder), where)
+        attend = observing(attend, scales, where, positions < chunk.length)
+        carry = pages, Seen.empty(model.config, magnitudes=magnitudes)
+        hidden, (pages, seen) = decoder(chunk.tokens, positions, attend=attend, carry=carry, context=chunk.context)
+        return (decoder.logits(hidden), seen), pages
+
+    return each_request(one, batch, pages, out_axes=((0, 0), None))
+
+
+def observing(attend: Attend, scales: LayerScales | None, where: Callable[[Layer], Where], real: Real) -> Callable[..., Any]:
+    """`attend` that also compares the keys and values it is given with what the cache has of them afterwards."""
+
+    def seeing(layer: Layer, q: Query, k: KV, v: KV, carry: tuple[KVPages, Seen]) -> tuple[Query, tuple[KVPages, Seen]]:
+        pages, seen = carry
+        out, pages = attend(layer, q, k, v, pages)
+        stored = written(pages, scales, where(layer), tokens=k.shape[0], layer=layer)
+        return out, (pages, seen.update(layer, jnp.stack([k, v]), stored, largest_held(pages, scales, layer), real))
+
+    return seeing
+
+
+def written(pages: KVPages, scales: LayerScales | None, at: Where, *, tokens: int, layer: Layer) -> Block:
+    """What the cache has for the `tokens` positions from `at.start` on, float32; only the pages they lie in are decoded."""
+    size = pages.page_size
+    count = min((tokens - 1) // size + 2, at.page_table.shape[0])
+    first = jnp.minimum(at.start // size, at.page_table.shape[0] - count)
+    table: Int[Array, " pages"] = lax.dynamic_slice(at.page_table, (first,), (count,))
+    slot = jnp.minimum(at.start - first * size + jnp.arange(tokens, dtype=jnp.int32), count * size - 1)
+    return jnp.stack([x[slot] for x in read(pages, scales, layer=layer, page_table=table)])
+
+
+def largest_held(pages: KVPages, scales: LayerScales | None, layer: Layer) -> Float[Array, "2 heads channels"]:
+    """The largest magnitudes that `layer` can hold of K and V; infinite where each token brings a scale that fits it."""
+    largest = jnp.full((2, 1, 1), pages.fmt.largest, jnp.float32)
+    if scales is None:
+        return jnp.full_like(largest, jnp.inf)
+    return largest * jnp.stack([scales.k[layer], scales.v[layer]])
