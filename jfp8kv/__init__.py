@@ -11,7 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jfp8kv.api import calibrate, compare, generate, inspect, logits, score
+    from jfp8kv.api import calibrate, compare, generate, inspect, logits, plan_kv, score
+    from jfp8kv.cache.plan import KVPlan, LayerPlan
     from jfp8kv.cache.scales import KVScales
     from jfp8kv.checkpoint.load import load
     from jfp8kv.checkpoint.orbax import save
@@ -35,7 +36,9 @@ __all__ = [
     "ConfigError",
     "Inspection",
     "Jfp8kvError",
+    "KVPlan",
     "KVScales",
+    "LayerPlan",
     "ModelConfig",
     "NotSupported",
     "Params",
@@ -47,12 +50,14 @@ __all__ = [
     "inspect",
     "load",
     "logits",
+    "plan_kv",
     "save",
     "score",
 ]
 
 _HOMES = {
-    "api": ("calibrate", "compare", "generate", "inspect", "logits", "score"),
+    "api": ("calibrate", "compare", "generate", "inspect", "logits", "plan_kv", "score"),
+    "cache.plan": ("KVPlan", "LayerPlan"),
     "cache.scales": ("KVScales",),
     "checkpoint.load": ("load",),
     "checkpoint.orbax": ("save",),

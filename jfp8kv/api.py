@@ -1,5 +1,5 @@
 """The functions of one line: `generate`, `logits` and `score`, which keep a warm `LLM` per model and cache setting behind them,
-and three that need none, `calibrate`, `compare` and `inspect`."""
+and those that need none: `calibrate`, `compare`, `plan_kv` and `inspect`."""
 
 import os
 from collections.abc import Sequence
@@ -27,6 +27,7 @@ from jfp8kv.engine.request import RequestOutput
 from jfp8kv.inspection.report import Inspection, report
 from jfp8kv.llm import LLM, keep_compiled_programs
 from jfp8kv.models.params import Params
+from jfp8kv.planning.run import planned
 from jfp8kv.sampling.params import SamplingParams
 
 _ENGINE = "_engine"  # where a `Params` keeps its warm engine
@@ -182,6 +183,55 @@ def compare(
         window=window,
         needle_lengths=needle_lengths,
         needle_depths=needle_depths,
+        max_model_len=max_model_len,
+        progress=progress,
+    )
+
+
+def plan_kv(
+    params: Params,
+    texts: Any,
+    *,
+    budget: float | str | None = None,
+    max_loss: float | None = None,
+    kv_dtypes: Sequence[str] = ("bfloat16", "fp8_e4m3"),
+    window: int | None = None,
+    max_model_len: int | None = None,
+    progress: bool | None = None,
+    **unknown: Any,
+) -> KVPlan:
+    """Choose what each layer keeps: the least loss within a budget of bytes, or the fewest bytes within a budget of loss.
+
+    Loss is KL divergence from the unquantized cache, in nats per token. It is measured on every second piece of `texts`, for
+    each layer kept in each way while the others are not quantized, and then for the choice as a whole; scales come from the
+    other pieces. The ways are `kv_dtypes`, FP8 with scale 1, scales per head, per channel or per token and head, the last two
+    also with K offsets. That takes (layers x ways) passes over half of the texts: a few thousand tokens do.
+
+    Args:
+      params: what `load` or `Params.from_pytree` gave.
+      texts: as for `generate`, or any iterable of such.
+      budget: bytes per token, as in `llm.stats`: 2048, "2KiB", or "60%" of what bfloat16 takes.
+      max_loss: nats per token, instead of a budget.
+      kv_dtypes: the formats to choose from.
+      window: tokens of a piece; None is 512.
+      max_model_len: the longest text that is meant: layers with windows cost less in longer ones, and scales must allow for its
+        positions. None is what the model was trained for.
+      progress: show a bar; None shows one on a terminal.
+
+    Returns a `KVPlan`: give it as `kv_dtype` to `generate` or `LLM`, print it, save it. Raises `ConfigError` for budgets that
+    nothing meets, saying what could be had.
+    """
+    for name in unknown:
+        raise unknown_keyword(name, list(signature(plan_kv).parameters)[2:-1])
+    _require_params(params)
+    keep_compiled_programs()
+    return planned(
+        params,
+        texts,
+        budget=budget,
+        max_loss=max_loss,
+        kv_dtypes=kv_dtypes,
+        window=window,
         max_model_len=max_model_len,
         progress=progress,
     )

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"core", "cache", "models"},
     "calibration": {"core", "cache", "attention", "models", "checkpoint", "engine"},
     "comparison": {"core", "cache", "attention", "models", "engine", "calibration"},
+    "planning": {"core", "cache", "attention", "models", "engine", "calibration", "comparison"},
     "inspection": {"core", "cache", "models", "engine", "checkpoint"},
     "llm": {"core", "attention", "models", "sampling", "engine", "checkpoint"},
     "api": {
@@ -38,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint",
         "calibration",
         "comparison",
+        "planning",
     },
     "batch": {"core", "api"},
     "cli": {"core", "api", "batch"},
@@ -50,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint",
         "calibration",
         "comparison",
+        "planning",
         "engine",
         "inspection",
         "llm",

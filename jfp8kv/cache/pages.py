@@ -221,6 +221,19 @@ def _planes(bits: Array, layout: PoolLayout, most: int) -> list[Array]:
     return planes + [jnp.zeros_like(planes[0])] * (most - len(planes))
 
 
+def given_back(
+    kind: LayerKind, scales: LayerScales | None, k: KV, v: KV, *, layer: Layer
+) -> tuple[Float[Array, "tokens kv_heads head_dim"], Float[Array, "tokens kv_heads head_dim"]]:
+    """What a layer of this kind would give back of keys and values, without any pool: `read` of what `write` stores."""
+    layout = PoolLayout.alike(kind.fmt, 1, dynamic=kind.dynamic)
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+    offset = None if scales is None or scales.k_offset is None else scales.k_offset[layer]
+    (planes,), *exponents = _coded(kind, layout, scales, k if offset is None else k - offset, v, layer)
+    factors = [exponent_scale(e)[..., None] for e in exponents] if kind.dynamic else [scales.k[layer], scales.v[layer]]
+    k, v = (decode(bits, kind.fmt) * factor for bits, factor in zip(planes, factors, strict=True))
+    return (k if offset is None else k + offset), v
+
+
 def read(pages: KVPages, scales: LayerScales | None, *, layer: Layer, page_table: Int[Array, " pages"]) -> tuple[KV, KV]:
     """Keys and values of one request in `layer`, real ones, float32: every slot of its pages, in the order of its tokens.
 

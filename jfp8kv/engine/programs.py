@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jfp8kv.cache.pages import KVPages, LayerScales
+from jfp8kv.cache.pages import KVPages
 from jfp8kv.engine.batch import Batch
 from jfp8kv.engine.step import Model, Weights
 
@@ -45,9 +45,13 @@ _recent: OrderedDict[Key, Program] = OrderedDict()
 
 
 class Programs:
-    """The programs of one engine: calls them by name, building those that nobody built before."""
+    """The programs of one engine: calls them by name, building those that nobody built before.
 
-    def __init__(self, model: Model, weights: Weights, scales: LayerScales | None):
+    `scales` are an argument of every call and may be others at the next, of the same shapes: static scales, None, or whatever
+    tree a step of somebody else's takes in their place.
+    """
+
+    def __init__(self, model: Model, weights: Weights, scales: Any):
         self.model, self.weights, self.scales = model, weights, scales
         self.built: list[Program] = []  # by this engine, in order
         self._own: dict[Key, Program] = {}

@@ -7,7 +7,7 @@ import pytest
 
 from jfp8kv.cache.groups import LayerGroups
 from jfp8kv.cache.layout import LayerKind, PoolLayout, widths
-from jfp8kv.cache.pages import KVPages, LayerScales, fill, new_pages, read, write
+from jfp8kv.cache.pages import KVPages, LayerScales, fill, given_back, new_pages, read, write
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32, FORMATS, encode_numpy, join_planes, split_planes
 
@@ -127,6 +127,8 @@ def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and
             inverse = (np.float32(1) / scale).astype(np.float32)
             want = encode_numpy((x - less) * inverse, kind.fmt).view(kind.fmt.dtype).astype(np.float32) * scale + less
             np.testing.assert_array_equal(got[:6], want.astype(np.float32))
+            alone = given_back(kind, scales, jnp.asarray(k), jnp.asarray(v), layer=layer)
+            np.testing.assert_array_equal(alone["kv".index(which)], want.astype(np.float32))
     written = [x for x in jax.tree.leaves(pages)]
     assert all(np.all(np.asarray(x).reshape(-1, PAGES, *x.shape[1:])[:, [0, 2, 3, 5]] == 0xFF) for x in written)
 
