@@ -16,7 +16,7 @@ from jfp8kv.calibration.run import Calibration as Calibration
 from jfp8kv.calibration.run import calibration
 from jfp8kv.checkpoint.load import describe
 from jfp8kv.checkpoint.load import load as load
-from jfp8kv.comparison.choices import KV_DTYPES, KV_SCALES
+from jfp8kv.comparison.choices import USUAL_DTYPES, USUAL_SCALES
 from jfp8kv.comparison.needle import DEPTHS
 from jfp8kv.comparison.report import Comparison
 from jfp8kv.comparison.run import comparison
@@ -138,8 +138,8 @@ def compare(
     params: Params,
     texts: Any,
     *,
-    kv_dtypes: Any = KV_DTYPES,
-    kv_scales: Any = KV_SCALES,
+    kv_dtypes: Any = USUAL_DTYPES,
+    kv_scales: Any = USUAL_SCALES,
     calibration: Any = None,
     window: int | None = None,
     needle_lengths: Sequence[int] | None = None,

@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, UNIT, KVScales
-from jfp8kv.calibration.observers import GRANULARITIES, Peaks, Units, to_scales
+from jfp8kv.calibration.observers import GRANULARITIES, Peaks, Units
 from jfp8kv.calibration.run import Watch
 from jfp8kv.core.errors import ConfigError, one_of
-from jfp8kv.core.formats import KVFormat
+from jfp8kv.core.formats import FLOAT32, KV_DTYPES
 from jfp8kv.engine.kv import setup
+from jfp8kv.engine.kv_dtype import layer_formats, plan_of
 from jfp8kv.models.params import Params
 
-BASE = "float32"
-KV_DTYPES, KV_SCALES = ("bfloat16", "fp8_e4m3", "fp8_e5m2"), (UNIT, TOKEN_HEAD)
+BASE, PLANNED = "float32", "planned"
+USUAL_DTYPES, USUAL_SCALES = ("bfloat16", "fp8_e4m3", "fp8_e5m2"), (UNIT, TOKEN_HEAD)
+_ALLOWED_SCALES = (*NAMED, *GRANULARITIES)
+_KEYS_OF_LAYERS = {"default", "skip", "skip_dtype"}  # a mapping with these is a `kv_dtype`, not labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,33 +41,50 @@ class Choice:
 
 
 def choices(params: Params, kv_dtypes: Any, kv_scales: Any) -> list[Choice]:
-    """The float32 cache, then each of `kv_dtypes` with each of `kv_scales`; what is not FP8 comes once, float32 never again.
+    """The float32 cache, then each of `kv_dtypes` with each of `kv_scales`; what is not FP8 comes once, and so do plans, which
+    bring their own scales; float32 never again.
 
     Raises `ConfigError` or `CheckpointError` for what an engine would not take.
     """
     dtypes, scales = _entries("kv_dtypes", kv_dtypes), _entries("kv_scales", kv_scales)
+    check_names([entry for _, entry in dtypes], [entry for _, entry in scales])
     found = [Choice(BASE, BASE, UNIT, BASE, "")]
-    for dtype_label, kv_dtype in dtypes:
-        formats = layer_formats(params, kv_dtype)
-        plain = isinstance(kv_dtype, str)
-        dtype_label = dtype_label or (formats[0].name if plain else _short(str(kv_dtype)))
-        if plain and formats[0].name == BASE:
-            continue
-        if not any(fmt.is_fp8 for fmt in formats):
-            found.append(Choice(dtype_label, kv_dtype, UNIT, dtype_label, ""))
-            continue
-        for scales_label, each in scales:
-            scales_label = scales_label or _scales_label(each)
-            choice = Choice(f"{dtype_label} {scales_label}", kv_dtype, each, dtype_label, scales_label)
-            if not choice.calibrated:
-                _check_scales(params, choice)
-            found.append(choice)
+    for label, kv_dtype in dtypes:
+        found += _of_dtype(params, label, kv_dtype, scales)
     return _told_apart(found)
 
 
-def layer_formats(params: Params, kv_dtype: Any) -> list[KVFormat]:
-    """The format of each layer's cache. Raises `ConfigError` for what is no `kv_dtype`."""
-    return [setup(params, kv_dtype, UNIT, page_size=64, span=1).fmt] * params.config.layers
+def check_names(kv_dtypes: Iterable[Any], kv_scales: Iterable[Any]) -> None:
+    """Raise `ConfigError` for a text that is neither a known name nor a file: all that can be told without a model."""
+    for given in kv_dtypes:
+        if isinstance(given, str) and given not in KV_DTYPES and not os.path.isfile(given):
+            raise one_of("kv_dtype", given, (*KV_DTYPES, "a path to a KVPlan"))
+    for given in kv_scales:
+        if isinstance(given, str) and given not in _ALLOWED_SCALES and not os.path.isfile(given):
+            raise one_of("kv_scales", given, (*_ALLOWED_SCALES, "a KVScales", "a path to one"))
+
+
+def _of_dtype(params: Params, label: str | None, kv_dtype: Any, scales: list[tuple[str | None, Any]]) -> Iterator[Choice]:
+    """The caches of one format, or one mixture of formats."""
+    plan = plan_of(kv_dtype)
+    if plan is not None:
+        label = label or _plan_label(kv_dtype)
+        setup(params, plan, "auto", page_size=64, span=1)
+        yield Choice(label, plan, "auto", label, PLANNED)
+        return
+    formats = layer_formats(kv_dtype, params.config, params.dtype.name)
+    label = label or _short(setup(params, kv_dtype, UNIT, page_size=64, span=1).name)
+    if all(fmt is FLOAT32 for fmt in formats):
+        return
+    if not any(fmt.is_fp8 for fmt in formats):
+        yield Choice(label, kv_dtype, UNIT, label, "")
+        return
+    for scales_label, each in scales:
+        scales_label = scales_label or _scales_label(each)
+        choice = Choice(f"{label} {scales_label}", kv_dtype, each, label, scales_label)
+        if not choice.calibrated:
+            setup(params, kv_dtype, each, page_size=64, span=1)
+        yield choice
 
 
 def with_calibrated(params: Params, asked: Sequence[Choice], prompts: Iterable[list[list[int]]]) -> list[Choice]:
@@ -75,22 +96,30 @@ def with_calibrated(params: Params, asked: Sequence[Choice], prompts: Iterable[l
         return list(asked)
     c = params.config
     units = Units(c.layers, c.kv_heads, c.head_dim, "channel")
-    amax = np.asarray(Watch(params, units).over(prompts, Peaks.empty(units)).amax)
-    return [_calibrated(params, choice, amax) if choice.calibrated else choice for choice in asked]
+    seen = Watch(params, units).over(prompts, Peaks.empty(units))
+    return [_calibrated(params, choice, units, seen) if choice.calibrated else choice for choice in asked]
 
 
-def _calibrated(params: Params, choice: Choice, amax: np.ndarray) -> Choice:
-    over = {"tensor": (2, 3), "head": (3,), "channel": ()}[choice.kv_scales]
-    peaks = amax.max(axis=over, keepdims=True) if over else amax
-    scales = np.stack([to_scales(peak, fmt) for peak, fmt in zip(peaks, layer_formats(params, choice.kv_dtype), strict=True)])
-    return dataclasses.replace(choice, kv_scales=KVScales(scales[:, 0], scales[:, 1]))
+def _calibrated(params: Params, choice: Choice, units: Units, seen: Peaks) -> Choice:
+    """The choice with its scales, each layer's for the format it has; 1 where that is not FP8."""
+    formats = layer_formats(choice.kv_dtype, params.config, params.dtype.name)
+    peaks = seen.shared(dataclasses.replace(units, granularity=choice.kv_scales))
+    scales = np.ones_like(peaks.amax)
+    for fmt in dict.fromkeys(fmt for fmt in formats if fmt.is_fp8):
+        layers = [layer for layer, each in enumerate(formats) if each is fmt]
+        scales[layers] = peaks.scales(fmt)[layers]
+    made_for = formats[0].name if len(set(formats)) == 1 else None
+    return dataclasses.replace(choice, kv_scales=KVScales(scales[:, 0], scales[:, 1], kv_dtype=made_for))
+
+
+# -- labels -------------------------------------------------------------------------------------------------------------
 
 
 def _entries(name: str, given: Any) -> list[tuple[str | None, Any]]:
     """What was given, by label; None where it is to be called by what it is."""
-    if isinstance(given, Mapping):
+    if isinstance(given, Mapping) and not set(given) & _KEYS_OF_LAYERS:
         found = [(str(label), entry) for label, entry in given.items()]
-    elif isinstance(given, str | os.PathLike | KVScales):
+    elif isinstance(given, str | os.PathLike | KVScales | KVPlan | Mapping):
         found = [(None, given)]
     elif isinstance(given, Iterable):
         found = [_labelled(entry) for entry in given]
@@ -108,20 +137,15 @@ def _labelled(entry: Any) -> tuple[str | None, Any]:
     return None, entry
 
 
+def _plan_label(kv_dtype: Any) -> str:
+    return "plan" if isinstance(kv_dtype, KVPlan) else Path(kv_dtype).name
+
+
 def _scales_label(scales: Any) -> str:
     if isinstance(scales, KVScales):
         return f"given, by {scales.granularity}"
-    known = isinstance(scales, str) and scales in (*NAMED, *GRANULARITIES)
+    known = isinstance(scales, str) and scales in _ALLOWED_SCALES
     return str(scales) if known or not isinstance(scales, str | os.PathLike) else Path(scales).name
-
-
-def _check_scales(params: Params, choice: Choice) -> None:
-    """Raise what an engine would, with the granularities among what is allowed."""
-    given = choice.kv_scales
-    allowed = (*NAMED, *GRANULARITIES)
-    if isinstance(given, str) and given not in allowed and os.path.sep not in given and not os.path.exists(given):
-        raise one_of("kv_scales", given, (*allowed, "a KVScales", "a path to one"))
-    setup(params, choice.kv_dtype, given, page_size=64, span=1)
 
 
 def _told_apart(found: Iterable[Choice]) -> list[Choice]:

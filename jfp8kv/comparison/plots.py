@@ -81,10 +81,10 @@ def _magnitudes(panel: Any, found: Comparison, kind: str, colours: dict[str, str
         extent=(low, high, -0.5, layers - 0.5),
     )
     for choice in found.choices[1:]:
-        limits = getattr(choice, kind).limits
-        if limits is not None and limits[0][1] < 2.0**high:
-            for edge in zip(*limits, strict=True):
-                panel.step(np.log2([*edge, edge[-1]]), np.arange(layers + 1) - 0.5, color=colours[choice.label], linewidth=1.2)
+        limits = [each or (np.nan, np.nan) for each in getattr(choice, kind).limits]
+        for edge in np.log2(limits).T:
+            if np.any((low - 2 < edge) & (edge < high)):
+                panel.step([*edge, edge[-1]], np.arange(layers + 1) - 0.5, color=colours[choice.label], linewidth=1.2)
     panel.set(title=f"{_NAMES[kind]}: magnitudes and what is held", xlabel="log2 of the magnitude", ylabel="layer")
     panel.set_xlim(low - 2, high)
 

@@ -16,7 +16,7 @@ class Kept:
     `snr_db` is 10 log10 of the sum of squares over the sum of squared errors, in decibels; infinite where nothing was lost.
     `clipped` is the share of values stored as the largest there is although they are larger, `flushed` of those stored as zero
     although they are not. `limits`, by layer, is the smallest and the largest magnitude that can be stored (the median over
-    heads and channels); None where each token brings a scale of its own.
+    heads and channels); None where each token brings a scale of its own, or where keys are stored less an offset.
     """
 
     snr_db: ByLayer
@@ -25,7 +25,7 @@ class Kept:
     snr_db_by_head: ByHead
     clipped_by_head: ByHead
     flushed_by_head: ByHead
-    limits: tuple[tuple[float, float], ...] | None
+    limits: tuple[tuple[float, float] | None, ...]
 
     @property
     def mean_snr_db(self) -> float:

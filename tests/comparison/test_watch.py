@@ -11,6 +11,7 @@ from jaxtyping import Array
 from jfp8kv.attention import reference
 from jfp8kv.attention.contract import AttentionOptions, Where
 from jfp8kv.attention.paged import paged
+from jfp8kv.cache.layout import PoolLayout
 from jfp8kv.cache.pages import LayerScales, fill, new_pages
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.comparison.watch import Fidelity, Seen, observing
@@ -21,7 +22,8 @@ LAYERS, HEADS, DIM, SIZE, WIDTH, LAYER = 2, 3, 8, 4, 16, 1
 
 @partial(jax.jit, static_argnums=0)  # one program for each format, with static scales and without
 def _seen(fmt, scales: LayerScales | None, k: Array, v: Array, start: Array, length: Array) -> Fidelity:
-    pages = new_pages(fmt, depth=LAYERS, num_pages=9, page_size=SIZE, kv_heads=HEADS, head_dim=DIM, dynamic=scales is None)
+    layout = PoolLayout.alike(fmt, LAYERS, dynamic=scales is None)
+    pages = new_pages(layout, num_pages=9, page_size=SIZE, kv_heads=HEADS, head_dim=DIM)
     at = Where(jnp.array([4, 1, 7, 3, 0, 8, 2], jnp.int32), start, length, length)
     attend = paged(reference.attention, scales, AttentionOptions(), lambda layer: at)
     attend = observing(attend, scales, lambda layer: at, start + jnp.arange(WIDTH, dtype=jnp.int32) < length)
