@@ -1,27 +1,24 @@
 """The caches to compare: every format with every kind of scales, each named, all checked before anything runs."""
 
 import dataclasses
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jfp8kv.cache.plan import KVPlan
-from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, UNIT, KVScales
+from jfp8kv.cache.scales import UNIT, KVScales
 from jfp8kv.calibration.observers import GRANULARITIES, Peaks, Units
 from jfp8kv.calibration.run import Watch
-from jfp8kv.core.errors import ConfigError, one_of
-from jfp8kv.core.formats import FLOAT32, KV_DTYPES
-from jfp8kv.engine.kv import setup
+from jfp8kv.comparison.plan import NAMED_SCALES, Entries
+from jfp8kv.core.formats import FLOAT32
+from jfp8kv.engine.kv import KVSetup, setup
 from jfp8kv.engine.kv_dtype import layer_formats, plan_of
 from jfp8kv.models.params import Params
 
 BASE, PLANNED = "float32", "planned"
-USUAL_DTYPES, USUAL_SCALES = ("bfloat16", "fp8_e4m3", "fp8_e5m2"), (UNIT, TOKEN_HEAD)
-_ALLOWED_SCALES = (*NAMED, *GRANULARITIES)
-_KEYS_OF_LAYERS = {"default", "skip", "skip_dtype"}  # a mapping with these is a `kv_dtype`, not labels
+_LONGEST_LABEL = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,54 +34,49 @@ class Choice:
     @property
     def calibrated(self) -> bool:
         """Whether its scales are to be found here."""
-        return isinstance(self.kv_scales, str) and self.kv_scales in GRANULARITIES
+        return _to_calibrate(self.kv_scales)
 
 
-def choices(params: Params, kv_dtypes: Any, kv_scales: Any) -> list[Choice]:
+def _to_calibrate(kv_scales: Any) -> bool:
+    return isinstance(kv_scales, str) and kv_scales in GRANULARITIES
+
+
+def choices(params: Params, kv_dtypes: Entries, kv_scales: Entries) -> list[Choice]:
     """The float32 cache, then each of `kv_dtypes` with each of `kv_scales`; what is not FP8 comes once, and so do plans, which
     bring their own scales; float32 never again.
 
     Raises `ConfigError` or `CheckpointError` for what an engine would not take.
     """
-    dtypes, scales = _entries("kv_dtypes", kv_dtypes), _entries("kv_scales", kv_scales)
-    check_names([entry for _, entry in dtypes], [entry for _, entry in scales])
     found = [Choice(BASE, BASE, UNIT, BASE, "")]
-    for label, kv_dtype in dtypes:
-        found += _of_dtype(params, label, kv_dtype, scales)
+    for label, kv_dtype in kv_dtypes:
+        found += _of_dtype(params, label, kv_dtype, kv_scales)
     return _told_apart(found)
 
 
-def check_names(kv_dtypes: Iterable[Any], kv_scales: Iterable[Any]) -> None:
-    """Raise `ConfigError` for a text that is neither a known name nor a file: all that can be told without a model."""
-    for given in kv_dtypes:
-        if isinstance(given, str) and given not in KV_DTYPES and not os.path.isfile(given):
-            raise one_of("kv_dtype", given, (*KV_DTYPES, "a path to a KVPlan"))
-    for given in kv_scales:
-        if isinstance(given, str) and given not in _ALLOWED_SCALES and not os.path.isfile(given):
-            raise one_of("kv_scales", given, (*_ALLOWED_SCALES, "a KVScales", "a path to one"))
-
-
-def _of_dtype(params: Params, label: str | None, kv_dtype: Any, scales: list[tuple[str | None, Any]]) -> Iterator[Choice]:
-    """The caches of one format, or one mixture of formats."""
+def _of_dtype(params: Params, label: str | None, kv_dtype: Any, scales: Entries) -> Iterator[Choice]:
+    """The caches of one format, or of one mixture of formats."""
     plan = plan_of(kv_dtype)
     if plan is not None:
-        label = label or _plan_label(kv_dtype)
-        setup(params, plan, "auto", page_size=64, span=1)
+        _check(params, plan, "auto")
+        label = label or ("plan" if isinstance(kv_dtype, KVPlan) else Path(kv_dtype).name)
         yield Choice(label, plan, "auto", label, PLANNED)
         return
     formats = layer_formats(kv_dtype, params.config, params.dtype.name)
-    label = label or _short(setup(params, kv_dtype, UNIT, page_size=64, span=1).name)
-    if all(fmt is FLOAT32 for fmt in formats):
-        return
+    label = label or _short(_check(params, kv_dtype, UNIT).name)
     if not any(fmt.is_fp8 for fmt in formats):
-        yield Choice(label, kv_dtype, UNIT, label, "")
+        if not all(fmt is FLOAT32 for fmt in formats):
+            yield Choice(label, kv_dtype, UNIT, label, "")
         return
     for scales_label, each in scales:
+        if not _to_calibrate(each):
+            _check(params, kv_dtype, each)
         scales_label = scales_label or _scales_label(each)
-        choice = Choice(f"{label} {scales_label}", kv_dtype, each, label, scales_label)
-        if not choice.calibrated:
-            setup(params, kv_dtype, each, page_size=64, span=1)
-        yield choice
+        yield Choice(f"{label} {scales_label}", kv_dtype, each, label, scales_label)
+
+
+def _check(params: Params, kv_dtype: Any, kv_scales: Any) -> KVSetup:
+    """What an engine makes of these, or the error it raises."""
+    return setup(params, kv_dtype, kv_scales, page_size=64, span=1)
 
 
 def with_calibrated(params: Params, asked: Sequence[Choice], prompts: Iterable[list[list[int]]]) -> list[Choice]:
@@ -112,40 +104,10 @@ def _calibrated(params: Params, choice: Choice, units: Units, seen: Peaks) -> Ch
     return dataclasses.replace(choice, kv_scales=KVScales(scales[:, 0], scales[:, 1], kv_dtype=made_for))
 
 
-# -- labels -------------------------------------------------------------------------------------------------------------
-
-
-def _entries(name: str, given: Any) -> list[tuple[str | None, Any]]:
-    """What was given, by label; None where it is to be called by what it is."""
-    if isinstance(given, Mapping) and not set(given) & _KEYS_OF_LAYERS:
-        found = [(str(label), entry) for label, entry in given.items()]
-    elif isinstance(given, str | os.PathLike | KVScales | KVPlan | Mapping):
-        found = [(None, given)]
-    elif isinstance(given, Iterable):
-        found = [_labelled(entry) for entry in given]
-    else:
-        raise ConfigError(f"{name}={given!r}: must be a list of choices, or a dict of them by label.")
-    if not found:
-        raise ConfigError(f"{name} is empty: give at least one.")
-    return found
-
-
-def _labelled(entry: Any) -> tuple[str | None, Any]:
-    """A pair of a label and what is no text is named; anything else is itself (a tuple may be formats by layer)."""
-    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and not isinstance(entry[1], str):
-        return entry
-    return None, entry
-
-
-def _plan_label(kv_dtype: Any) -> str:
-    return "plan" if isinstance(kv_dtype, KVPlan) else Path(kv_dtype).name
-
-
 def _scales_label(scales: Any) -> str:
     if isinstance(scales, KVScales):
         return f"given, by {scales.granularity}"
-    known = isinstance(scales, str) and scales in _ALLOWED_SCALES
-    return str(scales) if known or not isinstance(scales, str | os.PathLike) else Path(scales).name
+    return scales if scales in NAMED_SCALES else Path(scales).name
 
 
 def _told_apart(found: Iterable[Choice]) -> list[Choice]:
@@ -160,5 +122,5 @@ def _told_apart(found: Iterable[Choice]) -> list[Choice]:
     return list(numbered())
 
 
-def _short(text: str, most: int = 40) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 3]}..."

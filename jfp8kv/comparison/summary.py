@@ -1,7 +1,6 @@
 """From sums to what is reported: means, standard errors, decibels and shares."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,9 +28,10 @@ def summary(choice: Choice, kv: KVSetup, totals: Totals, base: Totals, depths: i
         label=choice.label,
         kv_dtype=choice.dtype_label,
         kv_scales=choice.scales_label,
+        layers=tuple(map(str, kv.kinds)),
         bytes_per_token=float(served.bytes_per_token(longest)),
         nll=nll,
-        perplexity=math.exp(nll),
+        perplexity=_exp(nll),
         nll_change=change,
         nll_change_stderr=change_error,
         kl=kl,
@@ -58,6 +58,12 @@ def mean_and_error(pieces: Sequence[Piece], of: Callable[[Piece], float]) -> tup
         return float(mean), None
     spread = np.sum((sums - mean * counts) ** 2) * len(pieces) / (len(pieces) - 1)
     return float(mean), float(np.sqrt(spread) / counts.sum())
+
+
+def _exp(x: float) -> float:
+    """Infinite for what is too large."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(x))
 
 
 def _kept(kv: KVSetup, totals: Totals, kind: int) -> Kept:
