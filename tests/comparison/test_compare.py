@@ -226,8 +226,8 @@ def test_windows_and_chunks_change_nothing_but_bytes(monkeypatch):
     name = "gemma3_new"
     params, ids = load(name), prompts(name, 60, 50)
     monkeypatch.setattr(run, "LOGITS_BYTES", 4 * params.config.vocab * 16)
-    found = compare(name, ids, max_model_len=128)["fp8_e4m3 unit"]
-    settings = {"kv_cache_dtype": "fp8_e4m3", "kv_scales": "unit", "max_model_len": 128, "max_num_seqs": 1}
+    found = compare(name, ids, max_model_len=256)["fp8_e4m3 unit"]
+    settings = {"kv_cache_dtype": "fp8_e4m3", "kv_scales": "unit", "max_model_len": 256, "max_num_seqs": 1}
     llm = jfp8kv.LLM(params, **settings)
     scores = np.concatenate([llm.score(text) for text in ids])
     assert found.nll == pytest.approx(-scores.astype(np.float64).mean(), rel=1e-4)
