@@ -169,6 +169,7 @@ def test_a_report_is_json(report):
     assert [choice["label"] for choice in kept["choices"]] == [choice.label for choice in report.choices]
     assert kept["choices"][0]["k"]["snr_db"] == [None, None], "infinity is no JSON"
     assert kept["choices"][3]["kl"] == report.choices[3].kl
+    assert kept["choices"][3]["v"]["clipped_share"] == report.choices[3].v.clipped_share > 0, "what is derived is there, too"
 
 
 def test_tables_have_a_row_for_every_cache_and_every_layer(report):
