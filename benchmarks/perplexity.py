@@ -6,12 +6,10 @@ The text is cut into windows of `--window` tokens, each scored on its own throug
 documentation of this repository serves, which says something of the difference between caches and nothing of the model.
 """
 
-from pathlib import Path
-
 import numpy as np
 
 import jfp8kv
-from benchmarks._common import console, header, parser, smollm2, table
+from benchmarks._common import console, header, parser, smollm2, table, text_of
 
 CACHES = (
     ("float32", "auto"),
@@ -20,12 +18,6 @@ CACHES = (
     ("fp8_e4m3", "token_head"),
     ("fp8_e5m2", "unit"),
 )
-
-
-def text_of(path: str | None) -> str:
-    root = Path(__file__).parent.parent
-    files = [Path(path)] if path else [root / "README.md", *sorted((root / "docs").glob("*.md"))]
-    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def main() -> None:
