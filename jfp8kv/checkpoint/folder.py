@@ -122,7 +122,7 @@ def unread_scales(folder: Path) -> str:
     index = folder / INDEX
     listed = read_json(index).get("weight_map") if index.is_file() else None
     _, scales = split_scales(listed if isinstance(listed, dict) else {})
-    known = f": {INDEX} lists {len(scales)} (such as {next(iter(scales))})" if scales else ""
+    known = f": {INDEX} lists {len(scales)} (such as {min(scales)})" if scales else ""
     return f"its weights are not here, so the KV-cache scales among them are not read{known}."
 
 
