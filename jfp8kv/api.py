@@ -245,7 +245,9 @@ def inspect(
     max_model_len: int | None = None,
     page_size: int = 64,
 ) -> Inspection:
-    """What a model is and what its KV cache costs in each format. Weights are not read: config and headers say it all.
+    """What a model is, what its KV cache costs in each format, and a verdict on the KV scales of each layer.
+
+    Weights are not read: config, headers and the scales say it all. Nothing that is wrong with a scale raises.
 
     Args:
       source_or_params: what `load` takes, or a `Params`. Of a hub model only the small files are fetched; a folder may lack

@@ -195,6 +195,8 @@ def _describe_folder(folder: Path, needs_weights: bool) -> Described:
     seen = hf.without_vision(weights) if "vision_config" in declared else weights
     text = dequantized(seen, scheme, FLOATS[config.dtype])
     found = _found_scales(folder, declared, config, scales)
+    if not tensors:  # what is missing among them cannot be told
+        found = dataclasses.replace(found, notes=(*(found.notes if found.layers else ()), hf.unread_scales(folder)))
     config = dataclasses.replace(
         config,
         kv_cache_dtype=config.kv_cache_dtype or found.declares,
@@ -226,7 +228,7 @@ def _describe_gguf(path: Path) -> Described:
 
 def _describe_saved(folder: Path) -> Described:
     config, tokenizer, scales, weights = describe_saved(folder)
-    found = FoundScales() if scales is None else FoundScales.of(scales, source=KV_SCALES)
+    found = FoundScales() if scales is None else dataclasses.replace(FoundScales.of(scales, source=KV_SCALES), file=KV_SCALES)
     return Described(folder, "folder of jfp8kv.save", config, weights, {}, lambda: tokenizer, found=found)
 
 

@@ -66,6 +66,7 @@ def load(args: argparse.Namespace) -> "jfp8kv.api.LLM":
         kv_cache_memory=args.kv_cache_memory,
         max_model_len=args.max_model_len,
         dtype=args.dtype,
+        strict=not args.lenient,
     )
 
 
@@ -98,7 +99,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     _add_sampling(chat, max_tokens=512, temperature=0.7)
 
-    about = "Say what a model is and what its KV cache costs in each format. Config and headers are read, weights are not."
+    about = (
+        "Say what a model is, what its KV cache costs and what scales it brings. Config and headers are read, not the weights."
+    )
     inspect = commands.add_parser(
         "inspect", help="what a model is and what its cache costs", description=about, allow_abbrev=False
     )
@@ -135,6 +138,7 @@ def _add_calibration(parser: _Parser) -> None:
     option("--field", "NAME", "of a record that holds the prompt (default: text, prompt or messages)")
     option("--max-model-len", "N", "most tokens of a prompt (default: the model's)", int)
     option("--dtype", "DTYPE", "of the weights: bfloat16, float16 or float32 (default: the file's)")
+    _add_lenient(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument("--quiet", action="store_true", help="print the summary alone: no progress, no remarks")
 
@@ -191,7 +195,13 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         "--kv-cache-memory", metavar="SIZE", help="of the KV cache, such as 2GiB (default: a share of what is free)"
     )
     group.add_argument("--dtype", metavar="DTYPE", help="of the weights: bfloat16, float16 or float32 (default: the file's)")
+    _add_lenient(group)
     group.add_argument("--quiet", action="store_true", help="print the text alone: no statistics, no progress")
+
+
+def _add_lenient(group: argparse._ActionsContainer) -> None:
+    lenient = "scale 1 stands in for KV scales of the checkpoint that are missing or broken, with a warning"
+    group.add_argument("--lenient", action="store_true", help=lenient)
 
 
 def _add_sampling(parser: _Parser, *, max_tokens: int, temperature: float) -> None:
