@@ -23,6 +23,8 @@ from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.names import expected_shapes, nest
 from jfp8kv.models.params import Params
 
+pytestmark = pytest.mark.quick_compile
+
 BF16 = ml_dtypes.bfloat16
 
 
