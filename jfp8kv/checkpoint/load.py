@@ -18,6 +18,7 @@ import numpy as np
 
 from jfp8kv.checkpoint import folder as hf
 from jfp8kv.checkpoint.hub import fetch
+from jfp8kv.checkpoint.kv_file import with_own_file
 from jfp8kv.checkpoint.kv_scales import FoundScales, find_scales
 from jfp8kv.checkpoint.orbax import KV_SCALES, describe_saved, is_saved, load_saved
 from jfp8kv.checkpoint.quantized import dequantized, warn_dequantized
@@ -178,13 +179,14 @@ def load_kv_scales(source: str | os.PathLike[str]) -> FoundScales:
 def _found_scales(
     folder: Path, described: Mapping[str, Any], config: ModelConfig, scales: Mapping[str, StoredTensor]
 ) -> FoundScales:
-    return find_scales(
+    found = find_scales(
         config,
         scales,
         quantization=described.get("quantization_config"),
         sidecar=hf.open_sidecar(folder),
         model_types={part.get("model_type") for part in (described, described.get("text_config") or {})},
     )
+    return with_own_file(found, folder, config)
 
 
 def _describe_folder(folder: Path, needs_weights: bool) -> Described:
