@@ -12,6 +12,7 @@ The folder appears whole or not at all. Why things are as they are: docs/notes/0
 import dataclasses
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -44,6 +45,7 @@ from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families.to_hf import config_to_hf
 from jfp8kv.models.params import Params
 
+CONFIG = "config.json"
 LAYOUTS = (COMPRESSED_TENSORS,)
 _SHARD_BYTES = 5 * 10**9
 _METADATA = {"format": "pt"}  # what transformers asks of a file before it reads it
@@ -75,17 +77,17 @@ def export(params: Params, folder: str | os.PathLike[str], *, kv_scales: Any = N
     require_written_form(params.tokenizer)
     tensors = hf_weights(params)
     config = dataclasses.replace(params.config, dtype=params.dtype.name)
-    written, scales = config_to_hf(config), _asked(params, kv_scales)
+    written = config_to_hf(config) | {"pad_token_id": _pad_id(params.tokenizer)}
+    scales = _asked(params, kv_scales)
     _say_what_is_declared(config, scales)
     with written_whole(path) as beside:
         if not is_free(path):
             raise CheckpointError(f"{path}: exists and is not an empty folder: give another one.")
         if scales is not None:
             written["quantization_config"] = quantization_config(published(scales))
-            tensors += _scales(config, scales, beside)
-        _write_json(beside / "config.json", written)
+        _write_json(beside / CONFIG, written)
         _write_json(beside / "generation_config.json", _generation(params))
-        _write_weights(beside, tensors)
+        _write_weights(beside, tensors if scales is None else tensors + _scales(config, scales, beside))
         if params.tokenizer is not None:
             write_tokenizer(params.tokenizer, beside, max_len=config.max_len)
         if scales is not None:
@@ -138,6 +140,7 @@ def _scales(config: ModelConfig, scales: KVScales, folder: Path) -> list[NewTens
     public = published(scales)
     if not same_arrays(public, scales):
         scales.save(folder / KV_FILE)
+        shutil.copymode(folder / CONFIG, folder / KV_FILE)  # safetensors lets nobody but the owner read its files
     if not same_numbers(public, scales):
         kinds = ["channel scales"] * (scales.granularity == "channel") + ["K offsets"] * (scales.k_offset is not None)
         warnings.warn(
@@ -148,6 +151,12 @@ def _scales(config: ModelConfig, scales: KVScales, folder: Path) -> list[NewTens
         )
     arrays = scale_tensors(config, public)
     return [NewTensor(name, array.shape, array.dtype, partial(np.asarray, array)) for name, array in arrays.items()]
+
+
+def _pad_id(tokenizer: Any) -> int | None:
+    """Families differ in what they take for padding where a config says nothing; some of it lies outside the vocabulary."""
+    token = tokenizer.special_tokens.get("pad_token") if tokenizer is not None else None
+    return tokenizer.backend.token_to_id(token) if isinstance(token, str) else None
 
 
 def _generation(params: Params) -> dict[str, Any]:
