@@ -206,7 +206,7 @@ def _gpt2(c: ModelConfig) -> _Written:
     }
 
 
-def _undone(value: float, do: Callable[[float], float], near: float) -> float:
+def _undone(value: float, do: Callable[[float], float], near: float) -> int | float:
     """The plainest number from which `do` makes exactly `value`, near `near`; that itself where there is none."""
     tried = (*(round(near, digits) for digits in (0, 3, 6, 9)), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
     found = next((number for number in tried if number > 0 and do(number) == value), near)
