@@ -80,5 +80,5 @@ def _joined(parts: Sequence[_Part], dtype: np.dtype) -> np.ndarray:
     for part in parts:
         view = part.source.take(out)
         assert np.shares_memory(view, out), "a Hugging Face layout takes parts as they are"
-        view[...] = part.values().astype(dtype)
+        view[...] = part.values()
     return out

@@ -138,6 +138,10 @@ def write_safetensors(path: Path, tensors: Iterable[NewTensor], metadata: dict[s
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
-            values = np.ascontiguousarray(tensor.make())
-            assert (values.shape, values.dtype) == (tensor.shape, tensor.dtype), tensor.name
-            file.write(values.reshape(-1).view(np.uint8))
+            file.write(_bytes(tensor))
+
+
+def _bytes(tensor: NewTensor) -> np.ndarray:
+    values = np.ascontiguousarray(tensor.make())
+    assert (values.shape, values.dtype) == (tensor.shape, tensor.dtype), tensor.name
+    return values.reshape(-1).view(np.uint8)
