@@ -39,7 +39,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load(source: str | os.PathLike[str], dtype: Any = None, *, strict: bool = True) -> Params:
-    """Load a checkpoint's weights, config, tokenizer and the scales of its KV cache (`Params.kv_scales`).
+    """Load a checkpoint's weights, config, tokenizer and the scales of its KV cache (`Params.kv_scales`; those in the file that
+    `export` writes for what other engines do not read go first).
 
     Weights are streamed: memory peaks below 1.3 times their size. torch is never imported. FP8 and MXFP4 weights are
     dequantized on the way, which a warning says.
