@@ -14,6 +14,8 @@ from jfp8kv.calibration.plan import Plan as CalibrationPlan  # noqa: F401  (for 
 from jfp8kv.calibration.plan import plan as calibration_plan
 from jfp8kv.calibration.run import Calibration as Calibration
 from jfp8kv.calibration.run import calibration
+from jfp8kv.checkpoint.export import LAYOUTS as EXPORT_LAYOUTS  # noqa: F401  (for the command line)
+from jfp8kv.checkpoint.export import export as export
 from jfp8kv.checkpoint.load import describe
 from jfp8kv.checkpoint.load import load as load
 from jfp8kv.comparison.choices import KV_DTYPES, KV_SCALES

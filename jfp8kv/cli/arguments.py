@@ -116,7 +116,18 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     about = "Compare what KV caches cost in quality and in bytes, over a text, against a float32 cache of the same weights."
     compare = commands.add_parser("compare", help="what caches cost in quality", description=about, allow_abbrev=False)
     _add_comparison(compare)
-    made = {"generate": generate, "chat": chat, "inspect": inspect, "calibrate": calibrate, "compare": compare}
+
+    about = "Write a model as a Hugging Face folder, with its scales for an FP8 cache where vLLM and others look for them."
+    export = commands.add_parser("export", help="write a Hugging Face folder", description=about, allow_abbrev=False)
+    _add_export(export)
+    made = {
+        "generate": generate,
+        "chat": chat,
+        "inspect": inspect,
+        "calibrate": calibrate,
+        "compare": compare,
+        "export": export,
+    }
     return parser, made
 
 
@@ -169,6 +180,17 @@ def _add_comparison(parser: _Parser) -> None:
     parser.add_argument("--by-layer", action="store_true", help="print what is kept layer by layer, too")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     parser.add_argument("--quiet", action="store_true", help="print the result alone: no progress, no remarks")
+
+
+def _add_export(parser: _Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
+    parser.add_argument("folder", metavar="FOLDER", help="where to: a folder that is empty, or not there yet")
+    scales = "a file of KVScales, as calibrate writes it (default: the scales that the model has, if any)"
+    parser.add_argument("--kv-scales", metavar="FILE", help=scales)
+    layout = "of the scales: compressed-tensors (default), as LLM Compressor writes and vLLM reads them"
+    parser.add_argument("--layout", default="compressed-tensors", metavar="NAME", help=layout)
+    parser.add_argument("--dtype", metavar="DTYPE", help="of the weights: bfloat16, float16 or float32 (default: the file's)")
+    parser.add_argument("--quiet", action="store_true", help="no remarks on what was written")
 
 
 def _add_model(parser: _Parser) -> argparse._ArgumentGroup:
