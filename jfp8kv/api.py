@@ -18,8 +18,9 @@ from jfp8kv.checkpoint.export import LAYOUTS as EXPORT_LAYOUTS  # noqa: F401  (f
 from jfp8kv.checkpoint.export import export as export
 from jfp8kv.checkpoint.load import describe
 from jfp8kv.checkpoint.load import load as load
-from jfp8kv.comparison.choices import KV_DTYPES, KV_SCALES
 from jfp8kv.comparison.needle import DEPTHS
+from jfp8kv.comparison.plan import USUAL_DTYPES, USUAL_SCALES
+from jfp8kv.comparison.plan import plan as comparison_plan
 from jfp8kv.comparison.report import Comparison
 from jfp8kv.comparison.run import comparison
 from jfp8kv.core.errors import ConfigError, unknown_keyword
@@ -140,8 +141,8 @@ def compare(
     params: Params,
     texts: Any,
     *,
-    kv_dtypes: Any = KV_DTYPES,
-    kv_scales: Any = KV_SCALES,
+    kv_dtypes: Any = USUAL_DTYPES,
+    kv_scales: Any = USUAL_SCALES,
     calibration: Any = None,
     window: int | None = None,
     needle_lengths: Sequence[int] | None = None,
@@ -158,10 +159,11 @@ def compare(
     Args:
       params: what `load` or `Params.from_pytree` gave.
       texts: as `prompts` of `generate`, or any iterable of such. Texts of one token predict nothing and count for nothing.
-      kv_dtypes: formats, as `kv_dtype` of `generate`; a dict names them. The float32 cache comes first whether named or not.
+      kv_dtypes: formats, each as `kv_dtype` of `generate`: names, formats by layer, a `KVPlan` with its own scales. A dict
+        `{label: kv_dtype}` names them. The float32 cache comes first whether named or not.
       kv_scales: for each format that is FP8: "unit", "token_head", "auto", "checkpoint", a `KVScales` or a path to one; or
         "tensor", "head" or "channel": found on `calibration`, by amax, for the format at hand. A dict `{label: scales}` names
-        them, and so do pairs `(label, KVScales)` among the others.
+        them, and so do pairs `(label, KVScales)` among the others; pairs do for `kv_dtypes` that are no text, too.
       calibration: prompts to find such scales on, cut like `texts`; not those of `texts`, or the result flatters.
       window: cut texts into pieces of this many tokens, each a text of its own; None is `max_model_len`.
       needle_lengths: tokens of the haystacks; None is 256 and 1024, as far as the model takes them, () leaves the task out.
@@ -175,19 +177,16 @@ def compare(
     for name in unknown:
         raise unknown_keyword(name, list(signature(compare).parameters)[2:-1])
     _require_params(params)
-    keep_compiled_programs()
-    return comparison(
-        params,
-        texts,
+    asked = comparison_plan(
         kv_dtypes=kv_dtypes,
         kv_scales=kv_scales,
-        calibration=calibration,
         window=window,
         needle_lengths=needle_lengths,
         needle_depths=needle_depths,
         max_model_len=max_model_len,
-        progress=progress,
     )
+    keep_compiled_programs()
+    return comparison(params, texts, asked, calibration=calibration, progress=progress)
 
 
 def plan_kv(

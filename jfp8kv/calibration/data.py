@@ -13,31 +13,33 @@ from jfp8kv.models.params import Params
 SPOOL_BYTES = 32 * 2**20  # token ids kept in memory before they go to a temporary file
 
 
-def stream(prompts: Any) -> tuple[Iterable[Any], int | None]:
+def stream(prompts: Any, what: str = "prompts") -> tuple[Iterable[Any], int | None]:
     """The prompts to go through and how many there are, None for an iterable that does not say.
 
     What is no list is taken one by one and never kept. Raises `ConfigError` for what holds no prompts.
     """
     if isinstance(prompts, bytes | Mapping) or not (hasattr(prompts, "__iter__") or hasattr(prompts, "__array__")):
-        raise ConfigError(f"prompts of type {type(prompts).__name__}: must be {FORMS}, or an iterable of prompts.")
+        raise ConfigError(f"{what} of type {type(prompts).__name__}: must be {FORMS}, or an iterable of prompts.")
     if isinstance(prompts, Sequence) or hasattr(prompts, "__array__"):
         prompts = as_list(prompts)
     return prompts, len(prompts) if hasattr(prompts, "__len__") else None
 
 
-def pieces(prompts: Iterable[Any], params: Params, *, max_model_len: int, window: int | None) -> Iterator[list[list[int]]]:
+def pieces(
+    prompts: Iterable[Any], params: Params, *, max_model_len: int, window: int | None, what: str = "prompt"
+) -> Iterator[list[list[int]]]:
     """The token ids of each prompt: whole, or cut into pieces of `window` tokens, the last perhaps shorter.
 
     Raises `ConfigError` for a prompt that is empty, no prompt, or holds an id beyond the vocabulary, and `CapacityError` for
     one that is longer than `max_model_len` and not to be cut.
     """
     for number, prompt in enumerate(prompts):
-        what = f"prompt {number}"
-        ids = encode(prompt, params.tokenizer, what=what).ids
-        _check(ids, params.config.vocab, what)
+        name = f"{what} {number}"
+        ids = encode(prompt, params.tokenizer, what=name).ids
+        _check(ids, params.config.vocab, name)
         if window is None and len(ids) > max_model_len:
             raise CapacityError(
-                f"{what} has {len(ids)} tokens: the model takes {max_model_len} at most; "
+                f"{name} has {len(ids)} tokens: the model takes {max_model_len} at most; "
                 f"window={max_model_len} cuts prompts into pieces of that many."
             )
         step = window or len(ids)

@@ -166,13 +166,14 @@ def _add_comparison(parser: _Parser) -> None:
         parser.add_argument(name, metavar=metavar, type=kind, help=text, **rest)
 
     dtypes = "bfloat16,fp8_e4m3,fp8_e5m2"
-    option("--kv-dtypes", "LIST", f"formats to compare, by commas (default {dtypes})", default=dtypes)
+    option("--kv-dtypes", "LIST", f"formats to compare, or files of KVPlans, by commas (default {dtypes})", default=dtypes)
     option("--kv-scales", "LIST", scales, default="unit,token_head")
     option("--calibration", "FILE", "texts to calibrate scales on, as TEXT; not the same ones")
     option("--window", "N", "cut texts into pieces of N tokens (default: the most that the model takes)", int)
     option(
         "--needle-lengths", "LIST", "tokens of the haystacks, by commas, or none (default 256,1024, if the model takes them)"
     )
+    option("--needle-depths", "LIST", "where the needle is, 0 the beginning, 1 the end, by commas (default 0,0.5,1)")
     option("--field", "NAME", "of a record that holds the text (default: text, prompt or messages)")
     option("--max-model-len", "N", "most tokens of a piece (default: the model's)", int)
     option("--dtype", "DTYPE", "of the weights: bfloat16, float16 or float32 (default: the file's)")

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jfp8kv.cli.arguments import quiet_jax
 from jfp8kv.cli.data import check, check_field, texts
@@ -22,29 +22,22 @@ PICTURES = (".png", ".pdf", ".svg")
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print the report and draw it; the exit status."""
-    data, calibration = Path(args.text), None if args.calibration is None else Path(args.calibration)
-    check(data, "TEXT", args.text)
-    if calibration is not None:
-        check(calibration, "--calibration", args.calibration)
-    check_field(args.field, data, *([calibration] if calibration else []))
+    data, calibration = _files(args)
     if args.plot is not None:
         _check_picture(args.plot)
-    lengths = _lengths(args.needle_lengths)
-    from jfp8kv.api import compare, load
+    asked = _asked(args)
+    from jfp8kv.api import compare, comparison_plan, load
 
+    comparison_plan(**asked)  # a mistake is said before the model is loaded
     quiet_jax()
     params = load(args.model, dtype=args.dtype)
     began = time.perf_counter()
     report = compare(
         params,
         texts(data, field=args.field, whole=True),
-        kv_dtypes=_names(args.kv_dtypes),
-        kv_scales=_names(args.kv_scales),
         calibration=None if calibration is None else texts(calibration, field=args.field, whole=True),
-        window=args.window,
-        needle_lengths=lengths,
-        max_model_len=args.max_model_len,
         progress=False if args.quiet else None,
+        **asked,
     )
     _print(report, args)
     if args.plot is not None:
@@ -53,6 +46,29 @@ def run(args: argparse.Namespace) -> int:
         wrote = "" if args.plot is None else f"; wrote {args.plot}"
         say(f"{len(report.choices)} caches over {report.tokens:,} tokens in {time.perf_counter() - began:.1f} s{wrote}")
     return 0
+
+
+def _files(args: argparse.Namespace) -> tuple[Path, Path | None]:
+    """The texts to compare on and those to calibrate on. Raises `ConfigError` for one that is not there."""
+    data, calibration = Path(args.text), None if args.calibration is None else Path(args.calibration)
+    check(data, "TEXT", args.text)
+    if calibration is not None:
+        check(calibration, "--calibration", args.calibration)
+    check_field(args.field, data, *([calibration] if calibration else []))
+    return data, calibration
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What `jfp8kv.compare` is asked for, what was not given left out."""
+    asked = {
+        "kv_dtypes": _names(args.kv_dtypes),
+        "kv_scales": _names(args.kv_scales),
+        "window": args.window,
+        "needle_lengths": _numbers("--needle-lengths", args.needle_lengths, int),
+        "needle_depths": _numbers("--needle-depths", args.needle_depths, float),
+        "max_model_len": args.max_model_len,
+    }
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _print(report: "jfp8kv.api.Comparison", args: argparse.Namespace) -> None:
@@ -74,14 +90,15 @@ def _names(given: str) -> list[str]:
     return [name.strip() for name in given.split(",") if name.strip()]
 
 
-def _lengths(given: str | None) -> list[int] | None:
-    """Lengths of haystacks: None for the usual ones, none at all for "none"."""
+def _numbers(option: str, given: str | None, kind: type) -> list[Any] | None:
+    """Numbers by commas: None for the usual ones, none at all for "none"."""
     if given is None or given == "none":
         return None if given is None else []
     try:
-        return [int(length) for length in _names(given)]
+        return [kind(number) for number in _names(given)]
     except ValueError:
-        raise ConfigError(f"--needle-lengths {given}: must be numbers of tokens, such as 256,1024, or none.") from None
+        usual = "256,1024" if kind is int else "0,0.5,1"
+        raise ConfigError(f"{option} {given}: must be numbers, such as {usual}, or none.") from None
 
 
 def _check_picture(given: str) -> None:

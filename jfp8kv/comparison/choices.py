@@ -1,23 +1,24 @@
 """The caches to compare: every format with every kind of scales, each named, all checked before anything runs."""
 
 import dataclasses
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, UNIT, KVScales
-from jfp8kv.calibration.observers import GRANULARITIES, Peaks, Units, to_scales
+from jfp8kv.cache.plan import KVPlan
+from jfp8kv.cache.scales import UNIT, KVScales
+from jfp8kv.calibration.observers import GRANULARITIES, Peaks, Units
 from jfp8kv.calibration.run import Watch
-from jfp8kv.core.errors import ConfigError, one_of
-from jfp8kv.core.formats import KVFormat
-from jfp8kv.engine.kv import setup
+from jfp8kv.comparison.plan import NAMED_SCALES, Entries
+from jfp8kv.core.formats import FLOAT32
+from jfp8kv.engine.kv import KVSetup, setup
+from jfp8kv.engine.kv_dtype import layer_formats, plan_of
 from jfp8kv.models.params import Params
 
-BASE = "float32"
-KV_DTYPES, KV_SCALES = ("bfloat16", "fp8_e4m3", "fp8_e5m2"), (UNIT, TOKEN_HEAD)
+BASE, PLANNED = "float32", "planned"
+_LONGEST_LABEL = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,37 +34,49 @@ class Choice:
     @property
     def calibrated(self) -> bool:
         """Whether its scales are to be found here."""
-        return isinstance(self.kv_scales, str) and self.kv_scales in GRANULARITIES
+        return _to_calibrate(self.kv_scales)
 
 
-def choices(params: Params, kv_dtypes: Any, kv_scales: Any) -> list[Choice]:
-    """The float32 cache, then each of `kv_dtypes` with each of `kv_scales`; what is not FP8 comes once, float32 never again.
+def _to_calibrate(kv_scales: Any) -> bool:
+    return isinstance(kv_scales, str) and kv_scales in GRANULARITIES
+
+
+def choices(params: Params, kv_dtypes: Entries, kv_scales: Entries) -> list[Choice]:
+    """The float32 cache, then each of `kv_dtypes` with each of `kv_scales`; what is not FP8 comes once, and so do plans, which
+    bring their own scales; float32 never again.
 
     Raises `ConfigError` or `CheckpointError` for what an engine would not take.
     """
-    dtypes, scales = _entries("kv_dtypes", kv_dtypes), _entries("kv_scales", kv_scales)
     found = [Choice(BASE, BASE, UNIT, BASE, "")]
-    for dtype_label, kv_dtype in dtypes:
-        formats = layer_formats(params, kv_dtype)
-        plain = isinstance(kv_dtype, str)
-        dtype_label = dtype_label or (formats[0].name if plain else _short(str(kv_dtype)))
-        if plain and formats[0].name == BASE:
-            continue
-        if not any(fmt.is_fp8 for fmt in formats):
-            found.append(Choice(dtype_label, kv_dtype, UNIT, dtype_label, ""))
-            continue
-        for scales_label, each in scales:
-            scales_label = scales_label or _scales_label(each)
-            choice = Choice(f"{dtype_label} {scales_label}", kv_dtype, each, dtype_label, scales_label)
-            if not choice.calibrated:
-                _check_scales(params, choice)
-            found.append(choice)
+    for label, kv_dtype in kv_dtypes:
+        found += _of_dtype(params, label, kv_dtype, kv_scales)
     return _told_apart(found)
 
 
-def layer_formats(params: Params, kv_dtype: Any) -> list[KVFormat]:
-    """The format of each layer's cache. Raises `ConfigError` for what is no `kv_dtype`."""
-    return [setup(params, kv_dtype, UNIT, page_size=64, span=1).fmt] * params.config.layers
+def _of_dtype(params: Params, label: str | None, kv_dtype: Any, scales: Entries) -> Iterator[Choice]:
+    """The caches of one format, or of one mixture of formats."""
+    plan = plan_of(kv_dtype)
+    if plan is not None:
+        _check(params, plan, "auto")
+        label = label or ("plan" if isinstance(kv_dtype, KVPlan) else Path(kv_dtype).name)
+        yield Choice(label, plan, "auto", label, PLANNED)
+        return
+    formats = layer_formats(kv_dtype, params.config, params.dtype.name)
+    label = label or _short(_check(params, kv_dtype, UNIT).name)
+    if not any(fmt.is_fp8 for fmt in formats):
+        if not all(fmt is FLOAT32 for fmt in formats):
+            yield Choice(label, kv_dtype, UNIT, label, "")
+        return
+    for scales_label, each in scales:
+        if not _to_calibrate(each):
+            _check(params, kv_dtype, each)
+        scales_label = scales_label or _scales_label(each)
+        yield Choice(f"{label} {scales_label}", kv_dtype, each, label, scales_label)
+
+
+def _check(params: Params, kv_dtype: Any, kv_scales: Any) -> KVSetup:
+    """What an engine makes of these, or the error it raises."""
+    return setup(params, kv_dtype, kv_scales, page_size=64, span=1)
 
 
 def with_calibrated(params: Params, asked: Sequence[Choice], prompts: Iterable[list[list[int]]]) -> list[Choice]:
@@ -75,53 +88,26 @@ def with_calibrated(params: Params, asked: Sequence[Choice], prompts: Iterable[l
         return list(asked)
     c = params.config
     units = Units(c.layers, c.kv_heads, c.head_dim, "channel")
-    amax = np.asarray(Watch(params, units).over(prompts, Peaks.empty(units)).amax)
-    return [_calibrated(params, choice, amax) if choice.calibrated else choice for choice in asked]
+    seen = Watch(params, units).over(prompts, Peaks.empty(units))
+    return [_calibrated(params, choice, units, seen) if choice.calibrated else choice for choice in asked]
 
 
-def _calibrated(params: Params, choice: Choice, amax: np.ndarray) -> Choice:
-    over = {"tensor": (2, 3), "head": (3,), "channel": ()}[choice.kv_scales]
-    peaks = amax.max(axis=over, keepdims=True) if over else amax
-    scales = np.stack([to_scales(peak, fmt) for peak, fmt in zip(peaks, layer_formats(params, choice.kv_dtype), strict=True)])
-    return dataclasses.replace(choice, kv_scales=KVScales(scales[:, 0], scales[:, 1]))
-
-
-def _entries(name: str, given: Any) -> list[tuple[str | None, Any]]:
-    """What was given, by label; None where it is to be called by what it is."""
-    if isinstance(given, Mapping):
-        found = [(str(label), entry) for label, entry in given.items()]
-    elif isinstance(given, str | os.PathLike | KVScales):
-        found = [(None, given)]
-    elif isinstance(given, Iterable):
-        found = [_labelled(entry) for entry in given]
-    else:
-        raise ConfigError(f"{name}={given!r}: must be a list of choices, or a dict of them by label.")
-    if not found:
-        raise ConfigError(f"{name} is empty: give at least one.")
-    return found
-
-
-def _labelled(entry: Any) -> tuple[str | None, Any]:
-    """A pair of a label and what is no text is named; anything else is itself (a tuple may be formats by layer)."""
-    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and not isinstance(entry[1], str):
-        return entry
-    return None, entry
+def _calibrated(params: Params, choice: Choice, units: Units, seen: Peaks) -> Choice:
+    """The choice with its scales, each layer's for the format it has; 1 where that is not FP8."""
+    formats = layer_formats(choice.kv_dtype, params.config, params.dtype.name)
+    peaks = seen.shared(dataclasses.replace(units, granularity=choice.kv_scales))
+    scales = np.ones_like(peaks.amax)
+    for fmt in dict.fromkeys(fmt for fmt in formats if fmt.is_fp8):
+        layers = [layer for layer, each in enumerate(formats) if each is fmt]
+        scales[layers] = peaks.scales(fmt)[layers]
+    made_for = formats[0].name if len(set(formats)) == 1 else None
+    return dataclasses.replace(choice, kv_scales=KVScales(scales[:, 0], scales[:, 1], kv_dtype=made_for))
 
 
 def _scales_label(scales: Any) -> str:
     if isinstance(scales, KVScales):
         return f"given, by {scales.granularity}"
-    known = isinstance(scales, str) and scales in (*NAMED, *GRANULARITIES)
-    return str(scales) if known or not isinstance(scales, str | os.PathLike) else Path(scales).name
-
-
-def _check_scales(params: Params, choice: Choice) -> None:
-    """Raise what an engine would, with the granularities among what is allowed."""
-    given = choice.kv_scales
-    allowed = (*NAMED, *GRANULARITIES)
-    if isinstance(given, str) and given not in allowed and os.path.sep not in given and not os.path.exists(given):
-        raise one_of("kv_scales", given, (*allowed, "a KVScales", "a path to one"))
-    setup(params, choice.kv_dtype, given, page_size=64, span=1)
+    return scales if scales in NAMED_SCALES else Path(scales).name
 
 
 def _told_apart(found: Iterable[Choice]) -> list[Choice]:
@@ -136,5 +122,5 @@ def _told_apart(found: Iterable[Choice]) -> list[Choice]:
     return list(numbered())
 
 
-def _short(text: str, most: int = 40) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 3]}..."

@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jfp8kv.core.pytree import pytree
 
 SERIES_BELOW, SERIES_TERMS = 0.5, 7  # |x| below which `excess` sums powers 2 to 8
+FAR = 40.0  # a difference of logits this large may bring together an exp(d) too large for float32 and a p too small
 
 
 @pytree
@@ -40,12 +42,20 @@ def divergence(base: Float[Array, "tokens vocab"], other: Float[Array, "tokens v
     KL = log E exp(d) - E d, means taken over p. Both sides change alike when a constant is added to d; take m = E d away, and
     KL = log E exp(d - m) = log1p(E [expm1(d - m) - (d - m)]), since the mean of what was added inside is 0. Every term is
     positive: nothing cancels, where log p - log q would leave the rounding of the logits, 1e-6 or so, however small KL is.
-    An m that is off by e adds e^2 / 2.
+    An m that is off by e adds e^2 / 2. Where some d is so large that float32 lacks range, log E exp(d) is taken as the
+    log-sum-exp of log p + d: KL is large there, or p so small that it hardly counts.
     """
-    p = jax.nn.softmax(base, axis=-1)
+    log_p = jax.nn.log_softmax(base, axis=-1)
+    p = jnp.exp(log_p)
     d = other - base
     d = d - jnp.sum(p * d, axis=-1, keepdims=True)
-    return jnp.log1p(jnp.sum(p * excess(d), axis=-1))
+    near = jnp.log1p(jnp.sum(p * excess(jnp.minimum(d, FAR)), axis=-1))
+    is_far = jnp.max(d, axis=-1) > FAR
+
+    def with_far() -> Float[Array, " tokens"]:
+        return jnp.where(is_far, jnp.maximum(jax.nn.logsumexp(log_p + d, axis=-1), 0.0), near)
+
+    return lax.cond(jnp.any(is_far), with_far, lambda: near)
 
 
 def scores(base: Float[Array, "tokens vocab"], other: Float[Array, "tokens vocab"], following: Int[Array, " tokens"]) -> Scores:

@@ -9,6 +9,7 @@ each length and depth has a needle of its own. The text's first token stays the 
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from jfp8kv.core.errors import ConfigError
 
-LENGTHS, DEPTHS = (256, 1024), (0.0, 0.25, 0.5, 0.75, 1.0)
+LENGTHS, DEPTHS = (256, 1024), (0.0, 0.5, 1.0)
 NEEDLE_TOKENS, CUE_TOKENS = 24, 8
 SEED = 20_240
 SHORTEST = 2 * NEEDLE_TOKENS + 1
@@ -54,16 +55,17 @@ def _hidden(hay: np.ndarray, needle: np.ndarray, at: Needle) -> Needle:
     return dataclasses.replace(at, ids=ids.tolist())
 
 
-def lengths_for(given: Any, most: int) -> tuple[int, ...]:
+def lengths_for(given: Any, most: int = sys.maxsize) -> tuple[int, ...]:
     """The lengths asked for, None being 256 and 1024 as far as `most` allows. Raises `ConfigError` for what cannot be."""
     if given is None:
         return tuple(dict.fromkeys(min(length, most) for length in LENGTHS if min(length, most) >= SHORTEST))
     lengths = _sequence("needle_lengths", given)
     for length in lengths:
         if isinstance(length, bool) or not isinstance(length, int | np.integer) or not SHORTEST <= length <= most:
+            limit = "" if most == sys.maxsize else f", to {most}, the most that the model takes"
             raise ConfigError(
-                f"needle_lengths={given!r}: each must be from {SHORTEST} tokens, twice a needle and one more, to {most}, the "
-                "most that the model takes; () leaves the task out."
+                f"needle_lengths={given!r}: each must be from {SHORTEST} tokens, twice a needle and one more{limit}; () leaves "
+                "the task out."
             )
     return tuple(int(length) for length in lengths)
 

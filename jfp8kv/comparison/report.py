@@ -1,12 +1,12 @@
 """A comparison as data: what each cache costs in bytes and in quality, by layer and head and in all."""
 
 import dataclasses
-import html
 import math
 from typing import Any
 
 ByLayer = tuple[float, ...]
 ByHead = tuple[tuple[float, ...], ...]  # [layers][kv_heads]
+_MOST_NATS = 700.0  # whose exponential a float still holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Kept:
     `snr_db` is 10 log10 of the sum of squares over the sum of squared errors, in decibels; infinite where nothing was lost.
     `clipped` is the share of values stored as the largest there is although they are larger, `flushed` of those stored as zero
     although they are not. `limits`, by layer, is the smallest and the largest magnitude that can be stored (the median over
-    heads and channels); None where each token brings a scale of its own.
+    heads and channels); None where each token brings a scale of its own, or where keys are stored less an offset.
     """
 
     snr_db: ByLayer
@@ -25,12 +25,13 @@ class Kept:
     snr_db_by_head: ByHead
     clipped_by_head: ByHead
     flushed_by_head: ByHead
-    limits: tuple[tuple[float, float], ...] | None
+    limits: tuple[tuple[float, float] | None, ...]
 
     @property
     def mean_snr_db(self) -> float:
-        """Over the layers."""
-        return sum(self.snr_db) / len(self.snr_db)
+        """Over the layers that lost something; infinite if none did."""
+        lossy = [each for each in self.snr_db if each != math.inf]
+        return sum(lossy) / len(lossy) if lossy else math.inf
 
     @property
     def worst_layer(self) -> int:
@@ -52,6 +53,7 @@ class Kept:
 class CacheQuality:
     """One cache against the float32 one, over every token that has one before it.
 
+    `layers` says what each layer keeps: its format, and whether scales are found for each token and head.
     `nll` is the mean negative log-likelihood in nats, `perplexity` its exponential, `nll_change` its difference to the float32
     cache's. `kl` is the mean divergence KL(float32 cache || this one) in nats, `kl_largest` the largest of one token,
     `top1_agreement` the share of tokens after which both find the same token likeliest. Errors (`_stderr`) are standard errors
@@ -62,6 +64,7 @@ class CacheQuality:
     label: str
     kv_dtype: str
     kv_scales: str  # "" where there are none
+    layers: tuple[str, ...]
     bytes_per_token: float
     nll: float
     perplexity: float
@@ -74,6 +77,11 @@ class CacheQuality:
     needle_recall: tuple[tuple[float, ...], ...]
     k: Kept
     v: Kept
+
+    @property
+    def perplexity_change(self) -> float:
+        """The share by which it is above the float32 cache's: 0.01 is 1%."""
+        return math.expm1(min(self.nll_change, _MOST_NATS))
 
     @property
     def mean_recall(self) -> float | None:
@@ -128,7 +136,7 @@ class Comparison:
         return figure(self)
 
     def by_layer(self) -> str:
-        """Signal-to-noise ratio and shares clipped and flushed, layer by layer, as a table in text."""
+        """What each layer keeps, signal-to-noise ratios, and shares clipped and flushed, as tables in text."""
         from jfp8kv.comparison.tables import layers, plain
 
         return plain(layers(self, lines=None))
@@ -147,7 +155,9 @@ class Comparison:
         return layout(self)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        from jfp8kv.comparison.tables import as_html, layout
+
+        return as_html(layout(self))
 
 
 def _plain(x: Any) -> Any:

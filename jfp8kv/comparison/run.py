@@ -6,7 +6,9 @@ two caches are alive, and what setting them against each other takes. Sums are k
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -15,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jfp8kv.calibration.data import pieces, stream
-from jfp8kv.calibration.plan import plan as calibration_plan
 from jfp8kv.comparison.choices import Choice, choices, with_calibrated
 from jfp8kv.comparison.metrics import Scores, scores
-from jfp8kv.comparison.needle import Needle, depths_for, lengths_for, needles
+from jfp8kv.comparison.needle import Needle, lengths_for, needles
+from jfp8kv.comparison.plan import Plan
 from jfp8kv.comparison.report import Comparison
 from jfp8kv.comparison.summary import magnitudes_of, summary
 from jfp8kv.comparison.totals import Totals
@@ -32,38 +34,25 @@ from jfp8kv.models.params import Params
 LOGITS_BYTES = 2**28  # of one chunk's logits, at most
 
 
-def comparison(
-    params: Params,
-    texts: Any,
-    *,
-    kv_dtypes: Any,
-    kv_scales: Any,
-    calibration: Any = None,
-    window: Any = None,
-    needle_lengths: Any = None,
-    needle_depths: Any = None,
-    max_model_len: Any = None,
-    progress: bool | None = None,
-) -> Comparison:
+def comparison(params: Params, texts: Any, plan: Plan, *, calibration: Any = None, progress: bool | None = None) -> Comparison:
     """Compare caches; see `jfp8kv.compare`. All is checked, and scales are calibrated, before the first text is run."""
-    calibration_plan(window=window, max_model_len=max_model_len)  # raises for what is no number of tokens
-    most = context_length(params.config, max_model_len)
-    window = context_length(params.config, window) if window is not None else most
-    asked = choices(params, kv_dtypes, kv_scales)
-    lengths, depths = lengths_for(needle_lengths, most), depths_for(needle_depths)
+    most = context_length(params.config, plan.max_model_len)
+    window = most if plan.window is None else context_length(params.config, plan.window)
+    asked = choices(params, plan.kv_dtypes, plan.kv_scales)
+    lengths = lengths_for(plan.needle_lengths, most)
     cut = partial(pieces, params=params, max_model_len=most, window=window)
     prompts = _calibration_prompts(cut, asked, calibration)
-    whole = [piece for text in cut(_texts(texts)) for piece in text]
+    whole = [piece for text in cut(_texts(texts), what="text") for piece in text]
     used = [piece for piece in whole if len(piece) > 1]
     if not used:
         raise ConfigError("texts hold no two tokens in a row: there is nothing to predict.")
-    hidden = needles(np.concatenate([np.asarray(piece, np.int32) for piece in whole]), lengths, depths)
+    hidden = needles(np.concatenate([np.asarray(piece, np.int32) for piece in whole]), lengths, plan.needle_depths)
     asked = with_calibrated(params, asked, prompts)
-    longest = max(map(len, [*used, *(needle.ids for needle in hidden)]))
-    sides = _sides(params, asked, longest)
+    sides = _sides(params, asked, max(map(len, [*used, *(needle.ids for needle in hidden)])))
     with _bar((len(used) + len(hidden)) * len(sides), progress) as bar:
         for piece in used:
-            _over_text(sides, piece, bar)
+            _over_text(sides, piece)
+            bar.update(len(sides))
         for needle in hidden:
             for side in sides:
                 side.totals.recall.append(_recall(side, needle))
@@ -74,8 +63,8 @@ def comparison(
         pieces=len(used),
         window=window,
         needle_lengths=lengths if hidden else (),
-        needle_depths=depths if hidden else (),
-        choices=tuple(summary(side.choice, side.engine.kv, side.totals, base, len(depths), most) for side in sides),
+        needle_depths=plan.needle_depths if hidden else (),
+        choices=tuple(summary(each.choice, each.engine.kv, each.totals, base, len(plan.needle_depths), most) for each in sides),
         magnitudes=magnitudes_of(base),
     )
 
@@ -103,18 +92,18 @@ def _calibration_prompts(cut: Any, asked: Sequence[Choice], calibration: Any) ->
         )
     if calibration is not None and not wanting:
         raise ConfigError("calibration was given and no choice uses it: add 'tensor', 'head' or 'channel' to kv_scales.")
-    return list(cut(stream(calibration)[0])) if wanting else []
+    return list(cut(stream(calibration)[0], what="calibration prompt")) if wanting else []
 
 
 def _texts(texts: Any) -> Any:
-    found, count = stream(texts)
+    found, count = stream(texts, what="texts")
     if count == 0:
         raise ConfigError("texts is empty: give at least one.")
     return found
 
 
 def _sides(params: Params, asked: Sequence[Choice], longest: int) -> list[Side]:
-    budget = max(16, min(default_token_budget(), LOGITS_BYTES // (4 * params.config.vocab)))
+    budget = min(default_token_budget(), max(16, LOGITS_BYTES // (4 * params.config.vocab)), longest)
     sides: list[Side] = []
     for choice in asked:
         engine = Engine(
@@ -122,6 +111,7 @@ def _sides(params: Params, asked: Sequence[Choice], longest: int) -> list[Side]:
             kv_dtype=choice.kv_dtype,
             kv_scales=choice.kv_scales,
             max_model_len=longest,
+            kv_cache_memory=sys.maxsize,  # which stands for what the longest text takes
             max_num_seqs=1,
             max_num_batched_tokens=budget,
         )
@@ -131,23 +121,22 @@ def _sides(params: Params, asked: Sequence[Choice], longest: int) -> list[Side]:
     return sides
 
 
-def _over_text(sides: Sequence[Side], ids: list[int], bar: Any) -> None:
+def _over_text(sides: Sequence[Side], ids: list[int]) -> None:
     """Run one text through every cache, chunk by chunk, and add what each chunk says to the totals."""
-    runs = [side.chunks(ids) for side in sides]
-    for side in sides:
-        side.totals.begin()
-    for chunk, (base, seen) in runs[0]:
-        width = base.shape[1]
-        following = np.zeros(width, np.int32)
-        following[: len(chunk)] = [*ids[chunk.start + 1 : chunk.stop + 1], 0][: len(chunk)]
-        predicted = min(chunk.stop, len(ids) - 1) - chunk.start
-        for side, run in zip(sides, runs, strict=True):
-            logits, seen = (base, seen) if side.base else next(run)[1]
-            found = jax.device_get(_scores(base, logits, following))
-            _require_finite(found, predicted, side.base)
-            side.totals.add(found, jax.tree.map(lambda x: x[0], jax.device_get(seen)), predicted, len(chunk))
-            del logits
-    bar.update(len(sides))
+    with ExitStack() as stack:
+        runs = [stack.enter_context(closing(side.chunks(ids))) for side in sides]
+        for side in sides:
+            side.totals.begin()
+        for chunk, (base, seen) in runs[0]:
+            following = np.zeros(base.shape[1], np.int32)
+            predicted = min(chunk.stop, len(ids) - 1) - chunk.start
+            following[:predicted] = ids[chunk.start + 1 : chunk.start + 1 + predicted]
+            for side, run in zip(sides, runs, strict=True):
+                logits, seen = (base, seen) if side.base else next(run)[1]
+                found = jax.device_get(_scores(base, logits, following))
+                _require_finite(found, predicted, side.base)
+                side.totals.add(found, jax.tree.map(lambda x: x[0], jax.device_get(seen)), predicted, len(chunk))
+                del logits
 
 
 @jax.jit

@@ -1,7 +1,6 @@
 """From sums to what is reported: means, standard errors, decibels and shares."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +9,6 @@ from jfp8kv.calibration.observers import LOWEST_OCTAVE, OCTAVES
 from jfp8kv.comparison.choices import Choice
 from jfp8kv.comparison.report import CacheQuality, Kept, Magnitudes
 from jfp8kv.comparison.totals import Piece, Totals
-from jfp8kv.core.formats import KVFormat
 from jfp8kv.engine.buckets import DECODE_STEPS, Buckets, default_token_budget
 from jfp8kv.engine.kv import KVSetup
 
@@ -30,9 +28,10 @@ def summary(choice: Choice, kv: KVSetup, totals: Totals, base: Totals, depths: i
         label=choice.label,
         kv_dtype=choice.dtype_label,
         kv_scales=choice.scales_label,
+        layers=tuple(map(str, kv.kinds)),
         bytes_per_token=float(served.bytes_per_token(longest)),
         nll=nll,
-        perplexity=math.exp(nll),
+        perplexity=_exp(nll),
         nll_change=change,
         nll_change_stderr=change_error,
         kl=kl,
@@ -61,6 +60,12 @@ def mean_and_error(pieces: Sequence[Piece], of: Callable[[Piece], float]) -> tup
     return float(mean), float(np.sqrt(spread) / counts.sum())
 
 
+def _exp(x: float) -> float:
+    """Infinite for what is too large."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(x))
+
+
 def _kept(kv: KVSetup, totals: Totals, kind: int) -> Kept:
     signal, noise, clipped, flushed = (
         totals.fidelity[name][:, kind] for name in ("signal", "noise", "clipped", "flushed")
@@ -83,15 +88,15 @@ def decibels(signal: np.ndarray, noise: np.ndarray) -> np.ndarray:
         return np.where(noise == 0, np.inf, 10 * np.log10(signal / noise))
 
 
-def _limits(kv: KVSetup, kind: int) -> tuple[tuple[float, float], ...] | None:
-    """The smallest and largest magnitude of each layer, the median of those that its scales give."""
-    if kv.scales is None:
-        return None
-    scales = kv.scales.v if kind else kv.scales.k
-    formats: list[KVFormat] = [kv.fmt] * len(scales)
-    medians = np.median(scales.astype(np.float64), axis=(1, 2))
+def _limits(kv: KVSetup, kind: int) -> tuple[tuple[float, float] | None, ...]:
+    """The smallest and largest magnitude of each layer, the median of those that its scales give; None where it has no static
+    ones, or stores keys less an offset, whose magnitudes are others."""
+    if kv.scales is None or (kind == 0 and kv.scales.k_offset is not None):
+        return (None,) * len(kv.kinds)
+    medians = np.median((kv.scales.v if kind else kv.scales.k).astype(np.float64), axis=(1, 2))
     return tuple(
-        (float(fmt.smallest_subnormal * scale), float(fmt.largest * scale)) for fmt, scale in zip(formats, medians, strict=True)
+        None if kind.dynamic else (float(kind.fmt.smallest_subnormal * scale), float(kind.fmt.largest * scale))
+        for kind, scale in zip(kv.kinds, medians, strict=True)
     )
 
 

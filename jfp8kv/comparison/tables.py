@@ -1,5 +1,6 @@
 """A comparison in words: tables for a terminal, and the same without lines or colours for everything else."""
 
+import html
 import io
 import math
 from collections.abc import Iterator
@@ -28,11 +29,11 @@ def layers(found: Comparison, lines: box.Box | None = box.SIMPLE_HEAD) -> Group:
     """Tables of what each cache keeps in each layer, the float32 one left out."""
     tables: list[RenderableType] = []
     for choice in found.choices[1:]:
-        table = _table(lines, "layer", "K SNR dB", "V SNR dB", "K clipped", "V clipped", "K flushed", "V flushed")
+        table = _table(lines, "layer", "keeps", "K SNR dB", "V SNR dB", "K clipped", "V clipped", "K flushed", "V flushed")
         for layer in range(len(choice.k.snr_db)):
             each = (choice.k, choice.v)
             shares = (_percent(getattr(kept, name)[layer]) for name in ("clipped", "flushed") for kept in each)
-            table.add_row(str(layer), *(_decibels(kept.snr_db[layer]) for kept in each), *shares)
+            table.add_row(str(layer), choice.layers[layer], *(_decibels(kept.snr_db[layer]) for kept in each), *shares)
         tables += [Text(choice.label, style="bold"), table, *([] if lines else [""])]
     return Group(*tables)
 
@@ -42,6 +43,26 @@ def plain(shown: RenderableType) -> str:
     out = io.StringIO()
     Console(file=out, width=_WIDE, color_system=None).print(shown)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def as_html(shown: Group) -> str:
+    """The same as HTML: tables are tables, lines of text paragraphs."""
+    return "".join(map(_part, shown.renderables))
+
+
+def _part(shown: RenderableType) -> str:
+    if not isinstance(shown, Table):
+        return f"<p>{html.escape(str(shown))}</p>"
+
+    def row(tag: str, cells: list[str]) -> str:
+        sides = [column.justify for column in shown.columns]
+        made = (f'<{tag} style="text-align: {side}">{html.escape(c)}</{tag}>' for c, side in zip(cells, sides, strict=True))
+        return f"<tr>{''.join(made)}</tr>"
+
+    head = row("th", [str(column.header) for column in shown.columns])
+    columns = [list(map(str, column.cells)) for column in shown.columns]
+    body = "".join(row("td", list(cells)) for cells in zip(*columns, strict=True))
+    return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
 
 
 # -- quality ------------------------------------------------------------------------------------------------------------
@@ -56,7 +77,7 @@ def _quality(found: Comparison, lines: box.Box | None) -> Table:
             choice.label,
             f"{choice.bytes_per_token:,.0f}",
             f"{choice.perplexity:.3f}",
-            "" if first else f"{100 * math.expm1(choice.nll_change):+.2f}%",
+            "" if first else f"{choice.perplexity_change:+.2%}",
             "0" if first else _with_error(choice.kl, choice.kl_stderr),
             "" if first else f"{choice.top1_agreement:.2%}",
             "" if choice.mean_recall is None else f"{choice.mean_recall:.1%}",
@@ -133,6 +154,6 @@ def _needles(found: Comparison, lines: box.Box | None) -> Iterator[RenderableTyp
 def _table(lines: box.Box | None, *columns: str) -> Table:
     table = Table(box=lines, header_style="bold", pad_edge=False)
     for i, name in enumerate(columns):
-        side: Literal["left", "right"] = "right" if i else "left"
+        side: Literal["left", "right"] = "right" if i and name != "keeps" else "left"
         table.add_column(name, justify=side)
     return table

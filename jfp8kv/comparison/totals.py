@@ -41,7 +41,7 @@ class Totals:
         piece.nll += float(np.sum(found.nll[:predicted], dtype=np.float64))
         piece.kl += float(np.sum(found.kl[:predicted], dtype=np.float64))
         piece.agreed += int(np.sum(found.agrees[:predicted]))
-        self.kl_largest = max([self.kl_largest, *found.kl[:predicted].tolist()])
+        self.kl_largest = float(np.max(found.kl[:predicted], initial=self.kl_largest))
         self.tokens += tokens
         self._add_fidelity(seen.fidelity)
         if seen.magnitudes is not None:

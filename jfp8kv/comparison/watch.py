@@ -1,9 +1,11 @@
 """The step that is measured: the engine's own, with an `attend` that reads back what the cache has stored.
 
 Nothing is simulated: keys and values are written by the attention's own write, read by its inverse (cache/pages.py), and
-compared with those the model gave.
+compared with those the model gave. Where keys are stored less an offset, it is what is left of them that is compared: what
+rounding, clipping and zeros do to that is what they do to the keys.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +31,10 @@ Counts = Int32[Array, "layers kinds kv_heads"]
 @pytree
 class Fidelity:
     """Sums over the values of each layer, K then V, and KV head: of squares, of squared errors, and how many values were
-    clipped (stored as the largest there is, although they are larger) or flushed (stored as zero, although they are not)."""
+    clipped (stored as the largest there is, although they are larger) or flushed (stored as zero, although they are not).
+
+    Squares are those of whole keys, whatever offset they are stored less, so that ratios of two caches can be compared.
+    """
 
     signal: Sums
     noise: Sums
@@ -41,20 +46,20 @@ class Fidelity:
         shape = config.layers, 2, config.kv_heads
         return cls(*(jnp.zeros(shape, jnp.float32) for _ in range(2)), *(jnp.zeros(shape, jnp.int32) for _ in range(2)))
 
-    def update(self, layer: Layer, given: Block, stored: Block, largest: Array, real: Real) -> "Fidelity":
-        """With the keys and values of `layer` as they were given and as they were stored; see `largest_held`."""
-        given = given.astype(jnp.float32)
+    def update(self, layer: Layer, given: Block, meant: Block, stored: Block, largest: Array, real: Real) -> "Fidelity":
+        """With the keys and values of `layer` as they were given, as they were to be stored and as they were stored, all
+        float32; see `largest_held`."""
         real = real[:, None, None]
-        larger = jnp.abs(given) > jnp.abs(stored) * (1 + ROUNDING)
+        larger = jnp.abs(meant) > jnp.abs(stored) * (1 + ROUNDING)
         clipped = larger & (jnp.abs(stored) >= largest[:, None])
-        flushed = (given != 0) & (stored == 0)
+        flushed = (meant != 0) & (stored == 0)
 
         def added(to: Array, values: Array) -> Array:
             return to.at[layer].add(jnp.sum(jnp.where(real, values, jnp.zeros_like(values)), axis=(1, 3), dtype=to.dtype))
 
         return Fidelity(
             added(self.signal, given**2),
-            added(self.noise, (given - stored) ** 2),
+            added(self.noise, (meant - stored) ** 2),
             added(self.clipped, clipped.astype(jnp.int32)),
             added(self.flushed, flushed.astype(jnp.int32)),
         )
@@ -72,8 +77,8 @@ class Seen:
         units = Units(config.layers, config.kv_heads, config.head_dim, "tensor")
         return cls(Fidelity.empty(config), Histogram.empty(units) if magnitudes else None)
 
-    def update(self, layer: Layer, given: Block, stored: Block, largest: Array, real: Real) -> "Seen":
-        fidelity = self.fidelity.update(layer, given, stored, largest, real)
+    def update(self, layer: Layer, given: Block, meant: Block, stored: Block, largest: Array, real: Real) -> "Seen":
+        fidelity = self.fidelity.update(layer, given, meant, stored, largest, real)
         return Seen(fidelity, None if self.magnitudes is None else self.magnitudes.update(layer, given, real))
 
 
@@ -98,11 +103,16 @@ def watched(
 def observing(attend: Attend, scales: LayerScales | None, where: Callable[[Layer], Where], real: Real) -> Callable[..., Any]:
     """`attend` that also compares the keys and values it is given with what the cache has of them afterwards."""
 
+    offset = None if scales is None else scales.k_offset
+    less = scales if offset is None else dataclasses.replace(scales, k_offset=None)
+
     def seeing(layer: Layer, q: Query, k: KV, v: KV, carry: tuple[KVPages, Seen]) -> tuple[Query, tuple[KVPages, Seen]]:
         pages, seen = carry
         out, pages = attend(layer, q, k, v, pages)
-        stored = written(pages, scales, where(layer), tokens=k.shape[0], layer=layer)
-        return out, (pages, seen.update(layer, jnp.stack([k, v]), stored, largest_held(pages, scales, layer), real))
+        given = jnp.stack([k, v]).astype(jnp.float32)
+        meant = given if offset is None else given.at[0].add(-offset[layer])
+        stored = written(pages, less, where(layer), tokens=k.shape[0], layer=layer)
+        return out, (pages, seen.update(layer, given, meant, stored, largest_held(pages, scales, layer), real))
 
     return seeing
 
@@ -118,8 +128,9 @@ def written(pages: KVPages, scales: LayerScales | None, at: Where, *, tokens: in
 
 
 def largest_held(pages: KVPages, scales: LayerScales | None, layer: Layer) -> Float[Array, "2 heads channels"]:
-    """The largest magnitudes that `layer` can hold of K and V; infinite where each token brings a scale that fits it."""
-    largest = jnp.full((2, 1, 1), pages.fmt.largest, jnp.float32)
+    """The largest magnitudes that `layer` can store of K and V; infinite where each token brings a scale that fits it."""
+    kinds = pages.layout.kinds
+    largest = jnp.asarray([jnp.inf if kind.dynamic else kind.fmt.largest for kind in kinds], jnp.float32)[layer]
     if scales is None:
-        return jnp.full_like(largest, jnp.inf)
+        return jnp.full((2, 1, 1), largest)
     return largest * jnp.stack([scales.k[layer], scales.v[layer]])

@@ -52,6 +52,17 @@ def test_equal_logits_diverge_by_exactly_nothing():
     assert np.all(np.asarray(found.kl) == 0) and np.all(found.agrees)
 
 
+def test_divergence_is_right_where_float32_lacks_the_range():
+    """A token that the base finds impossible, p = exp(-120), and the other likely: exp(d) alone is infinite, p alone is 0."""
+    base, other = pair(1e-3)
+    base[:6, 7], other[:6, 7] = -120, np.linspace(-30, 30, 6)
+    found = np.asarray(jax.jit(scores)(base, other, FOLLOWING).kl)
+    wanted = divergence(base, other)
+    np.testing.assert_allclose(found[6:], wanted[6:], rtol=2e-5)
+    np.testing.assert_allclose(found[:6], wanted[:6], rtol=2e-5, atol=1e-5)  # of a log-sum-exp of numbers around 10
+    assert wanted[0] < 1e-5 and wanted[5] > 15
+
+
 @pytest.mark.parametrize("spread", [1e-3, 10.0])
 def test_likelihood_and_agreement_are_those_of_numpy(spread):
     """log-sum-exp and the difference each round at a magnitude of up to 40: 4e-6."""

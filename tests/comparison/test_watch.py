@@ -11,29 +11,37 @@ from jaxtyping import Array
 from jfp8kv.attention import reference
 from jfp8kv.attention.contract import AttentionOptions, Where
 from jfp8kv.attention.paged import paged
+from jfp8kv.cache.groups import LayerGroups
+from jfp8kv.cache.layout import LayerKind, PoolLayout, widths
 from jfp8kv.cache.pages import LayerScales, fill, new_pages
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.comparison.watch import Fidelity, Seen, observing
-from jfp8kv.core.formats import E4M3, E5M2, FLOAT32, encode_numpy
+from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32, encode_numpy
 
 LAYERS, HEADS, DIM, SIZE, WIDTH, LAYER = 2, 3, 8, 4, 16, 1
 
 
-@partial(jax.jit, static_argnums=0)  # one program for each format, with static scales and without
-def _seen(fmt, scales: LayerScales | None, k: Array, v: Array, start: Array, length: Array) -> Fidelity:
-    pages = new_pages(fmt, depth=LAYERS, num_pages=9, page_size=SIZE, kv_heads=HEADS, head_dim=DIM, dynamic=scales is None)
+@partial(jax.jit, static_argnums=0)  # one program for each layout, with static scales and without
+def _seen(layout, scales: LayerScales | None, k: Array, v: Array, start: Array, length: Array) -> Fidelity:
+    pages = new_pages(layout, num_pages=9, page_size=SIZE, kv_heads=HEADS, head_dim=DIM)
     at = Where(jnp.array([4, 1, 7, 3, 0, 8, 2], jnp.int32), start, length, length)
     attend = paged(reference.attention, scales, AttentionOptions(), lambda layer: at)
     attend = observing(attend, scales, lambda layer: at, start + jnp.arange(WIDTH, dtype=jnp.int32) < length)
     zeros = [jnp.zeros((LAYERS, 2, HEADS), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.int32)]
-    carry = fill(pages, fmt.nan_code), Seen(Fidelity(*zeros), None)
+    carry = fill(pages, layout.kinds[LAYER].fmt.nan_code), Seen(Fidelity(*zeros), None)
     return attend(LAYER, jnp.ones((WIDTH, HEADS, DIM), jnp.float32), k, v, carry)[1][1].fidelity
 
 
-def seen(fmt, scales: KVScales | None, k: np.ndarray, v: np.ndarray, *, start: int, real: int) -> Fidelity:
-    """Store `real` of the tokens given, from position `start` on, in pages that lie in no order and held NaN before."""
+def seen(fmt, scales: KVScales | None, k: np.ndarray, v: np.ndarray, *, start: int, real: int, beside=None) -> Fidelity:
+    """Store `real` of the tokens given, from position `start` on, in pages that lie in no order and held NaN before.
+
+    No static scales are dynamic ones. `beside` is the kind of the other layer, if it is another.
+    """
+    own = LayerKind(fmt, dynamic=scales is None)
+    kinds = (beside or own, own)
+    layout = PoolLayout.of(kinds, LayerGroups.of((0,) * LAYERS, widths(kinds)))
     by_layer = None if scales is None else LayerScales.of(scales, layers=LAYERS, kv_heads=HEADS, head_dim=DIM)
-    return _seen(fmt, by_layer, k, v, np.int32(start), np.int32(start + real))
+    return _seen(layout, by_layer, k, v, np.int32(start), np.int32(start + real))
 
 
 def given(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -115,3 +123,38 @@ def test_a_float32_cache_loses_nothing():
     found = seen(FLOAT32, KVScales.unit(LAYERS), *given(), start=5, real=12)
     assert np.asarray(found.signal[LAYER]).all()
     assert not any(np.asarray(x).any() for x in (found.noise, found.clipped, found.flushed))
+
+
+def test_keys_stored_less_an_offset_are_judged_by_what_is_left_of_them():
+    """Keys around a constant far beyond the range: with it taken off hardly any is clipped, and the error is that of what is
+    left. Their squares are those of whole keys."""
+    rng = np.random.default_rng(6)
+    offset = rng.normal(size=(1, HEADS, DIM)).astype(np.float32) * 900
+    rest, v = given(2)
+    k = offset + rest
+    ones = np.ones((LAYERS, HEADS, DIM), np.float32)
+    less = KVScales(ones, ones, k_offset=np.repeat(offset, LAYERS, axis=0))
+    found, plain = (seen(E4M3, scales, k, v, start=3, real=12) for scales in (less, KVScales(ones, ones)))
+    left = (k - offset)[:12]
+    kept, at_the_top = stored(left, E4M3, np.float32(1))
+    wanted = {
+        "signal": np.sum(k[:12].astype(np.float64) ** 2, axis=(0, 2)),
+        "noise": np.sum((left.astype(np.float64) - kept) ** 2, axis=(0, 2)),
+        "clipped": np.sum(at_the_top & (np.abs(left) > np.abs(kept) * (1 + 2.0**-22)), axis=(0, 2)),
+        "flushed": np.sum((left != 0) & (kept == 0), axis=(0, 2)),
+    }
+    for name, value in wanted.items():
+        np.testing.assert_allclose(np.asarray(getattr(found, name))[LAYER, 0], value, rtol=1e-5)
+        np.testing.assert_array_equal(np.asarray(getattr(found, name))[LAYER, 1], np.asarray(getattr(plain, name))[LAYER, 1])
+    assert wanted["flushed"].any()
+    assert np.asarray(plain.clipped)[LAYER, 0].sum() > 10 * wanted["clipped"].sum()
+
+
+@pytest.mark.parametrize("other", [LayerKind(BFLOAT16), LayerKind(E5M2, dynamic=True)], ids=str)
+def test_a_layer_is_judged_by_its_own_format_whatever_the_other_has(other):
+    scales = KVScales(*(np.full((LAYERS, 1, 1), 2.0**-7, np.float32) for _ in "kv"))
+    for fmt in (E4M3, FLOAT16):
+        alone, beside = (seen(fmt, scales, *given(3), start=5, real=9, beside=kind) for kind in (None, other))
+        assert np.asarray(alone.clipped)[LAYER].any()
+        for one, two in zip(jax.tree.leaves(alone), jax.tree.leaves(beside), strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(two))
