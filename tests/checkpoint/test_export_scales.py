@@ -14,7 +14,6 @@ import jfp8kv
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint import hub, load
 from jfp8kv.checkpoint.export import export
-from jfp8kv.checkpoint.load import load_kv_scales
 from jfp8kv.core.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parent.parent / "references"
@@ -149,7 +148,11 @@ def test_one_kv_heads_channels_come_back_too(tmp_path):
     with pytest.warns(UserWarning, match="Other engines see one scale per tensor"):
         export(params, tmp_path, kv_scales=scales)
     assert equal(load(tmp_path).kv_scales, scales)
-    assert [row.granularity for row in load_kv_scales(tmp_path).rows()] == ["channel", "channel"]
+    seen = jfp8kv.inspect(tmp_path).scales
+    assert (
+        seen.elsewhere == "kv_scales.jfp8kv"
+        and [(row.granularity, row.verdict) for row in seen.rows] == [("channel", "used")] * 2
+    )
 
 
 def test_what_the_model_brings_is_exported_unless_others_are_given(params, tmp_path):
@@ -245,9 +248,12 @@ def exported(params, tmp_path):
     return tmp_path / "model"
 
 
-def test_the_report_has_our_files_scales_layer_by_layer(exported):
-    rows = load_kv_scales(exported).rows()
-    assert [(row.source, row.granularity, row.verdict) for row in rows] == [("kv_scales.jfp8kv", "channel", "used")] * LAYERS
+def test_inspect_has_our_files_scales_layer_by_layer(exported):
+    found = jfp8kv.inspect(exported).scales
+    assert (found.elsewhere, found.granularity, found.problems) == ("kv_scales.jfp8kv", "channel", ())
+    assert [(row.sources, row.granularity, row.verdict) for row in found.rows] == [
+        (("kv_scales.jfp8kv",), "channel", "used")
+    ] * LAYERS
 
 
 def test_scales_of_another_tool_in_the_weights_go_before_our_file(exported):
