@@ -64,6 +64,13 @@ def smollm2() -> Path:
     sys.exit("The SmolLM2 wheel is not installed: `make bench` does it, or give --model PATH.")
 
 
+def text_of(path: str | None) -> str:
+    """A text file, or the documentation of this repository."""
+    root = Path(__file__).parent.parent
+    files = [Path(path)] if path else [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
 def parser(about: str | None) -> argparse.ArgumentParser:
     """Arguments every benchmark of the real model takes."""
     arguments = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -8,21 +8,14 @@ of the difference between caches and nothing of the model.
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
 
 import jfp8kv
-from benchmarks._common import console, header, parser, smollm2
+from benchmarks._common import console, header, parser, smollm2, text_of
 
 KV_DTYPES, KV_SCALES = "bfloat16,fp8_e4m3,fp8_e5m2", "unit,tensor,head,channel,token_head"
 TOLERANCE = 1e-4  # of the mean log-probability: two programs round float32 sums in different orders
-
-
-def text_of(path: str | None) -> str:
-    root = Path(__file__).parent.parent
-    files = [Path(path)] if path else [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
-    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def verify(params: jfp8kv.Params, report: jfp8kv.Comparison, windows: list[list[int]]) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jfp8kv.api import calibrate, compare, generate, inspect, logits, plan_kv, score
     from jfp8kv.cache.plan import KVPlan, LayerPlan
     from jfp8kv.cache.scales import KVScales
+    from jfp8kv.checkpoint.export import export
     from jfp8kv.checkpoint.load import load
     from jfp8kv.checkpoint.orbax import save
     from jfp8kv.comparison.report import Comparison
@@ -46,6 +47,7 @@ __all__ = [
     "SamplingParams",
     "calibrate",
     "compare",
+    "export",
     "generate",
     "inspect",
     "load",
@@ -59,6 +61,7 @@ _HOMES = {
     "api": ("calibrate", "compare", "generate", "inspect", "logits", "plan_kv", "score"),
     "cache.plan": ("KVPlan", "LayerPlan"),
     "cache.scales": ("KVScales",),
+    "checkpoint.export": ("export",),
     "checkpoint.load": ("load",),
     "checkpoint.orbax": ("save",),
     "comparison.report": ("Comparison",),

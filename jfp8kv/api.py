@@ -14,6 +14,8 @@ from jfp8kv.calibration.plan import Plan as CalibrationPlan  # noqa: F401  (for 
 from jfp8kv.calibration.plan import plan as calibration_plan
 from jfp8kv.calibration.run import Calibration as Calibration
 from jfp8kv.calibration.run import calibration
+from jfp8kv.checkpoint.export import LAYOUTS as EXPORT_LAYOUTS  # noqa: F401  (for the command line)
+from jfp8kv.checkpoint.export import export as export
 from jfp8kv.checkpoint.load import describe
 from jfp8kv.checkpoint.load import load as load
 from jfp8kv.comparison.needle import DEPTHS
@@ -245,7 +247,9 @@ def inspect(
     max_model_len: int | None = None,
     page_size: int = 64,
 ) -> Inspection:
-    """What a model is and what its KV cache costs in each format. Weights are not read: config and headers say it all.
+    """What a model is, what its KV cache costs in each format, and a verdict on the KV scales of each layer.
+
+    Weights are not read: config, headers and the scales say it all. Nothing that is wrong with a scale raises.
 
     Args:
       source_or_params: what `load` takes, or a `Params`. Of a hub model only the small files are fetched; a folder may lack

@@ -42,6 +42,7 @@ class LLM:
       max_model_len: most tokens of a request, prompt and output; None is what the model was trained for.
       max_num_seqs: most requests run at once.
       dtype: of the weights when `model` is loaded here; None keeps the checkpoint's.
+      strict: whether KV scales that are missing or broken are an error when `model` is loaded here; see `load`.
       seed: what requests without a seed of their own draw from, with their number.
       max_num_batched_tokens: prompt tokens per dispatch; None is 512 on a CPU and 2048 elsewhere.
       page_size: tokens per page.
@@ -61,6 +62,7 @@ class LLM:
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         dtype: Any = None,
+        strict: bool = True,
         seed: int = 0,
         max_num_batched_tokens: int | None = None,
         page_size: int = 64,
@@ -76,12 +78,14 @@ class LLM:
             raise ConfigError(
                 f"dtype={dtype!r}: the Params given are {model.dtype.name} already; cast them, or load with dtype."
             )
+        if isinstance(model, Params) and not strict:
+            raise ConfigError(f"strict={strict!r}: the Params given are loaded already; load them with strict={strict!r}.")
         if is_name(kv_cache_dtype) and kv_cache_dtype != "auto":
             kv_format(kv_cache_dtype)  # refused now rather than after loading
         dispatch.choose(attention)
         keep_compiled_programs()
         self._engine = Engine(
-            model if isinstance(model, Params) else load(model, dtype=dtype),
+            model if isinstance(model, Params) else load(model, dtype=dtype, strict=strict),
             kv_dtype=kv_cache_dtype,
             kv_scales=kv_scales,
             kv_cache_memory=kv_cache_memory,

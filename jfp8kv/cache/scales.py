@@ -123,7 +123,7 @@ def _unchecked(kv_dtype: str | None, k: object, v: object, k_offset: object) -> 
 
 def _shaped(name: str, value: object) -> np.ndarray:
     value = np.array(value, np.float32, order="C")  # a copy of our own, laid out as files want it
-    if value.ndim != 3 or (value.shape[2] > 1 and value.shape[1] == 1):
+    if value.ndim != 3:
         raise ConfigError(
             f"{name} scales of shape {value.shape}: must be [layers, 1, 1] (tensor), [layers, kv_heads, 1] (head) "
             "or [layers, kv_heads, head_dim] (channel)."
@@ -151,12 +151,12 @@ def _refuse(bad: np.ndarray, value: np.ndarray, what: str, rule: str) -> None:
 
 def check_shape(scales: KVScales, *, layers: int, kv_heads: int, head_dim: int) -> None:
     """Raise `ConfigError` unless the scales belong to a model of these sizes."""
-    full = (layers, kv_heads, head_dim)
+    shapes = ((layers, 1, 1), (layers, kv_heads, 1), (layers, kv_heads, head_dim))
     for name, value in scales.arrays.items():
-        if value.shape[0] != layers or any(s not in (1, f) for s, f in zip(value.shape, full, strict=True)):
+        if value.shape not in shapes:
             raise ConfigError(
                 f"{name} scales of shape {value.shape} do not fit a model with layers={layers}, kv_heads={kv_heads}, "
-                f"head_dim={head_dim}: must be [{layers}, 1, 1], [{layers}, {kv_heads}, 1] or {list(full)}."
+                f"head_dim={head_dim}: must be {', '.join(str(list(shape)) for shape in shapes[:-1])} or {list(shapes[-1])}."
             )
 
 

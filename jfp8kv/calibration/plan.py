@@ -7,6 +7,7 @@ from typing import Any
 from jfp8kv.calibration.observers import GRANULARITIES
 from jfp8kv.core.errors import ConfigError, one_of
 from jfp8kv.core.formats import FORMATS, KVFormat, kv_format
+from jfp8kv.engine.kv import context_length, positive
 from jfp8kv.models.config import ModelConfig
 
 OBSERVERS = ("amax", "percentile", "mse")
@@ -27,10 +28,9 @@ class Plan:
 
     def most_tokens(self, config: ModelConfig) -> int:
         """Most tokens of one text. Raises `ConfigError` for more than the model takes."""
-        for name, value in (("max_model_len", self.max_model_len), ("window", self.window)):
-            if value is not None and value > config.max_len:
-                raise ConfigError(f"{name}={value}: this model was trained for at most {config.max_len} tokens.")
-        return self.max_model_len or config.max_len
+        if self.window is not None and self.window > config.max_len:
+            raise ConfigError(f"window={self.window}: this model was trained for at most {config.max_len} tokens.")
+        return context_length(config, self.max_model_len)
 
 
 def plan(
@@ -55,8 +55,7 @@ def plan(
     if percentile is not None and observer != "percentile":
         raise ConfigError(f"percentile={percentile!r}: belongs to observer='percentile', and this one is {observer!r}.")
     for name, value in (("window", window), ("max_model_len", max_model_len)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"{name}={value!r}: must be a positive number of tokens.")
+        positive(name, value, 1)
     if window is not None and max_model_len is not None and window > max_model_len:
         raise ConfigError(f"window={window}: must be at most max_model_len={max_model_len}.")
     return Plan(_fp8(kv_dtype), granularity, observer, _percent(percentile), window, max_model_len, k_offset)

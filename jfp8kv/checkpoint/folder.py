@@ -117,6 +117,15 @@ def split_scales(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTens
     return weights, scales
 
 
+def unread_scales(folder: Path) -> str:
+    """What there is to say of the scales among weights that are not there, from the list of them if that is."""
+    index = folder / INDEX
+    listed = read_json(index).get("weight_map") if index.is_file() else None
+    _, scales = split_scales(listed if isinstance(listed, dict) else {})
+    known = f": {INDEX} lists {len(scales)} (such as {min(scales)})" if scales else ""
+    return f"its weights are not here, so the KV-cache scales among them are not read{known}."
+
+
 def without_vision(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The text model's weights, of a model that also sees."""
     return {name: tensor for name, tensor in weights.items() if not name.startswith(_VISION)}

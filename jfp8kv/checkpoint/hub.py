@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from jfp8kv.checkpoint.kv_file import KV_FILE
 from jfp8kv.core.errors import CheckpointError
 
-SMALL = ["*.json", "*.jinja", "tokenizer.model"]
+SMALL = ["*.json", "*.jinja", "tokenizer.model", KV_FILE]
 FILES = ["*.safetensors", *SMALL]
 NOT_THESE = ["*/*", "consolidated*.safetensors"]  # other formats and copies of the same weights
 

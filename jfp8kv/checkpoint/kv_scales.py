@@ -37,7 +37,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 # Outside of these, one over a scale, or a scale times the largest code, leaves float32's normal numbers.
 _SMALLEST, _LARGEST = 2.0**-110, 2.0**110
 _FALLBACK = "scale 1 is used there"
-_LEFT_OUT = "it is left out"
+LEFT_OUT = "it is left out"
 _NOT_USED = "it would not be used anyway"
 _SHOWN = 8  # problems that an error lists; a warning lists all
 
@@ -85,31 +85,35 @@ class Problem(NamedTuple):
         return ("" if self.layer is None else f"layer {self.layer}: ") + f"{self.source} {self.what}"
 
 
-class Row(NamedTuple):
-    """One line of the table that people see."""
-
-    layer: int
-    k: str
-    v: str
-    source: str
-    granularity: str
-    verdict: str
-
-
 @dataclasses.dataclass(frozen=True)
 class LayerFound:
-    """What one layer of the model got: `k` and `v` float32, `[]` or `[kv_heads]`; `used` are the scales behind them."""
+    """What one layer of the model got.
+
+    Attributes:
+      k, v: float32, `[]` or `[kv_heads]` (or `[kv_heads, head_dim]`, of our own files alone); 1 stands in for what is no good.
+      read: the scales that are there for it, good or not.
+      used: those behind `k` and `v`.
+      problems: what is wrong with them.
+      k_offset: what is subtracted from keys, of the same shapes (of our own files alone).
+    """
 
     layer: int
     k: np.ndarray
     v: np.ndarray
+    read: tuple[ReadScale, ...]
     used: tuple[ReadScale, ...]
-    verdict: str
+    problems: tuple[Problem, ...] = ()
+    k_offset: np.ndarray | None = None
 
-    def row(self) -> Row:
-        source = " + ".join(dict.fromkeys(scale.source for scale in self.used)) or "none"
-        finest = max((scale.granularity for scale in self.used), key=GRANULARITIES.index, default="none")
-        return Row(self.layer, _shown(self.k), _shown(self.v), source, finest, self.verdict)
+    @property
+    def granularity(self) -> str | None:
+        """The finest of the scales used, None if none is."""
+        return max((scale.granularity for scale in self.used), key=GRANULARITIES.index, default=None)
+
+    @property
+    def made_for(self) -> tuple[str, ...]:
+        """The formats that the scales used were converted from."""
+        return tuple(sorted({scale.made_for for scale in self.used} - {"fp8_e4m3"}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +126,7 @@ class FoundScales:
       problems: what strict loading refuses.
       notes: what there is to say beside.
       declares: the `kv_dtype` that the side-car declares, else None.
+      file: the file beside the weights that scales come from, if there is one.
       scales: what an FP8 cache uses, None if nothing was found or what was found is for another kind of cache.
     """
 
@@ -130,20 +135,18 @@ class FoundScales:
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
     declares: str | None = None
+    file: str | None = None
     scales: KVScales | None = None
 
     @classmethod
     def of(cls, scales: KVScales, *, source: str) -> "FoundScales":
         """The report on scales from a file of ours, `source`: sound, or there would be no `KVScales`."""
         layers = []
-        for layer, (k, v) in enumerate(zip(scales.k, scales.v, strict=True)):
-            used = tuple(ReadScale(layer, part, _trimmed(value), source, "F32") for part, value in (("k", k), ("v", v)))
-            layers.append(LayerFound(layer, _trimmed(k), _trimmed(v), used, "used"))
+        for layer in range(len(scales.k)):
+            own = {name: _trimmed(value[layer]) for name, value in scales.arrays.items()}
+            used = tuple(ReadScale(layer, part, own[part], source, "F32") for part in "kv")
+            layers.append(LayerFound(layer, own["k"], own["v"], used, used, k_offset=own.get("k_offset")))
         return cls(layers=tuple(layers), scales=scales)
-
-    def rows(self) -> list[Row]:
-        """The table that `inspect` prints: a line for each layer."""
-        return [layer.row() for layer in self.layers]
 
     def say(self, where: Path, *, strict: bool, stacklevel: int = 2) -> None:
         """Warn of `notes`; of problems too, or raise a `CheckpointError`, if strict. Layers and tensors are named."""
@@ -151,8 +154,9 @@ class FoundScales:
             shown = "; ".join(map(str, self.problems[:_SHOWN]))
             more = f"; and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
             raise CheckpointError(
-                f"{where}: its KV-cache scales cannot be used as they are. At fault: {shown}{more}. Fix them, or load with "
-                "strict=False: scale 1 then stands in for what is missing or broken, and what belongs nowhere is left out."
+                f"{where}: its KV-cache scales cannot be used as they are. At fault: {shown}{more}. `jfp8kv inspect` shows "
+                "all layers. Fix them; or have scale 1 stand in for what is missing or broken, and what belongs nowhere left "
+                "out: load with strict=False, or give --lenient on the command line."
             )
         if self.problems:
             told = "; ".join(f"{problem}: {problem.fallback}" for problem in self.problems)
@@ -198,14 +202,14 @@ def find_scales(
     problems += [Problem(scale.layer, scale.source, scale.problem, _NOT_USED) for scale in others if scale.problem is not None]
     problems += [_no_such_layer(scale, config) for scale in read if scale.layer >= config.layers]
     by_place = _by_place(read, config)
-    layers = [_judge(layer, by_place) for layer in range(config.layers)] if by_place else []
-    found = tuple(layer for layer, _ in layers)
+    found = tuple(_judge(layer, by_place) for layer in range(config.layers)) if by_place else ()
     return FoundScales(
         layers=found,
         others=others,
-        problems=(*problems, *(problem for _, each in layers for problem in each)),
+        problems=(*problems, *(problem for layer in found for problem in layer.problems)),
         notes=tuple(_notes(config, found, quantization, sidecar)),
         declares=sidecar.kv_dtype if sidecar else None,
+        file=SIDECAR if sidecar else None,
         scales=_stacked(found) if found else None,
     )
 
@@ -221,7 +225,7 @@ def _read_tensors(
         name = scale_name(tensor.name)
         if name is None:
             what = "looks like a KV-cache scale, but of no published layout: its use is not known"
-            problems.append(Problem(None, tensor.name, what, _LEFT_OUT))
+            problems.append(Problem(None, tensor.name, what, LEFT_OUT))
         elif name.is_zero_point:
             if np.any(_values(tensor)):
                 # It stands for the scale beside it, which is no good without it.
@@ -293,16 +297,16 @@ def _by_place(read: Iterable[ReadScale], config: ModelConfig) -> dict[Place, lis
     return dict(by_place)
 
 
-def _judge(layer: int, by_place: Mapping[Place, list[ReadScale]]) -> tuple[LayerFound, list[Problem]]:
+def _judge(layer: int, by_place: Mapping[Place, list[ReadScale]]) -> LayerFound:
     """What this layer uses, and what is wrong with its scales."""
-    values, used, problems = {}, [], []
+    values, read, used, problems = {}, [], [], []
     for part in "kv":
         values[part], behind, wrong = _choose(layer, part, by_place)
+        read += by_place.get((layer, part), [])
         used += behind
         problems += wrong
-    problems = list(dict.fromkeys(problems))  # one scale for both is wrong once
-    verdict = "; ".join(f"{problem.source} {problem.what}: {problem.fallback}" for problem in problems) or _verdict(used)
-    return LayerFound(layer, values["k"], values["v"], tuple(dict.fromkeys(used)), verdict), problems
+    once = [tuple(dict.fromkeys(each)) for each in (read, used, problems)]  # one scale for both is read, and wrong, once
+    return LayerFound(layer, values["k"], values["v"], *once)
 
 
 def _choose(
@@ -323,11 +327,6 @@ def _choose(
     return functools.reduce(np.maximum, values), there, [Problem(layer, there[0].source, what, "the larger is used")]
 
 
-def _verdict(used: Iterable[ReadScale]) -> str:
-    foreign = sorted({scale.made_for for scale in used} - {"fp8_e4m3"})
-    return f"used, converted from {' and '.join(foreign)}" if foreign else "used"
-
-
 def _missing(layer: int, part: str, by_place: Mapping[Place, list[ReadScale]]) -> Problem:
     """Named after the same part's scale in another layer, or where none has it, after the half of the pair that is there."""
     named = {place: [s.source for s in there if not s.source.endswith("zero_point")] for place, there in by_place.items()}
@@ -341,7 +340,7 @@ def _missing(layer: int, part: str, by_place: Mapping[Place, list[ReadScale]]) -
 
 def _no_such_layer(scale: ReadScale, config: ModelConfig) -> Problem:
     what = f"belongs to no layer: the model has {config.layers}, from 0 to {config.layers - 1}"
-    return Problem(scale.layer, scale.source, what, _LEFT_OUT)
+    return Problem(scale.layer, scale.source, what, LEFT_OUT)
 
 
 def _stacked(found: Iterable[LayerFound]) -> KVScales:
@@ -363,8 +362,7 @@ def _trimmed(value: np.ndarray) -> np.ndarray:
 
 
 def _notes(config: ModelConfig, found: tuple[LayerFound, ...], quantization: Any, sidecar: Sidecar | None) -> Iterator[str]:
-    used = {scale for layer in found for scale in layer.used}
-    for made_for in sorted({scale.made_for for scale in used} - {"fp8_e4m3"}):
+    for made_for in sorted({made_for for layer in found for made_for in layer.made_for}):
         yield f"its KV-cache scales are made for {made_for}: {_CONVERTED[made_for]}."
     if sidecar is not None and (uneven := [layer for layer, ranks in sidecar.layers.items() if len(set(ranks)) > 1]):
         yield (
@@ -379,8 +377,3 @@ def _notes(config: ModelConfig, found: tuple[LayerFound, ...], quantization: Any
         )
     if not found and declared and is_static_kv(quantization):
         yield f"its config declares an {declared} cache but no scales for it are there: scale 1 is used."
-
-
-def _shown(value: np.ndarray) -> str:
-    low, high = float(value.min()), float(value.max())
-    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"

@@ -70,4 +70,4 @@ def _index(layer: str, where: Path) -> int:
 def _number(scale: Any, where: Path) -> float:
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise CheckpointError(f"{where}: the scale {scale!r} in kv_cache.scaling_factor must be a number.")
-    return float(scale)
+    return float(repr(scale))  # an integer beyond float64 is infinite, where float(scale) would raise

@@ -18,6 +18,7 @@ import numpy as np
 
 from jfp8kv.checkpoint import folder as hf
 from jfp8kv.checkpoint.hub import fetch
+from jfp8kv.checkpoint.kv_file import with_own_file
 from jfp8kv.checkpoint.kv_scales import FoundScales, find_scales
 from jfp8kv.checkpoint.orbax import KV_SCALES, describe_saved, is_saved, load_saved
 from jfp8kv.checkpoint.quantized import dequantized, warn_dequantized
@@ -38,7 +39,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load(source: str | os.PathLike[str], dtype: Any = None, *, strict: bool = True) -> Params:
-    """Load a checkpoint's weights, config, tokenizer and the scales of its KV cache (`Params.kv_scales`).
+    """Load a checkpoint's weights, config, tokenizer and the scales of its KV cache (`Params.kv_scales`; those in the file that
+    `export` writes for what other engines do not read go first).
 
     Weights are streamed: memory peaks below 1.3 times their size. torch is never imported. FP8 and MXFP4 weights are
     dequantized on the way, which a warning says.
@@ -178,13 +180,14 @@ def load_kv_scales(source: str | os.PathLike[str]) -> FoundScales:
 def _found_scales(
     folder: Path, described: Mapping[str, Any], config: ModelConfig, scales: Mapping[str, StoredTensor]
 ) -> FoundScales:
-    return find_scales(
+    found = find_scales(
         config,
         scales,
         quantization=described.get("quantization_config"),
         sidecar=hf.open_sidecar(folder),
         model_types={part.get("model_type") for part in (described, described.get("text_config") or {})},
     )
+    return with_own_file(found, folder, config)
 
 
 def _describe_folder(folder: Path, needs_weights: bool) -> Described:
@@ -195,6 +198,8 @@ def _describe_folder(folder: Path, needs_weights: bool) -> Described:
     seen = hf.without_vision(weights) if "vision_config" in declared else weights
     text = dequantized(seen, scheme, FLOATS[config.dtype])
     found = _found_scales(folder, declared, config, scales)
+    if not tensors:  # what is missing among them cannot be told
+        found = dataclasses.replace(found, notes=(*(found.notes if found.layers else ()), hf.unread_scales(folder)))
     config = dataclasses.replace(
         config,
         kv_cache_dtype=config.kv_cache_dtype or found.declares,
@@ -226,7 +231,7 @@ def _describe_gguf(path: Path) -> Described:
 
 def _describe_saved(folder: Path) -> Described:
     config, tokenizer, scales, weights = describe_saved(folder)
-    found = FoundScales() if scales is None else FoundScales.of(scales, source=KV_SCALES)
+    found = FoundScales() if scales is None else dataclasses.replace(FoundScales.of(scales, source=KV_SCALES), file=KV_SCALES)
     return Described(folder, "folder of jfp8kv.save", config, weights, {}, lambda: tokenizer, found=found)
 
 

@@ -5,15 +5,13 @@
     folder/tokenizer.json          if there is a tokenizer
     folder/kv_scales.safetensors   if there are KV scales
 
-The folder appears whole or not at all: it is written beside its place and then renamed. Weights are read one parameter
-at a time, the largest first, so that what is held twice is never more than what is still to come.
+The folder appears whole or not at all. Weights are read one parameter at a time, the largest first, so that what is held
+twice is never more than what is still to come.
 """
 
 import json
 import math
 import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -26,6 +24,8 @@ from jfp8kv.cache.scales import KVScales, check_shape
 from jfp8kv.checkpoint.folder import INDEX, read_json
 from jfp8kv.checkpoint.plain import from_plain, to_plain
 from jfp8kv.checkpoint.tensors import StoredTensor, chunks, parameter
+from jfp8kv.checkpoint.tokenizer import TOKENIZER, require_written_form, written_special_tokens
+from jfp8kv.checkpoint.whole import is_free, written_whole
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.names import Shape, Source, expected_shapes, nest, require_names, require_shape
@@ -33,7 +33,7 @@ from jfp8kv.models.params import Params
 from jfp8kv.models.tokenizer import Tokenizer
 
 FORMAT, VERSION = "jfp8kv.Params", 1
-ABOUT, WEIGHTS, TOKENIZER, KV_SCALES = "jfp8kv.json", "weights", "tokenizer.json", "kv_scales.safetensors"
+ABOUT, WEIGHTS, KV_SCALES = "jfp8kv.json", "weights", "kv_scales.safetensors"
 _HUGGING_FACE = ("config.json", "model.safetensors", INDEX)
 _ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
 _CHUNK_BYTES = 64 << 20  # allocations of this size go back to the system when freed
@@ -54,40 +54,28 @@ def save(params: Params, folder: str | os.PathLike[str], *, overwrite: bool = Fa
         raise ConfigError(f"params of type {type(params).__name__}: must be a Params, as from load or Params.from_pytree.")
     path = Path(os.path.expanduser(folder)).resolve()
     about = {"format": FORMAT, "version": VERSION, "config": to_plain(params.config), **_described(params)}
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with written_whole(path) as beside:
         _require_free(path, overwrite)
-        beside.mkdir(parents=True)
         _write(params, about, beside)
-        _move(beside, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _described(params: Params) -> dict[str, Any]:
     tokenizer, scales = params.tokenizer, params.kv_scales
-    if tokenizer is not None and not (isinstance(tokenizer, Tokenizer) and hasattr(tokenizer.backend, "to_str")):
-        kind = type(tokenizer.backend if isinstance(tokenizer, Tokenizer) else tokenizer).__name__
-        raise ConfigError(
-            f"tokenizer of type {kind}: has no written form, so the folder would come back without it. One of the tokenizers "
-            "library (or a fast one of transformers) has; or save dataclasses.replace(params, tokenizer=None)."
-        )
+    require_written_form(tokenizer)
     if scales is not None and not isinstance(scales, KVScales):
         raise ConfigError(f"kv_scales of type {type(scales).__name__}: must be a KVScales, or None.")
     about: dict[str, Any] = {"tokenizer": None, "kv_scales": scales is not None}
     if tokenizer is not None:
         about["tokenizer"] = {
             "chat_template": tokenizer.chat_template,
-            "special_tokens": json.loads(json.dumps(tokenizer.special_tokens, default=str)),
+            "special_tokens": written_special_tokens(tokenizer),
             "eos_ids": list(tokenizer.eos_ids),
         }
     return about
 
 
 def _require_free(path: Path, overwrite: bool) -> None:
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if is_free(path):
         return
     if not (path / ABOUT).is_file():
         raise CheckpointError(f"{path}: exists and was not written by jfp8kv.save: give another folder.")
@@ -109,14 +97,6 @@ def _write(params: Params, about: Mapping[str, Any], folder: Path) -> None:
     if params.kv_scales is not None:
         params.kv_scales.save(folder / KV_SCALES)
     (folder / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _move(beside: Path, path: Path) -> None:
-    old = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    if path.exists():
-        path.rename(old)
-    beside.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_saved(folder: Path) -> bool:

@@ -1,12 +1,15 @@
-"""Reading safetensors files: a length, a JSON header, and raw little-endian bytes.
+"""Reading and writing safetensors files: a length, a JSON header, and raw little-endian bytes.
 
 The file is read by its header's offsets with plain reads instead of the safetensors library, for two reasons: the
-library maps the file, so its pages count as our memory beside the copy, and it cannot hand float8 tensors to NumPy.
+library maps the file, so its pages count as our memory beside the copy, and it cannot hand float8 tensors to NumPy. It is
+written likewise, one tensor after another, where the library wants all of them at once.
 Source: the format's description in the safetensors repository.
 """
 
+import dataclasses
 import json
 import math
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,9 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 WEIGHTS = {"F64": np.dtype(np.float32), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
+_ALIGNMENT = 8  # bytes, of where the data begins
 _MAX_HEADER = 100 << 20  # the format's own limit
 
 
@@ -101,3 +106,42 @@ def _read(path: Path, offset: int, stored: np.dtype, out: np.ndarray) -> None:
         with np.errstate(over="ignore"):  # read_into reports values that do not fit
             flat[part] = raw.astype(out.dtype)
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written; `make` gives its values when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, str]) -> None:
+    """Write a file of `tensors`, those with the widest elements first, so that each lies at a multiple of its element's size.
+
+    One tensor at a time is held.
+    """
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            file.write(_bytes(tensor))
+
+
+def _bytes(tensor: NewTensor) -> np.ndarray:
+    values = np.ascontiguousarray(tensor.make())
+    assert (values.shape, values.dtype) == (tensor.shape, tensor.dtype), tensor.name
+    return values.reshape(-1).view(np.uint8)

@@ -1,4 +1,5 @@
-"""The tokenizer of a Hugging Face folder, from `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
+"""The tokenizer of a Hugging Face folder, read from `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, and
+written.
 
 `tokenizer.json` has everything but the roles of the special tokens, tokens added since, and the chat template.
 Whether BOS is added is its post-processor's word, as in transformers since version 5 (`add_bos_token` in the config
@@ -6,15 +7,17 @@ is for folders without a tokenizer.json). transformers itself is not used, becau
 installed.
 """
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jfp8kv.checkpoint.folder import read_json
-from jfp8kv.core.errors import CheckpointError
+from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.tokenizer import Tokenizer, pick_template
 
+TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _OTHER_FORMS = ("tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
 
 
@@ -26,7 +29,7 @@ def read_tokenizer(folder: Path, *, eos_ids: Iterable[int] = ()) -> Tokenizer | 
     """
     import tokenizers
 
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     if not path.is_file():
         if other := next((name for name in _OTHER_FORMS if (folder / name).is_file()), None):
             warnings.warn(
@@ -39,7 +42,7 @@ def read_tokenizer(folder: Path, *, eos_ids: Iterable[int] = ()) -> Tokenizer | 
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for what it cannot parse
         raise CheckpointError(f"{path}: not a readable tokenizer: {error}.") from error
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     special = _special_tokens(settings)
     backend.no_truncation()
     backend.no_padding()
@@ -88,3 +91,34 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     return pick_template(settings.get("chat_template"))
+
+
+def require_written_form(tokenizer: Any) -> None:
+    """Raise `ConfigError` for a tokenizer, or what serves as one, that cannot be written to a file. None can."""
+    if tokenizer is None or (isinstance(tokenizer, Tokenizer) and hasattr(tokenizer.backend, "to_str")):
+        return
+    kind = type(tokenizer.backend if isinstance(tokenizer, Tokenizer) else tokenizer).__name__
+    raise ConfigError(
+        f"tokenizer of type {kind}: has no written form, so the folder would come back without it. One of the tokenizers "
+        "library (or a fast one of transformers) has; or give dataclasses.replace(params, tokenizer=None)."
+    )
+
+
+def written_special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What templates may name, as JSON has it."""
+    return json.loads(json.dumps(tokenizer.special_tokens, default=str))
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_len: int) -> None:
+    """Write what `read_tokenizer` reads, and transformers' `AutoTokenizer`: everything is in `tokenizer.json`, so the class
+    named beside it is the one that adds nothing of its own."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_len,
+        **written_special_tokens(tokenizer),
+    }
+    if tokenizer.chat_template is not None:
+        settings["chat_template"] = tokenizer.chat_template
+    (folder / TOKENIZER).write_text(tokenizer.backend.to_str(), encoding="utf-8")
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -66,6 +66,7 @@ def load(args: argparse.Namespace) -> "jfp8kv.api.LLM":
         kv_cache_memory=args.kv_cache_memory,
         max_model_len=args.max_model_len,
         dtype=args.dtype,
+        strict=not args.lenient,
     )
 
 
@@ -98,7 +99,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     _add_sampling(chat, max_tokens=512, temperature=0.7)
 
-    about = "Say what a model is and what its KV cache costs in each format. Config and headers are read, weights are not."
+    about = (
+        "Say what a model is, what its KV cache costs and what scales it brings. Config and headers are read, not the weights."
+    )
     inspect = commands.add_parser(
         "inspect", help="what a model is and what its cache costs", description=about, allow_abbrev=False
     )
@@ -113,7 +116,18 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     about = "Compare what KV caches cost in quality and in bytes, over a text, against a float32 cache of the same weights."
     compare = commands.add_parser("compare", help="what caches cost in quality", description=about, allow_abbrev=False)
     _add_comparison(compare)
-    made = {"generate": generate, "chat": chat, "inspect": inspect, "calibrate": calibrate, "compare": compare}
+
+    about = "Write a model as a Hugging Face folder, with its scales for an FP8 cache where vLLM and others look for them."
+    export = commands.add_parser("export", help="write a Hugging Face folder", description=about, allow_abbrev=False)
+    _add_export(export)
+    made = {
+        "generate": generate,
+        "chat": chat,
+        "inspect": inspect,
+        "calibrate": calibrate,
+        "compare": compare,
+        "export": export,
+    }
     return parser, made
 
 
@@ -135,6 +149,7 @@ def _add_calibration(parser: _Parser) -> None:
     option("--field", "NAME", "of a record that holds the prompt (default: text, prompt or messages)")
     option("--max-model-len", "N", "most tokens of a prompt (default: the model's)", int)
     option("--dtype", "DTYPE", "of the weights: bfloat16, float16 or float32 (default: the file's)")
+    _add_lenient(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument("--quiet", action="store_true", help="print the summary alone: no progress, no remarks")
 
@@ -168,6 +183,17 @@ def _add_comparison(parser: _Parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print the result alone: no progress, no remarks")
 
 
+def _add_export(parser: _Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
+    parser.add_argument("folder", metavar="FOLDER", help="where to: a folder that is empty, or not there yet")
+    scales = "a file of KVScales, as calibrate writes it (default: the scales that the model has, if any)"
+    parser.add_argument("--kv-scales", metavar="FILE", help=scales)
+    layout = "of the scales: compressed-tensors (default), as LLM Compressor writes and vLLM reads them"
+    parser.add_argument("--layout", default="compressed-tensors", metavar="NAME", help=layout)
+    parser.add_argument("--dtype", metavar="DTYPE", help="of the weights: bfloat16, float16 or float32 (default: the file's)")
+    parser.add_argument("--quiet", action="store_true", help="no remarks on what was written")
+
+
 def _add_model(parser: _Parser) -> argparse._ArgumentGroup:
     """The model and its cache; what else belongs to them may be added to the group."""
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
@@ -192,7 +218,13 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         "--kv-cache-memory", metavar="SIZE", help="of the KV cache, such as 2GiB (default: a share of what is free)"
     )
     group.add_argument("--dtype", metavar="DTYPE", help="of the weights: bfloat16, float16 or float32 (default: the file's)")
+    _add_lenient(group)
     group.add_argument("--quiet", action="store_true", help="print the text alone: no statistics, no progress")
+
+
+def _add_lenient(group: argparse._ActionsContainer) -> None:
+    lenient = "scale 1 stands in for KV scales of the checkpoint that are missing or broken, with a warning"
+    group.add_argument("--lenient", action="store_true", help=lenient)
 
 
 def _add_sampling(parser: _Parser, *, max_tokens: int, temperature: float) -> None:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         k_offset=args.k_offset,
     )
     quiet_jax()
-    params = load(args.model, dtype=args.dtype)
+    params = load(args.model, dtype=args.dtype, strict=not args.lenient)
     began = time.perf_counter()
     done = calibration(
         params, texts(data, field=args.field, whole=args.window is not None), plan, progress=False if args.quiet else None

@@ -1,4 +1,4 @@
-"""What a checkpoint is and what its KV cache costs, found without reading its weights.
+"""What a checkpoint is, what its KV cache costs and which scales it brings, found without reading its weights.
 
 Sizes are those of the shapes that the config asks for; bytes of cache come from `KVSetup`, which an engine asks too.
 """
@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
-from jfp8kv.cache.scales import TOKEN_HEAD, UNIT, KVScales
+from jfp8kv.cache.scales import TOKEN_HEAD, UNIT
 from jfp8kv.checkpoint.load import Described
 from jfp8kv.engine.buckets import DECODE_STEPS, Buckets, default_token_budget
 from jfp8kv.engine.kv import KVSetup, context_length, setup
+from jfp8kv.inspection.scales import Scales
 from jfp8kv.models.config import ModelConfig, RopeConfig
 from jfp8kv.models.params import Params
 
@@ -73,17 +74,9 @@ class CacheCost:
     texts: tuple[TextCost, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class FoundScales:
-    """KV scales that come with the model: `tensors` by name in a checkpoint, `granularity` once they are read."""
-
-    tensors: tuple[str, ...]
-    granularity: str | None
-
-
 @dataclasses.dataclass(frozen=True, repr=False)
 class Inspection:
-    """A model and its costs. Prints as tables; `to_dict` has everything."""
+    """A model, its costs and its scales. Prints as tables; `to_dict` has everything."""
 
     source: str
     kind: str
@@ -91,7 +84,7 @@ class Inspection:
     weights: Weights
     attention: tuple[AlikeLayers, ...]
     caches: tuple[CacheCost, ...]
-    scales: FoundScales
+    scales: Scales
     tokenizer: bool
     chat_template: bool
     max_model_len: int
@@ -138,7 +131,7 @@ def report(
         weights=_weights_of_files(found, params) if unread else _weights_in_memory(params),
         attention=_attention(config),
         caches=_costs(params, asked, lengths),
-        scales=_scales(found.scales if unread else (), params.kv_scales),
+        scales=Scales.of(found.found, found.scales) if unread else Scales.in_memory(params.kv_scales),
         tokenizer=params.tokenizer is not None,
         chat_template=bool(getattr(params.tokenizer, "has_chat_template", False)),
         max_model_len=longest,
@@ -175,10 +168,6 @@ def _weights_in_memory(params: Params) -> Weights:
 def _counted(kinds: Iterable[str]) -> dict[str, int]:
     """How often each comes, the most frequent first."""
     return dict(Counter(kinds).most_common())
-
-
-def _scales(tensors: Iterable[str], read: KVScales | None) -> FoundScales:
-    return FoundScales(tuple(tensors), None if read is None else read.granularity)
 
 
 def _size(path: Path) -> int:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from jfp8kv.core.ranges import runs
 from jfp8kv.inspection.report import GIB, CacheCost, Inspection
+from jfp8kv.inspection.scales import Scales, words
 from jfp8kv.models.config import ModelConfig, RopeConfig
 
 _WIDE = 100_000  # columns: nothing is wrapped that is not for a terminal
@@ -22,7 +23,8 @@ def layout(found: Inspection, lines: box.Box | None = box.SIMPLE_HEAD) -> Group:
     """The tables of an inspection; `lines` is what is drawn between their parts."""
     gap = [] if lines else [""]  # lines come with empty rows around them
     title = Text(f"{found.source} ({found.kind})", style="bold")
-    return Group(title, "", _facts(found), *gap, _attention(found, lines), *gap, *_caches(found, lines))
+    parts = _attention(found, lines), *gap, *_caches(found, lines)
+    return Group(title, "", _facts(found), *gap, *parts, *_layers_scales(found.scales, lines))
 
 
 def plain(found: Inspection) -> str:
@@ -79,12 +81,20 @@ def _texts(found: Inspection) -> Iterator[tuple[str, str]]:
 
 
 def _scales(found: Inspection) -> str:
-    names, granularity, declared = found.scales.tensors, found.scales.granularity, found.model.kv_cache_dtype
+    scales, declared = found.scales, found.model.kv_cache_dtype
+    names, parts = scales.tensors, []
     if names:
-        text = f"{len(names)} tensors: {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else "")
-    else:
-        text = "none found" if granularity is None else f"one per {granularity}"
-    return f"{text}; the config declares an {declared} cache" if declared else text
+        parts.append(f"{len(names)} tensors: {names[0]}" + (f" to {names[-1]}" if len(names) > 1 else ""))
+    if scales.elsewhere:
+        parts.append(f"{'also ' if names else ''}in {scales.elsewhere}")
+    if scales.granularity:
+        parts.append(f"one per {scales.granularity}")
+    parts = parts or ["none found"]
+    if declared:
+        parts.append(f"the config declares an {declared} cache")
+    if scales.problems:
+        parts.append(f"PROBLEMS: {len(scales.problems)}, see below")
+    return "; ".join(parts)
 
 
 # -- attention by layer -------------------------------------------------------------------------------------------------
@@ -138,6 +148,28 @@ def _add_without_windows(table: Table, caches: Sequence[CacheCost]) -> None:
     table.add_row("windows leave", "", "", *(f"{text.ratio:.0%}" for text in caches[0].texts))
 
 
+# -- the scales ---------------------------------------------------------------------------------------------------------
+
+
+def _layers_scales(scales: Scales, lines: box.Box | None) -> Iterator[RenderableType]:
+    """A row for each layer, what belongs to none, and what there is to say beside."""
+    if scales.rows:
+        yield from [] if lines else [""]
+        offsets = any(row.k_offset for row in scales.rows)
+        names = ["K scale", "V scale", *(["K offset"] if offsets else []), "from", "one per", "verdict"]
+        table = _table(lines, ("layer", "right"), *((name, "left") for name in names))
+        for row in scales.rows:
+            numbers = [row.k, row.v, *([row.k_offset] if offsets else [])]
+            origin = [", ".join(row.sources) or "-", row.granularity or "-", row.verdict]
+            table.add_row(f"{row.layer}", *map(words, numbers), *origin)
+        yield table
+    told = [*(p for p in scales.problems if not p.startswith("layer ")), *(f"Note: {note}" for note in scales.notes)]
+    if scales.problems:
+        told.append("Strict loading refuses these scales; strict=False, or --lenient, goes on as the verdicts say.")
+    yield from ([""] if told and not (lines and scales.rows) else [])
+    yield from map(Text, told)
+
+
 def _name(cost: CacheCost) -> str:
     return f"{cost.kv_dtype}{'' if cost.scales == 'static' else ' ' + cost.scales}{' *' if cost.asked else ''}"
 
@@ -145,7 +177,7 @@ def _name(cost: CacheCost) -> str:
 def _table(lines: box.Box | None, *columns: tuple[str, Literal["left", "right"]]) -> Table:
     table = Table(box=lines, header_style="bold", pad_edge=False)
     for name, side in columns:
-        table.add_column(name, justify=side)
+        table.add_column(name, justify=side, overflow="fold")  # a name that is too long is told whole
     return table
 
 

@@ -27,6 +27,13 @@ def bare(name: str) -> str:
     return _PREFIX.sub("", name)
 
 
+def full_name(config: ModelConfig, name: str) -> str:
+    """The name that the causal model of this architecture saves a tensor of this bare name under."""
+    if name.startswith("lm_head."):
+        return name
+    return ("transformer." if config.architecture == "GPT2LMHeadModel" else "model.") + name
+
+
 def _table(rows: Mapping[str, str]) -> dict[str, Module]:
     return {ours: Module(theirs) for ours, theirs in rows.items()}
 

@@ -36,6 +36,17 @@ def test_shapes_that_fit_no_granularity_or_no_model_are_refused() -> None:
         check_shape(KVScales(np.ones((4, 3, 1)), np.ones((4, 1, 1))), layers=4, kv_heads=2, head_dim=8)
 
 
+def test_one_kv_head_may_have_a_scale_and_an_offset_for_each_channel(tmp_path) -> None:
+    """MQA's channel scales are [layers, 1, head_dim]; for a model of several heads that is no granularity."""
+    scales = KVScales(np.full((2, 1, 4), 0.5), np.ones((2, 1, 1)), np.full((2, 1, 4), -3.0))
+    scales.save(tmp_path / "scales.safetensors")
+    again = KVScales.load(tmp_path / "scales.safetensors")
+    assert again.granularity == "channel" and again.k.shape == again.k_offset.shape == (2, 1, 4)
+    check_shape(again, layers=2, kv_heads=1, head_dim=4)
+    with pytest.raises(ConfigError, match=r"must be \[2, 1, 1\], \[2, 3, 1\] or \[2, 3, 4\]"):
+        check_shape(again, layers=2, kv_heads=3, head_dim=4)
+
+
 def test_a_file_that_is_no_scales_file_is_named(tmp_path) -> None:
     (tmp_path / "x").write_bytes(b"no")
     with pytest.raises(CheckpointError, match="not a KVScales file"):

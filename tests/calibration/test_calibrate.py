@@ -23,6 +23,8 @@ from jfp8kv.engine.step import Model
 from jfp8kv.models.decoder import bind
 from tests.references import oracle
 
+pytestmark = pytest.mark.quick_compile
+
 FOLDERS = Path(__file__).parent.parent / "references"
 
 

@@ -9,6 +9,8 @@ import pytest
 import jfp8kv
 from jfp8kv.cli import main
 
+pytestmark = pytest.mark.quick_compile
+
 MODEL = Path(__file__).parent.parent / "references" / "llama_bf16"
 LINES = ["the end of the day", "a cat sat on the mat", "the end"]
 

@@ -10,6 +10,8 @@ from jfp8kv.core.errors import ConfigError
 from tests.calibration.test_calibrate import PROMPTS, captured, load, prompts
 from tests.models.test_decoder import rms
 
+pytestmark = pytest.mark.quick_compile
+
 NAME = "qwen2_bias"
 
 

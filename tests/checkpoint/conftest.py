@@ -165,7 +165,10 @@ def scale_tensors(
 
 def write_sidecar(folder: Path, ranks: Any, dtype: str = "float8_e4m3fn", model_type: str = "llama") -> Path:
     """vLLM's `kv_cache_scales.json`; `ranks` are lists of one scale a layer."""
-    factors = {str(rank): {str(layer): float(s) for layer, s in enumerate(scales)} for rank, scales in enumerate(ranks)}
+    factors = {
+        str(rank): {str(layer): s if isinstance(s, int) else float(s) for layer, s in enumerate(scales)}
+        for rank, scales in enumerate(ranks)
+    }
     content = {"model_type": model_type, "kv_cache": {"dtype": dtype, "scaling_factor": factors}}
     (folder / "kv_cache_scales.json").write_text(json.dumps(content))
     return folder

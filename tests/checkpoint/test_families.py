@@ -12,6 +12,8 @@ from jfp8kv.models.families.gguf import config_from_gguf, llama3_rule
 from jfp8kv.models.names import expected_shapes
 from jfp8kv.models.quantization import declared_kv_dtype
 
+pytestmark = pytest.mark.quick_compile
+
 LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 

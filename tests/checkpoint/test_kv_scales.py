@@ -71,7 +71,7 @@ def test_granularity_may_differ_between_layers_and_between_keys_and_values(tiny,
     tensors = tiny.scales("ModelOpt", [[0.5, 0.25], [2.0]], [[1.0], [4.0]])
     found = load_kv_scales(only_scales(tiny, tmp_path, tensors, "ModelOpt"))
     assert found.scales.k[..., 0].tolist() == [[0.5, 0.25], [2, 2]] and found.scales.v.ravel().tolist() == [1, 4]
-    assert [row.granularity for row in found.rows()] == ["head", "tensor"]
+    assert [layer.granularity for layer in found.layers] == ["head", "tensor"]
 
 
 @pytest.mark.parametrize("at", ["model.layers.", "layers.", "model.language_model.layers.", "language_model.model.layers."])
@@ -150,12 +150,15 @@ def test_only_the_scales_bytes_are_read(tiny, tmp_path, monkeypatch):
 # The report
 
 
-def test_the_report_has_a_line_for_each_layer(tiny, tmp_path):
+def test_the_report_has_an_entry_for_each_layer(tiny, tmp_path):
     tensors = tiny.scales("compressed-tensors", [0.5, np.nan], [[0.25, 1.0], [2.0]])
-    first, second = load_kv_scales(only_scales(tiny, tmp_path, tensors)).rows()
-    assert first == (0, "0.5", "0.25 to 1", f"{LAYER.format(0)}k_scale + {LAYER.format(0)}v_scale", "head", "used")
-    assert second[:3] == (1, "1", "2") and second.source == V1 and second.granularity == "tensor"
-    assert second.verdict == f"{K1} is nan: a scale must be positive and finite: scale 1 is used there"
+    first, second = load_kv_scales(only_scales(tiny, tmp_path, tensors)).layers
+    assert (first.k.tolist(), first.v.tolist(), first.granularity, first.problems) == (0.5, [0.25, 1], "head", ())
+    assert [scale.source for scale in first.used] == [LAYER.format(0) + "k_scale", LAYER.format(0) + "v_scale"]
+    assert (second.k.tolist(), second.v.tolist(), second.granularity) == (1, 2, "tensor")
+    assert ([s.source for s in second.read], [s.source for s in second.used]) == ([K1, V1], [V1])
+    what = "is nan: a scale must be positive and finite"
+    assert second.problems == ((1, K1, what, "scale 1 is used there"),)
 
 
 def test_scales_of_queries_and_probabilities_are_reported_and_not_used(tiny, tmp_path):
@@ -174,9 +177,9 @@ def test_scales_of_queries_and_probabilities_are_reported_and_not_used(tiny, tmp
 
 def test_a_model_without_scales_has_an_empty_report(tiny, tmp_path):
     found = load_kv_scales(folder_of(tiny, tmp_path, quantization_config=None))
-    assert found.rows() == [] and found.scales is None and found.problems == found.notes == ()
+    assert found.layers == () and found.scales is None and found.problems == found.notes == ()
     config = tiny.config()
-    assert load_kv_scales(tiny.gguf(tmp_path / "model.gguf", config, tiny.tensors(config))).rows() == []
+    assert load_kv_scales(tiny.gguf(tmp_path / "model.gguf", config, tiny.tensors(config))).layers == ()
 
 
 # What is wrong
@@ -289,7 +292,7 @@ def test_scales_for_e4m3fnuz_are_halved_and_it_is_said(tiny, tmp_path, quantizat
         params = load(folder)
     assert params.config.kv_cache_dtype == "fp8_e4m3"
     assert params.kv_scales.k.ravel().tolist() == [0.25, 1] and params.kv_scales.v.ravel().tolist() == [0.5, 2]
-    assert {row.verdict for row in load_kv_scales(folder).rows()} == {"used, converted from fp8_e4m3fnuz"}
+    assert {layer.made_for for layer in load_kv_scales(folder).layers} == {("fp8_e4m3fnuz",)}
 
 
 @pytest.mark.parametrize(
@@ -334,7 +337,9 @@ def test_a_sidecar_gives_one_scale_for_both_and_declares_the_cache(tiny, tmp_pat
     params = load(folder)
     assert params.kv_scales.k.ravel().tolist() == params.kv_scales.v.ravel().tolist() == [0.5, 2]
     assert params.config.kv_cache_dtype == "fp8_e4m3"
-    assert [row.source for row in load_kv_scales(folder).rows()] == [f"kv_cache_scales.json: layer {n}" for n in (0, 1)]
+    found = load_kv_scales(folder)
+    assert [layer.used[0].source for layer in found.layers] == [f"kv_cache_scales.json: layer {n}" for n in (0, 1)]
+    assert found.file == "kv_cache_scales.json"
 
 
 def test_ranks_of_a_sidecar_that_agree_are_one(tiny, tmp_path):
@@ -364,6 +369,7 @@ def test_a_sidecar_of_another_format_is_converted(tiny, tmp_path, dtype, factor,
         ([[0.5]], ["layer 1: kv_cache_scales.json: layer 1 is missing"]),
         ([[0.5, 0.0]], ["layer 1: kv_cache_scales.json: layer 1 is 0"]),
         ([[0.5, float("nan")]], ["layer 1", "is nan"]),
+        ([[0.5, 10**400]], ["layer 1", "is inf"]),
         ([[0.5, 2.0], [0.5]], ["layer 1", "no scale for rank 1"]),
         ([[0.5, 2.0, 1.0]], ["layer 2", "belongs to no layer"]),
     ],

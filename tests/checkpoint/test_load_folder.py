@@ -15,6 +15,8 @@ from jfp8kv.checkpoint.tensors import aligned_empty
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.params import Params
 
+pytestmark = pytest.mark.quick_compile
+
 BF16 = ml_dtypes.bfloat16
 
 

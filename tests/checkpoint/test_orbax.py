@@ -23,6 +23,8 @@ from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.names import expected_shapes, nest
 from jfp8kv.models.params import Params
 
+pytestmark = pytest.mark.quick_compile
+
 BF16 = ml_dtypes.bfloat16
 
 
@@ -108,8 +110,8 @@ def test_scales_of_the_cache_come_back(params, tmp_path):
     save(dataclasses.replace(params, kv_scales=scales), tmp_path / "saved")
     back = load(tmp_path / "saved").kv_scales
     assert (back.k == scales.k).all() and (back.v == scales.v).all() and back.granularity == "channel"
-    rows = load_kv_scales(tmp_path / "saved").rows()
-    assert [(row.source, row.granularity) for row in rows] == [("kv_scales.safetensors", "channel")] * 2
+    layers = load_kv_scales(tmp_path / "saved").layers
+    assert [(layer.used[0].source, layer.granularity) for layer in layers] == [("kv_scales.safetensors", "channel")] * 2
 
 
 def test_saved_scales_that_are_bad_or_of_another_model_are_named(params, tmp_path):

@@ -14,6 +14,8 @@ from tests.checkpoint.conftest import SCALE_LAYOUTS, scale_tensors, write_folder
 from tests.models.test_decoder import ENGINE, REFERENCES, rms
 from tests.references import oracle
 
+pytestmark = pytest.mark.quick_compile
+
 FOLDER = REFERENCES[0].parent / "llama_gqa"
 LAYERS, HEADS = 2, 2
 # The library multiplies by a scale's inverse, so a value may fall on the other side of a rounding boundary.

@@ -10,6 +10,8 @@ from jfp8kv.engine.kv_dtype import layer_formats
 from tests.models.test_decoder import ENGINE, REFERENCES, rms
 from tests.references import oracle
 
+pytestmark = pytest.mark.quick_compile
+
 FOLDER = REFERENCES[0].parent / "llama_gqa"
 WINDOWS = REFERENCES[0].parent / "gemma3_new"
 # As in tests/models/test_decoder.py: a value may fall on the other side of a rounding boundary.

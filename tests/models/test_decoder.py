@@ -16,6 +16,8 @@ from jfp8kv.models.families import config_from_hf
 from jfp8kv.models.names import expected_shapes
 from tests.references import oracle
 
+pytestmark = pytest.mark.quick_compile
+
 REFERENCES = sorted((Path(__file__).parent.parent / "references").glob("llama_*"))
 FAMILIES = sorted(path.parent for path in REFERENCES[0].parent.glob("*/config.json"))
 CASES = pytest.mark.parametrize("folder", REFERENCES, ids=lambda f: f.name)

@@ -7,6 +7,8 @@ import jfp8kv
 from jfp8kv.core.errors import ConfigError
 from tests.calibration.test_calibrate import load, prompts
 
+pytestmark = pytest.mark.quick_compile
+
 NAME = "qwen2_bias"
 LONGEST = 64
 

@@ -85,16 +85,23 @@ def rope(given: Fields, *, head_dim: int, max_len: int, theta: float) -> RopeCon
     )
 
 
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """What YaRN multiplies cosines and sines by where a config says nothing else (section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def longrope_magnitude(factor: float, original: int) -> float:
+    """The same for LongRoPE (section 3)."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
 def _yarn(given: Fields, factor: float) -> dict[str, float | bool]:
-    """Bounds and magnitude: `attention_factor` if given, else a ratio of mscales or 0.1 ln(factor) + 1 (YaRN, section 3.4)."""
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
+    """Bounds and magnitude: `attention_factor` if given, else a ratio of mscales or `yarn_magnitude`."""
     magnitude = given.get("attention_factor")
     if magnitude is None:
         top, bottom = given.get("mscale"), given.get("mscale_all_dim")
-        magnitude = mscale(top) / mscale(bottom) if top and bottom else mscale(1.0)
+        both = top and bottom
+        magnitude = yarn_magnitude(factor, top) / yarn_magnitude(factor, bottom) if both else yarn_magnitude(factor)
     else:
         magnitude = number(given, "attention_factor")
     return {
@@ -106,13 +113,12 @@ def _yarn(given: Fields, factor: float) -> dict[str, float | bool]:
 
 
 def _longrope(given: Fields, pairs: int, original: int, max_len: int, why: str) -> dict[str, object]:
-    """Both lists of factors, and the magnitude: `attention_factor` if given, else from the stretch (LongRoPE, section 3)."""
+    """Both lists of factors, and the magnitude: `attention_factor` if given, else `longrope_magnitude`."""
     factor = number(given, "factor", max_len / original)
-    plain = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return {
         "factor": factor,
         "original_max_len": original,
-        "magnitude": number(given, "attention_factor", plain),
+        "magnitude": number(given, "attention_factor", longrope_magnitude(factor, original)),
         "short_factors": numbers(given, "short_factor", pairs, why),
         "long_factors": numbers(given, "long_factor", pairs, why),
     }
