@@ -179,6 +179,7 @@ def test_tables_have_a_row_for_every_cache_and_every_layer(report):
         assert f"{choice.bytes_per_token:,.0f}" in text and f"{choice.perplexity:.3f}" in text
     (row,) = (line for line in lines if line.startswith("mix unit ") and "±" in line)
     assert f"{report['mix unit'].top1_agreement:.2%}" in row
+    assert f"{math.expm1(report['mix unit'].nll_change):+.2%} ± " in row
     layers = report.by_layer()
     assert layers.count("fp8_e4m3 with token_head scales") == 1 and layers.count("K SNR dB") == len(report.choices) - 1
     assert repr(report).startswith("Comparison(float32, half, ")
@@ -218,7 +219,7 @@ def compare(name: str = NAME, given=None, **asked) -> jfp8kv.Comparison:
 def test_one_piece_has_no_standard_error_and_no_needles_leave_no_table():
     found = compare()
     assert found["fp8_e4m3 unit"].kl_stderr is None and found["fp8_e4m3 unit"].mean_recall is None
-    assert "needle" not in str(found) and "±" not in str(found).split("KL is")[0]
+    assert "needle" not in str(found) and "±" not in str(found).split("change: of")[0]
     assert found.needle_depths == () and len(found.plot().axes) == 6
 
 
