@@ -104,8 +104,8 @@ def _with_error(value: float, error: float | None) -> str:
 def _notes(found: Comparison) -> Iterator[Text]:
     error = "± is a standard error over pieces." if found.pieces > 1 else "One piece alone gives no standard error."
     yield Text(
-        f"change: of perplexity. KL is from the float32 cache's predictions to this one's, by token. {error} top-1: the share of "
-        "tokens after which both have the same likeliest one."
+        f"change: of perplexity. KL is from the float32 cache's predictions to this one's, by token. {error} top-1: the share "
+        "of tokens after which both have the same likeliest one."
     )
     if found.needle_lengths:
         yield Text("needle: the share of a hidden sequence that is recalled, over lengths and depths (0 is the beginning).")
