@@ -23,7 +23,7 @@ from jfp8kv.cache.pages import KVPages, LayerScales, new_pages
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.calibration.data import Spool, pieces, stream
 from jfp8kv.calibration.observers import Errors, Histogram, Peaks, Real, Sums, Units
-from jfp8kv.calibration.offsets import AroundMean, AsCached, BeforeRope, Seen, View, turned
+from jfp8kv.calibration.offsets import AroundMean, AsCached, BeforeRope, Seen, View
 from jfp8kv.calibration.plan import Plan
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import FLOAT32
@@ -31,6 +31,7 @@ from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.buckets import Buckets, default_token_budget
 from jfp8kv.engine.step import Model, Weights
 from jfp8kv.models.config import ModelConfig
+from jfp8kv.models.constant_keys import turned
 from jfp8kv.models.decoder import bind
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params

@@ -5,8 +5,8 @@ import pytest
 
 import jfp8kv
 from jfp8kv.cache.plan import KVPlan, LayerPlan
-from jfp8kv.calibration.offsets import turned
 from jfp8kv.core.errors import ConfigError
+from jfp8kv.models.constant_keys import turned
 from tests.calibration.test_calibrate import PROMPTS, captured, load, prompts
 from tests.models.test_decoder import rms
 
