@@ -54,7 +54,9 @@ def losses(params: jfp8kv.Params, kv_dtype: str, known: list[list[int]], measure
         console.print(str(warning.message), style="dim")
     plans = (*found.plans, LayerPlan(kv_dtype, "head", True), LayerPlan("bfloat16"))
     scales = (*found.scales, full(auto.scales, params.config), full(None, params.config))
-    ways = {str(plan).split(", ", 1)[1]: [way] * len(every) for way, plan in enumerate(found.plans)}
+    ways = {
+        f"{plan.scales}{' less offset' if plan.k_offset else ''}": [way] * len(every) for way, plan in enumerate(found.plans)
+    }
     ways["auto"] = [plans.index(LayerPlan("bfloat16")) - (kind.fmt is kv_format(kv_dtype)) for kind in auto.kinds]
     trial = Trial(params, Candidates(plans, scales), measured, progress=False)
     return {name: trial.whole(way) for name, way in ways.items()}
@@ -85,9 +87,9 @@ def main() -> None:
     rows = []
     for where, size in ((where, size) for where in given.where for size in given.biases):
         found = losses(with_biases(plain, size, where), given.kv_dtype, calibrated, measured)
-        rows.append([f"{size:g}, {where} pairs", *(f"{loss:.5f}" for loss in found.values())])
+        rows.append([f"{size:g}, {where}", *(f"{loss:.5f}" for loss in found.values())])
         console.print(*rows[-1])
-    table(f"KL from the float32 cache, nats per token, {given.kv_dtype}", ["K bias", *found], rows)
+    table(f"KL from the float32 cache, nats per token, {given.kv_dtype}", ["K bias, pairs", *found], rows)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def calibration(params: Params, prompts: Any, plan: Plan, *, progress: bool | No
             again = _bar(spool.again(), watch.prompts, progress, "errors")
             chosen = watch.over(again, Errors.of(first, plan.fmt)).scales()
         else:
-            chosen = watch.over(_bar(todo, count, progress), Peaks.empty(units)).scales(plan.fmt)
+            chosen = watch.over(_bar(todo, count, progress), Peaks.empty(units)).scales(plan.fmt, plan.headroom)
     return Calibration(KVScales(chosen[:, 0], chosen[:, 1], kv_dtype=plan.fmt.name), watch.prompts, watch.tokens)
 
 
@@ -85,7 +85,7 @@ def _with_offsets(
     mean = sums.mean(watch.tokens)
     offset, swing = turned(c, mean, most)
     around = watch.over(bar(spool.again(), watch.prompts, what="largest values"), Peaks.empty(each), AroundMean(mean))
-    chosen = around.wider(swing).shared(watch.units).scales(plan.fmt)
+    chosen = around.wider(swing).shared(watch.units).scales(plan.fmt, plan.headroom)
     return KVScales(chosen[:, 0], chosen[:, 1], k_offset=offset, kv_dtype=plan.fmt.name)
 
 

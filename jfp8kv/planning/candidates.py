@@ -18,6 +18,8 @@ from jfp8kv.models.params import Params
 # Of an FP8 layer. Costlier ones last: of two that lose the same, the first is taken.
 WAYS = ((UNIT, False), ("head", False), ("channel", False), ("channel", True), (TOKEN_HEAD, False), (TOKEN_HEAD, True))
 
+HEADROOM = 2.0  # a few thousand tokens do not show the largest values there are
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
@@ -63,7 +65,9 @@ def _calibrated(params: Params, kv_dtype: str, prompts: Sequence[Any], longest: 
     """Scales by way; those per head are the largest of a head's channels."""
 
     def run(k_offset: bool) -> KVScales:
-        asked = calibration_plan(kv_dtype=kv_dtype, granularity="channel", k_offset=k_offset, max_model_len=longest)
+        asked = calibration_plan(
+            kv_dtype=kv_dtype, granularity="channel", k_offset=k_offset, headroom=HEADROOM, max_model_len=longest
+        )
         return calibration(params, prompts, asked, progress=False).scales
 
     plain, less = run(False), run(True)

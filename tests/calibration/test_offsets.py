@@ -64,6 +64,13 @@ def test_positions_that_no_prompt_reached_are_within_the_scales() -> None:
     assert np.all(np.abs(far).max(axis=1) <= scales.k * 448)
 
 
+def test_headroom_widens_the_scales_and_leaves_the_offset() -> None:
+    given = prompts(NAME, *PROMPTS)
+    plain, wide = (jfp8kv.calibrate(load(NAME), given, k_offset=True, headroom=headroom) for headroom in (1.0, 2.0))
+    assert np.array_equal(wide.k, 2 * plain.k) and np.array_equal(wide.v, 2 * plain.v)
+    assert np.array_equal(wide.k_offset, plain.k_offset)
+
+
 def test_any_order_gives_the_same_offsets() -> None:
     given = prompts(NAME, 40, 23, 17, 64)
     one, other = (jfp8kv.calibrate(load(NAME), order, k_offset=True) for order in (given, given[::-1]))
