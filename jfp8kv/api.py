@@ -170,7 +170,8 @@ def compare(
         them, and so do pairs `(label, KVScales)` among the others; pairs do for `kv_dtypes` that are no text, too.
       calibration: prompts to find such scales on, cut like `texts`; not those of `texts`, or the result flatters.
       window: cut texts into pieces of this many tokens, each a text of its own; None is `max_model_len`.
-      needle_lengths: tokens of the haystacks; None is 256 and 1024, as far as the model takes them, () leaves the task out.
+      needle_lengths: tokens of the haystacks, each run once for every depth; None is 256 and 1024, as far as the model takes
+        them, () leaves the task out.
       needle_depths: where the needle is, from 0, the beginning, to 1, the end.
       max_model_len: most tokens of a piece; None is what the model was trained for.
       progress: show a bar; None shows one on a terminal.

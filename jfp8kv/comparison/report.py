@@ -124,7 +124,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything by name, of types that JSON has: None stands for what is infinite or no number."""
-        return _plain(dataclasses.asdict(self))
+        return _plain(self)
 
     def plot(self) -> Any:
         """A matplotlib `Figure`: error by layer and head, magnitudes against what formats hold, quality against bytes, recall.
@@ -161,8 +161,10 @@ class Comparison:
 
 
 def _plain(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {name: _plain(value) for name, value in x.items()}
+    if dataclasses.is_dataclass(x):
+        fields = [field.name for field in dataclasses.fields(x)]
+        derived = [name for name, value in vars(type(x)).items() if isinstance(value, property)]
+        return {name: _plain(getattr(x, name)) for name in (*fields, *derived)}
     if isinstance(x, list | tuple):
         return [_plain(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x

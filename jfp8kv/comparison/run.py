@@ -7,7 +7,7 @@ two caches are alive, and what setting them against each other takes. Sums are k
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
@@ -42,7 +42,7 @@ def comparison(params: Params, texts: Any, plan: Plan, *, calibration: Any = Non
     lengths = lengths_for(plan.needle_lengths, most)
     cut = partial(pieces, params=params, max_model_len=most, window=window)
     prompts = _calibration_prompts(cut, asked, calibration)
-    whole = [piece for text in cut(_texts(texts), what="text") for piece in text]
+    whole = [piece for text in _at_least_one("texts", cut(stream(texts, what="texts")[0], what="text")) for piece in text]
     used = [piece for piece in whole if len(piece) > 1]
     if not used:
         raise ConfigError("texts hold no two tokens in a row: there is nothing to predict.")
@@ -92,13 +92,15 @@ def _calibration_prompts(cut: Any, asked: Sequence[Choice], calibration: Any) ->
         )
     if calibration is not None and not wanting:
         raise ConfigError("calibration was given and no choice uses it: add 'tensor', 'head' or 'channel' to kv_scales.")
-    return list(cut(stream(calibration)[0], what="calibration prompt")) if wanting else []
+    if not wanting:
+        return []
+    return _at_least_one("calibration", cut(stream(calibration, what="calibration")[0], what="calibration prompt"))
 
 
-def _texts(texts: Any) -> Any:
-    found, count = stream(texts, what="texts")
-    if count == 0:
-        raise ConfigError("texts is empty: give at least one.")
+def _at_least_one(name: str, prompts: Iterable[list[list[int]]]) -> list[list[list[int]]]:
+    found = list(prompts)
+    if not found:
+        raise ConfigError(f"{name} is empty: give at least one.")
     return found
 
 

@@ -69,7 +69,8 @@ def _part(shown: RenderableType) -> str:
 
 
 def _quality(found: Comparison, lines: box.Box | None) -> Table:
-    table = _table(lines, "KV cache", "bytes/token", "perplexity", "change", "KL (nats)", "top-1", "needle")
+    needle = ["needle"] if found.needle_lengths else []
+    table = _table(lines, "KV cache", "bytes/token", "perplexity", "change", "KL (nats)", "top-1", *needle)
     base = found.choices[0]
     for choice in found.choices:
         first = choice is base
@@ -80,7 +81,7 @@ def _quality(found: Comparison, lines: box.Box | None) -> Table:
             "" if first else f"{choice.perplexity_change:+.2%}",
             "0" if first else _with_error(choice.kl, choice.kl_stderr),
             "" if first else f"{choice.top1_agreement:.2%}",
-            "" if choice.mean_recall is None else f"{choice.mean_recall:.1%}",
+            *([] if choice.mean_recall is None else [f"{choice.mean_recall:.1%}"]),
         )
     return table
 

@@ -47,7 +47,7 @@ def report() -> jfp8kv.Comparison:
         load(NAME),
         texts(),
         kv_dtypes={"half": "bfloat16", "e4m3": "fp8_e4m3", "mix": MIX, "planned": by_layer()},
-        kv_scales=["unit", "token_head", "head"],
+        kv_scales=["unit", "head"],
         calibration=calibration(),
         window=WINDOW,
         needle_lengths=[LONGEST],
@@ -60,7 +60,7 @@ def report() -> jfp8kv.Comparison:
 CACHES = {
     "float32": lambda: ("float32", "unit"),
     "e4m3 head": lambda: ("fp8_e4m3", jfp8kv.calibrate(load(NAME), calibration(), window=WINDOW)),
-    "mix token_head": lambda: (MIX, "token_head"),
+    "mix unit": lambda: (MIX, "unit"),
     "planned": lambda: (by_layer(), "auto"),
 }
 
@@ -130,11 +130,10 @@ def test_recall_is_the_share_of_likeliest_tokens_after_the_cue(report, label):
 
 
 def test_every_cache_is_there_with_what_each_layer_keeps(report):
-    by_scales = ["unit", "token_head", "head"]
-    wanted = ["float32", "half", *(f"{name} {scales}" for name in ("e4m3", "mix") for scales in by_scales), "planned"]
+    wanted = ["float32", "half", *(f"{name} {scales}" for name in ("e4m3", "mix") for scales in ("unit", "head")), "planned"]
     assert [choice.label for choice in report.choices] == wanted
     assert (report.tokens, report.pieces, report.window) == (113, 3, WINDOW)
-    assert report["mix token_head"].layers == ("bfloat16", "fp8_e4m3 with token_head scales")
+    assert report["mix head"].layers == ("bfloat16", "fp8_e4m3")
     assert report["planned"].layers == ("fp8_e4m3", "fp8_e4m3 with token_head scales")
     with pytest.raises(KeyError, match="'mix unit'"):
         report["mixed"]
@@ -153,7 +152,6 @@ def test_what_is_kept_follows_from_what_is_stored(report):
 
 def test_limits_are_those_of_static_scales_without_an_offset(report):
     assert report["e4m3 unit"].k.limits == ((2.0**-9, 448.0),) * 2
-    assert report["e4m3 token_head"].v.limits == (None, None)
     assert report["planned"].k.limits == (None, None)
     lowest, largest = report["planned"].v.limits[0]
     assert largest == pytest.approx(448 * np.median(by_layer().scales.v[0])) and report["planned"].v.limits[1] is None
@@ -171,6 +169,7 @@ def test_a_report_is_json(report):
     assert [choice["label"] for choice in kept["choices"]] == [choice.label for choice in report.choices]
     assert kept["choices"][0]["k"]["snr_db"] == [None, None], "infinity is no JSON"
     assert kept["choices"][3]["kl"] == report.choices[3].kl
+    assert kept["choices"][3]["v"]["clipped_share"] == report.choices[3].v.clipped_share > 0, "what is derived is there, too"
 
 
 def test_tables_have_a_row_for_every_cache_and_every_layer(report):
@@ -181,7 +180,7 @@ def test_tables_have_a_row_for_every_cache_and_every_layer(report):
     (row,) = (line for line in lines if line.startswith("mix unit ") and "±" in line)
     assert f"{report['mix unit'].top1_agreement:.2%}" in row
     layers = report.by_layer()
-    assert layers.count("fp8_e4m3 with token_head scales") == 4 and layers.count("K SNR dB") == len(report.choices) - 1
+    assert layers.count("fp8_e4m3 with token_head scales") == 1 and layers.count("K SNR dB") == len(report.choices) - 1
     assert repr(report).startswith("Comparison(float32, half, ")
 
 
@@ -219,7 +218,7 @@ def compare(name: str = NAME, given=None, **asked) -> jfp8kv.Comparison:
 def test_one_piece_has_no_standard_error_and_no_needles_leave_no_table():
     found = compare()
     assert found["fp8_e4m3 unit"].kl_stderr is None and found["fp8_e4m3 unit"].mean_recall is None
-    assert "needle recall" not in str(found) and "±" not in str(found).split("KL is")[0]
+    assert "needle" not in str(found) and "±" not in str(found).split("KL is")[0]
     assert found.needle_depths == () and len(found.plot().axes) == 6
 
 
@@ -228,8 +227,8 @@ def test_windows_and_chunks_change_nothing_but_bytes(monkeypatch):
     name = "gemma3_new"
     params, ids = load(name), prompts(name, 60, 50)
     monkeypatch.setattr(run, "LOGITS_BYTES", 4 * params.config.vocab * 16)
-    found = compare(name, ids, max_model_len=128)["fp8_e4m3 unit"]
-    settings = {"kv_cache_dtype": "fp8_e4m3", "kv_scales": "unit", "max_model_len": 128, "max_num_seqs": 1}
+    found = compare(name, ids, max_model_len=256)["fp8_e4m3 unit"]
+    settings = {"kv_cache_dtype": "fp8_e4m3", "kv_scales": "unit", "max_model_len": 256, "max_num_seqs": 1}
     llm = jfp8kv.LLM(params, **settings)
     scores = np.concatenate([llm.score(text) for text in ids])
     assert found.nll == pytest.approx(-scores.astype(np.float64).mean(), rel=1e-4)
@@ -252,7 +251,9 @@ MISTAKES = {
     "an unknown format": ({"kv_dtypes": ["fp9"]}, ConfigError, "fp9"),
     "scales to calibrate on nothing": ({"kv_scales": "head"}, ConfigError, "fp8_e4m3 head: scales are to be calibrated"),
     "calibration for nothing": ({"calibration": [[1, 2]]}, ConfigError, "no choice uses it"),
-    "calibration that is none": ({"kv_scales": "head", "calibration": [[]]}, ConfigError, "calibration prompt 0 is empty"),
+    "calibration that is empty": ({"kv_scales": "head", "calibration": [[]]}, ConfigError, "calibration prompt 0 is empty"),
+    "calibration on none": ({"kv_scales": "head", "calibration": iter([])}, ConfigError, "calibration is empty"),
+    "calibration that is none": ({"kv_scales": "head", "calibration": 5}, ConfigError, "calibration of type int"),
     "an unknown keyword": ({"kv_scale": "unit"}, ConfigError, "Did you mean 'kv_scales'"),
 }
 
