@@ -4,18 +4,23 @@
 
 SmolLM2 gets a bias on its K projections: `--biases` is the size of the number, its sign random, on the pairs of channels that
 turn slowest with the position ("slow": there it stays constant), or on all ("all"). KL divergence, nats per token, is from the
-float32 cache of the same model. Without files the documentation of this repository is halved.
+float32 cache of the same model. "auto" is what an engine does without being told. Without files the documentation of this
+repository is halved.
 """
 
+import argparse
 import dataclasses
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 
 import jfp8kv
 from benchmarks._common import console, header, parser, smollm2, table, text_of
-from jfp8kv.planning.candidates import Candidates
+from jfp8kv.cache.plan import LayerPlan
+from jfp8kv.core.formats import kv_format
+from jfp8kv.engine.kv import setup
+from jfp8kv.planning.candidates import Candidates, full
 from jfp8kv.planning.run import Trial
 
 SLOW_PAIRS = 4  # of each head
@@ -26,15 +31,11 @@ def with_biases(params: jfp8kv.Params, size: float, where: str) -> jfp8kv.Params
     c, layers = params.config, dict(params.tree["layers"])
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (c.layers, c.kv_heads, 2, c.head_dim // 2))
     pairs = np.arange(c.head_dim // 2) >= c.head_dim // 2 - (SLOW_PAIRS if where == "slow" else c.head_dim)
-    biases = {"k": jnp.asarray((size * signs * pairs).reshape(c.layers, -1), params.dtype)}
-    for name in "qkv":
-        bias = biases.get(name, jnp.zeros(layers[name]["weight"].shape[:1] + (_width(c, name),), params.dtype))
-        layers[name] = layers[name] | {"bias": bias}
+    biases = {name: np.zeros(layers[name]["weight"].shape[:2]) for name in "qkv"}
+    biases["k"] = (size * signs * pairs).reshape(c.layers, -1)
+    for name, bias in biases.items():
+        layers[name] = layers[name] | {"bias": jnp.asarray(bias, params.dtype)}
     return jfp8kv.Params(params.tree | {"layers": layers}, dataclasses.replace(c, qkv_bias=True), params.tokenizer)
-
-
-def _width(config: jfp8kv.ModelConfig, name: str) -> int:
-    return (config.q_heads if name == "q" else config.kv_heads) * config.head_dim
 
 
 def windows(params: jfp8kv.Params, text: str, tokens: int, most: int) -> list[list[int]]:
@@ -42,41 +43,53 @@ def windows(params: jfp8kv.Params, text: str, tokens: int, most: int) -> list[li
     return [piece for i in range(0, len(ids), tokens) if len(piece := ids[i : i + tokens]) > 1][:most]
 
 
+def losses(params: jfp8kv.Params, kv_dtype: str, known: list[list[int]], measured: list[list[int]]) -> dict[str, float]:
+    """KL divergence by the name of what every layer keeps."""
+    longest, every = max(map(len, measured)), range(params.config.layers)
+    found = Candidates.of(params, [kv_dtype], known, longest=longest)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        auto = setup(params, kv_dtype, "auto", page_size=64, span=64, longest=longest)
+    for warning in said:
+        console.print(str(warning.message), style="dim")
+    plans = (*found.plans, LayerPlan(kv_dtype, "head", True), LayerPlan("bfloat16"))
+    scales = (*found.scales, full(auto.scales, params.config), full(None, params.config))
+    ways = {
+        f"{plan.scales}{' less offset' if plan.k_offset else ''}": [way] * len(every) for way, plan in enumerate(found.plans)
+    }
+    ways["auto"] = [plans.index(LayerPlan("bfloat16")) - (kind.fmt is kv_format(kv_dtype)) for kind in auto.kinds]
+    trial = Trial(params, Candidates(plans, scales), measured, progress=False)
+    return {name: trial.whole(way) for name, way in ways.items()}
+
+
+def arguments() -> argparse.Namespace:
+    asked = parser(__doc__)
+    asked.add_argument("--text", help="a text file to measure on")
+    asked.add_argument("--calibration", help="a text file to calibrate on")
+    asked.add_argument("--window", type=int, default=512, help="tokens of a piece")
+    asked.add_argument("--windows", type=int, default=4, help="pieces to measure on, and twice as many to calibrate on")
+    asked.add_argument("--biases", type=float, nargs="+", default=[0.0, 10.0, 50.0, 200.0, 800.0])
+    asked.add_argument("--where", nargs="+", choices=["slow", "all"], default=["slow"])
+    asked.add_argument("--kv-dtype", default="fp8_e4m3")
+    return asked.parse_args()
+
+
 def main() -> None:
-    arguments = parser(__doc__)
-    arguments.add_argument("--text", help="a text file to measure on")
-    arguments.add_argument("--calibration", help="a text file to calibrate on")
-    arguments.add_argument("--window", type=int, default=512, help="tokens of a piece")
-    arguments.add_argument("--windows", type=int, default=4, help="pieces to measure on, and twice as many to calibrate on")
-    arguments.add_argument("--biases", type=float, nargs="+", default=[0.0, 50.0, 200.0, 800.0])
-    arguments.add_argument("--where", nargs="+", choices=["slow", "all"], default=["slow"])
-    arguments.add_argument("--kv-dtype", default="fp8_e4m3")
-    given = arguments.parse_args()
+    given = arguments()
     header()
     plain = jfp8kv.load(given.model or smollm2(), dtype="float32")
-    if given.text and given.calibration:
-        text, known = text_of(given.text), text_of(given.calibration)
-    else:
-        both = text_of(None)
-        text, known = both[: len(both) // 2], both[len(both) // 2 :]
+    text, known = text_of(given.text), text_of(given.calibration)
+    if not (given.text and given.calibration):
+        text, known = text[: len(text) // 2], text[len(text) // 2 :]
     measured = windows(plain, text, given.window, given.windows)
     calibrated = windows(plain, known, given.window, 2 * given.windows)
-    counts = (sum(map(len, part)) for part in (measured, calibrated))
-    console.print("{} tokens measured, {} calibrated on".format(*counts))
+    console.print(f"{sum(map(len, measured))} tokens measured, {sum(map(len, calibrated))} calibrated on")
     rows = []
-    for where in given.where:
-        for size in given.biases:
-            params = with_biases(plain, size, where)
-            candidates = Candidates.of(params, [given.kv_dtype], calibrated, longest=given.window)
-            trial = Trial(params, candidates, measured, progress=False)
-            losses = [
-                trial.whole([way] * params.config.layers)
-                for way in track(range(len(candidates.plans)), f"{size:g} on {where} pairs", console=console, transient=True)
-            ]
-            rows.append([f"{size:g}, {where} pairs", *(f"{loss:.5f}" for loss in losses)])
-            console.print(*rows[-1])
-    names = [f"{way.scales}{' + offset' if way.k_offset else ''}" for way in candidates.plans]
-    table(f"KL from the float32 cache, nats per token, {given.kv_dtype}", ["K bias", *names], rows)
+    for where, size in ((where, size) for where in given.where for size in given.biases):
+        found = losses(with_biases(plain, size, where), given.kv_dtype, calibrated, measured)
+        rows.append([f"{size:g}, {where}", *(f"{loss:.5f}" for loss in found.values())])
+        console.print(*rows[-1])
+    table(f"KL from the float32 cache, nats per token, {given.kv_dtype}", ["K bias, pairs", *found], rows)
 
 
 if __name__ == "__main__":

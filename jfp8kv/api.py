@@ -95,6 +95,7 @@ def calibrate(
     window: int | None = None,
     max_model_len: int | None = None,
     k_offset: bool = False,
+    headroom: float = 1.0,
     progress: bool | None = None,
     **unknown: Any,
 ) -> KVScales:
@@ -116,6 +117,8 @@ def calibrate(
       k_offset: also find what is constant of the keys, channel by channel, and store keys without it; for models with large K
         biases (calibration/offsets.py). Goes with observer "amax" and over the data twice. The scales allow for positions up
         to `max_model_len`.
+      headroom: for observer "amax": the scales hold so many times the largest magnitude seen, at least 1. Other texts bring
+        larger values than the prompts did, and those are clipped; 2 takes no precision from a value that is not tiny.
       progress: show a bar; None shows one on a terminal, unless there are 8 prompts or fewer.
 
     What saw nothing but zeros gets scale 1. Raises `ConfigError`: no prompts, or one that is empty, too long or no prompt; an
@@ -132,6 +135,7 @@ def calibrate(
         window=window,
         max_model_len=max_model_len,
         k_offset=k_offset,
+        headroom=headroom,
     )
     keep_compiled_programs()
     return calibration(params, prompts, asked, progress=progress).scales

@@ -112,9 +112,9 @@ class Peaks:
         over = tuple(axis for axis in (2, 3) if units.shape[axis] == 1)
         return Peaks(np.max(self.amax, axis=over, keepdims=True, initial=0))
 
-    def scales(self, fmt: KVFormat) -> np.ndarray:
-        """`amax / largest`, float32, of the shape of `amax`."""
-        return to_scales(self.amax, fmt)
+    def scales(self, fmt: KVFormat, headroom: float = 1.0) -> np.ndarray:
+        """`headroom * amax / largest`, float32, of the shape of `amax`."""
+        return to_scales(np.asarray(self.amax, np.float64) * headroom, fmt)
 
 
 # -- means --------------------------------------------------------------------------------------------------------------

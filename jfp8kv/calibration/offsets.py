@@ -6,31 +6,28 @@ common: the biases of Qwen2 and Qwen2.5 reach hundreds, and a float that spends 
 for the rest.
 
 RoPE turns such a part with the position, and what is turned is not constant. Two things follow. The mean is taken of keys
-*before* they are rotated, and `c` is the mean of that vector over the positions of the longest text: pairs of channels that
-turn slowly keep nearly all of it, pairs that turn often none. And the scale must allow for what is left at positions that no
-prompt reached: the largest deviation from the *turning* mean that was seen, plus the farthest that the turning mean gets from
-`c`.
+*before* they are rotated, and `c` is what is constant of it afterwards (models/constant_keys.py). And the scale must allow for
+what is left at positions that no prompt reached: the largest deviation from the *turning* mean that was seen, plus the farthest
+that the turning mean gets from `c`.
 
 What is observed is a `View` of the keys: `BeforeRope` for the mean, `AroundMean` for the deviation.
 """
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jfp8kv.attention.contract import Layer
 from jfp8kv.attention.paged import KV
 from jfp8kv.calibration.observers import Block
 from jfp8kv.core.pytree import pytree
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.rope import AllAngles, angles, layer_angles, rotate, unrotate
+from jfp8kv.models.rope import AllAngles, layer_angles, rotate, unrotate
 
 Seen = Callable[[Layer, KV, KV], Block]
 EachChannel = Float[Array | np.ndarray, "layers kv_heads head_dim"]
-POSITIONS = 1024  # looked at together
 
 
 @pytree
@@ -69,33 +66,3 @@ class AroundMean:
 
 
 View = AsCached | BeforeRope | AroundMean
-
-
-def turned(config: ModelConfig, mean: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """What is constant of a mean that turns, over positions `0 .. tokens-1`, and how far it gets from that.
-
-    Args:
-      mean: of keys before RoPE, float32 `[layers, kv_heads, head_dim]`.
-
-    Returns: the offset and, for each channel, the largest distance from it; both as `mean`.
-    """
-    if not config.ropes:
-        return mean, np.zeros_like(mean)
-    starts = range(0, tokens, POSITIONS)
-    context = jnp.int32(tokens)
-
-    def part(layer: Layer, start: Int[Array, ""] | int) -> Float[Array, "tokens kv_heads head_dim"]:
-        """Positions past the last stand at the last."""
-        positions = jnp.minimum(start + jnp.arange(POSITIONS, dtype=jnp.int32), tokens - 1)
-        each = layer_angles(config, angles(config, positions, context), layer)
-        return rotate(jnp.broadcast_to(jnp.asarray(mean)[layer], (POSITIONS, *mean.shape[1:])), each)
-
-    total = jax.jit(lambda layer, start: jnp.sum(part(layer, start), axis=0))
-    farthest = jax.jit(lambda layer, start, c: jnp.max(jnp.abs(part(layer, start) - c), axis=0))
-    offset, swing = np.zeros_like(mean), np.zeros_like(mean)
-    for layer in range(config.layers):
-        sums = sum(np.asarray(total(layer, start), np.float64) for start in starts)
-        last = np.asarray(part(layer, tokens - 1)[0], np.float64) * (len(starts) * POSITIONS - tokens)
-        offset[layer] = (sums - last) / tokens
-        swing[layer] = np.max([farthest(layer, start, offset[layer]) for start in starts], axis=0)
-    return offset, swing

@@ -25,6 +25,7 @@ class Plan:
     window: int | None
     max_model_len: int | None
     k_offset: bool
+    headroom: float
 
     def most_tokens(self, config: ModelConfig) -> int:
         """Most tokens of one text. Raises `ConfigError` for more than the model takes."""
@@ -42,6 +43,7 @@ def plan(
     window: Any = None,
     max_model_len: Any = None,
     k_offset: Any = False,
+    headroom: Any = 1.0,
 ) -> Plan:
     """The arguments of `jfp8kv.calibrate`, each checked. Raises `ConfigError`."""
     if not _is_one_of(granularity, GRANULARITIES):
@@ -52,13 +54,17 @@ def plan(
         raise ConfigError(f"k_offset={k_offset!r}: must be True or False.")
     if k_offset and observer != "amax":
         raise ConfigError(f"k_offset=True goes with observer='amax', and this one is {observer!r}.")
+    if not _is_number(headroom) or not 1 <= headroom < math.inf:
+        raise ConfigError(f"headroom={headroom!r}: must be a number of at least 1, such as 2.")
+    if headroom != 1 and observer != "amax":
+        raise ConfigError(f"headroom={headroom!r}: goes with observer='amax', and this one is {observer!r}.")
     if percentile is not None and observer != "percentile":
         raise ConfigError(f"percentile={percentile!r}: belongs to observer='percentile', and this one is {observer!r}.")
     for name, value in (("window", window), ("max_model_len", max_model_len)):
         positive(name, value, 1)
     if window is not None and max_model_len is not None and window > max_model_len:
         raise ConfigError(f"window={window}: must be at most max_model_len={max_model_len}.")
-    return Plan(_fp8(kv_dtype), granularity, observer, _percent(percentile), window, max_model_len, k_offset)
+    return Plan(_fp8(kv_dtype), granularity, observer, _percent(percentile), window, max_model_len, k_offset, float(headroom))
 
 
 def _is_one_of(given: Any, allowed: tuple[str, ...]) -> bool:
@@ -75,10 +81,13 @@ def _fp8(kv_dtype: Any) -> KVFormat:
     return kv_format(kv_dtype)
 
 
+def _is_number(given: Any) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool)
+
+
 def _percent(percentile: Any) -> float:
     if percentile is None:
         return PERCENTILE
-    number = not isinstance(percentile, bool) and isinstance(percentile, int | float)
-    if not number or not math.isfinite(percentile) or not 0 < percentile <= 100:
+    if not _is_number(percentile) or not math.isfinite(percentile) or not 0 < percentile <= 100:
         raise ConfigError(f"percentile={percentile!r}: must be a number above 0 and up to 100, such as {PERCENTILE}.")
     return float(percentile)

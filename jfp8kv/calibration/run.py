@@ -23,7 +23,7 @@ from jfp8kv.cache.pages import KVPages, LayerScales, new_pages
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.calibration.data import Spool, pieces, stream
 from jfp8kv.calibration.observers import Errors, Histogram, Peaks, Real, Sums, Units
-from jfp8kv.calibration.offsets import AroundMean, AsCached, BeforeRope, Seen, View, turned
+from jfp8kv.calibration.offsets import AroundMean, AsCached, BeforeRope, Seen, View
 from jfp8kv.calibration.plan import Plan
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import FLOAT32
@@ -31,6 +31,7 @@ from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.buckets import Buckets, default_token_budget
 from jfp8kv.engine.step import Model, Weights
 from jfp8kv.models.config import ModelConfig
+from jfp8kv.models.constant_keys import turned
 from jfp8kv.models.decoder import bind
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
@@ -70,7 +71,7 @@ def calibration(params: Params, prompts: Any, plan: Plan, *, progress: bool | No
             again = _bar(spool.again(), watch.prompts, progress, "errors")
             chosen = watch.over(again, Errors.of(first, plan.fmt)).scales()
         else:
-            chosen = watch.over(_bar(todo, count, progress), Peaks.empty(units)).scales(plan.fmt)
+            chosen = watch.over(_bar(todo, count, progress), Peaks.empty(units)).scales(plan.fmt, plan.headroom)
     return Calibration(KVScales(chosen[:, 0], chosen[:, 1], kv_dtype=plan.fmt.name), watch.prompts, watch.tokens)
 
 
@@ -84,7 +85,7 @@ def _with_offsets(
     mean = sums.mean(watch.tokens)
     offset, swing = turned(c, mean, most)
     around = watch.over(bar(spool.again(), watch.prompts, what="largest values"), Peaks.empty(each), AroundMean(mean))
-    chosen = around.wider(swing).shared(watch.units).scales(plan.fmt)
+    chosen = around.wider(swing).shared(watch.units).scales(plan.fmt, plan.headroom)
     return KVScales(chosen[:, 0], chosen[:, 1], k_offset=offset, kv_dtype=plan.fmt.name)
 
 

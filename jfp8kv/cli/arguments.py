@@ -145,6 +145,7 @@ def _add_calibration(parser: _Parser) -> None:
     option("--observer", "NAME", "amax (default), percentile or mse", default="amax")
     option("--percentile", "X", "of magnitudes that need no clipping (default 99.99), for --observer percentile", float)
     parser.add_argument("--k-offset", action="store_true", help="store keys less a constant: for models with large K biases")
+    option("--headroom", "X", "times the largest value seen that scales hold (default 1), for amax", float, default=1.0)
     option("--window", "N", "cut prompts into pieces of N tokens; a text file is then one text, not a prompt a line", int)
     option("--field", "NAME", "of a record that holds the prompt (default: text, prompt or messages)")
     option("--max-model-len", "N", "most tokens of a prompt (default: the model's)", int)

@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         window=args.window,
         max_model_len=args.max_model_len,
         k_offset=args.k_offset,
+        headroom=args.headroom,
     )
     quiet_jax()
     params = load(args.model, dtype=args.dtype, strict=not args.lenient)

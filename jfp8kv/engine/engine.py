@@ -50,7 +50,8 @@ class Engine:
         self.buckets = Buckets(max_num_seqs, budget, DECODE_STEPS, fewest=2 if halves_on_cpu else 1)
 
         self.params = params
-        self.kv = setup(params, kv_dtype, kv_scales, page_size=page_size, span=self.buckets.span)
+        sizes = {"page_size": page_size, "span": self.buckets.span, "longest": self.max_model_len}
+        self.kv = setup(params, kv_dtype, kv_scales, **sizes)
         self.attention = dispatch.choose(attention)
         self.model = step.Model(config, params.dtype, self.attention.attend, self.kv.groups)
         weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree

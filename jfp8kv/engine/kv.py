@@ -19,6 +19,7 @@ from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, UNIT, KVScales, check_shape
 from jfp8kv.core.errors import ConfigError, one_of
 from jfp8kv.core.formats import KVFormat, kv_format
 from jfp8kv.engine.kv_dtype import layer_formats, plan_of
+from jfp8kv.engine.without_scales import without_scales
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
 
@@ -101,10 +102,11 @@ class KVSetup:
         return None if self.scales is None else LayerScales.of(self.scales, **sizes)
 
 
-def setup(params: Params, kv_dtype: Any, kv_scales: Any, *, page_size: Any, span: int) -> KVSetup:
+def setup(params: Params, kv_dtype: Any, kv_scales: Any, *, page_size: Any, span: int, longest: int | None = None) -> KVSetup:
     """Resolve `kv_dtype` and `kv_scales` for this model. Raises `ConfigError` or `CheckpointError` for what cannot be.
 
-    Of the weights only their type is looked at.
+    `longest` is the most tokens of a text, None what the model was trained for. The leaves of `params` may be shapes alone,
+    which do not say whether a model needs more than scale 1.
     """
     config = params.config
     if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
@@ -114,7 +116,10 @@ def setup(params: Params, kv_dtype: Any, kv_scales: Any, *, page_size: Any, span
         kinds, scales = _planned(plan, config, kv_scales)
     else:
         formats = layer_formats(kv_dtype, config, params.dtype.name)
-        dynamic, scales = _scales(params, formats, kv_scales)
+        if isinstance(kv_scales, str) and kv_scales == "auto" and params.kv_scales is None:
+            dynamic, (formats, scales) = False, without_scales(params, formats, longest or config.max_len)
+        else:
+            dynamic, scales = _scales(params, formats, kv_scales)
         kinds = tuple(LayerKind(fmt, dynamic and fmt.is_fp8) for fmt in formats)
     if scales is None and not all(kind.dynamic for kind in kinds):
         scales = KVScales.unit(config.layers)
@@ -135,7 +140,7 @@ def _scales(params: Params, formats: tuple[KVFormat, ...], given: Any) -> tuple[
     config, quantized = params.config, [fmt for fmt in formats if fmt.is_fp8]
     if isinstance(given, str) and given not in NAMED and os.path.sep not in given and not os.path.exists(given):
         raise one_of("kv_scales", given, (*NAMED, "a KVScales", "a path to one"))
-    if isinstance(given, str) and (given == UNIT or (given == "auto" and (params.kv_scales is None or not quantized))):
+    if isinstance(given, str) and (given == UNIT or (given == "auto" and not quantized)):
         return False, KVScales.unit(config.layers)
     if not quantized:
         raise ConfigError(

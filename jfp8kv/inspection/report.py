@@ -121,7 +121,7 @@ def report(
     params = found if isinstance(found, Params) else found.shapes()
     config, span = params.config, Buckets(1, default_token_budget(), DECODE_STEPS).span
     longest = context_length(config, max_model_len)
-    asked = setup(params, kv_dtype, kv_scales, page_size=page_size, span=span)
+    asked = setup(params, kv_dtype, kv_scales, page_size=page_size, span=span, longest=longest)
     lengths = sorted({*(length for length in LENGTHS if length < longest), longest})
     unread = isinstance(found, Described)
     return Inspection(

@@ -18,6 +18,8 @@ from jfp8kv.models.params import Params
 # Of an FP8 layer. Costlier ones last: of two that lose the same, the first is taken.
 WAYS = ((UNIT, False), ("head", False), ("channel", False), ("channel", True), (TOKEN_HEAD, False), (TOKEN_HEAD, True))
 
+HEADROOM = 2.0  # a few thousand tokens do not show the largest values there are
+
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
@@ -36,7 +38,7 @@ class Candidates:
             found = _calibrated(params, fmt.name, prompts, longest) if fmt.is_fp8 else {}
             for granularity, offset in ways:
                 plans.append(LayerPlan(fmt.name, granularity, offset))
-                scales.append(_full(found.get((granularity, offset)), params.config))
+                scales.append(full(found.get((granularity, offset)), params.config))
         return cls(tuple(plans), tuple(scales))
 
     def chosen(self, which: Sequence[int], losses: np.ndarray) -> tuple[tuple[LayerPlan, ...], KVScales]:
@@ -46,7 +48,7 @@ class Candidates:
 
     def mixed(self, which: Sequence[int | None]) -> KVScales:
         """Scales of layers that are kept in these ways; None is a layer that is not quantized."""
-        unit = _full(None, None, like=self.scales[0])
+        unit = full(None, None, like=self.scales[0])
         rows = [(unit if c is None else self.scales[c], layer) for layer, c in enumerate(which)]
         k, v, offset = (np.stack([getattr(each, name)[layer] for each, layer in rows]) for name in ("k", "v", "k_offset"))
         return KVScales(k, v, offset)
@@ -63,7 +65,9 @@ def _calibrated(params: Params, kv_dtype: str, prompts: Sequence[Any], longest: 
     """Scales by way; those per head are the largest of a head's channels."""
 
     def run(k_offset: bool) -> KVScales:
-        asked = calibration_plan(kv_dtype=kv_dtype, granularity="channel", k_offset=k_offset, max_model_len=longest)
+        asked = calibration_plan(
+            kv_dtype=kv_dtype, granularity="channel", k_offset=k_offset, headroom=HEADROOM, max_model_len=longest
+        )
         return calibration(params, prompts, asked, progress=False).scales
 
     plain, less = run(False), run(True)
@@ -72,7 +76,7 @@ def _calibrated(params: Params, kv_dtype: str, prompts: Sequence[Any], longest: 
     return {("head", False): head, ("channel", False): plain, ("channel", True): less, (TOKEN_HEAD, True): dynamic}
 
 
-def _full(scales: KVScales | None, config: ModelConfig | None, like: KVScales | None = None) -> KVScales:
+def full(scales: KVScales | None, config: ModelConfig | None, like: KVScales | None = None) -> KVScales:
     """Scales of every channel with an offset, 1 and 0 where there are none."""
     shape = like.k.shape if config is None else (config.layers, config.kv_heads, config.head_dim)
     k, v, offset = (1.0, 1.0, None) if scales is None else (scales.k, scales.v, scales.k_offset)

@@ -5,8 +5,8 @@ import pytest
 
 import jfp8kv
 from jfp8kv.cache.plan import KVPlan, LayerPlan
-from jfp8kv.calibration.offsets import turned
 from jfp8kv.core.errors import ConfigError
+from jfp8kv.models.constant_keys import turned
 from tests.calibration.test_calibrate import PROMPTS, captured, load, prompts
 from tests.models.test_decoder import rms
 
@@ -62,6 +62,13 @@ def test_positions_that_no_prompt_reached_are_within_the_scales() -> None:
     mean = turn(captured(NAME)[:, 0], np.concatenate([np.arange(n) for n in PROMPTS]), -1.0).mean(axis=1)
     far = turn(np.repeat(mean[:, None], longest, axis=1), np.arange(longest)) - scales.k_offset[:, None]
     assert np.all(np.abs(far).max(axis=1) <= scales.k * 448)
+
+
+def test_headroom_widens_the_scales_and_leaves_the_offset() -> None:
+    given = prompts(NAME, *PROMPTS)
+    plain, wide = (jfp8kv.calibrate(load(NAME), given, k_offset=True, headroom=headroom) for headroom in (1.0, 2.0))
+    assert np.array_equal(wide.k, 2 * plain.k) and np.array_equal(wide.v, 2 * plain.v)
+    assert np.array_equal(wide.k_offset, plain.k_offset)
 
 
 def test_any_order_gives_the_same_offsets() -> None:
