@@ -12,7 +12,11 @@ import jfp8kv
 from jfp8kv import ConfigError
 from jfp8kv.comparison import run
 from jfp8kv.comparison.needle import CUE_TOKENS, NEEDLE_TOKENS, needles
+from jfp8kv.engine.kv import setup
 from tests.calibration.test_calibrate import load, prompts
+from tests.engine.test_without_scales import with_bias
+
+pytestmark = pytest.mark.quick_compile
 
 NAME = "qwen2_bias"
 LONGEST, WINDOW, DEPTHS = 64, 40, (0.0, 1.0)
@@ -237,6 +241,18 @@ def test_windows_and_chunks_change_nothing_but_bytes(monkeypatch):
     assert max(params.config.windows) < 50, "or else no window slides"
 
 
+def test_scales_chosen_for_the_longest_text_are_those_of_an_engine_for_such_texts():
+    """A bias that turns with the position: over the 16 tokens of the text it is constant, over 64 it is not, and the layer that
+    has it keeps bfloat16."""
+    params = with_bias(40.0, pair=1)
+    sizes = {"max_model_len": 64, "progress": False, "needle_lengths": ()}
+    with pytest.warns(UserWarning, match="Keys of layers 1 have a bias"):
+        found = jfp8kv.compare(params, [[5, 6, 7, 8] * 4], kv_dtypes=["fp8_e4m3"], kv_scales="auto", **sizes)
+        kv = setup(params, "fp8_e4m3", "auto", page_size=64, span=64, longest=64)
+    assert found["fp8_e4m3 auto"].layers == tuple(map(str, kv.kinds)) == ("fp8_e4m3", "bfloat16")
+    assert found["fp8_e4m3 auto"].bytes_per_token == kv.bytes_per_token(64)
+
+
 MISTAKES = {
     "no text": ({"given": []}, ConfigError, "texts is empty"),
     "an empty text": ({"given": [[1, 2], []]}, ConfigError, "text 1 is empty"),
@@ -261,7 +277,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_refused_before_anything_runs(mistake, monkeypatch):
-    monkeypatch.setattr(run, "_sides", lambda *_: pytest.fail("an engine was made"))
+    monkeypatch.setattr(run, "_sides", lambda *_, **__: pytest.fail("an engine was made"))
     asked, error, said = MISTAKES[mistake]
     with pytest.raises(error, match=said):
         compare(**asked)
