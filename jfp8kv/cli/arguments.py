@@ -159,8 +159,8 @@ def _add_comparison(parser: _Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
     parser.add_argument("text", metavar="TEXT", help="a text file, or a .jsonl file with a text in each record")
     scales = (
-        "of the FP8 ones, by commas: auto (the checkpoint's, else 1), unit, token_head, checkpoint, files of KVScales, or tensor, "
-        "head, channel, found on --calibration (default auto,token_head)"
+        "of the FP8 ones, by commas: auto, unit, token_head, checkpoint, files of KVScales, or tensor, head, channel, found on "
+        "--calibration (default auto,token_head)"
     )
 
     def option(name: str, metavar: str, text: str, kind: type = str, **rest: Any) -> None:
