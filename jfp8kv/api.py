@@ -165,7 +165,7 @@ def compare(
       texts: as `prompts` of `generate`, or any iterable of such. Texts of one token predict nothing and count for nothing.
       kv_dtypes: formats, each as `kv_dtype` of `generate`: names, formats by layer, a `KVPlan` with its own scales. A dict
         `{label: kv_dtype}` names them. The float32 cache comes first whether named or not.
-      kv_scales: for each format that is FP8: "unit", "token_head", "auto", "checkpoint", a `KVScales` or a path to one; or
+      kv_scales: for each format that is FP8: "auto", "unit", "token_head", "checkpoint", a `KVScales` or a path to one; or
         "tensor", "head" or "channel": found on `calibration`, by amax, for the format at hand. A dict `{label: scales}` names
         them, and so do pairs `(label, KVScales)` among the others; pairs do for `kv_dtypes` that are no text, too.
       calibration: prompts to find such scales on, cut like `texts`; not those of `texts`, or the result flatters.

@@ -404,7 +404,14 @@ def test_a_warning_of_the_library_is_one_line(run, monkeypatch):
 
 def test_help_and_version_answer_without_jax():
     code = "import sys; from jfp8kv.cli import main; status = main({!r}); sys.exit(3 if 'jax' in sys.modules else status)"
-    for argv in (["--help"], ["generate", "--help"], ["chat", "--help"], ["inspect", "--help"], ["--version"]):
+    for argv in (
+        ["--help"],
+        ["generate", "--help"],
+        ["chat", "--help"],
+        ["inspect", "--help"],
+        ["compare", "--help"],
+        ["--version"],
+    ):
         done = subprocess.run(
             [sys.executable, "-c", code.format(argv)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
         )

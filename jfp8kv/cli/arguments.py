@@ -164,8 +164,8 @@ def _add_comparison(parser: _Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
     parser.add_argument("text", metavar="TEXT", help="a text file, or a .jsonl file with a text in each record")
     scales = (
-        "of the FP8 ones, by commas: unit, token_head, checkpoint, auto, files of KVScales, or tensor, head, channel, found on "
-        "--calibration (default unit,token_head)"
+        "of the FP8 ones, by commas: auto, unit, token_head, checkpoint, files of KVScales, or tensor, head, channel, found on "
+        "--calibration (default auto,token_head)"
     )
 
     def option(name: str, metavar: str, text: str, kind: type = str, **rest: Any) -> None:
@@ -173,7 +173,7 @@ def _add_comparison(parser: _Parser) -> None:
 
     dtypes = "bfloat16,fp8_e4m3,fp8_e5m2"
     option("--kv-dtypes", "LIST", f"formats to compare, or files of KVPlans, by commas (default {dtypes})", default=dtypes)
-    option("--kv-scales", "LIST", scales, default="unit,token_head")
+    option("--kv-scales", "LIST", scales, default="auto,token_head")
     option("--calibration", "FILE", "texts to calibrate scales on, as TEXT; not the same ones")
     option("--window", "N", "cut texts into pieces of N tokens (default: the most that the model takes)", int)
     option(

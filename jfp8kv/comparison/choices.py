@@ -1,7 +1,8 @@
 """The caches to compare: every format with every kind of scales, each named, all checked before anything runs."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,42 +42,40 @@ def _to_calibrate(kv_scales: Any) -> bool:
     return isinstance(kv_scales, str) and kv_scales in GRANULARITIES
 
 
-def choices(params: Params, kv_dtypes: Entries, kv_scales: Entries) -> list[Choice]:
+def choices(params: Params, kv_dtypes: Entries, kv_scales: Entries, *, longest: int | None = None) -> list[Choice]:
     """The float32 cache, then each of `kv_dtypes` with each of `kv_scales`; what is not FP8 comes once, and so do plans, which
     bring their own scales; float32 never again.
 
-    Raises `ConfigError` or `CheckpointError` for what an engine would not take.
+    Raises `ConfigError` or `CheckpointError` for what an engine for texts of up to `longest` tokens would not take.
     """
+    check = partial(setup, params, page_size=64, span=1, longest=longest)
     found = [Choice(BASE, BASE, UNIT, BASE, "")]
     for label, kv_dtype in kv_dtypes:
-        found += _of_dtype(params, label, kv_dtype, kv_scales)
+        found += _of_dtype(params, label, kv_dtype, kv_scales, check)
     return _told_apart(found)
 
 
-def _of_dtype(params: Params, label: str | None, kv_dtype: Any, scales: Entries) -> Iterator[Choice]:
-    """The caches of one format, or of one mixture of formats."""
+def _of_dtype(
+    params: Params, label: str | None, kv_dtype: Any, scales: Entries, check: Callable[..., KVSetup]
+) -> Iterator[Choice]:
+    """The caches of one format, or of one mixture of formats; `check` is what an engine makes of both, or raises."""
     plan = plan_of(kv_dtype)
     if plan is not None:
-        _check(params, plan, "auto")
+        check(plan, "auto")
         label = label or ("plan" if isinstance(kv_dtype, KVPlan) else Path(kv_dtype).name)
         yield Choice(label, plan, "auto", label, PLANNED)
         return
     formats = layer_formats(kv_dtype, params.config, params.dtype.name)
-    label = label or _short(_check(params, kv_dtype, UNIT).name)
+    label = label or _short(check(kv_dtype, UNIT).name)
     if not any(fmt.is_fp8 for fmt in formats):
         if not all(fmt is FLOAT32 for fmt in formats):
             yield Choice(label, kv_dtype, UNIT, label, "")
         return
     for scales_label, each in scales:
         if not _to_calibrate(each):
-            _check(params, kv_dtype, each)
+            check(kv_dtype, each)
         scales_label = scales_label or _scales_label(each)
         yield Choice(f"{label} {scales_label}", kv_dtype, each, label, scales_label)
-
-
-def _check(params: Params, kv_dtype: Any, kv_scales: Any) -> KVSetup:
-    """What an engine makes of these, or the error it raises."""
-    return setup(params, kv_dtype, kv_scales, page_size=64, span=1)
 
 
 def with_calibrated(params: Params, asked: Sequence[Choice], prompts: Iterable[list[list[int]]]) -> list[Choice]:

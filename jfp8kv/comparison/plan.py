@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jfp8kv.cache.plan import KVPlan
-from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, UNIT, KVScales
+from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, KVScales
 from jfp8kv.calibration.observers import GRANULARITIES
 from jfp8kv.calibration.plan import plan as calibration_plan
 from jfp8kv.comparison.needle import DEPTHS, depths_for, lengths_for
 from jfp8kv.core.errors import ConfigError, one_of
 from jfp8kv.core.formats import KV_DTYPES
 
-USUAL_DTYPES, USUAL_SCALES = ("bfloat16", "fp8_e4m3", "fp8_e5m2"), (UNIT, TOKEN_HEAD)
+USUAL_DTYPES, USUAL_SCALES = ("bfloat16", "fp8_e4m3", "fp8_e5m2"), ("auto", TOKEN_HEAD)
 NAMED_SCALES = (*NAMED, *GRANULARITIES)
 _KEYS_BY_LAYER = {"default", "skip", "skip_dtype"}  # a mapping with one of these is a `kv_dtype`, not labels
 

@@ -6,7 +6,6 @@ two caches are alive, and what setting them against each other takes. Sums are k
 """
 
 import dataclasses
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
@@ -26,11 +25,12 @@ from jfp8kv.comparison.summary import magnitudes_of, summary
 from jfp8kv.comparison.totals import Totals
 from jfp8kv.comparison.watch import Seen, watched
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.engine.buckets import default_token_budget
+from jfp8kv.engine.buckets import DECODE_STEPS, Buckets, default_token_budget
 from jfp8kv.engine.engine import Engine
-from jfp8kv.engine.kv import context_length
+from jfp8kv.engine.kv import context_length, setup
 from jfp8kv.models.params import Params
 
+PAGE_SIZE = 64
 LOGITS_BYTES = 2**28  # of one chunk's logits, at most
 
 
@@ -38,7 +38,7 @@ def comparison(params: Params, texts: Any, plan: Plan, *, calibration: Any = Non
     """Compare caches; see `jfp8kv.compare`. All is checked, and scales are calibrated, before the first text is run."""
     most = context_length(params.config, plan.max_model_len)
     window = most if plan.window is None else context_length(params.config, plan.window)
-    asked = choices(params, plan.kv_dtypes, plan.kv_scales)
+    asked = choices(params, plan.kv_dtypes, plan.kv_scales, longest=most)
     lengths = lengths_for(plan.needle_lengths, most)
     cut = partial(pieces, params=params, max_model_len=most, window=window)
     prompts = _calibration_prompts(cut, asked, calibration)
@@ -48,7 +48,8 @@ def comparison(params: Params, texts: Any, plan: Plan, *, calibration: Any = Non
         raise ConfigError("texts hold no two tokens in a row: there is nothing to predict.")
     hidden = needles(np.concatenate([np.asarray(piece, np.int32) for piece in whole]), lengths, plan.needle_depths)
     asked = with_calibrated(params, asked, prompts)
-    sides = _sides(params, asked, max(map(len, [*used, *(needle.ids for needle in hidden)])))
+    longest = max(map(len, [*used, *(needle.ids for needle in hidden)]))
+    sides = _sides(params, asked, longest=longest, most=most)
     with _bar((len(used) + len(hidden)) * len(sides), progress) as bar:
         for piece in used:
             _over_text(sides, piece)
@@ -104,19 +105,16 @@ def _at_least_one(name: str, prompts: Iterable[list[list[int]]]) -> list[list[li
     return found
 
 
-def _sides(params: Params, asked: Sequence[Choice], longest: int) -> list[Side]:
+def _sides(params: Params, asked: Sequence[Choice], *, longest: int, most: int) -> list[Side]:
+    """Engines that serve texts of up to `most` tokens, which some choose scales by, with room for one of `longest`."""
     budget = min(default_token_budget(), max(16, LOGITS_BYTES // (4 * params.config.vocab)), longest)
+    span = Buckets(1, budget, DECODE_STEPS).span
     sides: list[Side] = []
     for choice in asked:
-        engine = Engine(
-            params,
-            kv_dtype=choice.kv_dtype,
-            kv_scales=choice.kv_scales,
-            max_model_len=longest,
-            kv_cache_memory=sys.maxsize,  # which stands for what the longest text takes
-            max_num_seqs=1,
-            max_num_batched_tokens=budget,
-        )
+        cache = {"kv_dtype": choice.kv_dtype, "kv_scales": choice.kv_scales, "page_size": PAGE_SIZE}
+        room = setup(params, **cache, span=span, longest=most).text_bytes(longest)
+        sizes = {"max_model_len": most, "kv_cache_memory": room, "max_num_seqs": 1, "max_num_batched_tokens": budget}
+        engine = Engine(params, **cache, **sizes)
         if sides:
             engine.programs.weights = sides[0].engine.programs.weights
         sides.append(Side(choice, engine, Totals(), base=not sides))

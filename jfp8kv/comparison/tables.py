@@ -78,12 +78,18 @@ def _quality(found: Comparison, lines: box.Box | None) -> Table:
             choice.label,
             f"{choice.bytes_per_token:,.0f}",
             f"{choice.perplexity:.3f}",
-            "" if first else f"{choice.perplexity_change:+.2%}",
+            "" if first else _change(choice),
             "0" if first else _with_error(choice.kl, choice.kl_stderr),
             "" if first else f"{choice.top1_agreement:.2%}",
             *([] if choice.mean_recall is None else [f"{choice.mean_recall:.1%}"]),
         )
     return table
+
+
+def _change(choice: CacheQuality) -> str:
+    """`+1.02% ± 0.31%` of perplexity; to first order its error is that of the mean log-probability."""
+    error = choice.nll_change_stderr
+    return f"{choice.perplexity_change:+.2%}" + ("" if error is None else f" ± {(1 + choice.perplexity_change) * error:.2%}")
 
 
 def _with_error(value: float, error: float | None) -> str:
@@ -96,12 +102,10 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def _notes(found: Comparison) -> Iterator[Text]:
+    error = "± is a standard error over pieces." if found.pieces > 1 else "One piece alone gives no standard error."
     yield Text(
-        "KL is from the float32 cache's predictions to this one's, by token, ± a standard error over pieces; top-1: the share "
+        f"change: of perplexity. KL is from the float32 cache's predictions to this one's, by token. {error} top-1: the share "
         "of tokens after which both have the same likeliest one."
-        if found.pieces > 1
-        else "KL is from the float32 cache's predictions to this one's, by token; one piece alone gives no standard error. "
-        "top-1: the share of tokens after which both have the same likeliest one."
     )
     if found.needle_lengths:
         yield Text("needle: the share of a hidden sequence that is recalled, over lengths and depths (0 is the beginning).")
@@ -111,7 +115,7 @@ def _notes(found: Comparison) -> Iterator[Text]:
 
 
 def _kept(found: Comparison, lines: box.Box | None) -> Table:
-    snr = ("K SNR dB", "least, in layer", "V SNR dB", "least, in layer")
+    snr = ("K SNR dB", "least (layer)", "V SNR dB", "least (layer)")
     table = _table(lines, "KV cache", *snr, "K, V clipped", "K, V flushed")
     for choice in found.choices[1:]:
         table.add_row(choice.label, *_snr(choice.k), *_snr(choice.v), _shares(choice, "clipped"), _shares(choice, "flushed"))
@@ -121,7 +125,7 @@ def _kept(found: Comparison, lines: box.Box | None) -> Table:
 def _snr(kept: Kept) -> tuple[str, str]:
     least = kept.snr_db[kept.worst_layer]
     exact = math.isinf(least)
-    return _decibels(kept.mean_snr_db), "" if exact else f"{_decibels(least)}, {kept.worst_layer}"
+    return _decibels(kept.mean_snr_db), "" if exact else f"{_decibels(least)} ({kept.worst_layer})"
 
 
 def _shares(choice: CacheQuality, name: str) -> str:

@@ -12,6 +12,8 @@ from jfp8kv.comparison.plan import plan
 from jfp8kv.core.formats import kv_format
 from tests.calibration.test_calibrate import load, prompts
 
+pytestmark = pytest.mark.quick_compile
+
 NAME = "qwen2_bias"
 MIX = {"default": "fp8_e4m3", "skip": [0]}
 LAYERS = 2
