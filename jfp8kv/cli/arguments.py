@@ -117,6 +117,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     compare = commands.add_parser("compare", help="what caches cost in quality", description=about, allow_abbrev=False)
     _add_comparison(compare)
 
+    about = "Choose the format and scales of each layer's cache by what they lose, and write a plan that --kv-dtype takes."
+    plan = commands.add_parser("plan", help="choose a cache layer by layer", description=about, allow_abbrev=False)
+    _add_plan(plan)
+
     about = "Write a model as a Hugging Face folder, with its scales for an FP8 cache where vLLM and others look for them."
     export = commands.add_parser("export", help="write a Hugging Face folder", description=about, allow_abbrev=False)
     _add_export(export)
@@ -126,6 +130,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "inspect": inspect,
         "calibrate": calibrate,
         "compare": compare,
+        "plan": plan,
         "export": export,
     }
     return parser, made
@@ -178,10 +183,31 @@ def _add_comparison(parser: _Parser) -> None:
     option("--field", "NAME", "of a record that holds the text (default: text, prompt or messages)")
     option("--max-model-len", "N", "most tokens of a piece (default: the model's)", int)
     option("--dtype", "DTYPE", "of the weights: bfloat16, float16 or float32 (default: the file's)")
+    _add_lenient(parser)
     option("--plot", "FILE", "draw it, too: a .png, .pdf or .svg file")
     parser.add_argument("--by-layer", action="store_true", help="print what is kept layer by layer, too")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     parser.add_argument("--quiet", action="store_true", help="print the result alone: no progress, no remarks")
+
+
+def _add_plan(parser: _Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
+    parser.add_argument("text", metavar="TEXT", help="a text file, or a .jsonl file with a text in each record")
+
+    def option(name: str, metavar: str, text: str, kind: type = str, **rest: Any) -> None:
+        parser.add_argument(name, metavar=metavar, type=kind, help=text, **rest)
+
+    option("--out", "FILE", "where the plan goes (safetensors)", required=True)
+    option("--budget", "BYTES", "the least loss within so many bytes per token: 2048, 2KiB, or 60%% of what bfloat16 takes")
+    option("--max-loss", "X", "or the fewest bytes within so many nats of KL divergence per token, such as 0.01", float)
+    option("--kv-dtypes", "LIST", "formats to choose from (default bfloat16,fp8_e4m3)", default="bfloat16,fp8_e4m3")
+    option("--window", "N", "cut texts into pieces of N tokens (default 512)", int)
+    option("--field", "NAME", "of a record that holds the text (default: text, prompt or messages)")
+    option("--max-model-len", "N", "tokens of the longest text that is meant (default: the model's)", int)
+    option("--dtype", "DTYPE", "of the weights: bfloat16, float16 or float32 (default: the file's)")
+    _add_lenient(parser)
+    parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="print the plan alone: no progress, no remarks")
 
 
 def _add_export(parser: _Parser) -> None:
@@ -192,6 +218,7 @@ def _add_export(parser: _Parser) -> None:
     layout = "of the scales: compressed-tensors (default), as LLM Compressor writes and vLLM reads them"
     parser.add_argument("--layout", default="compressed-tensors", metavar="NAME", help=layout)
     parser.add_argument("--dtype", metavar="DTYPE", help="of the weights: bfloat16, float16 or float32 (default: the file's)")
+    _add_lenient(parser)
     parser.add_argument("--quiet", action="store_true", help="no remarks on what was written")
 
 
@@ -200,12 +227,12 @@ def _add_model(parser: _Parser) -> argparse._ArgumentGroup:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
     group = parser.add_argument_group("model and cache")
     kv_dtype = (
-        "of the KV cache: fp8_e4m3 (or fp8), fp8_e5m2, bfloat16, float16, float32, or auto (default): the checkpoint's "
-        "FP8 if it declares one, else the type of the weights"
+        "of the KV cache: fp8_e4m3 (or fp8), fp8_e5m2, bfloat16, float16, float32, a file of a KVPlan, or auto (default): "
+        "the checkpoint's FP8 if it declares one, else the type of the weights"
     )
     kv_scales = (
         "of an FP8 cache: checkpoint, unit, token_head (dynamic), a file of KVScales, or auto (default): the checkpoint's, "
-        "else unit"
+        "else unit, less large K biases"
     )
     limit = "most tokens of prompt and output (default: the model's)"
     group.add_argument("--kv-dtype", default="auto", metavar="DTYPE", help=kv_dtype)

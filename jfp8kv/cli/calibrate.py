@@ -2,15 +2,13 @@
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jfp8kv.cli.arguments import quiet_jax
-from jfp8kv.cli.data import check, check_field, texts
+from jfp8kv.cli.data import check, check_field, check_out, texts
 from jfp8kv.cli.output import say
-from jfp8kv.core.errors import ConfigError
 
 if TYPE_CHECKING:
     import jfp8kv.api
@@ -20,8 +18,7 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate, write the scales and say what they are; the exit status."""
     data, out = Path(args.data), Path(args.out)
     check_field(args.field, data)
-    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise ConfigError(f"--out {args.out}: no file can be written there; give one in a folder that exists.")
+    check_out(out, args.out)
     check(data, "DATA", args.data)
     from jfp8kv.api import calibration, calibration_plan, load
 

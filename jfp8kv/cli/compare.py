@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     comparison_plan(**asked)  # a mistake is said before the model is loaded
     quiet_jax()
-    params = load(args.model, dtype=args.dtype)
+    params = load(args.model, dtype=args.dtype, strict=not args.lenient)
     began = time.perf_counter()
     report = compare(
         params,

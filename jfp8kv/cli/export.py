@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
         raise one_of("--layout", args.layout, EXPORT_LAYOUTS)
     scales = None if args.kv_scales is None else KVScales.load(args.kv_scales)
     quiet_jax()
-    params = load(args.model, dtype=args.dtype)
+    params = load(args.model, dtype=args.dtype, strict=not args.lenient)
     export(params, folder, kv_scales=scales, layout=args.layout)
     if not args.quiet:
         say(f"wrote {args.folder}: {_held(folder, params, params.kv_scales if scales is None else scales)}")
