@@ -17,10 +17,10 @@ from jfp8kv.core.ranges import runs
 from jfp8kv.models.constant_keys import KeysInWeights, turned
 from jfp8kv.models.params import Params
 
-# All in times what keys vary by (note 013).
-LARGE = 3.0  # a constant part, from which on it is kept out of the cache
-TURNING = 8.0  # what is left of it somewhere in the longest text, beyond which the layer is not quantized
-FARTHEST = 16.0  # a key from its constant part, which the scale makes room for
+# All in times what keys vary by: of a head as a whole, since errors in its channels add up in the scores (note 013).
+LARGE = 1.0  # a constant part that doubles what FP8 loses: kept out of the cache
+TURNING = 3.0  # what is left of it somewhere in the longest text, ten times the loss: the layer is not quantized
+FARTHEST = 16.0  # a key from its constant part, by channel, which the scale makes room for
 
 
 def without_scales(params: Params, formats: tuple[KVFormat, ...], longest: int) -> tuple[tuple[KVFormat, ...], KVScales]:
@@ -32,11 +32,11 @@ def without_scales(params: Params, formats: tuple[KVFormat, ...], longest: int) 
     keys = KeysInWeights.of(params.tree, params.config) if any(fmt.is_fp8 for fmt in formats) else None
     if keys is None:
         return formats, unit
-    large = _any(np.abs(keys.constant) > LARGE * keys.spread) & np.array([fmt.is_fp8 for fmt in formats])
+    large = _exceeds(keys.constant, LARGE, keys) & np.array([fmt.is_fp8 for fmt in formats])
     if not large.any():
         return formats, unit
     offset, swing = turned(params.config, np.where(large[:, None, None], keys.constant, 0), longest)
-    lost = _any(swing > TURNING * keys.spread) & large
+    lost = _exceeds(swing, TURNING, keys) & large
     if lost.any():
         _warn(np.flatnonzero(lost).tolist())
         formats = tuple(BFLOAT16 if gone else fmt for fmt, gone in zip(formats, lost, strict=True))
@@ -49,9 +49,9 @@ def without_scales(params: Params, formats: tuple[KVFormat, ...], longest: int) 
     return formats, KVScales(scale, unit.v, np.where(kept, offset, 0))
 
 
-def _any(mask: np.ndarray) -> np.ndarray:
-    """By layer."""
-    return mask.any(axis=(1, 2))
+def _exceeds(part: np.ndarray, times: float, keys: KeysInWeights) -> np.ndarray:
+    """The layers with a head where `part` is larger than so many times what keys vary by."""
+    return (np.linalg.norm(part, axis=2) > times * np.linalg.norm(keys.spread, axis=2)).any(axis=1)
 
 
 def _warn(layers: list[int]) -> None:
