@@ -409,7 +409,10 @@ def test_help_and_version_answer_without_jax():
         ["generate", "--help"],
         ["chat", "--help"],
         ["inspect", "--help"],
+        ["calibrate", "--help"],
         ["compare", "--help"],
+        ["plan", "--help"],
+        ["export", "--help"],
         ["--version"],
     ):
         done = subprocess.run(

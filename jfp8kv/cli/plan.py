@@ -9,7 +9,6 @@ from jfp8kv.cli.arguments import quiet_jax
 from jfp8kv.cli.data import check, check_field, check_out, texts
 from jfp8kv.cli.output import say
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.core.formats import kv_format
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,9 +19,10 @@ def run(args: argparse.Namespace) -> int:
     check(data, "TEXT", args.text)
     if (args.budget is None) == (args.max_loss is None):
         raise ConfigError("give either --budget (bytes per token) or --max-loss (nats of KL divergence per token).")
-    names = [kv_format(name.strip()).name for name in args.kv_dtypes.split(",")]
     from jfp8kv.api import load, plan_kv
+    from jfp8kv.core.formats import kv_format
 
+    names = [kv_format(name.strip()).name for name in args.kv_dtypes.split(",")]
     quiet_jax()
     params = load(args.model, dtype=args.dtype, strict=not args.lenient)
     began = time.perf_counter()
