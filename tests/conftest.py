@@ -76,3 +76,17 @@ def smollm2_path() -> Path:
             pytrace=False,
         )
     return found
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process; its exit status, stdout and stderr."""
+
+    from jfp8kv.cli import main
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(arg) for arg in argv])
+        return (status, *capsys.readouterr())
+
+    return run

@@ -16,25 +16,12 @@ from pathlib import Path
 import pytest
 
 import jfp8kv
-from jfp8kv.cli import main
 from jfp8kv.engine import engine
 from tests.checkpoint.conftest import write_sidecar
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests" / "references" / "llama_bf16"
 ASK = ("--prompt", "the end", "--temperature", "0", "--max-tokens", "12")
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process; its exit status, stdout and stderr."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(arg) for arg in argv])
-        return (status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -20,6 +20,10 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`.")
 
+    def option(self, name: str, metavar: str, text: str, kind: type = str, **rest: Any) -> None:
+        """One that takes a value."""
+        self.add_argument(name, metavar=metavar, type=kind, help=text, **rest)
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, checked as far as that goes without a model.
@@ -141,9 +145,7 @@ def _add_calibration(parser: _Parser) -> None:
     data = "a text file with a prompt on each line, or a .jsonl file with a prompt in each record"
     parser.add_argument("data", metavar="DATA", help=data)
 
-    def option(name: str, metavar: str, text: str, kind: type = str, **rest: Any) -> None:
-        parser.add_argument(name, metavar=metavar, type=kind, help=text, **rest)
-
+    option = parser.option
     option("--out", "FILE", "where the scales go (safetensors)", required=True)
     option("--kv-dtype", "DTYPE", "fp8_e4m3 (or fp8, default) or fp8_e5m2", default="fp8_e4m3")
     option("--granularity", "WHAT", "what shares a scale: tensor, head (default) or channel", default="head")
@@ -168,9 +170,7 @@ def _add_comparison(parser: _Parser) -> None:
         "--calibration (default auto,token_head)"
     )
 
-    def option(name: str, metavar: str, text: str, kind: type = str, **rest: Any) -> None:
-        parser.add_argument(name, metavar=metavar, type=kind, help=text, **rest)
-
+    option = parser.option
     dtypes = "bfloat16,fp8_e4m3,fp8_e5m2"
     option("--kv-dtypes", "LIST", f"formats to compare, or files of KVPlans, by commas (default {dtypes})", default=dtypes)
     option("--kv-scales", "LIST", scales, default="auto,token_head")
@@ -194,9 +194,7 @@ def _add_plan(parser: _Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
     parser.add_argument("text", metavar="TEXT", help="a text file, or a .jsonl file with a text in each record")
 
-    def option(name: str, metavar: str, text: str, kind: type = str, **rest: Any) -> None:
-        parser.add_argument(name, metavar=metavar, type=kind, help=text, **rest)
-
+    option = parser.option
     option("--out", "FILE", "where the plan goes (safetensors)", required=True)
     option("--budget", "BYTES", "the least loss within so many bytes per token: 2048, 2KiB, or 60%% of what bfloat16 takes")
     option("--max-loss", "X", "or the fewest bytes within so many nats of KL divergence per token, such as 0.01", float)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jfp8kv.cli.arguments import quiet_jax
-from jfp8kv.cli.data import check, check_field, check_out, texts
+from jfp8kv.cli.data import check, check_field, check_writable, texts
 from jfp8kv.cli.output import say
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate, write the scales and say what they are; the exit status."""
     data, out = Path(args.data), Path(args.out)
     check_field(args.field, data)
-    check_out(out, args.out)
+    check_writable(out, "--out", args.out)
     check(data, "DATA", args.data)
     from jfp8kv.api import calibration, calibration_plan, load
 

@@ -3,14 +3,13 @@
 import argparse
 import importlib.util
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jfp8kv.cli.arguments import quiet_jax
-from jfp8kv.cli.data import check, check_field, texts
+from jfp8kv.cli.data import check, check_field, check_writable, texts
 from jfp8kv.cli.output import say
 from jfp8kv.core.errors import ConfigError, NotSupported, one_of
 
@@ -106,7 +105,6 @@ def _check_picture(given: str) -> None:
     path = Path(given)
     if path.suffix.lower() not in PICTURES:
         raise one_of("--plot", path.suffix, PICTURES)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--plot {given}: no file can be written there; give one in a folder that exists.")
+    check_writable(path, "--plot", given)
     if importlib.util.find_spec("matplotlib") is None:
         raise NotSupported("--plot needs matplotlib, which is not installed: pip install 'jfp8kv[notebooks]'.")

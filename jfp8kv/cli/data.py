@@ -17,10 +17,11 @@ def check(path: Path, name: str, given: str) -> None:
         raise ConfigError(f"{given}: no such file. {name} is a text file or a .jsonl file.")
 
 
-def check_out(path: Path, given: str) -> None:
-    """Raise `ConfigError` unless a file can be written at `path`, given as `given` for --out: sooner than after the work."""
+def check_writable(path: Path, name: str, given: str) -> None:
+    """Raise `ConfigError` unless a file can be written at `path`, given as `given` for argument `name`: sooner than after the
+    work."""
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--out {given}: no file can be written there; give one in a folder that exists.")
+        raise ConfigError(f"{name} {given}: no file can be written there; give one in a folder that exists.")
 
 
 def check_field(field: str | None, *paths: Path) -> None:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from jfp8kv.cli.arguments import quiet_jax
-from jfp8kv.cli.data import check, check_field, check_out, texts
+from jfp8kv.cli.data import check, check_field, check_writable, texts
 from jfp8kv.cli.output import say
 from jfp8kv.core.errors import ConfigError
 
@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, choose, write the plan and print it; the exit status."""
     data, out = Path(args.text), Path(args.out)
     check_field(args.field, data)
-    check_out(out, args.out)
+    check_writable(out, "--out", args.out)
     check(data, "TEXT", args.text)
     if (args.budget is None) == (args.max_loss is None):
         raise ConfigError("give either --budget (bytes per token) or --max-loss (nats of KL divergence per token).")

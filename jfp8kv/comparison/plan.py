@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -47,7 +46,7 @@ def plan(
     _check_names("kv_dtype", dtypes, (*KV_DTYPES, "a path to a KVPlan"))
     _check_names("kv_scales", scales, (*NAMED_SCALES, "a KVScales", "a path to one"))
     calibration_plan(window=window, max_model_len=max_model_len)  # raises for what is no number of tokens
-    lengths = None if needle_lengths is None else lengths_for(needle_lengths, sys.maxsize)
+    lengths = None if needle_lengths is None else lengths_for(needle_lengths)
     return Plan(dtypes, scales, window, lengths, depths_for(needle_depths), max_model_len)
 
 

@@ -6,6 +6,7 @@ mean over positions stays constant: nearly all of it where pairs turn slowly, wh
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,10 +15,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jfp8kv.models.config import ModelConfig
+from jfp8kv.models.layers import Layer
 from jfp8kv.models.rope import angles, layer_angles, rotate
 
-Layer = Int[Array, ""] | int
 EachChannel = Float[np.ndarray, "layers kv_heads head_dim"]
+Number = Int[Array, ""] | int
 POSITIONS = 1024  # looked at together
 
 
@@ -44,6 +46,7 @@ class KeysInWeights:
         return cls(constant.reshape(shape), np.asarray(spread).reshape(shape))
 
 
+@partial(jax.jit, static_argnames="plus_one")
 def _through(
     weight: Float[Array, "layers out into"],
     gain: Float[Array, "layers into"],
@@ -59,7 +62,7 @@ def _through(
         return weight @ bias, jnp.sqrt(jnp.sum(wide * wide, axis=-1))
 
     bias = jnp.zeros_like(gain) if bias is None else bias
-    return jax.jit(lambda *args: jax.lax.map(one, args))(weight, gain, bias)
+    return jax.lax.map(one, (weight, gain, bias))
 
 
 def turned(config: ModelConfig, mean: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,20 +76,32 @@ def turned(config: ModelConfig, mean: np.ndarray, tokens: int) -> tuple[np.ndarr
     if not config.ropes:
         return mean, np.zeros_like(mean)
     starts = range(0, tokens, POSITIONS)
-    context = jnp.int32(tokens)
-
-    def part(layer: Layer, start: Int[Array, ""] | int) -> Float[Array, "tokens kv_heads head_dim"]:
-        """Positions past the last stand at the last."""
-        positions = jnp.minimum(start + jnp.arange(POSITIONS, dtype=jnp.int32), tokens - 1)
-        each = layer_angles(config, angles(config, positions, context), layer)
-        return rotate(jnp.broadcast_to(jnp.asarray(mean)[layer], (POSITIONS, *mean.shape[1:])), each)
-
-    total = jax.jit(lambda layer, start: jnp.sum(part(layer, start), axis=0))
-    farthest = jax.jit(lambda layer, start, c: jnp.max(jnp.abs(part(layer, start) - c), axis=0))
     offset, swing = np.zeros_like(mean), np.zeros_like(mean)
     for layer in np.flatnonzero(mean.any(axis=(1, 2))).tolist():
-        sums = sum(np.asarray(total(layer, start), np.float64) for start in starts)
-        last = np.asarray(part(layer, tokens - 1)[0], np.float64) * (len(starts) * POSITIONS - tokens)
+        sums = sum(np.asarray(_total(config, mean, layer, start, tokens), np.float64) for start in starts)
+        last = np.asarray(_turning(config, mean, layer, tokens - 1, tokens)[0], np.float64) * (len(starts) * POSITIONS - tokens)
         offset[layer] = (sums - last) / tokens
-        swing[layer] = np.max([farthest(layer, start, offset[layer]) for start in starts], axis=0)
+        swing[layer] = np.max([_farthest(config, mean, layer, start, tokens, offset[layer]) for start in starts], axis=0)
     return offset, swing
+
+
+def _turning(
+    config: ModelConfig, mean: EachChannel | Array, layer: Layer, start: Number, tokens: Number
+) -> Float[Array, "tokens kv_heads head_dim"]:
+    """The mean of one layer at `POSITIONS` positions from `start` on; those past the last of `tokens` stand at the last."""
+    positions = jnp.minimum(start + jnp.arange(POSITIONS, dtype=jnp.int32), tokens - 1)
+    each = layer_angles(config, angles(config, positions, jnp.asarray(tokens, jnp.int32)), layer)
+    return rotate(jnp.broadcast_to(jnp.asarray(mean)[layer], (POSITIONS, *mean.shape[1:])), each)
+
+
+@partial(jax.jit, static_argnums=0)
+def _total(config: ModelConfig, *where: Any) -> Float[Array, "kv_heads head_dim"]:
+    """The sum of `_turning`."""
+    return jnp.sum(_turning(config, *where), axis=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _farthest(config: ModelConfig, *where_and_offset: Any) -> Float[Array, "kv_heads head_dim"]:
+    """The largest distance of `_turning` from an offset."""
+    *where, offset = where_and_offset
+    return jnp.max(jnp.abs(_turning(config, *where) - offset), axis=0)

@@ -7,24 +7,11 @@ import numpy as np
 import pytest
 
 import jfp8kv
-from jfp8kv.cli import main
 
 pytestmark = pytest.mark.quick_compile
 
 MODEL = Path(__file__).parent.parent / "references" / "llama_bf16"
 LINES = ["the end of the day", "a cat sat on the mat", "the end"]
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process; its exit status, stdout and stderr."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(arg) for arg in argv])
-        return (status, *capsys.readouterr())
-
-    return run
 
 
 def same(path: Path, scales: jfp8kv.KVScales) -> bool:

@@ -6,21 +6,8 @@ import numpy as np
 import pytest
 
 import jfp8kv
-from jfp8kv.cli import main
 
 MODEL = Path(__file__).parent.parent / "references" / "llama_bf16"
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process; its exit status, stdout and stderr."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(arg) for arg in argv])
-        return (status, *capsys.readouterr())
-
-    return run
 
 
 def scales_file(path, *shape):

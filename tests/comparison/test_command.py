@@ -6,25 +6,12 @@ from pathlib import Path
 import pytest
 
 import jfp8kv
-from jfp8kv.cli import main
 
 pytestmark = pytest.mark.quick_compile
 
 MODEL = Path(__file__).parent.parent / "references" / "llama_bf16"
 TEXT = "the end of the day\nand a cat sat on the mat, the end. " * 3
 USUAL = ("--window", 56, "--needle-lengths", 64, "--needle-depths", "0,1", "--max-model-len", 64)
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process; its exit status, stdout and stderr."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(arg) for arg in argv])
-        return (status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
