@@ -1,0 +1,207 @@
+"""The loop both attention kernels share: one block of queries over a run of keys, with a running softmax.
+
+Rows of the block are queries: of one token and several heads when decoding, of several tokens in prefill. Keys are taken
+`block_k` at a time, decoded on their way into the product, and never anything but read. What is folded where:
+
+- Static K scales and the softmax factor go into the query. For float16 products each row of it is first divided by a power of
+  two that brings its largest channel to 1 .. 2, so that no scale can push it out of range; scores are multiplied by that power.
+- Static V scales go into the output.
+- Dynamic K scales multiply the scores. Dynamic V scales are powers of two: weights are multiplied by those relative to the
+  largest met so far, and what is summed is rescaled when a larger one comes, in the multiplication the running maximum needs
+  anyway. So no scale can push the weights out of range either.
+
+Scores are in units of log 2, for `exp2` is what the hardware has.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.backend import cdiv, dot, load
+from pallas_kernels.elements import decode, is_fp8, power
+from pallas_kernels.options import How
+
+LOG2E = 1.4426950408889634
+MASKED = -1e30  # a masked score
+LOWEST = -1e20  # where the running maximum starts: exp2(MASKED - LOWEST) is 0, so a row that sees nothing sums to 0
+
+Refs = dict[str, Any]
+
+
+class Rows(NamedTuple):
+    """The queries of a block: where each lies in `q`, its head, its position in the text, and whether it is one at all."""
+
+    query: jax.Array  # [rows]
+    head: jax.Array  # [rows]
+    position: jax.Array  # [rows]
+    valid: jax.Array  # [rows]
+
+
+class Keys(NamedTuple):
+    """The keys that a block goes through: `first .. end - 1`, in blocks that begin at `start`, some of them before `first`."""
+
+    first: jax.Array
+    start: jax.Array
+    end: jax.Array
+
+
+class Running(NamedTuple):
+    """Weighted values so far, maximum and sum of weights, and the largest exponent of a V scale (0 where scales are static)."""
+
+    out: jax.Array  # [rows, channels]
+    peak: jax.Array  # [rows]
+    total: jax.Array  # [rows]
+    exponent: jax.Array  # []
+
+
+def attend(refs: Refs, how: How, rows: Rows, keys: Keys, *, request: Any, kv_head: Any, with_sink: Any = True) -> Running:
+    """The rows over the keys; `out` is without static V scales and not yet divided by `total`."""
+    q, factor, offset = _queries(refs, how, rows, kv_head)
+    blocks = jnp.maximum(cdiv(keys.end - keys.start, how.block_k), 0)
+    # One whenever the loop runs, which the compiler cannot know. The V tile multiplied by it must exist as float16 before it
+    # crosses shared memory; else it would cross in bytes and be taken apart there, at 1.6 times the cost of everything else.
+    one = jnp.where(keys.end > keys.start, 1.0, 0.5).astype(how.compute)
+
+    def body(i: jax.Array, now: Running) -> Running:
+        token = keys.start + i * how.block_k + jnp.arange(how.block_k, dtype=jnp.int32)
+        known = (token >= keys.first) & (token < keys.end)
+        place = _place(refs, how, token, keys, request)
+        row = _row(refs["first_row"], place)
+
+        scores = dot(q, _tile(refs["k"], how, row, kv_head, token, known).T) * factor[:, None]
+        if "k_exponent" in refs:
+            exponent_row = _row(refs["first_exponent_row"], place)
+            scores = scores * power(_exponents(refs["k_exponent"], how, exponent_row, kv_head, token, known) - 127)[None, :]
+        if offset is not None:
+            scores = scores + offset[:, None]
+        if how.softcap is not None:
+            scores = (how.softcap * LOG2E) * _tanh(scores)
+        scores = jnp.where(_seen(refs, how, rows, token, known), scores, MASKED)
+
+        peak = jnp.maximum(now.peak, jnp.max(scores, axis=1))
+        shrink = jnp.exp2(now.peak - peak)
+        weights = jnp.exp2(scores - (peak - how.shift)[:, None])
+        total = now.total * shrink + jnp.sum(weights, axis=1)
+        exponent = now.exponent
+        if "v_exponent" in refs:
+            exponents = _exponents(refs["v_exponent"], how, exponent_row, kv_head, token, known)
+            exponent = jnp.maximum(exponent, jnp.max(exponents))
+            shrink = shrink * power(now.exponent - exponent)
+            weights = weights * power(exponents - exponent)[None, :]
+        v = _tile(refs["v"], how, row, kv_head, token, known)
+        if is_fp8(how.element) and how.compute.itemsize == 2:
+            v = v * one
+        out = now.out * shrink[:, None] + dot(weights.astype(how.compute), v)
+        return Running(out, peak, total, exponent)
+
+    return lax.fori_loop(0, blocks, body, _initial(refs, how, rows, with_sink))
+
+
+def finished(refs: Refs, how: How, now: Running, kv_head: Any, *, total: jax.Array) -> jax.Array:
+    """`out` with its V scales, divided by `total`; rows that saw nothing give zeros."""
+    out = now.out / jnp.where(total == 0, 1.0, total)[:, None]
+    if "v_exponent" in refs:
+        out = out * power(now.exponent - 127)
+    if "v_scale" in refs:
+        out = out * _channels(refs["v_scale"], how, kv_head)[None, :]
+    return out
+
+
+def first_seen(refs: Refs, position: jax.Array) -> jax.Array:
+    """The first key that queries at these positions see."""
+    if "window" not in refs:
+        return jnp.zeros_like(position)
+    window = refs["window"][0]
+    return jnp.where(window == 0, 0, jnp.maximum(position - window + 1, 0))
+
+
+def channel_mask(how: How, rows: int) -> jax.Array | None:
+    """Which channels of `[rows, channels]` exist; None: all. The index itself stays as it is: its contiguity is what makes loads
+    wide."""
+    if how.channels == how.head_dim:
+        return None
+    channel = jnp.arange(how.channels, dtype=jnp.int32)
+    return jnp.broadcast_to((channel < how.head_dim)[None, :], (rows, how.channels))
+
+
+def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
+    """Both masks; None is no mask."""
+    return b if a is None else a if b is None else a & b
+
+
+def _queries(refs: Refs, how: How, rows: Rows, kv_head: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Queries as they are multiplied, the factor on each row's scores, and what is added to them."""
+    channel = jnp.arange(how.channels, dtype=jnp.int32)
+    mask = both(jnp.broadcast_to(rows.valid[:, None], (how.rows, how.channels)), channel_mask(how, how.rows))
+    q = load(refs["q"], rows.query[:, None], rows.head[:, None], channel[None, :], mask=mask, other=0.0).astype(jnp.float32)
+    if "k_scale" in refs:
+        q = q * _channels(refs["k_scale"], how, kv_head)[None, :]
+    unit = LOG2E if how.softcap is None else 1 / how.softcap
+    factor = jnp.full((how.rows,), how.sm_scale * unit, jnp.float32)
+    if how.compute == jnp.float16:
+        bits = lax.bitcast_convert_type(jnp.max(jnp.abs(q), axis=1), jnp.int32)
+        exponent = jnp.clip(bits >> 23, 1, 253) - 127
+        q, factor = q * power(-exponent)[:, None], factor * power(exponent)
+    offset = None
+    if "score_offset" in refs:
+        offset = load(refs["score_offset"], rows.query, rows.head, mask=rows.valid, other=0.0) * unit
+    return q.astype(how.compute), factor, offset
+
+
+def _initial(refs: Refs, how: How, rows: Rows, with_sink: Any) -> Running:
+    """Before any key: empty, or the sink alone, whose weight at its own maximum is 1."""
+    out = jnp.zeros((how.rows, how.channels), jnp.float32)
+    peak, total = jnp.full((how.rows,), LOWEST, jnp.float32), jnp.zeros((how.rows,), jnp.float32)
+    if "sinks" in refs:
+        sink = load(refs["sinks"], rows.head, mask=rows.valid, other=0.0) * LOG2E
+        peak = jnp.where(with_sink, sink, peak)
+        total = jnp.where(with_sink, 2.0**how.shift, total)
+    return Running(out, peak, total, jnp.int32(0))
+
+
+def _seen(refs: Refs, how: How, rows: Rows, token: jax.Array, known: jax.Array) -> jax.Array:
+    """Which keys each row sees."""
+    seen = jnp.broadcast_to(known[None, :], (how.rows, how.block_k))
+    if how.causal:
+        seen &= token[None, :] <= rows.position[:, None]
+        if "window" in refs:
+            seen &= token[None, :] >= first_seen(refs, rows.position)[:, None]
+    return seen
+
+
+def _place(refs: Refs, how: How, token: jax.Array, keys: Keys, request: Any) -> jax.Array:
+    """The page numbers that these tokens lie in: one for all of them, or one each."""
+    token = token[0] if how.one_page else jnp.clip(token, keys.first, keys.end - 1)
+    return load(refs["page_table"], request, token // how.page_size)
+
+
+def _row(first_row: Any, place: jax.Array) -> jax.Array:
+    return first_row[0] + place
+
+
+def _tile(ref: Any, how: How, row: jax.Array, kv_head: Any, token: jax.Array, known: jax.Array) -> jax.Array:
+    """`[block_k, channels]` of keys or values, decoded; unknown ones are zero whatever their slots hold."""
+    channel = jnp.arange(how.channels, dtype=jnp.int32)[None, :]
+    mask = both(jnp.broadcast_to(known[:, None], (how.block_k, how.channels)), channel_mask(how, how.block_k))
+    row = row if how.one_page else row[:, None]
+    bits = load(ref, row, kv_head, (token % how.page_size)[:, None], channel, mask=mask, other=0, once=True)
+    return decode(bits, how.element, how.compute, native_e4m3=how.native_e4m3)
+
+
+def _exponents(ref: Any, how: How, row: jax.Array, kv_head: Any, token: jax.Array, known: jax.Array) -> jax.Array:
+    """`[block_k]` exponents of dynamic scales, int32; 0 for unknown tokens."""
+    return load(ref, row, kv_head, token % how.page_size, mask=known, other=0).astype(jnp.int32)
+
+
+def _channels(ref: Any, how: How, kv_head: Any) -> jax.Array:
+    """`[channels]` of a static scale."""
+    channel = jnp.arange(how.channels, dtype=jnp.int32)
+    mask = None if how.channels == how.head_dim else channel < how.head_dim
+    return load(ref, kv_head, channel, mask=mask, other=None if mask is None else 0.0)
+
+
+def _tanh(x: jax.Array) -> jax.Array:
+    """Within 2**-22 of tanh: two quick instructions where the library's has branches."""
+    return 1.0 - 2.0 / (1.0 + jnp.exp2((2 * LOG2E) * x))

@@ -1,0 +1,90 @@
+"""The one place that knows Pallas-Triton: what kernels say to the hardware, and how they are launched.
+
+Pallas-Triton is deprecated since jax 0.11 in favour of Mosaic GPU, which still changes from release to release. Kernels are
+written against the few words below, so that another compiler means another version of this file.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.errors import NotSupported
+
+program = pl.program_id
+cdiv = pl.cdiv
+
+
+def load(ref: Any, *index: Any, mask: Any = None, other: Any = None, once: bool = False) -> jax.Array:
+    """Elements of `ref` at broadcast integer indices, `other` where `mask` is false. `once`: need not stay in a cache."""
+    return triton.load(ref.at[index], mask=mask, other=other, eviction_policy="evict_first" if once else None)
+
+
+def store(ref: Any, *index: Any, value: jax.Array, mask: Any = None) -> None:
+    """Write `value` at broadcast integer indices where `mask` holds; no place twice."""
+    triton.store(ref.at[index], value, mask=mask)
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b` in float32: on tensor cores for 16-bit operands, with float32 products for float32 ones."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def launch(
+    kernel: Callable[..., None],
+    operands: dict[str, Any],
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    out: Any,
+    warps: int,
+    stages: int,
+    interpret: bool,
+    aliases: dict[str, str] | None = None,
+) -> Any:
+    """Run `kernel(refs, out_refs)` for every point of `grid`; `out` is a dict of shapes, and so is what comes back.
+
+    Operands that are None are left out of `refs`. `aliases` names operands that outputs take the place of. Raises
+    `NotSupported` for an operand whose elements 32-bit offsets do not reach.
+    """
+    operands = {key: value for key, value in operands.items() if value is not None}
+    if not interpret:
+        for key, value in operands.items():
+            check_offsets(key, value)
+    names = list(operands)
+    order = sorted(out)
+    call = pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        out_shape=out,
+        input_output_aliases={sorted(names).index(a): order.index(b) for a, b in (aliases or {}).items()},
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+        interpret=interpret,
+    )
+    return call(operands)
+
+
+def check_offsets(name: str, x: Any) -> None:
+    """Raise `NotSupported` for arrays of 2 to 4 GiB with one byte per element.
+
+    Up to 2**32 bytes Pallas-Triton computes offsets, in elements, as signed 32-bit numbers, which then wrap; beyond, in 64 bits.
+    """
+    size, itemsize = math.prod(x.shape), np.dtype(x.dtype).itemsize
+    if 2**31 <= size and size * itemsize <= 2**32:
+        raise NotSupported(
+            f"{name} of {size / 2**30:.2f} Gi elements: arrays of 2 to 4 GiB of bytes are out of reach of Pallas-Triton's 32-bit "
+            "offsets; take less than 2 GiB or more than 4."
+        )
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n`: the sizes that arrays in a kernel have."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,124 @@
+"""What both attention kernels are asked for, checked once: arrays that vary by call, and what a kernel is compiled for."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels.backend import power_of_two
+from pallas_kernels.elements import ELEMENTS, FLOAT32, is_fp8, multiplied_in
+from pallas_kernels.errors import NotSupported
+
+Pool = Any  # stored bits [rows, kv_heads, page_size, head_dim]
+Exponents = UInt8[Array, "exponent_rows kv_heads page_size"] | None
+ChannelScale = Float[Array, "kv_heads head_dim"] | None
+Scalar = Int[Array, ""] | int
+
+MOST_HEAD_DIM = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What a kernel is compiled for, apart from the shapes of its arrays."""
+
+    element: np.dtype  # what the stored bits mean
+    compute: np.dtype  # what both products multiply
+    page_size: int
+    head_dim: int
+    group: int  # query heads of one KV head
+    rows: int  # queries handled together, a power of two
+    block_k: int  # keys handled together, a power of two
+    sm_scale: float
+    softcap: float | None
+    causal: bool  # rows stand at different positions
+    native_e4m3: bool = True
+
+    @property
+    def channels(self) -> int:
+        """`head_dim` as arrays in a kernel have it."""
+        return power_of_two(self.head_dim)
+
+    @property
+    def shift(self) -> float:
+        """Weights are kept larger by `2 ** shift`: a float16 then keeps them down to 2**-34."""
+        return 10.0 if self.compute == np.float16 else 0.0
+
+    @property
+    def one_page(self) -> bool:
+        """Whether a block of keys lies in one page."""
+        return self.page_size % self.block_k == 0
+
+
+def checked(
+    q_heads: int, head_dim: int, q_dtype: Any, k_pages: Pool, v_pages: Pool, element: Any, k_exponent: Any, v_exponent: Any
+) -> tuple[np.dtype, np.dtype, int]:
+    """The element, the type that is multiplied and the group, or `NotSupported` or `ValueError` saying what is wrong."""
+    element = np.dtype(k_pages.dtype if element is None else element)
+    if element not in ELEMENTS:
+        raise NotSupported(f"pages of {element}: kernels read {', '.join(e.name for e in ELEMENTS)}.")
+    if np.dtype(k_pages.dtype).itemsize != element.itemsize:
+        raise NotSupported(f"pages of {k_pages.dtype} hold {element.name} in pieces: kernels read whole elements.")
+    kv_heads = k_pages.shape[1]
+    if k_pages.shape != v_pages.shape or k_pages.shape[3] != head_dim or q_heads % kv_heads:
+        raise ValueError(
+            f"{q_heads} query heads of {head_dim} against keys {k_pages.shape} and values {v_pages.shape}: both must be "
+            "[rows, kv_heads, page_size, head_dim], and kv_heads must divide the query heads."
+        )
+    if head_dim > MOST_HEAD_DIM:
+        raise NotSupported(f"head_dim={head_dim}: kernels are made for up to {MOST_HEAD_DIM}.")
+    if (k_exponent is None) != (v_exponent is None):
+        raise ValueError("k_exponent and v_exponent: both or neither.")
+    if k_exponent is not None and not is_fp8(element):
+        raise NotSupported(f"scales by token and head belong to FP8 pages, and these hold {element.name}.")
+    return element, multiplied_in(element, np.dtype(q_dtype)), q_heads // kv_heads
+
+
+def operands(
+    k_pages: Pool,
+    v_pages: Pool,
+    page_table: Int[Array, "requests pages"],
+    lengths: Int[Array, " requests"],
+    *,
+    first_row: Scalar,
+    first_exponent_row: Scalar | None,
+    k_scale: ChannelScale,
+    v_scale: ChannelScale,
+    k_exponent: Exponents,
+    v_exponent: Exponents,
+    window: Scalar | None,
+    sinks: Float[Array, " q_heads"] | None,
+    score_offset: Float[Array, "queries q_heads"] | None,
+) -> dict[str, jax.Array | None]:
+    """What kernels read by name; scalars as arrays of one element, for they may be traced."""
+
+    def scalar(x: Scalar | None) -> jax.Array | None:
+        return None if x is None else jnp.asarray(x, jnp.int32).reshape(1)
+
+    def real(x: Any) -> jax.Array | None:
+        return None if x is None else jnp.asarray(x).astype(FLOAT32)
+
+    same = first_exponent_row is None
+    return {
+        "k": k_pages,
+        "v": v_pages,
+        "page_table": page_table,
+        "lengths": lengths,
+        "first_row": scalar(first_row),
+        "first_exponent_row": None if k_exponent is None else scalar(first_row if same else first_exponent_row),
+        "k_scale": real(k_scale),
+        "v_scale": real(v_scale),
+        "k_exponent": k_exponent,
+        "v_exponent": v_exponent,
+        "window": scalar(window),
+        "sinks": real(sinks),
+        "score_offset": real(score_offset),
+    }
+
+
+def scale_of_scores(head_dim: int, sm_scale: float | None) -> float:
+    """`1 / sqrt(head_dim)` unless said otherwise."""
+    return 1 / math.sqrt(head_dim) if sm_scale is None else float(sm_scale)
