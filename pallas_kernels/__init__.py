@@ -1,5 +1,10 @@
 """GPU kernels in Pallas that need nothing of jfp8kv: paged attention and cache writes with the FP8 conversion fused in.
 
-No kernel is in this version: on every backend `jfp8kv.attention.xla` runs. The library meets kernels in one place,
-`jfp8kv/attention/dispatch.py`, which refuses "pallas" until there is one.
+`contract.md` says what all of them are given and promise. They raise `NotSupported` for what they cannot do, and run anywhere
+in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py` and `jfp8kv/cache/` alone.
 """
+
+from pallas_kernels.errors import NotSupported
+from pallas_kernels.paged_decode import DecodeBlocks, paged_decode
+
+__all__ = ["DecodeBlocks", "NotSupported", "paged_decode"]

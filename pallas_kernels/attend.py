@@ -60,17 +60,21 @@ def attend(refs: Refs, how: How, rows: Rows, keys: Keys, *, request: Any, kv_hea
     """The rows over the keys; `out` is without static V scales and not yet divided by `total`."""
     q, factor, offset = _queries(refs, how, rows, kv_head)
     blocks = jnp.maximum(cdiv(keys.end - keys.start, how.block_k), 0)
-    # One whenever the loop runs, which the compiler cannot know. The V tile multiplied by it must exist as float16 before it
-    # crosses shared memory; else it would cross in bytes and be taken apart there, at 1.6 times the cost of everything else.
-    one = jnp.where(keys.end > keys.start, 1.0, 0.5).astype(how.compute)
+    # One whenever the loop runs, which the compiler cannot know. An FP8 tile of V multiplied by it must exist as float16 before
+    # it crosses shared memory; else it crosses in bytes and is taken apart there, at 1.6 times the cost of everything else.
+    one = jnp.where(keys.end > keys.start, 1.0, 0.5).astype(jnp.float16)
 
     def body(i: jax.Array, now: Running) -> Running:
-        token = keys.start + i * how.block_k + jnp.arange(how.block_k, dtype=jnp.int32)
+        begin = keys.start + i * how.block_k
+        token = begin + jnp.arange(how.block_k, dtype=jnp.int32)
         known = (token >= keys.first) & (token < keys.end)
-        place = _place(refs, how, token, keys, request)
+        # One page number for the block, or one a token: those of unknown tokens are not read.
+        page_of = begin if how.one_page else jnp.clip(token, keys.first, keys.end - 1)
+        place = load(refs["page_table"], request, page_of // how.page_size)
         row = _row(refs["first_row"], place)
 
-        scores = dot(q, _tile(refs["k"], how, row, kv_head, token, known).T) * factor[:, None]
+        k = _tile(refs["k"], how, row, kv_head, token, known).astype(how.compute)
+        scores = dot(q, k.T, interpret=how.interpret) * factor[:, None]
         if "k_exponent" in refs:
             exponent_row = _row(refs["first_exponent_row"], place)
             scores = scores * power(_exponents(refs["k_exponent"], how, exponent_row, kv_head, token, known) - 127)[None, :]
@@ -91,9 +95,8 @@ def attend(refs: Refs, how: How, rows: Rows, keys: Keys, *, request: Any, kv_hea
             shrink = shrink * power(now.exponent - exponent)
             weights = weights * power(exponents - exponent)[None, :]
         v = _tile(refs["v"], how, row, kv_head, token, known)
-        if is_fp8(how.element) and how.compute.itemsize == 2:
-            v = v * one
-        out = now.out * shrink[:, None] + dot(weights.astype(how.compute), v)
+        v = (v * one if is_fp8(how.element) else v).astype(how.compute)
+        out = now.out * shrink[:, None] + dot(weights.astype(how.compute), v, interpret=how.interpret)
         return Running(out, peak, total, exponent)
 
     return lax.fori_loop(0, blocks, body, _initial(refs, how, rows, with_sink))
@@ -118,8 +121,8 @@ def first_seen(refs: Refs, position: jax.Array) -> jax.Array:
 
 
 def channel_mask(how: How, rows: int) -> jax.Array | None:
-    """Which channels of `[rows, channels]` exist; None: all. The index itself stays as it is: its contiguity is what makes loads
-    wide."""
+    """Which channels of `[rows, channels]` exist; None: all. The index itself stays as it is: clamped, its contiguity would be
+    hidden, and loads would be bytes."""
     if how.channels == how.head_dim:
         return None
     channel = jnp.arange(how.channels, dtype=jnp.int32)
@@ -171,12 +174,6 @@ def _seen(refs: Refs, how: How, rows: Rows, token: jax.Array, known: jax.Array) 
     return seen
 
 
-def _place(refs: Refs, how: How, token: jax.Array, keys: Keys, request: Any) -> jax.Array:
-    """The page numbers that these tokens lie in: one for all of them, or one each."""
-    token = token[0] if how.one_page else jnp.clip(token, keys.first, keys.end - 1)
-    return load(refs["page_table"], request, token // how.page_size)
-
-
 def _row(first_row: Any, place: jax.Array) -> jax.Array:
     return first_row[0] + place
 
@@ -187,7 +184,7 @@ def _tile(ref: Any, how: How, row: jax.Array, kv_head: Any, token: jax.Array, kn
     mask = both(jnp.broadcast_to(known[:, None], (how.block_k, how.channels)), channel_mask(how, how.block_k))
     row = row if how.one_page else row[:, None]
     bits = load(ref, row, kv_head, (token % how.page_size)[:, None], channel, mask=mask, other=0, once=True)
-    return decode(bits, how.element, how.compute, native_e4m3=how.native_e4m3)
+    return decode(bits, how.element, native_e4m3=how.native_e4m3)
 
 
 def _exponents(ref: Any, how: How, row: jax.Array, kv_head: Any, token: jax.Array, known: jax.Array) -> jax.Array:

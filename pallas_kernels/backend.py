@@ -31,9 +31,12 @@ def store(ref: Any, *index: Any, value: jax.Array, mask: Any = None) -> None:
     triton.store(ref.at[index], value, mask=mask)
 
 
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`a @ b` in float32: on tensor cores for 16-bit operands, with float32 products for float32 ones."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+def dot(a: jax.Array, b: jax.Array, *, interpret: bool) -> jax.Array:
+    """`a @ b` summed in float32. Float32 operands go through tensor cores in three parts (error 2**-22; two would be 2**-11),
+    and as they are where the kernel is interpreted."""
+    precision = None
+    if a.dtype == jnp.float32:
+        precision = lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
@@ -75,13 +78,13 @@ def launch(
 def check_offsets(name: str, x: Any) -> None:
     """Raise `NotSupported` for arrays of 2 to 4 GiB with one byte per element.
 
-    Up to 2**32 bytes Pallas-Triton computes offsets, in elements, as signed 32-bit numbers, which then wrap; beyond, in 64 bits.
+    Offsets, in elements, are signed 32-bit numbers for arrays of up to 2**32 bytes, and would wrap; beyond they have 64 bits.
     """
     size, itemsize = math.prod(x.shape), np.dtype(x.dtype).itemsize
-    if 2**31 <= size and size * itemsize <= 2**32:
+    if size > 2**31 and size * itemsize <= 2**32:
         raise NotSupported(
-            f"{name} of {size / 2**30:.2f} Gi elements: arrays of 2 to 4 GiB of bytes are out of reach of Pallas-Triton's 32-bit "
-            "offsets; take less than 2 GiB or more than 4."
+            f"{name} of {size / 2**30:.2f} GiB: arrays of bytes between 2 and 4 GiB are out of reach of Pallas-Triton's 32-bit "
+            "offsets; take at most 2 GiB or more than 4."
         )
 
 

@@ -27,17 +27,15 @@ def multiplied_in(element: np.dtype, query: np.dtype) -> np.dtype:
     return FLOAT16 if is_fp8(element) else element
 
 
-def decode(bits: jax.Array, element: np.dtype, compute: np.dtype, *, native_e4m3: bool = True) -> jax.Array:
-    """Values of stored bits, exact for every code."""
+def decode(bits: jax.Array, element: np.dtype, *, native_e4m3: bool) -> jax.Array:
+    """Values of stored bits, exact for every code: FP8 as float16, others as what they are."""
     if element == E4M3 and not native_e4m3:
         values = _e4m3_from_bits(bits)
     elif bits.dtype == element:
         values = bits
     else:
         values = lax.bitcast_convert_type(bits, element)
-    if is_fp8(element):
-        values = values.astype(FLOAT16)
-    return values.astype(compute)
+    return values.astype(FLOAT16) if is_fp8(element) else values
 
 
 def _e4m3_from_bits(bits: jax.Array) -> jax.Array:

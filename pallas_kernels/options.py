@@ -35,7 +35,8 @@ class How:
     sm_scale: float
     softcap: float | None
     causal: bool  # rows stand at different positions
-    native_e4m3: bool = True
+    native_e4m3: bool  # the GPU converts E4M3 by itself: compute capability 8.9 and up
+    interpret: bool
 
     @property
     def channels(self) -> int:

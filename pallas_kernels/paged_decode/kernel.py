@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attend import MASKED, Keys, Refs, Rows, attend, both, channel_mask, finished, first_seen
@@ -63,6 +62,7 @@ def paged_decode(
         softcap=softcap,
         causal=False,
         native_e4m3=native_e4m3,
+        interpret=interpret,
     )
     refs = {"q": q} | operands(
         k_pages, v_pages, page_table, lengths, first_row=first_row, first_exponent_row=first_exponent_row, k_scale=k_scale,
