@@ -32,7 +32,9 @@ class PallasAttention:
         """`softmax(q k^T) v` for one request; rows that see no key give zeros, and so does padding."""
         if in_planes(pages):
             return xla.attention(q, pages, scales, options, at, layer=layer)
-        return self._requests(pages, options)(q, at.page_table, at.start, at.length, self._shared(pages, scales, options, layer))
+        return self._requests(pages, options)(
+            q, at.page_table, at.start, at.length, self._shared(pages, scales, options, layer)
+        )
 
     def _shared(self, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, layer: Layer) -> dict[str, Any]:
         """What all requests of a batch share, by the kernels' names."""
@@ -50,7 +52,7 @@ class PallasAttention:
                 "v_exponent": pages.v_exponent,
                 "first_exponent_row": _at(layout.exponent_slots, layer) * pages.num_pages,
             }
-        elif pages.fmt.is_fp8:
+        else:
             assert scales is not None, "static pages need scales"
             shared |= {"k_scale": scales.k[layer], "v_scale": scales.v[layer]}
         if scales is not None and scales.k_offset is not None and (options.softcap is not None or options.sinks is not None):
@@ -60,7 +62,9 @@ class PallasAttention:
     def _requests(self, pages: KVPages, options: AttentionOptions) -> Callable[..., jax.Array]:
         """One request's attention; under `vmap` one kernel for all."""
 
-        def batch(q: jax.Array, page_table: jax.Array, start: jax.Array, length: jax.Array, shared: dict[str, Any]) -> jax.Array:
+        def batch(
+            q: jax.Array, page_table: jax.Array, start: jax.Array, length: jax.Array, shared: dict[str, Any]
+        ) -> jax.Array:
             shared = dict(shared)
             requests, tokens, q_heads, head_dim = q.shape
             flat = q.reshape(-1, q_heads, head_dim)
@@ -101,7 +105,7 @@ class PallasAttention:
 
 def in_planes(pages: KVPages) -> bool:
     """Whether an element's bytes lie apart, which kernels do not put together."""
-    return pages.layout.planes(pages.layout.distinct[0]) > 1
+    return pages.fmt.stored.itemsize > pages.k_bits.dtype.itemsize
 
 
 def _at(slots: tuple[int, ...], layer: Layer) -> jax.Array:
