@@ -6,5 +6,6 @@ in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py` and 
 
 from pallas_kernels.errors import NotSupported
 from pallas_kernels.paged_decode import DecodeBlocks, paged_decode
+from pallas_kernels.paged_prefill import PrefillBlocks, paged_prefill
 
-__all__ = ["DecodeBlocks", "NotSupported", "paged_decode"]
+__all__ = ["DecodeBlocks", "NotSupported", "PrefillBlocks", "paged_decode", "paged_prefill"]

@@ -6,13 +6,15 @@ Rows of the block are queries: of one token and several heads when decoding, of 
 - Static K scales and the softmax factor go into the query. For float16 products each row of it is first divided by a power of
   two that brings its largest channel to 1 .. 2, so that no scale can push it out of range; scores are multiplied by that power.
 - Static V scales go into the output.
-- Dynamic K scales multiply the scores. Dynamic V scales are powers of two: weights are multiplied by those relative to the
-  largest met so far, and what is summed is rescaled when a larger one comes, in the multiplication the running maximum needs
-  anyway. So no scale can push the weights out of range either.
+- Dynamic scales are powers of two. Those of K multiply the scores. Those of V, relative to the largest met so far, multiply
+  the weights; when a larger one comes, what is summed is rescaled in the multiplication that the running maximum needs anyway.
+  So no scale can push the weights out of range either. Where rows are many (`scale_tiles`), scores and weights are no smaller
+  than the tiles and cost more to reach by key: there both multiply tiles, relative to the largest of the tile or so far.
 
 Scores are in units of log 2, for `exp2` is what the hardware has.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -40,11 +42,13 @@ class Rows(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """The keys that a block goes through: `first .. end - 1`, in blocks that begin at `start`, some of them before `first`."""
+    """The keys that rows go through: `first .. end - 1`, in blocks that begin at `start`, some of them before `first`. Every
+    row sees the first `whole` blocks whole; None: no block is known to be so."""
 
     first: jax.Array
     start: jax.Array
     end: jax.Array
+    whole: jax.Array | None = None
 
 
 class Running(NamedTuple):
@@ -56,50 +60,61 @@ class Running(NamedTuple):
     exponent: jax.Array  # []
 
 
+class Query(NamedTuple):
+    """Rows as they are multiplied, the factor on each row's scores, and what is then added to them, if anything."""
+
+    rows: jax.Array  # [rows, channels]
+    factor: jax.Array  # [rows]
+    offset: jax.Array | None  # [rows]
+
+
+class Block(NamedTuple):
+    """Keys handled together: their tokens, which of them are known (None: all), and the rows of the pools they lie in."""
+
+    kv_head: Any
+    token: jax.Array  # [block_k]
+    known: jax.Array | None  # [block_k]
+    row: jax.Array  # [] or [block_k]
+    exponent_row: jax.Array | None
+
+
 def attend(refs: Refs, how: How, rows: Rows, keys: Keys, *, request: Any, kv_head: Any, with_sink: Any = True) -> Running:
     """The rows over the keys; `out` is without static V scales and not yet divided by `total`."""
-    q, factor, offset = _queries(refs, how, rows, kv_head)
-    blocks = jnp.maximum(cdiv(keys.end - keys.start, how.block_k), 0)
+    query = _query(refs, how, rows, kv_head)
     # One whenever the loop runs, which the compiler cannot know. An FP8 tile of V multiplied by it must exist as float16 before
     # it crosses shared memory; else it crosses in bytes and is taken apart there, at 1.6 times the cost of everything else.
     one = jnp.where(keys.end > keys.start, 1.0, 0.5).astype(jnp.float16)
 
-    def body(i: jax.Array, now: Running) -> Running:
-        begin = keys.start + i * how.block_k
-        token = begin + jnp.arange(how.block_k, dtype=jnp.int32)
-        known = (token >= keys.first) & (token < keys.end)
-        # One page number for the block, or one a token: those of unknown tokens are not read.
-        page_of = begin if how.one_page else jnp.clip(token, keys.first, keys.end - 1)
-        place = load(refs["page_table"], request, page_of // how.page_size)
-        row = _row(refs["first_row"], place)
-
-        k = _tile(refs["k"], how, row, kv_head, token, known).astype(how.compute)
-        scores = dot(q, k.T, interpret=how.interpret) * factor[:, None]
-        if "k_exponent" in refs:
-            exponent_row = _row(refs["first_exponent_row"], place)
-            scores = scores * power(_exponents(refs["k_exponent"], how, exponent_row, kv_head, token, known) - 127)[None, :]
-        if offset is not None:
-            scores = scores + offset[:, None]
-        if how.softcap is not None:
-            scores = (how.softcap * LOG2E) * _tanh(scores)
-        scores = jnp.where(_seen(refs, how, rows, token, known), scores, MASKED)
-
+    def body(i: jax.Array, now: Running, *, masked: bool = True) -> Running:
+        block = _block(refs, how, keys, keys.start + i * how.block_k, request, kv_head, masked)
+        scores = _scores(refs, how, query, block)
+        if masked:
+            scores = jnp.where(_seen(refs, how, rows, block), scores, MASKED)
         peak = jnp.maximum(now.peak, jnp.max(scores, axis=1))
         shrink = jnp.exp2(now.peak - peak)
         weights = jnp.exp2(scores - (peak - how.shift)[:, None])
         total = now.total * shrink + jnp.sum(weights, axis=1)
-        exponent = now.exponent
+
+        exponent, factor = now.exponent, one
         if "v_exponent" in refs:
-            exponents = _exponents(refs["v_exponent"], how, exponent_row, kv_head, token, known)
+            exponents = _exponents(refs["v_exponent"], how, block)
             exponent = jnp.maximum(exponent, jnp.max(exponents))
             shrink = shrink * power(now.exponent - exponent)
-            weights = weights * power(exponents - exponent)[None, :]
-        v = _tile(refs["v"], how, row, kv_head, token, known)
-        v = (v * one if is_fp8(how.element) else v).astype(how.compute)
+            if how.scale_tiles:
+                factor = power(exponents - exponent).astype(jnp.float16)[:, None]
+            else:
+                weights = weights * power(exponents - exponent)[None, :]
+        v = _tile(refs["v"], how, block)
+        v = (v * factor if is_fp8(how.element) else v).astype(how.compute)
         out = now.out * shrink[:, None] + dot(weights.astype(how.compute), v, interpret=how.interpret)
         return Running(out, peak, total, exponent)
 
-    return lax.fori_loop(0, blocks, body, _initial(refs, how, rows, with_sink))
+    blocks = jnp.maximum(cdiv(keys.end - keys.start, how.block_k), 0)
+    now, whole = _initial(refs, how, rows, with_sink), jnp.int32(0)
+    if keys.whole is not None:
+        whole = jnp.minimum(keys.whole, blocks)
+        now = lax.fori_loop(0, whole, functools.partial(body, masked=False), now)
+    return lax.fori_loop(whole, blocks, body, now)
 
 
 def finished(refs: Refs, how: How, now: Running, kv_head: Any, *, total: jax.Array) -> jax.Array:
@@ -134,8 +149,7 @@ def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
     return b if a is None else a if b is None else a & b
 
 
-def _queries(refs: Refs, how: How, rows: Rows, kv_head: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Queries as they are multiplied, the factor on each row's scores, and what is added to them."""
+def _query(refs: Refs, how: How, rows: Rows, kv_head: Any) -> Query:
     channel = jnp.arange(how.channels, dtype=jnp.int32)
     mask = both(jnp.broadcast_to(rows.valid[:, None], (how.rows, how.channels)), channel_mask(how, how.rows))
     q = load(refs["q"], rows.query[:, None], rows.head[:, None], channel[None, :], mask=mask, other=0.0).astype(jnp.float32)
@@ -150,7 +164,26 @@ def _queries(refs: Refs, how: How, rows: Rows, kv_head: Any) -> tuple[jax.Array,
     offset = None
     if "score_offset" in refs:
         offset = load(refs["score_offset"], rows.query, rows.head, mask=rows.valid, other=0.0) * unit
-    return q.astype(how.compute), factor, offset
+    return Query(q.astype(how.compute), factor, offset)
+
+
+def _scores(refs: Refs, how: How, query: Query, block: Block) -> jax.Array:
+    """`[rows, block_k]` scores of keys, seen or not, in units of log 2."""
+    k, factor, scale = _tile(refs["k"], how, block), query.factor, None
+    if "k_exponent" in refs:
+        exponents = _exponents(refs["k_exponent"], how, block)
+        if how.scale_tiles:
+            largest = jnp.max(exponents)
+            k = k * power(exponents - largest).astype(jnp.float16)[:, None]
+            factor = factor * power(largest - 127)
+        else:
+            scale = power(exponents - 127)
+    scores = dot(query.rows, k.astype(how.compute).T, interpret=how.interpret) * factor[:, None]
+    if scale is not None:
+        scores = scores * scale[None, :]
+    if query.offset is not None:
+        scores = scores + query.offset[:, None]
+    return scores if how.softcap is None else (how.softcap * LOG2E) * _tanh(scores)
 
 
 def _initial(refs: Refs, how: How, rows: Rows, with_sink: Any) -> Running:
@@ -164,39 +197,48 @@ def _initial(refs: Refs, how: How, rows: Rows, with_sink: Any) -> Running:
     return Running(out, peak, total, jnp.int32(0))
 
 
-def _seen(refs: Refs, how: How, rows: Rows, token: jax.Array, known: jax.Array) -> jax.Array:
+def _seen(refs: Refs, how: How, rows: Rows, block: Block) -> jax.Array:
     """Which keys each row sees."""
-    seen = jnp.broadcast_to(known[None, :], (how.rows, how.block_k))
+    seen = jnp.broadcast_to(block.known[None, :], (how.rows, how.block_k))
     if how.causal:
-        seen &= token[None, :] <= rows.position[:, None]
+        seen &= block.token[None, :] <= rows.position[:, None]
         if "window" in refs:
-            seen &= token[None, :] >= first_seen(refs, rows.position)[:, None]
+            seen &= block.token[None, :] >= first_seen(refs, rows.position)[:, None]
     return seen
 
 
-def _row(first_row: Any, place: jax.Array) -> jax.Array:
-    return first_row[0] + place
+def _block(refs: Refs, how: How, keys: Keys, begin: jax.Array, request: Any, kv_head: Any, masked: bool) -> Block:
+    token = begin + jnp.arange(how.block_k, dtype=jnp.int32)
+    known = (token >= keys.first) & (token < keys.end) if masked else None
+    # One page number for the block, or one a token: those of unknown tokens are not read.
+    page_of = begin if how.one_page else jnp.clip(token, keys.first, keys.end - 1) if masked else token
+    page = load(refs["page_table"], request, page_of // how.page_size)
+    exponent_row = refs["first_exponent_row"][0] + page if "k_exponent" in refs else None
+    return Block(kv_head, token, known, refs["first_row"][0] + page, exponent_row)
 
 
-def _tile(ref: Any, how: How, row: jax.Array, kv_head: Any, token: jax.Array, known: jax.Array) -> jax.Array:
+def _tile(ref: Any, how: How, block: Block) -> jax.Array:
     """`[block_k, channels]` of keys or values, decoded; unknown ones are zero whatever their slots hold."""
     channel = jnp.arange(how.channels, dtype=jnp.int32)[None, :]
-    mask = both(jnp.broadcast_to(known[:, None], (how.block_k, how.channels)), channel_mask(how, how.block_k))
-    row = row if how.one_page else row[:, None]
-    bits = load(ref, row, kv_head, (token % how.page_size)[:, None], channel, mask=mask, other=0, once=True)
+    mask = None if block.known is None else jnp.broadcast_to(block.known[:, None], (how.block_k, how.channels))
+    mask = both(mask, channel_mask(how, how.block_k))
+    row = block.row if how.one_page else block.row[:, None]
+    offset = (block.token % how.page_size)[:, None]
+    bits = load(ref, row, block.kv_head, offset, channel, mask=mask, other=0, once=True)
     return decode(bits, how.element, native_e4m3=how.native_e4m3)
 
 
-def _exponents(ref: Any, how: How, row: jax.Array, kv_head: Any, token: jax.Array, known: jax.Array) -> jax.Array:
+def _exponents(ref: Any, how: How, block: Block) -> jax.Array:
     """`[block_k]` exponents of dynamic scales, int32; 0 for unknown tokens."""
-    return load(ref, row, kv_head, token % how.page_size, mask=known, other=0).astype(jnp.int32)
+    offset = block.token % how.page_size
+    return load(ref, block.exponent_row, block.kv_head, offset, mask=block.known, other=0).astype(jnp.int32)
 
 
 def _channels(ref: Any, how: How, kv_head: Any) -> jax.Array:
     """`[channels]` of a static scale."""
     channel = jnp.arange(how.channels, dtype=jnp.int32)
     mask = None if how.channels == how.head_dim else channel < how.head_dim
-    return load(ref, kv_head, channel, mask=mask, other=None if mask is None else 0.0)
+    return load(ref, kv_head, channel, mask=mask, other=0.0)
 
 
 def _tanh(x: jax.Array) -> jax.Array:

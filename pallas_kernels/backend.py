@@ -23,7 +23,8 @@ cdiv = pl.cdiv
 
 def load(ref: Any, *index: Any, mask: Any = None, other: Any = None, once: bool = False) -> jax.Array:
     """Elements of `ref` at broadcast integer indices, `other` where `mask` is false. `once`: need not stay in a cache."""
-    return triton.load(ref.at[index], mask=mask, other=other, eviction_policy="evict_first" if once else None)
+    policy = "evict_first" if once else None
+    return triton.load(ref.at[index], mask=mask, other=None if mask is None else other, eviction_policy=policy)
 
 
 def store(ref: Any, *index: Any, value: jax.Array, mask: Any = None) -> None:

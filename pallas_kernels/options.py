@@ -49,6 +49,11 @@ class How:
         return 10.0 if self.compute == np.float16 else 0.0
 
     @property
+    def scale_tiles(self) -> bool:
+        """Whether dynamic scales multiply tiles of keys and values rather than scores and weights."""
+        return self.causal and self.compute == np.float16
+
+    @property
     def one_page(self) -> bool:
         """Whether a block of keys lies in one page."""
         return self.page_size % self.block_k == 0

@@ -35,4 +35,4 @@ def blocks_for(
     block_k = 64 if head_dim <= 128 else 32
     programs = requests * kv_heads
     splits = max(1, min(cdiv(2 * cores, programs), cdiv(tokens, block_k), MOST_SPLITS))
-    return DecodeBlocks(block_k=block_k, warps=4, stages=3, splits=splits)
+    return DecodeBlocks(block_k=block_k, warps=2 if group <= 16 and compute.itemsize == 2 else 4, stages=3, splits=splits)

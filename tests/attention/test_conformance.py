@@ -25,6 +25,7 @@ from jfp8kv.core.formats import E4M3, E5M2, FLOAT32, FORMATS, encode_numpy
 
 LAYERS, PAGES, SIZE = 2, 12, 4
 IMPLEMENTATIONS = ("reference", "xla")
+BOTH_LAYOUTS = pytest.mark.parametrize("keys_transposed", [True, False], ids=["keys transposed", "keys as values"])
 EPS = 2.0**-24
 
 
@@ -32,10 +33,22 @@ class Case:
     """Random requests over one pool whose unwritten slots hold NaN codes."""
 
     def __init__(
-        self, *, fmt=E4M3, kv_heads=2, group=3, dim=16, lengths=(5,), tokens=1, scales="head", seed=0, offset=0.0, **options
+        self,
+        *,
+        fmt=E4M3,
+        keys_transposed=True,
+        kv_heads=2,
+        group=3,
+        dim=16,
+        lengths=(5,),
+        tokens=1,
+        scales="head",
+        seed=0,
+        offset=0.0,
+        **options,
     ):
         rng = np.random.default_rng(seed)
-        self.lengths, self.tokens, self.fmt = np.int32(lengths), tokens, fmt
+        self.lengths, self.tokens, self.fmt, self.keys_transposed = np.int32(lengths), tokens, fmt, keys_transposed
         self.table = np.full((len(lengths), 5), PAGES, np.int32)
         order = iter(rng.permutation(PAGES))
         for i, length in enumerate(lengths):
@@ -52,10 +65,15 @@ class Case:
         self.layer = int(rng.integers(LAYERS))
         stored = [self._stored(rng, which, dynamic, kv_heads, dim) for which in ("k_inverse", "v_inverse")]
         (k, k_exponent), (v, v_exponent) = stored
-        self.pages = KVPages(k.swapaxes(2, 3), v, k_exponent, v_exponent, layout=PoolLayout.alike(fmt, LAYERS, dynamic=dynamic))
+        layout = PoolLayout.alike(fmt, LAYERS, dynamic=dynamic, keys_transposed=keys_transposed)
+        self.pages = KVPages(self.turned(k), v, k_exponent, v_exponent, layout=layout)
         self.whole = self.pages
         self.q = rng.normal(size=(len(lengths), tokens, kv_heads * group, dim)).astype(np.float32)
         self.options = AttentionOptions(sm_scale=dim**-0.5, **options)
+
+    def turned(self, keys: jax.Array) -> jax.Array:
+        """Keys with tokens before channels as the pages have them, or back."""
+        return keys.swapaxes(2, 3) if self.keys_transposed else keys
 
     def _stored(self, rng, inverse: str, dynamic: bool, kv_heads: int, dim: int) -> tuple:
         """A pool of NaN codes with every request's tokens in it, written by NumPy."""
@@ -78,7 +96,8 @@ class Case:
         other = LayerKind(FLOAT32 if self.fmt.itemsize < 4 else E5M2)
         kinds = [self.pages.layout.kinds[0]] * LAYERS
         kinds[1 - self.layer] = other
-        layout = PoolLayout.of(kinds, LayerGroups.of([0] * LAYERS, widths(kinds)))
+        groups = LayerGroups.of([0] * LAYERS, widths(kinds))
+        layout = PoolLayout.of(kinds, groups, keys_transposed=self.keys_transposed)
         rows = slice(self.layer * PAGES, (self.layer + 1) * PAGES)
 
         def cut(bits) -> jax.Array:
@@ -133,7 +152,7 @@ class Case:
             if position >= self.lengths[r]:
                 continue
             k = self.values(
-                pages.k_bits.swapaxes(2, 3),
+                self.turned(pages.k_bits),
                 pages.k_exponent,
                 None if self.scales is None else self.scales.k,
                 r,
@@ -173,11 +192,13 @@ def test_fp8_pages_with_every_granularity_of_scales(name, scales, fmt) -> None:
     Case(fmt=fmt, scales=scales, lengths=(0, 1, 3, 4, 5, 13)).check(name)
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_every_format_in_decode_and_prefill(name, fmt) -> None:
+def test_every_format_in_decode_and_prefill(name, fmt, keys_transposed) -> None:
     for tokens in (1, 7):
-        Case(fmt=fmt, scales="tensor", lengths=(7, 8, 9, 17), tokens=tokens).check(name)
+        case = Case(fmt=fmt, scales="tensor", lengths=(7, 8, 9, 17), tokens=tokens, keys_transposed=keys_transposed)
+        case.check(name)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -203,12 +224,13 @@ def test_windows_caps_and_sinks(name, options) -> None:
         Case(lengths=(0, 1, 6, 14), tokens=tokens, **options).check(name)
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("scales", ["head", "token_head"])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_a_pool_of_several_formats_is_read_by_planes(name, fmt, scales) -> None:
+def test_a_pool_of_several_formats_is_read_by_planes(name, fmt, scales, keys_transposed) -> None:
     if fmt.is_fp8 or scales != "token_head":
-        Case(fmt=fmt, scales=scales, lengths=(7, 8, 9, 0)).in_planes().check(name)
+        Case(fmt=fmt, scales=scales, lengths=(7, 8, 9, 0), keys_transposed=keys_transposed).in_planes().check(name)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
