@@ -5,6 +5,7 @@ in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py` and 
 """
 
 from pallas_kernels.errors import NotSupported
+from pallas_kernels.kv_write import WriteBlocks, Written, kv_write
 from pallas_kernels.paged_decode import DecodeBlocks, paged_decode
 
-__all__ = ["DecodeBlocks", "NotSupported", "paged_decode"]
+__all__ = ["DecodeBlocks", "NotSupported", "WriteBlocks", "Written", "kv_write", "paged_decode"]
