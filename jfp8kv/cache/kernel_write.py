@@ -32,7 +32,7 @@ class KernelWrite:
         start: Int[Array, ""],
         length: Int[Array, ""],
     ) -> KVPages:
-        """Store tokens `start .. length-1` of one request in `layer`; rows of `k` and `v` past `length` are padding, dropped."""
+        """Store tokens `start .. length-1` of one request in `layer`; rows past `length` are padding, dropped."""
         if len(pages.layout.distinct) > 1 or pages.layout.keys_transposed:
             return write(pages, scales, k, v, layer=layer, page_table=page_table, start=start, length=length)
         of_layer: dict[str, Any] = {"layer": jnp.asarray(layer, jnp.int32), "first_row": pages.first_rows}

@@ -67,8 +67,8 @@ def kv_write(
     interpret: bool = False,
 ) -> Written:
     """The pools, in place where they are donated, with token `j` of request `r` at position `start[r] + j` where that is less
-    than `lengths[r]`; other tokens are padding, dropped, and so are those of page numbers past the end (`num_pages`, the rows of
-    the pool unless said). No two requests write the same slot.
+    than `lengths[r]`; other tokens are padding, dropped, and so are those of page numbers past the end (`num_pages`, the rows
+    of the pool unless said). No two requests write the same slot.
 
     Stored are the bits of `(k - k_offset) * k_inverse` and `v * v_inverse`, rounded to nearest even and saturated; with
     exponents, each token and head is divided by a power of two of its own instead, whose exponent is stored too.

@@ -1,4 +1,4 @@
-"""The engine on the GPU kernels, interpreted: the same tokens as on XLA, in float32, from a pool whose unwritten slots are NaN."""
+"""The engine on the GPU kernels, interpreted: the same tokens as by XLA, in float32, from pools of NaN where not written."""
 
 import jax
 import pytest
