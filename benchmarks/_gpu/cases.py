@@ -3,6 +3,7 @@
 A kernel comes in with a function that makes its `Case` from an element type, sizes and options, and a line in `cases`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from benchmarks._gpu.bound import streaming
+from benchmarks._gpu.bound import multiplying, streaming
 from benchmarks._gpu.compiled import Case
 from benchmarks._gpu.guards import Wants
 from benchmarks._gpu.topology import Target
-from pallas_kernels import paged_decode
+from pallas_kernels import paged_decode, paged_prefill
 
 SHAPES = yaml.safe_load((Path(__file__).parent.parent.parent / "configs" / "bench" / "gpu.yaml").read_text(encoding="utf-8"))
 
 ELEMENTS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2, "bf16": jnp.bfloat16}
+FP8 = ("e4m3", "e5m2")
 BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.float32}
 
 # What attention is asked for: arrays by their axes, numbers as they are. Dynamic scales come beside them, for FP8 alone.
-STATIC: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "channel scales": {"k_scale": ("kv_heads", "head_dim"), "v_scale": ("kv_heads", "head_dim")},
     "window": {"window": ()},
@@ -38,60 +40,82 @@ SIZES: dict[str, dict[str, int]] = {
     "head_dim 64": {"head_dim": 64},
     "head_dim 256": {"head_dim": 256, "kv_heads": 4, "q_heads": 16},
     "pages of 16": {"page_size": 16, "rows": 8192, "pages": 512},
-    "one KV head": {"kv_heads": 1},
+    "one KV head": {"kv_heads": 1, "rows": 8192},
     "a KV head per query head": {"kv_heads": 32, "rows": 512},
 }
 
+Make = Callable[..., Case]
+
 
 def cases() -> list[Case]:
-    """Every case, by GPU."""
-    return [case for target in (Target.h100(), Target.a100()) for element in ELEMENTS for case in decodes(target, element)]
+    """Every case, by GPU, kernel and element type."""
+    return [
+        case
+        for target in (Target.h100(), Target.a100())
+        for element in ELEMENTS
+        for case in [
+            *attending(decode, target, element, sizes=SIZES | {"one request": {"requests": 1, "queries": 1}}),
+            *attending(prefill, target, element, sizes=SIZES),
+        ]
+    ]
 
 
-def decodes(target: Target, element: str) -> list[Case]:
-    options = STATIC | ({"token and head scales": EXPONENTS} if element in ("e4m3", "e5m2") else {})
-    made = [decode(target, element, name, options=asked) for name, asked in options.items()]
-    sizes = SIZES | {"one request": {"requests": 1}}
-    return made + [decode(target, element, name, sizes=sizes[name]) for name in sizes]
+def attending(make: Make, target: Target, element: str, *, sizes: dict[str, dict[str, int]]) -> list[Case]:
+    """An attention kernel with each option, and with each size in one FP8 format and one other: both FP8 ones are a byte."""
+    options = OPTIONS | ({"token and head scales": EXPONENTS} if element in FP8 else {})
+    by_option = [make(target, element, name, options=asked) for name, asked in options.items()]
+    return by_option + [make(target, element, name, sizes=changed) for name, changed in sizes.items() if element != "e5m2"]
 
 
-def decode(
-    target: Target, element: str, name: str, *, options: dict[str, Any] | None = None, sizes: dict[str, int] | None = None
-) -> Case:
+def decode(target: Target, element: str, name: str, **asked: Any) -> Case:
     """`paged_decode` of bfloat16 queries."""
-    size = SHAPES["decode"] | (sizes or {})
-    size["queries"] = size["requests"]
-    arrays, numbers = _options(size, options or {})
-    arguments = (
-        _array(size, "requests", "q_heads", "head_dim", dtype=jnp.bfloat16),
-        *_pools(size, element),
-        _array(size, "requests", "pages", dtype=jnp.int32),
-        _array(size, "requests", dtype=jnp.int32),
-        arrays,
-    )
+    size, arguments, constants = _attention("decode", target, element, **asked)
 
     def call(q, k, v, page_table, lengths, arrays):
-        return paged_decode(
-            q, k, v, page_table, lengths, element=ELEMENTS[element], native_e4m3=target.converts_e4m3, **arrays, **numbers
-        )
+        return paged_decode(q, k, v, page_table, lengths, **arrays, **constants)
 
-    return Case(
-        f"decode, {element}, {name}",
-        "paged_decode",
-        call,
-        arguments,
-        target,
-        # A lane reads the exponents of the keys whose scores it holds: 9 loads as compiled by jax 0.10.2.
-        wants=Wants(narrow_loads=16 if "k_exponent" in arrays else 0),
-        against=streaming,
+    wants = _wants(arguments[-1], spilled_bytes=16 if target.name == "a100" else 0)
+    return Case(f"decode, {element}, {name}", "paged_decode", call, arguments, target, wants=wants, against=streaming)
+
+
+def prefill(target: Target, element: str, name: str, **asked: Any) -> Case:
+    """`paged_prefill` of bfloat16 queries."""
+    size, arguments, constants = _attention("prefill", target, element, **asked)
+    arguments = (*arguments[:-1], _array(size, "requests"), _array(size, "requests"), arguments[-1])
+
+    def call(q, k, v, page_table, lengths, first_query, queries, arrays):
+        return paged_prefill(q, k, v, page_table, lengths, first_query, queries, **arrays, **constants)
+
+    # The blocks are cut for Hopper, whose tensor cores read shared memory; an A100 spills 200 bytes, most outside the loops.
+    wants = _wants(arguments[-1], spilled_bytes=256 if target.name == "a100" else 0)
+    return Case(f"prefill, {element}, {name}", "paged_prefill", call, arguments, target, wants=wants, against=multiplying)
+
+
+def _attention(
+    kernel: str, target: Target, element: str, *, options: dict[str, Any] | None = None, sizes: dict[str, int] | None = None
+) -> tuple[dict[str, int], tuple[Any, ...], dict[str, Any]]:
+    """Sizes, arguments (options that are arrays last) and constants. The layer's first row is always one that varies."""
+    size = SHAPES[kernel] | (sizes or {})
+    given = {"first_row": ()} | (options or {})
+    arrays = {
+        name: _array(size, *axes, dtype=DTYPES.get(name, jnp.float32))
+        for name, axes in given.items()
+        if isinstance(axes, tuple)
+    }
+    constants = {name: value for name, value in given.items() if name not in arrays}
+    arguments = (
+        _array(size, "queries", "q_heads", "head_dim", dtype=jnp.bfloat16),
+        *_pools(size, element),
+        _array(size, "requests", "pages"),
+        _array(size, "requests"),
+        arrays,
     )
+    return size, arguments, constants | {"element": ELEMENTS[element], "native_e4m3": target.converts_e4m3}
 
 
-def _options(size: dict[str, int], options: dict[str, Any]) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, Any]]:
-    """Options that are arrays, and those that are numbers. The layer's first row is always one that varies."""
-    given = {"first_row": ()} | options
-    arrays = {k: _array(size, *v, dtype=DTYPES.get(k, jnp.float32)) for k, v in given.items() if isinstance(v, tuple)}
-    return arrays, {k: v for k, v in given.items() if k not in arrays}
+def _wants(arrays: dict[str, Any], **allowed: int) -> Wants:
+    """A lane reads the exponents of the keys whose scores it holds: 9 loads in decode as compiled by jax 0.10.2."""
+    return Wants(narrow_loads=16 if "k_exponent" in arrays else 0, **allowed)
 
 
 def _pools(size: dict[str, int], element: str) -> list[jax.ShapeDtypeStruct]:
@@ -99,5 +123,5 @@ def _pools(size: dict[str, int], element: str) -> list[jax.ShapeDtypeStruct]:
     return [_array(size, "rows", "kv_heads", "page_size", "head_dim", dtype=bits)] * 2
 
 
-def _array(size: dict[str, int], *axes: str, dtype: Any) -> jax.ShapeDtypeStruct:
+def _array(size: dict[str, int], *axes: str, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(size[axis] for axis in axes), dtype)

@@ -61,8 +61,9 @@ def test_each_of_several_hot_loops_is_held_to_all_of_it():
 
 
 def test_spills_fail():
-    assert list(in_registers(8, 12)) == ["spills 8 bytes, reloads 12"]
-    assert list(in_registers(0, 0)) == []
+    assert list(in_registers(8, 12, Wants())) == ["spills 8 bytes, reloads 12; 0 allowed"]
+    assert list(in_registers(0, 0, Wants())) == []
+    assert list(in_registers(8, 12, Wants(spilled_bytes=20))) == []
 
 
 def test_a_copy_of_a_pool_fails_whatever_its_shape_and_a_small_one_does_not():
