@@ -23,7 +23,7 @@ from benchmarks._gpu.topology import without_a_gpu
 DOCUMENT = Path(__file__).parent.parent / "docs" / "gpu-kernels.md"
 BEGIN, END = "<!-- `make gpu-compile` writes from here -->", "<!-- to here -->"
 COLUMNS = ["kernel", "GPU", "registers", "spilled", "shared", "warps", "blocks", "tensor", "static bound", "by"]
-WIDTHS = (40, 4, 9, 7, 7, 5, 6, 6, 12, 17)
+WIDTHS = (44, 4, 9, 7, 7, 5, 6, 6, 12, 17)
 
 
 def row(report: Report) -> list[str]:

@@ -16,7 +16,7 @@ from benchmarks._gpu.bound import multiplying, streaming
 from benchmarks._gpu.compiled import Case
 from benchmarks._gpu.guards import Wants
 from benchmarks._gpu.topology import Target
-from pallas_kernels import paged_decode, paged_prefill
+from pallas_kernels import kv_write, paged_decode, paged_prefill
 
 SHAPES = yaml.safe_load((Path(__file__).parent.parent.parent / "configs" / "bench" / "gpu.yaml").read_text(encoding="utf-8"))
 
@@ -32,6 +32,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soft cap": {"softcap": 50.0},
     "sinks": {"sinks": ("q_heads",)},
     "score offset": {"score_offset": ("queries", "q_heads")},
+}
+WRITES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "channel scales": {"k_inverse": ("kv_heads", "head_dim"), "v_inverse": ("kv_heads", "head_dim")},
+    "offset": {"k_offset": ("kv_heads", "head_dim")},
 }
 EXPONENTS = {name: ("rows", "kv_heads", "page_size") for name in ("k_exponent", "v_exponent")}
 DTYPES = {"window": jnp.int32, "first_row": jnp.int32, "k_exponent": jnp.uint8, "v_exponent": jnp.uint8}
@@ -56,6 +61,7 @@ def cases() -> list[Case]:
         for case in [
             *attending(decode, target, element, sizes=SIZES | {"one request": {"requests": 1, "queries": 1}}),
             *attending(prefill, target, element, sizes=SIZES),
+            *writing(target, element),
         ]
     ]
 
@@ -65,6 +71,15 @@ def attending(make: Make, target: Target, element: str, *, sizes: dict[str, dict
     options = OPTIONS | ({"token and head scales": EXPONENTS} if element in FP8 else {})
     by_option = [make(target, element, name, options=asked) for name, asked in options.items()]
     return by_option + [make(target, element, name, sizes=changed) for name, changed in sizes.items() if element != "e5m2"]
+
+
+def writing(target: Target, element: str) -> list[Case]:
+    """The write with each way to scale, of a decode and of a prefill."""
+    scaled = WRITES | ({"token and head scales": EXPONENTS} if element in FP8 else {})
+    kinds = [kind for kind in SHAPES if kind.startswith("write")]
+    return [
+        write(target, element, f"{kind.split('-')[1]}, {name}", kind, asked) for kind in kinds for name, asked in scaled.items()
+    ]
 
 
 def decode(target: Target, element: str, name: str, **asked: Any) -> Case:
@@ -91,6 +106,39 @@ def prefill(target: Target, element: str, name: str, **asked: Any) -> Case:
     return Case(f"prefill, {element}, {name}", "paged_prefill", call, arguments, target, wants=wants, against=multiplying)
 
 
+def write(target: Target, element: str, name: str, kind: str, asked: dict[str, Any]) -> Case:
+    """`kv_write` of bfloat16 keys and values into pools that are given up, and exponents with them."""
+    size = SHAPES[kind]
+    arrays = {name: _array(size, *axes, dtype=DTYPES.get(name, jnp.float32)) for name, axes in asked.items()}
+    exponents = [arrays.pop(name) for name in EXPONENTS if name in arrays]
+    pools = [*_pools(size, element), *exponents]
+    new = _array(size, "requests", "tokens", "kv_heads", "head_dim", dtype=jnp.bfloat16)
+    per_request = _array(size, "requests")
+    arguments = (*pools, new, new, _array(size, "requests", "pages"), per_request, per_request, _array(size), arrays)
+
+    def call(k_pages, v_pages, *rest):
+        exponents, (k, v, page_table, start, lengths, first_row, arrays) = (
+            dict(zip(EXPONENTS, rest[:-7], strict=False)),
+            rest[-7:],
+        )
+        more = {"element": ELEMENTS[element], "first_row": first_row} | exponents | arrays
+        return kv_write(k, v, k_pages, v_pages, page_table, start, lengths, **more)
+
+    # An exponent crosses shared memory and is stored: a byte each, for K and V. A bfloat16 is converted on the slow pipe, which four
+    # bytes moved for each leave time for.
+    wants = Wants(attends=False, narrow=4 if exponents else 0, slow_conversions=16 if element == "bf16" else 0)
+    return Case(
+        f"write, {element}, {name}",
+        "kv_write",
+        call,
+        arguments,
+        target,
+        pools=tuple(range(len(pools))),
+        written=True,
+        wants=wants,
+    )
+
+
 def _attention(
     kernel: str, target: Target, element: str, *, options: dict[str, Any] | None = None, sizes: dict[str, int] | None = None
 ) -> tuple[dict[str, int], tuple[Any, ...], dict[str, Any]]:
@@ -115,7 +163,7 @@ def _attention(
 
 def _wants(arrays: dict[str, Any], **allowed: int) -> Wants:
     """A lane reads the exponents of the keys whose scores it holds: 9 loads in decode as compiled by jax 0.10.2."""
-    return Wants(narrow_loads=16 if "k_exponent" in arrays else 0, **allowed)
+    return Wants(narrow=16 if "k_exponent" in arrays else 0, **allowed)
 
 
 def _pools(size: dict[str, int], element: str) -> list[jax.ShapeDtypeStruct]:

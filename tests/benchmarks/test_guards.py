@@ -29,19 +29,22 @@ def test_a_good_loop_passes():
     assert code() == []
 
 
-@pytest.mark.parametrize("op", ["LDS__U8", "LDS__S8", "LDG__E__U8__CONSTANT", "LDG__E__U16", "LD__E__U8", "LDS__U__U16"])
-def test_loads_of_one_or_two_bytes_fail(op):
-    assert code(**{op: 3}) == ["3 loads of one or two bytes; 0 allowed"]
+@pytest.mark.parametrize(
+    "op", ["LDS__U8", "LDS__S8", "LDG__E__U8__CONSTANT", "LDG__E__U16", "LD__E__U8", "LDS__U__U16", "STG__E__U8"]
+)
+def test_loads_and_stores_of_one_or_two_bytes_fail(op):
+    assert code(**{op: 3}) == ["3 loads and stores of one or two bytes; 0 allowed"]
 
 
-def test_as_many_narrow_loads_as_the_exponents_need_pass():
-    assert code(wants=Wants(narrow_loads=3), LDG__E__U8=3) == []
-    assert code(wants=Wants(narrow_loads=3), LDG__E__U8=4) == ["4 loads of one or two bytes; 3 allowed"]
+def test_as_many_narrow_ones_as_the_exponents_need_pass():
+    assert code(wants=Wants(narrow=3), LDG__E__U8=3) == []
+    assert code(wants=Wants(narrow=3), LDG__E__U8=4) == ["4 loads and stores of one or two bytes; 3 allowed"]
 
 
 @pytest.mark.parametrize("op", ["F2F__BF16__F32", "F2F__F32__F16"])
 def test_slow_conversions_fail(op):
-    assert code(**{op: 2}) == ["2 conversions on the slow pipe (F2F)"]
+    assert code(**{op: 2}) == ["2 conversions on the slow pipe (F2F); 0 allowed"]
+    assert code(wants=Wants(slow_conversions=2), **{op: 2}) == []
 
 
 def test_attending_without_tensor_cores_fails():
