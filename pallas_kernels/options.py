@@ -84,6 +84,7 @@ def checked(
 
 
 def operands(
+    q: Float[Array, "queries q_heads head_dim"],
     k_pages: Pool,
     v_pages: Pool,
     page_table: Int[Array, "requests pages"],
@@ -99,7 +100,23 @@ def operands(
     sinks: Float[Array, " q_heads"] | None,
     score_offset: Float[Array, "queries q_heads"] | None,
 ) -> dict[str, jax.Array | None]:
-    """What kernels read by name; scalars as arrays of one element, for they may be traced."""
+    """What kernels read by name; scalars as arrays of one element, for they may be traced. `ValueError` for wrong shapes."""
+    _, kv_heads, page_size, head_dim = k_pages.shape
+    belong = {
+        "page_table": (page_table, (*lengths.shape, None)),
+        "k_scale": (k_scale, (kv_heads, head_dim)),
+        "v_scale": (v_scale, (kv_heads, head_dim)),
+        "k_exponent": (k_exponent, (None, kv_heads, page_size)),
+        "v_exponent": (v_exponent, (None, kv_heads, page_size)),
+        "sinks": (sinks, q.shape[1:2]),
+        "score_offset": (score_offset, q.shape[:2]),
+    }
+    for name, (x, shape) in belong.items():
+        if x is not None and not _has_shape(x, shape):
+            raise ValueError(
+                f"{name} is {x.shape}: beside queries {q.shape}, {lengths.size} lengths and pages {k_pages.shape} it must be "
+                f"[{', '.join('..' if n is None else str(n) for n in shape)}]."
+            )
 
     def scalar(x: Scalar | None) -> jax.Array | None:
         return None if x is None else jnp.asarray(x, jnp.int32).reshape(1)
@@ -109,6 +126,7 @@ def operands(
 
     same = first_exponent_row is None
     return {
+        "q": q,
         "k": k_pages,
         "v": v_pages,
         "page_table": page_table,
@@ -123,6 +141,11 @@ def operands(
         "sinks": real(sinks),
         "score_offset": real(score_offset),
     }
+
+
+def _has_shape(x: Any, shape: tuple[int | None, ...]) -> bool:
+    """None is any size."""
+    return len(x.shape) == len(shape) and all(n is None or n == m for n, m in zip(shape, x.shape, strict=True))
 
 
 def scale_of_scores(head_dim: int, sm_scale: float | None) -> float:

@@ -84,18 +84,37 @@ def test_all_options_in_float32(kernel) -> None:
 @each_query
 @pytest.mark.parametrize("element", [E4M3, E5M2], ids=str)
 def test_dynamic_scales_may_differ_by_a_million_and_more_between_tokens(kernel, q_dtype, element) -> None:
-    for spread in (20, 40):
-        Batch(element=element, q_dtype=q_dtype, dynamic=True, spread=spread).check(kernel)
+    """At random, and rising or falling along the text: later blocks then have the largest by far, or earlier ones."""
+    sizes = {"lengths": (0, 1, 17, 40, 50), "queries": (0, 1, 2, 3, 9)}
+    for spread, order in ((20, None), (40, None), (20, 1), (20, -1)):
+        batch = Batch(element=element, q_dtype=q_dtype, dynamic=True, spread=spread, **sizes)
+        for request, length in enumerate(batch.lengths if order else ()):
+            rising = np.linspace(127 - spread, 127, length).astype(np.uint8)[::order]
+            for token, exponent in enumerate(rising):
+                batch.options["k_exponent"][batch.slot(request, token)] = 127 - exponent % 3
+                batch.options["v_exponent"][batch.slot(request, token)] = exponent
+        batch.check(kernel, blocks={"decode": DecodeBlocks(16, 4, 1, 1)}.get(kernel))
 
 
 @each_kernel
 @each_query
 def test_no_scale_and_no_query_leaves_the_range_of_float16(kernel, q_dtype) -> None:
+    """Dynamic scales bring scores back to where they tell keys apart."""
     largest = 1e4 if q_dtype == jnp.float16 else 1e30
-    for query, k_scale, v_scale in ((1e-6, 1e6, 1e-6), (1e4, 1e-6, 1e3), (largest, 1 / largest, 1.0), (1.0, 1e-6, 1e-6)):
-        batch = Batch(q_dtype=q_dtype, static=(k_scale, v_scale))
+    for query, k_scale, v_scale in ((1, 1e6, 1e-6), (1e3, 1e6, 1e3), (1e-2, 1e-6, 1.0), (largest, 1 / largest, 1.0)):
+        batch = Batch(q_dtype=q_dtype, static=(k_scale, v_scale), dynamic=True)
         batch.q, batch.decode_q = query * batch.q, query * batch.decode_q
+        written = batch.options["k_exponent"] != 255
+        batch.options["k_exponent"] -= np.where(written, np.round(np.log2(query * k_scale)), 0).astype(np.int8).view(np.uint8)
         batch.check(kernel)
+
+
+@each_kernel
+def test_weights_of_a_millionth_keep_their_precision(kernel) -> None:
+    """Beside a sink that takes nearly all: as they are, float16 would keep five bits of them."""
+    batch = Batch(q_dtype=jnp.float16, static=(1.0, 1e5))
+    arguments = batch.arguments(kernel) | {"sinks": np.full(batch.q_heads, 14.0, np.float32)}
+    batch.compare(kernel, batch.run(kernel, arguments, BLOCKS[kernel]), arguments)
 
 
 @each_kernel

@@ -70,6 +70,27 @@ def test_both_kernels_check_what_they_are_given(kernel) -> None:
         call(kernel, arguments, element=E4M3, k_exponent=jnp.zeros((36, 2, 4), jnp.uint8))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scales_of_other_heads_or_pages_are_an_error(kernel) -> None:
+    arguments = {name: jnp.asarray(x) for name, x in Batch().arguments(kernel).items()}
+    scale, exponents = jnp.ones((1, 32)), jnp.zeros((36, 2, 8), jnp.uint8)  # pages here have 2 heads and 4 tokens
+    with pytest.raises(ValueError, match=r"k_scale is \(1, 32\): .* it must be \[2, 32\]"):
+        call(kernel, arguments, element=E4M3, k_scale=scale)
+    with pytest.raises(ValueError, match=r"k_exponent is \(36, 2, 8\): .* it must be \[\.\., 2, 4\]"):
+        call(kernel, arguments, element=E4M3, k_exponent=exponents, v_exponent=exponents)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_batch_of_nothing_is_nothing(kernel) -> None:
+    arguments = {name: jnp.asarray(x) for name, x in Batch().arguments(kernel).items()}
+    none = {name: arguments[name][:0] for name in ("page_table", "lengths", "first_query", "queries") if name in arguments}
+    if kernel == "prefill":
+        assert not np.any(call(kernel, arguments | none, element=E4M3)), "rows of no request"
+        assert call(kernel, arguments | {"q": arguments["q"][:0]}, element=E4M3).shape == (0, 6, 32)
+    else:
+        assert call(kernel, arguments | none | {"q": arguments["q"][:0]}, element=E4M3).shape == (0, 6, 32)
+
+
 def test_pools_of_bytes_between_2_and_4_gib_are_out_of_reach() -> None:
     def array(size: int, dtype: object) -> types.SimpleNamespace:
         return types.SimpleNamespace(shape=(size,), dtype=np.dtype(dtype))
