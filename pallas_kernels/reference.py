@@ -37,18 +37,23 @@ def rows(
     queries: Any,
     *,
     element: Any = None,
-    first_row: int = 0,
+    layer: int | None = None,
+    first_row: Any = 0,
     k_scale: Any = None,
     v_scale: Any = None,
     k_exponent: Any = None,
     v_exponent: Any = None,
-    first_exponent_row: int | None = None,
-    window: int | None = None,
+    first_exponent_row: Any = None,
+    window: Any = None,
     sinks: Any = None,
     score_offset: Any = None,
 ) -> Iterator[Row]:
     """Every row of every request. Slots that a request's queries do not see are not touched."""
     element = np.dtype(k_pages.dtype if element is None else element)
+    if layer is not None:
+        by_layer = (first_row, first_exponent_row, k_scale, v_scale, window, sinks)
+        here = (None if x is None else np.asarray(x)[layer] for x in by_layer)
+        first_row, first_exponent_row, k_scale, v_scale, window, sinks = here
     k_pages, v_pages = (np.asarray(pages).view(element).astype(np.float64) for pages in (k_pages, v_pages))
     q, page_table = np.asarray(q).astype(np.float64), np.asarray(page_table)
     (_, kv_heads, page_size, head_dim), q_heads = k_pages.shape, q.shape[1]

@@ -8,7 +8,7 @@ from pallas_kernels.precision import bound
 from pallas_kernels.reference import attention, rows
 
 
-def reference(
+def paged_prefill_reference(
     q: Any,
     k_pages: Any,
     v_pages: Any,

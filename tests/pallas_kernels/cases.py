@@ -13,12 +13,12 @@ import numpy as np
 
 from pallas_kernels import DecodeBlocks, PrefillBlocks, paged_decode, paged_prefill
 from pallas_kernels.elements import E4M3
-from pallas_kernels.paged_decode.reference import reference as decode_reference
-from pallas_kernels.paged_prefill.reference import reference as prefill_reference
+from pallas_kernels.paged_decode.reference import paged_decode_reference
+from pallas_kernels.paged_prefill.reference import paged_prefill_reference
 
 NAN_CODE = {1: np.uint8(0xFF), 2: np.uint16(0xFFFF), 4: np.float32(np.nan)}
 KERNELS = {"decode": paged_decode, "prefill": paged_prefill}
-REFERENCES = {"decode": decode_reference, "prefill": prefill_reference}
+REFERENCES = {"decode": paged_decode_reference, "prefill": paged_prefill_reference}
 BLOCKS = {"decode": DecodeBlocks(16, 4, 1, 2), "prefill": PrefillBlocks(16, 16, 4, 1)}
 OUTSIDE = 1 << 20  # a page that no pool has
 STATIC = ("sm_scale", "softcap", "native_e4m3")

@@ -208,29 +208,35 @@ ROW_LENGTHS = st.tuples(st.integers(0, 20), st.integers(0, 20))
 
 @each_kernel
 @settings(max_examples=15)
-@given(chunks=st.lists(ROW_LENGTHS, min_size=5, max_size=5), window=st.integers(0, 9), seed=st.integers(0, 99))
+@given(chunks=st.lists(ROW_LENGTHS, min_size=5, max_size=5), window=st.none() | st.integers(0, 9), seed=st.integers(0, 99))
 def test_ragged_batches_over_shuffled_pages(kernel, chunks, window, seed) -> None:
     lengths, queries = tuple(a + b for a, b in chunks), tuple(b for _, b in chunks)
-    batch = Batch(lengths=lengths, queries=queries, tokens=105, num_pages=55, window=window, dynamic=True, seed=seed)
-    batch.check(kernel)
+    batch = Batch(lengths=lengths, queries=queries, tokens=105, num_pages=55, dynamic=True, seed=seed)
+    batch.check(kernel, **({} if window is None else {"window": window}))
 
 
 @each_kernel
-def test_layers_under_scan_have_their_own_pages_and_windows(kernel) -> None:
-    batch = Batch(static=(1.0, 1.0))
+@pytest.mark.parametrize("cut", [True, False], ids=["cut out", "taken by the kernel"])
+def test_layers_under_scan_have_their_own_pages_windows_sinks_and_scales(kernel, cut) -> None:
+    batch = Batch()
     for pages in (batch.k_pages, batch.v_pages):
         pages[: batch.num_pages] = pages[batch.num_pages :] ^ np.uint8(0x80)
     arguments = batch.arguments(kernel)
     layers = {"first_row": np.int32([0, batch.num_pages]), "window": np.int32([0, 3])}
+    layers["sinks"] = np.float32(batch.rng.normal(size=(2, batch.q_heads)))
+    layers |= {name: np.float32(batch.rng.uniform(1, 2, (2, 2, batch.head_dim))) for name in ("k_scale", "v_scale")}
 
     @jax.jit
     def run(arguments, layers):
-        return jax.lax.scan(lambda _, layer: ((), call(kernel, arguments | layer, element=E4M3)), (), layers)[1]
+        def one(_, layer):
+            here = {name: x[layer] for name, x in layers.items()} if cut else layers | {"layer": layer}
+            return (), call(kernel, arguments | here, element=E4M3)
 
-    given = {name: jnp.asarray(x) for name, x in arguments.items()}
-    for layer, got in enumerate(run(given, layers)):
-        here = {name: int(values[layer]) for name, values in layers.items()}
-        batch.compare(kernel, got, arguments | here)
+        return jax.lax.scan(one, (), jnp.arange(2, dtype=jnp.int32))[1]
+
+    given = [{name: jnp.asarray(x) for name, x in some.items()} for some in (arguments, layers)]
+    for layer, got in enumerate(run(*given)):
+        batch.compare(kernel, got, arguments | layers | {"layer": layer})
 
 
 @each_kernel

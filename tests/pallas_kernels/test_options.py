@@ -30,7 +30,7 @@ def test_what_is_asked_for_comes_back() -> None:
 
 
 REFUSED = {
-    "element": ({"element": np.dtype(np.int8)}, "int8: kernels read float8_e4m3fn, "),
+    "element": ({"element": np.dtype(np.int8)}, "int8: kernels know float8_e4m3fn, "),
     "plain bits": ({"element": None}, "pages of uint8"),
     "pieces": ({"element": BFLOAT16}, "uint8 hold bfloat16 in pieces"),
     "head_dim": ({"k_pages": pool(head_dim=320), "head_dim": 320}, "head_dim=320: kernels are made for up to 256"),
@@ -57,7 +57,7 @@ WRONG = {
 
 @pytest.mark.parametrize("given", WRONG.values(), ids=WRONG)
 def test_shapes_that_do_not_belong_together_are_an_error(given) -> None:
-    with pytest.raises(ValueError, match=r"both"):
+    with pytest.raises(ValueError, match=r"both|must divide"):
         check(**given)
 
 
@@ -74,9 +74,9 @@ def test_both_kernels_check_what_they_are_given(kernel) -> None:
 def test_scales_of_other_heads_or_pages_are_an_error(kernel) -> None:
     arguments = {name: jnp.asarray(x) for name, x in Batch().arguments(kernel).items()}
     scale, exponents = jnp.ones((1, 32)), jnp.zeros((36, 2, 8), jnp.uint8)  # pages here have 2 heads and 4 tokens
-    with pytest.raises(ValueError, match=r"k_scale is \(1, 32\): .* it must be \[2, 32\]"):
+    with pytest.raises(ValueError, match=r"k_scale of \(1, 32\), .* it must be of \(2, 32\)"):
         call(kernel, arguments, element=E4M3, k_scale=scale)
-    with pytest.raises(ValueError, match=r"k_exponent is \(36, 2, 8\): .* it must be \[\.\., 2, 4\]"):
+    with pytest.raises(ValueError, match=r"k_exponent of \(2, 8\), .* it must be of \(2, 4\)"):
         call(kernel, arguments, element=E4M3, k_exponent=exponents, v_exponent=exponents)
 
 
