@@ -1,8 +1,8 @@
 """The engine's own steps with the kernels in them, compiled for a GPU that need not be there.
 
 The model has the shapes of Llama-3.1-8B (arXiv:2407.21783, table 3), its weights are shapes alone. A step must update the pool
-in place, copy or widen no array of the pool's size, and need as much memory beside its arguments for a small pool as for a large
-one.
+in place, copy or widen no array of the pool's size, and need as much memory beside its arguments for a small pool as for a
+large one.
 """
 
 import dataclasses
