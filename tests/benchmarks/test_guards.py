@@ -22,7 +22,8 @@ def code(*, wants: Wants | None = None, without: str = "", **extra: int) -> list
 
 def memory(hlo: str = "", **changed) -> list[str]:
     given = {"temporary_bytes": 1 << 20, "aliased_bytes": 2 * POOL, "pool_bytes": [POOL, POOL], "written": True} | changed
-    return list(in_memory(hlo, **given))
+    inside = "%fused (p: u8[8192,8,64,128]) -> f32[8192,8,64,128] {\n  %x = f32[8192,8,64,128] convert(%p)\n}"  # in registers
+    return list(in_memory(f"{inside}\nENTRY %main {{\n{hlo}\n}}", **given))
 
 
 def test_a_good_loop_passes():
@@ -69,11 +70,24 @@ def test_spills_fail():
     assert list(in_registers(8, 12, Wants(spilled_bytes=20))) == []
 
 
-def test_a_copy_of_a_pool_fails_whatever_its_shape_and_a_small_one_does_not():
-    assert memory("  %copy.1 = u8[8192,8,64,128]{3,2,1,0} copy(%p)") == ["copies u8[8192,8,64,128]"]
-    assert memory("  %copy.1 = bf16[4096,8,64,128]{3,2,1,0} copy(%p)") == ["copies bf16[4096,8,64,128]"]
-    assert memory("  %c = (u8[8192,65536]{1,0}, u8[8192,65536]{1,0}, u32[]) copy-start(%p)") == ["copies u8[8192,65536]"]
-    assert memory("  %copy.1 = bf16[64,32,128]{2,1,0} copy(%q)\n  %copy.2 = s32[] copy(%r)") == []
+def test_a_step_that_writes_as_much_as_a_pool_fails_whatever_it_is():
+    assert memory("  %copy.1 = u8[8192,8,64,128]{3,2,1,0} copy(%p)") == ["writes u8[8192,8,64,128] beside the kernel (copy)"]
+    assert memory("  ROOT %f = bf16[4096,8,64,128]{3,2,1,0} fusion(%p), kind=kLoop") == [
+        "writes bf16[4096,8,64,128] beside the kernel (fusion)"
+    ]
+    assert memory("  %c = (u8[8192,65536]{1,0}, u8[8192,65536]{1,0}, u32[]) copy-start(%p)") == [
+        "writes u8[8192,65536] beside the kernel (copy-start)"
+    ]
+
+
+def test_kernels_views_and_small_steps_pass():
+    assert memory(
+        """  %p = u8[8192,8,64,128]{3,2,1,0} parameter(0)
+  %b = f8e4m3fn[8192,8,64,128]{3,2,1,0} bitcast(%p)
+  %kv_write.3 = (u8[8192,8,64,128]{3,2,1,0}, u8[8192,8,64,128]{3,2,1,0}) custom-call(%p, %q)
+  %copy.1 = bf16[64,32,128]{2,1,0} copy(%q)
+  ROOT %copy.2 = s32[] copy(%r)"""
+    ) == []  # fmt: skip
 
 
 def test_memory_for_another_pool_fails():
