@@ -64,10 +64,16 @@ def test_each_of_several_hot_loops_is_held_to_all_of_it():
     assert list(in_code([Counter(GOOD), Counter({"HMMA.16816.F32": 1})], Wants())) == ["no asynchronous copy of 16 bytes"]
 
 
-def test_spills_fail():
-    assert list(in_registers(8, 12, Wants())) == ["spills 8 bytes, reloads 12; 0 allowed"]
-    assert list(in_registers(0, 0, Wants())) == []
-    assert list(in_registers(8, 12, Wants(spilled_bytes=20))) == []
+def test_more_spills_than_are_allowed_beside_the_loop_fail():
+    assert list(in_registers(40, 28, Wants())) == ["spills 40 bytes, reloads 28; 64 allowed"]
+    assert list(in_registers(40, 28, Wants(spilled_bytes=68))) == []
+
+
+@pytest.mark.parametrize("op", ["LDL", "LDL__LU", "STL__64"])
+def test_a_single_spilled_register_in_the_hot_loop_fails(op):
+    assert list(in_registers(4, 4, Wants())) == []
+    assert code(**{op: 1}) == ["1 moves of spilled registers; 0 allowed"]
+    assert code(wants=Wants(spill_moves=1), **{op: 1}) == []
 
 
 def test_a_step_that_writes_as_much_as_a_pool_fails_whatever_it_is():
