@@ -102,8 +102,7 @@ def prefill(target: Target, element: str, name: str, *, query: Any = jnp.bfloat1
     size, pools, arrays, constants = _attention("prefill", element, query, **asked)
     arrays |= {"first_query": _array(size, "requests"), "queries": _array(size, "requests")}
     call = functools.partial(paged_prefill, **constants, native_e4m3=target.converts_e4m3)
-    # The blocks are cut for Hopper, whose tensor cores read shared memory; an A100 spills 200 bytes, 12 of them in the loops.
-    wants = _wants(query, arrays, **({"spill_moves": 3, "spilled_bytes": 256} if target.name == "a100" else {}))
+    wants = _wants(query, arrays)
     against = functools.partial(multiplying, used=_used(size))
     return Case(f"prefill, {element}, {name}", "paged_prefill", call, pools, arrays, target, wants=wants, against=against)
 
