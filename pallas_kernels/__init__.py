@@ -7,11 +7,12 @@ in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py` and 
 from pallas_kernels.errors import NotSupported
 from pallas_kernels.kv_write import WriteBlocks, Written, kv_write
 from pallas_kernels.options import check_pool
-from pallas_kernels.paged_decode import DecodeBlocks, paged_decode
+from pallas_kernels.paged_decode import DecodeBlocks, MosaicBlocks, paged_decode, paged_decode_mosaic
 from pallas_kernels.paged_prefill import PrefillBlocks, paged_prefill
 
 __all__ = [
     "DecodeBlocks",
+    "MosaicBlocks",
     "NotSupported",
     "PrefillBlocks",
     "WriteBlocks",
@@ -19,5 +20,6 @@ __all__ = [
     "check_pool",
     "kv_write",
     "paged_decode",
+    "paged_decode_mosaic",
     "paged_prefill",
 ]

@@ -1,0 +1,160 @@
+"""Decode on Pallas Mosaic GPU. EXPERIMENTAL: compiled for Hopper and interpreted on a CPU, never yet run on a GPU.
+
+The contract is that of `paged_decode` (pallas_kernels/contract.md), narrower: `NotSupported` says where. The kernel itself is
+mosaic_kernel.py. What goes into queries and output (static scales, softmax factor, sinks, shares) is small and left to XLA,
+which fuses it with what stands before and after.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attend import LOG2E
+from pallas_kernels.backend import cdiv
+from pallas_kernels.elements import FLOAT16, FLOAT32, power
+from pallas_kernels.errors import NotSupported
+from pallas_kernels.options import ChannelScale, Exponents, Pool, Scalar, checked, scale_of_scores
+from pallas_kernels.paged_decode.mosaic_kernel import MosaicBlocks, MosaicHow, launch
+
+HEAD_DIMS, PAGE_SIZES = (64, 128, 256), (16, 32, 64, 128, 256)
+MOST_SPLITS = 64
+MADE_WITH = "0.11.2"
+
+
+def paged_decode_mosaic(
+    q: Float[Array, "requests q_heads head_dim"],
+    k_pages: Pool,
+    v_pages: Pool,
+    page_table: Int[Array, "requests pages"],
+    lengths: Int[Array, " requests"],
+    *,
+    element: Any = None,
+    first_row: Scalar = 0,
+    k_scale: ChannelScale = None,
+    v_scale: ChannelScale = None,
+    k_exponent: Exponents = None,
+    v_exponent: Exponents = None,
+    first_exponent_row: Scalar | None = None,
+    window: Scalar | None = None,
+    sinks: Float[Array, " q_heads"] | None = None,
+    score_offset: Float[Array, "requests q_heads"] | None = None,
+    sm_scale: float | None = None,
+    softcap: float | None = None,
+    blocks: MosaicBlocks | None = None,
+    interpret: bool = False,
+) -> Float[Array, "requests q_heads head_dim"]:
+    """As `paged_decode`, on Hopper GPUs with jax >= 0.11. `NotSupported` elsewhere, for float32 queries or pages, for sizes
+    beyond `HEAD_DIMS` and `PAGE_SIZES`, and for scales by token and head in pages smaller than a block."""
+    gpu = mosaic_gpu()
+    requests, q_heads, head_dim = q.shape
+    element, compute, group = checked(q_heads, head_dim, q.dtype, k_pages, v_pages, element, k_exponent, v_exponent)
+    kv_heads, page_size = k_pages.shape[1:3]
+    tiles = cdiv(group, 4096 // max(128, head_dim))  # of 16 or 32 heads: with more, registers spill
+    dynamic = k_exponent is not None
+    if blocks is None:
+        programs, tokens = requests * kv_heads * tiles, page_table.shape[1] * page_size
+        blocks = mosaic_blocks_for(programs=programs, head_dim=head_dim, tokens=tokens, element=element, dynamic=dynamic)
+    how = MosaicHow(element, compute, page_size, head_dim, cdiv(cdiv(group, tiles), 8) * 8, tiles, softcap, blocks, interpret)
+    _refuse(how, dynamic=dynamic)
+
+    def by_program(x: jax.Array) -> jax.Array:
+        x = x.reshape(requests, kv_heads, group, -1)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, tiles * how.heads - group), (0, 0)))
+        return x.reshape(requests, kv_heads * tiles, how.heads, -1)
+
+    def by_head(x: jax.Array) -> jax.Array:
+        x = x.reshape(blocks.splits, requests, kv_heads, tiles * how.heads, -1)
+        return x[:, :, :, :group].reshape(blocks.splits, requests, q_heads, -1)
+
+    unit = LOG2E if softcap is None else 1 / softcap
+    rows, factor = _queries(q, k_scale, compute)
+    scalars = (first_row, first_row if first_exponent_row is None else first_exponent_row, 0 if window is None else window)
+    operands = {
+        "q": by_program(rows),
+        "factor": by_program(factor * (scale_of_scores(head_dim, sm_scale) * unit))[..., 0],
+        "offset": None if score_offset is None else by_program(score_offset.astype(FLOAT32) * unit)[..., 0],
+        "k": lax.bitcast_convert_type(k_pages, element),
+        "v": lax.bitcast_convert_type(v_pages, element),
+        "k_exponent": k_exponent,
+        "v_exponent": v_exponent,
+        "page_table": page_table,
+        "lengths": lengths,
+        "scalars": jnp.stack([jnp.asarray(x, jnp.int32) for x in scalars]),
+    }
+    try:
+        out, weight = launch(gpu, how, {name: x for name, x in operands.items() if x is not None})
+    except Exception as error:
+        raise NotSupported(
+            f"Mosaic GPU of jax {jax.__version__} does not take this kernel, made with {MADE_WITH}: {error}"
+        ) from error
+    out = _together(by_head(out.swapaxes(-1, -2)), by_head(weight), sinks)
+    if v_scale is not None:
+        out = out * jnp.repeat(v_scale.astype(FLOAT32), group, axis=0)
+    return out.astype(q.dtype)
+
+
+def mosaic_gpu() -> Any:
+    """Mosaic GPU's module, or `NotSupported`."""
+    if jax.__version_info__ < (0, 11):
+        raise NotSupported(f"decode on Mosaic GPU needs jax >= 0.11, and this is jax {jax.__version__}.")
+    try:
+        from jax.experimental.pallas import mosaic_gpu
+    except ImportError as error:
+        raise NotSupported(f"jax {jax.__version__} has no Mosaic GPU here: {error}") from error
+    return mosaic_gpu
+
+
+def mosaic_blocks_for(
+    *, programs: int, head_dim: int, tokens: int, element: np.dtype, dynamic: bool, cores: int = 132
+) -> MosaicBlocks:
+    """Blocks for so many programs and requests of up to `tokens` tokens: 32 KiB in flight for each program, four to a core."""
+    block_k = 128 if head_dim == 64 and not dynamic else 64
+    splits = max(1, min(cdiv(4 * cores, programs), cdiv(tokens, block_k), MOST_SPLITS))
+    return MosaicBlocks(block_k, stages=max(2, 2**15 // (2 * block_k * head_dim * element.itemsize)), splits=splits)
+
+
+def _refuse(how: MosaicHow, *, dynamic: bool) -> None:
+    if how.compute == FLOAT32:
+        raise NotSupported("float32 queries or pages: decode on Mosaic GPU multiplies 16-bit operands.")
+    if how.head_dim not in HEAD_DIMS or how.page_size not in PAGE_SIZES:
+        raise NotSupported(
+            f"head_dim={how.head_dim} in pages of {how.page_size} tokens: decode on Mosaic GPU copies whole tiles, of heads of "
+            f"{HEAD_DIMS} and pages of {PAGE_SIZES}."
+        )
+    if dynamic and how.page_size < how.blocks.block_k:
+        raise NotSupported(
+            f"scales by token and head in pages of {how.page_size}: decode on Mosaic GPU reads those of a block at once, from "
+            f"pages of at least {how.blocks.block_k} tokens."
+        )
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    if capability != "9.0" and not how.interpret:
+        raise NotSupported(f"compute capability {capability}: decode on Mosaic GPU is made for Hopper, 9.0.")
+
+
+def _queries(q: jax.Array, k_scale: ChannelScale, compute: np.dtype) -> tuple[jax.Array, jax.Array]:
+    """Queries times K scales, float16 ones with their largest channel in 1 .. 2, and what their scores lack by that."""
+    rows = q.astype(FLOAT32)
+    if k_scale is not None:
+        rows = rows * jnp.repeat(k_scale.astype(FLOAT32), q.shape[1] // k_scale.shape[0], axis=0)
+    exponent = jnp.zeros(rows.shape[:-1], jnp.int32)
+    if compute == FLOAT16:
+        bits = lax.bitcast_convert_type(jnp.max(jnp.abs(rows), axis=-1), jnp.int32)
+        exponent = jnp.clip(bits >> 23, 1, 253) - 127
+    return (rows * power(-exponent)[..., None]).astype(compute), power(exponent)
+
+
+def _together(out: jax.Array, weight: jax.Array, sinks: Float[Array, " q_heads"] | None) -> jax.Array:
+    """The mean of shares `[splits, requests, q_heads, head_dim]` by their weights `[splits, requests, q_heads, 1]`, which are
+    base-2 logarithms; a sink is one more share, of zeros."""
+    peak = jnp.max(weight, axis=0)
+    total = jnp.zeros_like(peak)
+    if sinks is not None:
+        sink = sinks.astype(FLOAT32)[:, None] * LOG2E
+        peak = jnp.maximum(peak, sink)
+        total = jnp.exp2(sink - peak)
+    share = jnp.exp2(weight - peak)
+    return jnp.sum(out * share, axis=0) / (total + jnp.sum(share, axis=0))
