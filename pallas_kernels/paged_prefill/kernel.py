@@ -15,7 +15,18 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attend import Keys, Refs, Rows, attend, both, channel_mask, finished, first_seen
 from pallas_kernels.backend import cdiv, launch, load, power_of_two, program, store
-from pallas_kernels.options import ChannelScale, Exponents, How, Pool, Scalar, checked, operands, scale_of_scores
+from pallas_kernels.options import (
+    ByLayer,
+    ChannelScale,
+    Exponents,
+    How,
+    Pool,
+    Scalar,
+    checked,
+    opened,
+    operands,
+    scale_of_scores,
+)
 from pallas_kernels.paged_prefill.blocks import PrefillBlocks, blocks_for
 
 
@@ -29,14 +40,15 @@ def paged_prefill(
     queries: Int[Array, " requests"],
     *,
     element: Any = None,
-    first_row: Scalar = 0,
+    layer: Scalar | None = None,
+    first_row: ByLayer = 0,
     k_scale: ChannelScale = None,
     v_scale: ChannelScale = None,
     k_exponent: Exponents = None,
     v_exponent: Exponents = None,
-    first_exponent_row: Scalar | None = None,
-    window: Scalar | None = None,
-    sinks: Float[Array, " q_heads"] | None = None,
+    first_exponent_row: ByLayer | None = None,
+    window: ByLayer | None = None,
+    sinks: Float[Array, "*layers q_heads"] | None = None,
     score_offset: Float[Array, "queries q_heads"] | None = None,
     sm_scale: float | None = None,
     softcap: float | None = None,
@@ -68,8 +80,9 @@ def paged_prefill(
         interpret=interpret,
     )
     refs = {"q": q, "first_query": first_query, "queries": queries} | operands(
-        k_pages, v_pages, page_table, lengths, first_row=first_row, first_exponent_row=first_exponent_row, k_scale=k_scale,
-        v_scale=v_scale, k_exponent=k_exponent, v_exponent=v_exponent, window=window, sinks=sinks, score_offset=score_offset,
+        k_pages, v_pages, page_table, lengths, layer=layer, first_row=first_row, first_exponent_row=first_exponent_row,
+        k_scale=k_scale, v_scale=v_scale, k_exponent=k_exponent, v_exponent=v_exponent, window=window, sinks=sinks,
+        score_offset=score_offset,
     )  # fmt: skip
     requests = lengths.shape[0]
     block_tokens = how.rows // group
@@ -88,6 +101,7 @@ def paged_prefill(
 
 
 def _kernel(refs: Refs, out_refs: Refs, *, how: How, requests: int, block_tokens: int) -> None:
+    refs = opened(refs)
     kv_head = program(1)
     request, block = _block(refs, program(0), requests=requests, block_tokens=block_tokens)
     queries = load(refs["queries"], request)
