@@ -17,7 +17,7 @@ from pallas_kernels.attend import LOG2E
 from pallas_kernels.backend import cdiv
 from pallas_kernels.elements import FLOAT16, FLOAT32, power
 from pallas_kernels.errors import NotSupported
-from pallas_kernels.options import ChannelScale, Exponents, Pool, Scalar, checked, scale_of_scores
+from pallas_kernels.options import ByLayer, ChannelScale, Exponents, Pool, Scalar, checked, opened, operands, scale_of_scores
 from pallas_kernels.paged_decode.mosaic_kernel import MosaicBlocks, MosaicHow, launch
 
 HEAD_DIMS, PAGE_SIZES = (64, 128, 256), (16, 32, 64, 128, 256)
@@ -33,14 +33,15 @@ def paged_decode_mosaic(
     lengths: Int[Array, " requests"],
     *,
     element: Any = None,
-    first_row: Scalar = 0,
+    layer: Scalar | None = None,
+    first_row: ByLayer = 0,
     k_scale: ChannelScale = None,
     v_scale: ChannelScale = None,
     k_exponent: Exponents = None,
     v_exponent: Exponents = None,
-    first_exponent_row: Scalar | None = None,
-    window: Scalar | None = None,
-    sinks: Float[Array, " q_heads"] | None = None,
+    first_exponent_row: ByLayer | None = None,
+    window: ByLayer | None = None,
+    sinks: Float[Array, "*layers q_heads"] | None = None,
     score_offset: Float[Array, "requests q_heads"] | None = None,
     sm_scale: float | None = None,
     softcap: float | None = None,
@@ -61,39 +62,22 @@ def paged_decode_mosaic(
     how = MosaicHow(element, compute, page_size, head_dim, cdiv(cdiv(group, tiles), 8) * 8, tiles, softcap, blocks, interpret)
     _refuse(how, dynamic=dynamic)
 
-    def by_program(x: jax.Array) -> jax.Array:
-        x = x.reshape(requests, kv_heads, group, -1)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, tiles * how.heads - group), (0, 0)))
-        return x.reshape(requests, kv_heads * tiles, how.heads, -1)
-
-    def by_head(x: jax.Array) -> jax.Array:
-        x = x.reshape(blocks.splits, requests, kv_heads, tiles * how.heads, -1)
-        return x[:, :, :, :group].reshape(blocks.splits, requests, q_heads, -1)
-
-    unit = LOG2E if softcap is None else 1 / softcap
-    rows, factor = _queries(q, k_scale, compute)
-    scalars = (first_row, first_row if first_exponent_row is None else first_exponent_row, 0 if window is None else window)
-    operands = {
-        "q": by_program(rows),
-        "factor": by_program(factor * (scale_of_scores(head_dim, sm_scale) * unit))[..., 0],
-        "offset": None if score_offset is None else by_program(score_offset.astype(FLOAT32) * unit)[..., 0],
-        "k": lax.bitcast_convert_type(k_pages, element),
-        "v": lax.bitcast_convert_type(v_pages, element),
-        "k_exponent": k_exponent,
-        "v_exponent": v_exponent,
-        "page_table": page_table,
-        "lengths": lengths,
-        "scalars": jnp.stack([jnp.asarray(x, jnp.int32) for x in scalars]),
-    }
+    given = operands(
+        k_pages, v_pages, page_table, lengths, layer=layer, first_row=first_row, first_exponent_row=first_exponent_row,
+        k_scale=k_scale, v_scale=v_scale, k_exponent=k_exponent, v_exponent=v_exponent, window=window, sinks=sinks,
+        score_offset=score_offset,
+    )  # fmt: skip
+    given = opened({name: x for name, x in given.items() if x is not None})
+    given |= {name: given[name][given["layer"]] for name in ("k_scale", "v_scale", "sinks") if name in given}
     try:
-        out, weight = launch(gpu, how, {name: x for name, x in operands.items() if x is not None})
+        out, weight = launch(gpu, how, _operands(how, q, given, scale_of_scores(head_dim, sm_scale)))
     except Exception as error:
         raise NotSupported(
             f"Mosaic GPU of jax {jax.__version__} does not take this kernel, made with {MADE_WITH}: {error}"
         ) from error
-    out = _together(by_head(out.swapaxes(-1, -2)), by_head(weight), sinks)
-    if v_scale is not None:
-        out = out * jnp.repeat(v_scale.astype(FLOAT32), group, axis=0)
+    out = _together(_by_head(how, group, out.swapaxes(-1, -2)), _by_head(how, group, weight[..., None]), given.get("sinks"))
+    if "v_scale" in given:
+        out = out * jnp.repeat(given["v_scale"], group, axis=0)
     return out.astype(q.dtype)
 
 
@@ -135,11 +119,26 @@ def _refuse(how: MosaicHow, *, dynamic: bool) -> None:
         raise NotSupported(f"compute capability {capability}: decode on Mosaic GPU is made for Hopper, 9.0.")
 
 
-def _queries(q: jax.Array, k_scale: ChannelScale, compute: np.dtype) -> tuple[jax.Array, jax.Array]:
+def _operands(how: MosaicHow, q: jax.Array, given: dict[str, Any], sm_scale: float) -> dict[str, jax.Array]:
+    """What the kernel reads, by name. The window is 0 where there is none."""
+    unit, kv_heads = LOG2E if how.softcap is None else 1 / how.softcap, given["k"].shape[1]
+    rows, factor = _queries(q, given.get("k_scale"), how.compute)
+    made = {
+        "q": _by_program(how, kv_heads, rows),
+        "factor": _by_program(how, kv_heads, (factor * (sm_scale * unit))[..., None])[..., 0],
+        "scalars": jnp.stack([given["first_row"], given["first_exponent_row"], given.get("window", jnp.int32(0))]),
+    }
+    if "score_offset" in given:
+        made["offset"] = _by_program(how, kv_heads, (given["score_offset"] * unit)[..., None])[..., 0]
+    made |= {name: lax.bitcast_convert_type(given[name], how.element) for name in "kv"}
+    return made | {name: given[name] for name in ("page_table", "lengths", "k_exponent", "v_exponent") if name in given}
+
+
+def _queries(q: jax.Array, k_scale: jax.Array | None, compute: np.dtype) -> tuple[jax.Array, jax.Array]:
     """Queries times K scales, float16 ones with their largest channel in 1 .. 2, and what their scores lack by that."""
     rows = q.astype(FLOAT32)
     if k_scale is not None:
-        rows = rows * jnp.repeat(k_scale.astype(FLOAT32), q.shape[1] // k_scale.shape[0], axis=0)
+        rows = rows * jnp.repeat(k_scale, q.shape[1] // k_scale.shape[0], axis=0)
     exponent = jnp.zeros(rows.shape[:-1], jnp.int32)
     if compute == FLOAT16:
         bits = lax.bitcast_convert_type(jnp.max(jnp.abs(rows), axis=-1), jnp.int32)
@@ -147,13 +146,28 @@ def _queries(q: jax.Array, k_scale: ChannelScale, compute: np.dtype) -> tuple[ja
     return (rows * power(-exponent)[..., None]).astype(compute), power(exponent)
 
 
-def _together(out: jax.Array, weight: jax.Array, sinks: Float[Array, " q_heads"] | None) -> jax.Array:
+def _by_program(how: MosaicHow, kv_heads: int, x: jax.Array) -> jax.Array:
+    """`[requests, q_heads, ...]` as `[requests, programs, heads, ...]`, groups padded with zeros."""
+    requests, q_heads, last = x.shape
+    x = x.reshape(requests, kv_heads, q_heads // kv_heads, last)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, how.tiles * how.heads - x.shape[2]), (0, 0)))
+    return x.reshape(requests, kv_heads * how.tiles, how.heads, last)
+
+
+def _by_head(how: MosaicHow, group: int, x: jax.Array) -> jax.Array:
+    """`[splits, requests, programs, heads, ...]` as `[splits, requests, q_heads, ...]`."""
+    splits, requests, programs, heads, last = x.shape
+    x = x.reshape(splits, requests, programs // how.tiles, how.tiles * heads, last)[:, :, :, :group]
+    return x.reshape(splits, requests, -1, last)
+
+
+def _together(out: jax.Array, weight: jax.Array, sinks: jax.Array | None) -> jax.Array:
     """The mean of shares `[splits, requests, q_heads, head_dim]` by their weights `[splits, requests, q_heads, 1]`, which are
     base-2 logarithms; a sink is one more share, of zeros."""
     peak = jnp.max(weight, axis=0)
     total = jnp.zeros_like(peak)
     if sinks is not None:
-        sink = sinks.astype(FLOAT32)[:, None] * LOG2E
+        sink = sinks[:, None] * LOG2E
         peak = jnp.maximum(peak, sink)
         total = jnp.exp2(sink - peak)
     share = jnp.exp2(weight - peak)

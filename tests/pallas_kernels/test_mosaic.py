@@ -164,6 +164,18 @@ def test_options_of_scores_agree_in_one_call():
 
 
 @needs_mosaic
+def test_the_layers_part_is_taken_of_what_all_layers_have():
+    rng = np.random.default_rng(2)
+    scales = {name: np.float32(rng.uniform(0.5, 2, (2, 1, 64))) for name in ("k_scale", "v_scale")}
+    scales |= {"sinks": np.float32(rng.standard_normal((2, 4))), "window": np.int32([3, 40])}
+    given = batch(lengths=(90, 2))
+    one = {name: x[1] for name, x in scales.items()}
+    whole = scales | {"first_row": np.int32([0, given["first_row"]]), "layer": np.int32(1)}
+    run = functools.partial(call, element=E4M3, blocks=MosaicBlocks(64, 2, 1), interpret=True)
+    np.testing.assert_array_equal(jax.jit(run)(given | whole), jax.jit(run)(given | one))
+
+
+@needs_mosaic
 def test_scales_by_token_and_head_of_any_size_agree():
     check(batch(lengths=(100, 64), dynamic=True), E4M3, MosaicBlocks(64, 2, 2))
 
