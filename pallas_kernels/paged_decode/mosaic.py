@@ -75,7 +75,7 @@ def paged_decode_mosaic(
         raise NotSupported(
             f"Mosaic GPU of jax {jax.__version__} does not take this kernel, made with {MADE_WITH}: {error}"
         ) from error
-    out = _together(_by_head(how, group, out.swapaxes(-1, -2)), _by_head(how, group, weight[..., None]), given.get("sinks"))
+    out = _together(_by_head(how, group, out), _by_head(how, group, weight[..., None]), given.get("sinks"))
     if "v_scale" in given:
         out = out * jnp.repeat(given["v_scale"], group, axis=0)
     return out.astype(q.dtype)

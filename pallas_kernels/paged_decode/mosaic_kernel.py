@@ -95,6 +95,7 @@ def launch(gpu: Any, how: MosaicHow, operands: dict[str, jax.Array]) -> Any:
         "k_here": tiled(stages, block_k, how.head_dim, dtype=how.element),
         "v_here": tiled(stages, block_k, how.head_dim, dtype=how.element),
         "weights": tiled(how.heads, block_k, dtype=how.compute),
+        "weight_here": gpu.SMEM((how.heads,), jnp.float32),
         "q_arrived": gpu.Barrier(),
         "k_arrived": gpu.Barrier(num_arrivals=pieces, num_barriers=stages),
         "v_arrived": gpu.Barrier(num_arrivals=pieces, num_barriers=stages),
@@ -112,7 +113,7 @@ def launch(gpu: Any, how: MosaicHow, operands: dict[str, jax.Array]) -> Any:
     call = gpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct((*part, how.head_dim, how.heads), jnp.float32),
+            jax.ShapeDtypeStruct((*part, how.heads, how.head_dim), jnp.float32),
             jax.ShapeDtypeStruct((*part, how.heads), jnp.float32),
         ],
         grid=(requests, how.blocks.splits, programs),
@@ -149,8 +150,12 @@ def _kernel(gpu: Any, how: MosaicHow, refs: Refs) -> None:
 
     total = jnp.sum(now.total, axis=0)
     some = jnp.where(total == 0, 1.0, total)
-    refs["out"][split, share.request, program] = now.out * _rows(jnp.exp2(now.largest - now.peak) / some, how.head_dim)
-    refs["weight"][split, share.request, program] = jnp.where(total == 0, MASKED, now.peak + jnp.log2(some) - how.shift)
+    out = now.out * _rows(jnp.exp2(now.largest - now.peak) / some, how.head_dim)
+    refs["out"].at[split, share.request, program].T[...] = gpu.layout_cast(out, gpu.Layout.WGMMA_TRANSPOSED)
+    refs["weight_here"][...] = jnp.where(total == 0, MASKED, now.peak + jnp.log2(some) - how.shift)
+    gpu.commit_smem()
+    gpu.copy_smem_to_gmem(refs["weight_here"], refs["weight"].at[split, share.request, program])
+    gpu.wait_smem_to_gmem(0)
 
 
 def _share(how: MosaicHow, refs: Refs) -> Share:
