@@ -213,8 +213,15 @@ def _block(refs: Refs, how: How, keys: Keys, begin: jax.Array, request: Any, kv_
     # One page number for the block, or one a token: those of unknown tokens are not read.
     page_of = begin if how.one_page else jnp.clip(token, keys.first, keys.end - 1) if masked else token
     page = load(refs["page_table"], request, page_of // how.page_size)
-    exponent_row = refs["first_exponent_row"] + page if "k_exponent" in refs else None
-    return Block(kv_head, token, known, refs["first_row"] + page, exponent_row)
+    row, exponent_row = _inside(refs["k"], refs["first_row"] + page), None
+    if "k_exponent" in refs:
+        exponent_row = _inside(refs["k_exponent"], refs["first_exponent_row"] + page)
+    return Block(kv_head, token, known, row, exponent_row)
+
+
+def _inside(ref: Any, row: jax.Array) -> jax.Array:
+    """Some row that exists, for page numbers past the end."""
+    return jnp.minimum(row, ref.shape[0] - 1)
 
 
 def _tile(ref: Any, how: How, block: Block) -> jax.Array:

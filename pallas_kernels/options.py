@@ -100,6 +100,7 @@ def checked_element(head_dim: int, k_pages: Pool, v_pages: Pool, element: Any, k
 
 
 def operands(
+    q: Float[Array, "queries q_heads head_dim"],
     k_pages: Pool,
     v_pages: Pool,
     page_table: Int[Array, "requests pages"],
@@ -111,8 +112,9 @@ def operands(
     layer: Scalar | None,
     **by_layer: Any,
 ) -> dict[str, jax.Array | None]:
-    """What attention kernels read, by name."""
-    return of_layer(layer, **by_layer) | {
+    """What attention kernels read, by name; `ValueError` for shapes that do not belong together."""
+    refs = of_layer(layer, **by_layer) | {
+        "q": q,
         "k": k_pages,
         "v": v_pages,
         "page_table": page_table,
@@ -121,6 +123,15 @@ def operands(
         "v_exponent": v_exponent,
         "score_offset": None if score_offset is None else score_offset.astype(FLOAT32),
     }
+    _, kv_heads, page_size, head_dim = k_pages.shape
+    ends = dict.fromkeys(("k_scale", "v_scale"), (kv_heads, head_dim))
+    ends |= dict.fromkeys(("k_exponent", "v_exponent"), (kv_heads, page_size))
+    ends |= dict.fromkeys(("sinks", "score_offset"), (q.shape[1],))
+    for name, end in ends.items():
+        x = refs[name]
+        if x is not None and x.shape[1:] != end:
+            raise ValueError(f"{name} of {x.shape[1:]}, queries {q.shape} and pages {k_pages.shape}: it must be of {end}.")
+    return refs
 
 
 # What a layer has of its own, and how many axes that has.

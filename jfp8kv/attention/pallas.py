@@ -44,7 +44,7 @@ class PallasAttention:
             "k_pages": pages.k_bits,
             "v_pages": pages.v_bits,
             "layer": jnp.asarray(layer, jnp.int32),
-            "first_row": first_rows(pages.layout.slots, pages),
+            "first_row": pages.first_rows,
             "window": options.window,
             "sinks": options.sinks,
         }
@@ -52,7 +52,7 @@ class PallasAttention:
             shared |= {
                 "k_exponent": pages.k_exponent,
                 "v_exponent": pages.v_exponent,
-                "first_exponent_row": first_rows(pages.layout.exponent_slots, pages),
+                "first_exponent_row": pages.first_exponent_rows,
             }
         else:
             assert scales is not None, "static pages need scales"
@@ -106,11 +106,6 @@ class PallasAttention:
 def in_planes(pages: KVPages) -> bool:
     """Whether an element's bytes lie apart, which kernels do not put together."""
     return pages.fmt.stored.itemsize > pages.k_bits.dtype.itemsize
-
-
-def first_rows(slots: tuple[int, ...], pages: KVPages) -> Array:
-    """The row of page number 0, by layer."""
-    return jnp.asarray(slots, jnp.int32) * pages.num_pages
 
 
 def _score_offset(q: Array, k_offset: Array | None, options: AttentionOptions) -> Array | None:

@@ -41,6 +41,7 @@ class _How:
     element: np.dtype
     block_tokens: int
     block_heads: int
+    num_pages: int
 
 
 def kv_write(
@@ -61,11 +62,13 @@ def kv_write(
     k_exponent: Exponents = None,
     v_exponent: Exponents = None,
     first_exponent_row: ByLayer | None = None,
+    num_pages: int | None = None,
     blocks: WriteBlocks | None = None,
     interpret: bool = False,
 ) -> Written:
     """The pools, in place where they are donated, with token `j` of request `r` at position `start[r] + j` where that is less
-    than `lengths[r]`; other tokens are padding, dropped. No two requests write the same slot.
+    than `lengths[r]`; other tokens are padding, dropped, and so are those of page numbers past the end (`num_pages`, the rows
+    of the pool unless said). No two requests write the same slot.
 
     Stored are the bits of `(k - k_offset) * k_inverse` and `v * v_inverse`, rounded to nearest even and saturated; with
     exponents, each token and head is divided by a power of two of its own instead, whose exponent is stored too.
@@ -90,7 +93,7 @@ def kv_write(
     )  # fmt: skip
     _check(refs)
     done = launch(
-        functools.partial(_kernel, how=_How(element, blocks.block_tokens, blocks.block_heads)),
+        functools.partial(_kernel, how=_How(element, blocks.block_tokens, blocks.block_heads, num_pages or k_pages.shape[0])),
         refs,
         name="kv_write",
         grid=(cdiv(tokens, blocks.block_tokens), cdiv(kv_heads, blocks.block_heads), requests),
@@ -156,6 +159,7 @@ def _kernel(refs: Refs, out_refs: Refs, *, how: _How) -> None:
             x = x * _channels(refs, rows, f"{name}_inverse")
         stored[f"{name}_pages"] = encode(x, how.element)
 
+    known = known & (number < how.num_pages)
     for name, bits in stored.items():
         ref = out_refs[name]
         # Padding is masked, and past the end besides: the interpreter would else write old values over new ones.

@@ -57,6 +57,8 @@ def paged_decode(
     requests, q_heads, head_dim = q.shape
     element, compute, group = checked(q_heads, head_dim, q.dtype, k_pages, v_pages, element, k_exponent, v_exponent)
     kv_heads, page_size = k_pages.shape[1:3]
+    if requests == 0:
+        return q
     if blocks is None:
         blocks = blocks_for(
             requests=requests, kv_heads=kv_heads, group=group, head_dim=head_dim, tokens=page_table.shape[1] * page_size,
@@ -76,8 +78,8 @@ def paged_decode(
         native_e4m3=native_e4m3,
         interpret=interpret,
     )
-    refs = {"q": q} | operands(
-        k_pages, v_pages, page_table, lengths, layer=layer, first_row=first_row, first_exponent_row=first_exponent_row,
+    refs = operands(
+        q, k_pages, v_pages, page_table, lengths, layer=layer, first_row=first_row, first_exponent_row=first_exponent_row,
         k_scale=k_scale, v_scale=v_scale, k_exponent=k_exponent, v_exponent=v_exponent, window=window, sinks=sinks,
         score_offset=score_offset,
     )  # fmt: skip

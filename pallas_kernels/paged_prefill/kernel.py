@@ -63,6 +63,9 @@ def paged_prefill(
     tokens, q_heads, head_dim = q.shape
     element, compute, group = checked(q_heads, head_dim, q.dtype, k_pages, v_pages, element, k_exponent, v_exponent)
     kv_heads, page_size = k_pages.shape[1:3]
+    requests = lengths.shape[0]
+    if 0 in (tokens, requests):
+        return jnp.zeros_like(q)
     if blocks is None:
         blocks = blocks_for(head_dim=head_dim, compute=compute)
     how = How(
@@ -79,12 +82,11 @@ def paged_prefill(
         native_e4m3=native_e4m3,
         interpret=interpret,
     )
-    refs = {"q": q, "first_query": first_query, "queries": queries} | operands(
-        k_pages, v_pages, page_table, lengths, layer=layer, first_row=first_row, first_exponent_row=first_exponent_row,
+    refs = {"first_query": first_query, "queries": queries} | operands(
+        q, k_pages, v_pages, page_table, lengths, layer=layer, first_row=first_row, first_exponent_row=first_exponent_row,
         k_scale=k_scale, v_scale=v_scale, k_exponent=k_exponent, v_exponent=v_exponent, window=window, sinks=sinks,
         score_offset=score_offset,
     )  # fmt: skip
-    requests = lengths.shape[0]
     block_tokens = how.rows // group
     done = launch(
         functools.partial(_kernel, how=how, requests=requests, block_tokens=block_tokens),
