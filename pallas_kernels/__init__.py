@@ -1,7 +1,8 @@
 """GPU kernels in Pallas that need nothing of jfp8kv: paged attention and cache writes with the FP8 conversion fused in.
 
 `contract.md` says what all of them are given and promise. They raise `NotSupported` for what they cannot do, and run anywhere
-in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py` and `jfp8kv/cache/` alone.
+in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py` and `jfp8kv/cache/` alone, and never meets
+`paged_decode_mosaic`, which is an experiment (docs/notes/014).
 """
 
 from pallas_kernels.errors import NotSupported

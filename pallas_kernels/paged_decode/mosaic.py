@@ -1,8 +1,8 @@
 """Decode on Pallas Mosaic GPU. EXPERIMENTAL: compiled for Hopper and interpreted on a CPU, never yet run on a GPU.
 
 The contract is that of `paged_decode` (pallas_kernels/contract.md), narrower: `NotSupported` says where. The kernel itself is
-mosaic_kernel.py. What goes into queries and output (static scales, softmax factor, sinks, shares) is small and left to XLA,
-which fuses it with what stands before and after.
+mosaic_kernel.py. What goes into queries and output (static scales, softmax factor, sinks, shares) is left to XLA: three small
+launches before the kernel and one after it.
 """
 
 from typing import Any
@@ -17,11 +17,12 @@ from pallas_kernels.attend import LOG2E
 from pallas_kernels.backend import cdiv
 from pallas_kernels.elements import FLOAT16, FLOAT32, power
 from pallas_kernels.errors import NotSupported
-from pallas_kernels.options import ByLayer, ChannelScale, Exponents, Pool, Scalar, checked, opened, operands, scale_of_scores
+from pallas_kernels.options import ByLayer, ChannelScale, Exponents, Pool, Scalar, checked, operands, scale_of_scores
 from pallas_kernels.paged_decode.mosaic_kernel import MosaicBlocks, MosaicHow, launch
 
 HEAD_DIMS, PAGE_SIZES = (64, 128, 256), (16, 32, 64, 128, 256)
 MOST_SPLITS = 64
+AS_THEY_ARE = ("page_table", "lengths", "k_exponent", "v_exponent", "layer", "first_row", "first_exponent_row", "window")
 MADE_WITH = "0.11.2"
 
 
@@ -63,14 +64,15 @@ def paged_decode_mosaic(
     _refuse(how, dynamic=dynamic)
 
     given = operands(
-        k_pages, v_pages, page_table, lengths, layer=layer, first_row=first_row, first_exponent_row=first_exponent_row,
+        q, k_pages, v_pages, page_table, lengths, layer=layer, first_row=first_row, first_exponent_row=first_exponent_row,
         k_scale=k_scale, v_scale=v_scale, k_exponent=k_exponent, v_exponent=v_exponent, window=window, sinks=sinks,
         score_offset=score_offset,
     )  # fmt: skip
-    given = opened({name: x for name, x in given.items() if x is not None})
-    given |= {name: given[name][given["layer"]] for name in ("k_scale", "v_scale", "sinks") if name in given}
+    given = {name: x for name, x in given.items() if x is not None}
+    at = given["layer"][0]
+    given |= {name: given[name][at] for name in ("k_scale", "v_scale", "sinks") if name in given}
     try:
-        out, weight = launch(gpu, how, _operands(how, q, given, scale_of_scores(head_dim, sm_scale)))
+        out, weight = launch(gpu, how, _operands(how, given, scale_of_scores(head_dim, sm_scale)))
     except Exception as error:
         raise NotSupported(
             f"Mosaic GPU of jax {jax.__version__} does not take this kernel, made with {MADE_WITH}: {error}"
@@ -119,31 +121,25 @@ def _refuse(how: MosaicHow, *, dynamic: bool) -> None:
         raise NotSupported(f"compute capability {capability}: decode on Mosaic GPU is made for Hopper, 9.0.")
 
 
-def _operands(how: MosaicHow, q: jax.Array, given: dict[str, Any], sm_scale: float) -> dict[str, jax.Array]:
-    """What the kernel reads, by name. The window is 0 where there is none."""
+def _operands(how: MosaicHow, given: dict[str, Any], sm_scale: float) -> dict[str, jax.Array]:
+    """What the kernel reads, by name."""
     unit, kv_heads = LOG2E if how.softcap is None else 1 / how.softcap, given["k"].shape[1]
-    rows, factor = _queries(q, given.get("k_scale"), how.compute)
-    made = {
-        "q": _by_program(how, kv_heads, rows),
-        "factor": _by_program(how, kv_heads, (factor * (sm_scale * unit))[..., None])[..., 0],
-        "scalars": jnp.stack([given["first_row"], given["first_exponent_row"], given.get("window", jnp.int32(0))]),
-    }
+    rows = _by_program(how, kv_heads, given["q"]).astype(FLOAT32)
+    if "k_scale" in given:
+        rows = rows * jnp.repeat(given["k_scale"], how.tiles, axis=0)[:, None, :]
+    rows, factor = _normal(rows) if how.compute == FLOAT16 else (rows, jnp.ones(rows.shape[:-1], FLOAT32))
+    made = {"q": rows.astype(how.compute), "factor": factor * (sm_scale * unit), "window": jnp.zeros_like(given["first_row"])}
     if "score_offset" in given:
         made["offset"] = _by_program(how, kv_heads, (given["score_offset"] * unit)[..., None])[..., 0]
     made |= {name: lax.bitcast_convert_type(given[name], how.element) for name in "kv"}
-    return made | {name: given[name] for name in ("page_table", "lengths", "k_exponent", "v_exponent") if name in given}
+    return made | {name: given[name] for name in AS_THEY_ARE if name in given}
 
 
-def _queries(q: jax.Array, k_scale: jax.Array | None, compute: np.dtype) -> tuple[jax.Array, jax.Array]:
-    """Queries times K scales, float16 ones with their largest channel in 1 .. 2, and what their scores lack by that."""
-    rows = q.astype(FLOAT32)
-    if k_scale is not None:
-        rows = rows * jnp.repeat(k_scale, q.shape[1] // k_scale.shape[0], axis=0)
-    exponent = jnp.zeros(rows.shape[:-1], jnp.int32)
-    if compute == FLOAT16:
-        bits = lax.bitcast_convert_type(jnp.max(jnp.abs(rows), axis=-1), jnp.int32)
-        exponent = jnp.clip(bits >> 23, 1, 253) - 127
-    return (rows * power(-exponent)[..., None]).astype(compute), power(exponent)
+def _normal(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows divided by powers of two that bring their largest element to 1 .. 2, and those powers."""
+    bits = lax.bitcast_convert_type(jnp.max(jnp.abs(rows), axis=-1), jnp.int32)
+    exponent = jnp.clip(bits >> 23, 1, 253) - 127
+    return rows * power(-exponent)[..., None], power(exponent)
 
 
 def _by_program(how: MosaicHow, kv_heads: int, x: jax.Array) -> jax.Array:

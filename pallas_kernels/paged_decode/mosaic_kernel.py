@@ -21,8 +21,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.attend import LOG2E, LOWEST, MASKED
+from pallas_kernels.attend import LOG2E, LOWEST, MASKED, first_seen
 from pallas_kernels.elements import FLOAT16, is_fp8, power
+from pallas_kernels.options import opened
 
 Refs = dict[str, Any]
 
@@ -127,6 +128,7 @@ def launch(gpu: Any, how: MosaicHow, operands: dict[str, jax.Array]) -> Any:
 
 
 def _kernel(gpu: Any, how: MosaicHow, refs: Refs) -> None:
+    refs = opened(refs)
     share, split, program = _share(how, refs), lax.axis_index("split"), lax.axis_index("program")
     gpu.copy_gmem_to_smem(refs["q"].at[share.request, program], refs["q_here"], refs["q_arrived"])
     for i in range(how.blocks.stages):
@@ -160,8 +162,8 @@ def _kernel(gpu: Any, how: MosaicHow, refs: Refs) -> None:
 
 def _share(how: MosaicHow, refs: Refs) -> Share:
     request, kv_head = lax.axis_index("request"), _div(lax.axis_index("program"), how.tiles)
-    length, window, block_k = refs["lengths"][request], refs["scalars"][2], how.blocks.block_k
-    first = jnp.where(window == 0, 0, jnp.maximum(length - window, 0))
+    length, block_k = refs["lengths"][request], how.blocks.block_k
+    first = first_seen(refs, length - 1)
     start = _div(first, block_k) * block_k
     share = _cdiv(_cdiv(length - start, block_k), how.blocks.splits) * block_k
     start = start + lax.axis_index("split") * share
@@ -224,26 +226,27 @@ def _block(
 def _fetch(gpu: Any, how: MosaicHow, refs: Refs, share: Share, block: jax.Array, slot: jax.Array) -> None:
     """Have a block's keys and values brought to its slot."""
     for piece in range(how.blocks.block_k // how.piece):
-        page, here = _place(how, refs, share, share.start + block * how.blocks.block_k + piece * how.piece)
+        token = share.start + block * how.blocks.block_k + piece * how.piece
         there = (slot, pl.ds(piece * how.piece, how.piece))
         for name in ("k", "v"):
-            source = refs[name].at[refs["scalars"][0] + page, share.kv_head, here]
+            source = refs[name].at[_place(how, refs, share, token, name)]
             gpu.copy_gmem_to_smem(source, refs[f"{name}_here"].at[there], refs[f"{name}_arrived"].at[slot])
 
 
-def _place(how: MosaicHow, refs: Refs, share: Share, token: jax.Array) -> tuple[jax.Array, Any]:
-    """Page number and slice for the piece at `token`; unknown tokens have a known one's page, for only those are read."""
+def _place(how: MosaicHow, refs: Refs, share: Share, token: jax.Array, name: str) -> tuple[Any, ...]:
+    """Where the piece that begins at `token` lies. Unknown tokens have a known one's page, for only those page numbers are
+    read, and a page past the end is some page that exists."""
     page = refs["page_table"][share.request, _div(jnp.clip(token, share.first, share.end - 1), how.page_size)]
+    row = refs["first_exponent_row" if name.endswith("exponent") else "first_row"] + page
     here = pl.ds(lax.rem(token, jnp.int32(how.page_size)), how.piece) if how.page_size > how.piece else slice(None)
-    return page, here
+    return jnp.minimum(row, refs[name].shape[0] - 1), share.kv_head, here
 
 
 def _exponents(gpu: Any, how: MosaicHow, refs: Refs, share: Share, begin: jax.Array, name: str) -> jax.Array | None:
     """`[block_k]` exponents of dynamic scales without their bias; anything for unknown tokens."""
     if name not in refs:
         return None
-    page, here = _place(how, refs, share, begin)
-    source = refs[name].at[refs["scalars"][1] + page, share.kv_head, here]
+    source = refs[name].at[_place(how, refs, share, begin, name)]
     return gpu.load(source, layout=gpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.int32) - 127
 
 
