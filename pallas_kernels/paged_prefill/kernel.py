@@ -67,7 +67,9 @@ def paged_prefill(
     if 0 in (tokens, requests):
         return jnp.zeros_like(q)
     if blocks is None:
-        blocks = blocks_for(head_dim=head_dim, compute=compute, before_hopper=not native_e4m3)
+        blocks = blocks_for(
+            head_dim=head_dim, element=element, compute=compute, dynamic=k_exponent is not None, before_hopper=not native_e4m3
+        )
     how = How(
         element=element,
         compute=compute,
