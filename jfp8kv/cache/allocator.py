@@ -12,7 +12,8 @@ from jfp8kv.core.errors import CapacityError
 
 
 class PageAllocator:
-    """`num_pages` pages, handed out oldest-freed first so that a stale read shows up in tests rather than hides; kept ones last."""
+    """`num_pages` pages. Free ones are handed out first, oldest-freed first so that a stale read shows up in tests rather than
+    hides; kept ones last."""
 
     def __init__(self, num_pages: int):
         self.num_pages = num_pages

@@ -1,8 +1,8 @@
 """Which pages a request holds: taken as its text grows, let go where no window reaches, found again where a text begins alike.
 
-A full page never changes, so whoever needs the same tokens under the same conditions may hold it too. Its key says which: a hash
-of its tokens and of all before them (and of the length that some ropes depend on); the format, the scales and the weights are those
-of the engine. Pages that nobody holds any more stay findable until the pool needs them.
+A full page never changes, so whoever needs the same tokens under the same conditions may hold it too. Its key says which: a
+hash of its tokens and of all before them (and of the length that some ropes depend on); the format, the scales and the weights
+are those of the engine. Pages that nobody holds any more stay findable until the pool needs them.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Held:
 class Paging:
     """The pool's pages as requests hold them.
 
-    `reuse`: whether texts that begin alike share pages. `by_context`: keys and values depend on `Request.context` (models/rope.py).
+    `reuse`: whether texts that begin alike share pages. `by_context`: keys depend on `Request.context` (models/rope.py).
     """
 
     def __init__(self, allocator: PageAllocator, needs: PageNeeds, *, reuse: bool = True, by_context: bool = False):
@@ -82,7 +82,9 @@ class Paging:
         keys = self.keys(request, request.num_tokens - 1)
         most = 0  # whole texts' groups need every page from the start on
         while most < len(keys) and all(
-            self.allocator.find((keys[most], group)) is not None for group in self._groups if not self.needs.groups.windows[group]
+            self.allocator.find((keys[most], group)) is not None
+            for group in self._groups
+            if not self.needs.groups.windows[group]
         ):
             most += 1
         return next((n * self.needs.page_size for n in range(most, 0, -1) if self._has(keys, n)), 0)

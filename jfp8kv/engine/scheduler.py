@@ -1,13 +1,13 @@
 """Which requests run next. Plain Python, read in a sitting.
 
-First come, first served. A request is admitted when the pool has pages for its text so far and for one dispatch more, beside what
-those that run are about to take. Texts grow; when pages run out the one that came last gives its up and waits again, to be run
-anew (*preemption*): whoever came first always gets on, and since the empty pool could hold any one request, all end. What a
+First come, first served. A request is admitted when the pool has pages for its text so far and for one dispatch more, beside
+what those that run are about to take. Texts grow; when pages run out the one that came last gives its up and waits again, to be
+run anew (*preemption*): whoever came first always gets on, and since the empty pool could hold any one request, all end. What a
 preempted request had made stays made.
 
-Each turn is one dispatch to the device: a prefill of chunks under a token budget, or a decode of several tokens for every request
-that has only its last token left to run. Prefill goes first, since a fuller decode batch costs hardly more than a thin one, but
-never more than `PREFILLS_PER_DECODE` times in a row while others wait to decode.
+Each turn is one dispatch to the device: a prefill of chunks under a token budget, or a decode of several tokens for every
+request that has only its last token left to run. Prefill goes first, since a fuller decode batch costs hardly more than a thin
+one, but never more than `PREFILLS_PER_DECODE` times in a row while others wait to decode.
 
 A request whose next page is just being made by another waits for it, to share it (engine/paging.py).
 """
@@ -134,7 +134,7 @@ class Scheduler:
         return [r for r in requests if r.status is Status.RUNNING]
 
     def _preempt(self, request: Request) -> None:
-        """Back to the head of those that wait, without pages. What others can find of them may be there still when it returns."""
+        """Back to the head of those that wait, without pages; those that were full may still be found when it returns."""
         self.running.remove(request)
         self.paging.release(request)
         request.begin_again()
