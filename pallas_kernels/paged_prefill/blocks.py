@@ -4,6 +4,9 @@ import dataclasses
 
 import numpy as np
 
+from pallas_kernels.backend import power_of_two
+from pallas_kernels.tuned import class_of, tuned
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefillBlocks:
@@ -15,8 +18,18 @@ class PrefillBlocks:
     stages: int
 
 
-def blocks_for(*, head_dim: int, compute: np.dtype) -> PrefillBlocks:
-    """Blocks for this size of heads."""
+def problem_class(*, queries: int, kv_heads: int, group: int, head_dim: int, element: np.dtype) -> str:
+    """The class that blocks are tuned for."""
+    return class_of(head_dim=head_dim, element=element, rows=power_of_two(group), programs=queries * kv_heads)
+
+
+def blocks_for(
+    *, queries: int, kv_heads: int, group: int, head_dim: int, element: np.dtype, compute: np.dtype
+) -> PrefillBlocks:
+    """Blocks for so many query tokens: those that were tuned for this device, or by rule."""
     if compute.itemsize == 4:
         return PrefillBlocks(block_m=32, block_k=16, warps=4, stages=2)
+    problem = problem_class(queries=queries, kv_heads=kv_heads, group=group, head_dim=head_dim, element=element)
+    if found := tuned("paged_prefill", problem):
+        return PrefillBlocks(**found)
     return PrefillBlocks(block_m=128 if head_dim <= 128 else 64, block_k=64 if head_dim <= 128 else 32, warps=8, stages=3)

@@ -52,7 +52,7 @@ def paged_prefill(
     element, compute, group = checked(q_heads, head_dim, q.dtype, k_pages, v_pages, element, k_exponent, v_exponent)
     kv_heads, page_size = k_pages.shape[1:3]
     if blocks is None:
-        blocks = blocks_for(head_dim=head_dim, compute=compute)
+        blocks = blocks_for(queries=tokens, kv_heads=kv_heads, group=group, head_dim=head_dim, element=element, compute=compute)
     how = How(
         element=element,
         compute=compute,

@@ -1,0 +1,178 @@
+"""New keys and values into the pages: the kernel, checked bit by bit, against XLA's quantize and scatter."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from benchmarks._gpu.library import FORMATS
+from benchmarks._gpu.problems import NONE, TENSOR, TOKEN_HEAD, Shape, turns
+from benchmarks._gpu.session import Session
+from benchmarks._gpu.timing import Timing, Work, compiled
+from jfp8kv.cache.layout import PoolLayout
+from jfp8kv.cache.pages import KVPages, LayerScales, new_pages, write
+from jfp8kv.cache.scales import KVScales
+from jfp8kv.core.formats import encode_numpy
+
+kv_write = getattr(pallas_kernels, "kv_write", None)
+FUSED, UNFUSED = "kv_write", "XLA quantize and scatter"
+OLD_TOKENS = 512  # in the cache before a decode's token
+
+
+@dataclass(frozen=True)
+class Writing:
+    """`shape.length` new tokens of every request into a pool of several layers, each call into the next."""
+
+    shape: Shape
+    element: str
+    scales: str
+    fused: bool
+    rotation: int
+    interpret: bool
+
+    @property
+    def name(self) -> str:
+        return FUSED if self.fused else UNFUSED
+
+    @property
+    def layers(self) -> int:
+        """Layers written in turn; the same number for every element, so that pools have the same rows."""
+        return min(64, turns(self.shape.cache_bytes("bf16"), self.rotation))
+
+    @property
+    def pages(self) -> int:
+        """Of one request."""
+        return -(-(self._start + self.shape.length) // self.shape.page_size)
+
+    @property
+    def _start(self) -> int:
+        return OLD_TOKENS if self.shape.length == 1 else 0
+
+    @cached_property
+    def work(self) -> Work:
+        return Work(self._fused if self.fused else self._unfused, turns=self.layers, writes=True)
+
+    def carry(self) -> Any:
+        """The pools."""
+        s, fmt = self.shape, FORMATS[self.element]
+        rows = s.requests * self.pages
+        if not self.fused:
+            layout = PoolLayout.alike(fmt, self.layers, dynamic=self.scales == TOKEN_HEAD)
+            return new_pages(layout, num_pages=rows, page_size=s.page_size, kv_heads=s.kv_heads, head_dim=s.head_dim)
+        size = (self.layers * rows, s.kv_heads, s.page_size, s.head_dim)
+        pools = {name: jnp.zeros(size, fmt.stored) for name in ("k_pages", "v_pages")}
+        if self.scales == TOKEN_HEAD:
+            pools |= {name: jnp.zeros(size[:3], jnp.uint8) for name in ("k_exponent", "v_exponent")}
+        return pools
+
+    def rest(self) -> dict[str, Any]:
+        """New keys and values, and where they go: pages in any order."""
+        s = self.shape
+        keys = jax.random.split(jax.random.key(3, impl="rbg"), 3)
+        k, v = (jax.random.normal(key, (s.requests, s.length, s.kv_heads, s.head_dim), jnp.bfloat16) for key in keys[:2])
+        table = jax.random.permutation(keys[2], jnp.arange(s.requests * self.pages, dtype=jnp.int32))
+        start = jnp.full(s.requests, self._start, jnp.int32)
+        rest = {
+            "k": k,
+            "v": v,
+            "page_table": table.reshape(s.requests, self.pages),
+            "start": start,
+            "lengths": start + s.length,
+        }
+        if self.scales == TENSOR:
+            rest["inverse"] = jnp.full((s.kv_heads, s.head_dim), 1.25)
+        return rest
+
+    def _fused(self, pools: dict[str, Any], rest: dict[str, Any], layer: jax.Array) -> dict[str, Any]:
+        rest = dict(rest)
+        inverse = rest.pop("inverse", None)
+        first_row = jnp.asarray(layer, jnp.int32) * (self.shape.requests * self.pages)
+        made = kv_write(
+            **pools, **rest, element=FORMATS[self.element].dtype, first_row=first_row, k_inverse=inverse, v_inverse=inverse,
+            interpret=self.interpret,
+        )  # fmt: skip
+        return {name: pool for name, pool in made._asdict().items() if pool is not None}
+
+    def _unfused(self, pages: KVPages, rest: dict[str, Any], layer: jax.Array) -> KVPages:
+        scales = None
+        if self.scales != TOKEN_HEAD:
+            sizes = {"layers": self.layers, "kv_heads": self.shape.kv_heads, "head_dim": self.shape.head_dim}
+            scales = LayerScales.of(KVScales.unit(self.layers), **sizes)
+
+        def one(k: Any, v: Any, table: Any, start: Any, length: Any) -> KVPages:
+            return write(pages, scales, k, v, layer=jnp.int32(layer), page_table=table, start=start, length=length)
+
+        return jax.vmap(one, out_axes=None)(*(rest[name] for name in ("k", "v", "page_table", "start", "lengths")))
+
+
+def check(session: Session, config: dict[str, Any], seed: int) -> None:
+    """The kernel's pools, bit by bit: what NumPy encodes, where it belongs, and nothing anywhere else."""
+    if kv_write is None:
+        session.row(FUSED, skipped="not in this version")
+        return
+    for element in config["elements"]:
+        error = np.inf
+        with session.guarded(f"{FUSED}, {element}"):
+            error = _wrong_slots(element, session.dry_run, np.random.default_rng(seed))
+        session.judge(FUSED, element, f"{FUSED}, {element}", error)
+
+
+def _wrong_slots(element: str, interpret: bool, rng: np.random.Generator) -> float:
+    """How many stored elements are wrong."""
+    fmt, heads, channels, page_size, rows = FORMATS[element], 2, 32, 16, 12
+    starts, lengths, tokens = np.int32([0, 30, 7, 0]), np.int32([5, 31, 27, 0]), 20
+    k, v = (rng.normal(0, 200, (4, tokens, heads, channels)).astype(np.float32) for _ in "kv")
+    table = rng.permutation(rows).reshape(4, 3).astype(np.int32)
+    inverse = rng.uniform(0.5, 4, (heads, channels)).astype(np.float32)
+    empty = np.full((2 * rows, heads, page_size, channels), fmt.nan_code, fmt.stored)
+    made = jax.jit(
+        lambda k, v, k_pages, v_pages, inverse: kv_write(
+            k, v, k_pages, v_pages, jnp.asarray(table), jnp.asarray(starts), jnp.asarray(lengths), element=fmt.dtype,
+            first_row=rows, k_inverse=inverse, v_inverse=inverse, interpret=interpret,
+        )[:2],
+        donate_argnums=(2, 3),
+    )(*(jnp.asarray(x) for x in (k, v, empty, empty.copy(), inverse)))  # fmt: skip
+    wrong = 0
+    for new, got in zip((k, v), made, strict=True):
+        want = empty.copy()
+        for request, token in np.ndindex(4, tokens):
+            position = starts[request] + token
+            if position < lengths[request]:
+                row = rows + table[request, position // page_size]
+                want[row, :, position % page_size] = encode_numpy(new[request, token] * inverse, fmt)
+        wrong += int((np.asarray(got) != want).sum())
+    return 2.0 * wrong
+
+
+def run(session: Session, config: dict[str, Any]) -> None:
+    """A row for every shape, element and kind of scales, fused and not."""
+    todo = [
+        Writing(shape, element, scales, fused, config["rotation"], session.dry_run)
+        for shape in Shape.all(config, "write")
+        for element in config["elements"]
+        for scales in ((TENSOR, TOKEN_HEAD) if FORMATS[element].is_fp8 else (NONE,))
+        for fused in ((True, False) if kv_write is not None else (False,))
+    ]
+    if kv_write is None:
+        session.row(FUSED, skipped="not in this version")
+    size = config["compilers"]
+    for some in (todo[i : i + size] for i in range(0, len(todo), size)):
+        jobs = ((w, lambda w=w: session.clock.lower(w.work, jax.eval_shape(w.carry), jax.eval_shape(w.rest))) for w in some)
+        programs = compiled(jobs, workers=size) if session.left() > 0 else {}
+        for writing in session.each(some, lambda w: f"{w.shape.name}, {w.element}"):
+            time_one(session, writing, programs.get(writing))
+
+
+def time_one(session: Session, writing: Writing, program: Any) -> None:
+    what = {"shape": writing.shape.name, "element": writing.element, "scales": writing.scales}
+    if writing.fused and not session.may_time(FUSED, writing.element, FUSED, **what):
+        return
+    with session.guarded(writing.name, **what):
+        if isinstance(program, Exception):
+            raise program
+        taken: Timing = session.clock.time(writing.work, program, jax.jit(writing.carry)(), jax.jit(writing.rest)())
+        session.row(writing.name, **what, us=taken.median * 1e6, least_us=taken.least * 1e6, by=taken.by)
