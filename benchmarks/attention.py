@@ -3,7 +3,8 @@
     python -m benchmarks.attention
 
 Every side computes the same attention over the same tokens, is checked against the plain reference first, and takes its turn in
-one run. "gather + astype" is what one writes without thinking: take the request's pages, cast them, attend.
+one run. Keys are transposed in their pages, but for the side of "keys as values". "gather + astype" is what one writes without
+thinking: take the request's pages, cast them, attend.
 """
 
 from pathlib import Path
@@ -28,14 +29,15 @@ SHAPES = Path(__file__).parent.parent / "configs" / "bench" / "attention.yaml"
 class Side:
     """One shape in one format: the pool, the queries, and the two ways to attend."""
 
-    def __init__(self, fmt: KVFormat, shape: dict[str, int]):
+    def __init__(self, fmt: KVFormat, shape: dict[str, int], *, keys_transposed: bool = True):
         rng = np.random.default_rng(0)
         self.shape, self.fmt = shape, fmt
         per_request = shape["length"] // shape["page_size"]
         pages = shape["requests"] * per_request
         size = (pages, shape["kv_heads"], shape["page_size"], shape["head_dim"])
         k, v = (jnp.asarray(encode_numpy(rng.normal(size=size), fmt)) for _ in "kv")
-        self.pages = KVPages(k.swapaxes(2, 3), v, None, None, layout=PoolLayout.alike(fmt, 1))
+        k = k.swapaxes(2, 3) if keys_transposed else k
+        self.pages = KVPages(k, v, None, None, layout=PoolLayout.alike(fmt, 1, keys_transposed=keys_transposed))
         self.table = jnp.asarray(rng.permutation(pages).reshape(shape["requests"], per_request), jnp.int32)
         heads = shape["kv_heads"] * shape["group"]
         self.q = jnp.asarray(rng.normal(size=(shape["requests"], 1, heads, shape["head_dim"])), jnp.float32)
@@ -57,12 +59,13 @@ class Side:
     def gather_and_cast(self):
         """The whole context of every request through `astype`, then one softmax."""
         dtype = self.fmt.dtype
+        product = "bhgd,bnhdp->bhgnp" if self.pages.layout.keys_transposed else "bhgd,bnhpd->bhgnp"
 
         @jax.jit
         def step(q, table, k, v):
             k, v = (lax.bitcast_convert_type(x, dtype)[table].astype(jnp.float32) for x in (k, v))
             q = q.reshape(*table.shape[:1], v.shape[2], -1, v.shape[4]) * self.options.sm_scale
-            scores = jnp.einsum("bhgd,bnhdp->bhgnp", q, k)
+            scores = jnp.einsum(product, q, k)
             weights = jax.nn.softmax(scores.reshape(*scores.shape[:3], -1)).reshape(scores.shape)
             return jnp.einsum("bhgnp,bnhpd->bhgd", weights, v).reshape(self.q.shape)
 
@@ -72,6 +75,8 @@ class Side:
 def run(name: str, shape: dict[str, int], rounds: int) -> None:
     sides = {fmt.name: Side(fmt, shape) for fmt in (FLOAT32, BFLOAT16, E4M3, E5M2)}
     calls = {f"tiles, {name}": side.compiled(xla.attention) for name, side in sides.items()}
+    like_values = Side(E4M3, shape, keys_transposed=False)
+    calls["keys as values, fp8_e4m3"] = like_values.compiled(xla.attention)
     calls |= {f"gather + astype, {n}": sides[n].gather_and_cast() for n in ("fp8_e4m3", "fp8_e5m2")}
     for label, call in calls.items():
         want = np.asarray(sides[label.split(", ")[1]].compiled(reference.attention)())

@@ -46,7 +46,8 @@ class LLM:
       seed: what requests without a seed of their own draw from, with their number.
       max_num_batched_tokens: prompt tokens per dispatch; None is 512 on a CPU and 2048 elsewhere.
       page_size: tokens per page.
-      attention: "xla", "reference" or "pallas"; None picks the fastest that runs here.
+      attention: "pallas" (GPU kernels), "xla" or "reference"; None picks the fastest that runs here. `llm.attention` says which
+        runs and why.
 
     Raises `ConfigError`, `CheckpointError`, or `NotSupported` for an attention that cannot run here. Threads may share it:
     whole calls take turns, streams take turns step by step.

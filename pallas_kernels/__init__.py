@@ -5,7 +5,8 @@ in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py` and 
 """
 
 from pallas_kernels.errors import NotSupported
+from pallas_kernels.options import check_pool
 from pallas_kernels.paged_decode import DecodeBlocks, paged_decode
 from pallas_kernels.paged_prefill import PrefillBlocks, paged_prefill
 
-__all__ = ["DecodeBlocks", "NotSupported", "PrefillBlocks", "paged_decode", "paged_prefill"]
+__all__ = ["DecodeBlocks", "NotSupported", "PrefillBlocks", "check_pool", "paged_decode", "paged_prefill"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels.backend import power_of_two
+from pallas_kernels.backend import check_offsets, power_of_two
 from pallas_kernels.elements import ELEMENTS, FLOAT32, is_fp8, multiplied_in
 from pallas_kernels.errors import NotSupported
 
@@ -40,8 +40,8 @@ class How:
 
     @property
     def channels(self) -> int:
-        """`head_dim` as arrays in a kernel have it."""
-        return power_of_two(self.head_dim)
+        """`head_dim` as arrays in a kernel have it: a power of two, and no less than tensor cores take."""
+        return max(16, power_of_two(self.head_dim))
 
     @property
     def shift(self) -> float:
@@ -59,27 +59,35 @@ class How:
         return self.page_size % self.block_k == 0
 
 
+def check_pool(pages: Any, *, element: Any = None, exponents: Any = None, interpret: bool = False) -> np.dtype:
+    """The element of a pool (shapes suffice) that kernels read, or `NotSupported` saying why they do not."""
+    element = np.dtype(pages.dtype if element is None else element)
+    if element not in ELEMENTS:
+        raise NotSupported(f"pages of {element}: kernels read {', '.join(e.name for e in ELEMENTS)}.")
+    if np.dtype(pages.dtype).itemsize != element.itemsize:
+        raise NotSupported(f"pages of {pages.dtype} hold {element.name} in pieces: kernels read whole elements.")
+    if pages.shape[3] > MOST_HEAD_DIM:
+        raise NotSupported(f"head_dim={pages.shape[3]}: kernels are made for up to {MOST_HEAD_DIM}.")
+    if exponents is not None and not is_fp8(element):
+        raise NotSupported(f"scales by token and head belong to FP8 pages, and these hold {element.name}.")
+    if not interpret:
+        check_offsets("the pool", pages)
+    return element
+
+
 def checked(
     q_heads: int, head_dim: int, q_dtype: Any, k_pages: Pool, v_pages: Pool, element: Any, k_exponent: Any, v_exponent: Any
 ) -> tuple[np.dtype, np.dtype, int]:
-    """The element, the type that is multiplied and the group, or `NotSupported` or `ValueError` saying what is wrong."""
-    element = np.dtype(k_pages.dtype if element is None else element)
-    if element not in ELEMENTS:
-        raise NotSupported(f"pages of {element}: kernels read {', '.join(e.name for e in ELEMENTS)}.")
-    if np.dtype(k_pages.dtype).itemsize != element.itemsize:
-        raise NotSupported(f"pages of {k_pages.dtype} hold {element.name} in pieces: kernels read whole elements.")
+    """The element, the type that is multiplied and the group. Raises `NotSupported`, or `ValueError` for what does not fit."""
     kv_heads = k_pages.shape[1]
     if k_pages.shape != v_pages.shape or k_pages.shape[3] != head_dim or q_heads % kv_heads:
         raise ValueError(
             f"{q_heads} query heads of {head_dim} against keys {k_pages.shape} and values {v_pages.shape}: both must be "
             "[rows, kv_heads, page_size, head_dim], and kv_heads must divide the query heads."
         )
-    if head_dim > MOST_HEAD_DIM:
-        raise NotSupported(f"head_dim={head_dim}: kernels are made for up to {MOST_HEAD_DIM}.")
     if (k_exponent is None) != (v_exponent is None):
         raise ValueError("k_exponent and v_exponent: both or neither.")
-    if k_exponent is not None and not is_fp8(element):
-        raise NotSupported(f"scales by token and head belong to FP8 pages, and these hold {element.name}.")
+    element = check_pool(k_pages, element=element, exponents=k_exponent, interpret=True)  # offsets are checked by `launch`
     return element, multiplied_in(element, np.dtype(q_dtype)), q_heads // kv_heads
 
 

@@ -1,8 +1,8 @@
 """What every implementation of paged attention is given, and what it must return.
 
 All are functions of one request, batched with `vmap` (the pool unbatched). They are shown a pool whose layers are of one kind
-(`KVPages.only`), whose elements may lie in byte planes (`KVPages.stored`). They read the same stored bytes and agree within
-rounding, or raise `NotSupported`.
+(`KVPages.only`), whose elements may lie in byte planes (`KVPages.stored`) and whose keys may be transposed
+(`PoolLayout.keys_transposed`). They read the same stored bytes and agree within rounding, or raise `NotSupported`.
 """
 
 from jaxtyping import Array, Float, Int

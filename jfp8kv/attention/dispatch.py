@@ -1,4 +1,8 @@
-"""Picks the implementation of paged attention, and says why."""
+"""Picks the implementation of paged attention, and says why.
+
+An implementation is asked for by name, or the fastest is taken that this machine and this pool allow. It brings the function
+that stores tokens, and the layout of keys it is fast with: the engine makes its pool accordingly.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,33 +11,91 @@ from typing import Any
 import jax
 
 from jfp8kv.attention import reference, xla
-from jfp8kv.attention.contract import Query
+from jfp8kv.attention.contract import KVPages, Query
+from jfp8kv.attention.pallas import PallasAttention
+from jfp8kv.cache.pages import write
 from jfp8kv.core.errors import NotSupported, one_of
 
 Attention = Callable[..., Query]
-IMPLEMENTATIONS = ("reference", "xla", "pallas")
+Write = Callable[..., KVPages]
+IMPLEMENTATIONS = ("reference", "xla", "pallas", "pallas_interpret")
+LEAST_CAPABILITY, E4M3_CAPABILITY = (8, 0), (8, 9)
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """An implementation and the reason it was chosen."""
+    """An implementation and the reason it was chosen: how it attends, how tokens are stored, and how keys lie in a page."""
 
     name: str
     attend: Attention
     why: str
+    write: Write = write
+    keys_transposed: bool = True
 
 
-def choose(implementation: Any = None) -> Choice:
-    """The implementation asked for, or the fastest this machine can run.
+def choose(implementation: Any = None, pool: KVPages | None = None) -> Choice:
+    """The implementation asked for, or the fastest this machine can run; on `pool` (shapes suffice) if given.
 
-    Raises `NotSupported` when the one asked for cannot run here, `ConfigError` for an unknown name.
+    Raises `NotSupported` when the one asked for cannot run here or on this pool, `ConfigError` for an unknown name.
     """
     if implementation == "reference":
         return Choice("reference", reference.attention, "asked for")
     if implementation == "xla":
         return Choice("xla", xla.attention, "asked for")
     if implementation == "pallas":
-        raise NotSupported("attention='pallas': this version ships no GPU kernel; use 'xla', which runs on every backend.")
-    if implementation is None:
-        return Choice("xla", xla.attention, f"the one fast implementation for {jax.default_backend()} in this version")
-    raise one_of("attention", implementation, IMPLEMENTATIONS)
+        return _kernels("pallas", "asked for", pool, native_e4m3=_capability() >= E4M3_CAPABILITY)
+    if implementation == "pallas_interpret":
+        return _kernels("pallas_interpret", "asked for; interpreted, for tests", pool, native_e4m3=True, interpret=True)
+    if implementation is not None:
+        raise one_of("attention", implementation, IMPLEMENTATIONS)
+    if jax.default_backend() == "cpu":
+        return Choice("xla", xla.attention, "the fast one for cpu")
+    try:
+        capability = _capability()
+        why = f"fused kernels for compute capability {capability[0]}.{capability[1]}"
+        return _kernels("pallas", why, pool, native_e4m3=capability >= E4M3_CAPABILITY)
+    except NotSupported as error:
+        return Choice("xla", xla.attention, str(error))
+
+
+def _capability() -> tuple[int, int]:
+    """The GPU's compute capability. Raises `NotSupported` for anything the kernels do not run on."""
+    device = jax.devices()[0]
+    found = str(getattr(device, "compute_capability", ""))
+    major, _, minor = found.partition(".")
+    if device.platform != "gpu" or not (major.isdigit() and minor.isdigit()):
+        raise NotSupported(
+            "attention='pallas': needs an NVIDIA GPU, and this machine's device is "
+            f"{device.device_kind!r} ({device.platform}); use 'xla', which runs on every backend."
+        )
+    if (int(major), int(minor)) < LEAST_CAPABILITY:
+        raise NotSupported(f"attention='pallas': needs compute capability 8.0, and this GPU has {found}; use 'xla'.")
+    return int(major), int(minor)
+
+
+def _kernels(name: str, why: str, pool: KVPages | None, *, native_e4m3: bool, interpret: bool = False) -> Choice:
+    """The GPU kernels, if they read this pool."""
+    import pallas_kernels  # here: it takes as long as the rest of the library, and a CPU never needs it
+
+    if pool is not None and (left := _refused(pool, interpret)):
+        if len(left) == len(pool.layout.distinct):
+            raise NotSupported(f"attention={name!r}: {next(iter(left.values()))} Use 'xla'.")
+        why += "; 'xla' for layers of " + "; ".join(f"{kind}: {reason}" for kind, reason in left.items())
+    attend = PallasAttention(
+        pallas_kernels.paged_decode, pallas_kernels.paged_prefill, native_e4m3=native_e4m3, interpret=interpret
+    )
+    return Choice(name, attend, why, keys_transposed=False)
+
+
+def _refused(pool: KVPages, interpret: bool) -> dict[str, str]:
+    """The kinds of layers whose pages the kernels do not read, and why."""
+    import pallas_kernels
+
+    refused = {}
+    for kind in pool.layout.distinct:
+        shown = pool.only(kind)
+        try:
+            pallas_kernels.check_pool(shown.v_bits, element=kind.fmt.dtype, exponents=shown.k_exponent, interpret=interpret)
+        except pallas_kernels.NotSupported as error:
+            refused[str(kind)] = str(error)
+    return refused

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from jaxtyping import Array, Float
 
 from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
-from jfp8kv.attention.dispatch import Attention
+from jfp8kv.attention.dispatch import Attention, Write
 from jfp8kv.cache.pages import by_kind, write
 
 KV = Float[Array, "tokens kv_heads head_dim"]
@@ -18,7 +18,12 @@ Attend = Callable[[Layer, Query, KV, KV, KVPages], tuple[Query, KVPages]]
 
 
 def paged(
-    attention: Attention, scales: LayerScales | None, options: AttentionOptions, where: Callable[[Layer], Where]
+    attention: Attention,
+    scales: LayerScales | None,
+    options: AttentionOptions,
+    where: Callable[[Layer], Where],
+    *,
+    write: Write = write,
 ) -> Attend:
     """`attend(layer, q, k, v, pages) -> (out, pages)` for the request that is, in each layer, at `where(layer)`."""
 

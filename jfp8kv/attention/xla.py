@@ -103,8 +103,9 @@ def _tiles(most_tokens: Array, window: Array | None, tokens: int, tile: int) -> 
 def _scores(
     rows: Array, shift: Array | None, pages: KVPages, here: Here, options: AttentionOptions
 ) -> Float[Array, "kv_heads rows tile"]:
-    k = decode_tile(_tile(pages.stored(pages.k_bits, here[0]), axis=3), pages.fmt).astype(rows.dtype)
-    scores = _dot("hqd,hdn->hqn", rows, k)
+    axis, product = (3, "hqd,hdn->hqn") if pages.layout.keys_transposed else (2, "hqd,hnd->hqn")
+    k = decode_tile(_tile(pages.stored(pages.k_bits, here[0]), axis=axis), pages.fmt).astype(rows.dtype)
+    scores = _dot(product, rows, k)
     if pages.dynamic:
         scores = scores * exponent_scale(_tile(pages.exponents(pages.k_exponent, here[1]), axis=2))[:, None, :]
     if shift is not None:

@@ -6,6 +6,11 @@ element is cut into *planes*, its bytes from high to low: an FP8 layer takes one
 a float32 layer four. Nothing is padded, and one pool and one allocator still serve all.
 
 Dynamic scales take slots of their own, so that layers without them pay nothing.
+
+A page has values as `[kv_heads, page_size, head_dim]`. Whether it has keys so too depends on who attends. A GPU kernel loads
+and writes a token's channels side by side. For a CPU keys are transposed, `[kv_heads, head_dim, page_size]`: both products of
+attention then run along rows, `q k^T` over tokens and `p v` over channels, twice as fast with AVX2 (docs/log.md). A key is
+written with a stride, once; it is read once per token to come.
 """
 
 import dataclasses
@@ -34,6 +39,7 @@ class PoolLayout:
     """Where a page number's layers lie: `depth` slots, of which layer `l` has those from `slots[l]` on.
 
     `exponent_slots` and `exponent_depth` are the same for the dynamic scales; a layer without has some slot it never uses.
+    `keys_transposed`: a page's keys have channels before tokens.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -41,22 +47,24 @@ class PoolLayout:
     depth: int
     exponent_slots: tuple[int, ...] = ()
     exponent_depth: int = 0
+    keys_transposed: bool = True
 
     @classmethod
-    def of(cls, kinds: Sequence[LayerKind], groups: LayerGroups) -> "PoolLayout":
+    def of(cls, kinds: Sequence[LayerKind], groups: LayerGroups, *, keys_transposed: bool = True) -> "PoolLayout":
         """The layout of layers of these kinds in `groups`, which were made for `widths(kinds)`."""
         used: Counter[int] = Counter()
         exponent_slots = []
         for group, kind in zip(groups.group, kinds, strict=True):
             exponent_slots.append(used[group] if kind.dynamic else 0)
             used[group] += kind.dynamic
-        return cls(tuple(kinds), groups.slot, groups.depth, tuple(exponent_slots), max(used.values(), default=0))
+        exponent_depth = max(used.values(), default=0)
+        return cls(tuple(kinds), groups.slot, groups.depth, tuple(exponent_slots), exponent_depth, keys_transposed)
 
     @classmethod
-    def alike(cls, fmt: KVFormat, layers: int, *, dynamic: bool = False) -> "PoolLayout":
+    def alike(cls, fmt: KVFormat, layers: int, *, dynamic: bool = False, keys_transposed: bool = True) -> "PoolLayout":
         """Layers of one kind, in one group."""
         kinds = (LayerKind(fmt, dynamic),) * layers
-        return cls.of(kinds, LayerGroups.of((0,) * layers, widths(kinds)))
+        return cls.of(kinds, LayerGroups.of((0,) * layers, widths(kinds)), keys_transposed=keys_transposed)
 
     @property
     def distinct(self) -> tuple[LayerKind, ...]:

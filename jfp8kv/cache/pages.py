@@ -2,9 +2,8 @@
 
 Page `p` of layer `l` is row `l * num_pages + p`, so a `lax.scan` over layers carries the whole pool and no layer is ever sliced
 out of it; where windows put layers into groups (cache/groups.py), or formats differ (cache/layout.py), the layer's slot stands
-for `l`. A token's place is (page, offset). A page holds values as `[kv_heads, page_size, head_dim]` and keys transposed, as
-`[kv_heads, head_dim, page_size]`: both products of attention then run along rows, `q k^T` over tokens and `p v` over channels,
-which a CPU does twice as fast (docs/log.md). A key is written with a stride, once; it is read once per token to come.
+for `l`. A token's place is (page, offset). A page holds values as `[kv_heads, page_size, head_dim]`, and keys so too or
+transposed (`PoolLayout.keys_transposed`).
 
 Everything here is written for one request. Under `vmap` over requests the pool itself stays one array: the writes of all
 requests become one scatter into it (`custom_vmap`), in place when the caller donates it.
@@ -32,12 +31,12 @@ Layer = Int[Array, ""] | int
 class KVPages:
     """Keys and values of every layer. `real = stored * scale`.
 
-    `k_bits` and `v_bits` hold the format's bits (core/formats.py says why), keys transposed; `k` and `v` show them as `float8`,
-    both with tokens before channels. The exponents are there for dynamic scales alone, else None. Where layers differ, `only`
-    gives the pool as layers of one kind see it; what is said of `fmt` and `dynamic` holds for such a view.
+    `k_bits` and `v_bits` hold the format's bits (core/formats.py says why); `k` and `v` show them as `float8`, both with tokens
+    before channels. The exponents are there for dynamic scales alone, else None. Where layers differ, `only` gives the pool as
+    layers of one kind see it; what is said of `fmt` and `dynamic` holds for such a view.
     """
 
-    k_bits: Array  # stored bits [layer_pages, kv_heads, head_dim, page_size]
+    k_bits: Array  # stored bits [layer_pages, kv_heads, head_dim, page_size] if `layout.keys_transposed`, else like `v_bits`
     v_bits: Array  # stored bits [layer_pages, kv_heads, page_size, head_dim]
     k_exponent: UInt8[Array, "dynamic_layer_pages kv_heads page_size"] | None
     v_exponent: UInt8[Array, "dynamic_layer_pages kv_heads page_size"] | None
@@ -96,6 +95,10 @@ class KVPages:
         found = [pool[jnp.minimum(rows + plane * self.num_pages, last)] for plane in range(planes)]
         return found[0] if planes == 1 else join_planes(found, self.fmt)
 
+    def tokens_first(self, keys: Array) -> Array:
+        """Keys as pages have them, with tokens before channels."""
+        return keys.swapaxes(2, 3) if self.layout.keys_transposed else keys
+
     def exponents(self, pool: Array, rows: Int[Array, " pages"]) -> UInt8[Array, "pages kv_heads page_size"]:
         """These rows of `k_exponent` or `v_exponent`; rows past the end give some row that exists."""
         return pool[jnp.minimum(rows, pool.shape[0] - 1)]
@@ -103,7 +106,7 @@ class KVPages:
     @property
     def k(self) -> Array:
         """The keys as `fmt.dtype` (`float8_e4m3fn`, ...), `[layer_pages, kv_heads, page_size, head_dim]`. A copy."""
-        return as_values(self.k_bits.swapaxes(2, 3), self.fmt)
+        return as_values(self.tokens_first(self.k_bits), self.fmt)
 
     @property
     def v(self) -> Array:
@@ -135,8 +138,9 @@ class LayerScales:
 def new_pages(layout: PoolLayout, *, num_pages: int, page_size: int, kv_heads: int, head_dim: int) -> KVPages:
     """A pool of zeros: `num_pages` pages, of `page_size` tokens, in every slot of `layout`."""
     rows, dynamic_rows = layout.depth * num_pages, layout.exponent_depth * num_pages
-    k_bits = jnp.zeros((rows, kv_heads, head_dim, page_size), layout.stored)
-    v_bits = jnp.zeros((rows, kv_heads, page_size, head_dim), layout.stored)
+    values = (page_size, head_dim)
+    keys = values[::-1] if layout.keys_transposed else values
+    k_bits, v_bits = (jnp.zeros((rows, kv_heads, *page), layout.stored) for page in (keys, values))
     exponents = [jnp.zeros((dynamic_rows, kv_heads, page_size), jnp.uint8) if dynamic_rows else None for _ in "kv"]
     return KVPages(k_bits, v_bits, *exponents, layout=layout)
 
@@ -186,11 +190,12 @@ def write(
     planes, k_exponent, v_exponent = by_kind(layer, layout, lambda kind: _coded(kind, layout, scales, k, v, layer))
     row, taken = pages.rows(layer, number), jnp.asarray([layout.planes(kind) for kind in layout.kinds], jnp.int32)
     k_bits, v_bits = pages.k_bits, pages.v_bits
+    put_keys = _put_transposed if layout.keys_transposed else _put
     for plane, (k_plane, v_plane) in enumerate(planes):
         at = row + plane * pages.num_pages
         if plane:
             at = jnp.where(plane < taken[layer], at, k_bits.shape[0])
-        k_bits, v_bits = _put_keys(k_bits, at, offset, k_plane), _put(v_bits, at, offset, v_plane)
+        k_bits, v_bits = put_keys(k_bits, at, offset, k_plane), _put(v_bits, at, offset, v_plane)
     exponents = pages.k_exponent, pages.v_exponent
     if layout.exponent_depth:
         dynamic = jnp.asarray([kind.dynamic for kind in layout.kinds])[layer]
@@ -247,7 +252,7 @@ def read(pages: KVPages, scales: LayerScales | None, *, layer: Layer, page_table
 def _real(pages: KVPages, scales: LayerScales | None, layer: Layer, page_table: Array) -> tuple[KV, KV]:
     rows = pages.rows(layer, page_table)
     values = (
-        decode(pages.stored(pages.k_bits, rows).swapaxes(2, 3), pages.fmt),
+        decode(pages.tokens_first(pages.stored(pages.k_bits, rows)), pages.fmt),
         decode(pages.stored(pages.v_bits, rows), pages.fmt),
     )
     if pages.dynamic:
@@ -283,7 +288,7 @@ def _scatter(place: Callable[[Array, Array], tuple]) -> Callable[[Array, Array, 
 
 
 _put = _scatter(lambda row, offset: (row, slice(None), offset))
-_put_keys = _scatter(lambda row, offset: (row, slice(None), slice(None), offset))
+_put_transposed = _scatter(lambda row, offset: (row, slice(None), slice(None), offset))
 
 
 def fill(pages: KVPages, code: int) -> KVPages:

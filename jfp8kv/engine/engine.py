@@ -1,5 +1,6 @@
 """The loop: requests in, tokens out. Holds the weights, the pool, the scheduler and the counters."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -52,15 +53,17 @@ class Engine:
         self.params = params
         sizes = {"page_size": page_size, "span": self.buckets.span, "longest": self.max_model_len}
         self.kv = setup(params, kv_dtype, kv_scales, **sizes)
-        self.attention = dispatch.choose(attention)
-        self.model = step.Model(config, params.dtype, self.attention.attend, self.kv.groups)
-        weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
-        self.programs = Programs(self.model, weights, self.kv.layer_scales())
-
         self.needs = self.kv.needs
         longest = self.needs.total(self.max_model_len)
         self.num_pages = self.kv.num_pages(kv_cache_memory, most=longest * max_num_seqs)
+        self.attention = dispatch.choose(attention, jax.eval_shape(lambda: self.kv.pool(self.num_pages)))
+        self.kv = dataclasses.replace(self.kv, keys_transposed=self.attention.keys_transposed)
         self.pages = self.kv.pool(self.num_pages)
+
+        self.model = step.Model(config, params.dtype, self.attention.attend, self.kv.groups, self.attention.write)
+        weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
+        self.programs = Programs(self.model, weights, self.kv.layer_scales())
+
         table_pages = -(-self.max_model_len // page_size)
         self.batcher = Batcher(
             buckets=self.buckets,

@@ -29,7 +29,8 @@ class KVSetup:
     """What each layer of a cache keeps, and its scales; `scales` is None when all are dynamic (one per token and head, in the
     pages).
 
-    `span` is the most tokens that one dispatch adds to a text: pages of a window last so much longer.
+    `span` is the most tokens that one dispatch adds to a text: pages of a window last so much longer. `keys_transposed` is how
+    the attention in use wants keys in their pages (cache/layout.py); a CPU's does.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -37,6 +38,7 @@ class KVSetup:
     config: ModelConfig
     page_size: int
     span: int
+    keys_transposed: bool = True
 
     @property
     def name(self) -> str:
@@ -57,7 +59,7 @@ class KVSetup:
     @functools.cached_property
     def layout(self) -> PoolLayout:
         """Where each layer lies in the pool."""
-        return PoolLayout.of(self.kinds, self.groups)
+        return PoolLayout.of(self.kinds, self.groups, keys_transposed=self.keys_transposed)
 
     @property
     def _page(self) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jfp8kv.attention.contract import AttentionOptions, Layer, Where
-from jfp8kv.attention.dispatch import Attention
+from jfp8kv.attention.dispatch import Attention, Write
 from jfp8kv.attention.paged import paged
 from jfp8kv.cache.groups import LayerGroups
-from jfp8kv.cache.pages import KVPages, LayerScales
+from jfp8kv.cache.pages import KVPages, LayerScales, write
 from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.batch import Batch, StepOutput
 from jfp8kv.models.config import ModelConfig
@@ -40,6 +40,7 @@ class Model:
     dtype: np.dtype  # of the weights
     attention: Attention
     groups: LayerGroups | None = None  # which page table each layer reads; None: all of them one
+    write: Write = write
 
     def options(self, decoder: Decoder) -> AttentionOptions:
         """What this model asks of attention, its sinks read from the weights."""
@@ -73,7 +74,7 @@ def _forward(
     model: Model, decoder: Decoder, scales: LayerScales | None, chunk: Chunk, pages: KVPages
 ) -> tuple[Float[Array, "tokens hidden"], KVPages]:
     """One request's chunk through the model, its keys and values written first."""
-    attend = paged(model.attention, scales, model.options(decoder), chunk.where(model.groups))
+    attend = paged(model.attention, scales, model.options(decoder), chunk.where(model.groups), write=model.write)
     positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
     return decoder(chunk.tokens, positions, attend=attend, carry=pages, context=chunk.context)
 

@@ -5,6 +5,7 @@ error of at most about d * 2**-24 of sum(|q||k|), and the output one of n * 2**-
 of it, `exp` turning an absolute error e of a score into a relative error e of its weight. The tolerance is that bound.
 """
 
+import dataclasses
 import itertools
 
 import hypothesis.strategies as st
@@ -24,7 +25,15 @@ from jfp8kv.core.errors import ConfigError, NotSupported
 from jfp8kv.core.formats import E4M3, E5M2, FLOAT32, FORMATS, encode_numpy
 
 LAYERS, PAGES, SIZE = 2, 12, 4
-IMPLEMENTATIONS = ("reference", "xla")
+PALLAS = "pallas_interpret", pytest.mark.quick_compile  # interpreted kernels are large programs for XLA:CPU
+IMPLEMENTATIONS = ("reference", "xla", pytest.param(PALLAS[0], marks=PALLAS[1]))
+IN_BOTH_LAYOUTS = pytest.mark.parametrize(
+    ("name", "keys_transposed"),
+    [
+        *itertools.product(("reference", "xla"), (True, False)),
+        pytest.param(PALLAS[0], False, marks=PALLAS[1]),  # which knows keys as values alone
+    ],
+)
 EPS = 2.0**-24
 
 
@@ -32,10 +41,22 @@ class Case:
     """Random requests over one pool whose unwritten slots hold NaN codes."""
 
     def __init__(
-        self, *, fmt=E4M3, kv_heads=2, group=3, dim=16, lengths=(5,), tokens=1, scales="head", seed=0, offset=0.0, **options
+        self,
+        *,
+        fmt=E4M3,
+        keys_transposed=True,
+        kv_heads=2,
+        group=3,
+        dim=16,
+        lengths=(5,),
+        tokens=1,
+        scales="head",
+        seed=0,
+        offset=0.0,
+        **options,
     ):
         rng = np.random.default_rng(seed)
-        self.lengths, self.tokens, self.fmt = np.int32(lengths), tokens, fmt
+        self.lengths, self.tokens, self.fmt, self.keys_transposed = np.int32(lengths), tokens, fmt, keys_transposed
         self.table = np.full((len(lengths), 5), PAGES, np.int32)
         order = iter(rng.permutation(PAGES))
         for i, length in enumerate(lengths):
@@ -52,10 +73,15 @@ class Case:
         self.layer = int(rng.integers(LAYERS))
         stored = [self._stored(rng, which, dynamic, kv_heads, dim) for which in ("k_inverse", "v_inverse")]
         (k, k_exponent), (v, v_exponent) = stored
-        self.pages = KVPages(k.swapaxes(2, 3), v, k_exponent, v_exponent, layout=PoolLayout.alike(fmt, LAYERS, dynamic=dynamic))
+        layout = PoolLayout.alike(fmt, LAYERS, dynamic=dynamic, keys_transposed=keys_transposed)
+        self.pages = KVPages(self.turned(k), v, k_exponent, v_exponent, layout=layout)
         self.whole = self.pages
         self.q = rng.normal(size=(len(lengths), tokens, kv_heads * group, dim)).astype(np.float32)
         self.options = AttentionOptions(sm_scale=dim**-0.5, **options)
+
+    def turned(self, keys: jax.Array) -> jax.Array:
+        """Keys with tokens before channels as the pages have them, or back."""
+        return keys.swapaxes(2, 3) if self.keys_transposed else keys
 
     def _stored(self, rng, inverse: str, dynamic: bool, kv_heads: int, dim: int) -> tuple:
         """A pool of NaN codes with every request's tokens in it, written by NumPy."""
@@ -78,7 +104,8 @@ class Case:
         other = LayerKind(FLOAT32 if self.fmt.itemsize < 4 else E5M2)
         kinds = [self.pages.layout.kinds[0]] * LAYERS
         kinds[1 - self.layer] = other
-        layout = PoolLayout.of(kinds, LayerGroups.of([0] * LAYERS, widths(kinds)))
+        groups = LayerGroups.of([0] * LAYERS, widths(kinds))
+        layout = PoolLayout.of(kinds, groups, keys_transposed=self.keys_transposed)
         rows = slice(self.layer * PAGES, (self.layer + 1) * PAGES)
 
         def cut(bits) -> jax.Array:
@@ -99,7 +126,11 @@ class Case:
         return np.maximum(self.lengths - self.tokens, 0).astype(np.int32)
 
     def run(self, name: str) -> np.ndarray:
-        attend = dispatch.choose(name).attend
+        choice = dispatch.choose(name)
+        attend, stored = choice.attend, self.pages
+        if self.keys_transposed and not choice.keys_transposed:
+            layout = dataclasses.replace(stored.layout, keys_transposed=False)
+            stored = dataclasses.replace(stored, k_bits=stored.k_bits.swapaxes(2, 3), layout=layout)
 
         def one(q, table, start, length, pages):
             at = Where(table, start, length, jnp.int32(max(self.lengths)))
@@ -107,7 +138,7 @@ class Case:
             return attend(q, shown, self.scales, self.options, at, layer=jnp.int32(self.layer))
 
         batched = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, 0, None)))
-        return np.asarray(batched(self.q, self.table, self.starts, self.lengths, self.pages))
+        return np.asarray(batched(self.q, self.table, self.starts, self.lengths, stored))
 
     def values(self, bits, exponent, scale, request: int, head: int) -> np.ndarray:
         """What the cache holds of one request and head, float64 `[length, head_dim]`. `bits` has tokens before channels."""
@@ -133,7 +164,7 @@ class Case:
             if position >= self.lengths[r]:
                 continue
             k = self.values(
-                pages.k_bits.swapaxes(2, 3),
+                self.turned(pages.k_bits),
                 pages.k_exponent,
                 None if self.scales is None else self.scales.k,
                 r,
@@ -173,11 +204,12 @@ def test_fp8_pages_with_every_granularity_of_scales(name, scales, fmt) -> None:
     Case(fmt=fmt, scales=scales, lengths=(0, 1, 3, 4, 5, 13)).check(name)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@IN_BOTH_LAYOUTS
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_every_format_in_decode_and_prefill(name, fmt) -> None:
+def test_every_format_in_decode_and_prefill(name, fmt, keys_transposed) -> None:
     for tokens in (1, 7):
-        Case(fmt=fmt, scales="tensor", lengths=(7, 8, 9, 17), tokens=tokens).check(name)
+        case = Case(fmt=fmt, scales="tensor", lengths=(7, 8, 9, 17), tokens=tokens, keys_transposed=keys_transposed)
+        case.check(name)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -203,12 +235,12 @@ def test_windows_caps_and_sinks(name, options) -> None:
         Case(lengths=(0, 1, 6, 14), tokens=tokens, **options).check(name)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@IN_BOTH_LAYOUTS
 @pytest.mark.parametrize("scales", ["head", "token_head"])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_a_pool_of_several_formats_is_read_by_planes(name, fmt, scales) -> None:
+def test_a_pool_of_several_formats_is_read_by_planes(name, fmt, scales, keys_transposed) -> None:
     if fmt.is_fp8 or scales != "token_head":
-        Case(fmt=fmt, scales=scales, lengths=(7, 8, 9, 0)).in_planes().check(name)
+        Case(fmt=fmt, scales=scales, lengths=(7, 8, 9, 0), keys_transposed=keys_transposed).in_planes().check(name)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -249,7 +281,7 @@ def test_a_request_does_not_depend_on_its_neighbours(name) -> None:
 def test_dispatch_says_why_and_names_what_it_cannot_do() -> None:
     assert dispatch.choose().name == "xla" and "cpu" in dispatch.choose().why
     assert dispatch.choose("reference").why == "asked for"
-    with pytest.raises(NotSupported, match="'xla'"):
+    with pytest.raises(NotSupported, match="needs an NVIDIA GPU, and this machine's device is 'cpu'.* use 'xla'"):
         dispatch.choose("pallas")
     with pytest.raises(ConfigError, match="Did you mean 'xla'"):
         dispatch.choose("xl")

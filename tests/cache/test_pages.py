@@ -14,8 +14,11 @@ from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32, FORMATS,
 LAYERS, PAGES, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
 
 
-def pool(fmt, dynamic: bool = False) -> KVPages:
-    layout = PoolLayout.alike(fmt, LAYERS, dynamic=dynamic)
+BOTH_LAYOUTS = pytest.mark.parametrize("keys_transposed", [True, False], ids=["keys transposed", "keys as values"])
+
+
+def pool(fmt, dynamic: bool = False, keys_transposed: bool = True) -> KVPages:
+    layout = PoolLayout.alike(fmt, LAYERS, dynamic=dynamic, keys_transposed=keys_transposed)
     pages = new_pages(layout, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM)
     return fill(pages, fmt.nan_code)
 
@@ -31,20 +34,25 @@ def tokens(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.random.default_rng(seed).normal(size=(2, count, HEADS, DIM)).astype(np.float32))
 
 
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("kind", ["tensor", "head", "channel"])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_each_token_lands_in_its_slot_with_the_bytes_numpy_makes(fmt, kind) -> None:
+def test_each_token_lands_in_its_slot_with_the_bytes_numpy_makes(fmt, kind, keys_transposed) -> None:
     scales, table, start, length = scales_of(kind), [4, 1, 3], 3, 9
     k, v = tokens(length - start)
     at = {"layer": 1, "page_table": jnp.int32(table), "start": jnp.int32(start), "length": jnp.int32(length)}
-    got = jax.jit(lambda p, k, v: write(p, scales, k, v, **at))(pool(fmt), k, v)
-    want_k, want_v = (np.array(x) for x in (pool(fmt).k_bits, pool(fmt).v_bits))
+    pages = pool(fmt, keys_transposed=keys_transposed)
+    got = jax.jit(lambda p, k, v: write(p, scales, k, v, **at))(pages, k, v)
+    want_k, want_v = np.array(pages.k_bits), np.array(pages.v_bits)
     for i, position in enumerate(range(start, length)):
         row, offset = PAGES * 1 + table[position // SIZE], position % SIZE
-        want_k[row, :, :, offset] = encode_numpy(k[i] * np.asarray(scales.k_inverse)[1], fmt)
+        slot = (row, slice(None), slice(None), offset) if keys_transposed else (row, slice(None), offset)
+        want_k[slot] = encode_numpy(k[i] * np.asarray(scales.k_inverse)[1], fmt)
         want_v[row, :, offset] = encode_numpy(v[i] * np.asarray(scales.v_inverse)[1], fmt)
     assert np.array_equal(np.asarray(got.k_bits), want_k, equal_nan=True)
     assert np.array_equal(np.asarray(got.v_bits), want_v, equal_nan=True)
+    shown = want_k.swapaxes(2, 3) if keys_transposed else want_k
+    assert np.array_equal(np.asarray(got.k).view(fmt.stored), np.ascontiguousarray(shown), equal_nan=True)
 
 
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
@@ -72,7 +80,8 @@ def test_padding_and_tokens_past_the_table_are_dropped(start, length) -> None:
     assert written == {(2, position) for position in inside}
 
 
-def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool() -> None:
+@BOTH_LAYOUTS
+def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool(keys_transposed) -> None:
     scales = scales_of("head")
     k, v = (jnp.stack(x) for x in zip(tokens(3, 1), tokens(3, 2), strict=True))
     tables, starts, lengths = jnp.int32([[0, 1], [2, 3]]), jnp.int32([0, 3]), jnp.int32([2, 6])
@@ -80,8 +89,8 @@ def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool() -> No
     def one(pages, k, v, table, start, length):
         return write(pages, scales, k, v, layer=1, page_table=table, start=start, length=length)
 
-    together = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0, 0), out_axes=None))(pool(E5M2), k, v, tables, starts, lengths)
-    apart = pool(E5M2)
+    apart = pool(E5M2, keys_transposed=keys_transposed)
+    together = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0, 0), out_axes=None))(apart, k, v, tables, starts, lengths)
     for i in range(2):
         apart = one(apart, k[i], v[i], tables[i], starts[i], lengths[i])
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True))
@@ -102,9 +111,10 @@ MIXED = (
 )
 
 
-def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and_nothing_else_moves() -> None:
+@BOTH_LAYOUTS
+def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and_nothing_else_moves(keys_transposed) -> None:
     layers = len(MIXED)
-    layout = PoolLayout.of(MIXED, LayerGroups.of([0] * layers, widths(MIXED)))
+    layout = PoolLayout.of(MIXED, LayerGroups.of([0] * layers, widths(MIXED)), keys_transposed=keys_transposed)
     rng = np.random.default_rng(1)
     static = KVScales(*rng.uniform(0.01, 0.1, (2, layers, HEADS, 1)), k_offset=rng.normal(size=(layers, HEADS, DIM)))
     scales = LayerScales.of(static, layers=layers, kv_heads=HEADS, head_dim=DIM)

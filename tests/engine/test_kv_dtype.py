@@ -1,11 +1,14 @@
 """A format for each layer: the engine agrees with an oracle that rounds each layer so, and what cannot be is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import jfp8kv
 from jfp8kv.cache.plan import KVPlan, LayerPlan
 from jfp8kv.core.errors import CheckpointError, ConfigError
+from jfp8kv.engine.kv import setup
 from jfp8kv.engine.kv_dtype import layer_formats
 from tests.models.test_decoder import ENGINE, REFERENCES, rms
 from tests.references import oracle
@@ -159,3 +162,11 @@ def test_scales_say_what_they_are_for_and_another_format_converts_them_aloud(par
         got = jfp8kv.logits(params, tokens(), kv_dtype=["float32", "fp8_e5m2"], kv_scales=made)
     ratio = 448 / 57344
     assert rms(got, expected(None, oracle.fp8_store("e5m2", made.k * ratio, made.v * ratio))) <= ROUNDING
+
+
+def test_keys_lie_in_their_pages_as_the_setup_says_and_take_the_same_bytes(params) -> None:
+    transposed = setup(params, ["fp8_e4m3", "float32"], "unit", page_size=32, span=16)
+    as_values = dataclasses.replace(transposed, keys_transposed=False)
+    assert transposed.pool(2).k_bits.shape == (10, 2, 16, 32)
+    assert as_values.pool(2).k_bits.shape == as_values.pool(2).v_bits.shape == (10, 2, 32, 16)
+    assert transposed.page_bytes == as_values.page_bytes

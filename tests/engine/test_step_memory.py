@@ -1,5 +1,6 @@
 """Read off the compiled step: the pool is updated in place, and what a step needs besides does not grow with it."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -20,17 +21,27 @@ MIB = 2**20
 SKIPPING = {"default": "fp8_e4m3", "skip": [-1]}
 
 
-def pool_of(params: jfp8kv.Params, kv_dtype: Any, kv_scales: str, pool_bytes: int) -> KVPages:
+def pool_of(params: jfp8kv.Params, kv_dtype: Any, kv_scales: str, keys_transposed: bool, pool_bytes: int) -> KVPages:
     kv = setup(params, kv_dtype, kv_scales, page_size=64, span=16)
+    kv = dataclasses.replace(kv, keys_transposed=keys_transposed)
     return jax.eval_shape(lambda: kv.pool(pool_bytes // kv.page_bytes))
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 @pytest.mark.parametrize(
-    ("kv_dtype", "kv_scales"),
-    [("fp8_e4m3", "auto"), ("fp8_e5m2", "token_head"), ("bfloat16", "auto"), ("float32", "auto"), (SKIPPING, "token_head")],
+    ("kv_dtype", "kv_scales", "keys_transposed"),
+    [
+        ("fp8_e4m3", "auto", True),
+        ("fp8_e4m3", "auto", False),
+        ("fp8_e5m2", "token_head", True),
+        ("bfloat16", "auto", True),
+        ("float32", "auto", True),
+        (SKIPPING, "token_head", True),
+    ],
 )
-def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased(kind, kv_dtype, kv_scales) -> None:
+def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased(
+    kind, kv_dtype, kv_scales, keys_transposed
+) -> None:
     params = jfp8kv.load(REFERENCES[0])
     llm = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales, kv_cache_memory="1MB", max_num_seqs=8)
     engine = llm._engine
@@ -41,7 +52,7 @@ def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased
     temporaries = []
     for size in (64 * MIB, 1024 * MIB):
         programs = Programs(engine.model, engine.programs.weights, engine.programs.scales)
-        pool = pool_of(params, kv_dtype, kv_scales, size)
+        pool = pool_of(params, kv_dtype, kv_scales, keys_transposed, size)
         memory = programs.program(getattr(step, kind), batch, pool, **static).memory
         pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
         assert pool_bytes > 0.98 * size and memory.alias_size_in_bytes >= pool_bytes

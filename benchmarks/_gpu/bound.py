@@ -1,0 +1,85 @@
+"""What the instructions of a loop allow at best, on a multiprocessor with enough warps, where issue slots and pipes are all.
+
+Four schedulers issue one instruction a clock each; a pipe takes 32 lanes of a warp at its own rate. The bound is the fullest of
+these. It leaves out latency, bank conflicts, partial waves and everything outside the loop: an upper bound, not a forecast.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from benchmarks._gpu.topology import Target
+
+TENSOR = ("HMMA", "HGMMA")
+SPECIAL = re.compile(r"(?:MUFU|F2F|I2F|F2I|FRND|POPC)\b")
+MEMORY = re.compile(r"(?:LDSM?|STSM?|LDG(?:STS)?|STG|LDL|STL|LD|ST|ATOM[SG]?|RED|SHFL)\b")
+FLOAT = re.compile(r"(?:F(?:FMA|MUL|ADD)|H(?:FMA2|MUL2|ADD2))\b")
+INTEGER_MULTIPLY = re.compile(r"(?:IMAD|IDP)\b")
+LOGIC = re.compile(
+    r"(?:LOP3|PLOP3|PRMT|SHF|SGXT|LEA|IADD3|VIADD|IABS|ISETP|FSETP|HSETP2|SEL|FSEL|FMNMX|HMNMX2|VIMNMX|IMNMX|F2FP|I2FP|MOV)\b"
+)
+ASYNC_COPY = re.compile(r"LDGSTS\b.*\.128\b")
+WARP = 32
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The share of a peak that a loop can reach at best, and the pipe that says so."""
+
+    share: float
+    of: str
+    limit: str
+
+
+def clocks(counts: Counter[str], warps: int, target: Target) -> dict[str, float]:
+    """Clocks that each pipe needs for one iteration of all warps of a block."""
+
+    def of(kind: re.Pattern[str]) -> int:
+        return sum(n for op, n in counts.items() if kind.match(op))
+
+    tensor = sum(n * multiply_adds(op) / target.tensor[op.split(".")[0]] for op, n in counts.items() if op.startswith(TENSOR))
+    return {
+        "issue": counts.total() * warps / 4,
+        "float": of(FLOAT) * warps / target.fma,
+        "integer multiply": of(INTEGER_MULTIPLY) * warps / 2,
+        "logic": of(LOGIC) * warps / 2,
+        "special functions": of(SPECIAL) * warps * 2,
+        "shared memory": sum(n * _beats(op) for op, n in counts.items() if MEMORY.match(op)) * warps,
+        "tensor": tensor * warps,
+    }
+
+
+def streaming(counts: Counter[str], warps: int, target: Target) -> Bound | None:
+    """The share of memory bandwidth at which a loop can stream the cache: what it copies in, over the clocks it needs."""
+    copied = sum(n for op, n in counts.items() if ASYNC_COPY.match(op)) * 16 * WARP * warps
+    if not copied:
+        return None
+    limit, worst = max(clocks(counts, warps, target).items(), key=lambda pipe: pipe[1])
+    bytes_s = copied / worst * target.clock_hz * target.figure("core_count")
+    return Bound(bytes_s / target.figure("memory_bandwidth"), "HBM", limit)
+
+
+def multiplying(counts: Counter[str], warps: int, target: Target) -> Bound | None:
+    """The share of the tensor cores' peak in 16-bit floating point."""
+    done = sum(n * multiply_adds(op) for op, n in counts.items() if op.startswith(TENSOR)) * warps
+    if not done:
+        return None
+    limit, worst = max(clocks(counts, warps, target).items(), key=lambda pipe: pipe[1])
+    return Bound(done / worst / max(target.tensor.values()), "peak", limit)
+
+
+def multiply_adds(op: str) -> int:
+    """Multiply-adds of one warp: HMMA.16816 is 16 x 8 x 16; HGMMA.64x128x16 is shared by the four warps of a group."""
+    if group := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
+        m, n, k = (int(x) for x in group.groups())
+        return m * n * k // 4
+    return {"16816": 2048, "1688": 1024, "1684": 512}[op.split(".")[1]]
+
+
+def _beats(op: str) -> int:
+    """Clocks a memory instruction of a warp holds shared memory, which moves 128 bytes a clock."""
+    width = re.search(r"\.(128|64)\b", op)
+    if width:
+        return int(width[1]) // 32
+    matrices = re.match(r"(?:LDSM|STSM)\b.*\.(\d)$", op)
+    return int(matrices[1]) if matrices else 1

@@ -1,0 +1,93 @@
+"""Every GPU kernel, compiled for an H100 and an A100 that are not there, and held to what its machine code must be.
+
+    make gpu-compile
+
+prints a table and writes it to `docs/gpu-kernels.md`, where its columns and the guards are explained. Exits with 1 when a guard
+fails. Nothing is run, so nothing is timed: the bounds are counted.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from benchmarks._common import console
+from benchmarks._gpu.cases import cases
+from benchmarks._gpu.compiled import Report, compile_case
+from benchmarks._gpu.topology import without_a_gpu
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "gpu-kernels.md"
+BEGIN, END = "<!-- `make gpu-compile` writes from here -->", "<!-- to here -->"
+COLUMNS = ["kernel", "GPU", "registers", "spilled", "shared", "warps", "blocks", "tensor", "static bound", "by"]
+WIDTHS = (40, 4, 9, 7, 7, 5, 6, 6, 12, 17)
+
+
+def row(report: Report) -> list[str]:
+    return [
+        report.case.name,
+        report.case.target.name.upper(),
+        str(report.registers),
+        str(report.spilled_bytes),
+        str(report.shared_bytes),
+        str(report.warps),
+        str(report.blocks),
+        ", ".join(report.tensor_ops) or "-",
+        f"{100 * report.bound.share:.0f}% of {report.bound.of}" if report.bound else "-",
+        report.bound.limit if report.bound else "-",
+    ]
+
+
+def show(cells: list[str]) -> None:
+    """One line; the first two columns and the last one are text, the others are set to the right."""
+    sides = ("<", "<", *">" * 7, "<")
+    line = "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(cells, sides, WIDTHS, strict=True))
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def versions() -> str:
+    """What the table depends on."""
+    names = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
+    return ", ".join(f"{name} {metadata.version(name)}" for name in names)
+
+
+def document(reports: Sequence[Report], text: str) -> str:
+    """The document with its generated part replaced."""
+    before, rest = text.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    lines = [COLUMNS, ["---", "---", *["---:"] * 7, "---"], *(row(report) for report in reports)]
+    made = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{before}{BEGIN}\n\n{made}\n\nCompiled with {versions()}.\n\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--check", action="store_true", help="leave docs/gpu-kernels.md as it is")
+    arguments.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="kernels with TEXT in name or GPU; repeatable"
+    )
+    arguments.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the PTX and SASS of every kernel here")
+    given = arguments.parse_args(argv)
+    without_a_gpu()
+
+    began, reports = time.perf_counter(), []
+    console.print("Compiled, not run: no figure here is a measurement.")
+    show(COLUMNS)
+    for case in cases():
+        if all(text in f"{case.name} {case.target.name}" for text in given.only):
+            reports.append(compile_case(case, given.keep))
+            show(row(reports[-1]))
+            for fault in reports[-1].faults:
+                console.print(f"  [red]fails[/]: {fault}", highlight=False)
+    failed = sum(bool(report.faults) for report in reports)
+    console.print(
+        f"{len(reports)} kernels in {time.perf_counter() - began:.0f} s; {failed} fail a guard. {versions()}", soft_wrap=True
+    )
+    if not given.check and not given.only and not failed:
+        DOCUMENT.write_text(document(reports, DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Attention by the GPU kernels: from one request and a pool of pages to what a kernel takes.
+
+The kernels take a batch of requests. `vmap` over requests therefore reaches them as one call (`custom_vmap`), not as a loop or a
+larger grid: a batch's chunks lie one after another, padding between them, and each request says how many of its queries are real.
+Kernels are handed in by dispatch, which alone knows them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+
+from jfp8kv.attention import xla
+from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasAttention:
+    """Paged attention by these kernels. Layers whose elements lie in byte planes are left to `xla`."""
+
+    decode: Callable[..., jax.Array]
+    prefill: Callable[..., jax.Array]
+    native_e4m3: bool  # the GPU converts E4M3 by itself
+    interpret: bool
+
+    def __call__(
+        self, q: Query, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, at: Where, *, layer: Layer
+    ) -> Query:
+        """`softmax(q k^T) v` for one request; rows that see no key give zeros, and so does padding."""
+        if in_planes(pages):
+            return xla.attention(q, pages, scales, options, at, layer=layer)
+        return self._requests(pages, options)(
+            q, at.page_table, at.start, at.length, self._shared(pages, scales, options, layer)
+        )
+
+    def _shared(self, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, layer: Layer) -> dict[str, Any]:
+        """What all requests of a batch share, by the kernels' names."""
+        layout = pages.layout
+        shared = {
+            "k_pages": pages.k_bits,
+            "v_pages": pages.v_bits,
+            "first_row": _at(layout.slots, layer) * pages.num_pages,
+            "window": None if options.window is None else options.window[layer],
+            "sinks": None if options.sinks is None else options.sinks[layer],
+        }
+        if pages.dynamic:
+            shared |= {
+                "k_exponent": pages.k_exponent,
+                "v_exponent": pages.v_exponent,
+                "first_exponent_row": _at(layout.exponent_slots, layer) * pages.num_pages,
+            }
+        else:
+            assert scales is not None, "static pages need scales"
+            shared |= {"k_scale": scales.k[layer], "v_scale": scales.v[layer]}
+        if scales is not None and scales.k_offset is not None and (options.softcap is not None or options.sinks is not None):
+            shared["k_offset"] = scales.k_offset[layer]
+        return shared
+
+    def _requests(self, pages: KVPages, options: AttentionOptions) -> Callable[..., jax.Array]:
+        """One request's attention; under `vmap` one kernel for all."""
+
+        def batch(
+            q: jax.Array, page_table: jax.Array, start: jax.Array, length: jax.Array, shared: dict[str, Any]
+        ) -> jax.Array:
+            shared = dict(shared)
+            requests, tokens, q_heads, head_dim = q.shape
+            flat = q.reshape(-1, q_heads, head_dim)
+            more = {
+                "element": pages.fmt.dtype,
+                "sm_scale": options.sm_scale,
+                "softcap": options.softcap,
+                "native_e4m3": self.native_e4m3,
+                "interpret": self.interpret,
+                "score_offset": _score_offset(flat, shared.pop("k_offset", None), options),
+            }
+            k_pages, v_pages = shared.pop("k_pages"), shared.pop("v_pages")
+            queries = jnp.clip(length - start, 0, tokens)
+            length = jnp.where(queries > 0, start + queries, 0)
+            if tokens == 1:
+                out = self.decode(flat, k_pages, v_pages, page_table, length, **shared, **more)
+            else:
+                first = jnp.arange(requests, dtype=jnp.int32) * tokens
+                out = self.prefill(flat, k_pages, v_pages, page_table, length, first, queries, **shared, **more)
+            return out.reshape(q.shape)
+
+        @custom_vmap
+        def one(q: jax.Array, page_table: jax.Array, start: jax.Array, length: jax.Array, shared: dict[str, Any]) -> jax.Array:
+            return batch(q[None], page_table[None], start[None], length[None], shared)[0]
+
+        @one.def_vmap
+        def many(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[jax.Array, bool]:
+            *own, shared = args
+            assert not any(jax.tree.leaves(in_batched[-1])), "requests share the pool and the layer: vmap with in_axes=None"
+            own = [
+                x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+                for x, batched in zip(own, in_batched[:-1], strict=True)
+            ]
+            return batch(*own, shared), True
+
+        return one
+
+
+def in_planes(pages: KVPages) -> bool:
+    """Whether an element's bytes lie apart, which kernels do not put together."""
+    return pages.fmt.stored.itemsize > pages.k_bits.dtype.itemsize
+
+
+def _at(slots: tuple[int, ...], layer: Layer) -> jax.Array:
+    return jnp.asarray(slots, jnp.int32)[layer]
+
+
+def _score_offset(q: jax.Array, k_offset: jax.Array | None, options: AttentionOptions) -> jax.Array | None:
+    """What the K offset adds to each query's scores, `[queries, q_heads]` float32: seen by a cap or a sink alone."""
+    if k_offset is None:
+        return None
+    kv_heads, head_dim = k_offset.shape
+    grouped = q.astype(jnp.float32).reshape(q.shape[0], kv_heads, -1, head_dim)
+    return jnp.einsum("thgd,hd->thg", grouped, k_offset, precision="highest").reshape(q.shape[:2]) * options.sm_scale
