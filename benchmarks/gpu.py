@@ -1,7 +1,8 @@
 """The GPU kernels on an NVIDIA GPU: checked, tuned, timed, and held against goals and others, in ten minutes.
 
     python -m benchmarks.gpu                 everything; results in benchmarks/results/DEVICE-DATE.json
-    python -m benchmarks.gpu --tune          and the block sizes found go where the kernels read them
+    python -m benchmarks.gpu --tune          and the block sizes it found go where the kernels read them
+    python -m benchmarks.gpu --adopt FILE    the block sizes of a results file go there, on any machine
     python -m benchmarks.gpu --dry-run       every part on a CPU, tiny and interpreted: proves that the script runs
 
 Memory-bound figures are shares of what a copy reaches, measured first and in the same way. Every kernel is checked against
@@ -10,6 +11,7 @@ runs out of its share of the time says what it left out. Block sizes are tuned b
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -29,7 +31,8 @@ from benchmarks._gpu.session import RESULTS, Session, results_path
 from benchmarks._gpu.timing import Clock, cupti
 
 CONFIG = Path(__file__).parent.parent / "configs" / "bench" / "gpu_run.yaml"
-PARTS: dict[str, Callable[..., None]] = {
+PARTS: dict[str, Callable[[Session, dict[str, Any]], None]] = {
+    "device": device.run,
     "check": checks.run,
     "tune": tune.run,
     "decode": attention.decode,
@@ -38,24 +41,18 @@ PARTS: dict[str, Callable[..., None]] = {
     "peers": peers.run,
     "end_to_end": end_to_end.run,
 }
-PACKAGES = (
-    "jax",
-    "jaxlib",
-    "jax-cuda13-plugin",
-    "jax-cuda12-plugin",
-    "flax",
-    "torch",
-    "triton",
-    "flashinfer-python",
-    "fa3-fwd",
-)
+ALWAYS = ("device", "check")  # what the others rest on
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "torch", "triton", "flashinfer-python", "fa3-fwd")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments().parse_args(argv)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's peers have the same memory
+    if given.adopt:
+        return adopt(given.adopt)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's peers share the memory
     if given.dry_run:
         jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_disable_most_optimizations", True)
     elif jax.default_backend() != "gpu":
         console.print("No GPU here: `python -m benchmarks.gpu --dry-run` shows that the script runs.")
         return 2
@@ -63,45 +60,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["dry_run" if given.dry_run else "gpu"]
     session = opened(given, config, began)
     header()
-    console.print(
-        f"timed by {session.clock.by} ({session.clock.why}); results go to {session.path}", highlight=False, soft_wrap=True
-    )
-
-    session.begin("device", 1.0)
-    device.target_config(session)
-    with session.guarded("copy"):
-        device.copy_bandwidth(session, config)
-    session.save()
-    if "copy_bytes_s" not in session.facts:
-        return 1
-    running = peers.start(config, given.dry_run) if "peers" in given.parts else {}
+    say(f"timed by {session.clock.by} ({session.clock.why}); results go to {session.path}")
     try:
-        for part in [name for name in PARTS if name == "check" or name in given.parts]:
-            session.begin(part, config["shares"][part])
-            with session.guarded(part):
-                PARTS[part](session, config, *([running] if part == "peers" else []))
-            session.save()
+        run(session, config, [part for part in PARTS if part in ALWAYS or part in given.parts])
     finally:
-        peers.stop(running)
-    if "tuned" in session.facts and session.facts["tuned"]:
-        written = tune.publish(session.facts["tuned"], None if given.tune else session.path.parent)
-        console.print(f"block sizes: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+        session.end_processes()
+    if given.tune and not given.dry_run and session.facts.get("tuned"):
+        say(f"block sizes: {', '.join(map(str, tune.publish(session.facts['tuned'])))}")
+    say(f"{time.perf_counter() - began:.0f} s; {session.path}")
+    return int(session.failed)
+
+
+def run(session: Session, config: dict[str, Any], parts: Sequence[str]) -> None:
+    """The parts in turn; what is known is written after each."""
+    for part in parts:
+        session.begin(part, config["shares"][part])
+        with session.guarded(part):
+            PARTS[part](session, config)
+        if part == "device" and "peers" in parts:
+            peers.start(session, config)
+        session.save()
     found = goals(session)
     session.facts["goals"] = [{"what": g.what.strip(), "wanted": g.wanted, "got": g.got, "met": g.met} for g in found]
     session.save()
-    shown(found, table)
-    console.print(f"{time.perf_counter() - began:.0f} s; {session.path}", highlight=False, soft_wrap=True)
-    return int(session.failed)
+    shown(found, table, dry_run=session.dry_run)
+
+
+def adopt(path: Path) -> int:
+    """Take over the block sizes of a run elsewhere."""
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if facts["dry_run"] or not facts.get("tuned"):
+        say(f"{path} has no block sizes to take over: a dry run, or one that did not tune.")
+        return 2
+    say(f"block sizes: {', '.join(map(str, tune.publish(facts['tuned'])))}")
+    return 0
+
+
+def say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="that all of it may take")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, interpreted on the CPU; measures nothing")
-    parser.add_argument("--tune", action="store_true", help="write block sizes where the kernels read them, not to the results")
+    parser.add_argument("--tune", action="store_true", help="write block sizes where the kernels read them, too")
+    parser.add_argument("--adopt", type=Path, metavar="FILE", help="write the block sizes of a results file there, and end")
     parser.add_argument("--clock", choices=["cupti", "loop"], help="how to time; by itself CUPTI where it works")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="the check is always one")
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help=f"{' and '.join(ALWAYS)} always run"
+    )
     return parser
 
 

@@ -1,1 +1,1 @@
-"""Compiling GPU kernels without a GPU, and reading from the machine code what can be known before anything runs."""
+"""Compiling GPU kernels without a GPU, reading their machine code for what can be known before they run; and running them on one."""

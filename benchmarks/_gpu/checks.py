@@ -15,6 +15,7 @@ from benchmarks._gpu.batches import Batch, Case, Sizes
 from benchmarks._gpu.session import Session
 from benchmarks._gpu.timing import compiled
 from pallas_kernels import DecodeBlocks, paged_decode, paged_prefill
+from pallas_kernels.elements import multiplied_in
 from pallas_kernels.paged_decode.blocks import blocks_for
 
 KERNELS = {"paged_decode": paged_decode, "paged_prefill": paged_prefill}
@@ -83,8 +84,9 @@ def lower(batch: Batch, interpret: bool) -> jax.stages.Lowered:
     if case.kernel == "paged_decode":
         s = case.sizes
         usual = blocks_for(
-            requests=len(s.lengths), kv_heads=s.kv_heads, group=s.q_heads // s.kv_heads, head_dim=s.head_dim, tokens=max(s.lengths),
-            element=batch.dtype, compute=np.dtype(np.float16), page_size=s.page_size,
+            requests=len(s.lengths), kv_heads=s.kv_heads, group=s.q_heads // s.kv_heads, head_dim=s.head_dim,
+            tokens=max(s.lengths), element=batch.dtype, compute=multiplied_in(batch.dtype, np.dtype(case.q_dtype)),
+            page_size=s.page_size,
         )  # fmt: skip
         blocks["blocks"] = DecodeBlocks(usual.block_k, usual.warps, usual.stages, s.split)
 

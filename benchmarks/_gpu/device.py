@@ -9,6 +9,11 @@ from benchmarks._gpu.session import Session
 from benchmarks._gpu.timing import Work
 
 
+def run(session: Session, config: dict[str, Any]) -> None:
+    target_config(session)
+    copy_bandwidth(session, config)
+
+
 def target_config(session: Session) -> None:
     """Leave the device's target config beside the results: `configs/gpu/` takes such files to compile without a GPU."""
     with session.guarded("target config", ours=False):

@@ -62,7 +62,8 @@ def time_decode(session: Session, params: jfp8kv.Params, kv_dtype: str, asked: d
     kv = setup(params, kv_dtype, "unit" if kv_dtype != "bfloat16" else "auto", page_size=64, span=1)
     requests = max(1, int(parse_bytes(memory) // kv.text_bytes(context + new)))
     engine, attention = open_engine(
-        params, asked["attention"], kv_cache_dtype=kv_dtype, kv_cache_memory=memory, max_model_len=context + new, max_num_seqs=requests,
+        params, asked["attention"], kv_cache_dtype=kv_dtype, kv_cache_memory=memory, max_model_len=context + new,
+        max_num_seqs=requests,
         **({} if kv_dtype == "bfloat16" else {"kv_scales": "unit"}),
     )  # fmt: skip
     engine.pages = filled(engine.pages, FORMATS[kv_dtype].dtype)
@@ -110,7 +111,6 @@ def filled(pages: KVPages, dtype: np.dtype) -> KVPages:
         some = random_bits(jax.random.key(seed, impl="rbg"), (min(rows, BLOCK_ROWS), *pool.shape[1:]), dtype)
         return jnp.tile(some, (-(-rows // some.shape[0]), 1, 1, 1))[:rows]
 
-    k, v = (
-        jax.jit(fill, static_argnums=1, donate_argnums=0)(pool, seed) for seed, pool in enumerate((pages.k_bits, pages.v_bits))
-    )
+    fill = jax.jit(fill, static_argnums=1, donate_argnums=0)
+    k, v = fill(pages.k_bits, 0), fill(pages.v_bits, 1)
     return KVPages(k, v, pages.k_exponent, pages.v_exponent, layout=pages.layout)

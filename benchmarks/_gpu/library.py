@@ -1,4 +1,4 @@
-"""jfp8kv's own attention, the reference and the XLA form, against float64 on the device at hand."""
+"""jfp8kv's own attention, every implementation that dispatch knows, against float64 on the device at hand."""
 
 from typing import Any
 
@@ -8,15 +8,14 @@ import numpy as np
 
 from benchmarks._gpu.oracle import Rounding, attention
 from benchmarks._gpu.session import Session
-from jfp8kv.attention import reference, xla
 from jfp8kv.attention.contract import AttentionOptions, Where
+from jfp8kv.attention.dispatch import Choice, choose
 from jfp8kv.cache.layout import PoolLayout
-from jfp8kv.cache.pages import LayerScales, new_pages, read, write
+from jfp8kv.cache.pages import LayerScales, new_pages, read
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2
 
 FORMATS = {"e4m3": E4M3, "e5m2": E5M2, "bf16": BFLOAT16}
-ATTENTIONS = {"reference": reference.attention, "xla": xla.attention}
 SOFTCAP = 5.0
 
 
@@ -24,20 +23,21 @@ def check(session: Session, config: dict[str, Any], seed: int) -> None:
     """A chunk of a text that is written to pages and attended to, in every element type; dynamic scales for FP8."""
     for element in config["elements"]:
         for dynamic in (False, True)[: 1 + FORMATS[element].is_fp8]:
-            for name, attend in ATTENTIONS.items():
+            for name in ("reference", "xla", "pallas_interpret" if session.dry_run else "pallas"):
                 what = f"jfp8kv {name}, {element}{', token and head scales' if dynamic else ''}"
                 error = np.inf
                 with session.guarded(what):
-                    error = _error(attend, element, dynamic, np.random.default_rng(seed))
+                    error = _error(choose(name), element, dynamic, np.random.default_rng(seed))
                 session.judge(f"jfp8kv {name}", element, what, error)
 
 
-def _error(attend: Any, element: str, dynamic: bool, rng: np.random.Generator) -> float:
+def _error(choice: Choice, element: str, dynamic: bool, rng: np.random.Generator) -> float:
     """The worst error of two layers' queries in float32, as a share of what is allowed."""
     heads, group, channels, page_size, tokens, chunk = 2, 2, 16, 8, 37, 9
     fmt, layers = FORMATS[element], 2
     sizes = {"kv_heads": heads, "head_dim": channels}
-    pages = new_pages(PoolLayout.alike(fmt, layers, dynamic=dynamic), num_pages=8, page_size=page_size, **sizes)
+    layout = PoolLayout.alike(fmt, layers, dynamic=dynamic, keys_transposed=choice.keys_transposed)
+    pages = new_pages(layout, num_pages=8, page_size=page_size, **sizes)
     scales = None if dynamic else LayerScales.of(KVScales.unit(layers), layers=layers, **sizes)
     table = jnp.asarray(rng.permutation(8)[:5], jnp.int32)
     k, v = (jnp.asarray(rng.normal(size=(tokens, heads, channels)), jnp.float32) for _ in "kv")
@@ -47,8 +47,8 @@ def _error(attend: Any, element: str, dynamic: bool, rng: np.random.Generator) -
     worst = 0.0
     for layer, window in enumerate((0, 7)):
         place = {"layer": jnp.int32(layer), "page_table": table}
-        pages = write(pages, scales, k, v, start=jnp.int32(0), length=jnp.int32(tokens), **place)
-        got = jax.jit(attend)(q, pages, scales, options, at, layer=place["layer"])
+        pages = choice.write(pages, scales, k, v, start=jnp.int32(0), length=jnp.int32(tokens), **place)
+        got = jax.jit(choice.attend)(q, pages, scales, options, at, layer=place["layer"])
         keys, values = (np.asarray(x, np.float64)[:tokens] for x in read(pages, scales, **place))
         wanted = attention(
             np.asarray(q, np.float64), keys, values, np.arange(tokens - chunk, tokens), Rounding.of(np.float32, np.float32),

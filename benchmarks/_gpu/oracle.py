@@ -53,7 +53,7 @@ def attention(
     sinks: np.ndarray | None = None,
     score_offset: np.ndarray | None = None,
 ) -> Wanted:
-    """Queries `[queries, q_heads, channels]` at these positions over keys and values `[keys, kv_heads, channels]` of one text."""
+    """Queries `[queries, q_heads, channels]` at positions of a text over its keys and values `[keys, kv_heads, channels]`."""
     out, within = np.zeros(q.shape), np.full(q.shape, np.finfo(np.float32).tiny)
     group = q.shape[1] // k.shape[1]
     for row, head in np.ndindex(q.shape[:2]):

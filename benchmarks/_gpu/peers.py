@@ -25,7 +25,6 @@ from benchmarks._gpu.timing import Work
 
 TORCH = ("sdpa", "flex", "fa3", "flashinfer")
 ROOT = Path(__file__).parent.parent.parent
-Peer = subprocess.Popen
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
@@ -33,24 +32,22 @@ def shape_of(config: dict[str, Any]) -> Shape:
     return Shape("peers", asked["requests"], asked["length"], **config["heads"])
 
 
-def start(config: dict[str, Any], dry_run: bool) -> dict[str, Peer]:
+def start(session: Session, config: dict[str, Any]) -> None:
     """A process for each of PyTorch's kernels, which says `ready` when it is."""
     s = shape_of(config)
     sizes = {name: getattr(s, name) for name in ("requests", "length", "q_heads", "kv_heads", "head_dim", "page_size")}
-    given = json.dumps(sizes | {"rotation": config["rotation"], "dry_run": dry_run, **config["clock"]})
+    given = json.dumps(sizes | {"rotation": config["rotation"], "dry_run": session.dry_run, **config["clock"]})
     command = [sys.executable, "-m", "benchmarks._gpu.torch_peers"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "cwd": ROOT}
-    return {name: Peer([*command, name, given], **pipes) for name in TORCH}
+    session.processes |= {name: subprocess.Popen([*command, name, given], **pipes) for name in TORCH}
 
 
-def run(session: Session, config: dict[str, Any], processes: dict[str, Peer]) -> None:
+def run(session: Session, config: dict[str, Any]) -> None:
     """A row for each peer."""
-    s = shape_of(config)
-    ours = {name: (name, call) for name, call in jax_peers(s, session.dry_run).items()}
-    for what, call in session.each(ours.values(), name=lambda peer: peer[0]):
+    for what, call in session.each(jax_peers(shape_of(config), session.dry_run).items(), name=lambda peer: peer[0]):
         with session.guarded(what, ours=False):
-            call(session, what, config)
-    for name, process in session.each(list(processes.items()), name=lambda peer: peer[0]):
+            call(session, what)
+    for name, process in session.each(list(session.processes.items()), name=lambda peer: peer[0]):
         with session.guarded(name, ours=False):
             for row in answers(process, min(session.left(), config["peers"]["patience"])):
                 session.row(row.pop("what"), **row)
@@ -66,7 +63,7 @@ def jax_peers(s: Shape, dry_run: bool) -> dict[str, Callable[..., None]]:
     }
 
 
-def paged_attention(session: Session, what: str, config: dict[str, Any], *, shape: Shape, element: str) -> None:
+def paged_attention(session: Session, what: str, *, shape: Shape, element: str) -> None:
     """jax.experimental's kernel, the best of several block sizes. It takes one layer at a time, KV heads first."""
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as theirs
 
@@ -102,7 +99,7 @@ def paged_attention(session: Session, what: str, config: dict[str, Any], *, shap
         session.row(what, shape=shape.name, **fastest)
 
 
-def dense(session: Session, what: str, config: dict[str, Any], *, shape: Shape, by: str) -> None:
+def dense(session: Session, what: str, *, shape: Shape, by: str) -> None:
     """Keys and values of a request side by side, bfloat16."""
     s, keys = shape, jax.random.split(jax.random.key(4, impl="rbg"))
     size = (s.requests, s.length, s.kv_heads, s.head_dim)
@@ -125,7 +122,7 @@ def timed(session: Session, work: Work, carry: Any, rest: Any, want: jax.Array) 
     return {"us": taken.median * 1e6, "least_us": taken.least * 1e6, "by": taken.by, "error": error}
 
 
-def answers(process: Peer, patience: float) -> list[dict[str, Any]]:
+def answers(process: subprocess.Popen, patience: float) -> list[dict[str, Any]]:
     """What a process has to say once it is told to begin, or an error after `patience` seconds."""
     ends = time.perf_counter() + max(1.0, patience)
     rows: list[dict[str, Any]] = []
@@ -148,11 +145,3 @@ def answers(process: Peer, patience: float) -> list[dict[str, Any]]:
     if rows:
         return rows
     raise TimeoutError(f"not done after {patience:.0f} s")
-
-
-def stop(processes: dict[str, Peer]) -> None:
-    """End whatever still runs."""
-    for process in processes.values():
-        if process.poll() is None:
-            process.kill()
-        process.communicate()

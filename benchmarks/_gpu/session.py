@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import re
+import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +36,7 @@ class Session:
     facts: dict[str, Any] = field(default_factory=dict)
     right: dict[tuple[str, str], bool] = field(default_factory=dict)
     blocks: dict[tuple[str, str], Any] = field(default_factory=dict)
+    processes: dict[str, subprocess.Popen] = field(default_factory=dict)
     failed: bool = False
     part: str = ""
     part_ends: float = 0.0
@@ -102,12 +104,19 @@ class Session:
         self.row(what, error=float(error), right=right)
         self.failed |= not right
 
-    def may_time(self, kernel: str, element: str, what: str, **figures: Any) -> bool:
+    def may_time(self, kernel: str, element: str, what: str, /, **figures: Any) -> bool:
         """Whether the kernel was found right; a row says why not."""
         right = self.right.get((kernel, element))
         if not right:
             self.row(what, **figures, skipped="not checked" if right is None else "wrong: not timed")
         return bool(right)
+
+    def end_processes(self) -> None:
+        """End whatever still runs beside this run."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
 
     def save(self) -> None:
         """Write what there is so far, whole or not at all."""

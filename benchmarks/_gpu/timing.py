@@ -24,7 +24,7 @@ Step = Callable[[Any, Any, jax.Array], Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed: `step(carry, rest, turn)` gives the next carry, of the same shapes, and uses copy number `turn` of the data.
+    """What is timed: `step(carry, rest, turn)` gives the next carry, of the same shapes, and uses copy `turn` of the data.
 
     `writes`: the carry holds pools that are updated in place; it is given up at every call.
     """

@@ -8,7 +8,7 @@ is fastest.
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -101,15 +101,15 @@ def fairest(times: dict[str, dict[Any, float]]) -> Any:
     return ranked[0] if ranked else None
 
 
-def publish(tables: dict[str, Any], folder: Path | None = None) -> list[Path]:
-    """Write what was found into the tables that the kernels read, other devices' and classes' left as they are."""
+def publish(tables: dict[str, Any], path: Callable[[str], Path] = path_of) -> list[Path]:
+    """Put what was found into the tables that the kernels read; what they have of other devices and classes stays."""
     written = []
     for kernel, devices in tables.items():
-        path = path_of(kernel) if folder is None else folder / f"{kernel}.json"
-        table = json.loads(json.dumps(read(kernel)))
+        where = path(kernel)
+        table = json.loads(where.read_text(encoding="utf-8")) if where.exists() else {}
         for device, problems in devices.items():
-            table[device] = dict(sorted((table.get(device, {}) | problems).items()))
-        path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        written.append(path)
+            table[device] = table.get(device, {}) | problems
+        where.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        written.append(where)
     read.cache_clear()
     return written

@@ -61,7 +61,7 @@ class Writing:
         s, fmt = self.shape, FORMATS[self.element]
         rows = s.requests * self.pages
         if not self.fused:
-            layout = PoolLayout.alike(fmt, self.layers, dynamic=self.scales == TOKEN_HEAD)
+            layout = PoolLayout.alike(fmt, self.layers, dynamic=self.scales == TOKEN_HEAD, keys_transposed=False)
             return new_pages(layout, num_pages=rows, page_size=s.page_size, kv_heads=s.kv_heads, head_dim=s.head_dim)
         size = (self.layers * rows, s.kv_heads, s.page_size, s.head_dim)
         pools = {name: jnp.zeros(size, fmt.stored) for name in ("k_pages", "v_pages")}

@@ -38,7 +38,7 @@ def blocks_for(
     page_size: int,
     cores: int = 132,
 ) -> DecodeBlocks:
-    """Blocks for requests of up to `tokens` tokens: those that were tuned for this device, or by rule for one of so many cores."""
+    """Blocks for requests of up to `tokens` tokens: those tuned for this device, or by rule for one of so many cores."""
     if compute.itemsize == 2:
         problem = problem_class(requests=requests, kv_heads=kv_heads, group=group, head_dim=head_dim, element=element)
         if found := tuned("paged_decode", problem):
