@@ -26,7 +26,7 @@ import yaml
 
 from benchmarks._common import console, header, table
 from benchmarks._gpu import attention, checks, device, end_to_end, peers, tune, writes
-from benchmarks._gpu.goals import goals, shown
+from benchmarks._gpu.goals import goals, show
 from benchmarks._gpu.session import RESULTS, Session, results_path
 from benchmarks._gpu.timing import Clock, cupti
 
@@ -83,7 +83,7 @@ def run(session: Session, config: dict[str, Any], parts: Sequence[str]) -> None:
     found = goals(session)
     session.facts["goals"] = [{"what": g.what.strip(), "wanted": g.wanted, "got": g.got, "met": g.met} for g in found]
     session.save()
-    shown(found, table, dry_run=session.dry_run)
+    show(found, table, dry_run=session.dry_run)
 
 
 def adopt(path: Path) -> int:

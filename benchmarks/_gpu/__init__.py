@@ -1,1 +1,1 @@
-"""Compiling GPU kernels without a GPU, reading their machine code for what can be known before they run; and running them on one."""
+"""GPU kernels: compiled without a GPU and their machine code read (`gpu_compile`), checked and timed on one (`gpu`)."""

@@ -36,7 +36,7 @@ def goals(session: Session) -> list[Goal]:
     """Every goal, with what this run has to say about it."""
 
     def one(part: str, what: str, **wanted: Any) -> Row | None:
-        found = [row for row in session.rows(part, what=what, **wanted)]
+        found = session.rows(part, what=what, **wanted)
         return found[-1] if found else None
 
     def best(part: str, *peers: str) -> Row | None:
@@ -76,7 +76,8 @@ def ratio(a: Row | None, b: Row | None, name: str = "us") -> float | None:
     return one / other if one is not None and other else None
 
 
-def shown(found: list[Goal], print_table: Callable[[str, list[str], list[list[str]]], None], *, dry_run: bool) -> None:
+def show(found: list[Goal], print_table: Callable[[str, list[str], list[list[str]]], None], *, dry_run: bool) -> None:
+    """The table of goals."""
     rows = [[g.what, g.wanted, "-" if g.got is None else g.form.format(g.got), "-" if dry_run else g.met] for g in found]
     title = "Goals; a dry run measures nothing" if dry_run else "Goals"
     print_table(title, ["", "wanted", "measured", ""], rows)

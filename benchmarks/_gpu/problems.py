@@ -64,7 +64,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of one shape over pages of one element with one kind of scales: of every token (`prefill`) or of the last ones."""
+    """Attention of one shape over pages of one element: of every token (`prefill`) or of the last ones."""
 
     shape: Shape
     element: str
