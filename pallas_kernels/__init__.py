@@ -5,8 +5,19 @@ in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py` and 
 """
 
 from pallas_kernels.errors import NotSupported
+from pallas_kernels.kv_write import WriteBlocks, Written, kv_write
 from pallas_kernels.options import check_pool
 from pallas_kernels.paged_decode import DecodeBlocks, paged_decode
 from pallas_kernels.paged_prefill import PrefillBlocks, paged_prefill
 
-__all__ = ["DecodeBlocks", "NotSupported", "PrefillBlocks", "check_pool", "paged_decode", "paged_prefill"]
+__all__ = [
+    "DecodeBlocks",
+    "NotSupported",
+    "PrefillBlocks",
+    "WriteBlocks",
+    "Written",
+    "check_pool",
+    "kv_write",
+    "paged_decode",
+    "paged_prefill",
+]

@@ -3,6 +3,9 @@
 FP8 is converted to float16, in which both formats are exact, and never to bfloat16: on Hopper the first is half an instruction
 an element, the second goes through a pipe that is sixteen times slower. GPUs before compute capability 8.9 have no instruction
 for E4M3: there its bits are shifted into place.
+
+Float32 is converted to FP8 on its bits, which every GPU and the interpreter do alike. A minimum or maximum of floats would not:
+Triton's forget NaN.
 """
 
 import jax
@@ -14,6 +17,8 @@ from jax import lax
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
 BFLOAT16, FLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
 ELEMENTS = (E4M3, E5M2, BFLOAT16, FLOAT16, FLOAT32)
+
+ABSOLUTE, INFINITY = 0x7FFFFFFF, 0x7F800000  # bits of a float32: all but its sign, and its exponent
 
 
 def is_fp8(element: np.dtype) -> bool:
@@ -45,6 +50,59 @@ def _e4m3_from_bits(bits: jax.Array) -> jax.Array:
     half = ((bits & jnp.uint16(0x80)) << 8) | (magnitude << 7)
     half = jnp.where(magnitude == jnp.uint16(0x7F), jnp.uint16(0x7E00), half)
     return lax.bitcast_convert_type(half, jnp.float16) * jnp.float16(256)
+
+
+def encode(x: jax.Array, element: np.dtype) -> jax.Array:
+    """Bits of the value of `element` nearest to float32 `x`, ties to even, saturating at the largest finite one.
+
+    The sign is kept, of zero and NaN too; any NaN becomes the quiet one. Float32 stays as it is.
+    """
+    if element == FLOAT32:
+        return x
+    size = 8 * element.itemsize
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    magnitude = bits & ABSOLUTE  # orders as the numbers do, NaN last
+    clipped = jnp.minimum(magnitude, _largest(element))
+    if is_fp8(element):
+        code = _fp8_code(clipped, element)
+    else:
+        half = lax.bitcast_convert_type(clipped, jnp.float32).astype(element)
+        code = lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.int32)
+    quiet = int(np.array(np.nan, np.float32).astype(element).view(f"uint{size}")) & ~(1 << (size - 1))
+    code = jnp.where(magnitude > INFINITY, quiet, code)
+    return (code | (bits >> (32 - size)) & (1 << (size - 1))).astype(f"uint{size}")
+
+
+def _fp8_code(magnitude: jax.Array, element: np.dtype) -> jax.Array:
+    """The code of finite magnitudes in range, given and returned as bits in int32.
+
+    Adding `2 ** (e + drop)` to a number between `2 ** e` and the next power leaves the bits that fit, rounded by the adder, at
+    the low end of the sum. Below the smallest normal number its `e` is taken: those sums count subnormals.
+    """
+    info = ml_dtypes.finfo(element)
+    drop = 23 - info.nmant
+    smallest = int(np.float32(info.smallest_normal).view(np.int32))
+    step = jnp.maximum(magnitude & INFINITY, smallest) + (drop << 23)
+    total = lax.bitcast_convert_type(magnitude, jnp.float32) + lax.bitcast_convert_type(step, jnp.float32)
+    significand = lax.bitcast_convert_type(total, jnp.int32) - step
+    return significand + (step >> drop) - ((smallest + (drop << 23)) >> drop)
+
+
+def token_head_exponent(x: jax.Array, element: np.dtype) -> jax.Array:
+    """For each row of float32 `x`, the exponent, biased by 127, of the smallest power of two that brings it into range.
+
+    At least 1, int32. Only finite values count: infinities saturate, NaN stays NaN, neither spoils its neighbours.
+    """
+    magnitude = lax.bitcast_convert_type(x, jnp.int32) & ABSOLUTE
+    most = jnp.max(jnp.where(magnitude < INFINITY, magnitude, 0), axis=-1)
+    # The difference of exponents, and one more where the row's mantissa is the larger: a division by 2**23, rounded up.
+    above = (most - _largest(element) + 0x7FFFFF) >> 23
+    return jnp.maximum(above + 127, 1)
+
+
+def _largest(element: np.dtype) -> int:
+    """The largest finite value, as the bits of a float32."""
+    return int(np.float32(ml_dtypes.finfo(element).max).view(np.int32))
 
 
 def power(exponent: jax.Array) -> jax.Array:

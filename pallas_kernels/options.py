@@ -63,9 +63,9 @@ def check_pool(pages: Any, *, element: Any = None, exponents: Any = None, interp
     """The element of a pool (shapes suffice) that kernels read, or `NotSupported` saying why they do not."""
     element = np.dtype(pages.dtype if element is None else element)
     if element not in ELEMENTS:
-        raise NotSupported(f"pages of {element}: kernels read {', '.join(e.name for e in ELEMENTS)}.")
+        raise NotSupported(f"pages of {element}: kernels know {', '.join(e.name for e in ELEMENTS)}.")
     if np.dtype(pages.dtype).itemsize != element.itemsize:
-        raise NotSupported(f"pages of {pages.dtype} hold {element.name} in pieces: kernels read whole elements.")
+        raise NotSupported(f"pages of {pages.dtype} hold {element.name} in pieces: kernels know whole elements.")
     if pages.shape[3] > MOST_HEAD_DIM:
         raise NotSupported(f"head_dim={pages.shape[3]}: kernels are made for up to {MOST_HEAD_DIM}.")
     if exponents is not None and not is_fp8(element):
@@ -79,16 +79,23 @@ def checked(
     q_heads: int, head_dim: int, q_dtype: Any, k_pages: Pool, v_pages: Pool, element: Any, k_exponent: Any, v_exponent: Any
 ) -> tuple[np.dtype, np.dtype, int]:
     """The element, the type that is multiplied and the group. Raises `NotSupported`, or `ValueError` for what does not fit."""
+    element = checked_element(head_dim, k_pages, v_pages, element, k_exponent, v_exponent)
     kv_heads = k_pages.shape[1]
-    if k_pages.shape != v_pages.shape or k_pages.shape[3] != head_dim or q_heads % kv_heads:
+    if q_heads % kv_heads:
+        raise ValueError(f"{q_heads} query heads and keys of {kv_heads} heads: kv_heads must divide the query heads.")
+    return element, multiplied_in(element, np.dtype(q_dtype)), q_heads // kv_heads
+
+
+def checked_element(head_dim: int, k_pages: Pool, v_pages: Pool, element: Any, k_exponent: Any, v_exponent: Any) -> np.dtype:
+    """What the bits in pools mean. Raises `NotSupported`, or `ValueError` for what does not fit."""
+    if k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype or k_pages.shape[3] != head_dim:
         raise ValueError(
-            f"{q_heads} query heads of {head_dim} against keys {k_pages.shape} and values {v_pages.shape}: both must be "
-            "[rows, kv_heads, page_size, head_dim], and kv_heads must divide the query heads."
+            f"head_dim={head_dim} against keys {k_pages.dtype} {k_pages.shape} and values {v_pages.dtype} {v_pages.shape}: "
+            "both must be alike, [rows, kv_heads, page_size, head_dim]."
         )
     if (k_exponent is None) != (v_exponent is None):
         raise ValueError("k_exponent and v_exponent: both or neither.")
-    element = check_pool(k_pages, element=element, exponents=k_exponent, interpret=True)  # offsets are checked by `launch`
-    return element, multiplied_in(element, np.dtype(q_dtype)), q_heads // kv_heads
+    return check_pool(k_pages, element=element, exponents=k_exponent, interpret=True)  # offsets are checked by `launch`
 
 
 def operands(

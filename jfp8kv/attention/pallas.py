@@ -1,8 +1,8 @@
 """Attention by the GPU kernels: from one request and a pool of pages to what a kernel takes.
 
-The kernels take a batch of requests. `vmap` over requests therefore reaches them as one call (`custom_vmap`), not as a loop or a
-larger grid: a batch's chunks lie one after another, padding between them, and each request says how many of its queries are real.
-Kernels are handed in by dispatch, which alone knows them.
+The kernels take a batch of requests. `vmap` over requests therefore reaches them as one call (`custom_vmap`), not as a loop or
+a larger grid: a batch's chunks lie one after another, padding between them, and each request says how many of its queries are
+real. Kernels are handed in by dispatch, which alone knows them.
 """
 
 import dataclasses
@@ -12,17 +12,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+from jaxtyping import Array
 
 from jfp8kv.attention import xla
 from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
+
+Shared = dict[str, Any]  # by the kernels' names
 
 
 @dataclasses.dataclass(frozen=True)
 class PallasAttention:
     """Paged attention by these kernels. Layers whose elements lie in byte planes are left to `xla`."""
 
-    decode: Callable[..., jax.Array]
-    prefill: Callable[..., jax.Array]
+    decode: Callable[..., Array]
+    prefill: Callable[..., Array]
     native_e4m3: bool  # the GPU converts E4M3 by itself
     interpret: bool
 
@@ -32,12 +35,11 @@ class PallasAttention:
         """`softmax(q k^T) v` for one request; rows that see no key give zeros, and so does padding."""
         if in_planes(pages):
             return xla.attention(q, pages, scales, options, at, layer=layer)
-        return self._requests(pages, options)(
-            q, at.page_table, at.start, at.length, self._shared(pages, scales, options, layer)
-        )
+        shared = self._shared(pages, scales, options, layer)
+        return self._requests(pages, options)(q, at.page_table, at.start, at.length, shared)
 
-    def _shared(self, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, layer: Layer) -> dict[str, Any]:
-        """What all requests of a batch share, by the kernels' names."""
+    def _shared(self, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, layer: Layer) -> Shared:
+        """What all requests of a batch share."""
         layout = pages.layout
         shared = {
             "k_pages": pages.k_bits,
@@ -59,12 +61,10 @@ class PallasAttention:
             shared["k_offset"] = scales.k_offset[layer]
         return shared
 
-    def _requests(self, pages: KVPages, options: AttentionOptions) -> Callable[..., jax.Array]:
+    def _requests(self, pages: KVPages, options: AttentionOptions) -> Callable[..., Array]:
         """One request's attention; under `vmap` one kernel for all."""
 
-        def batch(
-            q: jax.Array, page_table: jax.Array, start: jax.Array, length: jax.Array, shared: dict[str, Any]
-        ) -> jax.Array:
+        def batch(q: Array, page_table: Array, start: Array, length: Array, shared: Shared) -> Array:
             shared = dict(shared)
             requests, tokens, q_heads, head_dim = q.shape
             flat = q.reshape(-1, q_heads, head_dim)
@@ -87,11 +87,11 @@ class PallasAttention:
             return out.reshape(q.shape)
 
         @custom_vmap
-        def one(q: jax.Array, page_table: jax.Array, start: jax.Array, length: jax.Array, shared: dict[str, Any]) -> jax.Array:
+        def one(q: Array, page_table: Array, start: Array, length: Array, shared: Shared) -> Array:
             return batch(q[None], page_table[None], start[None], length[None], shared)[0]
 
         @one.def_vmap
-        def many(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[jax.Array, bool]:
+        def many(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[Array, bool]:
             *own, shared = args
             assert not any(jax.tree.leaves(in_batched[-1])), "requests share the pool and the layer: vmap with in_axes=None"
             own = [
@@ -108,11 +108,11 @@ def in_planes(pages: KVPages) -> bool:
     return pages.fmt.stored.itemsize > pages.k_bits.dtype.itemsize
 
 
-def _at(slots: tuple[int, ...], layer: Layer) -> jax.Array:
+def _at(slots: tuple[int, ...], layer: Layer) -> Array:
     return jnp.asarray(slots, jnp.int32)[layer]
 
 
-def _score_offset(q: jax.Array, k_offset: jax.Array | None, options: AttentionOptions) -> jax.Array | None:
+def _score_offset(q: Array, k_offset: Array | None, options: AttentionOptions) -> Array | None:
     """What the K offset adds to each query's scores, `[queries, q_heads]` float32: seen by a cap or a sink alone."""
     if k_offset is None:
         return None
