@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import pallas_kernels
 from benchmarks._gpu.library import FORMATS
 from benchmarks._gpu.problems import NONE, TENSOR, TOKEN_HEAD, Shape, turns
 from benchmarks._gpu.session import Session
@@ -16,9 +15,9 @@ from benchmarks._gpu.timing import Timing, Work, compiled
 from jfp8kv.cache.layout import PoolLayout
 from jfp8kv.cache.pages import KVPages, LayerScales, new_pages, write
 from jfp8kv.cache.scales import KVScales
-from jfp8kv.core.formats import encode_numpy
+from pallas_kernels import kv_write
+from pallas_kernels.kv_write.reference import kv_write_reference
 
-kv_write = getattr(pallas_kernels, "kv_write", None)
 FUSED, UNFUSED = "kv_write", "XLA quantize and scatter"
 OLD_TOKENS = 512  # in the cache before a decode's token
 
@@ -110,42 +109,31 @@ class Writing:
 
 
 def check(session: Session, config: dict[str, Any], seed: int) -> None:
-    """The kernel's pools, bit by bit: what NumPy encodes, where it belongs, and nothing anywhere else."""
-    if kv_write is None:
-        session.row(FUSED, skipped="not in this version")
-        return
+    """The kernel's pools, bit by bit: what NumPy makes of them, where it belongs, and nothing anywhere else."""
     for element in config["elements"]:
-        error = np.inf
-        with session.guarded(f"{FUSED}, {element}"):
-            error = _wrong_slots(element, session.dry_run, np.random.default_rng(seed))
-        session.judge(FUSED, element, f"{FUSED}, {element}", error)
+        for dynamic in (False, True)[: 1 + FORMATS[element].is_fp8]:
+            what, error = f"{FUSED}, {element}, {'token and head' if dynamic else 'channel'} scales", np.inf
+            with session.guarded(what):
+                error = 2.0 * _wrong_elements(element, dynamic, session.dry_run, np.random.default_rng(seed))
+            session.judge(FUSED, element, what, error)
 
 
-def _wrong_slots(element: str, interpret: bool, rng: np.random.Generator) -> float:
-    """How many stored elements are wrong."""
-    fmt, heads, channels, page_size, rows = FORMATS[element], 2, 32, 16, 12
-    starts, lengths, tokens = np.int32([0, 30, 7, 0]), np.int32([5, 31, 27, 0]), 20
-    k, v = (rng.normal(0, 200, (4, tokens, heads, channels)).astype(np.float32) for _ in "kv")
-    table = rng.permutation(rows).reshape(4, 3).astype(np.int32)
-    inverse = rng.uniform(0.5, 4, (heads, channels)).astype(np.float32)
-    empty = np.full((2 * rows, heads, page_size, channels), fmt.nan_code, fmt.stored)
-    made = jax.jit(
-        lambda k, v, k_pages, v_pages, inverse: kv_write(
-            k, v, k_pages, v_pages, jnp.asarray(table), jnp.asarray(starts), jnp.asarray(lengths), element=fmt.dtype,
-            first_row=rows, k_inverse=inverse, v_inverse=inverse, interpret=interpret,
-        )[:2],
-        donate_argnums=(2, 3),
-    )(*(jnp.asarray(x) for x in (k, v, empty, empty.copy(), inverse)))  # fmt: skip
-    wrong = 0
-    for new, got in zip((k, v), made, strict=True):
-        want = empty.copy()
-        for request, token in np.ndindex(4, tokens):
-            position = starts[request] + token
-            if position < lengths[request]:
-                row = rows + table[request, position // page_size]
-                want[row, :, position % page_size] = encode_numpy(new[request, token] * inverse, fmt)
-        wrong += int((np.asarray(got) != want).sum())
-    return 2.0 * wrong
+def _wrong_elements(element: str, dynamic: bool, interpret: bool, rng: np.random.Generator) -> int:
+    """How many stored elements are not what the reference stores, in pools that were all NaN codes."""
+    fmt, heads, channels, page_size, rows = FORMATS[element], 2, 48, 16, 12
+    new = (4, 20, heads, channels)
+    given: dict[str, Any] = {name: rng.normal(0, 200, new).astype(np.float32) for name in "kv"}
+    given |= {f"{name}_pages": np.full((2 * rows, heads, page_size, channels), fmt.nan_code, fmt.stored) for name in "kv"}
+    given["page_table"] = rng.permutation(rows).reshape(4, 3).astype(np.int32)
+    given |= {"start": np.int32([0, 30, 7, 0]), "lengths": np.int32([5, 31, 27, 0]), "first_row": np.int32(rows)}
+    given["k_offset"] = rng.normal(0, 50, (heads, channels)).astype(np.float32)
+    if dynamic:
+        given |= {f"{name}_exponent": np.full((2 * rows, heads, page_size), 255, np.uint8) for name in "kv"}
+    else:
+        given |= {f"{name}_inverse": rng.uniform(0.5, 4, (heads, channels)).astype(np.float32) for name in "kv"}
+    call = jax.jit(lambda given: kv_write(**given, element=fmt.dtype, interpret=interpret))
+    got, want = call(given), kv_write_reference(**given, element=fmt.dtype)
+    return sum(int((np.asarray(a) != b).sum()) for a, b in zip(got, want, strict=True) if a is not None)
 
 
 def run(session: Session, config: dict[str, Any]) -> None:
@@ -155,10 +143,8 @@ def run(session: Session, config: dict[str, Any]) -> None:
         for shape in Shape.all(config, "write")
         for element in config["elements"]
         for scales in ((TENSOR, TOKEN_HEAD) if FORMATS[element].is_fp8 else (NONE,))
-        for fused in ((True, False) if kv_write is not None else (False,))
+        for fused in (True, False)
     ]
-    if kv_write is None:
-        session.row(FUSED, skipped="not in this version")
     size = config["compilers"]
     for some in (todo[i : i + size] for i in range(0, len(todo), size)):
         jobs = ((w, lambda w=w: session.clock.lower(w.work, jax.eval_shape(w.carry), jax.eval_shape(w.rest))) for w in some)
