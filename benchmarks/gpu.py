@@ -29,6 +29,7 @@ from benchmarks._gpu import attention, checks, device, end_to_end, peers, tune, 
 from benchmarks._gpu.goals import goals, show
 from benchmarks._gpu.session import RESULTS, Session, results_path
 from benchmarks._gpu.timing import Clock, cupti
+from jfp8kv.llm import keep_compiled_programs
 
 CONFIG = Path(__file__).parent.parent / "configs" / "bench" / "gpu_run.yaml"
 PARTS: dict[str, Callable[[Session, dict[str, Any]], None]] = {
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif jax.default_backend() != "gpu":
         console.print("No GPU here: `python -m benchmarks.gpu --dry-run` shows that the script runs.")
         return 2
+    keep_compiled_programs()
     began = time.perf_counter()
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["dry_run" if given.dry_run else "gpu"]
     session = opened(given, config, began)

@@ -21,7 +21,7 @@ SOFTCAP = 5.0
 
 def check(session: Session, config: dict[str, Any], seed: int) -> None:
     """A chunk of a text that is written to pages and attended to, in every element type; dynamic scales for FP8."""
-    for element in config["elements"]:
+    for element in config["elements"][: 1 if session.dry_run else None]:
         for dynamic in (False, True)[: 1 + FORMATS[element].is_fp8]:
             for name in ("reference", "xla", "pallas_interpret" if session.dry_run else "pallas"):
                 what = f"jfp8kv {name}, {element}{', token and head scales' if dynamic else ''}"
@@ -47,9 +47,9 @@ def _error(choice: Choice, element: str, dynamic: bool, rng: np.random.Generator
     worst = 0.0
     for layer, window in enumerate((0, 7)):
         place = {"layer": jnp.int32(layer), "page_table": table}
-        pages = choice.write(pages, scales, k, v, start=jnp.int32(0), length=jnp.int32(tokens), **place)
+        pages = jax.jit(choice.write)(pages, scales, k, v, start=jnp.int32(0), length=jnp.int32(tokens), **place)
         got = jax.jit(choice.attend)(q, pages, scales, options, at, layer=place["layer"])
-        keys, values = (np.asarray(x, np.float64)[:tokens] for x in read(pages, scales, **place))
+        keys, values = (np.asarray(x, np.float64)[:tokens] for x in jax.jit(read)(pages, scales, **place))
         wanted = attention(
             np.asarray(q, np.float64), keys, values, np.arange(tokens - chunk, tokens), Rounding.of(np.float32, np.float32),
             sm_scale=channels**-0.5, window=window, softcap=SOFTCAP,

@@ -4,6 +4,7 @@ Those are started early, import and compile meanwhile, and wait for a word to be
 Absent, failing or late, a peer is a row that says so.
 """
 
+import functools
 import json
 import select
 import subprocess
@@ -24,6 +25,7 @@ from benchmarks._gpu.session import Session
 from benchmarks._gpu.timing import Work
 
 TORCH = ("sdpa", "flex", "fa3", "flashinfer")
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -38,8 +40,7 @@ def start(session: Session, config: dict[str, Any]) -> None:
     sizes = {name: getattr(s, name) for name in ("requests", "length", "q_heads", "kv_heads", "head_dim", "page_size")}
     given = json.dumps(sizes | {"rotation": config["rotation"], "dry_run": session.dry_run, **config["clock"]})
     command = [sys.executable, "-m", "benchmarks._gpu.torch_peers"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "cwd": ROOT}
-    session.processes |= {name: subprocess.Popen([*command, name, given], **pipes) for name in TORCH}
+    session.processes |= {name: subprocess.Popen([*command, name, given], **PIPES, cwd=ROOT) for name in TORCH}
 
 
 def run(session: Session, config: dict[str, Any]) -> None:
@@ -55,12 +56,13 @@ def run(session: Session, config: dict[str, Any]) -> None:
 
 def jax_peers(s: Shape, dry_run: bool) -> dict[str, Callable[..., None]]:
     """Each by its name. cuDNN is not there without a GPU; XLA's own form stands in for it in the dry run."""
-    implementation = "xla" if dry_run else "cudnn"
-    return {
-        "jax paged_attention, FP8": lambda *given: paged_attention(*given, shape=s, element="e4m3"),
-        "jax paged_attention, bfloat16": lambda *given: paged_attention(*given, shape=s, element="bf16"),
-        f"jax dot_product_attention ({implementation}), bfloat16": lambda *given: dense(*given, shape=s, by=implementation),
+    by = "xla" if dry_run else "cudnn"
+    elements = {"e4m3": "FP8"} if dry_run else {"e4m3": "FP8", "bf16": "bfloat16"}
+    paged = {
+        f"jax paged_attention, {name}": functools.partial(paged_attention, shape=s, element=element)
+        for element, name in elements.items()
     }
+    return paged | {f"jax dot_product_attention ({by}), bfloat16": functools.partial(dense, shape=s, by=by)}
 
 
 def paged_attention(session: Session, what: str, *, shape: Shape, element: str) -> None:

@@ -56,7 +56,7 @@ def run(session: Session, config: dict[str, Any]) -> None:
         Attention(shape, element, TENSOR if element != "bf16" else NONE, part == "prefill", config["rotation"], session.dry_run)
         for part in ("decode", "prefill")
         for shape in Shape.all(config, part)
-        for element in config["elements"]
+        for element in config["tuned_elements"]
     ]
     seconds: dict[tuple[str, str], dict[str, dict[Any, float]]] = defaultdict(dict)
     for place, one in enumerate(todo):
