@@ -44,12 +44,13 @@ DRY = Sizes(lengths=(0, 1, 21), queries=(0, 1, 9), q_heads=4, kv_heads=2, head_d
 
 def cases(elements: list[str], dry_run: bool) -> Iterator[Case]:
     """Plain ones first, so that what there is no time for is not what the timing waits for."""
-    for element in elements:
-        yield from (Case("plain", kernel, element, DRY if dry_run else Sizes()) for kernel in KERNELS)
     if dry_run:
-        yield from (Case(name, "paged_decode", elements[0], DRY, OPTIONS[name]) for name in ("all of them, dynamic",))
+        yield Case("all of them, dynamic", "paged_decode", elements[0], DRY, OPTIONS["all of them, dynamic"])
         yield Case("all of them", "paged_prefill", elements[0], DRY, OPTIONS["all of them"])
+        yield from (Case("plain", kernel, element, DRY) for kernel in KERNELS for element in elements[1:])
         return
+    for element in elements:
+        yield from (Case("plain", kernel, element) for kernel in KERNELS)
     for kernel in KERNELS:
         for name, options in list(OPTIONS.items())[1:]:
             fits = [e for e in elements if "token and head scales" not in options or e in ("e4m3", "e5m2")]
