@@ -123,7 +123,7 @@ def finished(refs: Refs, how: How, now: Running, kv_head: Any, *, total: jax.Arr
     if "v_exponent" in refs:
         out = out * power(now.exponent - 127)
     if "v_scale" in refs:
-        out = out * _channels(refs["v_scale"], how, kv_head)[None, :]
+        out = out * _channels(refs, "v_scale", how, kv_head)[None, :]
     return out
 
 
@@ -131,7 +131,7 @@ def first_seen(refs: Refs, position: jax.Array) -> jax.Array:
     """The first key that queries at these positions see."""
     if "window" not in refs:
         return jnp.zeros_like(position)
-    window = refs["window"][0]
+    window = refs["window"]
     return jnp.where(window == 0, 0, jnp.maximum(position - window + 1, 0))
 
 
@@ -154,7 +154,7 @@ def _query(refs: Refs, how: How, rows: Rows, kv_head: Any) -> Query:
     mask = both(jnp.broadcast_to(rows.valid[:, None], (how.rows, how.channels)), channel_mask(how, how.rows))
     q = load(refs["q"], rows.query[:, None], rows.head[:, None], channel[None, :], mask=mask, other=0.0).astype(jnp.float32)
     if "k_scale" in refs:
-        q = q * _channels(refs["k_scale"], how, kv_head)[None, :]
+        q = q * _channels(refs, "k_scale", how, kv_head)[None, :]
     unit = LOG2E if how.softcap is None else 1 / how.softcap
     factor = jnp.full((how.rows,), how.sm_scale * unit, jnp.float32)
     if how.compute == jnp.float16:
@@ -191,7 +191,7 @@ def _initial(refs: Refs, how: How, rows: Rows, with_sink: Any) -> Running:
     out = jnp.zeros((how.rows, how.channels), jnp.float32)
     peak, total = jnp.full((how.rows,), LOWEST, jnp.float32), jnp.zeros((how.rows,), jnp.float32)
     if "sinks" in refs:
-        sink = load(refs["sinks"], rows.head, mask=rows.valid, other=0.0) * LOG2E
+        sink = load(refs["sinks"], refs["layer"], rows.head, mask=rows.valid, other=0.0) * LOG2E
         peak = jnp.where(with_sink, sink, peak)
         total = jnp.where(with_sink, 2.0**how.shift, total)
     return Running(out, peak, total, jnp.int32(0))
@@ -213,8 +213,15 @@ def _block(refs: Refs, how: How, keys: Keys, begin: jax.Array, request: Any, kv_
     # One page number for the block, or one a token: those of unknown tokens are not read.
     page_of = begin if how.one_page else jnp.clip(token, keys.first, keys.end - 1) if masked else token
     page = load(refs["page_table"], request, page_of // how.page_size)
-    exponent_row = refs["first_exponent_row"][0] + page if "k_exponent" in refs else None
-    return Block(kv_head, token, known, refs["first_row"][0] + page, exponent_row)
+    row, exponent_row = _inside(refs["k"], refs["first_row"] + page), None
+    if "k_exponent" in refs:
+        exponent_row = _inside(refs["k_exponent"], refs["first_exponent_row"] + page)
+    return Block(kv_head, token, known, row, exponent_row)
+
+
+def _inside(ref: Any, row: jax.Array) -> jax.Array:
+    """Some row that exists, for page numbers past the end."""
+    return jnp.minimum(row, ref.shape[0] - 1)
 
 
 def _tile(ref: Any, how: How, block: Block) -> jax.Array:
@@ -234,11 +241,11 @@ def _exponents(ref: Any, how: How, block: Block) -> jax.Array:
     return load(ref, block.exponent_row, block.kv_head, offset, mask=block.known, other=0).astype(jnp.int32)
 
 
-def _channels(ref: Any, how: How, kv_head: Any) -> jax.Array:
+def _channels(refs: Refs, name: str, how: How, kv_head: Any) -> jax.Array:
     """`[channels]` of a static scale."""
     channel = jnp.arange(how.channels, dtype=jnp.int32)
     mask = None if how.channels == how.head_dim else channel < how.head_dim
-    return load(ref, kv_head, channel, mask=mask, other=0.0)
+    return load(refs[name], refs["layer"], kv_head, channel, mask=mask, other=0.0)
 
 
 def _tanh(x: jax.Array) -> jax.Array:

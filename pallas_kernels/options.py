@@ -15,8 +15,9 @@ from pallas_kernels.errors import NotSupported
 
 Pool = Any  # stored bits [rows, kv_heads, page_size, head_dim]
 Exponents = UInt8[Array, "exponent_rows kv_heads page_size"] | None
-ChannelScale = Float[Array, "kv_heads head_dim"] | None
+ChannelScale = Float[Array, "*layers kv_heads head_dim"] | None
 Scalar = Int[Array, ""] | int
+ByLayer = Int[Array, "*layers"] | int  # a scalar, or one for each layer
 
 MOST_HEAD_DIM = 256
 
@@ -99,45 +100,71 @@ def checked_element(head_dim: int, k_pages: Pool, v_pages: Pool, element: Any, k
 
 
 def operands(
+    q: Float[Array, "queries q_heads head_dim"],
     k_pages: Pool,
     v_pages: Pool,
     page_table: Int[Array, "requests pages"],
     lengths: Int[Array, " requests"],
     *,
-    first_row: Scalar,
-    first_exponent_row: Scalar | None,
-    k_scale: ChannelScale,
-    v_scale: ChannelScale,
     k_exponent: Exponents,
     v_exponent: Exponents,
-    window: Scalar | None,
-    sinks: Float[Array, " q_heads"] | None,
     score_offset: Float[Array, "queries q_heads"] | None,
+    layer: Scalar | None,
+    **by_layer: Any,
 ) -> dict[str, jax.Array | None]:
-    """What kernels read by name; scalars as arrays of one element, for they may be traced."""
-
-    def scalar(x: Scalar | None) -> jax.Array | None:
-        return None if x is None else jnp.asarray(x, jnp.int32).reshape(1)
-
-    def real(x: Any) -> jax.Array | None:
-        return None if x is None else jnp.asarray(x).astype(FLOAT32)
-
-    same = first_exponent_row is None
-    return {
+    """What attention kernels read, by name; `ValueError` for shapes that do not belong together."""
+    refs = of_layer(layer, **by_layer) | {
+        "q": q,
         "k": k_pages,
         "v": v_pages,
         "page_table": page_table,
         "lengths": lengths,
-        "first_row": scalar(first_row),
-        "first_exponent_row": None if k_exponent is None else scalar(first_row if same else first_exponent_row),
-        "k_scale": real(k_scale),
-        "v_scale": real(v_scale),
         "k_exponent": k_exponent,
         "v_exponent": v_exponent,
-        "window": scalar(window),
-        "sinks": real(sinks),
-        "score_offset": real(score_offset),
+        "score_offset": None if score_offset is None else score_offset.astype(FLOAT32),
     }
+    _, kv_heads, page_size, head_dim = k_pages.shape
+    ends = dict.fromkeys(("k_scale", "v_scale"), (kv_heads, head_dim))
+    ends |= dict.fromkeys(("k_exponent", "v_exponent"), (kv_heads, page_size))
+    ends |= dict.fromkeys(("sinks", "score_offset"), (q.shape[1],))
+    for name, end in ends.items():
+        x = refs[name]
+        if x is not None and x.shape[1:] != end:
+            raise ValueError(f"{name} of {x.shape[1:]}, queries {q.shape} and pages {k_pages.shape}: it must be of {end}.")
+    return refs
+
+
+# What a layer has of its own, and how many axes that has.
+SCALARS = ("first_row", "first_exponent_row", "window")
+AXES = dict.fromkeys(SCALARS, 0) | {"sinks": 1} | dict.fromkeys(("k_scale", "v_scale", "k_inverse", "v_inverse", "k_offset"), 2)
+
+
+def of_layer(layer: Scalar | None, **arrays: Any) -> dict[str, jax.Array | None]:
+    """Arrays with an axis of layers before their own, and which layer is at hand: a kernel reads its own part of them. Without
+    `layer` they are of one layer and get the axis here.
+
+    Cutting the layer's part out beforehand would be a launch for each of them, and under `scan` at every layer.
+    """
+    if arrays.get("first_exponent_row") is None:
+        arrays["first_exponent_row"] = arrays["first_row"]
+    found: dict[str, jax.Array | None] = {"layer": jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)}
+    for name, x in arrays.items():
+        if x is not None:
+            x = jnp.asarray(x, jnp.int32) if name in SCALARS else jnp.asarray(x).astype(FLOAT32)
+            if x.ndim != AXES[name] + (layer is not None):
+                axes = "an axis of layers" if layer is not None else "no axis of layers"
+                raise ValueError(
+                    f"{name} of shape {x.shape}: with layer={layer!r} it has {axes} before {AXES[name]} of its own."
+                )
+            x = x.reshape(1, *x.shape) if layer is None else x
+        found[name] = x
+    return found
+
+
+def opened(refs: dict[str, Any]) -> dict[str, Any]:
+    """What a kernel is given, the layer and its scalars read."""
+    layer = refs["layer"][0]
+    return refs | {"layer": layer} | {name: refs[name][layer] for name in SCALARS if name in refs}
 
 
 def scale_of_scores(head_dim: int, sm_scale: float | None) -> float:

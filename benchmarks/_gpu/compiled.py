@@ -75,7 +75,7 @@ def compile_case(case: Case, keep: Path | None = None) -> Report:
     hot = kernel.hot(among=TENSOR)
     memory = program.memory_analysis()
     faults = [
-        *guards.in_registers(stores, loads),
+        *guards.in_registers(stores, loads, case.wants),
         *guards.in_code(hot, case.wants),
         *guards.in_memory(
             program.as_text(),
@@ -93,7 +93,7 @@ def compile_case(case: Case, keep: Path | None = None) -> Report:
         shared_bytes,
         warps,
         tuple(sorted({op.split(".")[0] for op in kernel.counts() if op.startswith(TENSOR)})),
-        min(bounds, key=lambda b: b.share, default=None),
+        max(bounds, key=lambda b: b.share, default=None),
         tuple(dict.fromkeys(faults)),
     )
 

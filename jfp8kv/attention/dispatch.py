@@ -13,6 +13,7 @@ import jax
 from jfp8kv.attention import reference, xla
 from jfp8kv.attention.contract import KVPages, Query
 from jfp8kv.attention.pallas import PallasAttention
+from jfp8kv.cache.kernel_write import KernelWrite
 from jfp8kv.cache.pages import write
 from jfp8kv.core.errors import NotSupported, one_of
 
@@ -84,7 +85,7 @@ def _kernels(name: str, why: str, pool: KVPages | None, *, native_e4m3: bool, in
     attend = PallasAttention(
         pallas_kernels.paged_decode, pallas_kernels.paged_prefill, native_e4m3=native_e4m3, interpret=interpret
     )
-    return Choice(name, attend, why, keys_transposed=False)
+    return Choice(name, attend, why, write=KernelWrite(interpret), keys_transposed=False)
 
 
 def _refused(pool: KVPages, interpret: bool) -> dict[str, str]:
@@ -93,9 +94,9 @@ def _refused(pool: KVPages, interpret: bool) -> dict[str, str]:
 
     refused = {}
     for kind in pool.layout.distinct:
-        shown = pool.only(kind)
+        exponents = pool.k_exponent if kind.dynamic else None
         try:
-            pallas_kernels.check_pool(shown.v_bits, element=kind.fmt.dtype, exponents=shown.k_exponent, interpret=interpret)
+            pallas_kernels.check_pool(pool.v_bits, element=kind.fmt.dtype, exponents=exponents, interpret=interpret)
         except pallas_kernels.NotSupported as error:
             refused[str(kind)] = str(error)
     return refused

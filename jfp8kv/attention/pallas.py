@@ -40,23 +40,23 @@ class PallasAttention:
 
     def _shared(self, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, layer: Layer) -> Shared:
         """What all requests of a batch share."""
-        layout = pages.layout
         shared = {
             "k_pages": pages.k_bits,
             "v_pages": pages.v_bits,
-            "first_row": _at(layout.slots, layer) * pages.num_pages,
-            "window": None if options.window is None else options.window[layer],
-            "sinks": None if options.sinks is None else options.sinks[layer],
+            "layer": jnp.asarray(layer, jnp.int32),
+            "first_row": pages.first_rows,
+            "window": options.window,
+            "sinks": options.sinks,
         }
         if pages.dynamic:
             shared |= {
                 "k_exponent": pages.k_exponent,
                 "v_exponent": pages.v_exponent,
-                "first_exponent_row": _at(layout.exponent_slots, layer) * pages.num_pages,
+                "first_exponent_row": pages.first_exponent_rows,
             }
         else:
             assert scales is not None, "static pages need scales"
-            shared |= {"k_scale": scales.k[layer], "v_scale": scales.v[layer]}
+            shared |= {"k_scale": scales.k, "v_scale": scales.v}
         if scales is not None and scales.k_offset is not None and (options.softcap is not None or options.sinks is not None):
             shared["k_offset"] = scales.k_offset[layer]
         return shared
@@ -106,10 +106,6 @@ class PallasAttention:
 def in_planes(pages: KVPages) -> bool:
     """Whether an element's bytes lie apart, which kernels do not put together."""
     return pages.fmt.stored.itemsize > pages.k_bits.dtype.itemsize
-
-
-def _at(slots: tuple[int, ...], layer: Layer) -> Array:
-    return jnp.asarray(slots, jnp.int32)[layer]
 
 
 def _score_offset(q: Array, k_offset: Array | None, options: AttentionOptions) -> Array | None:

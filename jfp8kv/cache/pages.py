@@ -75,6 +75,16 @@ class KVPages:
         exponents = (self.k_exponent, self.v_exponent) if kind.dynamic else (None, None)
         return KVPages(self.k_bits, self.v_bits, *exponents, layout=layout)
 
+    @property
+    def first_rows(self) -> Int[Array, " layers"]:
+        """The row of page number 0, by layer."""
+        return jnp.asarray(self.layout.slots, jnp.int32) * self.num_pages
+
+    @property
+    def first_exponent_rows(self) -> Int[Array, " layers"]:
+        """The same in the exponents."""
+        return jnp.asarray(self.layout.exponent_slots, jnp.int32) * self.num_pages
+
     def rows(self, layer: Layer, numbers: Int[Array, " pages"]) -> Int[Array, " pages"]:
         """Rows of the pool for page numbers of `layer`; numbers past the end give rows past the end."""
         return self._rows(self.layout.slots, layer, numbers, self.k_bits)

@@ -19,7 +19,7 @@ from pallas_kernels.backend import cdiv, launch, load, power_of_two, program, st
 from pallas_kernels.elements import BFLOAT16, FLOAT16, FLOAT32, encode, power, token_head_exponent
 from pallas_kernels.errors import NotSupported
 from pallas_kernels.kv_write.blocks import WriteBlocks, blocks_for
-from pallas_kernels.options import ChannelScale, Exponents, Pool, Scalar, checked_element
+from pallas_kernels.options import ByLayer, ChannelScale, Exponents, Pool, Scalar, checked_element, of_layer, opened
 
 Refs = dict[str, Any]
 New = Float[Array, "requests tokens kv_heads head_dim"]
@@ -41,6 +41,7 @@ class _How:
     element: np.dtype
     block_tokens: int
     block_heads: int
+    num_pages: int
 
 
 def kv_write(
@@ -53,18 +54,21 @@ def kv_write(
     lengths: Int[Array, " requests"],
     *,
     element: Any = None,
-    first_row: Scalar = 0,
+    layer: Scalar | None = None,
+    first_row: ByLayer = 0,
     k_inverse: ChannelScale = None,
     v_inverse: ChannelScale = None,
     k_offset: ChannelScale = None,
     k_exponent: Exponents = None,
     v_exponent: Exponents = None,
-    first_exponent_row: Scalar | None = None,
+    first_exponent_row: ByLayer | None = None,
+    num_pages: int | None = None,
     blocks: WriteBlocks | None = None,
     interpret: bool = False,
 ) -> Written:
     """The pools, in place where they are donated, with token `j` of request `r` at position `start[r] + j` where that is less
-    than `lengths[r]`; other tokens are padding, dropped. No two requests write the same slot.
+    than `lengths[r]`; other tokens are padding, dropped, and so are those of page numbers past the end (`num_pages`, the rows
+    of the pool unless said). No two requests write the same slot.
 
     Stored are the bits of `(k - k_offset) * k_inverse` and `v * v_inverse`, rounded to nearest even and saturated; with
     exponents, each token and head is divided by a power of two of its own instead, whose exponent is stored too.
@@ -74,12 +78,6 @@ def kv_write(
     if blocks is None:
         blocks = blocks_for(requests=requests, tokens=tokens, kv_heads=kv_heads, head_dim=head_dim, element=element)
 
-    def scalar(x: Scalar | None) -> jax.Array | None:
-        return None if x is None else jnp.asarray(x, jnp.int32).reshape(1)
-
-    def real(x: Any) -> jax.Array | None:
-        return None if x is None else jnp.asarray(x).astype(FLOAT32)
-
     pools = {"k_pages": k_pages, "v_pages": v_pages, "k_exponent": k_exponent, "v_exponent": v_exponent}
     pools = {name: pool for name, pool in pools.items() if pool is not None}
     refs = pools | {
@@ -88,15 +86,14 @@ def kv_write(
         "page_table": page_table,
         "start": start,
         "lengths": lengths,
-        "first_row": scalar(first_row),
-        "first_exponent_row": scalar(first_exponent_row),
-        "k_inverse": real(k_inverse),
-        "v_inverse": real(v_inverse),
-        "k_offset": real(k_offset),
     }
+    refs |= of_layer(
+        layer, first_row=first_row, first_exponent_row=first_exponent_row, k_inverse=k_inverse, v_inverse=v_inverse,
+        k_offset=k_offset,
+    )  # fmt: skip
     _check(refs)
     done = launch(
-        functools.partial(_kernel, how=_How(element, blocks.block_tokens, blocks.block_heads)),
+        functools.partial(_kernel, how=_How(element, blocks.block_tokens, blocks.block_heads, num_pages or k_pages.shape[0])),
         refs,
         name="kv_write",
         grid=(cdiv(tokens, blocks.block_tokens), cdiv(kv_heads, blocks.block_heads), requests),
@@ -118,7 +115,8 @@ def _check(refs: Refs) -> None:
     new, channels = (requests, tokens, kv_heads, head_dim), (kv_heads, head_dim)
     shapes = {"k": new, "v": new, "start": (requests,), "lengths": (requests,)}
     shapes |= {"page_table": (requests, *refs["page_table"].shape[1:])}
-    shapes |= {"k_inverse": channels, "v_inverse": channels, "k_offset": channels}
+    for name in ("k_inverse", "v_inverse", "k_offset"):
+        shapes |= {} if refs[name] is None else {name: (refs[name].shape[0], *channels)}
     shapes |= {name: (*refs[name].shape[:1], kv_heads, page_size) for name in ("k_exponent", "v_exponent") if name in refs}
     for name, shape in shapes.items():
         if refs[name] is not None and refs[name].shape != shape:
@@ -137,6 +135,7 @@ class _Rows(NamedTuple):
 
 
 def _kernel(refs: Refs, out_refs: Refs, *, how: _How) -> None:
+    refs = opened(refs)
     _, tokens, kv_heads, _ = refs["k"].shape
     page_size = refs["k_pages"].shape[2]
     token_block, head_block, request = program(0), program(1), program(2)
@@ -148,8 +147,7 @@ def _kernel(refs: Refs, out_refs: Refs, *, how: _How) -> None:
     rows = _Rows(token, head, position, known)
 
     number = load(refs["page_table"], request, position // page_size, mask=known, other=0)
-    first = {"pages": refs["first_row"][0]}
-    first["exponent"] = refs["first_exponent_row"][0] if "first_exponent_row" in refs else first["pages"]
+    first = {"pages": refs["first_row"], "exponent": refs["first_exponent_row"]}
     stored = {}
     for name in "kv":
         x = _new(refs, rows, request, name)
@@ -161,6 +159,7 @@ def _kernel(refs: Refs, out_refs: Refs, *, how: _How) -> None:
             x = x * _channels(refs, rows, f"{name}_inverse")
         stored[f"{name}_pages"] = encode(x, how.element)
 
+    known = known & (number < how.num_pages)
     for name, bits in stored.items():
         ref = out_refs[name]
         # Padding is masked, and past the end besides: the interpreter would else write old values over new ones.
@@ -186,7 +185,7 @@ def _new(refs: Refs, rows: _Rows, request: Any, name: str) -> jax.Array:
 def _channels(refs: Refs, rows: _Rows, name: str) -> jax.Array:
     """What rows have by head and channel."""
     channel, mask = _across(refs, rows.head < refs["k"].shape[2])
-    return load(refs[name], rows.head[:, None], channel, mask=mask, other=0.0)
+    return load(refs[name], refs["layer"], rows.head[:, None], channel, mask=mask, other=0.0)
 
 
 def _across(refs: Refs, rows: jax.Array) -> tuple[jax.Array, jax.Array]:

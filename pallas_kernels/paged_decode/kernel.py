@@ -14,7 +14,18 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attend import MASKED, Keys, Refs, Rows, attend, both, channel_mask, finished, first_seen
 from pallas_kernels.backend import cdiv, launch, power_of_two, program, store
-from pallas_kernels.options import ChannelScale, Exponents, How, Pool, Scalar, checked, operands, scale_of_scores
+from pallas_kernels.options import (
+    ByLayer,
+    ChannelScale,
+    Exponents,
+    How,
+    Pool,
+    Scalar,
+    checked,
+    opened,
+    operands,
+    scale_of_scores,
+)
 from pallas_kernels.paged_decode.blocks import DecodeBlocks, blocks_for
 
 
@@ -26,14 +37,15 @@ def paged_decode(
     lengths: Int[Array, " requests"],
     *,
     element: Any = None,
-    first_row: Scalar = 0,
+    layer: Scalar | None = None,
+    first_row: ByLayer = 0,
     k_scale: ChannelScale = None,
     v_scale: ChannelScale = None,
     k_exponent: Exponents = None,
     v_exponent: Exponents = None,
-    first_exponent_row: Scalar | None = None,
-    window: Scalar | None = None,
-    sinks: Float[Array, " q_heads"] | None = None,
+    first_exponent_row: ByLayer | None = None,
+    window: ByLayer | None = None,
+    sinks: Float[Array, "*layers q_heads"] | None = None,
     score_offset: Float[Array, "requests q_heads"] | None = None,
     sm_scale: float | None = None,
     softcap: float | None = None,
@@ -45,6 +57,8 @@ def paged_decode(
     requests, q_heads, head_dim = q.shape
     element, compute, group = checked(q_heads, head_dim, q.dtype, k_pages, v_pages, element, k_exponent, v_exponent)
     kv_heads, page_size = k_pages.shape[1:3]
+    if requests == 0:
+        return q
     if blocks is None:
         blocks = blocks_for(
             requests=requests, kv_heads=kv_heads, group=group, head_dim=head_dim, tokens=page_table.shape[1] * page_size,
@@ -64,9 +78,10 @@ def paged_decode(
         native_e4m3=native_e4m3,
         interpret=interpret,
     )
-    refs = {"q": q} | operands(
-        k_pages, v_pages, page_table, lengths, first_row=first_row, first_exponent_row=first_exponent_row, k_scale=k_scale,
-        v_scale=v_scale, k_exponent=k_exponent, v_exponent=v_exponent, window=window, sinks=sinks, score_offset=score_offset,
+    refs = operands(
+        q, k_pages, v_pages, page_table, lengths, layer=layer, first_row=first_row, first_exponent_row=first_exponent_row,
+        k_scale=k_scale, v_scale=v_scale, k_exponent=k_exponent, v_exponent=v_exponent, window=window, sinks=sinks,
+        score_offset=score_offset,
     )  # fmt: skip
     out = {"out": jax.ShapeDtypeStruct(q.shape, q.dtype)}
     if blocks.splits > 1:
@@ -97,6 +112,7 @@ def combine(
 
 
 def _kernel(refs: Refs, out_refs: Refs, *, how: How, splits: int) -> None:
+    refs = opened(refs)
     kv_head, split, request = program(0), program(1), program(2)
     length = refs["lengths"][request]
     row = jnp.arange(how.rows, dtype=jnp.int32)

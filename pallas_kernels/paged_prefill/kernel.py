@@ -15,7 +15,18 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attend import Keys, Refs, Rows, attend, both, channel_mask, finished, first_seen
 from pallas_kernels.backend import cdiv, launch, load, power_of_two, program, store
-from pallas_kernels.options import ChannelScale, Exponents, How, Pool, Scalar, checked, operands, scale_of_scores
+from pallas_kernels.options import (
+    ByLayer,
+    ChannelScale,
+    Exponents,
+    How,
+    Pool,
+    Scalar,
+    checked,
+    opened,
+    operands,
+    scale_of_scores,
+)
 from pallas_kernels.paged_prefill.blocks import PrefillBlocks, blocks_for
 
 
@@ -29,14 +40,15 @@ def paged_prefill(
     queries: Int[Array, " requests"],
     *,
     element: Any = None,
-    first_row: Scalar = 0,
+    layer: Scalar | None = None,
+    first_row: ByLayer = 0,
     k_scale: ChannelScale = None,
     v_scale: ChannelScale = None,
     k_exponent: Exponents = None,
     v_exponent: Exponents = None,
-    first_exponent_row: Scalar | None = None,
-    window: Scalar | None = None,
-    sinks: Float[Array, " q_heads"] | None = None,
+    first_exponent_row: ByLayer | None = None,
+    window: ByLayer | None = None,
+    sinks: Float[Array, "*layers q_heads"] | None = None,
     score_offset: Float[Array, "queries q_heads"] | None = None,
     sm_scale: float | None = None,
     softcap: float | None = None,
@@ -51,6 +63,9 @@ def paged_prefill(
     tokens, q_heads, head_dim = q.shape
     element, compute, group = checked(q_heads, head_dim, q.dtype, k_pages, v_pages, element, k_exponent, v_exponent)
     kv_heads, page_size = k_pages.shape[1:3]
+    requests = lengths.shape[0]
+    if 0 in (tokens, requests):
+        return jnp.zeros_like(q)
     if blocks is None:
         blocks = blocks_for(queries=tokens, kv_heads=kv_heads, group=group, head_dim=head_dim, element=element, compute=compute)
     how = How(
@@ -67,11 +82,11 @@ def paged_prefill(
         native_e4m3=native_e4m3,
         interpret=interpret,
     )
-    refs = {"q": q, "first_query": first_query, "queries": queries} | operands(
-        k_pages, v_pages, page_table, lengths, first_row=first_row, first_exponent_row=first_exponent_row, k_scale=k_scale,
-        v_scale=v_scale, k_exponent=k_exponent, v_exponent=v_exponent, window=window, sinks=sinks, score_offset=score_offset,
+    refs = {"first_query": first_query, "queries": queries} | operands(
+        q, k_pages, v_pages, page_table, lengths, layer=layer, first_row=first_row, first_exponent_row=first_exponent_row,
+        k_scale=k_scale, v_scale=v_scale, k_exponent=k_exponent, v_exponent=v_exponent, window=window, sinks=sinks,
+        score_offset=score_offset,
     )  # fmt: skip
-    requests = lengths.shape[0]
     block_tokens = how.rows // group
     done = launch(
         functools.partial(_kernel, how=how, requests=requests, block_tokens=block_tokens),
@@ -88,6 +103,7 @@ def paged_prefill(
 
 
 def _kernel(refs: Refs, out_refs: Refs, *, how: How, requests: int, block_tokens: int) -> None:
+    refs = opened(refs)
     kv_head = program(1)
     request, block = _block(refs, program(0), requests=requests, block_tokens=block_tokens)
     queries = load(refs["queries"], request)

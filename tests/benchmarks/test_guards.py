@@ -29,19 +29,22 @@ def test_a_good_loop_passes():
     assert code() == []
 
 
-@pytest.mark.parametrize("op", ["LDS__U8", "LDS__S8", "LDG__E__U8__CONSTANT", "LDG__E__U16", "LD__E__U8", "LDS__U__U16"])
-def test_loads_of_one_or_two_bytes_fail(op):
-    assert code(**{op: 3}) == ["3 loads of one or two bytes; 0 allowed"]
+@pytest.mark.parametrize(
+    "op", ["LDS__U8", "LDS__S8", "LDG__E__U8__CONSTANT", "LDG__E__U16", "LD__E__U8", "LDS__U__U16", "STG__E__U8"]
+)
+def test_loads_and_stores_of_one_or_two_bytes_fail(op):
+    assert code(**{op: 3}) == ["3 loads and stores of one or two bytes; 0 allowed"]
 
 
-def test_as_many_narrow_loads_as_the_exponents_need_pass():
-    assert code(wants=Wants(narrow_loads=3), LDG__E__U8=3) == []
-    assert code(wants=Wants(narrow_loads=3), LDG__E__U8=4) == ["4 loads of one or two bytes; 3 allowed"]
+def test_as_many_narrow_ones_as_the_exponents_need_pass():
+    assert code(wants=Wants(narrow=3), LDG__E__U8=3) == []
+    assert code(wants=Wants(narrow=3), LDG__E__U8=4) == ["4 loads and stores of one or two bytes; 3 allowed"]
 
 
 @pytest.mark.parametrize("op", ["F2F__BF16__F32", "F2F__F32__F16"])
 def test_slow_conversions_fail(op):
-    assert code(**{op: 2}) == ["2 conversions on the slow pipe (F2F)"]
+    assert code(**{op: 2}) == ["2 conversions on the slow pipe (F2F); 0 allowed"]
+    assert code(wants=Wants(slow_conversions=2), **{op: 2}) == []
 
 
 def test_attending_without_tensor_cores_fails():
@@ -61,8 +64,9 @@ def test_each_of_several_hot_loops_is_held_to_all_of_it():
 
 
 def test_spills_fail():
-    assert list(in_registers(8, 12)) == ["spills 8 bytes, reloads 12"]
-    assert list(in_registers(0, 0)) == []
+    assert list(in_registers(8, 12, Wants())) == ["spills 8 bytes, reloads 12; 0 allowed"]
+    assert list(in_registers(0, 0, Wants())) == []
+    assert list(in_registers(8, 12, Wants(spilled_bytes=20))) == []
 
 
 def test_a_copy_of_a_pool_fails_whatever_its_shape_and_a_small_one_does_not():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jfp8kv.cache.groups import LayerGroups
+from jfp8kv.cache.kernel_write import KernelWrite
 from jfp8kv.cache.layout import LayerKind, PoolLayout, widths
 from jfp8kv.cache.pages import KVPages, LayerScales, fill, given_back, new_pages, read, write
 from jfp8kv.cache.scales import KVScales
@@ -15,6 +16,15 @@ LAYERS, PAGES, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
 
 
 BOTH_LAYOUTS = pytest.mark.parametrize("keys_transposed", [True, False], ids=["keys transposed", "keys as values"])
+# How tokens are stored, and how keys lie: by XLA in either layout, by the kernel as values.
+EACH_WAY = pytest.mark.parametrize(
+    ("write", "keys_transposed"),
+    [
+        pytest.param(write, True, id="keys transposed"),
+        pytest.param(write, False, id="keys as values"),
+        pytest.param(KernelWrite(interpret=True), False, id="kernel", marks=pytest.mark.quick_compile),
+    ],
+)
 
 
 def pool(fmt, dynamic: bool = False, keys_transposed: bool = True) -> KVPages:
@@ -34,10 +44,10 @@ def tokens(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.random.default_rng(seed).normal(size=(2, count, HEADS, DIM)).astype(np.float32))
 
 
-@BOTH_LAYOUTS
+@EACH_WAY
 @pytest.mark.parametrize("kind", ["tensor", "head", "channel"])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_each_token_lands_in_its_slot_with_the_bytes_numpy_makes(fmt, kind, keys_transposed) -> None:
+def test_each_token_lands_in_its_slot_with_the_bytes_numpy_makes(fmt, kind, write, keys_transposed) -> None:
     scales, table, start, length = scales_of(kind), [4, 1, 3], 3, 9
     k, v = tokens(length - start)
     at = {"layer": 1, "page_table": jnp.int32(table), "start": jnp.int32(start), "length": jnp.int32(length)}
@@ -55,13 +65,15 @@ def test_each_token_lands_in_its_slot_with_the_bytes_numpy_makes(fmt, kind, keys
     assert np.array_equal(np.asarray(got.k).view(fmt.stored), np.ascontiguousarray(shown), equal_nan=True)
 
 
+@EACH_WAY
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
-def test_dynamic_scales_are_written_beside_their_tokens(fmt) -> None:
+def test_dynamic_scales_are_written_beside_their_tokens(fmt, write, keys_transposed) -> None:
     k, v = tokens(5)
     k[2, 0] *= 1e4
     at = {"layer": 2, "page_table": jnp.int32([0, 5]), "start": jnp.int32(0), "length": jnp.int32(5)}
-    got = write(pool(fmt, dynamic=True), None, jnp.asarray(k), jnp.asarray(v), **at)
-    for x, bits, exponent in ((k, got.k_bits.swapaxes(2, 3), got.k_exponent), (v, got.v_bits, got.v_exponent)):
+    got = write(pool(fmt, True, keys_transposed), None, jnp.asarray(k), jnp.asarray(v), **at)
+    k_bits = got.k_bits.swapaxes(2, 3) if keys_transposed else got.k_bits
+    for x, bits, exponent in ((k, k_bits, got.k_exponent), (v, got.v_bits, got.v_exponent)):
         for i in range(5):
             row, offset = 2 * PAGES + [0, 5][i // SIZE], i % SIZE
             scale = 2.0 ** (np.asarray(exponent)[row, :, offset].astype(np.float64) - 127)
@@ -70,18 +82,20 @@ def test_dynamic_scales_are_written_beside_their_tokens(fmt) -> None:
             assert np.all(np.abs(stored * scale[:, None] - x[i]) <= bound)
 
 
+@EACH_WAY
 @pytest.mark.parametrize(("start", "length"), [(0, 0), (0, 1), (3, 4), (4, 5), (7, 8), (0, 8), (5, 5)])
-def test_padding_and_tokens_past_the_table_are_dropped(start, length) -> None:
+def test_padding_and_tokens_past_the_table_are_dropped(start, length, write, keys_transposed) -> None:
     k, v = tokens(6)
     at = {"layer": 0, "page_table": jnp.int32([2, PAGES]), "start": jnp.int32(start), "length": jnp.int32(length)}
-    got = np.asarray(write(pool(E4M3), scales_of("tensor"), jnp.asarray(k), jnp.asarray(v), **at).k_bits)
-    written = {(int(r), int(o)) for r, _, _, o in np.argwhere(got != E4M3.nan_code)}
+    before = pool(E4M3, keys_transposed=keys_transposed)
+    got = np.asarray(write(before, scales_of("tensor"), jnp.asarray(k), jnp.asarray(v), **at).v_bits)
+    written = {(int(r), int(o)) for r, _, o, _ in np.argwhere(got != E4M3.nan_code)}
     inside = range(start, min(length, start + 6, SIZE))  # the second entry is past the end: no page
     assert written == {(2, position) for position in inside}
 
 
-@BOTH_LAYOUTS
-def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool(keys_transposed) -> None:
+@EACH_WAY
+def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool(write, keys_transposed) -> None:
     scales = scales_of("head")
     k, v = (jnp.stack(x) for x in zip(tokens(3, 1), tokens(3, 2), strict=True))
     tables, starts, lengths = jnp.int32([[0, 1], [2, 3]]), jnp.int32([0, 3]), jnp.int32([2, 6])

@@ -217,7 +217,7 @@ def test_a_program_stores_16_bytes_a_thread_where_there_is_work_for_all_and_less
 @pytest.mark.parametrize(
     "change, element, error, says",
     [
-        ({"k_pages": np.zeros((40, 2, 4, 16), np.int8)}, np.int8, NotSupported, "int8"),
+        ({f"{x}_pages": np.zeros((40, 2, 4, 16), np.int8) for x in "kv"}, np.int8, NotSupported, "int8"),
         ({}, BFLOAT16, NotSupported, "in pieces"),
         ({"k": np.zeros((5, 5, 2, 16), np.float32)}, E4M3, NotSupported, "float32 and values of bfloat16"),
         ({"v_pages": np.zeros((40, 2, 8, 16), np.uint8)}, E4M3, ValueError, "alike"),

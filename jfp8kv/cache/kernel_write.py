@@ -1,0 +1,83 @@
+"""`write` of cache/pages.py by the GPU kernel: quantized and scattered in one launch, in place.
+
+Pools that the kernel does not know (layers of several kinds, keys transposed) are left to `write`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Int
+
+from jfp8kv.cache.pages import KV, KVPages, Layer, LayerScales, write
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelWrite:
+    """Stores tokens as `write` does, bit for bit; under `vmap` over requests as one kernel for all."""
+
+    interpret: bool = False
+
+    def __call__(
+        self,
+        pages: KVPages,
+        scales: LayerScales | None,
+        k: KV,
+        v: KV,
+        *,
+        layer: Layer,
+        page_table: Int[Array, " pages"],
+        start: Int[Array, ""],
+        length: Int[Array, ""],
+    ) -> KVPages:
+        """Store tokens `start .. length-1` of one request in `layer`; rows past `length` are padding, dropped."""
+        if len(pages.layout.distinct) > 1 or pages.layout.keys_transposed:
+            return write(pages, scales, k, v, layer=layer, page_table=page_table, start=start, length=length)
+        of_layer: dict[str, Any] = {"layer": jnp.asarray(layer, jnp.int32), "first_row": pages.first_rows}
+        if pages.dynamic:
+            of_layer["first_exponent_row"] = pages.first_exponent_rows
+        else:
+            assert scales is not None, "static pages need scales"
+            of_layer |= {"k_inverse": scales.k_inverse, "v_inverse": scales.v_inverse}
+        if scales is not None:
+            of_layer["k_offset"] = scales.k_offset
+        return self._requests()(k, v, page_table, start, length, pages, of_layer)
+
+    def _requests(self) -> Any:
+        from pallas_kernels import kv_write  # here: it takes as long as the rest of the library
+
+        def batch(
+            k: Array, v: Array, page_table: Array, start: Array, length: Array, pages: KVPages, of_layer: dict[str, Any]
+        ) -> KVPages:
+            new = kv_write(
+                k,
+                v,
+                pages.k_bits,
+                pages.v_bits,
+                page_table,
+                start,
+                length,
+                element=pages.fmt.dtype,
+                k_exponent=pages.k_exponent,
+                v_exponent=pages.v_exponent,
+                num_pages=pages.num_pages,
+                interpret=self.interpret,
+                **of_layer,
+            )
+            return KVPages(*new, layout=pages.layout)
+
+        @custom_vmap
+        def one(k: Array, v: Array, page_table: Array, start: Array, length: Array, *shared: Any) -> KVPages:
+            return batch(*(x[None] for x in (k, v, page_table, start, length)), *shared)
+
+        @one.def_vmap
+        def many(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[KVPages, Any]:
+            own, shared = args[:5], args[5:]
+            assert not any(jax.tree.leaves(in_batched[5:])), "requests share the pool and the layer: vmap with in_axes=None"
+            each = zip(own, in_batched[:5], strict=True)
+            pages = batch(*(x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, batched in each), *shared)
+            return pages, jax.tree.map(lambda _: False, pages)
+
+        return one

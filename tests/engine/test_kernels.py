@@ -1,0 +1,50 @@
+"""The engine on the GPU kernels, interpreted: the same tokens as by XLA, in float32, from pools of NaN where not written."""
+
+import jax
+import pytest
+
+import jfp8kv
+from jfp8kv.cache.pages import fill
+from jfp8kv.core.errors import NotSupported
+from tests.models.test_decoder import REFERENCES
+
+pytestmark = pytest.mark.quick_compile
+
+SIZES = {"max_model_len": 64, "max_num_seqs": 2, "page_size": 8, "kv_cache_memory": "400kB", "max_num_batched_tokens": 16}
+PROMPTS = [list(range(3, 40)), [7, 8]]
+
+
+def tokens(family: str, attention: str, **cache) -> tuple[list[list[int]], str]:
+    params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
+    llm = jfp8kv.LLM(params, attention=attention, **SIZES, **cache)
+    llm._engine.pages = fill(llm._engine.pages, 0xFF if llm._engine.pages.v_bits.dtype == "uint8" else 0x7FFF)
+    sampling = jfp8kv.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    return [out.token_ids for out in llm.generate(PROMPTS, sampling)], llm.attention
+
+
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [
+        ("llama_gqa", {"kv_cache_dtype": "fp8_e4m3"}),
+        ("gemma2_caps", {"kv_cache_dtype": "fp8_e5m2", "kv_scales": "token_head"}),  # windows and a cap on scores
+        ("gpt_oss_saved", {"kv_cache_dtype": "bfloat16"}),  # sinks
+    ],
+    ids=lambda x: x if isinstance(x, str) else x["kv_cache_dtype"],
+)
+def test_a_text_is_the_same_by_kernels_and_by_xla(family, cache) -> None:
+    by_kernels, why = tokens(family, "pallas_interpret", **cache)
+    assert why.startswith("pallas_interpret: asked for")
+    assert by_kernels == tokens(family, "xla", **cache)[0]
+
+
+def test_layers_that_kernels_cannot_read_are_left_to_xla_and_named() -> None:
+    mixed = {"kv_cache_dtype": {"default": "fp8_e4m3", "skip": [0]}}
+    by_kernels, why = tokens("llama_gqa", "pallas_interpret", **mixed)
+    assert "'xla' for layers of bfloat16: pages of uint8 hold bfloat16 in pieces" in why
+    assert by_kernels == tokens("llama_gqa", "xla", **mixed)[0]
+
+
+def test_kernels_asked_for_without_a_gpu_are_refused_with_what_to_try() -> None:
+    assert jax.default_backend() == "cpu"
+    with pytest.raises(NotSupported, match="needs an NVIDIA GPU.*use 'xla'"):
+        jfp8kv.LLM(REFERENCES[0], attention="pallas")

@@ -1,0 +1,56 @@
+"""Stored bits to values: every code of every element against ml_dtypes, and the powers of two of dynamic scales."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.elements import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32, decode, is_fp8, multiplied_in, power
+
+BITS = {1: np.uint8, 2: np.uint16}
+
+
+def same(got: jax.Array, want: np.ndarray) -> None:
+    """Equal values, signs of zeros too; one NaN is as good as another."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN says so when it is converted
+        got, want = np.asarray(got).astype(np.float64), want.astype(np.float64)
+    assert np.array_equal(np.isnan(got), np.isnan(want))
+    got, want = (np.where(np.isnan(x), 0.0, x) for x in (got, want))
+    assert got.tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("stored", ["bits", "values"])
+@pytest.mark.parametrize("native", [True, False], ids=["native", "shifted"])
+@pytest.mark.parametrize("element", [E4M3, E5M2, BFLOAT16, FLOAT16], ids=str)
+def test_every_code_decodes_to_its_value(element, native, stored) -> None:
+    codes = np.arange(256**element.itemsize, dtype=BITS[element.itemsize])
+    given = jnp.asarray(codes if stored == "bits" else codes.view(element))
+    got = jax.jit(lambda bits: decode(bits, element, native_e4m3=native))(given)
+    want = codes.view(element)
+    assert got.dtype == (FLOAT16 if is_fp8(element) else element)
+    same(got, want)
+
+
+def test_shifted_bits_in_one_piece_decode_the_same() -> None:
+    """Outside `jit` too, where each step rounds by itself."""
+    codes = np.arange(256, dtype=np.uint8)
+    same(decode(jnp.asarray(codes), E4M3, native_e4m3=False), codes.view(E4M3))
+
+
+def test_float32_is_what_it_is() -> None:
+    x = jnp.float32([0.0, -1.5, np.inf, 1e-30])
+    assert np.array_equal(decode(x, FLOAT32, native_e4m3=True), x)
+
+
+def test_powers_of_two_are_exact_and_end_at_the_least_normal_one() -> None:
+    exponents = np.arange(-300, 128, dtype=np.int32)
+    want = np.ldexp(np.float64(1), np.maximum(exponents, -126))
+    assert np.array_equal(np.asarray(jax.jit(power)(jnp.asarray(exponents))).astype(np.float64), want)
+
+
+def test_float32_on_either_side_keeps_float32_products() -> None:
+    for element in (E4M3, E5M2, BFLOAT16, FLOAT16, FLOAT32):
+        assert multiplied_in(element, FLOAT32) == FLOAT32
+        for query in (BFLOAT16, FLOAT16):
+            want = FLOAT32 if element == FLOAT32 else BFLOAT16 if element == BFLOAT16 else FLOAT16
+            assert multiplied_in(element, query) == want

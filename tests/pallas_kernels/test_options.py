@@ -1,0 +1,121 @@
+"""What the kernels refuse: `NotSupported` for what they cannot do, `ValueError` for shapes that do not belong together."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import NotSupported
+from pallas_kernels.backend import check_offsets, power_of_two
+from pallas_kernels.elements import BFLOAT16, E4M3, FLOAT16, FLOAT32
+from pallas_kernels.options import checked
+from pallas_kernels.paged_decode.blocks import MOST_SPLITS, blocks_for
+from tests.pallas_kernels.cases import KERNELS, Batch, call
+
+
+def pool(dtype: object = np.uint8, *, kv_heads: int = 2, head_dim: int = 64) -> np.ndarray:
+    return np.broadcast_to(np.zeros((), dtype), (4, kv_heads, 16, head_dim))
+
+
+def check(k_pages=None, v_pages=None, *, q_heads=6, head_dim=64, q_dtype=jnp.bfloat16, element=E4M3, exponents=(None, None)):
+    k_pages = pool() if k_pages is None else k_pages
+    return checked(q_heads, head_dim, q_dtype, k_pages, k_pages if v_pages is None else v_pages, element, *exponents)
+
+
+def test_what_is_asked_for_comes_back() -> None:
+    assert check() == (E4M3, FLOAT16, 3)
+    assert check(pool(BFLOAT16), element=None) == (BFLOAT16, BFLOAT16, 3)
+    assert check(pool(head_dim=256), head_dim=256, q_heads=2, q_dtype=jnp.float32) == (E4M3, FLOAT32, 1)
+
+
+REFUSED = {
+    "element": ({"element": np.dtype(np.int8)}, "int8: kernels know float8_e4m3fn, "),
+    "plain bits": ({"element": None}, "pages of uint8"),
+    "pieces": ({"element": BFLOAT16}, "uint8 hold bfloat16 in pieces"),
+    "head_dim": ({"k_pages": pool(head_dim=320), "head_dim": 320}, "head_dim=320: kernels are made for up to 256"),
+    "scales": (
+        {"k_pages": pool(np.uint16), "element": BFLOAT16, "exponents": (1, 1)},
+        "scales by token and head belong to FP8 pages, and these hold bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_kernels_cannot_do_is_not_supported(given, message) -> None:
+    with pytest.raises(NotSupported, match=message):
+        check(**given)
+
+
+WRONG = {
+    "values unlike keys": {"v_pages": pool(kv_heads=1)},
+    "another head_dim": {"head_dim": 32},
+    "heads that do not group": {"q_heads": 5},
+    "one exponent": {"exponents": (1, None)},
+}
+
+
+@pytest.mark.parametrize("given", WRONG.values(), ids=WRONG)
+def test_shapes_that_do_not_belong_together_are_an_error(given) -> None:
+    with pytest.raises(ValueError, match=r"both|must divide"):
+        check(**given)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_both_kernels_check_what_they_are_given(kernel) -> None:
+    arguments = {name: jnp.asarray(x) for name, x in Batch().arguments(kernel).items()}
+    with pytest.raises(NotSupported, match="in pieces"):
+        call(kernel, arguments, element=FLOAT32)
+    with pytest.raises(ValueError, match="both or neither"):
+        call(kernel, arguments, element=E4M3, k_exponent=jnp.zeros((36, 2, 4), jnp.uint8))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scales_of_other_heads_or_pages_are_an_error(kernel) -> None:
+    arguments = {name: jnp.asarray(x) for name, x in Batch().arguments(kernel).items()}
+    scale, exponents = jnp.ones((1, 32)), jnp.zeros((36, 2, 8), jnp.uint8)  # pages here have 2 heads and 4 tokens
+    with pytest.raises(ValueError, match=r"k_scale of \(1, 32\), .* it must be of \(2, 32\)"):
+        call(kernel, arguments, element=E4M3, k_scale=scale)
+    with pytest.raises(ValueError, match=r"k_exponent of \(2, 8\), .* it must be of \(2, 4\)"):
+        call(kernel, arguments, element=E4M3, k_exponent=exponents, v_exponent=exponents)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_batch_of_nothing_is_nothing(kernel) -> None:
+    arguments = {name: jnp.asarray(x) for name, x in Batch().arguments(kernel).items()}
+    none = {name: arguments[name][:0] for name in ("page_table", "lengths", "first_query", "queries") if name in arguments}
+    if kernel == "prefill":
+        assert not np.any(call(kernel, arguments | none, element=E4M3)), "rows of no request"
+        assert call(kernel, arguments | {"q": arguments["q"][:0]}, element=E4M3).shape == (0, 6, 32)
+    else:
+        assert call(kernel, arguments | none | {"q": arguments["q"][:0]}, element=E4M3).shape == (0, 6, 32)
+
+
+def test_pools_of_bytes_between_2_and_4_gib_are_out_of_reach() -> None:
+    def array(size: int, dtype: object) -> types.SimpleNamespace:
+        return types.SimpleNamespace(shape=(size,), dtype=np.dtype(dtype))
+
+    for size in (2**31 + 1, 3 * 2**30, 2**32):
+        with pytest.raises(NotSupported, match="between 2 and 4 GiB"):
+            check_offsets("k", array(size, np.uint8))
+        check_offsets("k", array(size, np.uint16))
+    for size in (1, 2**31, 2**32 + 1, 2**36):
+        for dtype in (np.uint8, np.uint16, np.float32):
+            check_offsets("k", array(size, dtype))
+    with pytest.raises(NotSupported, match=r"k of 3\.00 GiB"):
+        check_offsets("k", types.SimpleNamespace(shape=(3, 1024, 1024, 1024), dtype=np.dtype(E4M3)))
+
+
+def test_arrays_in_a_kernel_have_sizes_of_powers_of_two() -> None:
+    assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 96, 128, 129)] == [1, 1, 2, 4, 4, 8, 128, 128, 256]
+
+
+def test_a_decode_is_split_until_the_gpu_is_busy_and_no_further() -> None:
+    def splits(requests: int, tokens: int) -> int:
+        shape = {"kv_heads": 8, "group": 4, "head_dim": 128, "element": E4M3, "compute": FLOAT16, "page_size": 64}
+        return blocks_for(requests=requests, tokens=tokens, cores=132, **shape).splits
+
+    assert splits(64, 8192) == 1
+    assert splits(1, 8192) == 33 and splits(1, 1 << 20) == 33
+    assert splits(1, 64) == 1 and splits(1, 0) == 1
+    assert all(1 <= splits(r, 1 << 20) <= MOST_SPLITS for r in range(1, 300))
