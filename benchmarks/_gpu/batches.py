@@ -6,8 +6,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from benchmarks._gpu.oracle import Rounding, Wanted, paged
-from pallas_kernels.elements import multiplied_in
+from pallas_kernels.paged_decode.reference import paged_decode_reference
+from pallas_kernels.paged_prefill.reference import paged_prefill_reference
 
 ELEMENTS = {
     "e4m3": ml_dtypes.float8_e4m3fn,
@@ -53,7 +53,7 @@ class Case:
 
 
 class Batch:
-    """Random numbers for a case: `arrays` and `static` are the kernel's arguments by name, `wanted` what it must give."""
+    """Random numbers for a case: `arrays` and `static` are the kernel's arguments by name."""
 
     def __init__(self, case: Case, rng: np.random.Generator):
         s, self.case, self.dtype = case.sizes, case, np.dtype(ELEMENTS[case.element])
@@ -69,8 +69,7 @@ class Batch:
         values = [rng.normal(size=size).astype(self.dtype) for _ in "kv"]
         starts, gaps = np.cumsum([2, *queries[:-1] + 1]).astype(np.int32), int(queries.sum()) + len(queries) + 2
         tokens = gaps if case.kernel == "paged_prefill" else len(used)
-        self.first_query = starts if case.kernel == "paged_prefill" else np.arange(len(used), dtype=np.int32)
-        self.queries, self.first_row = queries, rows
+        self.first_row = rows
 
         q = rng.normal(size=(tokens, s.q_heads, s.head_dim)).astype(case.q_dtype)
         bits = BITS[self.dtype.itemsize]
@@ -103,21 +102,17 @@ class Batch:
             made["score_offset"] = (3 * rng.normal(size=(tokens, s.q_heads))).astype(np.float32)
         return made
 
-    def wanted(self) -> Wanted:
-        """In float64, from the same stored bits."""
-        a, s = self.arrays, self.case.sizes
-        k, v = (a[name][self.first_row :].view(self.dtype).astype(np.float64) for name in ("k_pages", "v_pages"))
-        if "k_exponent" in a:
-            factors = (2.0 ** (a[f"{name}_exponent"][self.first_row :].astype(np.float64) - 127) for name in "kv")
-            k, v = (x * factor[..., None] for x, factor in zip((k, v), factors, strict=True))
-        if "k_scale" in a:
-            k, v = (x * a[f"{name}_scale"][:, None, :].astype(np.float64) for x, name in zip((k, v), "kv", strict=True))
-        return paged(
-            a["q"].astype(np.float64), k, v, a["page_table"], a["lengths"], self.first_query, self.queries,
-            Rounding.of(multiplied_in(self.dtype, np.dtype(a["q"].dtype)), a["q"].dtype),
-            sm_scale=s.head_dim**-0.5, window=int(a.get("window", 0)), softcap=self.static.get("softcap"),
-            sinks=a.get("sinks"), score_offset=a.get("score_offset"),
-        )  # fmt: skip
+    def error(self, got: Any) -> float:
+        """The worst error, as a share of what `pallas_kernels/precision.py` allows: at most 1 if right."""
+        reference = {"paged_decode": paged_decode_reference, "paged_prefill": paged_prefill_reference}[self.case.kernel]
+        return share_of_bound(got, *reference(**self.arrays, **self.static, element=self.dtype))
+
+
+def share_of_bound(got: Any, want: np.ndarray, bound: np.ndarray) -> float:
+    """The worst error as a share of what is allowed; NaN is infinitely wrong. Rows of no request must be zero."""
+    error = np.abs(np.asarray(got).astype(np.float64) - want)
+    share = np.where(error == 0, 0.0, error / np.maximum(bound, np.finfo(np.float64).tiny))
+    return float(np.max(np.where(np.isnan(share), np.inf, share), initial=0.0))
 
 
 def _live(table: np.ndarray, lengths: np.ndarray, rows: int, page_size: int) -> np.ndarray:

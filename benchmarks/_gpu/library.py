@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._gpu.oracle import Rounding, attention
+from benchmarks._gpu.batches import share_of_bound
 from benchmarks._gpu.session import Session
 from jfp8kv.attention.contract import AttentionOptions, Where
 from jfp8kv.attention.dispatch import Choice, choose
 from jfp8kv.cache.layout import PoolLayout
-from jfp8kv.cache.pages import LayerScales, new_pages, read
+from jfp8kv.cache.pages import LayerScales, new_pages
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2
+from pallas_kernels.paged_prefill.reference import paged_prefill_reference
 
 FORMATS = {"e4m3": E4M3, "e5m2": E5M2, "bf16": BFLOAT16}
 SOFTCAP = 5.0
@@ -43,16 +44,17 @@ def _error(choice: Choice, element: str, dynamic: bool, rng: np.random.Generator
     k, v = (jnp.asarray(rng.normal(size=(tokens, heads, channels)), jnp.float32) for _ in "kv")
     q = jnp.asarray(rng.normal(size=(chunk, heads * group, channels)), jnp.float32)
     at = Where(table, jnp.int32(tokens - chunk), jnp.int32(tokens), jnp.int32(tokens))
-    options = AttentionOptions(window=jnp.asarray([0, 7], jnp.int32), sm_scale=channels**-0.5, softcap=SOFTCAP)
+    windows = (0, 7)
+    options = AttentionOptions(window=jnp.asarray(windows, jnp.int32), sm_scale=channels**-0.5, softcap=SOFTCAP)
     worst = 0.0
-    for layer, window in enumerate((0, 7)):
+    for layer, window in enumerate(windows):
         place = {"layer": jnp.int32(layer), "page_table": table}
         pages = jax.jit(choice.write)(pages, scales, k, v, start=jnp.int32(0), length=jnp.int32(tokens), **place)
         got = jax.jit(choice.attend)(q, pages, scales, options, at, layer=place["layer"])
-        keys, values = (np.asarray(x, np.float64)[:tokens] for x in jax.jit(read)(pages, scales, **place))
-        wanted = attention(
-            np.asarray(q, np.float64), keys, values, np.arange(tokens - chunk, tokens), Rounding.of(np.float32, np.float32),
-            sm_scale=channels**-0.5, window=window, softcap=SOFTCAP,
+        exponents = {"k_exponent": np.asarray(pages.k_exponent), "v_exponent": np.asarray(pages.v_exponent)} if dynamic else {}
+        want, bound = paged_prefill_reference(
+            np.asarray(q), np.asarray(pages.k), np.asarray(pages.v), table[None], [tokens], [0], [chunk],
+            first_row=layer * pages.num_pages, window=window, softcap=SOFTCAP, **exponents,
         )  # fmt: skip
-        worst = max(worst, wanted.error(np.asarray(got)))
+        worst = max(worst, share_of_bound(got, want, bound))
     return worst
