@@ -29,9 +29,9 @@ from benchmarks._gpu import attention, checks, device, end_to_end, peers, tune, 
 from benchmarks._gpu.goals import goals, show
 from benchmarks._gpu.session import RESULTS, Session, results_path
 from benchmarks._gpu.timing import Clock, cupti
-from jfp8kv.llm import keep_compiled_programs
 
-CONFIG = Path(__file__).parent.parent / "configs" / "bench" / "gpu_run.yaml"
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs" / "bench" / "gpu_run.yaml"
 PARTS: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "device": device.run,
     "check": checks.run,
@@ -98,6 +98,13 @@ def adopt(path: Path) -> int:
     return 0
 
 
+def keep_compiled_programs() -> None:
+    """In the checkout, unless somebody said where; as the library would, but without the packages it asks for the place."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def say(text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
@@ -109,7 +116,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tune", action="store_true", help="write block sizes where the kernels read them, too")
     parser.add_argument("--adopt", type=Path, metavar="FILE", help="write the block sizes of a results file there, and end")
     parser.add_argument("--clock", choices=["cupti", "loop"], help="how to time; by itself CUPTI where it works")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results; by itself benchmarks/results, and .cache for a dry run"
+    )
     parser.add_argument(
         "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help=f"{' and '.join(ALWAYS)} always run"
     )
@@ -120,7 +129,8 @@ def opened(given: argparse.Namespace, config: dict[str, Any], began: float) -> S
     clock = Clock(**config["clock"], cupti=None if given.clock == "loop" or given.dry_run else cupti())
     kind = jax.devices()[0].device_kind
     name = f"dry run {kind}" if given.dry_run else kind
-    session = Session(results_path(given.out, name), clock, given.dry_run, began + 60 * given.minutes)
+    folder = given.out or (ROOT / ".cache" / "results" if given.dry_run else RESULTS)
+    session = Session(results_path(folder, name), clock, given.dry_run, began + 60 * given.minutes)
     session.facts |= {"device": kind, "dry_run": given.dry_run, "versions": versions(), "commit": commit(), "clock": clock.by}
     return session
 

@@ -84,7 +84,7 @@ def paged_attention(session: Session, what: str, *, shape: Shape, element: str) 
 
     q, want, given = one.carry(), one.work.step(one.carry(), rest, jnp.int32(0)), arranged(rest)
     fastest: dict[str, Any] = {}
-    for pages, splits, warps in ((8, 16, 8), (2, 16, 4), (1, 8, 4), (2, 4, 4), (4, 1, 8)):
+    for pages, splits, warps in ((8, 16, 8), (2, 16, 4), (1, 8, 4), (2, 4, 4), (1, 1, 4), (2, 1, 4), (4, 1, 8)):
         blocks = {"pages_per_compute_block": min(pages, shape.pages), "k_splits": splits, "num_warps": warps}
         if shape.pages % (splits * blocks["pages_per_compute_block"]) or session.left() <= 0:
             continue

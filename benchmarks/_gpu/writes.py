@@ -19,7 +19,6 @@ from pallas_kernels import kv_write
 from pallas_kernels.kv_write.reference import kv_write_reference
 
 FUSED, UNFUSED = "kv_write", "XLA quantize and scatter"
-OLD_TOKENS = 512  # in the cache before a decode's token
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Writing:
 
     @property
     def layers(self) -> int:
-        """Layers written in turn; the same number for every element, so that pools have the same rows."""
+        """Layers written in turn."""
         return min(64, turns(self.shape.cache_bytes("bf16"), self.rotation))
 
     @property
@@ -49,7 +48,8 @@ class Writing:
 
     @property
     def _start(self) -> int:
-        return OLD_TOKENS if self.shape.length == 1 else 0
+        """A decode writes the last slot of its first page."""
+        return self.shape.page_size - 1 if self.shape.length == 1 else 0
 
     @cached_property
     def work(self) -> Work:
