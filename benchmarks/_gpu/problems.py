@@ -128,12 +128,18 @@ class Attention:
     def _step(self, q: jax.Array, rest: dict[str, Any], turn: jax.Array) -> jax.Array:
         attend = paged_prefill if self.prefill else paged_decode
         first_row = jnp.asarray(turn, jnp.int32) * self.shape.rows
-        return attend(q, **rest, element=self.dtype, first_row=first_row, blocks=self.blocks, interpret=self.interpret)
+        how = {"element": self.dtype, "native_e4m3": native_e4m3(), "blocks": self.blocks, "interpret": self.interpret}
+        return attend(q, **rest, first_row=first_row, **how)
 
 
 def turns(size: int, rotation: int) -> int:
     """Copies of data of `size` bytes such that a call's is out of the L2 cache when its turn comes again."""
     return max(1, math.ceil(rotation / max(1, size)))
+
+
+def native_e4m3() -> bool:
+    """Whether the device converts E4M3 by itself; the interpreter does."""
+    return float(getattr(jax.devices()[0], "compute_capability", "9.0")) >= 8.9
 
 
 def random_bits(key: jax.Array, size: tuple[int, ...], dtype: np.dtype) -> jax.Array:

@@ -23,7 +23,7 @@ from pallas_kernels.backend import cdiv
 from pallas_kernels.paged_decode.blocks import MOST_SPLITS
 from pallas_kernels.tuned import path_of, read
 
-CORES = 132
+USUAL_CORES = 132
 
 
 def choices(options: dict[str, list[int]]) -> list[dict[str, int]]:
@@ -43,8 +43,9 @@ def candidates(one: Attention, config: dict[str, Any]) -> Iterator[Any]:
             blocks: Any = PrefillBlocks(**choice)
         else:
             waves = choice.pop("waves")
+            cores = getattr(jax.devices()[0], "core_count", USUAL_CORES)
             most = min(cdiv(s.length, choice["block_k"]), MOST_SPLITS)
-            blocks = DecodeBlocks(**choice, splits=max(1, min(most, cdiv(waves * CORES, s.requests * s.kv_heads))))
+            blocks = DecodeBlocks(**choice, splits=max(1, min(most, cdiv(waves * cores, s.requests * s.kv_heads))))
         if blocks not in seen:
             seen.add(blocks)
             yield blocks

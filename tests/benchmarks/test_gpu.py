@@ -16,7 +16,7 @@ from benchmarks import gpu
 from benchmarks._gpu import batches, checks, goals, peers, tune
 from benchmarks._gpu.session import Session, results_path
 from benchmarks._gpu.timing import Clock, Work
-from pallas_kernels import DecodeBlocks
+from pallas_kernels import DecodeBlocks, PrefillBlocks
 from pallas_kernels import tuned as tables
 from pallas_kernels.paged_decode import blocks as decode_blocks
 from pallas_kernels.paged_decode.reference import paged_decode_reference
@@ -194,6 +194,12 @@ def test_tuned_blocks_come_before_the_rule(tmp_path, monkeypatch):
         assert other.block_k == rule.block_k, "a class that was not tried goes by the rule"
     finally:
         tables.read.cache_clear()
+
+
+def test_every_shipped_table_is_made_of_blocks():
+    for kernel, blocks in {"paged_decode": DecodeBlocks, "paged_prefill": PrefillBlocks}.items():
+        for problems in tables.read(kernel).values():
+            assert all(blocks(**found) for found in problems.values())
 
 
 def test_publishing_keeps_what_is_known_of_other_devices_and_classes(tmp_path):
