@@ -1,8 +1,9 @@
-"""Every GPU kernel, compiled for an H100 and an A100 that are not there, and held to what its machine code must be.
+"""Every GPU kernel, compiled for an H100 and an A100 that are not there, and held to what its machine code must be; and the
+engine's steps with the kernels in them, held to leaving the pool where it is.
 
     make gpu-compile
 
-prints a table and writes it to `docs/gpu-kernels.md`, where its columns and the guards are explained. Exits with 1 when a guard
+prints both and writes them to `docs/gpu-kernels.md`, where its columns and the guards are explained. Exits with 1 when a guard
 fails. Nothing is run, so nothing is timed: the bounds are counted.
 """
 
@@ -18,7 +19,8 @@ from pathlib import Path
 from benchmarks._common import console
 from benchmarks._gpu.cases import cases
 from benchmarks._gpu.compiled import Report, compile_case
-from benchmarks._gpu.topology import without_a_gpu
+from benchmarks._gpu.steps import StepReport, compile_step, step_cases
+from benchmarks._gpu.topology import Target, without_a_gpu
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "gpu-kernels.md"
 BEGIN, END = "<!-- `make gpu-compile` writes from here -->", "<!-- to here -->"
@@ -41,6 +43,15 @@ def row(report: Report) -> list[str]:
     ]
 
 
+def sentence(report: StepReport) -> str:
+    """What is said of a step."""
+    return (
+        f"{report.case.name}, {report.case.target.name.upper()}: runs {' and '.join(report.kernels)}; "
+        f"updates {report.aliased_bytes / 2**30:.2f} of {report.pool_bytes / 2**30:.2f} GiB of cache in place; needs "
+        f"{report.temporary_bytes / 2**20:.0f} MiB besides, whatever the cache"
+    )
+
+
 def show(cells: list[str]) -> None:
     """One line; the first two columns and the last one are text, the others are set to the right."""
     sides = ("<", "<", *">" * 7, "<")
@@ -54,12 +65,14 @@ def versions() -> str:
     return ", ".join(f"{name} {metadata.version(name)}" for name in names)
 
 
-def document(reports: Sequence[Report], text: str) -> str:
+def document(reports: Sequence[Report | StepReport], text: str) -> str:
     """The document with its generated part replaced."""
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    lines = [COLUMNS, ["---", "---", *["---:"] * 7, "---"], *(row(report) for report in reports)]
+    kernels = [report for report in reports if isinstance(report, Report)]
+    lines = [COLUMNS, ["---", "---", *["---:"] * 7, "---"], *(row(report) for report in kernels)]
     made = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    made += "\n\n" + "\n".join(f"- {sentence(report)}." for report in reports if isinstance(report, StepReport))
     return f"{before}{BEGIN}\n\n{made}\n\nCompiled with {versions()}.\n\n{END}{after}"
 
 
@@ -84,9 +97,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(row(report))
             for fault in report.faults:
                 console.print(f"  [red]fails[/]: {fault}", highlight=False)
+        steps = [case for case in step_cases(Target.h100()) if all(text in f"{case.name} h100" for text in given.only)]
+        for report in pool.map(compile_step, steps):
+            reports.append(report)
+            console.print(sentence(report), highlight=False, soft_wrap=True)
+            for fault in report.faults:
+                console.print(f"  [red]fails[/]: {fault}", highlight=False)
     failed = sum(bool(report.faults) for report in reports)
     console.print(
-        f"{len(reports)} kernels in {time.perf_counter() - began:.0f} s; {failed} fail a guard. {versions()}", soft_wrap=True
+        f"{len(reports)} kernels and steps in {time.perf_counter() - began:.0f} s; {failed} fail a guard. {versions()}",
+        soft_wrap=True,
     )
     if not given.check and not given.only and not failed:
         DOCUMENT.write_text(document(reports, DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,132 @@
+"""The engine's own steps with the kernels in them, compiled for a GPU that need not be there.
+
+The model has the shapes of Llama-3.1-8B (arXiv:2407.21783, table 3), its weights are shapes alone. A step must update the pool
+in place, copy or widen no array of the pool's size, and need as much memory beside its arguments for a small pool as for a
+large one.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks._gpu.guards import copied_bytes
+from benchmarks._gpu.topology import Target
+from jfp8kv.attention.pallas import PallasAttention
+from jfp8kv.cache.kernel_write import KernelWrite
+from jfp8kv.cache.layout import LayerKind
+from jfp8kv.cache.scales import KVScales
+from jfp8kv.core.formats import E4M3, E5M2
+from jfp8kv.engine import step
+from jfp8kv.engine.batch import Batch, Batcher
+from jfp8kv.engine.buckets import Buckets
+from jfp8kv.engine.kv import KVSetup
+from jfp8kv.engine.request import Request
+from jfp8kv.engine.scheduler import Decode, Prefill
+from jfp8kv.models.config import ModelConfig, RopeConfig
+from jfp8kv.models.names import expected_shapes, nest
+from jfp8kv.sampling.params import SamplingParams
+from pallas_kernels import paged_decode, paged_prefill
+
+LLAMA_8B = ModelConfig(
+    architecture="llama", vocab=128_256, hidden=4096, layers=32, q_heads=32, kv_heads=8, head_dim=128, mlp_hidden=14_336,
+    max_len=8192, ropes=(RopeConfig(theta=500_000.0),), dtype="bfloat16",
+)  # fmt: skip
+REQUESTS, CHUNK = 64, 1024
+POOL_BYTES = (3 * 2**30, 36 * 2**30)  # K and V together: within and beyond the offsets that 32 bits reach
+ARRAY = re.compile(r"= \(?(?P<dtype>[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCase:
+    """A step of the engine: `decode` or `prefill`, over a cache of this kind."""
+
+    step: str
+    kind: LayerKind
+    target: Target
+
+    @property
+    def name(self) -> str:
+        return f"{self.step} step of Llama-3.1-8B, {self.kind}"
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What XLA made of a step: bytes beside its arguments, bytes updated in place, its kernels, and every fault."""
+
+    case: StepCase
+    temporary_bytes: int
+    aliased_bytes: int
+    pool_bytes: int
+    kernels: tuple[str, ...]
+    faults: tuple[str, ...]
+
+
+def step_cases(target: Target) -> list[StepCase]:
+    """Both steps over FP8 with static and with dynamic scales."""
+    kinds = (LayerKind(E4M3), LayerKind(E5M2, dynamic=True))
+    return [StepCase(name, kind, target) for kind in kinds for name in ("decode", "prefill")]
+
+
+def compile_step(case: StepCase) -> StepReport:
+    """Compile the step for a small and for a large pool."""
+    reports = [_compile(case, size) for size in POOL_BYTES]
+    needed = [memory.temp_size_in_bytes for memory, _, _ in reports]
+    faults = [fault for memory, text, pool_bytes in reports for fault in _faults(memory, text, pool_bytes)]
+    if needed[0] != needed[1]:
+        faults.append(f"needs {needed[0]} bytes beside its arguments with the small pool, {needed[1]} with the large one")
+    wanted = {"kv_write", "paged_decode" if case.step == "decode" else "paged_prefill"}
+    memory, text, pool_bytes = reports[0]
+    kernels = tuple(sorted(wanted & set(re.findall(r"kv_write|paged_decode|paged_prefill", text))))
+    if missing := wanted - set(kernels):
+        faults.append(f"runs without {', '.join(sorted(missing))}")
+    return StepReport(case, needed[0], memory.alias_size_in_bytes, pool_bytes, kernels, tuple(dict.fromkeys(faults)))
+
+
+def _faults(memory: Any, text: str, pool_bytes: int) -> Iterator[str]:
+    """Pools that are not updated in place, and arrays of a pool's size that are no pool."""
+    if memory.alias_size_in_bytes < pool_bytes:
+        yield f"updates {memory.alias_size_in_bytes} of {pool_bytes} bytes in place"
+    array_bytes = pool_bytes // 2 - pool_bytes // 64  # K or V, its exponents put aside
+    for found in re.finditer(rf"{ARRAY.pattern}[^=\n]*? (?P<op>copy|convert|fusion|bitcast-convert)\(", text):
+        if copied_bytes(found) >= array_bytes:
+            yield f"makes {found['dtype']}[{found['shape']}] by {found['op']}"
+
+
+def _compile(case: StepCase, size: int) -> tuple[Any, str, int]:
+    """Memory and text of the program, and the bytes of its pool."""
+    kv = KVSetup((case.kind,) * LLAMA_8B.layers, None, LLAMA_8B, page_size=64, span=CHUNK, keys_transposed=False)
+    if not case.kind.dynamic:
+        kv = dataclasses.replace(kv, scales=KVScales.unit(LLAMA_8B.layers))
+    num_pages = size // kv.page_bytes
+    pool = jax.eval_shape(lambda: kv.pool(num_pages))
+    attend = PallasAttention(paged_decode, paged_prefill, native_e4m3=case.target.converts_e4m3, interpret=False)
+    dtype = np.dtype(jnp.bfloat16)
+    model = step.Model(LLAMA_8B, dtype, attend, kv.groups, KernelWrite())
+    weights = nest({name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in expected_shapes(LLAMA_8B).items()})
+    scales = jax.eval_shape(kv.layer_scales)
+    arguments = (weights, scales, _batch(case.step, kv, num_pages), pool)
+    on_target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=case.target.sharding), arguments)
+    static = {"most_steps": 8} if case.step == "decode" else {}
+    function = jax.jit(functools.partial(getattr(step, case.step), model, **static), donate_argnums=3)
+    with case.target.tracing(), mock.patch.object(jax, "default_backend", lambda: "gpu"):
+        lowered = function.trace(*on_target).lower()
+    program = lowered.compile()
+    return program.memory_analysis(), program.as_text(), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
+
+
+def _batch(name: str, kv: KVSetup, num_pages: int) -> Batch:
+    """A batch as the engine builds it; which tokens and pages it names does not matter."""
+    pages = LLAMA_8B.max_len // kv.page_size
+    batcher = Batcher(
+        buckets=Buckets(REQUESTS, CHUNK, 8), vocab=LLAMA_8B.vocab, needs=kv.needs, pages=pages, num_pages=num_pages, eos_ids=(),
+    )  # fmt: skip
+    count = REQUESTS if name == "decode" else 4
+    requests = [Request([1] * CHUNK, SamplingParams(), np.zeros(2, np.uint32), max_tokens=8) for _ in range(count)]
+    return batcher.build(Decode(requests, 8) if name == "decode" else Prefill(requests, [CHUNK // 4] * count, CHUNK // 4))
