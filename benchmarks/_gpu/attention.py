@@ -56,7 +56,7 @@ def time_one(session: Session, one: Attention, program: Any) -> Row:
     if isinstance(program, Exception):
         raise program
     taken = session.clock.time(one.work, program, jax.jit(one.carry)(), jax.jit(one.rest)())
-    figures: dict[str, Any] = {"us": taken.median * 1e6, "least_us": taken.least * 1e6, "by": taken.by}
+    figures = taken.row
     if one.prefill:
         figures["tflops"] = one.shape.prefill_flop() / taken.median / 1e12
     else:

@@ -36,12 +36,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median of all, the least and the most, and the clock they are by."""
+    """Seconds of one call: the median of all, the least and the most; the clock they are by, and how many kernels it saw."""
 
     median: float
     least: float
     most: float
     by: str
+    kernels: int | None = None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As rows of the results have it."""
+        times = {"us": self.median * 1e6, "least_us": self.least * 1e6, "most_us": self.most * 1e6}
+        return times | {"by": self.by, "kernels": self.kernels}
 
 
 class Clock:
@@ -57,7 +64,7 @@ class Clock:
         self.why = "asked for"
         if cupti is not None:
             try:
-                assert self._recorded(jax.jit(_nothing), jnp.zeros(8, jnp.int32), None, 1), "it saw no kernel"
+                self._recorded(jax.jit(_nothing), jnp.zeros(8, jnp.int32), None, 1)
             except Exception as error:
                 self._cupti, self.why = None, f"CUPTI: {type(error).__name__}: {error}"
 
@@ -78,14 +85,15 @@ class Clock:
 
     def time(self, work: Work, program: Any, carry: Any, rest: Any) -> Timing:
         """Time `program`, compiled from what `lower` gave for this work."""
+        kernels = None
         if self._cupti is not None:
-            seconds = self._recorded(program, carry, rest, work.turns)
+            seconds, kernels = self._recorded(program, carry, rest, work.turns)
         else:
             seconds = [max(s - self._nothing(), 1e-9) for s in self._loops(program, carry, rest)]
-        return Timing(statistics.median(seconds), min(seconds), max(seconds), self.by)
+        return Timing(statistics.median(seconds), min(seconds), max(seconds), self.by, kernels)
 
-    def _recorded(self, program: Any, carry: Any, rest: Any, turns: int) -> list[float]:
-        """Seconds in kernels of each call."""
+    def _recorded(self, program: Any, carry: Any, rest: Any, turns: int) -> tuple[list[float], int]:
+        """Seconds in kernels of each call, and how many kernels a call has."""
         numbers = [jnp.int32(turn) for turn in range(turns)]
         for number in numbers[:2]:
             carry = program(carry, rest, number)
@@ -100,7 +108,7 @@ class Clock:
             kernels = self._cupti._cupti_get_timings(True)
         each, left = divmod(len(kernels), calls)
         assert each and not left, f"{len(kernels)} kernels in {calls} calls"
-        return [sum(ms for _, ms in kernels[i : i + each]) / 1e3 for i in range(0, len(kernels), each)]
+        return [sum(ms for _, ms in kernels[i : i + each]) / 1e3 for i in range(0, len(kernels), each)], each
 
     def _loops(self, program: Any, carry: Any, rest: Any) -> list[float]:
         """Seconds by the wall of each call, by the mean of a loop."""

@@ -98,8 +98,8 @@ def fairest(times: dict[str, dict[Any, float]]) -> Any:
     """The blocks whose worst time, as a multiple of each problem's best, is least; None is the kernel's own choice."""
     common = set.intersection(*(set(found) for found in times.values())) if times else set()
     best = {name: min(found.values()) for name, found in times.items()}
-    ranked = sorted(common, key=lambda blocks: max(found[blocks] / best[name] for name, found in times.items()))
-    return ranked[0] if ranked else None
+    worst = {blocks: max(found[blocks] / best[name] for name, found in times.items()) for blocks in common}
+    return min(worst, key=lambda blocks: (worst[blocks], blocks is not None), default=None)
 
 
 def publish(tables: dict[str, Any], path: Callable[[str], Path] = path_of) -> list[Path]:

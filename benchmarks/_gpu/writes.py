@@ -161,4 +161,4 @@ def time_one(session: Session, writing: Writing, program: Any) -> None:
         if isinstance(program, Exception):
             raise program
         taken: Timing = session.clock.time(writing.work, program, jax.jit(writing.carry)(), jax.jit(writing.rest)())
-        session.row(writing.name, **what, us=taken.median * 1e6, least_us=taken.least * 1e6, by=taken.by)
+        session.row(writing.name, **what, **taken.row)

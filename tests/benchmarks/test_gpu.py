@@ -127,7 +127,7 @@ def test_cupti_adds_up_the_kernels_of_a_call(monkeypatch):
     clock = Clock(calls=3, repeats=2)
     clock._cupti = recorder
     taken = clock.time(Work(lambda *_: None, turns=3), program, jnp.zeros(1), None)
-    assert (taken.median, taken.by) == (pytest.approx(0.75e-3), "cupti")
+    assert (taken.median, taken.by, taken.kernels) == (pytest.approx(0.75e-3), "cupti", 2)
     assert turns[2:] == [0, 1, 2, 0, 1, 2], "two calls that are not counted, then in turn"
 
 
