@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from benchmarks._gpu.attention import compile_all
+from benchmarks._gpu.attention import compile_all, labels
 from benchmarks._gpu.problems import NONE, TENSOR, Attention, Shape
 from benchmarks._gpu.session import Session
 from pallas_kernels import DecodeBlocks, PrefillBlocks
@@ -24,6 +25,7 @@ from pallas_kernels.paged_decode.blocks import MOST_SPLITS
 from pallas_kernels.tuned import path_of, read
 
 USUAL_CORES = 132
+ALIKE = 2.0**-6  # of results in bfloat16, each rounded by 2**-9
 
 
 def choices(options: dict[str, list[int]]) -> list[dict[str, int]]:
@@ -77,21 +79,34 @@ def run(session: Session, config: dict[str, Any]) -> None:
 def tried(session: Session, one: Attention, config: dict[str, Any]) -> dict[Any, float]:
     """Seconds by blocks, of those there was time for and that compile. None is what the kernel takes by itself."""
     some = list(candidates(one, config))
-    carry, rest, found = jax.jit(one.carry)(), jax.jit(one.rest)(), {}
+    carry, rest, found, usual = jax.jit(one.carry)(), jax.jit(one.rest)(), {}, None
     size = config["compilers"]
     for part in (some[i : i + size] for i in range(0, len(some), size)):
         if session.left() <= 0 and found:
             break
         programs = compile_all(session, [replace(one, blocks=blocks) for blocks in part], size)
         for variant, program in programs.items():
-            if not isinstance(program, Exception):
+            if isinstance(program, Exception):
+                continue
+            got = session.clock.result(program, carry, rest)
+            usual = got if usual is None else usual
+            if (error := distance(got, usual)) < ALIKE:
                 found[variant.blocks] = session.clock.time(variant.work, program, carry, rest).median
+            else:
+                session.failed = True
+                session.row(f"tuning {one.kernel}", **labels(one), skipped=f"wrong by {error:.2g}", blocks=str(variant.blocks))
     best, own = min(found, key=lambda blocks: found[blocks]), found.get(None)
     session.row(
-        f"tuning {one.kernel}", shape=one.shape.name, element=one.element, tried=len(found), of=len(some),
+        f"tuning {one.kernel}", **labels(one), tried=len(found), of=len(some),
         us=found[best] * 1e6, own_us=None if own is None else own * 1e6, blocks=str(best or "the kernel's own"),
     )  # fmt: skip
     return found
+
+
+def distance(a: jax.Array, b: jax.Array) -> float:
+    """How far results are apart, by their norm: other blocks sum in another order, and no more."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
 
 def fairest(times: dict[str, dict[Any, float]]) -> Any:

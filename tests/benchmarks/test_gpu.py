@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu
-from benchmarks._gpu import batches, checks, goals, peers, tune
+from benchmarks._gpu import batches, checks, goals, peers, problems, tune
 from benchmarks._gpu.session import Session, results_path
 from benchmarks._gpu.timing import Clock, Work
 from pallas_kernels import DecodeBlocks, PrefillBlocks
@@ -198,8 +198,7 @@ def test_tuned_blocks_come_before_the_rule(tmp_path, monkeypatch):
 
 def test_every_shipped_table_is_made_of_blocks():
     for kernel, blocks in {"paged_decode": DecodeBlocks, "paged_prefill": PrefillBlocks}.items():
-        for problems in tables.read(kernel).values():
-            assert all(blocks(**found) for found in problems.values())
+        assert all(blocks(**found) for device in tables.read(kernel).values() for found in device.values())
 
 
 def test_publishing_keeps_what_is_known_of_other_devices_and_classes(tmp_path):
@@ -230,3 +229,14 @@ def test_the_nearest_choices_are_tried_first():
     tried = tune.choices({"block_k": [64, 32], "warps": [2, 1, 4]})
     assert tried[0] == {"block_k": 64, "warps": 2} and len(tried) == 6
     assert SimpleNamespace(**tried[-1]) == SimpleNamespace(block_k=32, warps=4)
+
+
+def test_blocks_that_give_other_results_are_not_chosen(session, monkeypatch):
+    one = problems.Attention(problems.Shape("s", 2, 48, 4, 2, 16, 16), "e4m3", problems.TENSOR, False, 20_000, True)
+    right = jnp.ones((2, 4, 16), jnp.bfloat16)
+    wrong = DecodeBlocks(block_k=32, warps=2, stages=3, splits=2)
+    monkeypatch.setattr(tune, "candidates", lambda *_: [None, wrong])
+    programs = {None: lambda carry, rest: right, wrong: lambda carry, rest: right.at[0, 0, 0].set(9)}
+    monkeypatch.setattr(tune, "compile_all", lambda session, some, size: {v: programs[v.blocks] for v in some})
+    assert set(tune.tried(session, one, {"compilers": 2})) == {None}
+    assert session.failed and "wrong by" in session.facts["rows"][0]["skipped"]
