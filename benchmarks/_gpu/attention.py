@@ -55,7 +55,7 @@ def labels(one: Attention) -> dict[str, str]:
 def time_one(session: Session, one: Attention, program: Any) -> Row:
     if isinstance(program, Exception):
         raise program
-    taken = session.clock.time(one.work, program, jax.jit(one.carry)(), jax.jit(one.rest)())
+    taken = session.clock.time(one.work, program, *one.arrays())
     figures = taken.row
     if one.prefill:
         figures["tflops"] = one.shape.prefill_flop() / taken.median / 1e12

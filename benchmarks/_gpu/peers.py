@@ -24,6 +24,8 @@ from benchmarks._gpu.problems import TOKEN_HEAD, Attention, Shape
 from benchmarks._gpu.session import Session
 from benchmarks._gpu.timing import Work
 
+# Pages of a block, parts of a text, and warps.
+THEIR_BLOCKS = ((8, 16, 8), (2, 16, 4), (1, 8, 4), (2, 4, 4), (1, 1, 4), (2, 1, 4), (4, 1, 8))
 TORCH = ("sdpa", "flex", "fa3", "flashinfer")
 PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
 ROOT = Path(__file__).parent.parent.parent
@@ -70,8 +72,7 @@ def paged_attention(session: Session, what: str, *, shape: Shape, element: str) 
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as theirs
 
     one = Attention(shape, element, TOKEN_HEAD if element == "e4m3" else "none", False, 1, session.dry_run)
-    rest = jax.jit(one.rest)()
-    given = dict(rest)
+    q, rest = one.arrays()
 
     @jax.jit
     def arranged(rest: dict[str, Any]) -> dict[str, Any]:
@@ -82,9 +83,9 @@ def paged_attention(session: Session, what: str, *, shape: Shape, element: str) 
             scales = {f"{name}_scales_pages": jnp.exp2(e).swapaxes(0, 1) for name, e in zip("kv", exponents, strict=True)}
         return bits | scales | {"block_tables": rest["page_table"], "lengths": rest["lengths"]}
 
-    q, want, given = one.carry(), one.work.step(one.carry(), rest, jnp.int32(0)), arranged(rest)
+    want, given = jax.jit(one.work.step)(q, rest, jnp.int32(0)), arranged(rest)
     fastest: dict[str, Any] = {}
-    for pages, splits, warps in ((8, 16, 8), (2, 16, 4), (1, 8, 4), (2, 4, 4), (1, 1, 4), (2, 1, 4), (4, 1, 8)):
+    for pages, splits, warps in THEIR_BLOCKS[-1:] if session.dry_run else THEIR_BLOCKS:
         blocks = {"pages_per_compute_block": min(pages, shape.pages), "k_splits": splits, "num_warps": warps}
         if shape.pages % (splits * blocks["pages_per_compute_block"]) or session.left() <= 0:
             continue

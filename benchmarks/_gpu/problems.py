@@ -1,7 +1,8 @@
 """What is timed: attention over pools of several layers, each call in the next of them, as a model's layers are."""
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -98,6 +99,10 @@ class Attention:
         """A call gives the next its queries."""
         return Work(self._step, turns=turns(self.shape.cache_bytes(self.element), self.rotation))
 
+    def arrays(self) -> tuple[jax.Array, dict[str, Any]]:
+        """`carry` and `rest` on the device."""
+        return _arrays(replace(self, blocks=None))
+
     def carry(self) -> jax.Array:
         """Queries. Under `jax.eval_shape` their shape alone, and likewise for `rest`."""
         s = self.shape
@@ -130,6 +135,12 @@ class Attention:
         first_row = jnp.asarray(turn, jnp.int32) * self.shape.rows
         how = {"element": self.dtype, "native_e4m3": native_e4m3(), "blocks": self.blocks, "interpret": self.interpret}
         return attend(q, **rest, first_row=first_row, **how)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _arrays(one: Attention) -> tuple[jax.Array, dict[str, Any]]:
+    """Compiled once for all blocks that are tried."""
+    return one.carry(), one.rest()
 
 
 def turns(size: int, rotation: int) -> int:

@@ -79,7 +79,7 @@ def run(session: Session, config: dict[str, Any]) -> None:
 def tried(session: Session, one: Attention, config: dict[str, Any]) -> dict[Any, float]:
     """Seconds by blocks, of those there was time for and that compile. None is what the kernel takes by itself."""
     some = list(candidates(one, config))
-    carry, rest, found, usual = jax.jit(one.carry)(), jax.jit(one.rest)(), {}, None
+    (carry, rest), found, usual = one.arrays(), {}, None
     size = config["compilers"]
     for part in (some[i : i + size] for i in range(0, len(some), size)):
         if session.left() <= 0 and found:
