@@ -1,17 +1,19 @@
 """GPU kernels in Pallas that need nothing of jfp8kv: paged attention and cache writes with the FP8 conversion fused in.
 
 `contract.md` says what all of them are given and promise. They raise `NotSupported` for what they cannot do, and run anywhere
-in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py` and `jfp8kv/cache/` alone.
+in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py` and `jfp8kv/cache/` alone, and never meets
+`paged_decode_mosaic`, which is an experiment (docs/notes/014).
 """
 
 from pallas_kernels.errors import NotSupported
 from pallas_kernels.kv_write import WriteBlocks, Written, kv_write
 from pallas_kernels.options import check_pool
-from pallas_kernels.paged_decode import DecodeBlocks, paged_decode
+from pallas_kernels.paged_decode import DecodeBlocks, MosaicBlocks, paged_decode, paged_decode_mosaic
 from pallas_kernels.paged_prefill import PrefillBlocks, paged_prefill
 
 __all__ = [
     "DecodeBlocks",
+    "MosaicBlocks",
     "NotSupported",
     "PrefillBlocks",
     "WriteBlocks",
@@ -19,5 +21,6 @@ __all__ = [
     "check_pool",
     "kv_write",
     "paged_decode",
+    "paged_decode_mosaic",
     "paged_prefill",
 ]
