@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks._gpu import library, writes
 from benchmarks._gpu.batches import Batch, Case, Sizes
-from benchmarks._gpu.problems import native_e4m3
+from benchmarks._gpu.problems import capability
 from benchmarks._gpu.session import Session
 from benchmarks._gpu.timing import compiled
 from pallas_kernels import DecodeBlocks, paged_decode, paged_prefill
@@ -93,7 +93,7 @@ def lower(batch: Batch, interpret: bool) -> jax.stages.Lowered:
         blocks["blocks"] = DecodeBlocks(usual.block_k, usual.warps, usual.stages, s.split)
 
     def call(arrays: dict[str, jax.Array]) -> jax.Array:
-        how = {"element": batch.dtype, "native_e4m3": native_e4m3(), "interpret": interpret}
+        how = {"element": batch.dtype, "capability": capability(), "interpret": interpret}
         return kernel(**arrays, **how, **batch.static, **blocks)
 
     return jax.jit(call).lower(batch.arrays)

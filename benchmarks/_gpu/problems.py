@@ -14,6 +14,7 @@ from jax import lax
 
 from benchmarks._gpu.timing import Work
 from pallas_kernels import paged_decode, paged_prefill
+from pallas_kernels.options import HOPPER
 from pallas_kernels.paged_decode.blocks import problem_class as decode_class
 from pallas_kernels.paged_prefill.blocks import problem_class as prefill_class
 
@@ -133,7 +134,7 @@ class Attention:
     def _step(self, q: jax.Array, rest: dict[str, Any], turn: jax.Array) -> jax.Array:
         attend = paged_prefill if self.prefill else paged_decode
         first_row = jnp.asarray(turn, jnp.int32) * self.shape.rows
-        how = {"element": self.dtype, "native_e4m3": native_e4m3(), "blocks": self.blocks, "interpret": self.interpret}
+        how = {"element": self.dtype, "capability": capability(), "blocks": self.blocks, "interpret": self.interpret}
         return attend(q, **rest, first_row=first_row, **how)
 
 
@@ -148,9 +149,10 @@ def turns(size: int, rotation: int) -> int:
     return max(1, math.ceil(rotation / max(1, size)))
 
 
-def native_e4m3() -> bool:
-    """Whether the device converts E4M3 by itself; the interpreter does."""
-    return float(getattr(jax.devices()[0], "compute_capability", "9.0")) >= 8.9
+def capability() -> tuple[int, int]:
+    """The device's compute capability; what kernels are made for, where they are interpreted."""
+    found = getattr(jax.devices()[0], "compute_capability", None)
+    return HOPPER if found is None else tuple(int(part) for part in found.split("."))
 
 
 def random_bits(key: jax.Array, size: tuple[int, ...], dtype: np.dtype) -> jax.Array:

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from pallas_kernels.backend import power_of_two
+from pallas_kernels.options import HOPPER
 from pallas_kernels.tuned import class_of, tuned
 
 
@@ -24,12 +25,24 @@ def problem_class(*, queries: int, kv_heads: int, group: int, head_dim: int, ele
 
 
 def blocks_for(
-    *, queries: int, kv_heads: int, group: int, head_dim: int, element: np.dtype, compute: np.dtype
+    *,
+    queries: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    element: np.dtype,
+    compute: np.dtype,
+    capability: tuple[int, int],
+    dynamic: bool = False,
 ) -> PrefillBlocks:
-    """Blocks for so many query tokens: those that were tuned for this device, or by rule."""
+    """Blocks for so many query tokens: those tuned for this device, or by rule. Before Hopper, whose tensor cores read shared
+    memory, both operands take registers: the widest tile that does not spill them."""
     if compute.itemsize == 4:
-        return PrefillBlocks(block_m=32, block_k=16, warps=4, stages=2)
+        return PrefillBlocks(block_m=16, block_k=32, warps=4, stages=2)
     problem = problem_class(queries=queries, kv_heads=kv_heads, group=group, head_dim=head_dim, element=element)
     if found := tuned("paged_prefill", problem):
         return PrefillBlocks(**found)
+    if capability < HOPPER:
+        wide = head_dim <= 64 or (head_dim <= 128 and element.itemsize == 1 and not dynamic)  # how many keys
+        return PrefillBlocks(block_m=64, block_k=64 if wide else 32, warps=4 if head_dim <= 128 else 8, stages=3)
     return PrefillBlocks(block_m=128 if head_dim <= 128 else 64, block_k=64 if head_dim <= 128 else 32, warps=8, stages=3)
