@@ -104,7 +104,7 @@ class Batch:
 
     def error(self, got: Any) -> float:
         """The worst error, as a share of what `pallas_kernels/precision.py` allows: at most 1 if right."""
-        reference = {"paged_decode": paged_decode_reference, "paged_prefill": paged_prefill_reference}[self.case.kernel]
+        reference = paged_prefill_reference if self.case.kernel == "paged_prefill" else paged_decode_reference
         return share_of_bound(got, *reference(**self.arrays, **self.static, element=self.dtype))
 
 

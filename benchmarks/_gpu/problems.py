@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks._gpu.timing import Work
-from pallas_kernels import paged_decode, paged_prefill
+from pallas_kernels import paged_decode, paged_decode_mosaic, paged_prefill
 from pallas_kernels.options import HOPPER
 from pallas_kernels.paged_decode.blocks import problem_class as decode_class
 from pallas_kernels.paged_prefill.blocks import problem_class as prefill_class
@@ -75,6 +75,7 @@ class Attention:
     rotation: int
     interpret: bool
     blocks: Any = None
+    mosaic: bool = False
 
     @property
     def dtype(self) -> np.dtype:
@@ -82,7 +83,7 @@ class Attention:
 
     @property
     def kernel(self) -> str:
-        return "paged_prefill" if self.prefill else "paged_decode"
+        return "paged_decode_mosaic" if self.mosaic else "paged_prefill" if self.prefill else "paged_decode"
 
     @property
     def block_class(self) -> str:
@@ -102,7 +103,7 @@ class Attention:
 
     def arrays(self) -> tuple[jax.Array, dict[str, Any]]:
         """`carry` and `rest` on the device."""
-        return _arrays(replace(self, blocks=None))
+        return _arrays(replace(self, blocks=None, mosaic=False))
 
     def carry(self) -> jax.Array:
         """Queries. Under `jax.eval_shape` their shape alone, and likewise for `rest`."""
@@ -132,6 +133,9 @@ class Attention:
         return rest
 
     def _step(self, q: jax.Array, rest: dict[str, Any], turn: jax.Array) -> jax.Array:
+        if self.mosaic:
+            first_row = jnp.asarray(turn, jnp.int32) * self.shape.rows
+            return paged_decode_mosaic(q, **rest, element=self.dtype, first_row=first_row, interpret=self.interpret)
         attend = paged_prefill if self.prefill else paged_decode
         first_row = jnp.asarray(turn, jnp.int32) * self.shape.rows
         how = {"element": self.dtype, "capability": capability(), "blocks": self.blocks, "interpret": self.interpret}
