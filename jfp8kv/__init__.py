@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jfp8kv.models.config import ModelConfig
     from jfp8kv.models.params import Params
     from jfp8kv.sampling.params import SamplingParams
+    from jfp8kv.session import Session
 
 __version__ = "0.1.0.dev0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "Params",
     "RequestOutput",
     "SamplingParams",
+    "Session",
     "calibrate",
     "compare",
     "export",
@@ -72,6 +74,7 @@ _HOMES = {
     "models.config": ("ModelConfig",),
     "models.params": ("Params",),
     "sampling.params": ("SamplingParams",),
+    "session": ("Session",),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 

@@ -24,6 +24,7 @@ from jfp8kv.models.params import Params
 from jfp8kv.models.tokenizer import Tokenizer
 from jfp8kv.sampling.keys import request_key
 from jfp8kv.sampling.params import MAX_SEED, SamplingParams
+from jfp8kv.session import Session
 
 CONTEXT = 4  # prompt tokens decoded before the first output token, so that a leading space survives
 
@@ -210,6 +211,13 @@ class LLM:
         finally:
             with self._lock:
                 self._engine.cancel([request])
+
+    def session(self, prompt: Any) -> Session:
+        """A text that stays in the cache, to be extended, taken back and branched: see `Session`."""
+        with self._lock:
+            ids = encode(prompt, self.tokenizer, what="prompt").ids
+            self._engine.check(ids, SamplingParams(max_tokens=1), what="prompt", more=0)
+            return Session(self._engine, self._lock, ids, self.generate)
 
     def _run(self, requests: list[Request], progress: bool | None) -> None:
         from tqdm import tqdm

@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comparison": {"core", "cache", "attention", "models", "engine", "calibration"},
     "planning": {"core", "cache", "attention", "models", "engine", "calibration", "comparison"},
     "inspection": {"core", "cache", "models", "engine", "checkpoint"},
-    "llm": {"core", "attention", "models", "sampling", "engine", "checkpoint"},
+    "session": {"core", "sampling", "engine"},
+    "llm": {"core", "attention", "models", "sampling", "engine", "checkpoint", "session"},
     "api": {
         "llm",
         "inspection",
@@ -55,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "planning",
         "engine",
         "inspection",
+        "session",
         "llm",
         "api",
     },

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -25,6 +26,14 @@ from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import switch_length
 from jfp8kv.sampling.params import SamplingParams
+
+
+@dataclasses.dataclass(eq=False)
+class Holding:
+    """The text of a session, and whose pages it holds."""
+
+    paging: Paging
+    request: Request
 
 
 class Engine:
@@ -87,6 +96,7 @@ class Engine:
             kv_bytes_capacity=self.num_pages * self.kv.page_bytes,
         )
         self.scheduler = self._new_scheduler()
+        self.dropped: deque[Holding] = deque()
 
     def _new_scheduler(self) -> Scheduler:
         paging = Paging(PageAllocator(self.num_pages), self.needs, **self._paging)
@@ -135,6 +145,7 @@ class Engine:
 
     def step(self) -> None:
         """One dispatch for whatever is queued, whoever queued it."""
+        self.free_dropped()
         plan = self.scheduler.plan()
         if plan is None:
             return
@@ -253,16 +264,45 @@ class Engine:
                 "close them first, or give a larger kv_cache_memory."
             )
         try:
-            while request.cached < len(token_ids):
-                width = self.buckets.chunk(request.uncached)
-                chunk = min(request.uncached, width)
-                assert paging.grow(request, request.cached + chunk)
-                batch = self.batcher.build(Prefill([request], [chunk], width))
-                positions = range(request.cached, request.cached + chunk)
-                yield positions, self._call(function, batch, **static)  # not kept here: it may be large
-                request.cached += chunk
+            yield from self._chunks(request, function, **static)
         finally:
             paging.release(request)
+
+    def _chunks(self, request: Request, function: Callable, **static: Any) -> Iterator[tuple[range, Any]]:
+        while request.uncached:
+            width = self.buckets.chunk(request.uncached)
+            chunk = min(request.uncached, width)
+            self.scheduler.make_room(request, request.cached + chunk)
+            batch = self.batcher.build(Prefill([request], [chunk], width))
+            positions = range(request.cached, request.cached + chunk)
+            yield positions, self._call(function, batch, **static)  # not kept here: it may be large
+            request.cached += chunk
+
+    # -- sessions -------------------------------------------------------------------------------------------------------
+
+    def catch_up(self, holding: Holding, function: Callable) -> Iterator[tuple[range, Any]]:
+        """Run through `function` what of a session's text is not in the cache, as `chunks` does, and keep it there."""
+        self.free_dropped()
+        request, paging = holding.request, self.scheduler.paging
+        if holding.paging is not paging:  # a failed step took all pages
+            request.held, holding.paging = [], paging
+            request.begin_again()
+        limit = self.batcher.switch_length
+        if limit is not None and request.context <= limit < request.num_tokens:
+            paging.release(request)
+            request.begin_again(request.num_tokens)
+        if not request.held and request.uncached:
+            paging.take_over(request, paging.find(request))
+        yield from self._chunks(request, function)
+        paging.keep(request)
+        self._count_used()
+
+    def free_dropped(self) -> None:
+        """Free the pages of sessions that are gone. When they go they are only noted: it may be in the middle of anything."""
+        while self.dropped:
+            holding = self.dropped.popleft()
+            holding.paging.release(holding.request)
+        self._count_used()
 
     def warmup(self) -> None:
         """Compile every program that plain requests can need.

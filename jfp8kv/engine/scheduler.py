@@ -15,7 +15,9 @@ A request whose next page is just being made by another waits for it, to share i
 import dataclasses
 from collections import deque
 from collections.abc import Callable
+from typing import NoReturn
 
+from jfp8kv.core.errors import CapacityError
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.paging import Paging
@@ -84,8 +86,23 @@ class Scheduler:
                 self._prefills = 0
             if plan is not None:
                 return plan
-        assert not self.waiting, "requests wait although nothing runs"
+        if self.waiting:
+            self._refuse(self._soon(self.waiting[0]))
         return None
+
+    def make_room(self, request: Request, stop: int) -> None:
+        """Pages for a text that is no request's, up to `stop` tokens; requests that run make room. Raises `CapacityError`."""
+        while not self.paging.grow(request, stop):
+            if not self.running:
+                self._refuse(stop)
+            self._preempt(self.running[-1])
+
+    def _refuse(self, tokens: int) -> NoReturn:
+        allocator = self.paging.allocator
+        raise CapacityError(
+            f"a text of {tokens} tokens needs up to {self.paging.needs.total(tokens)} pages of cache, and {allocator.free_pages} "
+            f"of {allocator.num_pages} are free while sessions hold the rest: close some, or give a larger kv_cache_memory."
+        )
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_requests:
