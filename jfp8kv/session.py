@@ -52,6 +52,11 @@ class Session:
             raise ConfigError("this model has no tokenizer: session.token_ids has the tokens.")
         return tokenizer.decode(self.token_ids)
 
+    @property
+    def pages(self) -> list[list[int]]:
+        """The page numbers it holds, in the order of its tokens, by group of layers (one, where all layers are alike)."""
+        return [list(held.pages) for held in self._request.held]
+
     def __len__(self) -> int:
         """Tokens so far."""
         return self._request.num_tokens

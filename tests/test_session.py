@@ -70,6 +70,7 @@ def test_branches_share_whole_pages_and_each_frees_its_own(llm) -> None:
     assert pages(llm) == 4
     branch = stem.fork()
     assert pages(llm) == 5, "three pages are shared, and the last one is each one's own"
+    assert stem.pages[0][:3] == branch.pages[0][:3] and stem.pages[0][3] != branch.pages[0][3]
     branch.extend([1] * PAGE)
     assert pages(llm) == 6
     stem.close()

@@ -98,10 +98,10 @@ class Scheduler:
             self._preempt(self.running[-1])
 
     def _refuse(self, tokens: int) -> NoReturn:
-        allocator = self.paging.allocator
+        pages, allocator = self.paging.needs.total(tokens), self.paging.allocator
         raise CapacityError(
-            f"a text of {tokens} tokens needs up to {self.paging.needs.total(tokens)} pages of cache, and {allocator.free_pages} "
-            f"of {allocator.num_pages} are free while sessions hold the rest: close some, or give a larger kv_cache_memory."
+            f"a text of {tokens} tokens needs up to {pages} pages of cache, and {allocator.free_pages} of "
+            f"{allocator.num_pages} are free while sessions hold the rest: close some, or give a larger kv_cache_memory."
         )
 
     def _admit(self) -> None:
