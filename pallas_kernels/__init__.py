@@ -6,18 +6,21 @@ in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py` and 
 
 from pallas_kernels.errors import NotSupported
 from pallas_kernels.kv_write import WriteBlocks, Written, kv_write
+from pallas_kernels.layer_matmul import MatmulBlocks, layer_matmul
 from pallas_kernels.options import check_pool
 from pallas_kernels.paged_decode import DecodeBlocks, paged_decode
 from pallas_kernels.paged_prefill import PrefillBlocks, paged_prefill
 
 __all__ = [
     "DecodeBlocks",
+    "MatmulBlocks",
     "NotSupported",
     "PrefillBlocks",
     "WriteBlocks",
     "Written",
     "check_pool",
     "kv_write",
+    "layer_matmul",
     "paged_decode",
     "paged_prefill",
 ]
