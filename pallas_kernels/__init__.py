@@ -1,7 +1,9 @@
-"""GPU kernels in Pallas that need nothing of jfp8kv: paged attention and cache writes with the FP8 conversion fused in.
+"""GPU kernels in Pallas that need nothing of jfp8kv: paged attention and cache writes with the FP8 conversion fused in, and
+products with one matrix of a stack.
 
 `contract.md` says what all of them are given and promise. They raise `NotSupported` for what they cannot do, and run anywhere
-in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py` and `jfp8kv/cache/` alone.
+in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py`, `jfp8kv/cache/` and
+`jfp8kv/engine/products.py` alone.
 """
 
 from pallas_kernels.errors import NotSupported

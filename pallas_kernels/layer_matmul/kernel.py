@@ -1,8 +1,8 @@
 """Few rows times one layer's matrix: made for decode, where reading the matrix once is all that takes time.
 
 A program has a tile of outputs, all rows (or as many as fit) and a share of the channels. The matrix is the left operand: its
-tiles go from memory to tensor cores through shared memory once, and rows, few as they are, are padded to 16 and no more. Several
-shares leave a sum each, and the caller's program adds them: a fusion with whatever it does to the product next.
+tiles go from memory to tensor cores through shared memory once, and rows, few as they are, are padded to 16 and no more.
+Several shares leave a sum each, and the caller's program adds them: a fusion with whatever it does to the product next.
 """
 
 import functools
