@@ -102,7 +102,7 @@ def main() -> None:
     arguments.set_defaults(rounds=15)
     given = arguments.parse_args()
     header()
-    for name, shape in yaml.safe_load(SHAPES.read_text()).items():
+    for name, shape in yaml.safe_load(SHAPES.read_text())["timed"].items():
         run(name, shape, given.rounds)
 
 

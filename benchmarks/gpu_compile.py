@@ -61,8 +61,9 @@ def show(cells: list[str]) -> None:
 
 def versions() -> str:
     """What the table depends on."""
+    found = {each.metadata["Name"]: each.version for each in metadata.distributions()}
     names = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
-    return ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    return ", ".join(f"{name} {found[name]}" for name in names if name in found)
 
 
 def document(reports: Sequence[Report | StepReport], text: str) -> str:
@@ -97,12 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(row(report))
             for fault in report.faults:
                 console.print(f"  [red]fails[/]: {fault}", highlight=False)
-        steps = [case for case in step_cases(Target.h100()) if all(text in f"{case.name} h100" for text in given.only)]
-        for report in pool.map(compile_step, steps):
-            reports.append(report)
-            console.print(sentence(report), highlight=False, soft_wrap=True)
-            for fault in report.faults:
-                console.print(f"  [red]fails[/]: {fault}", highlight=False)
+    # One after another: a step is traced as if the default backend were a GPU, which all threads would see.
+    steps = [case for case in step_cases(Target.h100()) if all(text in f"{case.name} h100" for text in given.only)]
+    for report in map(compile_step, steps):
+        reports.append(report)
+        console.print(sentence(report), highlight=False, soft_wrap=True)
+        for fault in report.faults:
+            console.print(f"  [red]fails[/]: {fault}", highlight=False)
     failed = sum(bool(report.faults) for report in reports)
     console.print(
         f"{len(reports)} kernels and steps in {time.perf_counter() - began:.0f} s; {failed} fail a guard. {versions()}",

@@ -37,7 +37,7 @@ def clocks(counts: Counter[str], warps: int, target: Target) -> dict[str, float]
     def of(kind: re.Pattern[str]) -> int:
         return sum(n for op, n in counts.items() if kind.match(op))
 
-    tensor = sum(n * multiply_adds(op) / target.tensor[op.split(".")[0]] for op, n in counts.items() if op.startswith(TENSOR))
+    tensor = sum(n * multiply_adds(op) / _rate(op, target) for op, n in counts.items() if op.startswith(TENSOR))
     return {
         "issue": counts.total() * warps / 4,
         "float": of(FLOAT) * warps / target.fma,
@@ -49,9 +49,12 @@ def clocks(counts: Counter[str], warps: int, target: Target) -> dict[str, float]
     }
 
 
-def streaming(counts: Counter[str], warps: int, target: Target) -> Bound | None:
-    """The share of memory bandwidth at which a loop can stream the cache: what it copies in, over the clocks it needs."""
-    copied = sum(n for op, n in counts.items() if ASYNC_COPY.match(op)) * 16 * WARP * warps
+def streaming(counts: Counter[str], warps: int, target: Target, *, used: float = 1.0) -> Bound | None:
+    """The share of memory bandwidth at which a loop can stream the cache: what it copies in, over the clocks it needs.
+
+    `used` is the part of its copies that are not masked: of channels that pad `head_dim` to a power of two nothing is read.
+    """
+    copied = sum(n for op, n in counts.items() if ASYNC_COPY.match(op)) * 16 * WARP * warps * used
     if not copied:
         return None
     limit, worst = max(clocks(counts, warps, target).items(), key=lambda pipe: pipe[1])
@@ -59,9 +62,13 @@ def streaming(counts: Counter[str], warps: int, target: Target) -> Bound | None:
     return Bound(bytes_s / target.figure("memory_bandwidth"), "HBM", limit)
 
 
-def multiplying(counts: Counter[str], warps: int, target: Target) -> Bound | None:
-    """The share of the tensor cores' peak in 16-bit floating point."""
-    done = sum(n * multiply_adds(op) for op, n in counts.items() if op.startswith(TENSOR)) * warps
+def multiplying(counts: Counter[str], warps: int, target: Target, *, used: float = 1.0) -> Bound | None:
+    """The share of the tensor cores' peak in 16-bit floating point; `used` is the part of the products that is no padding.
+
+    Float32 queries take three products for one.
+    """
+    done = sum(n * multiply_adds(op) / (3 if "TF32" in op else 1) for op, n in counts.items() if op.startswith(TENSOR))
+    done *= warps * used
     if not done:
         return None
     limit, worst = max(clocks(counts, warps, target).items(), key=lambda pipe: pipe[1])
@@ -74,6 +81,11 @@ def multiply_adds(op: str) -> int:
         m, n, k = (int(x) for x in group.groups())
         return m * n * k // 4
     return {"16816": 2048, "1688": 1024, "1684": 512}[op.split(".")[1]]
+
+
+def _rate(op: str, target: Target) -> float:
+    """Multiply-adds a clock of a multiprocessor; TF32 has half as many."""
+    return target.tensor[op.split(".")[0]] / (2 if "TF32" in op else 1)
 
 
 def _beats(op: str) -> int:

@@ -3,6 +3,7 @@
 A kernel comes in with a function that makes its `Case` from an element type, sizes and options, and a line in `cases`.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,10 @@ DTYPES = {"window": jnp.int32, "first_row": jnp.int32, "k_exponent": jnp.uint8, 
 # Sizes that change what a kernel is made of, against the ones in configs/bench/gpu.yaml.
 SIZES: dict[str, dict[str, int]] = {
     "head_dim 64": {"head_dim": 64},
+    "head_dim 96": {"head_dim": 96},
     "head_dim 256": {"head_dim": 256, "kv_heads": 4, "q_heads": 16},
     "pages of 16": {"page_size": 16, "rows": 8192, "pages": 512},
+    "groups of 7": {"q_heads": 28, "kv_heads": 4, "rows": 4096},
     "one KV head": {"kv_heads": 1, "rows": 8192},
     "a KV head per query head": {"kv_heads": 32, "rows": 512},
 }
@@ -70,105 +73,97 @@ def attending(make: Make, target: Target, element: str, *, sizes: dict[str, dict
     """An attention kernel with each option, and with each size in one FP8 format and one other: both FP8 ones are a byte."""
     options = OPTIONS | ({"token and head scales": EXPONENTS} if element in FP8 else {})
     by_option = [make(target, element, name, options=asked) for name, asked in options.items()]
-    return by_option + [make(target, element, name, sizes=changed) for name, changed in sizes.items() if element != "e5m2"]
+    if element == "e5m2":
+        return by_option
+    by_size = [make(target, element, name, sizes=changed) for name, changed in sizes.items()]
+    return [*by_option, *by_size, make(target, element, "float32 queries", query=jnp.float32)]
 
 
 def writing(target: Target, element: str) -> list[Case]:
     """The write with each way to scale, of a decode and of a prefill."""
     scaled = WRITES | ({"token and head scales": EXPONENTS} if element in FP8 else {})
-    kinds = [kind for kind in SHAPES if kind.startswith("write")]
+    sizes = {"decode": SHAPES["write-decode"], "prefill": SHAPES["write-prefill"]}
     return [
-        write(target, element, f"{kind.split('-')[1]}, {name}", kind, asked) for kind in kinds for name, asked in scaled.items()
+        write(target, element, f"{of}, {name}", size, asked) for of, size in sizes.items() for name, asked in scaled.items()
     ]
 
 
-def decode(target: Target, element: str, name: str, **asked: Any) -> Case:
-    """`paged_decode` of bfloat16 queries."""
-    size, arguments, constants = _attention("decode", target, element, **asked)
-
-    def call(q, k, v, page_table, lengths, arrays):
-        return paged_decode(q, k, v, page_table, lengths, **arrays, **constants)
-
-    wants = _wants(arguments[-1], spilled_bytes=16 if target.name == "a100" else 0)
-    return Case(f"decode, {element}, {name}", "paged_decode", call, arguments, target, wants=wants, against=streaming)
+def decode(target: Target, element: str, name: str, *, query: Any = jnp.bfloat16, **asked: Any) -> Case:
+    """`paged_decode` with what was asked: `options` and `sizes` that are not the usual ones."""
+    size, pools, arrays, constants = _attention("decode", element, query, **asked)
+    call = functools.partial(paged_decode, **constants, native_e4m3=target.converts_e4m3)
+    wants = _wants(query, arrays)
+    against = functools.partial(streaming, used=_used(size))
+    return Case(f"decode, {element}, {name}", "paged_decode", call, pools, arrays, target, wants=wants, against=against)
 
 
-def prefill(target: Target, element: str, name: str, **asked: Any) -> Case:
-    """`paged_prefill` of bfloat16 queries."""
-    size, arguments, constants = _attention("prefill", target, element, **asked)
-    arguments = (*arguments[:-1], _array(size, "requests"), _array(size, "requests"), arguments[-1])
-
-    def call(q, k, v, page_table, lengths, first_query, queries, arrays):
-        return paged_prefill(q, k, v, page_table, lengths, first_query, queries, **arrays, **constants)
-
-    # The blocks are cut for Hopper, whose tensor cores read shared memory; an A100 spills 200 bytes, most outside the loops.
-    wants = _wants(arguments[-1], spilled_bytes=256 if target.name == "a100" else 0)
-    return Case(f"prefill, {element}, {name}", "paged_prefill", call, arguments, target, wants=wants, against=multiplying)
+def prefill(target: Target, element: str, name: str, *, query: Any = jnp.bfloat16, **asked: Any) -> Case:
+    """`paged_prefill` with what was asked."""
+    size, pools, arrays, constants = _attention("prefill", element, query, **asked)
+    arrays |= {"first_query": _array(size, "requests"), "queries": _array(size, "requests")}
+    call = functools.partial(paged_prefill, **constants, native_e4m3=target.converts_e4m3)
+    # The blocks are cut for Hopper, whose tensor cores read shared memory; an A100 spills 200 bytes, 12 of them in the loops.
+    wants = _wants(query, arrays, **({"spill_moves": 3, "spilled_bytes": 256} if target.name == "a100" else {}))
+    against = functools.partial(multiplying, used=_used(size))
+    return Case(f"prefill, {element}, {name}", "paged_prefill", call, pools, arrays, target, wants=wants, against=against)
 
 
-def write(target: Target, element: str, name: str, kind: str, asked: dict[str, Any]) -> Case:
+def write(target: Target, element: str, name: str, size: dict[str, int], asked: dict[str, Any]) -> Case:
     """`kv_write` of bfloat16 keys and values into pools that are given up, and exponents with them."""
-    size = SHAPES[kind]
-    arrays = {name: _array(size, *axes, dtype=DTYPES.get(name, jnp.float32)) for name, axes in asked.items()}
-    exponents = [arrays.pop(name) for name in EXPONENTS if name in arrays]
-    pools = [*_pools(size, element), *exponents]
+    arrays = _arrays(size, {"first_row": ()} | asked)
+    exponents = {name: arrays.pop(name) for name in EXPONENTS if name in arrays}
     new = _array(size, "requests", "tokens", "kv_heads", "head_dim", dtype=jnp.bfloat16)
-    per_request = _array(size, "requests")
-    arguments = (*pools, new, new, _array(size, "requests", "pages"), per_request, per_request, _array(size), arrays)
-
-    def call(k_pages, v_pages, *rest):
-        exponents, (k, v, page_table, start, lengths, first_row, arrays) = (
-            dict(zip(EXPONENTS, rest[:-7], strict=False)),
-            rest[-7:],
-        )
-        more = {"element": ELEMENTS[element], "first_row": first_row} | exponents | arrays
-        return kv_write(k, v, k_pages, v_pages, page_table, start, lengths, **more)
-
-    # An exponent crosses shared memory and is stored: a byte each, for K and V. A bfloat16 is converted on the slow pipe, which four
-    # bytes moved for each leave time for.
+    arrays |= {"k": new, "v": new, "page_table": _array(size, "requests", "pages")}
+    arrays |= {"start": _array(size, "requests"), "lengths": _array(size, "requests")}
+    # An exponent crosses shared memory and is stored: a byte each, for K and V. A bfloat16 is converted on the slow pipe, which
+    # four bytes moved for each leave time for.
     wants = Wants(attends=False, narrow=4 if exponents else 0, slow_conversions=16 if element == "bf16" else 0)
-    return Case(
-        f"write, {element}, {name}",
-        "kv_write",
-        call,
-        arguments,
-        target,
-        pools=tuple(range(len(pools))),
-        written=True,
-        wants=wants,
-    )
+    call = functools.partial(kv_write, element=ELEMENTS[element])
+    pools = _pools(size, element) | exponents
+    return Case(f"write, {element}, {name}", "kv_write", call, pools, arrays, target, written=True, wants=wants)
 
 
 def _attention(
-    kernel: str, target: Target, element: str, *, options: dict[str, Any] | None = None, sizes: dict[str, int] | None = None
-) -> tuple[dict[str, int], tuple[Any, ...], dict[str, Any]]:
-    """Sizes, arguments (options that are arrays last) and constants. The layer's first row is always one that varies."""
+    kernel: str,
+    element: str,
+    query: Any,
+    *,
+    options: dict[str, Any] | None = None,
+    sizes: dict[str, int] | None = None,
+) -> tuple[dict[str, int], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Sizes, pools, other arrays and constants. The layer's first row is always one that varies."""
     size = SHAPES[kernel] | (sizes or {})
     given = {"first_row": ()} | (options or {})
-    arrays = {
-        name: _array(size, *axes, dtype=DTYPES.get(name, jnp.float32))
-        for name, axes in given.items()
-        if isinstance(axes, tuple)
-    }
-    constants = {name: value for name, value in given.items() if name not in arrays}
-    arguments = (
-        _array(size, "queries", "q_heads", "head_dim", dtype=jnp.bfloat16),
-        *_pools(size, element),
-        _array(size, "requests", "pages"),
-        _array(size, "requests"),
-        arrays,
-    )
-    return size, arguments, constants | {"element": ELEMENTS[element], "native_e4m3": target.converts_e4m3}
+    arrays = _arrays(size, given)
+    constants = {name: value for name, value in given.items() if name not in arrays} | {"element": ELEMENTS[element]}
+    arrays |= {"q": _array(size, "queries", "q_heads", "head_dim", dtype=query)}
+    arrays |= {"page_table": _array(size, "requests", "pages"), "lengths": _array(size, "requests")}
+    return size, _pools(size, element), arrays, constants
 
 
-def _wants(arrays: dict[str, Any], **allowed: int) -> Wants:
-    """A lane reads the exponents of the keys whose scores it holds: 9 loads in decode as compiled by jax 0.10.2."""
-    return Wants(narrow=16 if "k_exponent" in arrays else 0, **allowed)
+def _wants(query: Any, arrays: dict[str, Any], **known: int) -> Wants:
+    """A lane reads the exponents of the keys whose scores it holds: 9 loads in decode as compiled by jax 0.10.2. Operands of
+    float32 queries fill the registers, and up to 184 bytes more are spilled beside the loops."""
+    known |= {"narrow": 16} if "k_exponent" in arrays else {}
+    known |= {"spilled_bytes": 256} if query == jnp.float32 else {}
+    return Wants(**known)
 
 
-def _pools(size: dict[str, int], element: str) -> list[jax.ShapeDtypeStruct]:
+def _used(size: dict[str, int]) -> float:
+    """The part of a tile's channels that exist: tiles have a power of two."""
+    return size["head_dim"] / (1 << (size["head_dim"] - 1).bit_length())
+
+
+def _pools(size: dict[str, int], element: str) -> dict[str, Any]:
     bits = BITS[np.dtype(ELEMENTS[element]).itemsize]
-    return [_array(size, "rows", "kv_heads", "page_size", "head_dim", dtype=bits)] * 2
+    pool = _array(size, "rows", "kv_heads", "page_size", "head_dim", dtype=bits)
+    return {"k_pages": pool, "v_pages": pool}
+
+
+def _arrays(size: dict[str, int], given: dict[str, Any]) -> dict[str, Any]:
+    """Options that are arrays, float32 unless `DTYPES` says otherwise."""
+    axes = {name: value for name, value in given.items() if isinstance(value, tuple)}
+    return {name: _array(size, *of, dtype=DTYPES.get(name, jnp.float32)) for name, of in axes.items()}
 
 
 def _array(size: dict[str, int], *axes: str, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:

@@ -20,16 +20,16 @@ from benchmarks._gpu.topology import Target
 class Case:
     """A call of a kernel to compile.
 
-    `kernel` is the name that its `pallas_call` gives it; `pools` are the places of the cache's arrays among the `arguments`,
-    which are given up (donated) where the kernel writes them. `against` is what the hot loop is measured against, if anything.
+    `kernel` is the name that its `pallas_call` gives it. It is called with `pools`, the cache's arrays, which are given up
+    (donated) where they are written, and with other `arrays`. `against` is what the hot loop is measured against, if anything.
     """
 
     name: str
     kernel: str
     call: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    pools: dict[str, jax.ShapeDtypeStruct]
+    arrays: dict[str, jax.ShapeDtypeStruct]
     target: Target
-    pools: tuple[int, ...] = (1, 2)
     written: bool = False
     wants: Wants = field(default_factory=Wants)
     against: Callable[..., Bound | None] | None = None
@@ -81,7 +81,7 @@ def compile_case(case: Case, keep: Path | None = None) -> Report:
             program.as_text(),
             temporary_bytes=memory.temp_size_in_bytes,
             aliased_bytes=memory.alias_size_in_bytes,
-            pool_bytes=[_bytes(case.arguments[place]) for place in case.pools],
+            pool_bytes=[pool.size * pool.dtype.itemsize for pool in case.pools.values()],
             written=case.written,
         ),
     ]
@@ -101,9 +101,13 @@ def compile_case(case: Case, keep: Path | None = None) -> Report:
 def _compile(case: Case, folder: Path) -> jax.stages.Compiled:
     """XLA's program for the case's target; the PTX of its kernels lies in `folder`."""
     sharding = case.target.sharding
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments)
+    pools, arrays = (
+        {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in some.items()}
+        for some in (case.pools, case.arrays)
+    )
+    call = jax.jit(lambda pools, arrays: case.call(**pools, **arrays), donate_argnums=0 if case.written else ())
     with case.target.tracing():
-        lowered = jax.jit(case.call, donate_argnums=case.pools if case.written else ()).trace(*arguments).lower()
+        lowered = call.trace(pools, arrays).lower()
     return lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_emitter_re": "ptx"})
 
 
@@ -145,7 +149,3 @@ def _tool(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command[0]} failed:\n{done.stderr[-2000:]}"
     return done.stdout + done.stderr
-
-
-def _bytes(x: jax.ShapeDtypeStruct) -> int:
-    return x.size * x.dtype.itemsize

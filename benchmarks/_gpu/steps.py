@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._gpu.guards import copied_bytes
+from benchmarks._gpu.guards import array_bytes
 from benchmarks._gpu.topology import Target
 from jfp8kv.attention.pallas import PallasAttention
 from jfp8kv.cache.kernel_write import KernelWrite
@@ -93,9 +93,9 @@ def _faults(memory: Any, text: str, pool_bytes: int) -> Iterator[str]:
     """Pools that are not updated in place, and arrays of a pool's size that are no pool."""
     if memory.alias_size_in_bytes < pool_bytes:
         yield f"updates {memory.alias_size_in_bytes} of {pool_bytes} bytes in place"
-    array_bytes = pool_bytes // 2 - pool_bytes // 64  # K or V, its exponents put aside
+    one_bytes = pool_bytes // 2 - pool_bytes // 64  # K or V, its exponents put aside
     for found in re.finditer(rf"{ARRAY.pattern}[^=\n]*? (?P<op>copy|convert|fusion|bitcast-convert)\(", text):
-        if copied_bytes(found) >= array_bytes:
+        if array_bytes(found) >= one_bytes:
             yield f"makes {found['dtype']}[{found['shape']}] by {found['op']}"
 
 

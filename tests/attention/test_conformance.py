@@ -7,12 +7,14 @@ of it, `exp` turning an absolute error e of a score into a relative error e of i
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 
 from jfp8kv.attention import dispatch
@@ -25,6 +27,8 @@ from jfp8kv.core.errors import ConfigError, NotSupported
 from jfp8kv.core.formats import E4M3, E5M2, FLOAT32, FORMATS, encode_numpy
 
 LAYERS, PAGES, SIZE = 2, 12, 4
+CONFORMANCE = yaml.safe_load((Path(__file__).parents[2] / "configs" / "bench" / "attention.yaml").read_text())["conformance"]
+SHAPES = CONFORMANCE["shapes"]
 PALLAS = "pallas_interpret", pytest.mark.quick_compile  # interpreted kernels are large programs for XLA:CPU
 IMPLEMENTATIONS = ("reference", "xla", pytest.param(PALLAS[0], marks=PALLAS[1]))
 IN_BOTH_LAYOUTS = pytest.mark.parametrize(
@@ -35,6 +39,20 @@ IN_BOTH_LAYOUTS = pytest.mark.parametrize(
     ],
 )
 EPS = 2.0**-24
+
+
+def options_of(given: dict) -> dict:
+    """What a case is given for an entry of the list: arrays by layer, of the first shape's heads."""
+    options = dict(given)
+    if "window" in options:
+        options["window"] = jnp.int32(options["window"])
+    if "sinks" in options:
+        heads = SHAPES["decode"]["kv_heads"] * SHAPES["decode"]["group"]
+        options["sinks"] = jnp.float32(np.linspace(*options["sinks"], LAYERS * heads).reshape(LAYERS, heads))
+    return options
+
+
+OPTIONS = {name: options_of(given) for name, given in CONFORMANCE["options"].items()}
 
 
 class Case:
@@ -213,26 +231,16 @@ def test_every_format_in_decode_and_prefill(name, fmt, keys_transposed) -> None:
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (4, 1), (1, 6), (2, 5)], ids=["one", "mha", "mqa", "gqa"])
-@pytest.mark.parametrize("dim", [8, 80])
-def test_every_grouping_of_heads(name, kv_heads, group, dim) -> None:
-    Case(kv_heads=kv_heads, group=group, dim=dim, lengths=(9, 4), tokens=4).check(name)
-
-
-OPTIONS = {
-    "window": {"window": jnp.int32([3, 6])},
-    "no window": {"window": jnp.int32([0, 0])},
-    "softcap": {"softcap": 2.0},
-    "sinks": {"sinks": jnp.float32(np.linspace(-2, 3, LAYERS * 6).reshape(LAYERS, 6))},
-}
-OPTIONS["all"] = OPTIONS["window"] | OPTIONS["softcap"] | OPTIONS["sinks"]
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_shape(name, shape) -> None:
+    Case(**shape).check(name)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_windows_caps_and_sinks(name, options) -> None:
-    for tokens in (1, 6):
-        Case(lengths=(0, 1, 6, 14), tokens=tokens, **options).check(name)
+    for shape in ("decode", "prefill"):
+        Case(**SHAPES[shape], **options).check(name)
 
 
 @IN_BOTH_LAYOUTS

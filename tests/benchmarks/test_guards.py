@@ -22,7 +22,8 @@ def code(*, wants: Wants | None = None, without: str = "", **extra: int) -> list
 
 def memory(hlo: str = "", **changed) -> list[str]:
     given = {"temporary_bytes": 1 << 20, "aliased_bytes": 2 * POOL, "pool_bytes": [POOL, POOL], "written": True} | changed
-    return list(in_memory(hlo, **given))
+    inside = "%fused (p: u8[8192,8,64,128]) -> f32[8192,8,64,128] {\n  %x = f32[8192,8,64,128] convert(%p)\n}"  # in registers
+    return list(in_memory(f"{inside}\nENTRY %main {{\n{hlo}\n}}", **given))
 
 
 def test_a_good_loop_passes():
@@ -63,17 +64,36 @@ def test_each_of_several_hot_loops_is_held_to_all_of_it():
     assert list(in_code([Counter(GOOD), Counter({"HMMA.16816.F32": 1})], Wants())) == ["no asynchronous copy of 16 bytes"]
 
 
-def test_spills_fail():
-    assert list(in_registers(8, 12, Wants())) == ["spills 8 bytes, reloads 12; 0 allowed"]
-    assert list(in_registers(0, 0, Wants())) == []
-    assert list(in_registers(8, 12, Wants(spilled_bytes=20))) == []
+def test_more_spills_than_are_allowed_beside_the_loop_fail():
+    assert list(in_registers(40, 28, Wants())) == ["spills 40 bytes, reloads 28; 64 allowed"]
+    assert list(in_registers(40, 28, Wants(spilled_bytes=68))) == []
 
 
-def test_a_copy_of_a_pool_fails_whatever_its_shape_and_a_small_one_does_not():
-    assert memory("  %copy.1 = u8[8192,8,64,128]{3,2,1,0} copy(%p)") == ["copies u8[8192,8,64,128]"]
-    assert memory("  %copy.1 = bf16[4096,8,64,128]{3,2,1,0} copy(%p)") == ["copies bf16[4096,8,64,128]"]
-    assert memory("  %c = (u8[8192,65536]{1,0}, u8[8192,65536]{1,0}, u32[]) copy-start(%p)") == ["copies u8[8192,65536]"]
-    assert memory("  %copy.1 = bf16[64,32,128]{2,1,0} copy(%q)\n  %copy.2 = s32[] copy(%r)") == []
+@pytest.mark.parametrize("op", ["LDL", "LDL__LU", "STL__64"])
+def test_a_single_spilled_register_in_the_hot_loop_fails(op):
+    assert list(in_registers(4, 4, Wants())) == []
+    assert code(**{op: 1}) == ["1 moves of spilled registers; 0 allowed"]
+    assert code(wants=Wants(spill_moves=1), **{op: 1}) == []
+
+
+def test_a_step_that_writes_as_much_as_a_pool_fails_whatever_it_is():
+    assert memory("  %copy.1 = u8[8192,8,64,128]{3,2,1,0} copy(%p)") == ["writes u8[8192,8,64,128] beside the kernel (copy)"]
+    assert memory("  ROOT %f = bf16[4096,8,64,128]{3,2,1,0} fusion(%p), kind=kLoop") == [
+        "writes bf16[4096,8,64,128] beside the kernel (fusion)"
+    ]
+    assert memory("  %c = (u8[8192,65536]{1,0}, u8[8192,65536]{1,0}, u32[]) copy-start(%p)") == [
+        "writes u8[8192,65536] beside the kernel (copy-start)"
+    ]
+
+
+def test_kernels_views_and_small_steps_pass():
+    assert memory(
+        """  %p = u8[8192,8,64,128]{3,2,1,0} parameter(0)
+  %b = f8e4m3fn[8192,8,64,128]{3,2,1,0} bitcast(%p)
+  %kv_write.3 = (u8[8192,8,64,128]{3,2,1,0}, u8[8192,8,64,128]{3,2,1,0}) custom-call(%p, %q)
+  %copy.1 = bf16[64,32,128]{2,1,0} copy(%q)
+  ROOT %copy.2 = s32[] copy(%r)"""
+    ) == []  # fmt: skip
 
 
 def test_memory_for_another_pool_fails():

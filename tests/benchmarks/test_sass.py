@@ -125,6 +125,8 @@ def test_multiply_adds_are_those_of_one_warp(op, count):
         ("LDSM.16.MT88.4", "shared memory", 4 * 4),
         ("SHFL.BFLY", "shared memory", 4 * 1),
         ("HMMA.16816.F32", "tensor", 4 * 2048 / 1024),
+        ("HMMA.1688.F32.TF32", "tensor", 4 * 1024 / 512),
+        ("HGMMA.64x128x16.F32", "tensor", 64 * 128 * 16 / 2048),
     ],
 )
 def test_each_instruction_is_counted_in_its_own_pipe(op, pipe, took):
@@ -144,12 +146,15 @@ def test_streaming_is_bytes_copied_over_the_fullest_pipe():
     found = bound.streaming(counts, warps=1, target=Target.h100())
     assert found.limit == "special functions"
     assert found.share == pytest.approx(16 * 132 * 1.755e9 / 3.35232e12)
+    assert bound.streaming(counts, warps=1, target=Target.h100(), used=0.75).share == pytest.approx(0.75 * found.share)
     assert bound.streaming(Counter({"FADD": 1}), warps=1, target=Target.h100()) is None
 
 
 def test_multiplying_is_measured_against_the_quickest_tensor_instruction():
     assert bound.multiplying(Counter({"HMMA.16816.F32": 1}), warps=4, target=Target.h100()).share == pytest.approx(0.5)
     assert bound.multiplying(Counter({"HMMA.16816.F32": 1}), warps=4, target=Target.a100()).share == pytest.approx(1.0)
+    # Half the rate, and three products for one.
+    assert bound.multiplying(Counter({"HMMA.1688.F32.TF32": 1}), warps=4, target=Target.a100()).share == pytest.approx(1 / 6)
     assert bound.multiplying(Counter({"FADD": 1}), warps=4, target=Target.h100()) is None
 
 
