@@ -1,8 +1,8 @@
 """Products with layers' matrices by the GPU kernel, where rows are few.
 
-XLA cuts a layer's matrix out of the stack of all layers before it multiplies by it: in a decode step, which does little but read
-weights, every one of them would be read, written and read again. The kernel reads it in place. It takes the rows of all requests
-of a batch together; prefill has so many that the copy does not matter, and XLA's products are the fastest.
+XLA:GPU cuts a layer's matrix out of the stack of all layers before it multiplies by it: in a decode step, which does little but
+read weights, every one of them would be read, written and read again. The kernel reads it in place. It takes the rows of all
+requests of a batch together; prefill has so many that the copy hardly matters, and stays with XLA's products.
 """
 
 import dataclasses
