@@ -20,6 +20,7 @@ Scalar = Int[Array, ""] | int
 ByLayer = Int[Array, "*layers"] | int  # a scalar, or one for each layer
 
 MOST_HEAD_DIM = 256
+HOPPER = (9, 0)  # the compute capability that kernels are made for unless said; its tensor cores read shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,13 @@ class How:
     sm_scale: float
     softcap: float | None
     causal: bool  # rows stand at different positions
-    native_e4m3: bool  # the GPU converts E4M3 by itself: compute capability 8.9 and up
+    capability: tuple[int, int]
     interpret: bool
+
+    @property
+    def native_e4m3(self) -> bool:
+        """Whether the GPU converts E4M3 by itself."""
+        return self.capability >= (8, 9)
 
     @property
     def channels(self) -> int:
@@ -51,8 +57,9 @@ class How:
 
     @property
     def scale_tiles(self) -> bool:
-        """Whether dynamic scales multiply tiles of keys and values rather than scores and weights."""
-        return self.causal and self.compute == np.float16
+        """Whether dynamic scales multiply tiles of keys and values rather than scores and weights: where tiles go to shared
+        memory anyway and rows are many."""
+        return self.causal and self.compute == np.float16 and self.capability >= HOPPER
 
     @property
     def one_page(self) -> bool:

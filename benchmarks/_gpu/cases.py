@@ -94,7 +94,7 @@ def writing(target: Target, element: str) -> list[Case]:
 def decode(target: Target, element: str, name: str, *, query: Any = jnp.bfloat16, **asked: Any) -> Case:
     """`paged_decode` with what was asked: `options` and `sizes` that are not the usual ones."""
     size, pools, arrays, constants = _attention("decode", element, query, **asked)
-    call = functools.partial(paged_decode, **constants, native_e4m3=target.converts_e4m3)
+    call = functools.partial(paged_decode, **constants, capability=target.capability)
     wants = _wants(query, arrays)
     against = functools.partial(streaming, used=_used(size))
     return Case(f"decode, {element}, {name}", "paged_decode", call, pools, arrays, target, wants=wants, against=against)
@@ -104,9 +104,8 @@ def prefill(target: Target, element: str, name: str, *, query: Any = jnp.bfloat1
     """`paged_prefill` with what was asked."""
     size, pools, arrays, constants = _attention("prefill", element, query, **asked)
     arrays |= {"first_query": _array(size, "requests"), "queries": _array(size, "requests")}
-    call = functools.partial(paged_prefill, **constants, native_e4m3=target.converts_e4m3)
-    # The blocks are cut for Hopper, whose tensor cores read shared memory; an A100 spills 200 bytes, 12 of them in the loops.
-    wants = _wants(query, arrays, **({"spill_moves": 3, "spilled_bytes": 256} if target.name == "a100" else {}))
+    call = functools.partial(paged_prefill, **constants, capability=target.capability)
+    wants = _wants(query, arrays)
     against = functools.partial(multiplying, used=_used(size))
     return Case(f"prefill, {element}, {name}", "paged_prefill", call, pools, arrays, target, wants=wants, against=against)
 

@@ -120,7 +120,7 @@ def _compile(case: StepCase, size: int) -> tuple[Any, str, int]:
         kv = dataclasses.replace(kv, scales=KVScales.unit(LLAMA_8B.layers))
     num_pages = size // kv.page_bytes
     pool = jax.eval_shape(lambda: kv.pool(num_pages))
-    attend = PallasAttention(paged_decode, paged_prefill, native_e4m3=case.target.converts_e4m3, interpret=False)
+    attend = PallasAttention(paged_decode, paged_prefill, capability=case.target.capability, interpret=False)
     dtype = np.dtype(jnp.bfloat16)
     model = step.Model(LLAMA_8B, dtype, attend, kv.groups, KernelWrite(), KernelMatmul())
     weights = nest({name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in expected_shapes(LLAMA_8B).items()})

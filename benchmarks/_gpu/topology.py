@@ -62,11 +62,6 @@ class Target:
         return ARCHITECTURE[self.capability]
 
     @property
-    def converts_e4m3(self) -> bool:
-        """Whether the GPU has an instruction for it."""
-        return self.capability >= (8, 9)
-
-    @property
     def device_kind(self) -> str:
         found = re.search(r'\bname: "([^"]+)"', self.config)
         assert found, f"configs/gpu/{self.name}.txtpb has no name"

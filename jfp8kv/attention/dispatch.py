@@ -20,7 +20,7 @@ from jfp8kv.core.errors import NotSupported, one_of
 Attention = Callable[..., Query]
 Write = Callable[..., KVPages]
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "pallas_interpret")
-LEAST_CAPABILITY, E4M3_CAPABILITY = (8, 0), (8, 9)
+LEAST_CAPABILITY = (8, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,9 @@ def choose(implementation: Any = None, pool: KVPages | None = None) -> Choice:
     if implementation == "xla":
         return Choice("xla", xla.attention, "asked for")
     if implementation == "pallas":
-        return _kernels("pallas", "asked for", pool, native_e4m3=_capability() >= E4M3_CAPABILITY)
+        return _kernels("pallas", "asked for", pool, _capability())
     if implementation == "pallas_interpret":
-        return _kernels("pallas_interpret", "asked for; interpreted, for tests", pool, native_e4m3=True, interpret=True)
+        return _kernels("pallas_interpret", "asked for; interpreted, for tests", pool, (9, 0), interpret=True)
     if implementation is not None:
         raise one_of("attention", implementation, IMPLEMENTATIONS)
     if jax.default_backend() == "cpu":
@@ -54,7 +54,7 @@ def choose(implementation: Any = None, pool: KVPages | None = None) -> Choice:
     try:
         capability = _capability()
         why = f"fused kernels for compute capability {capability[0]}.{capability[1]}"
-        return _kernels("pallas", why, pool, native_e4m3=capability >= E4M3_CAPABILITY)
+        return _kernels("pallas", why, pool, capability)
     except NotSupported as error:
         return Choice("xla", xla.attention, str(error))
 
@@ -74,7 +74,7 @@ def _capability() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _kernels(name: str, why: str, pool: KVPages | None, *, native_e4m3: bool, interpret: bool = False) -> Choice:
+def _kernels(name: str, why: str, pool: KVPages | None, capability: tuple[int, int], *, interpret: bool = False) -> Choice:
     """The GPU kernels, if they read this pool."""
     import pallas_kernels  # here: it takes as long as the rest of the library, and a CPU never needs it
 
@@ -83,7 +83,7 @@ def _kernels(name: str, why: str, pool: KVPages | None, *, native_e4m3: bool, in
             raise NotSupported(f"attention={name!r}: {next(iter(left.values()))} Use 'xla'.")
         why += "; 'xla' for layers of " + "; ".join(f"{kind}: {reason}" for kind, reason in left.items())
     attend = PallasAttention(
-        pallas_kernels.paged_decode, pallas_kernels.paged_prefill, native_e4m3=native_e4m3, interpret=interpret
+        pallas_kernels.paged_decode, pallas_kernels.paged_prefill, capability=capability, interpret=interpret
     )
     return Choice(name, attend, why, write=KernelWrite(interpret), keys_transposed=False)
 

@@ -26,7 +26,7 @@ class PallasAttention:
 
     decode: Callable[..., Array]
     prefill: Callable[..., Array]
-    native_e4m3: bool  # the GPU converts E4M3 by itself
+    capability: tuple[int, int]  # of the GPU
     interpret: bool
 
     def __call__(
@@ -72,7 +72,7 @@ class PallasAttention:
                 "element": pages.fmt.dtype,
                 "sm_scale": options.sm_scale,
                 "softcap": options.softcap,
-                "native_e4m3": self.native_e4m3,
+                "capability": self.capability,
                 "interpret": self.interpret,
                 "score_offset": _score_offset(flat, shared.pop("k_offset", None), options),
             }

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attend import MASKED, Keys, Refs, Rows, attend, both, channel_mask, finished, first_seen
 from pallas_kernels.backend import cdiv, launch, power_of_two, program, store
 from pallas_kernels.options import (
+    HOPPER,
     ByLayer,
     ChannelScale,
     Exponents,
@@ -50,7 +51,7 @@ def paged_decode(
     sm_scale: float | None = None,
     softcap: float | None = None,
     blocks: DecodeBlocks | None = None,
-    native_e4m3: bool = True,
+    capability: tuple[int, int] = HOPPER,
     interpret: bool = False,
 ) -> Float[Array, "requests q_heads head_dim"]:
     """`softmax(q k^T) v` of one query per request over its pages, accumulated in float32; see pallas_kernels/contract.md."""
@@ -75,7 +76,7 @@ def paged_decode(
         sm_scale=scale_of_scores(head_dim, sm_scale),
         softcap=softcap,
         causal=False,
-        native_e4m3=native_e4m3,
+        capability=capability,
         interpret=interpret,
     )
     refs = operands(

@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from pallas_kernels.options import HOPPER
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefillBlocks:
@@ -15,8 +17,14 @@ class PrefillBlocks:
     stages: int
 
 
-def blocks_for(*, head_dim: int, compute: np.dtype) -> PrefillBlocks:
-    """Blocks for this size of heads."""
+def blocks_for(
+    *, head_dim: int, element: np.dtype, compute: np.dtype, capability: tuple[int, int], dynamic: bool = False
+) -> PrefillBlocks:
+    """Blocks for this size of heads. Before Hopper, whose tensor cores read shared memory, both operands take registers: the
+    widest tile that does not spill them."""
     if compute.itemsize == 4:
-        return PrefillBlocks(block_m=32, block_k=16, warps=4, stages=2)
+        return PrefillBlocks(block_m=16, block_k=32, warps=4, stages=2)
+    if capability < HOPPER:
+        wide = head_dim <= 64 or (head_dim <= 128 and element.itemsize == 1 and not dynamic)  # how many keys
+        return PrefillBlocks(block_m=64, block_k=64 if wide else 32, warps=4 if head_dim <= 128 else 8, stages=3)
     return PrefillBlocks(block_m=128 if head_dim <= 128 else 64, block_k=64 if head_dim <= 128 else 32, warps=8, stages=3)

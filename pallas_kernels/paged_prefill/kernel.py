@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attend import Keys, Refs, Rows, attend, both, channel_mask, finished, first_seen
 from pallas_kernels.backend import cdiv, launch, load, power_of_two, program, store
 from pallas_kernels.options import (
+    HOPPER,
     ByLayer,
     ChannelScale,
     Exponents,
@@ -53,7 +54,7 @@ def paged_prefill(
     sm_scale: float | None = None,
     softcap: float | None = None,
     blocks: PrefillBlocks | None = None,
-    native_e4m3: bool = True,
+    capability: tuple[int, int] = HOPPER,
     interpret: bool = False,
 ) -> Float[Array, "queries q_heads head_dim"]:
     """`softmax(q k^T) v` of the last `queries[r]` tokens of every request over its pages; see pallas_kernels/contract.md.
@@ -67,7 +68,9 @@ def paged_prefill(
     if 0 in (tokens, requests):
         return jnp.zeros_like(q)
     if blocks is None:
-        blocks = blocks_for(head_dim=head_dim, compute=compute)
+        blocks = blocks_for(
+            head_dim=head_dim, element=element, compute=compute, dynamic=k_exponent is not None, capability=capability
+        )
     how = How(
         element=element,
         compute=compute,
@@ -79,7 +82,7 @@ def paged_prefill(
         sm_scale=scale_of_scores(head_dim, sm_scale),
         softcap=softcap,
         causal=True,
-        native_e4m3=native_e4m3,
+        capability=capability,
         interpret=interpret,
     )
     refs = {"first_query": first_query, "queries": queries} | operands(

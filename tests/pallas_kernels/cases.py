@@ -21,7 +21,7 @@ KERNELS = {"decode": paged_decode, "prefill": paged_prefill}
 REFERENCES = {"decode": paged_decode_reference, "prefill": paged_prefill_reference}
 BLOCKS = {"decode": DecodeBlocks(16, 4, 1, 2), "prefill": PrefillBlocks(16, 16, 4, 1)}
 OUTSIDE = 1 << 20  # a page that no pool has
-STATIC = ("sm_scale", "softcap", "native_e4m3")
+STATIC = ("sm_scale", "softcap", "capability")
 LENGTHS = (0, 1, 4, 5, 6, 13, 0, 23)
 QUERIES = (0, 1, 4, 1, 0, 9, 0, 2)  # of which these are queries in prefill
 

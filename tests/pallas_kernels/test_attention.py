@@ -186,7 +186,7 @@ def test_requests_may_share_pages(kernel) -> None:
 def test_shifted_bits_and_the_instruction_for_e4m3_give_the_same_bits(kernel) -> None:
     batch = Batch(q_dtype=jnp.bfloat16)
     arguments = batch.arguments(kernel)
-    outs = [batch.run(kernel, arguments | how, BLOCKS[kernel]) for how in ({}, {"native_e4m3": False})]
+    outs = [batch.run(kernel, arguments | how, BLOCKS[kernel]) for how in ({}, {"capability": (8, 0)})]
     assert outs[0].tobytes() == outs[1].tobytes()
 
 

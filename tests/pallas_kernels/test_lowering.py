@@ -17,7 +17,7 @@ CASES = {
     "float32 queries": {"q_dtype": jnp.float32, **OPTIONS["all, dynamic"]},
     "all, static": {"group": 7, **OPTIONS["all, static"]},
     "all, dynamic": {"group": 7, "head_dim": 80, "page_size": 5, **OPTIONS["all, dynamic"]},
-    "shifted e4m3": {"native_e4m3": False},
+    "shifted e4m3": {"capability": (8, 0)},
     "e5m2": {"element": E5M2, "dynamic": True},
     "bfloat16": {"element": BFLOAT16, "page_size": 16},
     "float16": {"element": FLOAT16, "page_size": 16},
@@ -39,7 +39,7 @@ def on_a_gpu() -> contextlib.AbstractContextManager:
 def test_kernels_lower_for_cuda(kernel, case) -> None:
     batch = Batch(**{"q_dtype": jnp.bfloat16, "element": E4M3} | case)
     arguments = batch.arguments(kernel)
-    static = {name: arguments.pop(name) for name in ("softcap", "sm_scale", "native_e4m3") if name in arguments}
+    static = {name: arguments.pop(name) for name in ("softcap", "sm_scale", "capability") if name in arguments}
 
     def run(arguments: dict) -> jax.Array:
         return call(kernel, arguments, element=batch.element, blocks=BLOCKS[kernel], interpret=False, **static)
