@@ -19,8 +19,8 @@ CUDA      := 13.5.*
 GPU_CHECK := $(CURDIR)/.venv/gpu-check
 
 NOTEBOOKS  := $(wildcard examples/*.ipynb)
-# A module whose name begins with an underscore is shared by benchmarks and is none itself; gpu_compile times nothing.
-BENCHMARKS := $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/_% benchmarks/gpu_compile.py,$(wildcard benchmarks/*.py)))
+# A module whose name begins with an underscore is shared by benchmarks and is none itself; gpu needs one, gpu_compile times nothing.
+BENCHMARKS := $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/_% benchmarks/gpu.py benchmarks/gpu_compile.py,$(wildcard benchmarks/*.py)))
 
 .PHONY: help demo test lint format bench gpu-compile notebooks check-notebooks clean
 

@@ -48,6 +48,7 @@ class LLM:
       page_size: tokens per page.
       attention: "pallas" (GPU kernels), "xla" or "reference"; None picks the fastest that runs here. `llm.attention` says which
         runs and why.
+      prefix_caching: whether texts that begin alike share what is cached of their beginning.
 
     Raises `ConfigError`, `CheckpointError`, or `NotSupported` for an attention that cannot run here. Threads may share it:
     whole calls take turns, streams take turns step by step.
@@ -68,6 +69,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         page_size: int = 64,
         attention: str | None = None,
+        prefix_caching: bool = True,
         **unknown: Any,
     ):
         for name in unknown:
@@ -95,6 +97,7 @@ class LLM:
             max_num_batched_tokens=max_num_batched_tokens,
             page_size=page_size,
             attention=attention,
+            prefix_caching=prefix_caching,
         )
         self._seed = seed
         self._numbers = 0

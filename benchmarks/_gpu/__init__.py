@@ -1,1 +1,1 @@
-"""Compiling GPU kernels without a GPU, and reading from the machine code what can be known before anything runs."""
+"""GPU kernels: compiled without a GPU and their machine code read (`gpu_compile`), checked and timed on one (`gpu`)."""

@@ -6,13 +6,13 @@ its layers, and every group has a page table of its own. One pool and one alloca
 whoever takes it: what windows save goes to whoever needs it. A model without windows is one group of all its layers.
 A layer may be more than one slot wide: where formats differ, a 16-bit layer takes two (cache/layout.py).
 
-A group with a window holds a *ring* of pages: logical page `j` lies in its `j % held`-th page, long enough that a page is
-written again only when no query can see what it held. (vLLM calls the idea a hybrid KV cache.)
+A group with a window lets go of pages that no query to come can see, and takes new ones as the text grows: what a page holds
+never changes once it is full, so pages of windows can be shared like all others. (vLLM calls groups a hybrid KV cache.)
 """
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 WASTE = 0.1  # share of the slots of one kind of layer that may lie idle for the sake of fewer, deeper groups
 
@@ -84,27 +84,26 @@ class PageNeeds:
 
     def of(self, tokens: int) -> list[int]:
         """Pages of each group that a text of up to `tokens` tokens needs at any one time."""
-        return [min(self._holding(tokens), self._ring(window)) for window in self.groups.windows]
+        return [min(self.holding(tokens), self._most(window)) for window in self.groups.windows]
 
     def total(self, tokens: int) -> int:
         """Pages of all groups together."""
         return sum(self.of(tokens))
 
-    def entries(self, held: Sequence[Sequence[int]], start: int, stop: int) -> Iterator[tuple[int, slice, list[int]]]:
-        """Page table entries for a dispatch on tokens `start .. stop-1`: of which group, where in its table, and the pages.
+    def first(self, group: int, start: int) -> int:
+        """The first page of a text that queries from position `start` on see in this group."""
+        window = self.groups.windows[group]
+        return max(0, start - window + 1) // self.page_size if window else 0
 
-        Entries before a window and past `stop` are left out: nothing there is read.
-        """
-        last = self._holding(stop)
-        for group, pages in enumerate(held):
-            window = self.groups.windows[group]
-            first = max(0, start - window + 1) // self.page_size if window else 0
-            yield group, slice(first, last), [pages[j % len(pages)] for j in range(first, last)]
-
-    def _holding(self, tokens: int) -> int:
+    def holding(self, tokens: int) -> int:
+        """Pages that hold so many tokens."""
         return -(-tokens // self.page_size)
 
-    def _ring(self, window: int) -> int:
+    def between(self, group: int, start: int, stop: int) -> int:
+        """Pages of this group that are held at the most, on the way from queries at `start` to tokens up to `stop`."""
+        return min(self.holding(stop) - self.first(group, start), self._most(self.groups.windows[group]))
+
+    def _most(self, window: int) -> int:
         """Pages that any `window - 1 + span` tokens in a row can touch: the span and what its first token sees."""
         if not window:
             return sys.maxsize

@@ -95,8 +95,9 @@ class Batcher:
             start[i], length[i] = request.cached, request.cached + chunk
             tokens[i, :chunk] = request.tokens(request.cached, request.cached + chunk)
             stop = min(request.cached + chunk + steps - 1, request.most_tokens)
-            for group, where, numbers in self.needs.entries(request.pages, request.cached, stop):
-                page_tables[i, group, where] = numbers
+            last = self.needs.holding(stop)
+            for group, held in enumerate(request.held):
+                page_tables[i, group, held.first : last] = held.pages[: last - held.first]
             context[i] = request.context
             position[i] = len(request.output_ids)
             remaining[i] = self._room(request)

@@ -17,6 +17,7 @@ from jfp8kv.engine.batch import Batch, Batcher, Made, read
 from jfp8kv.engine.buckets import DECODE_STEPS, Buckets, default_token_budget
 from jfp8kv.engine.kv import context_length, positive, setup
 from jfp8kv.engine.metrics import Stats
+from jfp8kv.engine.paging import Paging
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import CANCELLED, Request, Status
 from jfp8kv.engine.scheduler import Decode, Plan, Prefill, Scheduler
@@ -41,6 +42,7 @@ class Engine:
         max_num_batched_tokens: Any = None,
         page_size: Any = 64,
         attention: Any = None,
+        prefix_caching: bool = True,
     ):
         config = params.config
         cpu = jax.default_backend() == "cpu"
@@ -81,21 +83,21 @@ class Engine:
             eos_ids=config.eos_ids or getattr(params.tokenizer, "eos_ids", ()),
             switch_length=switch_length(config.ropes),
         )
-        self.scheduler = self._new_scheduler()
+        self._paging = {
+            "reuse": prefix_caching,
+            "by_context": any(rope.kind in ("dynamic", "longrope") for rope in config.ropes),
+        }
         self.stats = Stats(
             kv_tokens_capacity=self.num_pages * page_size * table_pages // longest,
             kv_bytes_per_token=self.kv.bytes_per_token(self.max_model_len),
             kv_bytes_per_token_without_windows=self.kv.without_windows.bytes_per_token(self.max_model_len),
             kv_bytes_capacity=self.num_pages * self.kv.page_bytes,
         )
+        self.scheduler = self._new_scheduler()
 
     def _new_scheduler(self) -> Scheduler:
-        return Scheduler(
-            PageAllocator(self.num_pages),
-            self.buckets,
-            self.needs,
-            max_requests=self.buckets.max_requests,
-        )
+        paging = Paging(PageAllocator(self.num_pages), self.needs, **self._paging)
+        return Scheduler(paging, self.buckets, self.stats, max_requests=self.buckets.max_requests)
 
     # -- what a request must satisfy ------------------------------------------------------------------------------------
 
@@ -151,6 +153,7 @@ class Engine:
             self.stats.prefill_steps += 1
             for request, chunk in zip(plan.requests, plan.chunks, strict=True):
                 request.cached += chunk
+                self.scheduler.paging.keep(request)
         else:
             self.stats.decode_s += seconds
             self.stats.decode_steps += plan.steps
@@ -160,7 +163,7 @@ class Engine:
 
     def _count_used(self) -> None:
         self.stats.kv_tokens_used = sum(r.cached for r in self.scheduler.running)
-        self.stats.kv_bytes_used = self.scheduler.allocator.used_pages * self.kv.page_bytes
+        self.stats.kv_bytes_used = self.scheduler.paging.allocator.used_pages * self.kv.page_bytes
 
     def _dispatch(self, plan: Plan) -> list[Made]:
         """Run `plan` on the device; what each request got, nothing for a prefill."""
@@ -185,7 +188,7 @@ class Engine:
     def _abandon(self) -> None:
         """After a failed step the donated pool may be gone: drop every request and start with an empty one."""
         for request in (*self.scheduler.waiting, *self.scheduler.running):
-            request.status, request.pages, request.finish_reason = Status.FINISHED, [], CANCELLED
+            request.status, request.held, request.finish_reason = Status.FINISHED, [], CANCELLED
         self.scheduler = self._new_scheduler()
         self.pages = self.kv.pool(self.num_pages)
         self._count_used()
@@ -202,11 +205,13 @@ class Engine:
         request.output_ids += made.token_ids
         request.output_logprobs += made.logprobs
         request.top_logprobs += made.top
+        self.scheduler.paging.keep(request)
         if reason := self._finish_reason(request, made.token_ids):
             self._finish(request, reason)
             request.finished = now
         elif (limit := self.batcher.switch_length) is not None and request.context <= limit < request.num_tokens:
-            request.begin_again()
+            self.scheduler.paging.release(request)
+            request.begin_again(request.num_tokens)
 
     def _finish_reason(self, request: Request, new_ids: list[int]) -> str | None:
         ends = self.batcher.end_ids(request)
@@ -247,24 +252,24 @@ class Engine:
         That is on the device, and padded: `[requests, tokens, ...]`, of which the first row's first tokens are meant.
         """
         request = Request(token_ids, SamplingParams(max_tokens=1), np.zeros(2, np.uint32), max_tokens=1)
-        scheduler = self.scheduler  # a failed step replaces the engine's
-        pages, free = self.needs.total(len(token_ids)), scheduler.allocator.free_pages
+        paging = self.scheduler.paging  # a failed step replaces the engine's
+        pages, free = self.needs.total(len(token_ids)), paging.allocator.free_pages
         if pages > free:
             raise CapacityError(
                 f"{len(token_ids)} tokens need {pages} pages of cache and {free} are free while other requests run: finish or "
                 "close them first, or give a larger kv_cache_memory."
             )
-        scheduler.allocate(request, len(token_ids))
         try:
             while request.cached < len(token_ids):
                 width = self.buckets.chunk(request.uncached)
                 chunk = min(request.uncached, width)
+                assert paging.grow(request, request.cached + chunk)
                 batch = self.batcher.build(Prefill([request], [chunk], width))
                 positions = range(request.cached, request.cached + chunk)
                 yield positions, self._call(function, batch, **static)  # not kept here: it may be large
                 request.cached += chunk
         finally:
-            scheduler.release(request)
+            paging.release(request)
 
     def warmup(self) -> None:
         """Compile every program that plain requests can need.

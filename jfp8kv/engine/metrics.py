@@ -10,8 +10,8 @@ class Stats:
     `kv_bytes_per_token` covers K and V of all layers, dynamic scales included, as a text of `max_model_len` tokens takes them:
     layers with a sliding window keep its tokens alone, and `kv_bytes_per_token_without_windows` is what all layers would take
     if they kept everything. `kv_tokens_capacity` is for such texts too. `kv_bytes_used` is what running requests hold of
-    `kv_bytes_capacity`. `compilations` counts step programs built (a
-    warm engine builds none). `prefix_hit_tokens` and `preemptions` stay 0 in this version, which does neither.
+    `kv_bytes_capacity`. `prefix_hit_tokens` are tokens that were found in the cache and not run again; `preemptions` counts how
+    often a request gave its pages up to be run anew. `compilations` counts step programs built (a warm engine builds none).
     """
 
     kv_tokens_capacity: int = 0

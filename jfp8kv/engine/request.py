@@ -75,7 +75,8 @@ class Request:
     output_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
-    pages: list[list[int]] = dataclasses.field(default_factory=list)  # page numbers by group of layers (cache/groups.py)
+    held: list[Any] = dataclasses.field(default_factory=list)  # its pages, by group of layers (engine/paging.py)
+    keys: list[bytes] = dataclasses.field(default_factory=list)  # of its full pages, as far as they were needed
     cached: int = 0
     context: int = 0  # tokens there were when the cache was begun: the prompt's, unless it was begun anew
     text: str = ""
@@ -88,9 +89,13 @@ class Request:
     def __post_init__(self) -> None:
         self.context = self.context or len(self.prompt_ids)
 
-    def begin_again(self) -> None:
-        """Forget what is cached, keeping the pages: every token so far is to be run again."""
-        self.cached, self.context = 0, self.num_tokens
+    def begin_again(self, context: int | None = None) -> None:
+        """Forget what is cached: every token so far is to be run again, as a text that had `context` tokens (as many as before)
+        when its cache was begun. Its pages were given back."""
+        assert not self.held
+        self.cached = 0
+        if context is not None:
+            self.context, self.keys = context, []
 
     @property
     def num_tokens(self) -> int:

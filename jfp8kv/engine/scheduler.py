@@ -1,17 +1,24 @@
 """Which requests run next. Plain Python, read in a sitting.
 
-First come, first served. A request is admitted when the pool has pages for the most it could ever need, so an admitted request
-always finishes. Each turn is one dispatch to the device: a prefill of chunks under a token budget, or a decode of several
-tokens for every request that has only its last token left to run. Prefill goes first, since a fuller decode batch costs hardly
-more than a thin one, but never more than `PREFILLS_PER_DECODE` times in a row while others wait to decode.
+First come, first served. A request is admitted when the pool has pages for its text so far and for one dispatch more, beside
+what those that run are about to take. Texts grow; when pages run out the one that came last gives its up and waits again, to be
+run anew (*preemption*): whoever came first always gets on, and since the empty pool could hold any one request, all end. What a
+preempted request had made stays made.
+
+Each turn is one dispatch to the device: a prefill of chunks under a token budget, or a decode of several tokens for every
+request that has only its last token left to run. Prefill goes first, since a fuller decode batch costs hardly more than a thin
+one, but never more than `PREFILLS_PER_DECODE` times in a row while others wait to decode.
+
+A request whose next page is just being made by another waits for it, to share it (engine/paging.py).
 """
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 
-from jfp8kv.cache.allocator import PageAllocator
-from jfp8kv.cache.groups import PageNeeds
 from jfp8kv.engine.buckets import Buckets
+from jfp8kv.engine.metrics import Stats
+from jfp8kv.engine.paging import Paging
 from jfp8kv.engine.request import Request, Status
 
 PREFILLS_PER_DECODE = 4
@@ -38,12 +45,12 @@ Plan = Prefill | Decode
 
 
 class Scheduler:
-    """Waiting and running requests, and the pages they hold."""
+    """Waiting and running requests, the first come first, and the pages they hold."""
 
-    def __init__(self, allocator: PageAllocator, buckets: Buckets, needs: PageNeeds, *, max_requests: int):
-        self.allocator = allocator
+    def __init__(self, paging: Paging, buckets: Buckets, stats: Stats, *, max_requests: int):
+        self.paging = paging
         self.buckets = buckets
-        self.needs = needs
+        self.stats = stats
         self.max_requests = max_requests
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -51,7 +58,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue `request`. The caller has checked that the empty pool could hold it."""
-        assert self.needs.total(request.most_tokens) <= self.allocator.num_pages
+        assert self.paging.needs.total(request.most_tokens) <= self.paging.allocator.num_pages
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
@@ -60,34 +67,58 @@ class Scheduler:
             self.waiting.remove(request)
         elif request.status is Status.RUNNING:
             self.running.remove(request)
-            self.release(request)
+            self.paging.release(request)
         request.status = Status.FINISHED
 
-    def allocate(self, request: Request, tokens: int) -> None:
-        """Give `request` the pages that up to `tokens` tokens need at any one time. Raises `CapacityError`, taking none."""
-        counts = self.needs.of(tokens)
-        pages = self.allocator.allocate(sum(counts))
-        request.pages = [[pages.pop() for _ in range(count)] for count in counts]
-
-    def release(self, request: Request) -> None:
-        """Take the pages of `request` back."""
-        for pages in request.pages:
-            self.allocator.release(pages)
-        request.pages = []
-
     def plan(self) -> Plan | None:
-        """The next dispatch, or None when nothing is left to do."""
+        """The next dispatch, its pages taken, or None when nothing is left to do."""
         self._admit()
-        prefilling = [r for r in self.running if r.prefilling]
-        decoding = [r for r in self.running if not r.prefilling]
-        if prefilling and not (decoding and self._prefills >= PREFILLS_PER_DECODE):
-            self._prefills += 1
-            return self._prefill(prefilling)
-        self._prefills = 0
-        if decoding:
-            return Decode(decoding, self._steps(decoding))
+        while self.running:
+            prefilling = [r for r in self.running if r.prefilling]
+            decoding = [r for r in self.running if not r.prefilling]
+            if prefilling and not (decoding and self._prefills >= PREFILLS_PER_DECODE):
+                plan = self._prefill(prefilling)
+                self._prefills += plan is not None
+            else:
+                plan = self._decode(decoding)
+                self._prefills = 0
+            if plan is not None:
+                return plan
         assert not self.waiting, "requests wait although nothing runs"
         return None
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_requests:
+            request = self.waiting[0]
+            found = self.paging.find(request)
+            next_pages = self.paging.keys(request, request.num_tokens - 1)[found // self.paging.needs.page_size :]
+            if next_pages and next_pages[0] in self.paging.coming(r for r in self.running if r.prefilling):
+                return
+            self.paging.take_over(request, found)
+            promised = sum(self.paging.missing(r, self._soon(r)) for r in (*self.running, request))
+            if promised > self.paging.allocator.free_pages:
+                self.paging.release(request)
+                request.cached = 0
+                return  # its turn comes when others finish; nobody overtakes it
+            self.stats.prefix_hit_tokens += found
+            request.status = Status.RUNNING
+            self.running.append(self.waiting.popleft())
+
+    def _soon(self, request: Request) -> int:
+        """Tokens of its text once it has been run so far, and decoded once."""
+        return min(request.num_tokens + self.buckets.decode_steps, request.most_tokens)
+
+    def _prefill(self, requests: list[Request]) -> Prefill | None:
+        width = self.buckets.chunk(requests[0].uncached - 1)
+        chosen = requests[: self.buckets.prefill_requests(width)]
+        chunks = {id(r): min(r.uncached - 1, width) for r in chosen}
+        chosen = self._with_room(chosen, lambda r: r.cached + chunks[id(r)])
+        return Prefill(chosen, [chunks[id(r)] for r in chosen], width) if chosen else None
+
+    def _decode(self, requests: list[Request]) -> Decode | None:
+        steps = self._steps(requests)
+        chosen = self._with_room(requests, lambda r: min(r.cached + steps, r.most_tokens))
+        return Decode(chosen, steps) if chosen else None
 
     def _steps(self, requests: list[Request]) -> int:
         """Tokens per dispatch: one while some request has yet to show its first, then as many as anyone still wants."""
@@ -95,16 +126,18 @@ class Scheduler:
             return 1
         return min(self.buckets.decode_steps, max(r.max_tokens - len(r.output_ids) for r in requests))
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_requests:
-            request = self.waiting[0]
-            if self.needs.total(request.most_tokens) > self.allocator.free_pages:
-                return  # its turn comes when others finish; nobody overtakes it
-            self.allocate(request, request.most_tokens)
-            request.status = Status.RUNNING
-            self.running.append(self.waiting.popleft())
+    def _with_room(self, requests: list[Request], stop: Callable[[Request], int]) -> list[Request]:
+        """Those of `requests` that hold pages for their next tokens, up to `stop`; whoever came last makes room."""
+        for request in requests:
+            while request.status is Status.RUNNING and not self.paging.grow(request, stop(request)):
+                self._preempt(self.running[-1])
+        return [r for r in requests if r.status is Status.RUNNING]
 
-    def _prefill(self, requests: list[Request]) -> Prefill:
-        width = self.buckets.chunk(requests[0].uncached - 1)
-        chosen = requests[: self.buckets.prefill_requests(width)]
-        return Prefill(chosen, [min(r.uncached - 1, width) for r in chosen], width)
+    def _preempt(self, request: Request) -> None:
+        """Back to the head of those that wait, without pages; those that were full may still be found when it returns."""
+        self.running.remove(request)
+        self.paging.release(request)
+        request.begin_again()
+        request.status = Status.WAITING
+        self.waiting.appendleft(request)
+        self.stats.preemptions += 1

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from pallas_kernels.backend import cdiv
+from pallas_kernels.backend import cdiv, power_of_two
+from pallas_kernels.tuned import class_of, tuned
 
 MOST_SPLITS = 64
 
@@ -19,6 +20,12 @@ class DecodeBlocks:
     splits: int
 
 
+def problem_class(*, requests: int, kv_heads: int, group: int, head_dim: int, element: np.dtype) -> str:
+    """The class that blocks are tuned for."""
+    rows = max(16, power_of_two(group))
+    return class_of(head_dim=head_dim, element=element, rows=rows, programs=requests * kv_heads)
+
+
 def blocks_for(
     *,
     requests: int,
@@ -31,7 +38,12 @@ def blocks_for(
     page_size: int,
     cores: int = 132,
 ) -> DecodeBlocks:
-    """Blocks for requests of up to `tokens` tokens on a GPU of so many cores."""
+    """Blocks for requests of up to `tokens` tokens: those tuned for this device, or by rule for one of so many cores."""
+    if compute.itemsize == 2:
+        problem = problem_class(requests=requests, kv_heads=kv_heads, group=group, head_dim=head_dim, element=element)
+        if found := tuned("paged_decode", problem):
+            blocks = DecodeBlocks(**found)
+            return dataclasses.replace(blocks, splits=max(1, min(blocks.splits, cdiv(tokens, blocks.block_k))))
     block_k = 64 if head_dim <= 128 else 32
     programs = requests * kv_heads
     splits = max(1, min(cdiv(2 * cores, programs), cdiv(tokens, block_k), MOST_SPLITS))

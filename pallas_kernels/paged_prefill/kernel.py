@@ -69,8 +69,9 @@ def paged_prefill(
         return jnp.zeros_like(q)
     if blocks is None:
         blocks = blocks_for(
-            head_dim=head_dim, element=element, compute=compute, dynamic=k_exponent is not None, capability=capability
-        )
+            queries=tokens, kv_heads=kv_heads, group=group, head_dim=head_dim, element=element, compute=compute,
+            capability=capability, dynamic=k_exponent is not None,
+        )  # fmt: skip
     how = How(
         element=element,
         compute=compute,

@@ -17,6 +17,7 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.allocator = PageAllocator(PAGES)
         self.held: list[list[int]] = []
+        self.keys: dict[int, int] = {}
 
     @rule(count=st.integers(0, PAGES + 1))
     def allocate(self, count: int) -> None:
@@ -42,6 +43,37 @@ class Histories(RuleBasedStateMachine):
     def release(self, data) -> None:
         self.allocator.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), key=st.integers(0, 5))
+    def keep(self, data, key: int) -> None:
+        pages = data.draw(st.sampled_from(self.held))
+        if pages:
+            page = data.draw(st.sampled_from(pages))
+            before = self.allocator.find(key)
+            self.allocator.keep(page, key)
+            if before is not None or page in self.keys.values():
+                assert self.allocator.find(key) == before, "a key stays with its page, and a page with its key"
+            else:
+                self.keys[key] = page
+
+    @rule(key=st.integers(0, 5))
+    def hold_what_is_found(self, key: int) -> None:
+        page = self.allocator.find(key)
+        if page is not None:
+            self.allocator.share([page])
+            self.held.append([page])
+
+    @invariant()
+    def what_is_found_is_what_was_kept(self) -> None:
+        """A kept page is lost only when somebody else took it, and never while it is held."""
+        for key, page in list(self.keys.items()):
+            found = self.allocator.find(key)
+            assert found in (page, None)
+            if found is None:
+                del self.keys[key]
+        for key, page in self.keys.items():
+            assert not self.allocator.holders(page) or self.allocator.find(key) == page
+
     @invariant()
     def every_page_is_counted(self) -> None:
         for page in range(PAGES):
@@ -51,6 +83,23 @@ class Histories(RuleBasedStateMachine):
 
 
 TestHistories = Histories.TestCase
+
+
+def test_what_is_longest_idle_is_forgotten_first_and_free_pages_before_any() -> None:
+    allocator = PageAllocator(3)
+    a, b, c = allocator.allocate(3)
+    for page in (a, b):
+        allocator.keep(page, f"key of {page}")
+    allocator.release([a])
+    allocator.release([b, c])
+    assert allocator.free_pages == 3
+    assert allocator.allocate(1) == [c] and allocator.find(f"key of {a}") == a
+    assert allocator.allocate(1) == [a] and allocator.find(f"key of {a}") is None
+    allocator.share([b])
+    assert allocator.free_pages == 0 and allocator.find(f"key of {b}") == b
+    allocator.release([b])
+    allocator.forget_all()
+    assert allocator.find(f"key of {b}") is None and allocator.free_pages == 1
 
 
 def test_freeing_twice_and_sharing_a_free_page_are_bugs_that_assert() -> None:

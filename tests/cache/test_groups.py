@@ -1,4 +1,4 @@
-"""Layers in groups: every layer has its place, little lies idle, and a ring never loses what a query can still see."""
+"""Layers in groups: every layer has its place, little lies idle, and a window bounds what a text takes."""
 
 import hypothesis.strategies as st
 import pytest
@@ -42,30 +42,6 @@ def test_layers_that_are_all_alike_are_one_group_and_their_own_slots() -> None:
 def test_groups_are_as_deep_as_can_be(windows, depth, count) -> None:
     groups = LayerGroups.of(windows)
     assert (groups.depth, len(groups.windows)) == (depth, count)
-
-
-@given(
-    window=st.integers(1, 40),
-    page_size=st.integers(1, 16),
-    spans=st.lists(st.integers(1, 20), min_size=1, max_size=30),
-)
-def test_a_ring_keeps_what_every_query_of_a_dispatch_sees(window, page_size, spans) -> None:
-    """A plain model of the cache: what each physical slot holds, written dispatch by dispatch, against what queries see."""
-    needs = PageNeeds(LayerGroups.of([window, 0]), page_size, span=max(spans))
-    total = sum(spans)
-    held = [list(range(100 * g, 100 * g + count)) for g, count in enumerate(needs.of(total))]
-    contents: dict[tuple[int, int], int] = {}
-    start = 0
-    for span in spans:
-        stop = start + span
-        tables = {group: dict(enumerate(pages, where.start)) for group, where, pages in needs.entries(held, start, stop)}
-        for group, sees in ((0, window), (1, total)):
-            table = tables[group]
-            for position in range(start, stop):
-                contents[table[position // page_size], position % page_size] = position
-            for position in range(max(0, start - sees + 1), stop):  # seen by the first query, or written after it
-                assert contents[table[position // page_size], position % page_size] == position
-        start = stop
 
 
 def test_a_window_bounds_the_pages_of_a_long_text_and_costs_nothing_in_a_short_one() -> None:

@@ -58,6 +58,52 @@ def test_chunked_prefill_is_whole_prefill(llm, params) -> None:
     assert tokens(small.generate(prompts(4), **GREEDY)) == whole
 
 
+def other(llm: jfp8kv.LLM, params: jfp8kv.Params, **changed) -> jfp8kv.LLM:
+    """Another engine with the same kind of cache, poisoned too."""
+    sizes = {"max_num_batched_tokens": 64} | SIZES | changed
+    return poisoned(jfp8kv.LLM(params, kv_cache_dtype=llm._engine.kv.name, **sizes))
+
+
+def test_a_prefix_hit_gives_the_tokens_of_a_miss(llm, params) -> None:
+    rng = np.random.default_rng(50)
+    beginning = rng.integers(5, 200, 45).tolist()
+    alike = [beginning[: int(rng.integers(8, 45))] + rng.integers(5, 200, int(rng.integers(1, 30))).tolist() for _ in range(9)]
+    sharing, apart = other(llm, params), other(llm, params, prefix_caching=False)
+    assert tokens(sharing.generate(alike, **GREEDY)) == tokens(apart.generate(alike, **GREEDY))
+    again = [out.prompt_token_ids + out.token_ids + [7, 7] for out in sharing.generate(alike[:3], **GREEDY)]
+    before = sharing.stats.prefix_hit_tokens
+    assert before > 0 == apart.stats.prefix_hit_tokens
+    assert tokens(sharing.generate(again, **GREEDY)) == tokens(apart.generate(again, **GREEDY))
+    assert sharing.stats.prefix_hit_tokens >= before + sum(len(ids) // 8 * 8 - 8 for ids in again)
+
+
+def test_preempted_is_not_preempted(llm, params) -> None:
+    many, sampling = prompts(6, seed=51, longest=40), {"max_tokens": 30, "temperature": 0.8, "seed": 3, "ignore_eos": True}
+    for sharing in (True, False):
+        tight = other(llm, params, kv_cache_memory=16 * llm._engine.kv.page_bytes, prefix_caching=sharing)
+        assert tokens(tight.generate(many, **sampling)) == tokens(llm.generate(many, **sampling))
+        assert tight.stats.preemptions > 0
+        allocator = tight._engine.scheduler.paging.allocator
+        assert allocator.free_pages == allocator.num_pages == 16
+
+
+def test_a_stream_loses_and_repeats_nothing_when_it_is_preempted(params) -> None:
+    params = jfp8kv.load(REFERENCES[0], dtype="float32")
+    page_bytes = jfp8kv.LLM(params, **SIZES)._engine.kv.page_bytes
+    sampling = {"max_tokens": 40, "temperature": 1.0, "ignore_eos": True}
+    alone = [jfp8kv.LLM(params, **SIZES).generate("abc", seed=i, **sampling)[0].text for i in range(3)]
+    llm = jfp8kv.LLM(params, **SIZES | {"kv_cache_memory": 9 * page_bytes})
+    streams = [llm.stream("abc", seed=i, **sampling) for i in range(3)]
+    texts = [""] * 3
+    going = set(range(3))
+    while going:
+        for i in sorted(going):
+            piece = next(streams[i], None)
+            texts[i] += piece or ""
+            going -= {i} if piece is None else set()
+    assert texts == alone and llm.stats.preemptions > 0
+
+
 def test_generated_tokens_are_the_argmax_of_the_logits(llm) -> None:
     (prompt,) = prompts(1, seed=3)
     made = llm.generate([prompt], **GREEDY)[0].token_ids
@@ -98,7 +144,7 @@ def test_unwritten_slots_never_reach_an_output(llm) -> None:
 
 def test_every_page_comes_back(llm) -> None:
     llm.generate(prompts(6, seed=9), max_tokens=7)
-    allocator = llm._engine.scheduler.allocator
+    allocator = llm._engine.scheduler.paging.allocator
     assert allocator.free_pages == allocator.num_pages and llm.stats.kv_tokens_used == 0
 
 
@@ -107,9 +153,9 @@ def test_a_stream_that_is_dropped_gives_its_pages_back(params) -> None:
     llm = jfp8kv.LLM(params, max_num_batched_tokens=64, **SIZES)
     stream = llm.stream("abc", max_tokens=60, ignore_eos=True, temperature=1.0, seed=1)
     next(stream)
-    assert llm._engine.scheduler.allocator.used_pages > 0
+    assert llm._engine.scheduler.paging.allocator.used_pages > 0
     stream.close()
-    assert llm._engine.scheduler.allocator.used_pages == 0
+    assert llm._engine.scheduler.paging.allocator.used_pages == 0
 
 
 def test_a_warm_engine_never_compiles(params) -> None:
@@ -143,7 +189,7 @@ def test_a_failed_step_frees_everything_and_the_next_call_is_served(params, monk
     monkeypatch.setattr(programs, "call", failing)
     with pytest.raises(RuntimeError, match="the device is gone"):
         llm.generate(prompts(3), **GREEDY)
-    assert llm._engine.scheduler.allocator.used_pages == 0
+    assert llm._engine.scheduler.paging.allocator.used_pages == 0
     assert tokens(llm.generate(prompts(3), **GREEDY)) == want
 
 
@@ -161,7 +207,7 @@ def test_failed_logits_leave_an_engine_that_works(params, monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="the device is gone"):
         llm.logits([5, 6, 7])
     monkeypatch.setattr(program, "call", real)
-    assert np.array_equal(llm.logits([5, 6, 7]), want) and llm._engine.scheduler.allocator.used_pages == 0
+    assert np.array_equal(llm.logits([5, 6, 7]), want) and llm._engine.scheduler.paging.allocator.used_pages == 0
 
 
 def test_what_only_sampling_needs_does_not_recompile_prefill(params) -> None:

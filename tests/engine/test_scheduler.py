@@ -1,4 +1,7 @@
-"""Laws of the scheduler over random arrivals, with a fake device: nothing is lost, starved, or over budget."""
+"""Laws of the scheduler over random arrivals, with a fake device that knows what each slot holds: nothing is lost, starved,
+over budget or read from a slot that holds something else."""
+
+import hashlib
 
 import hypothesis.strategies as st
 import numpy as np
@@ -8,55 +11,116 @@ from hypothesis import given
 from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.cache.groups import LayerGroups, PageNeeds
 from jfp8kv.engine.buckets import Buckets
+from jfp8kv.engine.metrics import Stats
+from jfp8kv.engine.paging import Paging
 from jfp8kv.engine.request import Request, Status
-from jfp8kv.engine.scheduler import PREFILLS_PER_DECODE, Decode, Prefill, Scheduler
+from jfp8kv.engine.scheduler import PREFILLS_PER_DECODE, Plan, Prefill, Scheduler
 from jfp8kv.sampling.params import SamplingParams
 
-PAGE, BUDGET = 4, 64
-sizes = st.tuples(st.integers(1, 150), st.integers(1, 20), st.integers(0, 12))  # prompt, output, arrival
+PAGE, BUDGET, WINDOW = 4, 64, 10
+# A prompt is a beginning that others may share and a rest of its own; then its output, and when it arrives.
+sizes = st.tuples(st.sampled_from([0, 9, 40]), st.integers(1, 110), st.integers(1, 20), st.integers(0, 12))
 
 
-def scheduler(num_pages: int, max_requests: int = 4) -> Scheduler:
+def scheduler(num_pages: int, *, max_requests: int = 4, reuse: bool = True, windows: bool = False) -> Scheduler:
     buckets = Buckets(max_requests, BUDGET, decode_steps=5)
-    needs = PageNeeds(LayerGroups.of([0, 0]), PAGE, span=BUDGET)
-    return Scheduler(PageAllocator(num_pages), buckets, needs, max_requests=max_requests)
+    needs = PageNeeds(LayerGroups.of([0, WINDOW] if windows else [0, 0]), PAGE, span=BUDGET)
+    return Scheduler(Paging(PageAllocator(num_pages), needs, reuse=reuse), buckets, Stats(), max_requests=max_requests)
 
 
-def request(prompt: int, output: int) -> Request:
-    return Request([1] * prompt, SamplingParams(max_tokens=output), np.zeros(2, np.uint32), max_tokens=output)
+def request(prompt: list[int] | int, output: int) -> Request:
+    ids = prompt if isinstance(prompt, list) else [1] * prompt
+    return Request(ids, SamplingParams(max_tokens=output), np.zeros(2, np.uint32), max_tokens=output)
 
 
-def apply(plan: Prefill | Decode, sched: Scheduler) -> None:
-    """What the device would do: cache the chunk, make tokens."""
-    for i, r in enumerate(plan.requests):
-        if isinstance(plan, Prefill):
-            r.cached += plan.chunks[i]
-            made = 0
-        else:
-            made = min(plan.steps, r.max_tokens - len(r.output_ids))
-            r.cached += made
-        r.output_ids += [2] * made
-        if len(r.output_ids) == r.max_tokens:
-            sched.finish(r)
+def digest(ids: list[int]) -> bytes:
+    return hashlib.blake2b(np.int32(ids).tobytes(), digest_size=8).digest()
 
 
-@given(sizes=st.lists(sizes, min_size=1, max_size=12), pages=st.integers(43, 120))
-def test_every_request_ends_with_all_its_tokens_and_every_page_comes_back(sizes, pages) -> None:
-    sched = scheduler(pages)
-    coming = sorted(((arrival, request(p, o)) for p, o, arrival in sizes), key=lambda x: x[0])
-    everyone, started = [r for _, r in coming], []
+def next_token(ids: list[int]) -> int:
+    """What the fake model makes of a text: anything, so long as all of the text decides."""
+    return digest(ids)[0]
+
+
+class Device:
+    """Slots of pages hold which text they are the end of. Writing and reading go by the pages a request holds."""
+
+    def __init__(self, sched: Scheduler):
+        self.sched, self.slots = sched, {}
+
+    def run(self, r: Request, count: int) -> None:
+        """The next `count` tokens: written first, then each sees what it should."""
+        ids = r.tokens(0, r.cached + count)
+        for group, held in enumerate(r.held):
+            window = self.sched.paging.needs.groups.windows[group]
+            for position in range(r.cached, r.cached + count):
+                page = held.pages[position // PAGE - held.first]
+                assert self.sched.paging.allocator.holders(page) == 1, "a page that is written has one owner"
+                self.slots[page, position % PAGE] = digest(ids[: position + 1])
+            for position in range(max(0, r.cached - window + 1) if window else 0, r.cached + count):
+                page = held.pages[position // PAGE - held.first]
+                assert self.slots[page, position % PAGE] == digest(ids[: position + 1]), "a slot holds another text"
+
+    def apply(self, plan: Plan) -> None:
+        for i, r in enumerate(plan.requests):
+            if isinstance(plan, Prefill):
+                self.run(r, plan.chunks[i])
+                r.cached += plan.chunks[i]
+            else:
+                for _ in range(min(plan.steps, r.max_tokens - len(r.output_ids))):
+                    self.run(r, 1)
+                    r.cached += 1
+                    r.output_ids.append(next_token(r.tokens(0, r.num_tokens)))
+            self.sched.paging.keep(r)
+            if len(r.output_ids) == r.max_tokens:
+                self.sched.finish(r)
+
+
+def owned(sched: Scheduler) -> dict[int, int]:
+    """How many requests hold each page."""
+    holders: dict[int, int] = {}
+    for r in sched.running:
+        for held in r.held:
+            for page in held.pages:
+                holders[page] = holders.get(page, 0) + 1
+    return holders
+
+
+@given(
+    sizes=st.lists(sizes, min_size=1, max_size=12),
+    pages=st.integers(45, 160),
+    reuse=st.booleans(),
+    windows=st.booleans(),
+    cancelled=st.sets(st.tuples(st.integers(0, 30), st.integers(0, 11)), max_size=3),
+)
+def test_every_request_ends_as_if_alone_and_every_page_comes_back(sizes, pages, reuse, windows, cancelled) -> None:
+    pages += windows * 45  # the empty pool must hold any one of them
+    sched = scheduler(pages, reuse=reuse, windows=windows)
+    device = Device(sched)
+    beginning = np.random.default_rng(1).integers(0, 9, 40).tolist()
+    coming = [
+        (arrival, request(beginning[:shared] + [i] * own, output)) for i, (shared, own, output, arrival) in enumerate(sizes)
+    ]
+    coming.sort(key=lambda x: x[0])
+    everyone, started, dropped = [r for _, r in coming], [], []
     prefills = 0
-    for turn in range(2000):
+    for turn in range(4000):
         while coming and coming[0][0] <= turn:
             sched.add(coming.pop(0)[1])
+        for when, which in cancelled:
+            if when == turn and which < len(everyone) and everyone[which] in (*sched.waiting, *sched.running):
+                sched.finish(everyone[which])
+                dropped.append(everyone[which])
         plan = sched.plan()
         if plan is None:
             if not coming:
                 break
             continue
         started += [r for r in sched.running if r not in started]
-        held = [p for r in sched.running for group in r.pages for p in group]
-        assert len(held) == len(set(held)) == sched.allocator.used_pages and len(sched.running) <= 4
+        holders, allocator = owned(sched), sched.paging.allocator
+        assert all(allocator.holders(page) == holders.get(page, 0) for page in range(pages)), "reference counts are owners"
+        assert allocator.used_pages == len(holders) and len(sched.running) <= 4
+        assert reuse or not sched.stats.prefix_hit_tokens
         waiting_to_decode = [r for r in sched.running if not r.prefilling]
         if isinstance(plan, Prefill):
             prefills = prefills + 1 if waiting_to_decode else 0
@@ -64,34 +128,105 @@ def test_every_request_ends_with_all_its_tokens_and_every_page_comes_back(sizes,
             assert all(0 < c <= min(plan.width, r.uncached - 1) for c, r in zip(plan.chunks, plan.requests, strict=True))
         else:
             prefills = 0
-            assert plan.requests == waiting_to_decode and 1 <= plan.steps <= 5
-        apply(plan, sched)
-    assert all(r.status is Status.FINISHED and len(r.output_ids) == r.max_tokens for r in everyone)
-    assert sched.allocator.free_pages == pages and not sched.running and not sched.waiting
+            assert set(map(id, plan.requests)) <= set(map(id, waiting_to_decode)) and 1 <= plan.steps <= 5
+        device.apply(plan)
+    assert all(r.status is Status.FINISHED for r in everyone)
+    for r in everyone:
+        alone = list(r.prompt_ids)
+        for _ in r.output_ids:
+            alone.append(next_token(alone))
+        assert r.output_ids == alone[len(r.prompt_ids) :] and (r in dropped or len(r.output_ids) == r.max_tokens)
+    assert sched.paging.allocator.free_pages == pages and not sched.running and not sched.waiting
     assert started == [r for r in everyone if r in started], "first come, first served"
 
 
-def test_a_request_waits_until_its_whole_length_fits_and_nobody_overtakes_it() -> None:
+def run_all(device: Device, *requests: Request) -> None:
+    for r in requests:
+        device.sched.add(r)
+    while (plan := device.sched.plan()) is not None:
+        device.apply(plan)
+
+
+def test_whoever_came_last_makes_room_and_loses_nothing() -> None:
+    sched = scheduler(num_pages=16, reuse=False)
+    first, last = request([1] * 20, 20), request([2] * 20, 20)
+    run_all(Device(sched), first, last)
+    assert sched.stats.preemptions > 0
+    assert len(first.output_ids) == len(last.output_ids) == 20
+    alone = request([2] * 20, 20)
+    run_all(Device(scheduler(num_pages=16)), alone)
+    assert last.output_ids == alone.output_ids
+
+
+def test_a_request_waits_for_room_and_nobody_overtakes_it() -> None:
     sched = scheduler(num_pages=10)
-    first, big, small = request(20, 4), request(30, 10), request(2, 2)
+    first, big, small = request([1] * 20, 4), request([2] * 30, 10), request([3] * 2, 2)
     for r in (first, big, small):
         sched.add(r)
     sched.plan()
     assert [r.status for r in (first, big, small)] == [Status.RUNNING, Status.WAITING, Status.WAITING]
     sched.finish(first)
     sched.plan()
-    assert big.status is Status.RUNNING and small.status is Status.WAITING
+    assert big.status is Status.RUNNING
+
+
+def test_texts_that_begin_alike_share_whole_pages_and_run_the_rest() -> None:
+    sched = scheduler(num_pages=60)
+    device = Device(sched)
+    run_all(device, request([1] * 22, 3))
+    assert sched.stats.prefix_hit_tokens == 0
+    run_all(device, request([1] * 22 + [2], 3))
+    assert sched.stats.prefix_hit_tokens == 20, "five pages of four; the rest of the sixth is its own"
+    run_all(device, request([1] * 20, 3))
+    assert sched.stats.prefix_hit_tokens == 36, "its last token is always run"
+    run_all(device, request([2] + [1] * 22, 3))
+    assert sched.stats.prefix_hit_tokens == 36, "a text with another beginning has nothing in common"
+
+
+def test_what_was_generated_is_found_again_as_the_beginning_of_another_prompt() -> None:
+    sched = scheduler(num_pages=60)
+    device, first = Device(sched), request([1] * 10, 12)
+    run_all(device, first)
+    run_all(device, request([*first.prompt_ids, *first.output_ids, 7, 7], 2))
+    assert sched.stats.prefix_hit_tokens == 20
+
+
+def test_continuations_of_one_prompt_run_it_once() -> None:
+    sched = scheduler(num_pages=80)
+    samples = [request([5] * 41, 4) for _ in range(4)]
+    run_all(Device(sched), *samples)
+    assert sched.stats.prefix_hit_tokens == 3 * 40
+
+
+def test_pages_of_a_window_are_shared_only_if_all_that_it_shows_is_there() -> None:
+    sched = scheduler(num_pages=60, windows=True)
+    device = Device(sched)
+    run_all(device, request([1] * 40, 3))
+    run_all(device, request([1] * 40, 3))
+    assert sched.stats.prefix_hit_tokens == 36
+    run_all(device, request([1] * 16 + [2] * 8, 3))
+    assert sched.stats.prefix_hit_tokens == 36 + 16
+
+
+def test_a_text_whose_ropes_depend_on_its_length_shares_with_its_like_alone() -> None:
+    sched = scheduler(num_pages=60)
+    device, sched.paging.by_context = Device(sched), True
+    run_all(device, request([1] * 30, 3))
+    run_all(device, request([1] * 31, 3))
+    assert sched.stats.prefix_hit_tokens == 0
+    run_all(device, request([1] * 31, 3))
+    assert sched.stats.prefix_hit_tokens == 28
 
 
 def test_a_cancelled_request_frees_its_pages_in_any_state() -> None:
     sched = scheduler(num_pages=10)
-    running, waiting = request(20, 4), request(30, 10)
+    running, waiting = request([1] * 20, 4), request([2] * 30, 10)
     sched.add(running)
     sched.add(waiting)
     sched.plan()
     sched.finish(waiting)
     sched.finish(running)
-    assert sched.allocator.free_pages == 10 and sched.plan() is None
+    assert sched.paging.allocator.free_pages == 10 and sched.plan() is None
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (16, 16), (17, 64), (64, 64), (65, 100), (9999, 100)])

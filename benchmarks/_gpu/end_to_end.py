@@ -1,0 +1,116 @@
+"""The engine's decode with a large model of random weights, as many requests as a given KV memory holds: bfloat16 against FP8.
+
+Prompts are taken as read: their tokens count as cached, and the pool is filled with random numbers. A step's floor is the time
+in which a copy moves its bytes: the weights once, embeddings aside, and keys and values of every request.
+"""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jfp8kv
+from benchmarks._common import median
+from benchmarks._gpu.problems import random_bits
+from benchmarks._gpu.session import Session
+from jfp8kv.cache.capacity import parse_bytes
+from jfp8kv.cache.pages import KVPages
+from jfp8kv.core.errors import NotSupported
+from jfp8kv.core.formats import FORMATS
+from jfp8kv.engine.buckets import DECODE_STEPS
+from jfp8kv.engine.kv import setup
+from jfp8kv.engine.request import Request
+from jfp8kv.models.config import ModelConfig
+from jfp8kv.models.families import config_from_hf
+from jfp8kv.models.names import expected_shapes, nest
+from jfp8kv.sampling.keys import request_key
+from jfp8kv.sampling.params import SamplingParams
+
+KV_DTYPES = ("bfloat16", "fp8_e4m3")
+BLOCK_ROWS = 64  # random pages, repeated to fill a pool
+
+
+def run(session: Session, config: dict[str, Any]) -> None:
+    """A row for each format of the cache."""
+    asked = config["end_to_end"]
+    model = config_from_hf(asked["model"])
+    params = random_params(model)
+    for kv_dtype in session.each(KV_DTYPES):
+        with session.guarded("decode", kv_dtype=kv_dtype):
+            time_decode(session, params, kv_dtype, asked)
+
+
+def random_params(config: ModelConfig) -> jfp8kv.Params:
+    """Weights made on the device, in bfloat16."""
+    keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 64))
+
+    def made(name: str, shape: tuple[int, ...]) -> jax.Array:
+        if "norm" in name:
+            return jnp.ones(shape, jnp.bfloat16)
+        scale = jnp.bfloat16(shape[-1] ** -0.5)
+        return jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16) * scale)(next(keys))
+
+    return jfp8kv.Params.from_pytree(nest({name: made(name, s) for name, s in expected_shapes(config).items()}), config)
+
+
+def time_decode(session: Session, params: jfp8kv.Params, kv_dtype: str, asked: dict[str, Any]) -> None:
+    """Time dispatches of several tokens for every request that fits."""
+    context, memory, rounds = asked["context"], asked["kv_cache_memory"], asked["rounds"]
+    new = DECODE_STEPS * (rounds + 2)
+    kv = setup(params, kv_dtype, "unit" if kv_dtype != "bfloat16" else "auto", page_size=64, span=1)
+    requests = max(1, int(parse_bytes(memory) // kv.text_bytes(context + new)))
+    engine, attention = open_engine(
+        params, asked["attention"], kv_cache_dtype=kv_dtype, kv_cache_memory=memory, max_model_len=context + new,
+        max_num_seqs=requests,
+        **({} if kv_dtype == "bfloat16" else {"kv_scales": "unit"}),
+    )  # fmt: skip
+    engine.pages = filled(engine.pages, FORMATS[kv_dtype].dtype)
+    rng = np.random.default_rng(0)
+    sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+    for number in range(requests):
+        prompt = rng.integers(0, params.config.vocab, context).tolist()
+        key = request_key(None, index=0, engine_seed=0, number=number)
+        request = Request(prompt, sampling, key, max_tokens=new)
+        request.cached = context - 1
+        engine.add(request)
+
+    seconds = []
+    for turn in range(rounds + 2):  # a first token for each, and a round that compiles
+        began = time.perf_counter()
+        before = engine.stats.generated_tokens
+        engine.step()
+        if turn > 1:
+            assert engine.stats.generated_tokens - before == DECODE_STEPS * requests, "not every request decoded"
+            seconds.append((time.perf_counter() - began) / DECODE_STEPS)
+    step = median(seconds)
+    embeddings = 0 if params.config.tied_embeddings else params.tree["embed"]["weight"].nbytes
+    read = params.nbytes - embeddings + requests * context * kv.bytes_per_token(context)
+    floor = read / session.facts["copy_bytes_s"]
+    session.row(
+        "decode", kv_dtype=kv_dtype, attention=attention, requests=requests, context=context, kv_cache_memory=memory,
+        tokens_s=requests / step, step_ms=1e3 * step, floor_ms=1e3 * floor, share_of_floor=floor / step,
+    )  # fmt: skip
+
+
+def open_engine(params: jfp8kv.Params, attention: str | None, **sizes: Any) -> tuple[Any, str]:
+    """An engine with the attention asked for, or the one this version has instead; and its name."""
+    try:
+        engine = jfp8kv.LLM(params, attention=attention, **sizes)._engine
+    except NotSupported:
+        engine = jfp8kv.LLM(params, **sizes)._engine
+    return engine, engine.attention.name
+
+
+def filled(pages: KVPages, dtype: np.dtype) -> KVPages:
+    """The pool with random numbers in it: a few pages, over and over."""
+
+    def fill(pool: jax.Array, seed: int) -> jax.Array:
+        rows = pool.shape[0]
+        some = random_bits(jax.random.key(seed, impl="rbg"), (min(rows, BLOCK_ROWS), *pool.shape[1:]), dtype)
+        return jnp.tile(some, (-(-rows // some.shape[0]), 1, 1, 1))[:rows]
+
+    fill = jax.jit(fill, static_argnums=1, donate_argnums=0)
+    k, v = fill(pages.k_bits, 0), fill(pages.v_bits, 1)
+    return KVPages(k, v, pages.k_exponent, pages.v_exponent, layout=pages.layout)
