@@ -20,16 +20,17 @@ def products(target: Target, shapes: dict[str, Any]) -> list[Case]:
     """One matrix by every number of rows, and in every type; others by one number of rows."""
     first, *others = shapes["matrices"]
     asked = [("bf16", rows, first) for rows in shapes["rows"]]
-    asked += [(name, shapes["usual"], first) for name in ("f16", "f32")]
+    asked += [("f16", shapes["usual"], first), ("f32", shapes["usual"], first), ("f32", shapes["rows"][-1], first)]
     asked += [("bf16", shapes["usual"], matrix) for matrix in others]
     return [product(target, name, rows, matrix, shapes["matrices"][matrix]) for name, rows, matrix in asked]
 
 
 def product(target: Target, name: str, rows: int, matrix: str, shape: tuple[int, int, int]) -> Case:
-    """`layer_matmul` of rows and weights of one type; the bound leaves out what it copies of rows."""
+    """`layer_matmul` of rows and weights of one type; the bound counts what it copies of the matrix, once."""
     dtype = np.dtype(TYPES[name])
     blocks = blocks_for(rows=rows, out=shape[1], width=shape[2], multiplied=dtype, stored=dtype)
-    used = blocks.block_out / (blocks.block_out + blocks.block_rows)
+    passes = -(-rows // blocks.block_rows)
+    used = blocks.block_out / (blocks.block_out + blocks.block_rows) / passes
     return Case(
         f"product, {name}, {rows} by {matrix}",
         "layer_matmul",

@@ -60,7 +60,8 @@ class KernelMatmul:
 
 def reads(weight: Array) -> bool:
     """Whether the kernel reads such a stack, and 16 bytes at a time."""
-    return jnp.issubdtype(weight.dtype, jnp.floating) and weight.shape[2] * weight.dtype.itemsize % ALIGNED == 0
+    known = jnp.issubdtype(weight.dtype, jnp.floating) and weight.dtype.itemsize in (2, 4)
+    return known and weight.shape[2] * weight.dtype.itemsize % ALIGNED == 0
 
 
 def beside(attention: str) -> Matmul:

@@ -67,12 +67,13 @@ def _kernel(refs: Refs, out_refs: Refs, *, blocks: MatmulBlocks, interpret: bool
     share = cdiv(cdiv(width, UNIT), blocks.splits) * UNIT
     start = split * share
     end = jnp.minimum(start + share, width)
+    once = rows <= blocks.block_rows
     ragged = width % blocks.block_in or share % blocks.block_in  # whether a tile may go past its share
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         channel = start + i * blocks.block_in + jnp.arange(blocks.block_in, dtype=jnp.int32)
         known = channel < end if ragged else None
-        w = load(weights, layer, at[:, None], channel[None, :], mask=_both(at_known, known), other=0, once=True)
+        w = load(weights, layer, at[:, None], channel[None, :], mask=_both(at_known, known), other=0, once=once)
         x = load(x_ref, row[:, None], channel[None, :], mask=_both(row_known, known), other=0)
         return total + dot(w.astype(x.dtype), x.T, interpret=interpret)
 

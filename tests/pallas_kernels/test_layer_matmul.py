@@ -69,7 +69,7 @@ def test_a_row_is_cut_up_alike_whatever_stands_beside_it():
 
 @pytest.mark.parametrize("out, width, splits", [(4096, 4096, 4), (6144, 4096, 2), (14336, 4096, 1), (576, 576, 2)])
 def test_programs_fill_the_cores_twice_where_the_matrix_is_large_enough(out, width, splits):
-    blocks = blocks_for(rows=64, out=out, width=width, multiplied=BFLOAT16, stored=BFLOAT16)
+    blocks = blocks_for(rows=32, out=out, width=width, multiplied=BFLOAT16, stored=BFLOAT16)
     assert blocks.splits == splits
     assert out < 4096 or 132 < out // blocks.block_out * splits <= 264
 
