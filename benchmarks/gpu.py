@@ -25,7 +25,7 @@ import jax
 import yaml
 
 from benchmarks._common import console, header, table
-from benchmarks._gpu import attention, checks, device, end_to_end, mosaic, peers, tune, writes
+from benchmarks._gpu import attention, checks, device, end_to_end, matmuls, mosaic, peers, tune, writes
 from benchmarks._gpu.goals import goals, show
 from benchmarks._gpu.session import RESULTS, Session, results_path
 from benchmarks._gpu.timing import Clock, cupti
@@ -39,6 +39,7 @@ PARTS: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "decode": attention.decode,
     "write": writes.run,
     "prefill": attention.prefill,
+    "product": matmuls.run,
     "peers": peers.run,
     "end_to_end": end_to_end.run,
     "mosaic": mosaic.run,

@@ -16,6 +16,7 @@ import yaml
 from benchmarks._gpu.bound import multiplying, streaming
 from benchmarks._gpu.compiled import Case
 from benchmarks._gpu.guards import Wants
+from benchmarks._gpu.products import products
 from benchmarks._gpu.topology import Target
 from pallas_kernels import kv_write, paged_decode, paged_prefill
 
@@ -57,9 +58,10 @@ Make = Callable[..., Case]
 
 def cases() -> list[Case]:
     """Every case, by GPU, kernel and element type."""
-    return [
+    targets = (Target.h100(), Target.a100())
+    about_caches = [
         case
-        for target in (Target.h100(), Target.a100())
+        for target in targets
         for element in ELEMENTS
         for case in [
             *attending(decode, target, element, sizes=SIZES | {"one request": {"requests": 1, "queries": 1}}),
@@ -67,6 +69,7 @@ def cases() -> list[Case]:
             *writing(target, element),
         ]
     ]
+    return about_caches + [case for target in targets for case in products(target, SHAPES["product"])]
 
 
 def attending(make: Make, target: Target, element: str, *, sizes: dict[str, dict[str, int]]) -> list[Case]:

@@ -2,7 +2,7 @@
 
 The model has the shapes of Llama-3.1-8B (arXiv:2407.21783, table 3), its weights are shapes alone. A step must update the pool
 in place, copy or widen no array of the pool's size, and need as much memory beside its arguments for a small pool as for a
-large one.
+large one. A decode step must read the matrices of its layers where they lie.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from jfp8kv.engine import step
 from jfp8kv.engine.batch import Batch, Batcher
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.kv import KVSetup
+from jfp8kv.engine.products import KernelMatmul
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.scheduler import Decode, Prefill
 from jfp8kv.models.config import ModelConfig, RopeConfig
@@ -40,6 +41,11 @@ LLAMA_8B = ModelConfig(
 )  # fmt: skip
 REQUESTS, CHUNK = 64, 1024
 POOL_BYTES = (3 * 2**30, 36 * 2**30)  # K and V together: within and beyond the offsets that 32 bits reach
+MATRIX_BYTES = 2 * LLAMA_8B.hidden * LLAMA_8B.kv_heads * LLAMA_8B.head_dim  # of the smallest matrix of a layer
+KERNELS = {
+    "decode": ("kv_write", "layer_matmul", "paged_decode"),
+    "prefill": ("kv_write", "paged_prefill"),  # so many rows are left to XLA, which copies each matrix first
+}
 ARRAY = re.compile(r"= \(?(?P<dtype>[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\]")
 
 
@@ -81,11 +87,12 @@ def compile_step(case: StepCase) -> StepReport:
     faults = [fault for memory, text, pool_bytes in reports for fault in _faults(memory, text, pool_bytes)]
     if needed[0] != needed[1]:
         faults.append(f"needs {needed[0]} bytes beside its arguments with the small pool, {needed[1]} with the large one")
-    wanted = {"kv_write", "paged_decode" if case.step == "decode" else "paged_prefill"}
     memory, text, pool_bytes = reports[0]
-    kernels = tuple(sorted(wanted & set(re.findall(r"kv_write|paged_decode|paged_prefill", text))))
-    if missing := wanted - set(kernels):
+    kernels = tuple(name for name in KERNELS[case.step] if name in text)
+    if missing := set(KERNELS[case.step]) - set(kernels):
         faults.append(f"runs without {', '.join(sorted(missing))}")
+    if case.step == "decode":
+        faults.extend(_copied_matrices(text))
     return StepReport(case, needed[0], memory.alias_size_in_bytes, pool_bytes, kernels, tuple(dict.fromkeys(faults)))
 
 
@@ -99,6 +106,13 @@ def _faults(memory: Any, text: str, pool_bytes: int) -> Iterator[str]:
             yield f"makes {found['dtype']}[{found['shape']}] by {found['op']}"
 
 
+def _copied_matrices(text: str) -> Iterator[str]:
+    """Arrays of the weights' type as large as a matrix: nothing else in a decode step is."""
+    for found in re.finditer(rf"{ARRAY.pattern}[^=\n]*? (?P<op>copy|fusion)\(", text):
+        if found["dtype"] == "bf16" and array_bytes(found) >= MATRIX_BYTES:
+            yield f"makes {found['dtype']}[{found['shape']}] by {found['op']}, as large as a matrix"
+
+
 def _compile(case: StepCase, size: int) -> tuple[Any, str, int]:
     """Memory and text of the program, and the bytes of its pool."""
     kv = KVSetup((case.kind,) * LLAMA_8B.layers, None, LLAMA_8B, page_size=64, span=CHUNK, keys_transposed=False)
@@ -108,7 +122,7 @@ def _compile(case: StepCase, size: int) -> tuple[Any, str, int]:
     pool = jax.eval_shape(lambda: kv.pool(num_pages))
     attend = PallasAttention(paged_decode, paged_prefill, capability=case.target.capability, interpret=False)
     dtype = np.dtype(jnp.bfloat16)
-    model = step.Model(LLAMA_8B, dtype, attend, kv.groups, KernelWrite())
+    model = step.Model(LLAMA_8B, dtype, attend, kv.groups, KernelWrite(), KernelMatmul())
     weights = nest({name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in expected_shapes(LLAMA_8B).items()})
     scales = jax.eval_shape(kv.layer_scales)
     arguments = (weights, scales, _batch(case.step, kv, num_pages), pool)

@@ -13,7 +13,7 @@ from jfp8kv.attention import dispatch
 from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.core.errors import CapacityError, ConfigError
 from jfp8kv.core.platform import activation_dtype
-from jfp8kv.engine import step
+from jfp8kv.engine import products, step
 from jfp8kv.engine.batch import Batch, Batcher, Made, read
 from jfp8kv.engine.buckets import DECODE_STEPS, Buckets, default_token_budget
 from jfp8kv.engine.kv import context_length, positive, setup
@@ -71,7 +71,14 @@ class Engine:
         self.kv = dataclasses.replace(self.kv, keys_transposed=self.attention.keys_transposed)
         self.pages = self.kv.pool(self.num_pages)
 
-        self.model = step.Model(config, params.dtype, self.attention.attend, self.kv.groups, self.attention.write)
+        self.model = step.Model(
+            config,
+            params.dtype,
+            self.attention.attend,
+            self.kv.groups,
+            self.attention.write,
+            products.beside(self.attention.name),
+        )
         weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
         self.programs = Programs(self.model, weights, self.kv.layer_scales())
 

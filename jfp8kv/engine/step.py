@@ -25,6 +25,7 @@ from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.batch import Batch, StepOutput
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import Decoder, bind
+from jfp8kv.models.linear import Matmul, stacked_matmul
 from jfp8kv.sampling.adjust import count_token
 from jfp8kv.sampling.params import MAX_LOGPROBS
 from jfp8kv.sampling.sample import sample_batch, top_logprobs
@@ -41,6 +42,11 @@ class Model:
     attention: Attention
     groups: LayerGroups | None = None  # which page table each layer reads; None: all of them one
     write: Write = write
+    matmul: Matmul = stacked_matmul
+
+    def bind(self, weights: Weights) -> Decoder:
+        """The decoder around these weights."""
+        return bind(self.config, weights, self.dtype, matmul=self.matmul)
 
     def options(self, decoder: Decoder) -> AttentionOptions:
         """What this model asks of attention, its sinks read from the weights."""
@@ -113,7 +119,7 @@ def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
 
 def prefill(model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages) -> tuple[None, KVPages]:
     """Cache a chunk of each request. Nothing is sampled: a prompt's last token is left to `decode`."""
-    decoder = bind(model.config, weights, model.dtype)
+    decoder = model.bind(weights)
 
     def one(chunk: Chunk, pages: KVPages) -> KVPages:
         return _forward(model, decoder, scales, chunk, pages)[1]
@@ -132,7 +138,7 @@ def decode(
     top: int = 0,
 ) -> tuple[StepOutput, KVPages]:
     """Up to `batch.steps` (at most `most_steps`) tokens for each request, none after its end token or its `remaining`."""
-    decoder = bind(model.config, weights, model.dtype)
+    decoder = model.bind(weights)
     rows, vocab = batch.start.shape[0], model.config.vocab
     blank = StepOutput(
         jnp.full((rows, most_steps), vocab, jnp.int32),
@@ -180,7 +186,7 @@ def score(
     model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPages]:
     """Cache a chunk of each request and return the logits after each of its tokens."""
-    decoder = bind(model.config, weights, model.dtype)
+    decoder = model.bind(weights)
     return _logits(model, decoder, scales, batch, pages)
 
 

@@ -21,7 +21,7 @@ from jfp8kv.core.platform import activation_dtype
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.experts import Experts
 from jfp8kv.models.layers import FLOAT32, Linear, Norm, Table, activate, gated
-from jfp8kv.models.linear import widen
+from jfp8kv.models.linear import Matmul, stacked_matmul, widen
 from jfp8kv.models.rope import AllAngles, angles, layer_angles, rotate
 
 Attend = Callable[..., tuple[Array, Any]]
@@ -31,11 +31,11 @@ Layer = Int[Array, ""]
 class Layers(nnx.Module):
     """The parameters of all layers, and one layer's computation."""
 
-    def __init__(self, config: ModelConfig, *, dtype: np.dtype, tiled: bool, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: np.dtype, tiled: bool, rngs: nnx.Rngs, matmul: Matmul):
         c, dense = config, len(config.dense_layers)
 
         def linear(out: int, width: int, bias: bool, layers: int = c.layers) -> Linear:
-            return Linear(layers, out, width, bias=bias, dtype=dtype, tiled=tiled, rngs=rngs)
+            return Linear(layers, out, width, bias=bias, dtype=dtype, tiled=tiled, rngs=rngs, matmul=matmul)
 
         def norm(width: int = c.hidden) -> Norm:
             return Norm(c.layers, width, kind=c.norm, eps=c.norm_eps, dtype=dtype)
@@ -118,7 +118,14 @@ class Decoder(nnx.Module):
     for tests; `bind` makes one from a tree of arrays.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: np.dtype | None = None, rngs: nnx.Rngs | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: np.dtype | None = None,
+        rngs: nnx.Rngs | None = None,
+        matmul: Matmul = stacked_matmul,
+    ):
         dtype, rngs = np.dtype(dtype or jnp.dtype(config.dtype)), rngs or nnx.Rngs(0)
         tiled = jax.default_backend() == "cpu"
 
@@ -128,7 +135,7 @@ class Decoder(nnx.Module):
         self.embed = table(config.vocab)
         if config.learned_positions:
             self.positions = table(config.max_len)
-        self.layers = Layers(config, dtype=dtype, tiled=tiled, rngs=rngs)
+        self.layers = Layers(config, dtype=dtype, tiled=tiled, rngs=rngs, matmul=matmul)
         self.norm = Norm(None, config.hidden, kind=config.norm, eps=config.norm_eps, dtype=dtype)
         if not config.tied_embeddings:
             self.head = table(config.vocab)
@@ -180,9 +187,12 @@ class Decoder(nnx.Module):
         return widen(self.layers.sinks[...], self.stored, FLOAT32) if self.config.sinks else None
 
 
-def bind(config: ModelConfig, tree: Any, dtype: np.dtype) -> Decoder:
-    """The decoder around a tree of arrays with the native names; `dtype` is the type that 16-bit bits stand for."""
-    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype))
+def bind(config: ModelConfig, tree: Any, dtype: np.dtype, *, matmul: Matmul = stacked_matmul) -> Decoder:
+    """The decoder around a tree of arrays with the native names; `dtype` is the type that 16-bit bits stand for.
+
+    `matmul` multiplies by the matrices of a layer, experts' apart.
+    """
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, matmul=matmul))
     graph, state = nnx.split(abstract)
     nnx.replace_by_pure_dict(state, tree)
     return nnx.merge(graph, state)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from jfp8kv.models.config import Activation
 from jfp8kv.models.config import Norm as NormKind
-from jfp8kv.models.linear import stacked_matmul, widen
+from jfp8kv.models.linear import Matmul, stacked_matmul, widen
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -26,7 +26,18 @@ Layer = Int[Array, ""] | int
 class Linear(nnx.Module):
     """`x @ weight[layer].T + bias[layer]`, accumulated in float32, returned in `x.dtype`. `tiled`: see models/linear.py."""
 
-    def __init__(self, layers: int, out: int, width: int, *, bias: bool, dtype: np.dtype, tiled: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        layers: int,
+        out: int,
+        width: int,
+        *,
+        bias: bool,
+        dtype: np.dtype,
+        tiled: bool,
+        rngs: nnx.Rngs,
+        matmul: Matmul = stacked_matmul,
+    ):
         weight = jax.random.normal(rngs.params(), (layers, out, width), jnp.float32) * width**-0.5
         self.weight = nnx.Param(weight.astype(dtype))
         if bias:
@@ -34,9 +45,10 @@ class Linear(nnx.Module):
         self.has_bias = bias
         self.stored = np.dtype(dtype)
         self.tiled = tiled
+        self.matmul = matmul
 
     def __call__(self, x: Float[Array, "tokens in"], layer: Layer) -> Float[Array, "tokens out"]:
-        y = stacked_matmul(x, self.weight[...], layer, stored=self.stored, tiled=self.tiled)
+        y = self.matmul(x, self.weight[...], layer, stored=self.stored, tiled=self.tiled)
         if self.has_bias:
             y = y + widen(self.bias[...][layer], self.stored, FLOAT32)
         return y.astype(x.dtype)

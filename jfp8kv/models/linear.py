@@ -10,12 +10,14 @@ would widen the whole stack at each slice of it.
 """
 
 import ctypes
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+Matmul = Callable[..., Array]  # called as `stacked_matmul` is, and computes what it computes
 TILE_BYTES = 1 << 20  # of a widened tile
 
 
