@@ -21,7 +21,7 @@ from jfp8kv.core.errors import NotSupported
 from jfp8kv.core.formats import FORMATS
 from jfp8kv.engine.buckets import DECODE_STEPS
 from jfp8kv.engine.kv import setup
-from jfp8kv.engine.request import Request
+from jfp8kv.engine.request import Request, Status
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
 from jfp8kv.models.names import expected_shapes, nest
@@ -63,7 +63,7 @@ def time_decode(session: Session, params: jfp8kv.Params, kv_dtype: str, asked: d
     requests = max(1, int(parse_bytes(memory) // kv.text_bytes(context + new)))
     engine, attention = open_engine(
         params, asked["attention"], kv_cache_dtype=kv_dtype, kv_cache_memory=memory, max_model_len=context + new,
-        max_num_seqs=requests,
+        max_num_seqs=requests, prefix_caching=False,
         **({} if kv_dtype == "bfloat16" else {"kv_scales": "unit"}),
     )  # fmt: skip
     engine.pages = filled(engine.pages, FORMATS[kv_dtype].dtype)
@@ -73,8 +73,9 @@ def time_decode(session: Session, params: jfp8kv.Params, kv_dtype: str, asked: d
         prompt = rng.integers(0, params.config.vocab, context).tolist()
         key = request_key(None, index=0, engine_seed=0, number=number)
         request = Request(prompt, sampling, key, max_tokens=new)
-        request.cached = context - 1
-        engine.add(request)
+        request.cached, request.status = context - 1, Status.RUNNING  # as if its prompt had been run: the pool is random
+        assert engine.scheduler.paging.grow(request, context), "the pool is smaller than was planned"
+        engine.scheduler.running.append(request)
 
     seconds = []
     for turn in range(rounds + 2):  # a first token for each, and a round that compiles
