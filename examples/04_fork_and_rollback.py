@@ -32,22 +32,18 @@ def after(logits):
     return logits - np.logaddexp.reduce(logits.astype(np.float64))
 
 
-root = llm.session("Once upon a time there was")
-last = root.token_ids[-1]
-root.rollback(1)
-leaves, grown = [(0.0, root, after(root.extend([last])[0]))], []
+root = llm.session("Once upon a time")
+leaves = [(0.0, root, after(root.extend(" there was")[-1]))]
 while len(leaves[0][1]) < len(root) + 8:
     score, leaf, logprobs = leaves.pop(0)
     for token in np.argsort(-logprobs)[:2].tolist():
         branch = leaf.fork()
         leaves.append((score + logprobs[token], branch, after(branch.extend([token])[0])))
-    grown.append(leaf)  # kept for the picture: most searches would let it go, and its own page with it
     leaves.sort(key=lambda leaf: -leaf[0])
 print(f"{leaves[0][0]:.2f} {leaves[0][1].text}")
 
 # %% [markdown]
-# ## Who holds which page
-# A row for each leaf, a column for each page: darker where more of them hold the same one.
+# ## Which pages each leaf (a row) holds: darker where more of them hold the same one
 
 # %%
 texts = [session for _, session, _ in leaves[:12]]
@@ -56,6 +52,8 @@ holders = {page: sum(page in session.pages[0] for session in texts) for page in 
 picture = np.array([[holders[page] if page in session.pages[0] else np.nan for page in pages] for session in texts])
 figure, axes = plt.subplots(figsize=(9, 3.5), layout="constrained")
 axes.pcolormesh(picture[::-1], cmap="Blues", vmin=0, edgecolors="white", linewidth=2)
-axes.set(title="Pages of 4 tokens, by leaf", xlabel="page", yticks=[], xticks=[])
-alone = sum(len(session.pages[0]) for session in texts)
-print(f"{len(texts)} texts hold {len(pages)} pages; apart they would hold {alone}.")
+axes.set(title="Pages of 4 tokens, by leaf", yticks=[], xticks=[])
+print(f"{len(texts)} texts hold {len(pages)} pages; apart they would hold {sum(holders.values())}.")
+for session in (root, leaf, *(session for _, session, _ in leaves)):
+    session.close()  # so does whatever is no longer referred to
+print(f"{llm.stats.kv_bytes_used} bytes are held once all are closed.")
