@@ -135,13 +135,16 @@ def first_seen(refs: Refs, position: jax.Array) -> jax.Array:
     return jnp.where(window == 0, 0, jnp.maximum(position - window + 1, 0))
 
 
-def channel_mask(how: How, rows: int) -> jax.Array | None:
-    """Which channels of `[rows, channels]` exist; None: all. The index itself stays as it is: clamped, its contiguity would be
-    hidden, and loads would be bytes."""
-    if how.channels == how.head_dim:
-        return None
-    channel = jnp.arange(how.channels, dtype=jnp.int32)
-    return jnp.broadcast_to((channel < how.head_dim)[None, :], (rows, how.channels))
+def across(how: How, known: jax.Array | None, rows: int) -> tuple[jax.Array, jax.Array | None]:
+    """The index of channels, `[1, channels]`, and which of `[rows, channels]` are there, in rows that are `known`; None: all.
+
+    The index itself stays as it is: clamped, its contiguity would be hidden, and loads would be bytes.
+    """
+    channel, shape = jnp.arange(how.channels, dtype=jnp.int32)[None, :], (rows, how.channels)
+    mask = None if known is None else jnp.broadcast_to(known[:, None], shape)
+    if how.channels != how.head_dim:
+        mask = both(mask, jnp.broadcast_to(channel < how.head_dim, shape))
+    return channel, mask
 
 
 def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
@@ -150,9 +153,8 @@ def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
 
 
 def _query(refs: Refs, how: How, rows: Rows, kv_head: Any) -> Query:
-    channel = jnp.arange(how.channels, dtype=jnp.int32)
-    mask = both(jnp.broadcast_to(rows.valid[:, None], (how.rows, how.channels)), channel_mask(how, how.rows))
-    q = load(refs["q"], rows.query[:, None], rows.head[:, None], channel[None, :], mask=mask, other=0.0).astype(jnp.float32)
+    channel, mask = across(how, rows.valid, how.rows)
+    q = load(refs["q"], rows.query[:, None], rows.head[:, None], channel, mask=mask, other=0.0).astype(jnp.float32)
     if "k_scale" in refs:
         q = q * _channels(refs, "k_scale", how, kv_head)[None, :]
     unit = LOG2E if how.softcap is None else 1 / how.softcap
@@ -226,9 +228,7 @@ def _inside(ref: Any, row: jax.Array) -> jax.Array:
 
 def _tile(ref: Any, how: How, block: Block) -> jax.Array:
     """`[block_k, channels]` of keys or values, decoded; unknown ones are zero whatever their slots hold."""
-    channel = jnp.arange(how.channels, dtype=jnp.int32)[None, :]
-    mask = None if block.known is None else jnp.broadcast_to(block.known[:, None], (how.block_k, how.channels))
-    mask = both(mask, channel_mask(how, how.block_k))
+    channel, mask = across(how, block.known, how.block_k)
     row = block.row if how.one_page else block.row[:, None]
     offset = (block.token % how.page_size)[:, None]
     bits = load(ref, row, block.kv_head, offset, channel, mask=mask, other=0, once=True)

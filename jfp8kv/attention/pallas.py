@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from jfp8kv.attention import xla
 from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
+from jfp8kv.core.batching import with_axis
 
 Shared = dict[str, Any]  # by the kernels' names
 
@@ -94,11 +95,7 @@ class PallasAttention:
         def many(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[Array, bool]:
             *own, shared = args
             assert not any(jax.tree.leaves(in_batched[-1])), "requests share the pool and the layer: vmap with in_axes=None"
-            own = [
-                x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-                for x, batched in zip(own, in_batched[:-1], strict=True)
-            ]
-            return batch(*own, shared), True
+            return batch(*with_axis(axis_size, in_batched[:-1], own), shared), True
 
         return one
 

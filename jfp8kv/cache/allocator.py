@@ -74,13 +74,6 @@ class PageAllocator:
         """The page that has what `key` says, held or kept; None when there is none any more."""
         return self._pages.get(key)
 
-    def forget_all(self) -> None:
-        """No page is kept any more: what they hold is no longer what their keys say."""
-        self._free.extend(self._idle)
-        self._idle.clear()
-        self._pages.clear()
-        self._keys.clear()
-
     def _forget(self) -> int:
         page, _ = self._idle.popitem(last=False)
         del self._pages[self._keys.pop(page)]

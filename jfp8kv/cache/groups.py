@@ -84,7 +84,7 @@ class PageNeeds:
 
     def of(self, tokens: int) -> list[int]:
         """Pages of each group that a text of up to `tokens` tokens needs at any one time."""
-        return [min(self.holding(tokens), self._most(window)) for window in self.groups.windows]
+        return [self.between(group, 0, tokens) for group in range(len(self.groups.windows))]
 
     def total(self, tokens: int) -> int:
         """Pages of all groups together."""

@@ -12,6 +12,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Int
 
 from jfp8kv.cache.pages import KV, KVPages, Layer, LayerScales, write
+from jfp8kv.core.batching import with_axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +77,7 @@ class KernelWrite:
         def many(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[KVPages, Any]:
             own, shared = args[:5], args[5:]
             assert not any(jax.tree.leaves(in_batched[5:])), "requests share the pool and the layer: vmap with in_axes=None"
-            each = zip(own, in_batched[:5], strict=True)
-            pages = batch(*(x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)) for x, batched in each), *shared)
+            pages = batch(*with_axis(axis_size, in_batched[:5], own), *shared)
             return pages, jax.tree.map(lambda _: False, pages)
 
         return one

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jfp8kv.cache.layout import LayerKind, PoolLayout
 from jfp8kv.cache.scales import KVScales, exponent_inverse, exponent_scale, token_head_exponent
+from jfp8kv.core.batching import with_axis
 from jfp8kv.core.formats import KVFormat, as_values, decode, encode, join_planes, split_planes
 from jfp8kv.core.pytree import pytree, static
 
@@ -288,10 +289,7 @@ def _scatter(place: Callable[[Array, Array], tuple]) -> Callable[[Array, Array, 
     def requests(axis_size: int, in_batched: list[bool], pool: Array, *args: Array) -> tuple[Array, bool]:
         """The requests' tokens, one after another, into the one pool they share."""
         assert not in_batched[0], "the pool is shared by the requests: vmap it with in_axes=None"
-        flat = []
-        for x, batched in zip(args, in_batched[1:], strict=True):
-            x = x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-            flat.append(x.reshape(-1, *x.shape[2:]))
+        flat = [x.reshape(-1, *x.shape[2:]) for x in with_axis(axis_size, in_batched[1:], args)]
         return scatter(pool, *flat), False
 
     return scatter

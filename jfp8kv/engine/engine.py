@@ -309,7 +309,7 @@ class Engine:
         while self.dropped:
             holding = self.dropped.popleft()
             holding.paging.release(holding.request)
-        self._count_used()
+            self._count_used()
 
     def warmup(self) -> None:
         """Compile every program that plain requests can need.

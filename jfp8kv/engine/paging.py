@@ -104,9 +104,9 @@ class Paging:
         keys, pages = self.keys(request, tokens), tokens // self.needs.page_size
         for group in self._groups:
             first = self.needs.first(group, tokens)
-            found = [self.allocator.find((key, group)) for key in keys[first:pages]]
-            self.allocator.share(page for page in found if page is not None)
-            request.held.append(Held(first, [page for page in found if page is not None]))
+            found = [page for key in keys[first:pages] if (page := self.allocator.find((key, group))) is not None]
+            self.allocator.share(found)
+            request.held.append(Held(first, found))
         request.cached = tokens
 
     def keep(self, request: Request) -> None:

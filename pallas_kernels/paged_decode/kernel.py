@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attend import MASKED, Keys, Refs, Rows, attend, both, channel_mask, finished, first_seen
+from pallas_kernels.attend import MASKED, Keys, Refs, Rows, across, attend, finished, first_seen
 from pallas_kernels.backend import cdiv, launch, power_of_two, program, store
 from pallas_kernels.options import (
     HOPPER,
@@ -129,12 +129,11 @@ def _kernel(refs: Refs, out_refs: Refs, *, how: How, splits: int) -> None:
     now = attend(refs, how, rows, Keys(first, start, end), request=request, kv_head=kv_head, with_sink=split == 0)
 
     out = finished(refs, how, now, kv_head, total=now.total)
-    channel = jnp.arange(how.channels, dtype=jnp.int32)
-    mask = both(jnp.broadcast_to(rows.valid[:, None], (how.rows, how.channels)), channel_mask(how, how.rows))
+    channel, mask = across(how, rows.valid, how.rows)
     ref = out_refs["out"]
     if splits == 1:
-        store(ref, request, head[:, None], channel[None, :], value=out.astype(ref.dtype), mask=mask)
+        store(ref, request, head[:, None], channel, value=out.astype(ref.dtype), mask=mask)
         return
     weight = jnp.where(now.total == 0, MASKED, now.peak + jnp.log2(jnp.where(now.total == 0, 1.0, now.total)))
-    store(ref, split, request, head[:, None], channel[None, :], value=out, mask=mask)
+    store(ref, split, request, head[:, None], channel, value=out, mask=mask)
     store(out_refs["weight"], split, request, head, value=weight, mask=rows.valid)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attend import Keys, Refs, Rows, attend, both, channel_mask, finished, first_seen
+from pallas_kernels.attend import Keys, Refs, Rows, across, attend, finished, first_seen
 from pallas_kernels.backend import cdiv, launch, load, power_of_two, program, store
 from pallas_kernels.options import (
     HOPPER,
@@ -126,10 +126,9 @@ def _kernel(refs: Refs, out_refs: Refs, *, how: How, requests: int, block_tokens
     now = attend(refs, how, rows, keys, request=request, kv_head=kv_head)
 
     out = finished(refs, how, now, kv_head, total=now.total)
-    channel = jnp.arange(how.channels, dtype=jnp.int32)
-    mask = both(jnp.broadcast_to(valid[:, None], (how.rows, how.channels)), channel_mask(how, how.rows))
+    channel, mask = across(how, valid, how.rows)
     ref = out_refs["out"]
-    store(ref, rows.query[:, None], head[:, None], channel[None, :], value=out.astype(ref.dtype), mask=mask)
+    store(ref, rows.query[:, None], head[:, None], channel, value=out.astype(ref.dtype), mask=mask)
 
 
 def _block(refs: Refs, number: Any, *, requests: int, block_tokens: int) -> tuple[jax.Array, jax.Array]:
