@@ -25,7 +25,7 @@ import jax
 import yaml
 
 from benchmarks._common import console, header, table
-from benchmarks._gpu import attention, checks, device, end_to_end, matmuls, mosaic, peers, tune, writes
+from benchmarks._gpu import attention, checks, device, end_to_end, engine, matmuls, mosaic, peers, tune, writes
 from benchmarks._gpu.goals import goals, show
 from benchmarks._gpu.session import RESULTS, Session, results_path
 from benchmarks._gpu.timing import Clock, cupti
@@ -35,6 +35,7 @@ CONFIG = ROOT / "configs" / "bench" / "gpu_run.yaml"
 PARTS: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "device": device.run,
     "check": checks.run,
+    "engine": engine.run,
     "tune": tune.run,
     "decode": attention.decode,
     "write": writes.run,
