@@ -75,7 +75,17 @@ class Block(NamedTuple):
     token: jax.Array  # [block_k]
     known: jax.Array | None  # [block_k]
     row: jax.Array  # [] or [block_k]
-    exponent_row: jax.Array | None
+
+
+class Exponents(NamedTuple):
+    """Those of a block's dynamic scales, int32; 0 for unknown tokens. None where scales are static.
+
+    They are loaded a block ahead: too narrow to be copied to shared memory while others are worked on, as keys and values are,
+    they would be waited for.
+    """
+
+    k: jax.Array | None  # [block_k]
+    v: jax.Array | None  # [block_k]
 
 
 def attend(refs: Refs, how: How, rows: Rows, keys: Keys, *, request: Any, kv_head: Any, with_sink: Any = True) -> Running:
@@ -85,9 +95,10 @@ def attend(refs: Refs, how: How, rows: Rows, keys: Keys, *, request: Any, kv_hea
     # it crosses shared memory; else it crosses in bytes and is taken apart there, at 1.6 times the cost of everything else.
     one = jnp.where(keys.end > keys.start, 1.0, 0.5).astype(jnp.float16)
 
-    def body(i: jax.Array, now: Running, *, masked: bool = True) -> Running:
-        block = _block(refs, how, keys, keys.start + i * how.block_k, request, kv_head, masked)
-        scores = _scores(refs, how, query, block)
+    def body(i: jax.Array, state: tuple[Running, Exponents], *, masked: bool = True) -> tuple[Running, Exponents]:
+        (now, of), begin = state, keys.start + i * how.block_k
+        block, ahead = _block(refs, how, keys, begin, request, kv_head, masked), exponents(begin + how.block_k)
+        scores = _scores(refs, how, query, block, of.k)
         if masked:
             scores = jnp.where(_seen(refs, how, rows, block), scores, MASKED)
         peak = jnp.maximum(now.peak, jnp.max(scores, axis=1))
@@ -96,25 +107,25 @@ def attend(refs: Refs, how: How, rows: Rows, keys: Keys, *, request: Any, kv_hea
         total = now.total * shrink + jnp.sum(weights, axis=1)
 
         exponent, factor = now.exponent, one
-        if "v_exponent" in refs:
-            exponents = _exponents(refs["v_exponent"], how, block)
-            exponent = jnp.maximum(exponent, jnp.max(exponents))
+        if of.v is not None:
+            exponent = jnp.maximum(exponent, jnp.max(of.v))
             shrink = shrink * power(now.exponent - exponent)
             if how.scale_tiles:
-                factor = power(exponents - exponent).astype(jnp.float16)[:, None]
+                factor = power(of.v - exponent).astype(jnp.float16)[:, None]
             else:
-                weights = weights * power(exponents - exponent)[None, :]
+                weights = weights * power(of.v - exponent)[None, :]
         v = _tile(refs["v"], how, block)
         v = (v * factor if is_fp8(how.element) else v).astype(how.compute)
         out = now.out * shrink[:, None] + dot(weights.astype(how.compute), v, interpret=how.interpret)
-        return Running(out, peak, total, exponent)
+        return Running(out, peak, total, exponent), ahead
 
+    exponents = functools.partial(_exponents, refs, how, keys, request, kv_head)
     blocks = jnp.maximum(cdiv(keys.end - keys.start, how.block_k), 0)
-    now, whole = _initial(refs, how, rows, with_sink), jnp.int32(0)
+    state, whole = (_initial(refs, how, rows, with_sink), exponents(keys.start)), jnp.int32(0)
     if keys.whole is not None:
         whole = jnp.minimum(keys.whole, blocks)
-        now = lax.fori_loop(0, whole, functools.partial(body, masked=False), now)
-    return lax.fori_loop(whole, blocks, body, now)
+        state = lax.fori_loop(0, whole, functools.partial(body, masked=False), state)
+    return lax.fori_loop(whole, blocks, body, state)[0]
 
 
 def finished(refs: Refs, how: How, now: Running, kv_head: Any, *, total: jax.Array) -> jax.Array:
@@ -169,11 +180,10 @@ def _query(refs: Refs, how: How, rows: Rows, kv_head: Any) -> Query:
     return Query(q.astype(how.compute), factor, offset)
 
 
-def _scores(refs: Refs, how: How, query: Query, block: Block) -> jax.Array:
+def _scores(refs: Refs, how: How, query: Query, block: Block, exponents: jax.Array | None) -> jax.Array:
     """`[rows, block_k]` scores of keys, seen or not, in units of log 2."""
     k, factor, scale = _tile(refs["k"], how, block), query.factor, None
-    if "k_exponent" in refs:
-        exponents = _exponents(refs["k_exponent"], how, block)
+    if exponents is not None:
         if how.scale_tiles:
             largest = jnp.max(exponents)
             k = k * power(exponents - largest).astype(jnp.float16)[:, None]
@@ -215,10 +225,7 @@ def _block(refs: Refs, how: How, keys: Keys, begin: jax.Array, request: Any, kv_
     # One page number for the block, or one a token: those of unknown tokens are not read.
     page_of = begin if how.one_page else jnp.clip(token, keys.first, keys.end - 1) if masked else token
     page = load(refs["page_table"], request, page_of // how.page_size)
-    row, exponent_row = _inside(refs["k"], refs["first_row"] + page), None
-    if "k_exponent" in refs:
-        exponent_row = _inside(refs["k_exponent"], refs["first_exponent_row"] + page)
-    return Block(kv_head, token, known, row, exponent_row)
+    return Block(kv_head, token, known, _inside(refs["k"], refs["first_row"] + page))
 
 
 def _inside(ref: Any, row: jax.Array) -> jax.Array:
@@ -235,10 +242,18 @@ def _tile(ref: Any, how: How, block: Block) -> jax.Array:
     return decode(bits, how.element, native_e4m3=how.native_e4m3)
 
 
-def _exponents(ref: Any, how: How, block: Block) -> jax.Array:
-    """`[block_k]` exponents of dynamic scales, int32; 0 for unknown tokens."""
-    offset = block.token % how.page_size
-    return load(ref, block.exponent_row, block.kv_head, offset, mask=block.known, other=0).astype(jnp.int32)
+def _exponents(refs: Refs, how: How, keys: Keys, request: Any, kv_head: Any, begin: jax.Array) -> Exponents:
+    """Those of the block that begins at `begin`, which may lie past the last one."""
+    if "k_exponent" not in refs:
+        return Exponents(None, None)
+    token = begin + jnp.arange(how.block_k, dtype=jnp.int32)
+    known = (token >= keys.first) & (token < keys.end)
+    last = jnp.maximum(keys.end - 1, 0)
+    page_of = jnp.minimum(begin, last) if how.one_page else jnp.clip(token, keys.first, last)
+    page = load(refs["page_table"], request, page_of // how.page_size)
+    row, offset = _inside(refs["k_exponent"], refs["first_exponent_row"] + page), token % how.page_size
+    of = (load(refs[name], row, kv_head, offset, mask=known, other=0) for name in ("k_exponent", "v_exponent"))
+    return Exponents(*(exponent.astype(jnp.int32) for exponent in of))
 
 
 def _channels(refs: Refs, name: str, how: How, kv_head: Any) -> jax.Array:

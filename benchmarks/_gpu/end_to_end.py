@@ -1,7 +1,8 @@
 """The engine's decode with a large model of random weights, as many requests as a given KV memory holds: bfloat16 against FP8.
 
 Prompts are taken as read: their tokens count as cached, and the pool is filled with random numbers. A step's floor is the time
-in which a copy moves its bytes: the weights once, embeddings aside, and keys and values of every request.
+in which a copy moves its bytes: the weights once, embeddings aside, and keys and values of every request. Which kernels the rest
+goes to is shown beside it, by step.
 """
 
 import time
@@ -29,6 +30,7 @@ from jfp8kv.sampling.keys import request_key
 from jfp8kv.sampling.params import SamplingParams
 
 KV_DTYPES = ("bfloat16", "fp8_e4m3")
+MOST_KERNELS = 12  # shown of those that a step runs
 BLOCK_ROWS = 64  # random pages, repeated to fill a pool
 
 
@@ -58,7 +60,7 @@ def random_params(config: ModelConfig) -> jfp8kv.Params:
 def time_decode(session: Session, params: jfp8kv.Params, kv_dtype: str, asked: dict[str, Any]) -> None:
     """Time dispatches of several tokens for every request that fits."""
     context, memory, rounds = asked["context"], asked["kv_cache_memory"], asked["rounds"]
-    new = DECODE_STEPS * (rounds + 2)
+    new = DECODE_STEPS * (rounds + 3)
     kv = setup(params, kv_dtype, "unit" if kv_dtype != "bfloat16" else "auto", page_size=64, span=1)
     requests = max(1, int(parse_bytes(memory) // kv.text_bytes(context + new)))
     engine, attention = open_engine(
@@ -93,6 +95,8 @@ def time_decode(session: Session, params: jfp8kv.Params, kv_dtype: str, asked: d
         "decode", kv_dtype=kv_dtype, attention=attention, requests=requests, context=context, kv_cache_memory=memory,
         tokens_s=requests / step, step_ms=1e3 * step, floor_ms=1e3 * floor, share_of_floor=floor / step,
     )  # fmt: skip
+    for name, (count, spent) in list(session.clock.kernels(engine.step).items())[:MOST_KERNELS]:
+        session.row(f"{kv_dtype}: {name}", times=count / DECODE_STEPS, ms=1e3 * spent / DECODE_STEPS)
 
 
 def open_engine(params: jfp8kv.Params, attention: str | None, **sizes: Any) -> tuple[Any, str]:

@@ -65,19 +65,22 @@ class Product:
 
 
 def run(session: Session, config: dict[str, Any]) -> None:
-    """A row for every matrix, number of rows and way to multiply."""
+    """A row for every matrix, number of rows and way to multiply; programs are compiled a matrix at a time."""
     asked = config["product"]
     todo = [
-        Product(matrix, out, width, rows, by_kernel, config["rotation"], session.dry_run)
+        [
+            Product(matrix, out, width, rows, by_kernel, config["rotation"], session.dry_run)
+            for rows in asked["rows"]
+            for by_kernel in (True, False)
+        ]
         for matrix, (out, width) in asked["matrices"].items()
-        for rows in asked["rows"]
-        for by_kernel in (True, False)
     ]
-    check(session, [product for product in todo if product.by_kernel])
-    jobs = ((p, lambda p=p: session.clock.lower(p.work, jax.eval_shape(p.carry), jax.eval_shape(p.rest))) for p in todo)
-    programs = compiled(jobs, workers=config["compilers"])
-    for product in session.each(todo, lambda p: f"{p.matrix}, {p.rows} rows"):
-        time_one(session, product, programs[product])
+    check(session, [product for products in todo for product in products if product.by_kernel])
+    for products in session.each(todo, lambda products: products[0].matrix):
+        jobs = ((p, lambda p=p: session.clock.lower(p.work, jax.eval_shape(p.carry), jax.eval_shape(p.rest))) for p in products)
+        programs = compiled(jobs, workers=config["compilers"])
+        for product in products:
+            time_one(session, product, programs[product])
 
 
 def check(session: Session, products: list[Product]) -> None:

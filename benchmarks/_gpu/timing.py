@@ -10,6 +10,7 @@ Calls take turns among copies of their data that together exceed the L2 cache, s
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -95,6 +96,22 @@ class Clock:
         else:
             seconds = [max(s - self._nothing(), 1e-9) for s in self._loops(program, carry, rest)]
         return Timing(statistics.median(seconds), min(seconds), max(seconds), self.by, kernels)
+
+    def kernels(self, call: Callable[[], Any]) -> dict[str, tuple[int, float]]:
+        """How often each kernel runs in `call`, which waits for them, and its seconds in all, the longest first; nothing
+        without CUPTI."""
+        if self._cupti is None:
+            return {}
+        self._cupti._cupti_init()
+        try:
+            call()
+        finally:
+            found = self._cupti._cupti_get_timings(True)
+        seconds: dict[str, list[float]] = defaultdict(list)
+        for name, ms in found:
+            seconds[name].append(ms / 1e3)
+        totals = {name: (len(each), sum(each)) for name, each in seconds.items()}
+        return dict(sorted(totals.items(), key=lambda kernel: -kernel[1][1]))
 
     def _recorded(self, program: Any, carry: Any, rest: Any, turns: int) -> tuple[list[float], int]:
         """Seconds in kernels of each call, and how many kernels a call has."""

@@ -7,7 +7,8 @@ import numpy as np
 from pallas_kernels.backend import cdiv, power_of_two
 from pallas_kernels.tuned import class_of, tuned
 
-MOST_SPLITS = 64
+MOST_SPLITS = 128
+PROGRAMS_A_CORE = 8  # of one warp or two: more gain nothing, fewer leave it waiting for memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,9 @@ def blocks_for(
         if found := tuned("paged_decode", problem):
             blocks = DecodeBlocks(**found)
             return dataclasses.replace(blocks, splits=max(1, min(blocks.splits, cdiv(tokens, blocks.block_k))))
-    block_k = 64 if head_dim <= 128 else 32
-    programs = requests * kv_heads
-    splits = max(1, min(cdiv(2 * cores, programs), cdiv(tokens, block_k), MOST_SPLITS))
-    return DecodeBlocks(block_k=block_k, warps=2 if group <= 16 and compute.itemsize == 2 else 4, stages=3, splits=splits)
+    block_k, warps = 64 if head_dim <= 128 else 32, 2 if compute.itemsize == 2 else 4
+    if element.itemsize == 1 and compute.itemsize == 2 and group <= 16 and head_dim <= 128:
+        block_k, warps = 32 if head_dim > 64 else 64, 1
+    wanted = round((PROGRAMS_A_CORE if warps == 1 else 4) * cores / (requests * kv_heads))
+    splits = max(1, min(wanted, cdiv(tokens, block_k), MOST_SPLITS))
+    return DecodeBlocks(block_k=block_k, warps=warps, stages=3, splits=splits)
