@@ -1,8 +1,8 @@
 """The engine's decode with a large model of random weights, as many requests as a given KV memory holds: bfloat16 against FP8.
 
 Prompts are taken as read: their tokens count as cached, and the pool is filled with random numbers. A step's floor is the time
-in which a copy moves its bytes: the weights once, embeddings aside, and keys and values of every request. Which kernels the rest
-goes to is shown beside it, by step.
+in which a copy moves its bytes: the weights once, embeddings aside, and keys and values of every request. Which kernels a step
+goes to is shown beside it.
 """
 
 import time
