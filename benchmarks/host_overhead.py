@@ -49,8 +49,8 @@ class Watched:
         return time.perf_counter() - began
 
 
-def measure(llm: jfp8kv.LLM, requests: int, turns: int, fields: dict[str, Any]) -> list[float]:
-    """Of a turn in the middle, in seconds: device waits, overlapped, all of it; and the same dispatches without an engine."""
+def measure(llm: jfp8kv.LLM, requests: int, turns: int, fields: dict[str, Any]) -> list[list[float]]:
+    """Seconds of each turn: the device waits, overlapped, all of it; and those of its dispatch run again without an engine."""
     watched, engine = Watched(llm), llm._engine
     prompts = np.random.default_rng(0).integers(20, 40_000, (requests, 8)).tolist()
     sampling = SamplingParams(max_tokens=DECODE_STEPS * (turns + 3), ignore_eos=True, seed=0, **fields)
@@ -69,10 +69,9 @@ def measure(llm: jfp8kv.LLM, requests: int, turns: int, fields: dict[str, Any]) 
             overlapped.append(told - dispatched)
             ends.append(ready)
             batches.append((batch, static))
-    rounds = np.diff(ends).tolist()
     alone = [watched.alone(*each) for each in batches]
     engine.programs.call = watched.call
-    return [median(x[1:-1]) for x in (waits, overlapped, rounds, alone)]
+    return [waits, overlapped, np.diff(ends).tolist(), alone]
 
 
 def main() -> None:
@@ -87,7 +86,7 @@ def main() -> None:
     rows = []
     for name, fields in ASKED.items():
         measure(llm, given.requests, 1, fields)  # compiles
-        waits, overlapped, turn, alone = measure(llm, given.requests, given.turns, fields)
+        waits, overlapped, turn, alone = map(median, measure(llm, given.requests, given.turns, fields))
         device = turn - waits
         rows.append([
             name, f"{1e3 * waits / DECODE_STEPS:.2f}", f"{1e6 * waits / DECODE_STEPS / given.requests:.1f}",

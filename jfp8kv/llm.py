@@ -42,7 +42,7 @@ class LLM:
       kv_cache_memory: bytes of cache ("2GiB", 500_000_000); None takes a share of what is free on the device (85% on an
         accelerator, 10% of a computer's memory), or less if `max_num_seqs` full contexts need less.
       max_model_len: most tokens of a request, prompt and output; None is what the model was trained for.
-      max_num_seqs: most requests run at once.
+      max_num_seqs: most requests run at once; None is 64, or as many as leave prompts half of `max_num_batched_tokens`.
       dtype: of the weights when `model` is loaded here; None keeps the checkpoint's.
       strict: whether KV scales that are missing or broken are an error when `model` is loaded here; see `load`.
       seed: what requests without a seed of their own draw from, with their number.
@@ -65,7 +65,7 @@ class LLM:
         kv_scales: Any = "auto",
         kv_cache_memory: int | str | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 64,
+        max_num_seqs: int | None = None,
         dtype: Any = None,
         strict: bool = True,
         seed: int = 0,

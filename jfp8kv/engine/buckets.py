@@ -8,6 +8,7 @@ from jfp8kv.core.errors import ConfigError
 
 DECODE_STEPS = 8  # tokens per dispatch: long enough to hide the host's work, short enough to stream and to admit
 FEW_STEPS = 2  # while prompts are run beside: those that decode stream on, and prompts keep most of the device
+USUAL_REQUESTS = 64  # at once, when nobody says
 NARROWEST = 16  # chunks below save little: a CPU or GPU reads all weights for a single token
 
 
@@ -42,8 +43,12 @@ class Buckets:
     fewest: int = 1
 
     @classmethod
-    def of(cls, max_num_seqs: int, max_num_batched_tokens: int | None, *, fewest: int = 1) -> "Buckets":
-        """For what a user asked; None is `default_chunk` tokens of prompts. `ConfigError` if prompts would get nothing."""
+    def of(cls, max_num_seqs: int | None, max_num_batched_tokens: int | None, *, fewest: int = 1) -> "Buckets":
+        """For what a user asked. No budget leaves prompts `default_chunk` tokens; no number of requests is `USUAL_REQUESTS`, or
+        as many as leave prompts half of the budget. `ConfigError` if prompts would get nothing."""
+        if max_num_seqs is None:
+            half = (max_num_batched_tokens or turn_tokens(default_chunk(), USUAL_REQUESTS)) // 2
+            max_num_seqs = max(1, min(USUAL_REQUESTS, half // FEW_STEPS))
         budget = max_num_batched_tokens or turn_tokens(default_chunk(), max_num_seqs)
         if budget < (least := turn_tokens(1, max_num_seqs)):
             raise ConfigError(

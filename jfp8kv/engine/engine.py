@@ -57,7 +57,7 @@ class Engine:
         kv_scales: Any = "auto",
         kv_cache_memory: Any = None,
         max_model_len: Any = None,
-        max_num_seqs: Any = 64,
+        max_num_seqs: Any = None,
         max_num_batched_tokens: Any = None,
         page_size: Any = 64,
         attention: Any = None,
@@ -66,21 +66,16 @@ class Engine:
         config = params.config
         cpu = jax.default_backend() == "cpu"
         self.max_model_len = context_length(config, max_model_len)
-        max_num_seqs = positive("max_num_seqs", max_num_seqs, 64)
-        budget = (
-            max_num_batched_tokens
-            if max_num_batched_tokens is None
-            else positive("max_num_batched_tokens", max_num_batched_tokens, 1)
-        )
         halves_on_cpu = cpu and activation_dtype(params.dtype).itemsize == 2
-        self.buckets = Buckets.of(max_num_seqs, budget, fewest=2 if halves_on_cpu else 1)
+        asked = positive("max_num_seqs", max_num_seqs), positive("max_num_batched_tokens", max_num_batched_tokens)
+        self.buckets = Buckets.of(*asked, fewest=2 if halves_on_cpu else 1)
 
         self.params = params
         sizes = {"page_size": page_size, "span": self.buckets.span, "longest": self.max_model_len}
         self.kv = setup(params, kv_dtype, kv_scales, **sizes)
         self.needs = self.kv.needs
         longest = self.needs.total(self.max_model_len)
-        self.num_pages = self.kv.num_pages(kv_cache_memory, most=longest * max_num_seqs)
+        self.num_pages = self.kv.num_pages(kv_cache_memory, most=longest * self.buckets.max_requests)
         self.attention = dispatch.choose(attention, jax.eval_shape(lambda: self.kv.pool(self.num_pages)))
         self.kv = dataclasses.replace(self.kv, keys_transposed=self.attention.keys_transposed)
         self.pages = self.kv.pool(self.num_pages)

@@ -295,3 +295,9 @@ def test_a_budget_that_leaves_nothing_for_prompts_is_refused_with_what_would_do(
     with pytest.raises(ConfigError, match="max_num_batched_tokens=128: 128 tokens .* max_num_seqs=64 .* at least 144"):
         Buckets.of(64, 128)
     assert Buckets.of(64, 144).widest == 16 and Buckets.of(64, None).widest == default_chunk()
+
+
+@pytest.mark.parametrize(("budget", "seqs", "widest"), [(None, 64, default_chunk()), (512, 64, 384), (64, 16, 32), (5, 1, 1)])
+def test_nobody_need_say_how_many_run_at_once(budget, seqs, widest) -> None:
+    buckets = Buckets.of(None, budget)
+    assert (buckets.max_requests, buckets.widest) == (seqs, widest)
