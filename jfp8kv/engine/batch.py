@@ -37,6 +37,7 @@ class Batch:
     settings: SamplerSettings
     most_tokens: Int32[Array | np.ndarray, ""]
     steps: Int32[Array | np.ndarray, ""]
+    reported: Int32[Array | np.ndarray, ""]  # the most likeliest tokens that a request wants to see
     prompt_counts: Counts = None
     output_counts: Counts = None
 
@@ -50,6 +51,7 @@ class Sampled:
     variant: Variant
     end_ids: Int32[Array, "requests ends"]
     settings: SamplerSettings
+    reported: Int32[Array, ""]
 
 
 class Batcher:
@@ -117,7 +119,7 @@ class Batcher:
             remaining[i] = self._room(request)
         return Batch(
             tokens, page_tables, start, length, context, remaining, position, sampled.end_ids, sampled.settings,
-            np.array(longest, np.int32), np.array(steps, np.int32),
+            np.array(longest, np.int32), np.array(steps, np.int32), sampled.reported,
         )  # fmt: skip
 
     def _settings(self, requests: list[Request], rows: int, variant: Variant) -> Sampled:
@@ -126,7 +128,8 @@ class Batcher:
         for i, one in enumerate(each):
             end_ids[i, : len(one.ends)] = sorted(one.ends)
         settings = stack_settings([one.settings for one in each], rows=rows, biased=variant.biased, held=variant.held)
-        return Sampled(requests, rows, variant, *jax.device_put((end_ids, settings)))
+        reported = np.array(max((r.params.logprobs or 0 for r in requests), default=0), np.int32)
+        return Sampled(requests, rows, variant, *jax.device_put((end_ids, settings, reported)))
 
     def _counts(self, requests: list[Request], rows: int) -> tuple[Counts, Counts]:
         """How often each token occurs in prompt and output of those whose penalties need to know; zeros for others."""

@@ -237,7 +237,7 @@ class Engine:
         self._count_used()
 
     def _decode(self, batch: Batch, variant: Variant) -> StepOutput:
-        static = {"most_steps": self.buckets.decode_steps, "top": variant.top}
+        static = {"most_steps": self.buckets.decode_steps, "top": min(variant.top, self.params.config.vocab)}
         return self._launch(step.decode, batch, variant=variant.name, **static)
 
     def _launch(self, function: Callable, batch: Batch, **static: Any) -> Any:

@@ -111,7 +111,9 @@ def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
     tokens, logprobs = sample_batch(logits, batch.settings, batch.position, batch.prompt_counts, batch.output_counts)
     likeliest = ()
     if top:
-        values, ids = jax.vmap(lambda row: top_logprobs(row, top))(logits)
+        nothing = jnp.zeros((logits.shape[0], top), jnp.float32), jnp.zeros((logits.shape[0], top), jnp.int32)
+        each = jax.vmap(lambda row: top_logprobs(row, top))
+        values, ids = lax.cond(batch.reported > 0, lambda: each(logits), lambda: nothing)
         likeliest = ids[:, None], values[:, None]
     return StepOutput(tokens[:, None], logprobs[:, None], *likeliest)
 
