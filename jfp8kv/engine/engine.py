@@ -314,6 +314,7 @@ class Engine:
         while request.uncached:
             width = self.buckets.chunk(request.uncached)
             chunk = min(request.uncached, width)
+            self.settle()  # whoever makes room has nothing on the device then
             self.scheduler.make_room(request, request.cached + chunk)
             batch = self.batcher.prefill(Prefill([request], [chunk], width))
             positions = range(request.cached, request.cached + chunk)
