@@ -138,5 +138,5 @@ class Session:
         rows = []
         for positions, out in self._engine.catch_up(self._holding, function):
             if wanted is not None and positions.stop > wanted:
-                rows.append(np.asarray(out[0, max(0, wanted - positions.start) : len(positions)]))
+                rows.append(np.asarray(out)[0, max(0, wanted - positions.start) : len(positions)])
         return np.concatenate(rows) if rows else None

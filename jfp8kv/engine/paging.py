@@ -18,10 +18,12 @@ from jfp8kv.engine.request import Request
 
 @dataclasses.dataclass
 class Held:
-    """Pages in a row of a text's pages, of one group of layers: the `first` and those after it."""
+    """Pages in a row of a text's pages, of one group of layers: the `first` and those after it. Those with numbers below `kept`
+    may be found by others."""
 
     first: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
+    kept: int = 0
 
     @property
     def end(self) -> int:
@@ -106,17 +108,18 @@ class Paging:
             first = self.needs.first(group, tokens)
             found = [page for key in keys[first:pages] if (page := self.allocator.find((key, group))) is not None]
             self.allocator.share(found)
-            request.held.append(Held(first, found))
+            request.held.append(Held(first, found, kept=pages))
         request.cached = tokens
 
     def keep(self, request: Request) -> None:
         """What `request` has in full pages may be found by others."""
-        if not self.reuse:
+        if not self.reuse or not request.held:
             return
         keys = self.keys(request, min(request.cached, request.num_tokens))
         for group, held in zip(self._groups, request.held, strict=True):
-            for page, key in zip(held.pages, keys[held.first :], strict=False):
-                self.allocator.keep(page, (key, group))
+            for number in range(max(held.first, held.kept), min(held.end, len(keys))):
+                self.allocator.keep(held.pages[number - held.first], (keys[number], group))
+            held.kept = max(held.kept, len(keys))
 
     def coming(self, requests: Iterable[Request]) -> set[bytes]:
         """Keys of pages that these requests are about to fill with what they were given."""
