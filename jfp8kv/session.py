@@ -14,9 +14,10 @@ import numpy as np
 
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.engine import step
-from jfp8kv.engine.engine import Engine, Holding
+from jfp8kv.engine.engine import Holding
 from jfp8kv.engine.prompts import encode
 from jfp8kv.engine.request import CompletionOutput, Request, RequestOutput
+from jfp8kv.engine.service import Service
 from jfp8kv.sampling.params import SamplingParams
 
 FIRST_TOKENS = SamplingParams(max_tokens=1)  # of a text that is run, not sampled from
@@ -27,17 +28,16 @@ class Session:
     it.
 
     Its pages are its own to keep: no request takes them away. They are shared with its forks, and with whoever asks for a text
-    that begins alike. Sessions of one `LLM` may be used from several threads, one at a time.
+    that begins alike. Threads may share a session, whose calls take turns, and use those of one `LLM` at the same time.
     """
 
-    def __init__(
-        self, engine: Engine, lock: threading.RLock, token_ids: list[int], generate: Callable[..., list[RequestOutput]]
-    ):
-        self._engine, self._lock, self._generate = engine, lock, generate
+    def __init__(self, service: Service, token_ids: list[int], generate: Callable[..., list[RequestOutput]]):
+        engine = service.engine
+        self._service, self._engine, self._generate = service, engine, generate
+        self._lock = threading.RLock()  # one call at a time; the engine runs others meanwhile
         self._holding = Holding(engine.scheduler.paging, Request(token_ids, FIRST_TOKENS, np.zeros(2, np.uint32), max_tokens=1))
         self._free = weakref.finalize(self, engine.dropped.append, self._holding)
-        with lock:
-            self._run(step.prefill)
+        self._run(step.prefill)
 
     @property
     def token_ids(self) -> list[int]:
@@ -87,7 +87,7 @@ class Session:
     def fork(self) -> "Session":
         """Another session with the same text, sharing its pages."""
         with self._lock:
-            return Session(self._engine, self._lock, self.token_ids, self._generate)
+            return Session(self._service, self.token_ids, self._generate)
 
     def generate(self, sampling_params: SamplingParams | None = None, **fields: Any) -> CompletionOutput:
         """Go on with what the model makes of the text, as `llm.generate` would: one continuation, which joins the text."""
@@ -105,7 +105,7 @@ class Session:
         """Free its pages; the session cannot be used any more. Closing twice does nothing."""
         with self._lock:
             self._free()
-            self._engine.free_dropped()
+            self._service.drop()
 
     def __enter__(self) -> "Session":
         return self
@@ -128,15 +128,16 @@ class Session:
     def _keep_first(self, tokens: int) -> None:
         """The text's first tokens alone. Whole pages are found again; a page that may be shared is not written to."""
         request = self._request
-        del request.prompt_ids[tokens:]
-        del request.keys[tokens // self._engine.needs.page_size :]
-        self._holding.paging.release(request)
-        request.begin_again()
+        with self._service.turn():
+            del request.prompt_ids[tokens:]
+            del request.keys[tokens // self._engine.needs.page_size :]
+            self._holding.paging.release(request)
+            request.begin_again()
 
     def _run(self, function: Callable, *, wanted: int | None = None) -> Any:
         """Run what is not in the cache; the logits after the tokens from `wanted` on, if asked for."""
         rows = []
-        for positions, out in self._engine.catch_up(self._holding, function):
+        for positions, out in self._service.each(self._engine.catch_up(self._holding, function)):
             if wanted is not None and positions.stop > wanted:
                 rows.append(np.asarray(out)[0, max(0, wanted - positions.start) : len(positions)])
         return np.concatenate(rows) if rows else None

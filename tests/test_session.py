@@ -135,7 +135,8 @@ def test_sessions_that_hold_all_memory_are_named_in_the_refusal_and_the_next_cal
     assert len(llm.generate([[8] * 20], max_tokens=4, ignore_eos=True)[0].token_ids) == 4
 
 
-def test_a_session_takes_room_from_requests_that_run_and_they_lose_nothing() -> None:
+@pytest.mark.parametrize("taken_by", ["session", "score"])
+def test_others_take_room_from_requests_that_run_and_those_lose_nothing(taken_by) -> None:
     params = jfp8kv.load(REFERENCES[0], dtype="float32")
     sampling = {"max_tokens": 30, "temperature": 1.0, "seed": 1, "ignore_eos": True}
     alone = jfp8kv.LLM(params, kv_cache_memory="400kB", **SIZES).generate("abc", **sampling)[0].text
@@ -143,8 +144,10 @@ def test_a_session_takes_room_from_requests_that_run_and_they_lose_nothing() -> 
     tight = jfp8kv.LLM(params, kv_cache_memory=8 * llm._engine.kv.page_bytes, **SIZES)
     stream = tight.stream("abc", **sampling)
     text = next(stream)
-    with tight.session([7] * 60):
-        assert tight.stats.preemptions == 1
+    taken = getattr(tight, taken_by)([7] * 60)
+    assert tight.stats.preemptions == 1
+    if taken_by == "session":
+        taken.close()
     assert text + "".join(stream) == alone
 
 

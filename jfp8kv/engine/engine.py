@@ -11,16 +11,17 @@ import numpy as np
 
 from jfp8kv.attention import dispatch
 from jfp8kv.cache.allocator import PageAllocator
-from jfp8kv.core.errors import CapacityError, ConfigError
+from jfp8kv.cache.pages import KVPages
+from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError, StepError
 from jfp8kv.core.platform import activation_dtype
-from jfp8kv.engine import products, results, step
+from jfp8kv.engine import faults, products, results, step
 from jfp8kv.engine.batch import Batch, Batcher, Made, StepOutput, read
 from jfp8kv.engine.buckets import Buckets, counts
 from jfp8kv.engine.kv import context_length, positive, setup
 from jfp8kv.engine.metrics import Stats, Stopwatch
 from jfp8kv.engine.paging import Paging
 from jfp8kv.engine.programs import Programs
-from jfp8kv.engine.request import CANCELLED, Request, Status
+from jfp8kv.engine.request import CANCELLED, DEADLINE, Request, Status
 from jfp8kv.engine.scheduler import Decode, Prefill, Scheduler, Turn
 from jfp8kv.engine.variants import FULL, PLAIN, Variant
 from jfp8kv.models.linear import on_cpu
@@ -78,7 +79,7 @@ class Engine:
         self.num_pages = self.kv.num_pages(kv_cache_memory, most=longest * self.buckets.max_requests)
         self.attention = dispatch.choose(attention, jax.eval_shape(lambda: self.kv.pool(self.num_pages)))
         self.kv = dataclasses.replace(self.kv, keys_transposed=self.attention.keys_transposed)
-        self.pages = self.kv.pool(self.num_pages)
+        self.pages: KVPages | None = faults.new_pool(self.kv, self.num_pages)  # None once a failed step has taken it
 
         self.model = step.Model(
             config,
@@ -163,6 +164,18 @@ class Engine:
                 results.finish(request, CANCELLED, self.scheduler)
         self._count_used()
 
+    def end_late(self, now: float) -> None:
+        """End requests whose deadline has passed, with what they have."""
+        for request in [r for r in (*self.scheduler.waiting, *self.scheduler.running) if r.deadline <= now]:
+            results.finish(request, DEADLINE, self.scheduler)
+        self._count_used()
+
+    def refuse(self, error: CapacityError) -> None:
+        """Drop the request whose turn it is: there will be no room for it."""
+        request = self.scheduler.waiting[0]
+        request.error = error
+        self.cancel([request])
+
     def step(self) -> None:
         """A turn for whatever is queued, whoever queued it.
 
@@ -170,7 +183,7 @@ class Engine:
         made of the tokens, and their users told.
         """
         self.free_dropped()
-        with self._watch, self._whole():
+        with self._watch:
             self._collect()
             try:
                 self._dispatch(self.scheduler.plan())
@@ -179,35 +192,31 @@ class Engine:
 
     def settle(self) -> None:
         """Wait for whatever is on the device, and book all of it."""
-        with self._watch, self._whole():
+        with self._watch:
             self._collect(everything=True)
             self._tell()
 
-    @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
-        """What fails in between, on the host or on the device, leaves an empty engine that works."""
-        try:
-            yield
-        except CapacityError:  # nothing was run
-            raise
-        except BaseException:
-            self._abandon()
-            raise
-
-    def _abandon(self) -> None:
-        """After a failure the donated pool may be gone: drop every request and start with an empty one."""
-        for request in (*self.scheduler.waiting, *self.scheduler.running, *(made.request for made in self._made)):
-            if request.finish_reason is None:
-                request.status, request.held, request.finish_reason = Status.FINISHED, [], CANCELLED
+    def abandon(self, requests: Iterable[Request], error: Jfp8kvError) -> None:
+        """After a failed step: these requests end with `error`, and nothing is cached any more. The pool may be gone too."""
+        for request in requests:
+            request.status, request.held = Status.FINISHED, []
+            request.error, request.finish_reason = error, CANCELLED
         flying, self._flying = self._flying, deque()
         self._made.clear()
         for flight in flying:
             with contextlib.suppress(Exception):
                 jax.block_until_ready(flight.output)  # what still runs holds memory
         self.scheduler = self._new_scheduler()
-        del self.pages
-        self.pages = self.kv.pool(self.num_pages)
+        try:
+            jax.block_until_ready(self.pages)
+        except Exception:
+            self.pages = None
         self._count_used()
+
+    def ready(self) -> None:
+        """Have a pool. Raises `DeviceMemoryError`."""
+        if self.pages is None:
+            self.pages = faults.new_pool(self.kv, self.num_pages)
 
     def _count_used(self) -> None:
         self.stats.kv_tokens_used = sum(r.cached for r in self.scheduler.running)
@@ -248,9 +257,8 @@ class Engine:
 
     def _run(self, function: Callable, batch: Batch, **static: Any) -> Any:
         """`_launch`, and wait until it is done."""
-        with self._whole():
-            output = self._launch(function, batch, **static)
-            return jax.block_until_ready((output, self.pages))[0]
+        output = self._launch(function, batch, **static)
+        return jax.block_until_ready((output, self.pages))[0]
 
     def _collect(self, *, everything: bool = False) -> None:
         """Wait for the tokens of the last turn, and book them. Its prompts may run on: no plan depends on how they end.
@@ -299,19 +307,16 @@ class Engine:
         self.settle()
         request = Request(token_ids, SamplingParams(max_tokens=1), np.zeros(2, np.uint32), max_tokens=1)
         paging = self.scheduler.paging  # a failed step replaces the engine's
-        pages, free = self.needs.total(len(token_ids)), paging.allocator.free_pages
-        if pages > free:
-            raise CapacityError(
-                f"{len(token_ids)} tokens need {pages} pages of cache and {free} are free while other requests run: finish or "
-                "close them first, or give a larger kv_cache_memory."
-            )
         try:
             yield from self._chunks(request, function, **static)
         finally:
             paging.release(request)
 
     def _chunks(self, request: Request, function: Callable, **static: Any) -> Iterator[tuple[range, Any]]:
+        scheduler = self.scheduler
         while request.uncached:
+            if self.scheduler is not scheduler:
+                raise StepError("a step of another request failed and took what was cached of this text with it: ask again.")
             width = self.buckets.chunk(request.uncached)
             chunk = min(request.uncached, width)
             self.settle()  # whoever makes room has nothing on the device then
@@ -359,8 +364,7 @@ class Engine:
         for rows in counts(self.buckets.max_requests):
             for variant in (PLAIN, FULL):
                 batch, _ = self.batcher.decode(Decode(self._nobody(rows), 1), variant)
-                with self._whole():
-                    jax.block_until_ready(self._decode(batch, variant))
+                jax.block_until_ready(self._decode(batch, variant))
         self.stats.compilations = len(self.programs.built)
 
     def _nobody(self, count: int) -> list[Request]:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import enum
+import math
 import time
 from typing import Any
 
+from jfp8kv.core.errors import Jfp8kvError
 from jfp8kv.engine.detokenize import Detokenizer
 from jfp8kv.sampling.params import SamplingParams
 
@@ -14,7 +16,7 @@ class CompletionOutput:
     """One generated continuation.
 
     `logprobs`: when asked for, a dict `{token id: log-probability}` per token, of the likeliest and the sampled one.
-    `finish_reason`: "stop" (an end token or stop string, named in `stop_reason`) or "length".
+    `finish_reason`: "stop" (an end token or stop string, named in `stop_reason`), "length" or "deadline".
     """
 
     index: int
@@ -28,7 +30,7 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its `n` continuations, in the order of their index. `text` and `token_ids` are the first one's."""
+    """A prompt and its `n` continuations, with `best_of` the best first. `text` and `token_ids` are the first one's."""
 
     prompt: str | None
     prompt_token_ids: list[int]
@@ -46,7 +48,10 @@ class RequestOutput:
         return self.outputs[0].token_ids
 
 
-CANCELLED = "cancelled"  # the finish reason of what was dropped: seen by nobody but its own stream
+DEADLINE = "deadline"  # the finish reason of what ran out of time
+CANCELLED = (
+    "cancelled"  # and of what was dropped, which no caller sees: if it was not the caller who dropped it, `error` says why
+)
 
 
 class Status(enum.Enum):
@@ -81,6 +86,7 @@ class Request:
     text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    error: Jfp8kvError | None = None  # why the engine dropped it, if it did
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float | None = None
     finished: float | None = None
@@ -95,6 +101,11 @@ class Request:
         self.cached = 0
         if context is not None:
             self.context, self.keys = context, []
+
+    @property
+    def deadline(self) -> float:
+        """When it is to end at the latest, on the clock of `submitted`."""
+        return math.inf if self.params.deadline_s is None else self.submitted + self.params.deadline_s
 
     @property
     def num_tokens(self) -> int:

@@ -41,7 +41,6 @@ def tell(made: Made, scheduler: Scheduler, stats: Stats) -> None:
     scheduler.paging.keep(request)
     if reason := _finish_reason(made):
         finish(request, reason, scheduler)
-        request.finished = now
     stats.generated_tokens += len(request.output_ids) - before
 
 
@@ -69,5 +68,6 @@ def finish(request: Request, reason: str, scheduler: Scheduler) -> None:
     """End its text, and free its pages if that was not done when its last tokens were booked."""
     if request.detokenizer is not None and request.detokenizer.stopped is None:
         request.text += request.detokenizer.finish()
-    request.finish_reason = reason
+    request.finished = time.perf_counter()
     scheduler.finish(request)
+    request.finish_reason = reason  # last: whoever sees it takes the rest as final

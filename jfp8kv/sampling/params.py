@@ -33,6 +33,8 @@ class SamplingParams:
     share as likely as the likeliest. `seed` fixes the text whatever runs beside it; `n` samples differ from each
     other and sample 0 is the text of `n=1`.
 
+    `best_of` makes that many samples and returns the `n` of highest mean log-probability per token, best first.
+
     Penalties: `repetition_penalty` divides positive and multiplies negative logits of tokens of the prompt and the
     output (CTRL, arXiv:1909.05858, section 4.1). `presence_penalty` is subtracted from the logit of a token the
     output already holds, `frequency_penalty` once for each time it holds it. `logit_bias` is added to the logits of
@@ -40,6 +42,9 @@ class SamplingParams:
 
     Report: `logprobs` gives the log-probability of each token made and of that many likeliest alternatives (up to 20),
     `prompt_logprobs` the same for the prompt. Both speak of the model's distribution, before anything above is applied.
+
+    Time: `deadline_s` seconds after the call the text ends with what it has by then, perhaps nothing, and finish reason
+    "deadline".
     """
 
     max_tokens: int = 128
@@ -59,6 +64,8 @@ class SamplingParams:
     seed: int | None = None
     logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
     min_tokens: int = 0
+    best_of: int | None = None
+    deadline_s: float | None = None
 
     def __post_init__(self) -> None:
         for rule in _RULES:
@@ -72,6 +79,11 @@ class SamplingParams:
             raise ConfigError(
                 f"min_tokens={self.min_tokens}: must not exceed max_tokens={self.max_tokens}; "
                 f"try max_tokens={self.min_tokens} or more."
+            )
+
+        if self.best_of is not None and self.best_of < self.n:
+            raise ConfigError(
+                f"best_of={self.best_of}: must be at least n={self.n}, the number to return; try best_of={self.n}."
             )
 
     def _set(self, name: str, value: Any) -> None:
@@ -150,6 +162,8 @@ _RULES = (
     _Rule("max_tokens", int, lambda x: x >= 1, "of at least 1", "try 128"),
     _Rule("min_tokens", int, lambda x: x >= 0, "of at least 0", "0 is no minimum"),
     _Rule("n", int, lambda x: x >= 1, "of at least 1", "try 1"),
+    _Rule("best_of", int, lambda x: x >= 1, "of at least 1", "None is n", optional=True),
+    _Rule("deadline_s", float, lambda x: 0 < x < math.inf, "of seconds above 0", "None is no deadline", optional=True),
     _Rule(
         "temperature",
         float,
