@@ -142,6 +142,8 @@ def test_generate_keeps_its_engine_warm_until_the_cache_changes(params) -> None:
 
     first = _llm(params, "fp8_e4m3", "auto")
     assert _llm(params, "fp8_e4m3", "auto") is first and _llm(params, "fp8_e5m2", "auto") is not first
+    drafting = _llm(params, "fp8_e5m2", "auto", 2)
+    assert _llm(params, "fp8_e5m2", "auto") is drafting and _llm(params, "fp8_e5m2", "auto", 0) is not drafting
     outs = jfp8kv.generate(params, ["hello"], kv_dtype="fp8_e4m3", kv_scales="token_head", max_tokens=4, temperature=0.0)
     assert outs[0].text == outs[0].outputs[0].text
 
@@ -238,6 +240,7 @@ def test_one_bad_prompt_among_many_is_refused_before_any_runs(llm) -> None:
         ({"strict": False}, "strict=False: the Params given are loaded already"),
         ({"kv_dtype": "fp8"}, "Did you mean 'kv_cache_dtype'"),
         ({"attention": "flash"}, "attention='flash'"),
+        ({"prompt_lookup": -1}, "prompt_lookup=-1: must be a number of draft tokens from 0"),
         ({"kv_scales": jfp8kv.KVScales.unit(99)}, "layers=2"),
     ],
 )
