@@ -198,6 +198,7 @@ MISTAKES = [
     ({"prompts": [["a", "b"]]}, ConfigError, "prompt 0 is of type list"),
     ({"prompts": [[5] * 4000]}, CapacityError, "max_model_len"),
     ({"temperature": -1.0}, ConfigError, "temperature"),
+    ({"prompt_lookup": 99}, ConfigError, "prompt_lookup=99"),
     ({"top_p": 0.0}, ConfigError, "top_p"),
     ({"top_p": 1.5}, ConfigError, "top_p"),
     ({"max_tokens": 0}, ConfigError, "max_tokens"),
