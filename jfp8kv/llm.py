@@ -18,6 +18,7 @@ from jfp8kv.engine.compile_report import CompileReport
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.group import Group, Growing
 from jfp8kv.engine.kv_dtype import is_name
+from jfp8kv.engine.lookup import draft_tokens
 from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.prompts import Message, as_list, encode
 from jfp8kv.engine.request import Request, RequestOutput
@@ -50,6 +51,8 @@ class LLM:
       attention: "pallas" (GPU kernels), "xla" or "reference"; None picks the fastest that runs here. `llm.attention` says which
         runs and why.
       prefix_caching: whether texts that begin alike share what is cached of their beginning.
+      prompt_lookup: tokens to guess ahead where the text has said its last words before, verified in one pass (0: none). The
+        text stays the same, and takes fewer passes where it repeats itself or its prompt; `llm.stats` counts right guesses.
 
     Raises `ConfigError`, `CheckpointError`, `NotSupported` for an attention that cannot run here, `DeviceMemoryError` when the
     cache finds no room. Threads and event loops may share it: what they ask for runs together, and all get on with every step.
@@ -72,6 +75,7 @@ class LLM:
         page_size: int = 64,
         attention: str | None = None,
         prefix_caching: bool = True,
+        prompt_lookup: int = 0,
         **unknown: Any,
     ):
         for name in unknown:
@@ -87,6 +91,7 @@ class LLM:
             raise ConfigError(f"strict={strict!r}: the Params given are loaded already; load them with strict={strict!r}.")
         if is_name(kv_cache_dtype) and kv_cache_dtype != "auto":
             kv_format(kv_cache_dtype)  # refused now rather than after loading
+        draft_tokens(prompt_lookup)
         dispatch.choose(attention)
         keep_compiled_programs()
         self._engine = Engine(
@@ -100,6 +105,7 @@ class LLM:
             page_size=page_size,
             attention=attention,
             prefix_caching=prefix_caching,
+            prompt_lookup=prompt_lookup,
         )
         self._service = Service(self._engine)
         self._seed = seed

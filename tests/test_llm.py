@@ -167,6 +167,8 @@ def test_generate_keeps_its_engine_warm_until_the_cache_changes(params) -> None:
 
     first = _llm(params, "fp8_e4m3", "auto")
     assert _llm(params, "fp8_e4m3", "auto") is first and _llm(params, "fp8_e5m2", "auto") is not first
+    drafting = _llm(params, "fp8_e5m2", "auto", 2)
+    assert _llm(params, "fp8_e5m2", "auto") is drafting and _llm(params, "fp8_e5m2", "auto", 0) is not drafting
     outs = jfp8kv.generate(params, ["hello"], kv_dtype="fp8_e4m3", kv_scales="token_head", max_tokens=4, temperature=0.0)
     assert outs[0].text == outs[0].outputs[0].text
 
@@ -221,6 +223,7 @@ MISTAKES = [
     ({"prompts": [["a", "b"]]}, ConfigError, "prompt 0 is of type list"),
     ({"prompts": [[5] * 4000]}, CapacityError, "max_model_len"),
     ({"temperature": -1.0}, ConfigError, "temperature"),
+    ({"prompt_lookup": 99}, ConfigError, "prompt_lookup=99"),
     ({"top_p": 0.0}, ConfigError, "top_p"),
     ({"top_p": 1.5}, ConfigError, "top_p"),
     ({"max_tokens": 0}, ConfigError, "max_tokens"),
@@ -263,6 +266,7 @@ def test_one_bad_prompt_among_many_is_refused_before_any_runs(llm) -> None:
         ({"strict": False}, "strict=False: the Params given are loaded already"),
         ({"kv_dtype": "fp8"}, "Did you mean 'kv_cache_dtype'"),
         ({"attention": "flash"}, "attention='flash'"),
+        ({"prompt_lookup": -1}, "prompt_lookup=-1: must be a number of draft tokens from 0"),
         ({"kv_scales": jfp8kv.KVScales.unit(99)}, "layers=2"),
     ],
 )

@@ -18,11 +18,13 @@ from jfp8kv.engine import faults, products, results, step
 from jfp8kv.engine.batch import Batch, Batcher, Made, StepOutput, read
 from jfp8kv.engine.buckets import Buckets, counts
 from jfp8kv.engine.kv import context_length, positive, setup
+from jfp8kv.engine.lookup import draft_tokens
 from jfp8kv.engine.metrics import Stats, Stopwatch
 from jfp8kv.engine.paging import Paging
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import CANCELLED, DEADLINE, Request, Status
 from jfp8kv.engine.scheduler import Decode, Prefill, Scheduler, Turn
+from jfp8kv.engine.speculate import decode_ahead
 from jfp8kv.engine.variants import FULL, PLAIN, Variant
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
@@ -63,13 +65,14 @@ class Engine:
         page_size: Any = 64,
         attention: Any = None,
         prefix_caching: bool = True,
+        prompt_lookup: Any = 0,
     ):
         config = params.config
         cpu = jax.default_backend() == "cpu"
         self.max_model_len = context_length(config, max_model_len)
         halves_on_cpu = cpu and activation_dtype(params.dtype).itemsize == 2
         asked = positive("max_num_seqs", max_num_seqs), positive("max_num_batched_tokens", max_num_batched_tokens)
-        self.buckets = Buckets.of(*asked, fewest=2 if halves_on_cpu else 1)
+        self.buckets = Buckets.of(*asked, fewest=2 if halves_on_cpu else 1, drafts=draft_tokens(prompt_lookup))
 
         self.params = params
         sizes = {"page_size": page_size, "span": self.buckets.span, "longest": self.max_model_len}
@@ -99,6 +102,7 @@ class Engine:
             needs=self.needs,
             pages=table_pages,
             num_pages=self.num_pages,
+            max_model_len=self.max_model_len,
             eos_ids=config.eos_ids or getattr(params.tokenizer, "eos_ids", ()),
             switch_length=switch_length(config.ropes),
         )
@@ -247,6 +251,8 @@ class Engine:
 
     def _decode(self, batch: Batch, variant: Variant) -> StepOutput:
         static = {"most_steps": self.buckets.decode_steps, "top": min(variant.top, self.params.config.vocab)}
+        if drafts := self.buckets.drafts:
+            return self._launch(decode_ahead, batch, variant=variant.name, drafts=drafts, **static)
         return self._launch(step.decode, batch, variant=variant.name, **static)
 
     def _launch(self, function: Callable, batch: Batch, **static: Any) -> Any:
@@ -276,6 +282,7 @@ class Engine:
                 made = read(flight.output, flight.plan.requests, self.params.config.vocab)
                 self.stats.decode_s += self._seconds()
                 self._made += [m for m in made if results.book(m, self.scheduler, self.batcher.switch_length)]
+                results.count_drafts(flight.output, self.stats)
             self._flying.popleft()
 
     def _seconds(self) -> float:

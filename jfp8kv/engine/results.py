@@ -7,7 +7,9 @@ So a stop string is found a turn late, and what its request has on the device by
 
 import time
 
-from jfp8kv.engine.batch import Made
+import numpy as np
+
+from jfp8kv.engine.batch import Made, StepOutput
 from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.request import Request, Status
 from jfp8kv.engine.scheduler import Scheduler
@@ -42,6 +44,13 @@ def tell(made: Made, scheduler: Scheduler, stats: Stats) -> None:
     if reason := _finish_reason(made):
         finish(request, reason, scheduler)
     stats.generated_tokens += len(request.output_ids) - before
+
+
+def count_drafts(output: StepOutput, stats: Stats) -> None:
+    """What came of the drafts that a decode verified, if it did."""
+    if output.drafted is not None and output.accepted is not None:
+        stats.draft_tokens += int(np.asarray(output.drafted).sum())
+        stats.accepted_tokens += int(np.asarray(output.accepted).sum())
 
 
 def _finish_reason(made: Made) -> str | None:

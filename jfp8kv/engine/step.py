@@ -94,7 +94,7 @@ def each_request(one: Callable, batch: Batch, pages: KVPages, *, out_axes: Any) 
     return each(batch.tokens, batch.page_tables, batch.start, batch.length, batch.context, pages)
 
 
-def _logits(
+def chunk_logits(
     model: Model, decoder: Decoder, scales: LayerScales | None, batch: Batch, pages: KVPages
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPages]:
     """Logits after every token of each request's chunk."""
@@ -109,13 +109,18 @@ def _logits(
 def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
     """One token per request."""
     tokens, logprobs = sample_batch(logits, batch.settings, batch.position, batch.prompt_counts, batch.output_counts)
-    likeliest = ()
-    if top:
-        nothing = jnp.zeros((logits.shape[0], top), jnp.float32), jnp.zeros((logits.shape[0], top), jnp.int32)
-        each = jax.vmap(lambda row: top_logprobs(row, top))
-        values, ids = lax.cond(batch.reported > 0, lambda: each(logits), lambda: nothing)
-        likeliest = ids[:, None], values[:, None]
-    return StepOutput(tokens[:, None], logprobs[:, None], *likeliest)
+    return StepOutput(*(x[:, None] for x in (tokens, logprobs, *likeliest(logits, batch.reported, top))))
+
+
+def likeliest(logits: Float[Array, "rows vocab"], reported: Array, top: int) -> tuple[Array, ...]:
+    """The ids of the `top` likeliest tokens of each row and their log-probabilities: zeros if nothing is `reported`, no arrays
+    for a `top` of 0."""
+    if not top:
+        return ()
+    nothing = jnp.zeros((logits.shape[0], top), jnp.float32), jnp.zeros((logits.shape[0], top), jnp.int32)
+    each = jax.vmap(lambda row: top_logprobs(row, top))
+    values, ids = lax.cond(reported > 0, lambda: each(logits), lambda: nothing)
+    return ids, values
 
 
 def prefill(
@@ -145,12 +150,7 @@ def decode(
     """Up to `batch.steps` (at most `most_steps`) tokens for each request, none after its end token or its `remaining`."""
     decoder = model.bind(weights)
     rows, vocab = batch.start.shape[0], model.config.vocab
-    blank = StepOutput(
-        jnp.full((rows, most_steps), vocab, jnp.int32),
-        jnp.zeros((rows, most_steps), jnp.float32),
-        jnp.zeros((rows, most_steps, top), jnp.int32) if top else None,
-        jnp.zeros((rows, most_steps, top), jnp.float32) if top else None,
-    )
+    blank = StepOutput.blank(rows, most_steps, vocab=vocab, top=top)
 
     def unfinished(state: tuple) -> Array:
         step, batch, _, _ = state
@@ -160,7 +160,7 @@ def decode(
         step, batch, out, pages = state
         active = batch.remaining > 0
         batch = dataclasses.replace(batch, length=batch.start + active.astype(jnp.int32))
-        logits, pages = _logits(model, decoder, scales, batch, pages)
+        logits, pages = chunk_logits(model, decoder, scales, batch, pages)
         new = _sampled(logits[:, 0], batch, top)
         token = jnp.where(active, new.tokens[:, 0], vocab)
         new = dataclasses.replace(new, tokens=token[:, None])
@@ -192,4 +192,4 @@ def score(
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPages]:
     """Cache a chunk of each request and return the logits after each of its tokens."""
     decoder = model.bind(weights)
-    return _logits(model, decoder, scales, batch, pages)
+    return chunk_logits(model, decoder, scales, batch, pages)

@@ -14,6 +14,7 @@ from jfp8kv.engine.kv import setup
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.scheduler import Decode, Prefill
+from jfp8kv.engine.speculate import decode_ahead
 from jfp8kv.engine.variants import FULL, PLAIN
 from jfp8kv.sampling.params import SamplingParams
 from tests.models.test_decoder import REFERENCES
@@ -28,7 +29,7 @@ def pool_of(params: jfp8kv.Params, kv_dtype: Any, kv_scales: str, keys_transpose
     return jax.eval_shape(lambda: kv.pool(pool_bytes // kv.page_bytes))
 
 
-@pytest.mark.parametrize("kind", ["decode", "full decode", "prefill"])
+@pytest.mark.parametrize("kind", ["decode", "full decode", "decode ahead", "prefill"])
 @pytest.mark.parametrize(
     ("kv_dtype", "kv_scales", "keys_transposed"),
     [
@@ -44,19 +45,21 @@ def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased
     kind, kv_dtype, kv_scales, keys_transposed
 ) -> None:
     params = jfp8kv.load(REFERENCES[0])
-    llm = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales, kv_cache_memory="1MB", max_num_seqs=8)
-    engine = llm._engine
+    sizes = {"kv_cache_memory": "1MB", "max_num_seqs": 8, "prompt_lookup": 3 if kind == "decode ahead" else 0}
+    engine = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales, **sizes)._engine
     requests = [Request([1] * 40, SamplingParams(), np.zeros(2, np.uint32), max_tokens=4) for _ in range(4)]
     if kind == "prefill":
-        batch, static = engine.batcher.prefill(Prefill(requests, [16] * 4, 16)), {}
+        function, batch, static = step.prefill, engine.batcher.prefill(Prefill(requests, [16] * 4, 16)), {}
     else:
         batch, variant = engine.batcher.decode(Decode(requests, 4), FULL if kind == "full decode" else PLAIN)
-        static = {"most_steps": 16, "top": variant.top}
+        function, static = step.decode, {"most_steps": 16, "top": variant.top}
+    if kind == "decode ahead":
+        function, static = decode_ahead, static | {"drafts": 3}
     temporaries = []
     for size in (64 * MIB, 1024 * MIB):
         programs = Programs(engine.model, engine.programs.weights, engine.programs.scales)
         pool = pool_of(params, kv_dtype, kv_scales, keys_transposed, size)
-        memory = programs.program(getattr(step, kind.split()[-1]), batch, pool, **static).memory
+        memory = programs.program(function, batch, pool, **static).memory
         pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
         assert pool_bytes > 0.98 * size and memory.alias_size_in_bytes >= pool_bytes
         temporaries.append(memory.temp_size_in_bytes)
