@@ -1,6 +1,7 @@
 """Read off the compiled step: the pool is updated in place, and what a step needs besides does not grow with it."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -29,17 +30,20 @@ def pool_of(params: jfp8kv.Params, kv_dtype: Any, kv_scales: str, keys_transpose
     return jax.eval_shape(lambda: kv.pool(pool_bytes // kv.page_bytes))
 
 
-@pytest.mark.parametrize("kind", ["decode", "full decode", "decode ahead", "prefill"])
+CACHES = [
+    ("fp8_e4m3", "auto", True),
+    ("fp8_e4m3", "auto", False),
+    ("fp8_e5m2", "token_head", True),
+    ("bfloat16", "auto", True),
+    ("float32", "auto", True),
+    (SKIPPING, "token_head", True),
+]
+STEPS = [*itertools.product(["decode", "full decode", "prefill"], CACHES), *(("decode ahead", CACHES[i]) for i in (0, -1))]
+
+
 @pytest.mark.parametrize(
-    ("kv_dtype", "kv_scales", "keys_transposed"),
-    [
-        ("fp8_e4m3", "auto", True),
-        ("fp8_e4m3", "auto", False),
-        ("fp8_e5m2", "token_head", True),
-        ("bfloat16", "auto", True),
-        ("float32", "auto", True),
-        (SKIPPING, "token_head", True),
-    ],
+    ("kind", "kv_dtype", "kv_scales", "keys_transposed"),
+    [pytest.param(kind, *cache, id=f"{kind}-{'-'.join(map(str, cache))}") for kind, cache in STEPS],
 )
 def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased(
     kind, kv_dtype, kv_scales, keys_transposed
