@@ -141,14 +141,15 @@ class LLM:
         choice = self._engine.attention
         return f"{choice.name}: {choice.why}"
 
-    def warmup(self) -> None:
+    def warmup(self, *, structured: bool = False) -> None:
         """Compile all step programs now (or read them from the compilation cache); later calls then compile nothing.
 
         Whatever they ask for, that is, but for a request with more than 64 tokens that end its text or more than 512 in
-        `logit_bias`: the first one compiles a program of its own.
+        `logit_bias`: the first one compiles a program of its own. `structured` compiles what json_schema, regex, choice and
+        grammar need as well.
         """
         with self._service.turn():
-            self._engine.warmup()
+            self._engine.warmup(structured=structured)
 
     def compile_report(self) -> CompileReport:
         """The step programs there are: what for, how long they took to compile, what memory they take. Prints as a table."""

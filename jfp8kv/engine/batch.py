@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, UInt32
 
 from jfp8kv.cache.groups import PageNeeds
 from jfp8kv.core.pytree import pytree
@@ -41,6 +41,7 @@ class Batch:
     prompt_counts: Counts = None
     output_counts: Counts = None
     texts: Int32[Array | np.ndarray, "requests text"] | None = None  # all tokens so far, where drafts are looked up in them
+    allowed: UInt32[Array | np.ndarray, "requests words"] | None = None  # by token, one bit each (engine/guides.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Batcher:
         """The arrays for chunks of prompts, padded to a bucket. What only sampling needs stays one shape."""
         rows = self.buckets.prefill_rows(len(plan.requests))
         return self._batch(plan.requests, plan.chunks, rows, plan.width, 1, self._settings([], rows, PLAIN))
+
+    def last(self, plan: Decode) -> Batch:
+        """The arrays for running the last token of each request, from whose logits a token is then picked."""
+        rows = self.buckets.decode_rows(len(plan.requests))
+        return self._batch(plan.requests, [1] * len(plan.requests), rows, 1, 1, self._settings([], rows, PLAIN))
 
     def decode(self, plan: Decode, least: Variant = PLAIN) -> tuple[Batch, Variant]:
         """The arrays for a decode, padded to a bucket, and the program that serves these requests, or `least` at least."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from jfp8kv.core.platform import activation_dtype
 from jfp8kv.engine import faults, products, results, step
 from jfp8kv.engine.batch import Batch, Batcher, Made, StepOutput, read
 from jfp8kv.engine.buckets import Buckets, counts
+from jfp8kv.engine.guides import Guides
 from jfp8kv.engine.kv import context_length, positive, setup
 from jfp8kv.engine.lookup import draft_tokens
 from jfp8kv.engine.metrics import Stats, Stopwatch
@@ -106,6 +108,7 @@ class Engine:
             eos_ids=config.eos_ids or getattr(params.tokenizer, "eos_ids", ()),
             switch_length=switch_length(config.ropes),
         )
+        self.guides = Guides(params.tokenizer, config.vocab, eos_ids=self.batcher.eos_ids)
         self._paging = {
             "reuse": prefix_caching,
             "by_context": any(rope.kind in ("dynamic", "longrope") for rope in config.ropes),
@@ -138,6 +141,7 @@ class Engine:
         if bad is not None:
             raise ConfigError(f"{what} holds token id {bad}: ids must be from 0 to {vocab - 1}.")
         params.check_vocab(vocab)
+        self.guides.check(params)
         self.check_length(len(prompt_ids), more, what=what)
         capacity = self.stats.kv_tokens_capacity
         needed = min(len(prompt_ids) + params.max_tokens * (more > 0), self.max_model_len)
@@ -236,8 +240,8 @@ class Engine:
             self._free_since = self._watch.now()
         self._turn += 1
         if turn.decode is not None:
-            batch, variant = self.batcher.decode(turn.decode)
-            output = self._decode(batch, variant)
+            held = any(request.params.constraint for request in turn.decode.requests)
+            output = (self._guided if held else self._decode)(turn.decode)
             self._flying.append(Flight(self._turn, turn.decode, output))
             self.stats.decode_steps += turn.decode.steps
         if turn.prefill is not None:
@@ -249,11 +253,25 @@ class Engine:
                 self.scheduler.paging.keep(request)
         self._count_used()
 
-    def _decode(self, batch: Batch, variant: Variant) -> StepOutput:
+    def _decode(self, plan: Decode, least: Variant = PLAIN) -> StepOutput:
+        batch, variant = self.batcher.decode(plan, least)
         static = {"most_steps": self.buckets.decode_steps, "top": min(variant.top, self.params.config.vocab)}
         if drafts := self.buckets.drafts:
             return self._launch(decode_ahead, batch, variant=variant.name, drafts=drafts, **static)
         return self._launch(step.decode, batch, variant=variant.name, **static)
+
+    def _guided(self, plan: Decode, least: Variant = PLAIN) -> StepOutput:
+        """A token for each request. While the device runs the model, the host finds out which tokens grammars allow."""
+        logits = self._launch(step.score, self.batcher.last(plan))
+        batch, variant = self.batcher.decode(plan, least)
+        began = time.perf_counter()
+        allowed = self.guides.allowed(plan.requests, rows=len(batch.start))
+        self.stats.guide_s += time.perf_counter() - began
+        batch = dataclasses.replace(batch, allowed=allowed)
+        top = min(variant.top, self.params.config.vocab)
+        output = self.programs.compute(step.pick, logits, batch, variant=variant.name, top=top)
+        self.stats.compilations = len(self.programs.built)
+        return output
 
     def _launch(self, function: Callable, batch: Batch, **static: Any) -> Any:
         """Start a step on the pool, in place."""
@@ -360,8 +378,9 @@ class Engine:
             holding.paging.release(holding.request)
             self._count_used()
 
-    def warmup(self) -> None:
-        """Compile every program that requests can need, but for those with lists of ids longer than `variants.FULL` has."""
+    def warmup(self, *, structured: bool = False) -> None:
+        """Compile every program that requests can need, but for those with lists of ids longer than `variants.FULL` has, and
+        unless `structured` those with grammars."""
         self.settle()
         for width in self.buckets.chunks:
             for rows in counts(self.buckets.prefill_requests(width)):
@@ -370,8 +389,8 @@ class Engine:
             self.programs.program(step.score, self.batcher.prefill(Prefill(self._nobody(1), [1], width)), self.pages)
         for rows in counts(self.buckets.max_requests):
             for variant in (PLAIN, FULL):
-                batch, _ = self.batcher.decode(Decode(self._nobody(rows), 1), variant)
-                jax.block_until_ready(self._decode(batch, variant))
+                for decode in (self._decode, self._guided) if structured else (self._decode,):
+                    jax.block_until_ready(decode(Decode(self._nobody(rows), 1), variant))
         self.stats.compilations = len(self.programs.built)
 
     def _nobody(self, count: int) -> list[Request]:

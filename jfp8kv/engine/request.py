@@ -16,7 +16,8 @@ class CompletionOutput:
     """One generated continuation.
 
     `logprobs`: when asked for, a dict `{token id: log-probability}` per token, of the likeliest and the sampled one.
-    `finish_reason`: "stop" (an end token or stop string, named in `stop_reason`), "length" or "deadline".
+    `finish_reason`: "stop" (an end token or stop string, named in `stop_reason`, or the end of what the text was to look like),
+    "length", "deadline", or "dead_end" where no token was left to choose, for the reason in `stop_reason`.
     """
 
     index: int
@@ -49,9 +50,11 @@ class RequestOutput:
 
 
 DEADLINE = "deadline"  # the finish reason of what ran out of time
+DEAD_END = "dead_end"  # of what has no token left to go on with
 CANCELLED = (
     "cancelled"  # and of what was dropped, which no caller sees: if it was not the caller who dropped it, `error` says why
 )
+NO_TOKEN = "logit_bias, min_tokens and what the text must look like leave no token"  # the stop reason of a dead end
 
 
 class Status(enum.Enum):
@@ -75,6 +78,7 @@ class Request:
     index: int = 0  # which of the n continuations of its prompt
     detokenizer: Detokenizer | None = None
     asked: Any = None  # `params` for the device, made when first needed (engine/variants.py)
+    guide: Any = None  # what it is held to, made when first needed (engine/guides.py)
     status: Status = Status.WAITING
     output_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list[float] = dataclasses.field(default_factory=list)

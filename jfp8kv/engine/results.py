@@ -11,7 +11,7 @@ import numpy as np
 
 from jfp8kv.engine.batch import Made, StepOutput
 from jfp8kv.engine.metrics import Stats
-from jfp8kv.engine.request import Request, Status
+from jfp8kv.engine.request import DEAD_END, NO_TOKEN, Request, Status
 from jfp8kv.engine.scheduler import Scheduler
 
 
@@ -22,13 +22,22 @@ def book(made: Made, scheduler: Scheduler, switch_length: int | None) -> bool:
         return False
     request.cached += len(made.token_ids)
     request.output_ids += made.token_ids
-    if made.ended or len(request.output_ids) >= request.max_tokens:
+    if made.ended or not made.token_ids or _complete(made) or len(request.output_ids) >= request.max_tokens:
         scheduler.finish(request)
     elif switch_length is not None and request.context <= switch_length < request.num_tokens:
         scheduler.paging.keep(request)
         scheduler.paging.release(request)
         request.begin_again(request.num_tokens)
     return True
+
+
+def _complete(made: Made) -> bool:
+    """Whether a grammar lets nothing more come."""
+    guide = made.request.guide
+    if guide is None or made.ended:
+        return False
+    guide.read(made.request.output_ids)
+    return guide.complete
 
 
 def tell(made: Made, scheduler: Scheduler, stats: Stats) -> None:
@@ -64,6 +73,12 @@ def _finish_reason(made: Made) -> str | None:
     if made.ended:
         request.stop_reason = made.token_ids[-1]
         return "stop"
+    guide = request.guide
+    if guide is not None and (guide.complete if made.token_ids else guide.accepting):
+        return "stop"
+    if not made.token_ids:
+        request.stop_reason = (guide and guide.error) or NO_TOKEN
+        return DEAD_END
     return "length" if len(request.output_ids) >= request.max_tokens else None
 
 

@@ -132,6 +132,8 @@ class Scheduler:
         first = any(not r.output_ids for r in requests)  # some have yet to show their first token
         steps = self.buckets.steps(len(requests), few=first or len(requests) < len(self.running))
         steps = min(steps, max(r.max_tokens - len(r.output_ids) for r in requests))
+        if any(r.params.constraint for r in requests):
+            steps = 1  # a grammar has its say before each token
         chosen = self._with_room(requests, lambda r: min(r.cached + self.buckets.made(steps), r.most_tokens))
         return Decode(chosen, steps) if chosen else None
 

@@ -2,8 +2,8 @@
 
 Three steps: `prefill` caches a chunk of each request, up to the last token of its prompt; `decode` takes it from there and
 makes several tokens per dispatch in a loop on the device, ending early when every request is done; `score` runs a chunk and
-returns the logits of every position. The pool goes in and comes out: donated, it is updated in place, and what a step needs
-besides does not grow with it.
+returns the logits of every position, from which `pick` makes a token where the host has a say in it. The pool goes in and comes
+out: donated, it is updated in place, and what a step needs besides does not grow with it.
 """
 
 import dataclasses
@@ -108,7 +108,8 @@ def chunk_logits(
 
 def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
     """One token per request."""
-    tokens, logprobs = sample_batch(logits, batch.settings, batch.position, batch.prompt_counts, batch.output_counts)
+    counts = batch.prompt_counts, batch.output_counts
+    tokens, logprobs = sample_batch(logits, batch.settings, batch.position, *counts, batch.allowed)
     return StepOutput(*(x[:, None] for x in (tokens, logprobs, *likeliest(logits, batch.reported, top))))
 
 
@@ -165,17 +166,17 @@ def decode(
         token = jnp.where(active, new.tokens[:, 0], vocab)
         new = dataclasses.replace(new, tokens=token[:, None])
         out = jax.tree.map(lambda made, one: lax.dynamic_update_slice_in_dim(made, one, step, axis=1), out, new)
-        return step + 1, _after(batch, token, active), out, pages
+        return step + 1, _after(batch, token, active, vocab), out, pages
 
     state = (jnp.int32(0), batch, blank, pages)
     _, _, out, pages = lax.while_loop(unfinished, advance, state)
     return out, pages
 
 
-def _after(batch: Batch, token: Int[Array, " requests"], active: Array) -> Batch:
+def _after(batch: Batch, token: Int[Array, " requests"], active: Array, vocab: int) -> Batch:
     """The batch once `token` was made for the `active` requests."""
     one = active.astype(jnp.int32)
-    ended = jnp.any(token[:, None] == batch.end_ids, axis=1)
+    ended = jnp.any(token[:, None] == batch.end_ids, axis=1) | (token == vocab)  # past the last: none was left to choose
     counts = batch.output_counts
     return dataclasses.replace(
         batch,
@@ -193,3 +194,8 @@ def score(
     """Cache a chunk of each request and return the logits after each of its tokens."""
     decoder = model.bind(weights)
     return chunk_logits(model, decoder, scales, batch, pages)
+
+
+def pick(logits: Float[Array, "requests tokens vocab"], batch: Batch, *, top: int = 0) -> StepOutput:
+    """A token for each request from what `score` gave after its last one: `decode` in two, for what comes between."""
+    return _sampled(logits[:, 0], batch, top)

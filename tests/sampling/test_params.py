@@ -28,6 +28,10 @@ def test_the_defaults_are_those_of_the_contract():
         "min_tokens": 0,
         "best_of": None,
         "deadline_s": None,
+        "json_schema": None,
+        "regex": None,
+        "choice": None,
+        "grammar": None,
     }
 
 
