@@ -1,0 +1,188 @@
+"""A config file read and checked: every mistake named by file, line, key, what is allowed, and what was probably meant."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from jfp8kv.batch import inputs, outputs, templates
+from jfp8kv.batch.config import Config, Section
+from jfp8kv.batch.source import Source, read
+from jfp8kv.core.errors import ConfigError, Jfp8kvError, nearest
+from jfp8kv.core.formats import kv_format
+
+# Keys that belong to some tasks alone: given for another task they would be ignored, so they are refused.
+BELONGS = {
+    "completion": ("score",),
+    "sampling": ("generate",),
+    "calibration": ("calibrate",),
+    "comparison": ("compare",),
+    "engine": ("generate", "score"),
+    "shard": ("generate", "score"),
+    "seed": ("generate",),
+}
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a file, with overrides `a.b=value`.
+
+    Raises `ConfigError` for the first mistake in it, saying how many more there are.
+    """
+    source = read(path, overrides)
+    try:
+        config = Config.model_validate(source.data)
+    except ValidationError as error:
+        found = sorted((_placed(source, each) for each in error.errors()), key=lambda each: each[0])
+        more = f" (And {len(found) - 1} more mistakes.)" if len(found) > 1 else ""
+        raise ConfigError(found[0][1] + more) from None
+    _check(source, config)
+    return config
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a config, for editors to complete from."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "jfp8kv batch"} | Config.model_json_schema()
+
+
+# -- what pydantic found, in words ------------------------------------------------------------------------------------------
+
+
+def _placed(source: Source, error: Any) -> tuple[tuple[int, str], str]:
+    """Where a mistake stands, to sort by, and its message."""
+    keys = _keys(source.data, error["loc"])
+    message = str(source.mistake(keys, _words(error, keys)))
+    line = source.place(keys).rpartition(":")[2]
+    return (int(line) if line.isdigit() else 0, message), message
+
+
+def _keys(data: Any, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """`loc` as keys of the data: without the tags of alternatives that pydantic puts between them."""
+    keys: list[str | int] = []
+    for number, step in enumerate(loc):
+        if isinstance(data, dict) and (step in data or number == len(loc) - 1):
+            keys.append(step)
+            data = data.get(step)
+        elif isinstance(data, list) and isinstance(step, int) and step < len(data):
+            keys.append(step)
+            data = data[step]
+    return tuple(keys)
+
+
+def _words(error: Any, keys: tuple[str | int, ...]) -> str:
+    given, context = error.get("input"), error.get("ctx", {})
+    match error["type"]:
+        case "extra_forbidden":
+            known = list(_section(error["loc"][:-1]).model_fields)
+            return f"no such key.{nearest(keys[-1], known)} There are {', '.join(known)}."
+        case "missing":
+            return "is missing; every config needs it." if len(keys) == 1 else "is missing."
+        case "literal_error":
+            allowed = context["expected"]
+            close = nearest(given, [word for word in allowed.replace("'", "").replace(" or ", ", ").split(", ")])
+            return f"{given!r} is not allowed: must be {allowed}.{close}"
+        case "greater_than_equal":
+            return f"{given!r}: must be at least {context['ge']}."
+        case "less_than":
+            return f"{given!r}: must be less than {context['lt']}."
+        case "too_short" | "too_long":
+            return f"{given!r}: must have {context.get('min_length', context.get('max_length'))} values."
+        case kind:
+            wanted = _TYPES.get(kind, error["msg"][:1].lower() + error["msg"][1:])
+            return f"{given!r}: must be {wanted}." if kind in _TYPES else f"{given!r}: {wanted}."
+
+
+_TYPES = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping of keys to values",
+}
+
+
+def _section(loc: Sequence[str | int]) -> type[BaseModel]:
+    """The model that a place in the config belongs to."""
+    model: type[BaseModel] = Config
+    for step in loc:
+        field = model.model_fields.get(step) if isinstance(step, str) else None
+        if field is not None and (inner := _models(field.annotation)):
+            model = inner[0]
+    return model
+
+
+def _models(annotation: Any) -> list[type[Section]]:
+    """The sections that an annotation is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models(inner)]
+
+
+# -- what no type can say ---------------------------------------------------------------------------------------------------
+
+
+def _check(source: Source, config: Config) -> None:
+    """Everything that can be known without the model and without reading rows."""
+    for key in config.model_fields_set & BELONGS.keys():
+        if config.task not in BELONGS[key]:
+            raise source.mistake((key,), f"belongs to task {' or '.join(BELONGS[key])}, and this one is {config.task!r}.")
+    if config.prompt is not None and config.messages is not None:
+        raise source.mistake(("messages",), "give either prompt or messages.")
+    if config.shard is not None and not 0 <= config.shard[0] < config.shard[1]:
+        raise source.mistake(("shard",), f"{config.shard}: must be [i, n] with i from 0 to n - 1.")
+    _check_templates(source, config)
+    _check_sampling(source, config)
+    _check_cache(source, config)
+    _asking(source, ("input",), lambda: inputs.check(config.input))
+    if config.task in ("generate", "score"):
+        _asking(source, ("output",), lambda: outputs.check(config))
+    _asking(source, ("output",), lambda: outputs.check_writable(Path(config.output.path)))
+
+
+def _check_templates(source: Source, config: Config) -> None:
+    for key in ("prompt", "completion"):
+        if (text := getattr(config, key)) is not None:
+            _asking(source, (key,), lambda text=text: templates.compiled(text))
+    for number, message in enumerate(config.messages or ()):
+        _asking(source, ("messages", number, "content"), lambda text=message.content: templates.compiled(text))
+
+
+def _check_sampling(source: Source, config: Config) -> None:
+    if (fields := config.sampling.given()) == {}:
+        return
+    from jfp8kv.api import SamplingParams
+
+    try:
+        SamplingParams(**fields)
+    except ConfigError as error:
+        name = str(error).partition("=")[0].partition(":")[0]
+        raise ConfigError(f"{source.place(('sampling', name))}: sampling.{error}") from None
+
+
+def _check_cache(source: Source, config: Config) -> None:
+    names: dict[tuple[str | int, ...], str] = {}
+    match config.kv_dtype:
+        case str(name):
+            names[("kv_dtype",)] = name
+        case [*each]:
+            names |= {("kv_dtype", number): name for number, name in enumerate(each)}
+        case by_layer:
+            names |= {("kv_dtype", key): getattr(by_layer, key) for key in ("default", "skip_dtype")}
+    for keys, name in names.items():
+        if name != "auto" and not Path(name).is_file():
+            _asking(source, keys, lambda name=name: kv_format(name))
+    if not isinstance(config.kv_scales, str):
+        _asking(source, ("kv_scales", "calibrate", "input"), lambda: inputs.check(config.kv_scales.calibrate.input))
+    if config.comparison.calibration is not None:
+        _asking(source, ("comparison", "calibration"), lambda: inputs.check(config.comparison.calibration))
+
+
+def _asking(source: Source, keys: tuple[str | int, ...], ask: Any) -> None:
+    """Have somebody check a value; what they say is said with its place."""
+    try:
+        ask()
+    except Jfp8kvError as error:
+        raise source.mistake(keys, str(error)) from None

@@ -1,0 +1,210 @@
+"""A run over rows: from the input through the engine into the journal, then the output, whole and in order.
+
+Killed at any moment, the same run goes on where it was: what is in the journal is done, everything else is asked again, and a
+row's text depends on nothing but the config and its number.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jfp8kv.batch import outputs
+from jfp8kv.batch.config import Config
+from jfp8kv.batch.engine import Engine, Local
+from jfp8kv.batch.inputs import Reader, Row
+from jfp8kv.batch.journal import Journal
+from jfp8kv.batch.lock import locked
+from jfp8kv.batch.openai import OpenAI
+from jfp8kv.batch.plain import Plain, Record, Request
+from jfp8kv.batch.record import Paths, begin, session
+from jfp8kv.batch.templates import RowError
+from jfp8kv.batch.view import Progress, View
+from jfp8kv.core.errors import ConfigError, Jfp8kvError
+
+PEEKED = 16  # first rows that are tried before a model is loaded
+HOPELESS = 16  # rows in a row that fail in the engine, each alone, until a run gives up
+
+
+class RunStopped(Jfp8kvError):
+    """A run that could not go on; what it finished is kept, and the same command goes on from there."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: totals of all its sessions, and whether there was anything left to do."""
+
+    totals: dict[str, int]
+    seconds: float
+    worked: bool
+
+    @property
+    def status(self) -> int:
+        """The exit status: 1 when a row failed."""
+        return 1 if self.totals["failed"] else 0
+
+
+def run(
+    config: Config,
+    *,
+    open_engine: Callable[..., Engine] = Local,
+    restart: bool = False,
+    view: View | None = None,
+) -> Outcome:
+    """Make the output of a config, or what is left of it to be made.
+
+    Raises:
+      ConfigError: a mistake, another process at work on the output, or an output of another run.
+      RunStopped: the input could not be read further, the disk is full, or the engine fails on every row.
+    """
+    paths, view = Paths(Path(config.output.path)), view or View(quiet=True)
+    with locked(paths.lock):
+        record = begin(config, paths, restart=restart)
+        if record.complete:
+            paths.partial.unlink(missing_ok=True)
+            return Outcome(record.data["totals"], 0.0, worked=False)
+        return _Run(config, paths, record, view).work(open_engine)
+
+
+class _Run:
+    """A run at work in this process."""
+
+    def __init__(self, config: Config, paths: Paths, record: Any, view: View):
+        self.config, self.paths, self.record, self.view = config, paths, record, view
+        self.shard = tuple(config.shard) if config.shard else (0, 1)
+        self.reader = Reader(config.input)
+        self.began = time.monotonic()
+        self.engine: Engine | None = None
+        self.unreadable: Exception | None = None
+        self.share_before = 0.0
+        text = lambda token: self.engine.token_text(token)  # noqa: E731  (the engine is opened once rows were tried)
+        openai = self.reader.format == "openai"
+        self.form: Any = OpenAI(config, text, record.created) if openai else Plain(config, text)
+
+    def work(self, open_engine: Callable[..., Engine]) -> Outcome:
+        self._peek()
+        sessions = [*self.record.data["sessions"], session()]
+        with Journal(self.paths.partial, self.shard) as journal:
+            before = journal.totals.rows
+            if before:
+                self.view.say(f"going on after {before:,} finished rows")
+            self.engine = open_engine(self.config)
+            self.record.save(sessions=sessions, engine=self.engine.about)
+            try:
+                with self.view:
+                    self._rows(journal)
+                journal.sync()
+            except OSError as error:
+                raise self._stopped(journal, f"{error.filename or self.paths.partial}: {error.strerror}") from error
+            if self.unreadable is not None:
+                raise self._stopped(journal, f"{self.config.input.path}: cannot be read further: {self.unreadable}")
+            totals = asdict(journal.totals)
+        try:
+            outputs.finish(self.config, self.paths.partial)
+        except OSError as error:
+            raise RunStopped(
+                f"all rows are finished, and {self.paths.output} cannot be written: {error.strerror}. They are kept in "
+                f"{self.paths.partial}; the same command tries again."
+            ) from error
+        seconds = time.monotonic() - self.began
+        sessions[-1] |= {"seconds": round(seconds, 3), "rows": totals["rows"] - before}
+        self.record.save(status="complete", sessions=sessions, totals=totals)
+        self.paths.partial.unlink()
+        return Outcome(totals, seconds, worked=True)
+
+    def _stopped(self, journal: Journal, why: str) -> RunStopped:
+        kept = f"{journal.totals.rows:,} finished rows are kept in {self.paths.partial}"
+        return RunStopped(f"{why}. {kept}; the same command goes on from there.")
+
+    def _peek(self) -> None:
+        """Try the first rows: a config that no row of them suits is a mistake, and told before anything is loaded."""
+        errors = []
+        for row in itertools.islice(Reader(self.config.input), PEEKED):
+            try:
+                self.form.request(row, row.fields())
+                return
+            except RowError as error:
+                errors.append(f"{self.config.input.path}:{row.line}: {error}")
+        if errors:
+            raise ConfigError(errors[0] + (f" The same holds for the first {len(errors)} rows." if len(errors) > 1 else ""))
+
+    def _rows(self, journal: Journal) -> None:
+        """Every row of the shard that is not in the journal, into the journal."""
+        flying: dict[int, tuple[Row, dict[str, Any]]] = {}
+        before, hopeless = asdict(journal.totals), 0
+        assert self.engine is not None
+        work = self.engine.score if self.config.task == "score" else self.engine.generate
+        for number, result in work(self._requests(journal, flying)):
+            row, fields = flying.pop(number)
+            failed = isinstance(result, Exception)
+            hopeless = hopeless + 1 if failed and not isinstance(result, ConfigError) else 0
+            if hopeless == HOPELESS:
+                raise self._stopped(journal, f"the engine fails on every row: {_words(result)}") from result
+            if not failed:
+                self._book(journal, row, self.form.record(row, fields, result))
+            elif not hopeless:
+                self._book(journal, row, self.form.failed(row, fields, _words(result)))
+            else:
+                self._book(journal, row, self.form.failed(row, fields, f"the engine failed: {_words(result)}"))
+            self.view.update(lambda: self._progress(journal, before))
+
+    def _requests(self, journal: Journal, flying: dict[int, tuple[Row, dict[str, Any]]]) -> Iterator[Request]:
+        """What the rows left to do ask; those that ask nothing that can be served are booked as failed."""
+        numbers = itertools.count()
+        for row in self._left(journal):
+            fields = None
+            try:
+                fields = row.fields()
+                request = self.form.request(row, fields)
+            except RowError as error:
+                self._book(journal, row, self.form.failed(row, fields, str(error)))
+                continue
+            flying[next(numbers)] = row, fields
+            yield request
+
+    def _left(self, journal: Journal) -> Iterator[Row]:
+        """Rows of this shard that are not done. What cannot be read further ends them: those in flight are finished."""
+        first, step = self.shard
+        rows, skipping = iter(self.reader), True
+        while True:
+            try:
+                row = next(rows, None)
+            except (OSError, ValueError, ConfigError) as error:
+                self.unreadable = error
+                return
+            if row is None:
+                return
+            if row.number % step == first and row.number not in journal.done:
+                if skipping:
+                    self.share_before, skipping = self.reader.share, False
+                yield row
+
+    def _book(self, journal: Journal, row: Row, record: Record) -> None:
+        journal.append(
+            row.number,
+            outputs.line(record.output),
+            prompt_tokens=record.prompt_tokens,
+            completion_tokens=record.completion_tokens,
+            ok=record.ok,
+        )
+
+    def _progress(self, journal: Journal, before: dict[str, int]) -> Progress:
+        totals = asdict(journal.totals)
+        here = {name: totals[name] - before[name] for name in ("rows", "prompt_tokens", "completion_tokens")}
+        return Progress(
+            done=totals["rows"],
+            failed=totals["failed"],
+            share=self.reader.share,
+            share_before=self.share_before,
+            seconds=time.monotonic() - self.began,
+            counters=self.engine.counters() if self.engine else {},
+            **here,
+        )
+
+
+def _words(error: Any) -> str:
+    """An error in a line."""
+    text = " ".join(str(error).split()).replace("prompt 0 ", "the prompt ")
+    return text if isinstance(error, Jfp8kvError) else f"{type(error).__name__}: {text}"
