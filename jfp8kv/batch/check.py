@@ -10,7 +10,6 @@ from jfp8kv.batch import inputs, outputs, templates
 from jfp8kv.batch.config import Config, Section
 from jfp8kv.batch.source import Source, read
 from jfp8kv.core.errors import ConfigError, Jfp8kvError, nearest
-from jfp8kv.core.formats import kv_format
 
 # Keys that belong to some tasks alone: given for another task they would be ignored, so they are refused.
 BELONGS = {
@@ -29,7 +28,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises `ConfigError` for the first mistake in it, saying how many more there are.
     """
-    source = read(path, overrides)
+    source = read(path, overrides, short={"input": "path", "output": "path"})
     try:
         config = Config.model_validate(source.data)
     except ValidationError as error:
@@ -137,9 +136,20 @@ def _check(source: Source, config: Config) -> None:
     _check_sampling(source, config)
     _check_cache(source, config)
     _asking(source, ("input",), lambda: inputs.check(config.input))
+    if inputs.format_of(config.input) == "openai":
+        _check_openai(source, config)
     if config.task in ("generate", "score"):
         _asking(source, ("output",), lambda: outputs.check(config))
     _asking(source, ("output",), lambda: outputs.check_writable(Path(config.output.path)))
+
+
+def _check_openai(source: Source, config: Config) -> None:
+    """What the requests say themselves is not the config's to say."""
+    if config.task != "generate":
+        raise source.mistake(("task",), "OpenAI batch requests are for task generate.")
+    for key in ("prompt", "messages"):
+        if getattr(config, key) is not None:
+            raise source.mistake((key,), "OpenAI batch requests bring their own: leave it out.")
 
 
 def _check_templates(source: Source, config: Config) -> None:
@@ -173,11 +183,17 @@ def _check_cache(source: Source, config: Config) -> None:
             names |= {("kv_dtype", key): getattr(by_layer, key) for key in ("default", "skip_dtype")}
     for keys, name in names.items():
         if name != "auto" and not Path(name).is_file():
-            _asking(source, keys, lambda name=name: kv_format(name))
+            _asking(source, keys, lambda name=name: _check_format(name))
     if not isinstance(config.kv_scales, str):
         _asking(source, ("kv_scales", "calibrate", "input"), lambda: inputs.check(config.kv_scales.calibrate.input))
     if config.comparison.calibration is not None:
         _asking(source, ("comparison", "calibration"), lambda: inputs.check(config.comparison.calibration))
+
+
+def _check_format(name: str) -> None:
+    from jfp8kv.core.formats import kv_format
+
+    kv_format(name)
 
 
 def _asking(source: Source, keys: tuple[str | int, ...], ask: Any) -> None:

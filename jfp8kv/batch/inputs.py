@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,7 +50,7 @@ class Reader:
         """Of the file, read so far."""
         return self._share()
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Generator[Row, None, None]:
         if self.format == "parquet":
             yield from self._parquet()
             return
@@ -153,23 +153,28 @@ _LINE_READERS: dict[str, Callable[[bytes], dict[str, Any]]] = {
 def _csv(stream: BinaryIO) -> Iterator[Row]:
     """A row for each record after the header, which names the fields. Bytes that are no UTF-8 spoil their record alone."""
     csv.field_size_limit(sys.maxsize)
-    records = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline=""), strict=True)
-    header = next(records, [])
-    if len(set(header)) != len(header):
-        raise ConfigError(f"{stream.name}:1: the header names a field twice.")
-    number, line = 0, records.line_num + 1
+    with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        records = csv.reader(text, strict=True)
+        header = next(records, [])
+        if len(set(header)) != len(header):
+            raise ConfigError(f"{stream.name}:1: the header names a field twice.")
+        for number, (line, read) in enumerate(_records(records, header)):
+            yield Row(number, line, read)
+
+
+def _records(records: Any, header: list[str]) -> Iterator[tuple[int, Callable[[], dict[str, Any]]]]:
+    """The line at which each record begins, and what reads it; blank lines are none."""
     while True:
+        line = records.line_num + 1
         try:
             values = next(records, None)
-            read = None if values is None else (lambda values=values: _record(header, values))
         except csv.Error as error:
-            values, read = [""], lambda error=error: _raise(RowError(f"is no CSV: {error}."))
+            yield line, lambda error=error: _raise(RowError(f"is no CSV: {error}."))
+            continue
         if values is None:
             return
         if values:
-            yield Row(number, line, read)
-            number += 1
-        line = records.line_num + 1
+            yield line, lambda values=values: _record(header, values)
 
 
 def _record(header: list[str], values: list[str]) -> dict[str, Any]:

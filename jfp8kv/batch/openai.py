@@ -29,6 +29,15 @@ WITHOUT_EFFECT = frozenset(
     ("model", "user", "metadata", "store", "service_tier", "stream_options", "prompt_cache_key", "prompt_cache_retention")
     + ("safety_identifier", "parallel_tool_calls")
 )
+ASKS_NOTHING = {  # values of what is not served that ask for nothing
+    "stream": (False,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "echo": (False,),
+    "best_of": (1,),
+}
 NO_LIMIT = 2**31 - 1  # of tokens to make: the context's end is one
 USUAL_TEXT_TOKENS = 16
 
@@ -80,15 +89,15 @@ class OpenAI:
         }
         return Record(self._line(row, fields, self._response(row, 200, body), None), prompt_tokens, made)
 
-    def failed(self, row: Row, fields: Fields | None, message: str, *, engine: bool = False) -> Record:
-        """The answer to a request that was not served, or that is none."""
+    def failed(self, row: Row, fields: Fields | None, message: str, *, fault: bool = False) -> Record:
+        """The answer to a request that was not served, or that is none; `fault`: the engine's, not the request's."""
         where = f"line {row.line}: {message}"
         if fields is None or not isinstance(fields.get("custom_id"), str):
             error = {"code": "invalid_request", "message": where}
-            return Record(self._line(row, {"custom_id": None} | dict(fields or {}), None, error), ok=False)
-        kind = "server_error" if engine else "invalid_request_error"
+            return Record(self._line(row, {"custom_id": None}, None, error), ok=False)
+        kind = "server_error" if fault else "invalid_request_error"
         body = {"error": {"message": where, "type": kind, "param": None, "code": None}}
-        return Record(self._line(row, fields, self._response(row, 500 if engine else 400, body), None), ok=False)
+        return Record(self._line(row, fields, self._response(row, 500 if fault else 400, body), None), ok=False)
 
     def _line(self, row: Row, fields: Fields, response: Any, error: Any) -> dict[str, Any]:
         line = {"id": f"batch_req_{self._id(row)}", "custom_id": fields["custom_id"]}
@@ -165,7 +174,7 @@ def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     known = SAMPLING | WITHOUT_EFFECT | own | {"logprobs", "logit_bias"}
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
-        if name not in known and value not in (False, [], {}, 1, "none", "auto", {"type": "text"}):
+        if name not in known and value not in ASKS_NOTHING.get(name, ()):
             raise RowError(f"body.{name} is not served here.{nearest(name, known)}")
     found = {name: given[name] for name in SAMPLING & given.keys()}
     if chat and "max_completion_tokens" in given:

@@ -74,8 +74,8 @@ class Plain:
         made = sum(total) if isinstance(total, list) else total
         return Record({**fields, **named}, found["prompt_tokens"], made)
 
-    def failed(self, row: Row, fields: Fields | None, message: str) -> Record:
-        """The row and why it has no result."""
+    def failed(self, row: Row, fields: Fields | None, message: str, *, fault: bool = False) -> Record:
+        """The row and why it has no result; `fault`: the engine's, not the row's, which makes no difference here."""
         error = {"line": row.line, "message": message}
         kept = {name: value for name, value in (fields or {}).items() if name not in self._taken}
         nothing = {self._names[name]: None for name in RESULTS[self._task] if name not in ("error", "logprobs")}

@@ -90,7 +90,10 @@ def begin(config: Config, paths: Paths, *, restart: bool = False) -> Record:
         for path in (paths.partial, paths.record, paths.scales):
             path.unlink(missing_ok=True)
     elif paths.record.exists() or paths.partial.exists():
-        return _gone_on(paths, same)
+        before = _before(paths)
+        if before.complete or _bytes(paths.partial):
+            _check_same(paths, before.data["same"], same)
+            return before
     elif paths.output.exists():
         raise ConfigError(f"{paths.output}: is there already, and no run made it: --restart replaces it.")
     now = time.time()
@@ -112,17 +115,26 @@ def begin(config: Config, paths: Paths, *, restart: bool = False) -> Record:
     return made
 
 
-def _gone_on(paths: Paths, same: dict[str, Any]) -> Record:
+def _before(paths: Paths) -> Record:
+    """The record that there is."""
     try:
         data = json.loads(paths.record.read_text(encoding="utf-8"))
-        before = data["same"]
+        return Record(paths.record, {"status": data["status"], "same": data["same"]} | data)
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
             f"{paths.record}: cannot be read, so nobody knows what {paths.partial} is of: --restart begins anew."
         ) from None
+
+
+def _bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _check_same(paths: Paths, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise unless a run may go on as it is now."""
     changes = [
         f"{key} was {json.dumps(old)}, is {json.dumps(new)}"
-        for key, old, new in _changes(before, same)
+        for key, old, new in _changes(before, now)
         if key.removeprefix("config.") not in (*MAY_DIFFER, *BY_CONTENT)
     ]
     if changes:
@@ -131,7 +143,6 @@ def _gone_on(paths: Paths, same: dict[str, Any]) -> Record:
             f"{paths.output}: belongs to a run that was not the same: {'; '.join(changes[:SHOWN])}{more}. Undo that, give "
             "another output, or begin anew with --restart."
         )
-    return Record(paths.record, data)
 
 
 def session() -> dict[str, Any]:

@@ -7,6 +7,7 @@ row's text depends on nothing but the config and its number.
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,15 +120,18 @@ class _Run:
         return RunStopped(f"{why}. {kept}; the same command goes on from there.")
 
     def _peek(self) -> None:
-        """Try the first rows: a config that no row of them suits is a mistake, and told before anything is loaded."""
+        """Try the first rows: a config that suits none of them is a mistake, and told before a model is loaded."""
         errors = []
-        for row in itertools.islice(Reader(self.config.input), PEEKED):
-            try:
-                self.form.request(row, row.fields())
-                return
-            except RowError as error:
-                errors.append(f"{self.config.input.path}:{row.line}: {error}")
-        if errors:
+        with closing(iter(Reader(self.config.input))) as rows:
+            for row in itertools.islice(rows, PEEKED):
+                with suppress(RowError):
+                    fields = row.fields()
+                    try:
+                        self.form.request(row, fields)
+                        return
+                    except RowError as error:
+                        errors.append(f"{self.config.input.path}:{row.line}: {error}")
+        if errors and isinstance(self.form, Plain):  # OpenAI's requests are not the config's
             raise ConfigError(errors[0] + (f" The same holds for the first {len(errors)} rows." if len(errors) > 1 else ""))
 
     def _rows(self, journal: Journal) -> None:
@@ -136,19 +140,22 @@ class _Run:
         before, hopeless = asdict(journal.totals), 0
         assert self.engine is not None
         work = self.engine.score if self.config.task == "score" else self.engine.generate
-        for number, result in work(self._requests(journal, flying)):
-            row, fields = flying.pop(number)
-            failed = isinstance(result, Exception)
-            hopeless = hopeless + 1 if failed and not isinstance(result, ConfigError) else 0
-            if hopeless == HOPELESS:
-                raise self._stopped(journal, f"the engine fails on every row: {_words(result)}") from result
-            if not failed:
-                self._book(journal, row, self.form.record(row, fields, result))
-            elif not hopeless:
-                self._book(journal, row, self.form.failed(row, fields, _words(result)))
-            else:
-                self._book(journal, row, self.form.failed(row, fields, f"the engine failed: {_words(result)}"))
-            self.view.update(lambda: self._progress(journal, before))
+        with closing(self._requests(journal, flying)) as requests, closing(work(requests)) as results:
+            for number, result in results:
+                row, fields = flying.pop(number)
+                hopeless = hopeless + 1 if _is_fault(result) else 0
+                if hopeless == HOPELESS:
+                    raise self._stopped(journal, f"the engine fails on every row: {_words(result)}") from result
+                self._book(journal, row, self._record(row, fields, result))
+                self.view.update(lambda: self._progress(journal, before))
+
+    def _record(self, row: Row, fields: dict[str, Any], result: Any) -> Record:
+        """What is kept of a row that the engine is done with."""
+        if not isinstance(result, Exception):
+            return self.form.record(row, fields, result)
+        if not _is_fault(result):
+            return self.form.failed(row, fields, _words(result))
+        return self.form.failed(row, fields, f"the engine failed: {_words(result)}", fault=True)
 
     def _requests(self, journal: Journal, flying: dict[int, tuple[Row, dict[str, Any]]]) -> Iterator[Request]:
         """What the rows left to do ask; those that ask nothing that can be served are booked as failed."""
@@ -202,6 +209,11 @@ class _Run:
             counters=self.engine.counters() if self.engine else {},
             **here,
         )
+
+
+def _is_fault(result: Any) -> bool:
+    """Whether the engine failed on a row, rather than refused it."""
+    return isinstance(result, Exception) and not isinstance(result, ConfigError)
 
 
 def _words(error: Any) -> str:

@@ -1,8 +1,9 @@
 """YAML text to plain data, with the line of every key, so that a mistake can be named where it stands."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -42,8 +43,10 @@ def dotted(keys: Sequence[str | int]) -> str:
     return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
 
 
-def read(path: Path, overrides: Sequence[str] = ()) -> Source:
+def read(path: Path, overrides: Sequence[str] = (), *, short: Mapping[str, str] = MappingProxyType({})) -> Source:
     """The config in the file at `path`, with each override `a.b=value` (its value is YAML) in place of what it says.
+
+    A key in `short` may be given as a text, which stands for a mapping with that text under the name that `short` has for it.
 
     Raises `ConfigError` for a file that cannot be read, is no YAML or no mapping, for a key given twice, and for an override
     that is none, each by line.
@@ -60,7 +63,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Source:
         raise ConfigError(f"{path}: must be a mapping of keys to values, such as `model: path`.")
     source = Source(data, str(path), places)
     for override in overrides:
-        _override(source, override)
+        _override(source, override, short)
     return source
 
 
@@ -128,7 +131,7 @@ def _lines(node: yaml.Node, keys: Keys) -> Iterator[tuple[Keys, int]]:
             yield from _lines(value, (*keys, number))
 
 
-def _override(source: Source, override: str) -> None:
+def _override(source: Source, override: str, short: Mapping[str, str]) -> None:
     """Put `a.b=value` into the data."""
     name, equals, text = override.partition("=")
     keys = tuple(name.strip().split("."))
@@ -137,6 +140,8 @@ def _override(source: Source, override: str) -> None:
     where = f"--set {override}"
     inside = source.data
     for key in keys[:-1]:
+        if key in short and isinstance(inside.get(key), str):
+            inside[key] = {short[key]: inside[key]}
         inside = inside.setdefault(key, {})
         if not isinstance(inside, dict):
             raise ConfigError(f"{where}: {key} is no mapping in {source.name}, so nothing can be set in it.")
