@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from jfp8kv.batch import inputs, outputs, templates
+from jfp8kv.batch import inputs, outputs, templates, whole
 from jfp8kv.batch.config import Config, Section
 from jfp8kv.batch.source import Source, read
 from jfp8kv.core.errors import ConfigError, Jfp8kvError, nearest
@@ -17,7 +17,7 @@ BELONGS = {
     "sampling": ("generate",),
     "calibration": ("calibrate",),
     "comparison": ("compare",),
-    "engine": ("generate", "score"),
+    "engine": ("generate", "score", "calibrate"),
     "shard": ("generate", "score"),
     "seed": ("generate",),
 }
@@ -184,6 +184,8 @@ def _check_cache(source: Source, config: Config) -> None:
     for keys, name in names.items():
         if name != "auto" and not Path(name).is_file():
             _asking(source, keys, lambda name=name: _check_format(name))
+    if not isinstance(config.kv_scales, str) or config.task == "calibrate":
+        _asking(source, ("kv_dtype",), lambda: whole.fp8_of(config))
     if not isinstance(config.kv_scales, str):
         _asking(source, ("kv_scales", "calibrate", "input"), lambda: inputs.check(config.kv_scales.calibrate.input))
     if config.comparison.calibration is not None:

@@ -6,10 +6,12 @@ The engine is fed from an iterator, of which it takes only as many requests as k
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from os.path import commonprefix
+from pathlib import Path
 from typing import Any, Protocol
 
 from jfp8kv.batch.config import CalibrateFirst, Config, KVByLayer
 from jfp8kv.batch.plain import Request
+from jfp8kv.batch.whole import scales_first
 from jfp8kv.core.errors import ConfigError
 
 Results = Iterator[tuple[int, Any]]  # which of the requests, counted from 0, and its result or the error that it met
@@ -38,23 +40,18 @@ class Engine(Protocol):
 
 
 class Local:
-    """A `jfp8kv.LLM` in this process, as the config asks for it. `kv_scales`: those that were calibrated first."""
+    """A `jfp8kv.LLM` in this process, as the config asks for it. `scales`: where those that it calibrates first are kept."""
 
-    def __init__(self, config: Config, kv_scales: Any = None):
+    def __init__(self, config: Config, scales: Path):
         from jfp8kv.api import LLM
 
-        limits = {name: value for name, value in config.engine.model_dump().items() if value is not None}
-        scales = config.kv_scales if kv_scales is None else kv_scales
-        assert not isinstance(scales, CalibrateFirst)
-        self.llm = LLM(
-            config.model,
-            dtype=config.dtype,
-            strict=config.strict,
-            kv_cache_dtype=kv_dtype(config),
-            kv_scales=scales,
-            seed=config.seed,
-            **limits,
-        )
+        asked = {name: value for name, value in config.engine.model_dump().items() if value is not None}
+        if isinstance(config.kv_scales, CalibrateFirst):
+            model, kv_scales = scales_first(config, scales)
+        else:
+            model, kv_scales = config.model, config.kv_scales
+            asked |= {"dtype": config.dtype, "strict": config.strict}
+        self.llm = LLM(model, kv_cache_dtype=kv_dtype(config), kv_scales=kv_scales, seed=config.seed, **asked)
         self.about = about(self.llm)
 
     def generate(self, requests: Iterable[Request]) -> Results:

@@ -74,11 +74,16 @@ def check_writable(path: Path) -> None:
         raise ConfigError(f"{path}: no file can be written there; give one in a folder that exists.")
 
 
+def shard_path(output: Path, shard: list[int] | None) -> Path:
+    """Where a shard's output goes: `out.0-of-4.jsonl` for `out.jsonl`, so that one config serves all shards."""
+    return output.with_name(f"{output.stem}.{shard[0]}-of-{shard[1]}{output.suffix}") if shard else output
+
+
 def finish(config: Config, partial: Path) -> None:
     """Write the output of a finished journal: all of it is there, or what was there before."""
     shard = tuple(config.shard) if config.shard else (0, 1)
     rows = journal.outputs(partial) if config.output.unordered else journal.ordered(partial, shard)
-    write(Path(config.output.path), rows, format_of(config))
+    write(shard_path(Path(config.output.path), config.shard), rows, format_of(config))
 
 
 def write(path: Path, rows: Iterable[bytes], form: str) -> None:

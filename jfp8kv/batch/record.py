@@ -86,16 +86,15 @@ def begin(config: Config, paths: Paths, *, restart: bool = False) -> Record:
     another input, with what changed; `restart` begins anew, whatever there is.
     """
     same = fingerprint(config)
-    if restart:
-        for path in (paths.partial, paths.record, paths.scales):
-            path.unlink(missing_ok=True)
-    elif paths.record.exists() or paths.partial.exists():
+    if not restart and (paths.record.exists() or paths.partial.exists()):
         before = _before(paths)
         if before.complete or _bytes(paths.partial):
             _check_same(paths, before.data["same"], same)
             return before
-    elif paths.output.exists():
+    elif not restart and paths.output.exists():
         raise ConfigError(f"{paths.output}: is there already, and no run made it: --restart replaces it.")
+    for path in (paths.partial, paths.record, paths.scales):
+        path.unlink(missing_ok=True)
     now = time.time()
     made = Record(
         paths.record,
@@ -132,17 +131,21 @@ def _bytes(path: Path) -> int:
 
 def _check_same(paths: Paths, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise unless a run may go on as it is now."""
+    if changed := differences(before, now):
+        raise ConfigError(
+            f"{paths.output}: belongs to a run that was not the same: {changed}. Undo that, give another output, or begin anew "
+            "with --restart."
+        )
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], *, but: tuple[str, ...] = ()) -> str:
+    """In what two runs differ, in words: nothing if they are the same, `but` for keys of the config that may differ."""
     changes = [
         f"{key} was {json.dumps(old)}, is {json.dumps(new)}"
         for key, old, new in _changes(before, now)
-        if key.removeprefix("config.") not in (*MAY_DIFFER, *BY_CONTENT)
+        if key.removeprefix("config.") not in (*MAY_DIFFER, *BY_CONTENT, *but)
     ]
-    if changes:
-        more = f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
-        raise ConfigError(
-            f"{paths.output}: belongs to a run that was not the same: {'; '.join(changes[:SHOWN])}{more}. Undo that, give "
-            "another output, or begin anew with --restart."
-        )
+    return "; ".join(changes[:SHOWN]) + (f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else "")
 
 
 def session() -> dict[str, Any]:

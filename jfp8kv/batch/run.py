@@ -23,6 +23,7 @@ from jfp8kv.batch.plain import Plain, Record, Request
 from jfp8kv.batch.record import Paths, begin, session
 from jfp8kv.batch.templates import RowError
 from jfp8kv.batch.view import Progress, View
+from jfp8kv.batch.whole import TASKS
 from jfp8kv.core.errors import ConfigError, Jfp8kvError
 
 PEEKED = 16  # first rows that are tried before a model is loaded
@@ -35,11 +36,13 @@ class RunStopped(Jfp8kvError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: totals of all its sessions, and whether there was anything left to do."""
+    """What a run came to: totals of all its sessions, whether there was anything left to do, what there is to show."""
 
+    output: Path
     totals: dict[str, int]
-    seconds: float
-    worked: bool
+    seconds: float = 0.0
+    worked: bool = True
+    shown: Any = None
 
     @property
     def status(self) -> int:
@@ -50,23 +53,30 @@ class Outcome:
 def run(
     config: Config,
     *,
-    open_engine: Callable[..., Engine] = Local,
+    open_engine: Callable[[Config, Path], Engine] = Local,
     restart: bool = False,
     view: View | None = None,
 ) -> Outcome:
-    """Make the output of a config, or what is left of it to be made.
+    """Make the output of a config, or what is left of it to be made. `open_engine` gets the config, and where calibrated scales
+    are kept.
 
     Raises:
       ConfigError: a mistake, another process at work on the output, or an output of another run.
       RunStopped: the input could not be read further, the disk is full, or the engine fails on every row.
     """
-    paths, view = Paths(Path(config.output.path)), view or View(quiet=True)
+    paths, view = Paths(outputs.shard_path(Path(config.output.path), config.shard)), view or View(quiet=True)
     with locked(paths.lock):
         record = begin(config, paths, restart=restart)
         if record.complete:
             paths.partial.unlink(missing_ok=True)
-            return Outcome(record.data["totals"], 0.0, worked=False)
-        return _Run(config, paths, record, view).work(open_engine)
+            return Outcome(paths.output, record.data["totals"], worked=False)
+        if (task := TASKS.get(config.task)) is None:
+            return _Run(config, paths, record, view).work(open_engine)
+        began = time.monotonic()
+        totals, shown = task(config)
+        seconds = time.monotonic() - began
+        record.save(status="complete", sessions=[session() | {"seconds": round(seconds, 3)}], totals=totals)
+        return Outcome(paths.output, totals, seconds, shown=shown)
 
 
 class _Run:
@@ -76,25 +86,26 @@ class _Run:
         self.config, self.paths, self.record, self.view = config, paths, record, view
         self.shard = tuple(config.shard) if config.shard else (0, 1)
         self.reader = Reader(config.input)
-        self.began = time.monotonic()
+        self.began = self.working = time.monotonic()
         self.engine: Engine | None = None
         self.unreadable: Exception | None = None
-        self.share_before = 0.0
+        self.seen = self.skipped = 0  # rows of the shard that were read, and those of them that were done before
         text = lambda token: self.engine.token_text(token)  # noqa: E731  (the engine is opened once rows were tried)
         openai = self.reader.format == "openai"
         self.form: Any = OpenAI(config, text, record.created) if openai else Plain(config, text)
 
-    def work(self, open_engine: Callable[..., Engine]) -> Outcome:
+    def work(self, open_engine: Callable[[Config, Path], Engine]) -> Outcome:
         self._peek()
         sessions = [*self.record.data["sessions"], session()]
         with Journal(self.paths.partial, self.shard) as journal:
             before = journal.totals.rows
             if before:
                 self.view.say(f"going on after {before:,} finished rows")
-            self.engine = open_engine(self.config)
+            self.engine = open_engine(self.config, self.paths.scales)
             self.record.save(sessions=sessions, engine=self.engine.about)
+            self.working = time.monotonic()
             try:
-                with self.view:
+                with self.view.watching(lambda: self._progress(journal)):
                     self._rows(journal)
                 journal.sync()
             except OSError as error:
@@ -113,7 +124,7 @@ class _Run:
         sessions[-1] |= {"seconds": round(seconds, 3), "rows": totals["rows"] - before}
         self.record.save(status="complete", sessions=sessions, totals=totals)
         self.paths.partial.unlink()
-        return Outcome(totals, seconds, worked=True)
+        return Outcome(self.paths.output, totals, seconds)
 
     def _stopped(self, journal: Journal, why: str) -> RunStopped:
         kept = f"{journal.totals.rows:,} finished rows are kept in {self.paths.partial}"
@@ -137,7 +148,7 @@ class _Run:
     def _rows(self, journal: Journal) -> None:
         """Every row of the shard that is not in the journal, into the journal."""
         flying: dict[int, tuple[Row, dict[str, Any]]] = {}
-        before, hopeless = asdict(journal.totals), 0
+        hopeless = 0
         assert self.engine is not None
         work = self.engine.score if self.config.task == "score" else self.engine.generate
         with closing(self._requests(journal, flying)) as requests, closing(work(requests)) as results:
@@ -147,7 +158,6 @@ class _Run:
                 if hopeless == HOPELESS:
                     raise self._stopped(journal, f"the engine fails on every row: {_words(result)}") from result
                 self._book(journal, row, self._record(row, fields, result))
-                self.view.update(lambda: self._progress(journal, before))
 
     def _record(self, row: Row, fields: dict[str, Any], result: Any) -> Record:
         """What is kept of a row that the engine is done with."""
@@ -174,7 +184,7 @@ class _Run:
     def _left(self, journal: Journal) -> Iterator[Row]:
         """Rows of this shard that are not done. What cannot be read further ends them: those in flight are finished."""
         first, step = self.shard
-        rows, skipping = iter(self.reader), True
+        rows = iter(self.reader)
         while True:
             try:
                 row = next(rows, None)
@@ -183,10 +193,12 @@ class _Run:
                 return
             if row is None:
                 return
-            if row.number % step == first and row.number not in journal.done:
-                if skipping:
-                    self.share_before, skipping = self.reader.share, False
-                yield row
+            if row.number % step == first:
+                self.seen += 1
+                if row.number in journal.done:
+                    self.skipped += 1
+                else:
+                    yield row
 
     def _book(self, journal: Journal, row: Row, record: Record) -> None:
         journal.append(
@@ -197,17 +209,15 @@ class _Run:
             ok=record.ok,
         )
 
-    def _progress(self, journal: Journal, before: dict[str, int]) -> Progress:
-        totals = asdict(journal.totals)
-        here = {name: totals[name] - before[name] for name in ("rows", "prompt_tokens", "completion_tokens")}
+    def _progress(self, journal: Journal) -> Progress:
+        each = self.reader.share / max(1, self.seen)  # what a row is of all, if the rest are like those read
         return Progress(
-            done=totals["rows"],
-            failed=totals["failed"],
-            share=self.reader.share,
-            share_before=self.share_before,
-            seconds=time.monotonic() - self.began,
+            done=journal.totals.rows,
+            failed=journal.totals.failed,
+            share=min(1.0, journal.totals.rows * each),
+            share_before=self.skipped * each,
+            seconds=time.monotonic() - self.working,
             counters=self.engine.counters() if self.engine else {},
-            **here,
         )
 
 

@@ -1,26 +1,23 @@
 """What a run shows while it goes, on stderr: a live table on a terminal, a line now and then elsewhere, or nothing."""
 
 import sys
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 LINE_S = 30.0  # between two lines, where there is no terminal
-REDRAW_S = 0.25
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `share` is of the input; `rows` and tokens are of this process, `done` and `failed` of all."""
+    """How far a run is. `share` is of all rows, as far as their number can be told; `counters` are the engine's."""
 
     done: int
     failed: int
-    rows: int
-    prompt_tokens: int
-    completion_tokens: int
     share: float
-    share_before: float  # of the input that was done when this process began
+    share_before: float  # of the rows that were done when this process began
     seconds: float
     counters: dict[str, float]
 
@@ -34,11 +31,10 @@ class Progress:
         """Everything in words, by its name."""
         seconds, counters = max(self.seconds, 1e-9), self.counters
         failed = f", {self.failed:,} failed" if self.failed else ""
-        shown = {
-            "rows": f"{self.done:,} done ({self.share:.0%}){failed}",
-            "tokens/s": f"{self.prompt_tokens / seconds:,.0f} in, {self.completion_tokens / seconds:,.0f} out",
-        }
+        shown = {"rows": f"{self.done:,} done ({self.share:.0%}){failed}"}
         if capacity := counters.get("kv_bytes_capacity"):
+            into, out = (counters[name] / seconds for name in ("prompt_tokens", "generated_tokens"))
+            shown["tokens/s"] = f"{into:,.0f} in, {out:,.0f} out"
             shown["cache"] = f"{counters['kv_bytes_used'] / capacity:.0%} used"
             shown["prefix hits"] = f"{counters['prefix_hit_tokens']:,.0f} tokens"
             shown["preemptions"] = f"{counters['preemptions']:,.0f}"
@@ -46,33 +42,11 @@ class Progress:
 
 
 class View:
-    """Shows progress as often as somebody would look. `progress` is asked when something is shown, not at each row."""
+    """Shows progress as often as somebody would look, from a thread of its own, so that a row costs nothing."""
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, *, line_s: float = LINE_S):
         self._shown = not quiet and sys.stderr is not None
-        self._every = LINE_S
-        self._live: Any = None
-        self._last = time.monotonic()
-
-    def __enter__(self) -> "View":
-        if self._shown and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            self._live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
-            self._live.start()
-            self._every = REDRAW_S
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def update(self, progress: Callable[[], Progress]) -> None:
-        """Show it, if it is time to."""
-        if self._shown and time.monotonic() - self._last >= self._every:
-            self._last = time.monotonic()
-            self._show(progress().figures())
+        self._line_s = line_s
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -80,16 +54,39 @@ class View:
             sys.stderr.write(f"jfp8kv: {text}\n")
             sys.stderr.flush()
 
-    def _show(self, figures: dict[str, str]) -> None:
-        if self._live is None:
-            self.say("; ".join(f"{name} {value}" for name, value in figures.items()))
-            return
-        from rich.table import Table
+    @contextmanager
+    def watching(self, progress: Callable[[], Progress]) -> Iterator[None]:
+        """Show what `progress` says, again and again, while this lasts."""
+        if not self._shown:
+            yield
+        elif sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
 
-        table = Table.grid(padding=(0, 2))
-        for name, value in figures.items():
-            table.add_row(f"[dim]{name}[/dim]", value)
-        self._live.update(table, refresh=True)
+            with Live(console=Console(stderr=True), get_renderable=lambda: _table(progress()), transient=True):
+                yield
+        else:
+            over = threading.Event()
+            thread = threading.Thread(target=self._lines, args=(progress, over), daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                over.set()
+                thread.join()
+
+    def _lines(self, progress: Callable[[], Progress], over: threading.Event) -> None:
+        while not over.wait(self._line_s):
+            self.say("; ".join(f"{name} {value}" for name, value in progress().figures().items()))
+
+
+def _table(progress: Progress) -> Any:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in progress.figures().items():
+        table.add_row(f"[dim]{name}[/dim]", value)
+    return table
 
 
 def _clock(seconds: float) -> str:

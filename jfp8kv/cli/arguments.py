@@ -152,6 +152,9 @@ def _add_batch(parser: _Parser) -> None:
     setting = "in place of what the config says, such as sampling.temperature=0.2; may be given again"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
     parser.add_argument("--restart", action="store_true", help="begin anew, and replace what there is of the output")
+    dry = "look at everything, run nothing: tokens, what fits the cache, roughly how long"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
+    parser.add_argument("--merge", action="store_true", help="join the outputs of all shards into the one output")
     parser.add_argument("--print-schema", action="store_true", help="print the JSON Schema of configs, for editors")
     parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
 

@@ -43,7 +43,7 @@ class Job:
 
     def run(self, *overrides: str, stub: Stub | None = None, **options: Any) -> Outcome:
         """Here, with these overrides."""
-        return run(load(self.config, overrides), open_engine=lambda config: stub or Stub(), **options)
+        return run(load(self.config, overrides), open_engine=lambda *_: stub or Stub(), **options)
 
     def start(self, *options: object) -> subprocess.Popen[str]:
         """As a program."""

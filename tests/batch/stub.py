@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 from jfp8kv.batch.check import load
 from jfp8kv.batch.run import RunStopped, run
+from jfp8kv.batch.view import View
 from jfp8kv.core.errors import ConfigError
 
 
@@ -69,11 +70,12 @@ def main() -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--file-bytes", type=int, help="no file may grow beyond")
+    parser.add_argument("--view", action="store_true", help="show progress")
     args = parser.parse_args()
     if args.file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (args.file_bytes, args.file_bytes))
     try:
-        status = run(load(args.config), open_engine=lambda config: Stub(step_s=args.step_s)).status
+        status = run(load(args.config), open_engine=lambda *_: Stub(step_s=args.step_s), view=View(quiet=not args.view)).status
     except (RunStopped, ConfigError) as error:
         print(error, file=sys.stderr)
         return 1 if isinstance(error, RunStopped) else 2

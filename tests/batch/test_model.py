@@ -108,6 +108,49 @@ def test_completions_are_scored_as_the_model_does(run, llm):
     assert "no token to score" in bad["error"]["message"]
 
 
+def test_scales_are_calibrated_from_all_rows(run):
+    config = CONFIG.replace("sampling: {max_tokens: 12, ignore_eos: true}", "task: calibrate").replace(
+        "out.jsonl", "out.safetensors"
+    )
+    Path("run.yaml").write_text(config.replace("kv_dtype: float32", "kv_dtype: fp8\ncalibration: {granularity: tensor}"))
+    status, _, err = run("batch", "run.yaml")
+    assert status == 0 and "out.safetensors: 12 rows; " in err
+    found, params = jfp8kv.KVScales.load("out.safetensors"), jfp8kv.load(MODEL, dtype="float32")
+    want = jfp8kv.calibrate(params, [f"the {row['word']}" for row in ROWS], granularity="tensor", max_model_len=None)
+    np.testing.assert_array_equal(found.k, want.k)
+    assert "nothing is left to do" in run("batch", "run.yaml")[2]
+    write_rows(Path("rows.jsonl"), [*ROWS[:2], {"wrd": "x"}])
+    status, _, err = run("batch", "run.yaml", "--restart")
+    assert status == 2 and "rows.jsonl:3: the template wants 'word'" in err
+    assert run("batch", "run.yaml", "--restart", "--set", "kv_dtype=bfloat16")[0] == 2
+
+
+def test_caches_are_compared_over_the_rows(run):
+    config = CONFIG.replace("sampling: {max_tokens: 12, ignore_eos: true}", "task: compare").replace("out.jsonl", "out.json")
+    config = config.replace(f"engine: {ENGINE}", "comparison: {kv_dtypes: [fp8_e4m3], kv_scales: [unit], needle_lengths: []}")
+    Path("run.yaml").write_text(config)
+    status, out, err = run("batch", "run.yaml")
+    assert status == 0 and "fp8_e4m3" in out and "perplexity" in out and "out.json: 12 rows" in err
+    assert json.loads(Path("out.json").read_text())["tokens"]
+
+
+def test_scales_calibrated_first_are_kept_and_used_again(run, monkeypatch):
+    sets = ["--set", "kv_dtype=fp8_e4m3", "--set", "kv_scales={calibrate: {input: rows.jsonl, granularity: head}}"]
+    assert run("batch", "run.yaml", *sets)[0] == 0
+    found = jfp8kv.KVScales.load("out.jsonl.scales.safetensors")
+    assert found.granularity == "head" and len(read_rows(Path("out.jsonl"))) == len(ROWS)
+    from jfp8kv.batch import whole
+
+    monkeypatch.setattr(whole, "calibrated", lambda *_: pytest.fail("they are there already"))
+    whole.scales_first(_config(sets), Path("out.jsonl.scales.safetensors"))
+
+
+def _config(sets):
+    from jfp8kv.batch.check import load
+
+    return load(Path("run.yaml"), sets[1::2])
+
+
 def test_a_step_that_fails_costs_the_row_that_makes_it_fail_alone(run, monkeypatch):
     """The row that asks for the word "poison" fails whatever step it is in: it alone is an error row."""
     from jfp8kv.engine import engine
@@ -156,6 +199,6 @@ def test_an_engine_takes_what_the_config_says(llm):
     from jfp8kv.batch.check import load
 
     config = load(Path("run.yaml"), ["kv_dtype={default: fp8_e4m3, skip: [0]}", "kv_scales=unit"])
-    local = Local(config)
+    local = Local(config, Path("scales.safetensors"))
     assert "fp8_e4m3" in local.about["kv_dtype"] and "bfloat16" in local.about["kv_dtype"]
     assert local.about["max_model_len"] == 256 and local.token_text(llm.tokenizer.encode("a")[-1])

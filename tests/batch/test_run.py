@@ -5,7 +5,12 @@ import json
 import pytest
 
 import jfp8kv
+from jfp8kv.batch.check import load
+from jfp8kv.batch.config import File
+from jfp8kv.batch.inputs import Reader
+from jfp8kv.batch.merge import merge
 from jfp8kv.batch.plain import row_seed
+from jfp8kv.batch.record import Paths
 from jfp8kv.batch.run import RunStopped
 from tests.batch.stub import Stub
 
@@ -229,16 +234,43 @@ def test_completions_are_scored(job):
     assert good["question"] == "how far ?" and bad["logprob"] is None and "'answer'" in bad["error"]["message"]
 
 
-def test_shards_are_parts_of_the_whole_run(job):
+@pytest.mark.parametrize("out", ["out.jsonl", "out.parquet"])
+def test_shards_are_parts_of_the_whole_run_and_merged_they_are_it(job, out):
+    job.write(out=out)
     job.rows([*WORDS[:50], {"wrd": 1}, *WORDS[50:]])
     job.run()
-    whole, seen = job.results(), []
+    whole, rows = job.output.read_bytes(), [row.fields() for row in Reader(File(path=str(job.output)))]
+    job.output.unlink(), Paths(job.output).record.unlink()
     for i in range(3):
-        job.write(f'prompt: "Say {{{{ word }}}}"\nshard: [{i}, 3]', out=f"out-{i}.jsonl")
-        job.run()
-        assert job.results() == whole[i::3]
-        seen += job.results()
-    assert len(seen) == len(whole)
+        outcome = job.run(f"shard=[{i},3]")
+        part = [row.fields() for row in Reader(File(path=str(outcome.output)))]
+        assert outcome.output.name == out.replace(".", f".{i}-of-3.") and len(part) == len(rows[i::3])
+        assert [row["text"] for row in part] == [row["text"] for row in rows[i::3]]
+    totals = merge(load(job.config))
+    assert job.output.read_bytes() == whole if out == "out.jsonl" else True
+    assert [row.fields() for row in Reader(File(path=str(job.output)))] == rows
+    assert (totals["rows"], totals["failed"]) == (301, 1)
+
+
+def test_shards_that_are_missing_unfinished_or_of_another_run_are_not_merged(job):
+    job.rows(WORDS)
+    with pytest.raises(jfp8kv.ConfigError, match="out.I-of-N.jsonl: there are outputs none"):
+        merge(load(job.config))
+    job.run("shard=[0,2]")
+    with pytest.raises(jfp8kv.ConfigError, match="out.1-of-2.jsonl: is not there; 1 of 2 shards are finished"):
+        merge(load(job.config))
+    other = job.run("shard=[1,2]", "seed=5")
+    with pytest.raises(jfp8kv.ConfigError, match="out.1-of-2.jsonl: is not of the run of .*config.seed was 0, is 5"):
+        merge(load(job.config))
+    Paths(other.output).record.unlink()
+    with pytest.raises(jfp8kv.ConfigError, match="nobody knows whether .*1-of-2.jsonl is whole"):
+        merge(load(job.config))
+    job.run("shard=[2,3]")
+    with pytest.raises(jfp8kv.ConfigError, match=r"there are outputs of 2 and of 3 shards: say which with --set shard=\[0,N\]"):
+        merge(load(job.config))
+    job.output.write_text("precious")
+    with pytest.raises(jfp8kv.ConfigError, match="is there already"):
+        merge(load(job.config))
 
 
 def test_an_empty_input_gives_an_empty_output(job):
