@@ -6,18 +6,18 @@ are timed on this device, and multiplied by how many there would be. Compiling a
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
 from jfp8kv.batch.config import CalibrateFirst, Config, File
 from jfp8kv.batch.engine import kv_dtype
-from jfp8kv.batch.inputs import Reader
+from jfp8kv.batch.inputs import Reader, Row
 from jfp8kv.batch.openai import OpenAI
 from jfp8kv.batch.plain import Plain, Request
 from jfp8kv.batch.run import PEEKED
-from jfp8kv.batch.templates import RowError
-from jfp8kv.batch.whole import prompts
+from jfp8kv.batch.templates import RowError, prompter
+from jfp8kv.batch.whole import TASKS, prompts
 from jfp8kv.core.errors import ConfigError, Jfp8kvError
 
 SHOWN = 3  # errors of rows
@@ -124,7 +124,7 @@ def _others(config: Config) -> Iterator[File]:
 def _counted(config: Config, tokenizer: Any, most: int) -> Counts:
     """Every row of the shard, as the run would ask it. Raises `ConfigError` where no row of the first would do."""
     reader, counts = Reader(config.input), Counts()
-    form: Any = OpenAI(config, str, 0) if reader.format == "openai" else Plain(config, str)
+    ask = _asking(config, reader.format)
     first, step = config.shard or (0, 1)
     with closing(iter(reader)) as rows:
         for row in rows:
@@ -132,7 +132,7 @@ def _counted(config: Config, tokenizer: Any, most: int) -> Counts:
                 continue
             counts.rows += 1
             try:
-                _count(counts, form.request(row, row.fields()), config.task, tokenizer, most)
+                _count(counts, ask(row), config.task, tokenizer, most)
             except Jfp8kvError as error:
                 counts.failed += 1
                 if len(counts.errors) < SHOWN:
@@ -140,6 +140,15 @@ def _counted(config: Config, tokenizer: Any, most: int) -> Counts:
                 if counts.failed == counts.rows == PEEKED and isinstance(error, RowError):
                     raise ConfigError(f"{counts.errors[0]} The same holds for the first {PEEKED} rows.") from None
     return counts
+
+
+def _asking(config: Config, form: str) -> Callable[[Row], Request]:
+    """What makes a request of a row."""
+    if config.task in TASKS:
+        make = prompter(config)
+        return lambda row: Request(make(row.fields()))
+    made = OpenAI(config, str, 0) if form == "openai" else Plain(config, str)
+    return lambda row: made.request(row, row.fields())
 
 
 def _count(counts: Counts, request: Request, task: str, tokenizer: Any, most: int) -> None:
