@@ -15,8 +15,8 @@ from jfp8kv.batch.engine import kv_dtype
 from jfp8kv.batch.inputs import Reader, Row
 from jfp8kv.batch.openai import OpenAI
 from jfp8kv.batch.plain import Plain, Request
-from jfp8kv.batch.run import PEEKED
-from jfp8kv.batch.templates import RowError, prompter
+from jfp8kv.batch.run import peek
+from jfp8kv.batch.templates import prompter
 from jfp8kv.batch.whole import TASKS, prompts
 from jfp8kv.core.errors import ConfigError, Jfp8kvError
 
@@ -125,6 +125,8 @@ def _counted(config: Config, tokenizer: Any, most: int) -> Counts:
     """Every row of the shard, as the run would ask it. Raises `ConfigError` where no row of the first would do."""
     reader, counts = Reader(config.input), Counts()
     ask = _asking(config, reader.format)
+    if reader.format != "openai":
+        peek(config.input, ask)
     first, step = config.shard or (0, 1)
     with closing(iter(reader)) as rows:
         for row in rows:
@@ -132,23 +134,20 @@ def _counted(config: Config, tokenizer: Any, most: int) -> Counts:
                 continue
             counts.rows += 1
             try:
-                _count(counts, ask(row), config.task, tokenizer, most)
+                _count(counts, ask(row, row.fields()), config.task, tokenizer, most)
             except Jfp8kvError as error:
                 counts.failed += 1
                 if len(counts.errors) < SHOWN:
                     counts.errors.append(f"{config.input.path}:{row.line}: {error}")
-                if counts.failed == counts.rows == PEEKED and isinstance(error, RowError):
-                    raise ConfigError(f"{counts.errors[0]} The same holds for the first {PEEKED} rows.") from None
     return counts
 
 
-def _asking(config: Config, form: str) -> Callable[[Row], Request]:
-    """What makes a request of a row."""
+def _asking(config: Config, form: str) -> Callable[[Row, dict[str, Any]], Request]:
+    """What makes a request of a row and its fields."""
     if config.task in TASKS:
         make = prompter(config)
-        return lambda row: Request(make(row.fields()))
-    made = OpenAI(config, str, 0) if form == "openai" else Plain(config, str)
-    return lambda row: made.request(row, row.fields())
+        return lambda row, fields: Request(make(fields))
+    return (OpenAI(config, str, 0) if form == "openai" else Plain(config, str)).request
 
 
 def _count(counts: Counts, request: Request, task: str, tokenizer: Any, most: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jfp8kv.batch import outputs
-from jfp8kv.batch.config import Config
+from jfp8kv.batch.config import Config, File
 from jfp8kv.batch.engine import Engine, Local
 from jfp8kv.batch.inputs import Reader, Row
 from jfp8kv.batch.journal import Journal
@@ -79,6 +79,22 @@ def run(
         return Outcome(paths.output, totals, seconds, shown=shown)
 
 
+def peek(file: File, ask: Callable[[Row, dict[str, Any]], Any]) -> None:
+    """Try the first rows, before a model is loaded. Raises `ConfigError` for a config that suits none of them."""
+    errors = []
+    with closing(iter(Reader(file))) as rows:
+        for row in itertools.islice(rows, PEEKED):
+            with suppress(RowError):
+                fields = row.fields()
+                try:
+                    ask(row, fields)
+                    return
+                except RowError as error:
+                    errors.append(f"{file.path}:{row.line}: {error}")
+    if errors:
+        raise ConfigError(errors[0] + (f" The same holds for the first {len(errors)} rows." if len(errors) > 1 else ""))
+
+
 class _Run:
     """A run at work in this process."""
 
@@ -95,7 +111,8 @@ class _Run:
         self.form: Any = OpenAI(config, text, record.created) if openai else Plain(config, text)
 
     def work(self, open_engine: Callable[[Config, Path], Engine]) -> Outcome:
-        self._peek()
+        if isinstance(self.form, Plain):  # OpenAI's requests are not the config's
+            peek(self.config.input, self.form.request)
         sessions = [*self.record.data["sessions"], session()]
         with Journal(self.paths.partial, self.shard) as journal:
             before = journal.totals.rows
@@ -129,21 +146,6 @@ class _Run:
     def _stopped(self, journal: Journal, why: str) -> RunStopped:
         kept = f"{journal.totals.rows:,} finished rows are kept in {self.paths.partial}"
         return RunStopped(f"{why}. {kept}; the same command goes on from there.")
-
-    def _peek(self) -> None:
-        """Try the first rows: a config that suits none of them is a mistake, and told before a model is loaded."""
-        errors = []
-        with closing(iter(Reader(self.config.input))) as rows:
-            for row in itertools.islice(rows, PEEKED):
-                with suppress(RowError):
-                    fields = row.fields()
-                    try:
-                        self.form.request(row, fields)
-                        return
-                    except RowError as error:
-                        errors.append(f"{self.config.input.path}:{row.line}: {error}")
-        if errors and isinstance(self.form, Plain):  # OpenAI's requests are not the config's
-            raise ConfigError(errors[0] + (f" The same holds for the first {len(errors)} rows." if len(errors) > 1 else ""))
 
     def _rows(self, journal: Journal) -> None:
         """Every row of the shard that is not in the journal, into the journal."""
