@@ -27,7 +27,7 @@ from jfp8kv.batch.whole import TASKS
 from jfp8kv.core.errors import ConfigError, Jfp8kvError
 
 PEEKED = 16  # first rows that are tried before a model is loaded
-HOPELESS = 16  # rows in a row that fail in the engine, each alone, until a run gives up
+HOPELESS = 16  # rows one after the other that fail in the engine, each alone, until a run gives up
 
 
 class RunStopped(Jfp8kvError):
@@ -125,6 +125,9 @@ class _Run:
                 with self.view.watching(lambda: self._progress(journal)):
                     self._rows(journal)
                 journal.sync()
+            except KeyboardInterrupt:
+                self.view.say(f"interrupted: {self._kept(journal)}")
+                raise
             except OSError as error:
                 raise self._stopped(journal, f"{error.filename or self.paths.partial}: {error.strerror}") from error
             if self.unreadable is not None:
@@ -134,8 +137,8 @@ class _Run:
             outputs.finish(self.config, self.paths.partial)
         except OSError as error:
             raise RunStopped(
-                f"all rows are finished, and {self.paths.output} cannot be written: {error.strerror}. They are kept in "
-                f"{self.paths.partial}; the same command tries again."
+                f"all rows are finished, and {self.paths.output} cannot be written: {error.strerror or error}. They are kept "
+                f"in {self.paths.partial}; the same command tries again."
             ) from error
         seconds = time.monotonic() - self.began
         sessions[-1] |= {"seconds": round(seconds, 3), "rows": totals["rows"] - before}
@@ -144,22 +147,27 @@ class _Run:
         return Outcome(self.paths.output, totals, seconds)
 
     def _stopped(self, journal: Journal, why: str) -> RunStopped:
+        return RunStopped(f"{why}. {self._kept(journal)}")
+
+    def _kept(self, journal: Journal) -> str:
         kept = f"{journal.totals.rows:,} finished rows are kept in {self.paths.partial}"
-        return RunStopped(f"{why}. {kept}; the same command goes on from there.")
+        return f"{kept}; the same command goes on from there."
 
     def _rows(self, journal: Journal) -> None:
         """Every row of the shard that is not in the journal, into the journal."""
         flying: dict[int, tuple[Row, dict[str, Any]]] = {}
-        hopeless = 0
+        faults: list[tuple[Row, Record]] = []  # one after the other, booked once a row succeeds: else it is not the rows
         assert self.engine is not None
         work = self.engine.score if self.config.task == "score" else self.engine.generate
         with closing(self._requests(journal, flying)) as requests, closing(work(requests)) as results:
             for number, result in results:
                 row, fields = flying.pop(number)
-                hopeless = hopeless + 1 if _is_fault(result) else 0
-                if hopeless == HOPELESS:
+                faults.append((row, self._record(row, fields, result)))
+                if not _is_fault(result):
+                    self._book_all(journal, faults)
+                elif len(faults) == HOPELESS:
                     raise self._stopped(journal, f"the engine fails on every row: {_words(result)}") from result
-                self._book(journal, row, self._record(row, fields, result))
+        self._book_all(journal, faults)
 
     def _record(self, row: Row, fields: dict[str, Any], result: Any) -> Record:
         """What is kept of a row that the engine is done with."""
@@ -201,6 +209,11 @@ class _Run:
                     self.skipped += 1
                 else:
                     yield row
+
+    def _book_all(self, journal: Journal, records: list[tuple[Row, Record]]) -> None:
+        for row, record in records:
+            self._book(journal, row, record)
+        records.clear()
 
     def _book(self, journal: Journal, row: Row, record: Record) -> None:
         journal.append(

@@ -15,7 +15,7 @@ import pytest
 from tests.batch.conftest import Job
 
 CRASHES = int(os.environ.get("JFP8KV_CRASHES", "10"))
-ROWS = [{"word": f"w{i}", "id": i, "more": "x" * (i % 50)} for i in range(1500)]
+ROWS = [{"word": f"w{i}", "id": i, "more": "x" * (i % 50)} for i in range(max(1500, 150 * CRASHES))]
 STEP_S = 0.002
 
 
@@ -68,7 +68,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(job):
                 wait_for(lambda target=target: lines(job) >= target, process)
         killed += kill(process)
         assert not job.output.exists() or job.output.read_bytes() == whole
-        assert lines(job) >= kept, "a finished row was lost"
+        assert job.output.exists() or lines(job) >= kept, "a finished row was lost"
         kept = lines(job)
     assert killed >= CRASHES // 2  # the machine may be slow to see how far one got
     assert ended(job.start()) == (0, "")

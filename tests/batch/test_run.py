@@ -97,6 +97,7 @@ def test_an_engine_that_fails_on_every_row_stops_the_run(job):
     ):
         job.run(stub=Stub(broken="Say"))
     assert not job.output.exists()
+    assert job.run().totals["failed"] == 0, "it was not the rows that failed"
 
 
 def test_a_run_that_was_broken_off_goes_on_with_what_is_left(job):
