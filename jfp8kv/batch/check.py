@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from jfp8kv.batch import inputs, outputs, templates, whole
+from jfp8kv.batch import inputs, on_ray, outputs, templates, whole
 from jfp8kv.batch.config import Config, Section
 from jfp8kv.batch.source import Source, read
 from jfp8kv.core.errors import ConfigError, Jfp8kvError, nearest
@@ -19,6 +19,7 @@ BELONGS = {
     "comparison": ("compare",),
     "engine": ("generate", "score", "calibrate"),
     "shard": ("generate", "score"),
+    "runner": ("generate", "score"),
     "seed": ("generate",),
 }
 
@@ -130,6 +131,10 @@ def _check(source: Source, config: Config) -> None:
             raise source.mistake((key,), f"belongs to task {' or '.join(BELONGS[key])}, and this one is {config.task!r}.")
     if config.prompt is not None and config.messages is not None:
         raise source.mistake(("messages",), "give either prompt or messages.")
+    if config.runner == "ray":
+        _asking(source, ("runner",), on_ray.check)
+    elif "ray" in config.model_fields_set:
+        raise source.mistake(("ray",), "belongs to runner ray, and this one is local.")
     if config.shard is not None and not 0 <= config.shard[0] < config.shard[1]:
         raise source.mistake(("shard",), f"{config.shard}: must be [i, n] with i from 0 to n - 1.")
     _check_templates(source, config)

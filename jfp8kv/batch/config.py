@@ -174,6 +174,19 @@ class Comparison(Section):
     """Where the needle is, from 0 to 1."""
 
 
+class Ray(Section):
+    """The workers of a Ray cluster; each holds the whole model, and reads the input by its path."""
+
+    workers: int = Field(1, ge=1)
+    """How many there are."""
+    gpus: float = Field(0, ge=0)
+    """Of each."""
+    cpus: float = Field(1, ge=0)
+    """Of each."""
+    rows_per_block: int = Field(256, ge=1)
+    """Rows that a worker takes at a time: what is asked again when it dies."""
+
+
 KVDtype = Annotated[
     Annotated[str, Tag("name")] | Annotated[list[str], Tag("list")] | Annotated[KVByLayer, Tag("mapping")], Discriminator(_kind)
 ]
@@ -217,5 +230,7 @@ class Config(Section):
     """What every row's own seed is made from, with the row's number."""
     shard: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
     """[i, n]: of n shards, counted from 0, run the i-th; `jfp8kv batch --merge` joins their outputs."""
-    runner: Literal["local"] = "local"
-    """What runs the engine: this process."""
+    runner: Literal["local", "ray"] = "local"
+    """What runs the engine: this process, or the workers of a Ray cluster."""
+    ray: Ray = Ray()
+    """For runner ray: its workers."""

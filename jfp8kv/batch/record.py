@@ -21,6 +21,7 @@ from jfp8kv.core.errors import ConfigError
 # What may differ when a run goes on: no text depends on it. An input is compared by its bytes, not its name.
 MAY_DIFFER = ("engine.kv_cache_memory", "engine.max_num_seqs", "engine.max_num_batched_tokens", "engine.prefix_caching")
 BY_CONTENT = ("input.path",)
+BY_WHOM = ("runner", "ray")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pydantic")
 SHOWN = 5  # changes named in an error
 
@@ -143,7 +144,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], *, but: tuple[str, 
     changes = [
         f"{key} was {json.dumps(old)}, is {json.dumps(new)}"
         for key, old, new in _changes(before, now)
-        if key.removeprefix("config.") not in (*MAY_DIFFER, *BY_CONTENT, *but)
+        if key.removeprefix("config.").split(".")[0] not in BY_WHOM
+        and key.removeprefix("config.") not in (*MAY_DIFFER, *BY_CONTENT, *but)
     ]
     return "; ".join(changes[:SHOWN]) + (f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else "")
 

@@ -6,20 +6,21 @@ row's text depends on nothing but the config and its number.
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jfp8kv.batch import outputs
+from jfp8kv.batch.answer import EngineFailed, answer, form_of
 from jfp8kv.batch.config import Config, File
 from jfp8kv.batch.engine import Engine, Local
 from jfp8kv.batch.inputs import Reader, Row
 from jfp8kv.batch.journal import Journal
 from jfp8kv.batch.lock import locked
-from jfp8kv.batch.openai import OpenAI
-from jfp8kv.batch.plain import Plain, Record, Request
+from jfp8kv.batch.on_ray import answer_on_ray
+from jfp8kv.batch.plain import Plain, Record
 from jfp8kv.batch.record import Paths, begin, session
 from jfp8kv.batch.templates import RowError
 from jfp8kv.batch.view import Progress, View
@@ -27,7 +28,6 @@ from jfp8kv.batch.whole import TASKS
 from jfp8kv.core.errors import ConfigError, Jfp8kvError
 
 PEEKED = 16  # first rows that are tried before a model is loaded
-HOPELESS = 16  # rows one after the other that fail in the engine, each alone, until a run gives up
 
 
 class RunStopped(Jfp8kvError):
@@ -106,9 +106,11 @@ class _Run:
         self.engine: Engine | None = None
         self.unreadable: Exception | None = None
         self.seen = self.skipped = 0  # rows of the shard that were read, and those of them that were done before
-        text = lambda token: self.engine.token_text(token)  # noqa: E731  (the engine is opened once rows were tried)
-        openai = self.reader.format == "openai"
-        self.form: Any = OpenAI(config, text, record.created) if openai else Plain(config, text)
+        self.form = form_of(config, self._token_text, record.created)
+
+    def _token_text(self, token: int) -> str:
+        assert self.engine is not None  # opened once the first rows were tried
+        return self.engine.token_text(token)
 
     def work(self, open_engine: Callable[[Config, Path], Engine]) -> Outcome:
         if isinstance(self.form, Plain):  # OpenAI's requests are not the config's
@@ -118,16 +120,19 @@ class _Run:
             before = journal.totals.rows
             if before:
                 self.view.say(f"going on after {before:,} finished rows")
-            self.engine = open_engine(self.config, self.paths.scales)
-            self.record.save(sessions=sessions, engine=self.engine.about)
+            if self.config.runner == "local":
+                self.engine = open_engine(self.config, self.paths.scales)
+            self.record.save(sessions=sessions, engine=self.engine.about if self.engine else {"runner": self.config.runner})
             self.working = time.monotonic()
             try:
                 with self.view.watching(lambda: self._progress(journal)):
-                    self._rows(journal)
+                    self._rows(journal, open_engine)
                 journal.sync()
             except KeyboardInterrupt:
                 self.view.say(f"interrupted: {self._kept(journal)}")
                 raise
+            except EngineFailed as error:
+                raise self._stopped(journal, str(error)) from error
             except OSError as error:
                 raise self._stopped(journal, f"{error.filename or self.paths.partial}: {error.strerror}") from error
             if self.unreadable is not None:
@@ -153,45 +158,24 @@ class _Run:
         kept = f"{journal.totals.rows:,} finished rows are kept in {self.paths.partial}"
         return f"{kept}; the same command goes on from there."
 
-    def _rows(self, journal: Journal) -> None:
+    def _rows(self, journal: Journal, open_engine: Callable[[Config, Path], Engine]) -> None:
         """Every row of the shard that is not in the journal, into the journal."""
-        flying: dict[int, tuple[Row, dict[str, Any]]] = {}
-        faults: list[tuple[Row, Record]] = []  # one after the other, booked once a row succeeds: else it is not the rows
+        if self.config.runner == "ray":
+            created = self.record.created
+            answer_on_ray(
+                self.config, self._left(journal), journal, open_engine=open_engine, scales=self.paths.scales, created=created
+            )
+            return
+
+        def book(row: Row, record: Record) -> None:
+            tokens = {"prompt_tokens": record.prompt_tokens, "completion_tokens": record.completion_tokens}
+            journal.append(row.number, outputs.line(record.output), **tokens, ok=record.ok)
+
         assert self.engine is not None
-        work = self.engine.score if self.config.task == "score" else self.engine.generate
-        with closing(self._requests(journal, flying)) as requests, closing(work(requests)) as results:
-            for number, result in results:
-                row, fields = flying.pop(number)
-                faults.append((row, self._record(row, fields, result)))
-                if not _is_fault(result):
-                    self._book_all(journal, faults)
-                elif len(faults) == HOPELESS:
-                    raise self._stopped(journal, f"the engine fails on every row: {_words(result)}") from result
-        self._book_all(journal, faults)
+        with closing(self._left(journal)) as rows:
+            answer(self.config.task, self.form, self.engine, rows, book)
 
-    def _record(self, row: Row, fields: dict[str, Any], result: Any) -> Record:
-        """What is kept of a row that the engine is done with."""
-        if not isinstance(result, Exception):
-            return self.form.record(row, fields, result)
-        if not _is_fault(result):
-            return self.form.failed(row, fields, _words(result))
-        return self.form.failed(row, fields, f"the engine failed: {_words(result)}", fault=True)
-
-    def _requests(self, journal: Journal, flying: dict[int, tuple[Row, dict[str, Any]]]) -> Iterator[Request]:
-        """What the rows left to do ask; those that ask nothing that can be served are booked as failed."""
-        numbers = itertools.count()
-        for row in self._left(journal):
-            fields = None
-            try:
-                fields = row.fields()
-                request = self.form.request(row, fields)
-            except RowError as error:
-                self._book(journal, row, self.form.failed(row, fields, str(error)))
-                continue
-            flying[next(numbers)] = row, fields
-            yield request
-
-    def _left(self, journal: Journal) -> Iterator[Row]:
+    def _left(self, journal: Journal) -> Generator[Row, None, None]:
         """Rows of this shard that are not done. What cannot be read further ends them: those in flight are finished."""
         first, step = self.shard
         rows = iter(self.reader)
@@ -210,20 +194,6 @@ class _Run:
                 else:
                     yield row
 
-    def _book_all(self, journal: Journal, records: list[tuple[Row, Record]]) -> None:
-        for row, record in records:
-            self._book(journal, row, record)
-        records.clear()
-
-    def _book(self, journal: Journal, row: Row, record: Record) -> None:
-        journal.append(
-            row.number,
-            outputs.line(record.output),
-            prompt_tokens=record.prompt_tokens,
-            completion_tokens=record.completion_tokens,
-            ok=record.ok,
-        )
-
     def _progress(self, journal: Journal) -> Progress:
         each = self.reader.share / max(1, self.seen)  # what a row is of all, if the rest are like those read
         return Progress(
@@ -234,14 +204,3 @@ class _Run:
             seconds=time.monotonic() - self.working,
             counters=self.engine.counters() if self.engine else {},
         )
-
-
-def _is_fault(result: Any) -> bool:
-    """Whether the engine failed on a row, rather than refused it."""
-    return isinstance(result, Exception) and not isinstance(result, ConfigError)
-
-
-def _words(error: Any) -> str:
-    """An error in a line."""
-    text = " ".join(str(error).split()).replace("prompt 0 ", "the prompt ")
-    return text if isinstance(error, Jfp8kvError) else f"{type(error).__name__}: {text}"

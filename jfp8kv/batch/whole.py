@@ -4,6 +4,7 @@ Prompts are taken one by one. A row that is none stops them with its line, since
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -95,7 +96,7 @@ def _totals(rows: int, tokens: int) -> dict[str, int]:
 
 def _placed(path: Path, write: Callable[[Path], Any]) -> None:
     """Have a file written beside `path`, and put in its place once it is whole."""
-    beside = path.with_name(path.name + ".new")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.new")  # workers may find the same scales at once
     write(beside)
     beside.replace(path)
 

@@ -48,7 +48,7 @@ class Job:
     def start(self, *options: object) -> subprocess.Popen[str]:
         """As a program."""
         command = [sys.executable, str(STUB), str(self.config), *map(str, options)]
-        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
         return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def results(self) -> list[Any]:

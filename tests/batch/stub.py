@@ -5,11 +5,13 @@ It holds a window of requests and finishes them in an order of its own, as an en
 
 import argparse
 import hashlib
+import os
 import random
 import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,17 +67,27 @@ class Stub:
         return {}
 
 
+def open_stub(step_s: float, pids: Path | None, *_: object) -> Stub:
+    """A stub; in `pids` a file says which process has it."""
+    if pids is not None:
+        (pids / str(os.getpid())).touch()
+    return Stub(step_s=step_s)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--file-bytes", type=int, help="no file may grow beyond")
+    parser.add_argument("--pids", type=Path, help="a folder in which each engine leaves a file named after its process")
     parser.add_argument("--view", action="store_true", help="show progress")
     args = parser.parse_args()
     if args.file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (args.file_bytes, args.file_bytes))
     try:
-        status = run(load(args.config), open_engine=lambda *_: Stub(step_s=args.step_s), view=View(quiet=not args.view)).status
+        status = run(
+            load(args.config), open_engine=partial(open_stub, args.step_s, args.pids), view=View(quiet=not args.view)
+        ).status
     except (RunStopped, ConfigError) as error:
         print(error, file=sys.stderr)
         return 1 if isinstance(error, RunStopped) else 2

@@ -34,9 +34,9 @@ def kill(process: subprocess.Popen[str]) -> bool:
     return process.returncode == -signal.SIGKILL
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+def ended(process: subprocess.Popen[str], patience_s: float = 120) -> tuple[int, str]:
     """Its exit status and what it said, once it has ended."""
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=patience_s)
     return process.returncode, err
 
 
