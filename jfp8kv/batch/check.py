@@ -11,6 +11,7 @@ from jfp8kv.batch.config import Config, Section
 from jfp8kv.batch.source import Source, read
 from jfp8kv.core.errors import ConfigError, Jfp8kvError, nearest
 
+SCALES = ("auto", "checkpoint", "unit", "token_head")  # that have names
 # Keys that belong to some tasks alone: given for another task they would be ignored, so they are refused.
 BELONGS = {
     "completion": ("score",),
@@ -33,8 +34,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(source.data)
     except ValidationError as error:
-        found = sorted((_placed(source, each) for each in error.errors()), key=lambda each: each[0])
-        more = f" (And {len(found) - 1} more mistakes.)" if len(found) > 1 else ""
+        each = {_keys(source.data, one["loc"]): one for one in reversed(error.errors())}  # of alternatives the first speaks
+        found = sorted(_placed(source, keys, one) for keys, one in each.items())
+        more = "" if len(found) == 1 else f" (And {len(found) - 1} more mistake{'s' if len(found) > 2 else ''}.)"
         raise ConfigError(found[0][1] + more) from None
     _check(source, config)
     return config
@@ -48,12 +50,10 @@ def schema() -> dict[str, Any]:
 # -- what pydantic found, in words ------------------------------------------------------------------------------------------
 
 
-def _placed(source: Source, error: Any) -> tuple[tuple[int, str], str]:
-    """Where a mistake stands, to sort by, and its message."""
-    keys = _keys(source.data, error["loc"])
-    message = str(source.mistake(keys, _words(error, keys)))
+def _placed(source: Source, keys: tuple[str | int, ...], error: Any) -> tuple[int, str]:
+    """The line of a mistake, 0 if it has none, and its message."""
     line = source.place(keys).rpartition(":")[2]
-    return (int(line) if line.isdigit() else 0, message), message
+    return int(line) if line.isdigit() else 0, str(source.mistake(keys, _words(error, keys)))
 
 
 def _keys(data: Any, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
@@ -189,12 +189,25 @@ def _check_cache(source: Source, config: Config) -> None:
     for keys, name in names.items():
         if name != "auto" and not Path(name).is_file():
             _asking(source, keys, lambda name=name: _check_format(name))
+    scales, memory = config.kv_scales, config.engine.kv_cache_memory
+    if isinstance(scales, str) and scales not in SCALES and not Path(scales).is_file():
+        raise source.mistake(
+            ("kv_scales",), f"{scales!r}: must be one of {', '.join(SCALES)}, or a file.{nearest(scales, SCALES)}"
+        )
+    if memory is not None:
+        _asking(source, ("engine", "kv_cache_memory"), lambda: _check_bytes(memory))
     if not isinstance(config.kv_scales, str) or config.task == "calibrate":
         _asking(source, ("kv_dtype",), lambda: whole.fp8_of(config))
     if not isinstance(config.kv_scales, str):
         _asking(source, ("kv_scales", "calibrate", "input"), lambda: inputs.check(config.kv_scales.calibrate.input))
     if config.comparison.calibration is not None:
         _asking(source, ("comparison", "calibration"), lambda: inputs.check(config.comparison.calibration))
+
+
+def _check_bytes(memory: int | str) -> None:
+    from jfp8kv.api import parse_bytes
+
+    parse_bytes(memory)
 
 
 def _check_format(name: str) -> None:

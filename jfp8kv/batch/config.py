@@ -39,8 +39,8 @@ class Engine(Section):
     """Prompt tokens per dispatch. Left out: 512 on a CPU and 2048 elsewhere."""
     page_size: int = Field(64, ge=1)
     """Tokens per page of the cache."""
-    attention: str | None = None
-    """"pallas", "xla" or "reference". Left out: the fastest that runs."""
+    attention: Literal["pallas", "pallas_interpret", "reference", "xla"] | None = None
+    """What attends. Left out: the fastest that runs."""
     prefix_caching: bool = True
     """Whether texts that begin alike share what is cached of their beginning."""
 
@@ -200,8 +200,8 @@ class Config(Section):
     """Continue prompts, score given completions, find scales for an FP8 cache, or compare caches."""
     model: str
     """A Hugging Face folder, a .gguf file or a hub id."""
-    dtype: str | None = None
-    """Of the weights: bfloat16, float16 or float32. Left out: the file's."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of the weights. Left out: the file's."""
     strict: bool = True
     """Whether KV scales that are missing or broken in the checkpoint are an error."""
     kv_dtype: KVDtype = "auto"

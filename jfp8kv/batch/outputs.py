@@ -89,10 +89,14 @@ def finish(config: Config, partial: Path) -> None:
 def write(path: Path, rows: Iterable[bytes], form: str) -> None:
     """Write encoded rows to `path`, through a file beside it that takes its name once it is whole and on the disk."""
     beside = path.with_name(path.name + ".new")
-    (_write_parquet if form == "parquet" else _write_lines)(beside, rows)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        (_write_parquet if form == "parquet" else _write_lines)(beside, rows)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)  # where the disk is full it takes what the journal needs
+        raise
 
 
 def _write_lines(path: Path, rows: Iterable[bytes]) -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import jfp8kv
+from jfp8kv.batch import outputs
 from jfp8kv.batch.check import load
 from jfp8kv.batch.config import File
 from jfp8kv.batch.inputs import Reader
@@ -196,6 +197,26 @@ def test_an_input_that_ends_in_the_middle_keeps_what_is_finished(job, monkeypatc
         job.run("input.format=jsonl")
     monkeypatch.undo()
     assert job.run("input.format=jsonl").totals["rows"] == 300
+
+
+def test_an_output_that_cannot_be_written_is_tried_again_from_what_is_finished(job, monkeypatch):
+    job.rows(WORDS)
+
+    def full(path, rows):
+        path.write_text("some of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(outputs, "_write_lines", full)
+    with pytest.raises(RunStopped, match="all rows are finished, and .* cannot be written: No space left on device"):
+        job.run()
+    assert not job.output.exists() and not job.output.with_name("out.jsonl.new").exists()
+    monkeypatch.undo()
+    assert job.run(stub=Stub(broken="Say")).totals == {
+        "rows": 300,
+        "failed": 0,
+        "prompt_tokens": 600,
+        "completion_tokens": 4800,
+    }
 
 
 def test_a_template_that_suits_no_row_is_a_mistake_found_before_the_engine_is_there(job):
