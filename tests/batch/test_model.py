@@ -14,6 +14,8 @@ import pytest
 import jfp8kv
 from jfp8kv.batch.engine import Local
 from jfp8kv.batch.plain import row_seed
+from jfp8kv.engine.batch import Batcher
+from jfp8kv.engine.programs import Programs
 from tests.batch.conftest import ROOT, read_rows, write_rows
 
 pytestmark = pytest.mark.quick_compile
@@ -151,22 +153,24 @@ def _config(sets):
     return load(Path("run.yaml"), sets[1::2])
 
 
-def test_a_step_that_fails_costs_the_row_that_makes_it_fail_alone(run, monkeypatch):
+def test_a_step_that_fails_costs_the_row_that_makes_it_fail_alone(run, llm, monkeypatch):
     """The row that asks for the word "poison" fails whatever step it is in: it alone is an error row."""
-    from jfp8kv.engine import engine
-
     write_rows(Path("rows.jsonl"), [*ROWS, {"word": "poison"}, *ROWS])
-    call = engine.Engine._dispatch
+    build, call, poisoned = Batcher.build, Programs.call, []
 
-    def fails(self, plan):
-        if any("poison" in self.params.tokenizer.decode(r.prompt_ids) for r in plan.requests):
-            self._abandon()
+    def seen(self, plan):
+        poisoned[:] = [request for request in plan.requests if "poison" in llm.tokenizer.decode(request.prompt_ids)]
+        return build(self, plan)
+
+    def fails(self, *args, **kwargs):
+        if poisoned:
             raise RuntimeError("the device is on fire")
-        return call(self, plan)
+        return call(self, *args, **kwargs)
 
     run("batch", "run.yaml", "--quiet")
     want = read_rows(Path("out.jsonl"))
-    monkeypatch.setattr(engine.Engine, "_dispatch", fails)
+    monkeypatch.setattr(Batcher, "build", seen)
+    monkeypatch.setattr(Programs, "call", fails)
     assert run("batch", "run.yaml", "--quiet", "--restart")[0] == 1
     found = read_rows(Path("out.jsonl"))
     assert [row["error"] is not None for row in found].index(True) == len(ROWS)

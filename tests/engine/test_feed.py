@@ -6,7 +6,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv import ConfigError, SamplingParams
-from jfp8kv.engine import engine
+from jfp8kv.engine.programs import Programs
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
@@ -57,15 +57,14 @@ def test_one_that_cannot_be_served_gives_its_error_and_the_others_run(llm) -> No
 
 
 def test_a_step_that_fails_gives_its_error_to_all_that_were_in_it_and_the_next_are_served(llm, monkeypatch) -> None:
-    step, left = engine.Engine._call, iter([False, False, True])
+    call, left = Programs.call, iter([False, False, True])
 
     def fails(self, *args, **kwargs):
         if next(left, False):
-            self._abandon()
             raise RuntimeError("the device is on fire")
-        return step(self, *args, **kwargs)
+        return call(self, *args, **kwargs)
 
-    monkeypatch.setattr(engine.Engine, "_call", fails)
+    monkeypatch.setattr(Programs, "call", fails)
     found = dict(llm.generate_each(asked()))
     lost = [number for number, result in found.items() if isinstance(result, Exception)]
     assert sorted(found) == list(range(len(PROMPTS))) and 0 < len(lost) <= 4
