@@ -21,6 +21,7 @@ from jfp8kv.batch.whole import TASKS, prompts
 from jfp8kv.core.errors import ConfigError, Jfp8kvError
 
 SHOWN = 3  # errors of rows
+USUAL_AT_ONCE = 64  # texts, where the config does not say
 PROBE = (4096, 1024)  # outputs and inputs of the product that is timed
 PROBE_S = 0.2
 
@@ -93,7 +94,7 @@ def dry_run(config: Config) -> DryRun:
     device = jax.devices()[0]
     room = default_bytes(device) - (0 if device.platform == "cpu" else found.weights.bytes_in_memory)
     budget = room if config.engine.kv_cache_memory is None else parse_bytes(config.engine.kv_cache_memory)
-    page, most = config.engine.page_size, config.engine.max_num_seqs
+    page, most = config.engine.page_size, config.engine.max_num_seqs or USUAL_AT_ONCE
     mean = (counts.prompt_tokens + counts.completion_tokens) / max(1, counts.texts)
     fit = int(max(0, budget) // max(1, cache.bytes_per_token * page * -(-mean // page)))
     at_once = max(1, min(fit, most, counts.texts))
