@@ -34,7 +34,7 @@ def merge(config: Config, *, restart: bool = False) -> dict[str, int]:
         form = outputs.format_of(config)
         with ExitStack() as stack:
             parts = [stack.enter_context(closing(_rows(shard, form))) for shard in shards]
-            outputs.write(output, _by_turns(parts), form)
+            outputs.write(output, _by_turns(parts), form, like=config.input)
         return {name: sum(record["totals"][name] for record in records) for name in records[0]["totals"]}
 
 

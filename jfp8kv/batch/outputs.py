@@ -1,18 +1,15 @@
 """Output files, made of a finished journal and put in place by one rename: JSONL, which OpenAI's format is too, and Parquet."""
 
-import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jfp8kv.batch import inputs, journal
-from jfp8kv.batch.config import Config
+from jfp8kv.batch import inputs, journal, parquet
+from jfp8kv.batch.config import Config, File
 from jfp8kv.core.errors import ConfigError
-
-PARQUET_ROWS = 8192  # of a group, all in memory at once
 
 
 def _plain(value: Any) -> str:
@@ -83,14 +80,21 @@ def finish(config: Config, partial: Path) -> None:
     """Write the output of a finished journal: all of it is there, or what was there before."""
     shard = tuple(config.shard) if config.shard else (0, 1)
     rows = journal.outputs(partial) if config.output.unordered else journal.ordered(partial, shard)
-    write(shard_path(Path(config.output.path), config.shard), rows, format_of(config))
+    write(shard_path(Path(config.output.path), config.shard), rows, format_of(config), like=config.input)
 
 
-def write(path: Path, rows: Iterable[bytes], form: str) -> None:
-    """Write encoded rows to `path`, through a file beside it that takes its name once it is whole and on the disk."""
+def write(path: Path, rows: Iterable[bytes], form: str, *, like: File) -> None:
+    """Write encoded rows to `path`, through a file beside it that takes its name once it is whole and on the disk.
+
+    Columns of a Parquet file are of the types that they have in `like`, if that is one, too.
+    """
     beside = path.with_name(path.name + ".new")
     try:
-        (_write_parquet if form == "parquet" else _write_lines)(beside, rows)
+        if form == "parquet":
+            types = parquet.types_of(Path(like.path)) if inputs.format_of(like) == "parquet" else {}
+            parquet.write(beside, rows, types)
+        else:
+            _write_lines(beside, rows)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
@@ -103,32 +107,3 @@ def _write_lines(path: Path, rows: Iterable[bytes]) -> None:
     with path.open("wb") as file:
         for row in rows:
             file.write(row + b"\n")
-
-
-def _write_parquet(path: Path, rows: Iterable[bytes]) -> None:
-    """Groups of rows, in the columns that all of them together have: found in a first pass, as a row may lack a field."""
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetWriter
-
-    kept = path.with_name(path.name + ".rows")
-    try:
-        schema = pa.schema([])
-        with kept.open("wb") as file:
-            for group in _groups(rows):
-                file.write(b"".join(row + b"\n" for row in group))
-                table = pa.Table.from_pylist([json.loads(row) for row in group])
-                schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
-        schema = pa.schema([field if field.type != pa.null() else field.with_type(pa.string()) for field in schema])
-        with kept.open("rb") as lines, ParquetWriter(path, schema) as writer:
-            for group in _groups(lines):
-                writer.write_table(pa.Table.from_pylist([json.loads(row) for row in group], schema=schema))
-    except pa.ArrowException as error:
-        raise ConfigError(f"{path.name}: the rows fit no one table: {error}; give a name that ends in .jsonl.") from None
-    finally:
-        kept.unlink(missing_ok=True)
-
-
-def _groups(rows: Iterable[bytes]) -> Iterator[list[bytes]]:
-    rows = iter(rows)
-    while group := list(itertools.islice(rows, PARQUET_ROWS)):
-        yield group

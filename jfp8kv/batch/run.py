@@ -73,7 +73,7 @@ def run(
         if (task := TASKS.get(config.task)) is None:
             return _Run(config, paths, record, view).work(open_engine)
         began = time.monotonic()
-        totals, shown = task(config)
+        totals, shown = task(config, progress=None if view.shown else False)
         seconds = time.monotonic() - began
         record.save(status="complete", sessions=[session() | {"seconds": round(seconds, 3)}], totals=totals)
         return Outcome(paths.output, totals, seconds, shown=shown)

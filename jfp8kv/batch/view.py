@@ -45,19 +45,19 @@ class View:
     """Shows progress as often as somebody would look, from a thread of its own, so that a row costs nothing."""
 
     def __init__(self, quiet: bool = False, *, line_s: float = LINE_S):
-        self._shown = not quiet and sys.stderr is not None
+        self.shown = not quiet and sys.stderr is not None
         self._line_s = line_s
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        if self._shown:
+        if self.shown:
             sys.stderr.write(f"jfp8kv: {text}\n")
             sys.stderr.flush()
 
     @contextmanager
     def watching(self, progress: Callable[[], Progress]) -> Iterator[None]:
         """Show what `progress` says, again and again, while this lasts."""
-        if not self._shown:
+        if not self.shown:
             yield
         elif sys.stderr.isatty():
             from rich.console import Console

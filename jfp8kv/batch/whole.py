@@ -39,13 +39,13 @@ def fp8_of(config: Config) -> str:
     return found.pop()
 
 
-def calibrated(config: Config, params: Any, file: File, how: Observed) -> Any:
+def calibrated(config: Config, params: Any, file: File, how: Observed, *, progress: bool | None = False) -> Any:
     """Scales for the config's cache from the prompts of a file, and how much they were made from (`Calibration`)."""
     from jfp8kv.api import calibration, calibration_plan
 
     asked = how.model_dump(include=set(Observed.model_fields))
     plan = calibration_plan(kv_dtype=fp8_of(config), max_model_len=config.engine.max_model_len, **asked)
-    return calibration(params, prompts(config, file), plan, progress=False)
+    return calibration(params, prompts(config, file), plan, progress=progress)
 
 
 def scales_first(config: Config, path: Path) -> tuple[Any, Any]:
@@ -60,18 +60,18 @@ def scales_first(config: Config, path: Path) -> tuple[Any, Any]:
     return params, KVScales.load(path)
 
 
-def calibrate(config: Config) -> tuple[dict[str, int], None]:
+def calibrate(config: Config, *, progress: bool | None) -> tuple[dict[str, int], None]:
     """Write the scales; what they were made from."""
     from jfp8kv.api import load
 
     fp8_of(config)
     params = load(config.model, dtype=config.dtype, strict=config.strict)
-    done = calibrated(config, params, config.input, config.calibration)
+    done = calibrated(config, params, config.input, config.calibration, progress=progress)
     _placed(Path(config.output.path), done.scales.save)
     return _totals(done.prompts, done.tokens), None
 
 
-def compare(config: Config) -> tuple[dict[str, int], Any]:
+def compare(config: Config, *, progress: bool | None) -> tuple[dict[str, int], Any]:
     """Write the comparison as JSON; what it was made from, and the comparison."""
     from jfp8kv.api import compare, load
 
@@ -82,7 +82,7 @@ def compare(config: Config) -> tuple[dict[str, int], Any]:
         params,
         prompts(config, config.input),
         calibration=None if how.calibration is None else prompts(config, how.calibration),
-        progress=False,
+        progress=progress,
         **asked,
     )
     text = json.dumps(report.to_dict(), allow_nan=False, indent=1)
@@ -101,4 +101,4 @@ def _placed(path: Path, write: Callable[[Path], Any]) -> None:
     beside.replace(path)
 
 
-TASKS: dict[str, Callable[[Config], tuple[dict[str, int], Any]]] = {"calibrate": calibrate, "compare": compare}
+TASKS: dict[str, Callable[..., tuple[dict[str, int], Any]]] = {"calibrate": calibrate, "compare": compare}

@@ -6,6 +6,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv.batch import outputs
+from jfp8kv.batch import parquet as batch_parquet
 from jfp8kv.batch.config import File
 from jfp8kv.batch.inputs import Reader, format_of
 from jfp8kv.batch.journal import Done, Journal, ordered
@@ -63,8 +64,9 @@ def test_parquet_files_are_read_and_written_lazily(tmp_path, monkeypatch):
     rows = [{"word": f"w{i}", "n": i, "tags": ["a"] * (i % 3), "score": None if i % 7 else 0.5} for i in range(1000)]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert [fields for _, _, fields in read(tmp_path / "a.parquet")] == rows
-    monkeypatch.setattr(outputs, "PARQUET_ROWS", 64)
-    outputs.write(tmp_path / "b.parquet", map(outputs.line, rows), "parquet")
+    monkeypatch.setattr(batch_parquet, "GROUP", 64)
+    like = File(path=str(tmp_path / "a.parquet"))
+    outputs.write(tmp_path / "b.parquet", map(outputs.line, rows), "parquet", like=like)
     assert parquet.read_table(tmp_path / "b.parquet").to_pylist() == rows
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "b.parquet"]
 
@@ -73,9 +75,34 @@ def test_a_column_that_is_null_at_first_or_everywhere_is_one(tmp_path, monkeypat
     from pyarrow import parquet
 
     rows = [{"a": None, "error": None}, {"a": None, "error": None}, {"a": 1.5, "error": None, "b": "late"}]
-    monkeypatch.setattr(outputs, "PARQUET_ROWS", 1)
-    outputs.write(tmp_path / "b.parquet", map(outputs.line, rows), "parquet")
+    monkeypatch.setattr(batch_parquet, "GROUP", 1)
+    outputs.write(tmp_path / "b.parquet", map(outputs.line, rows), "parquet", like=File(path="a.jsonl", format="jsonl"))
     assert parquet.read_table(tmp_path / "b.parquet").to_pylist() == [{"b": None} | row for row in rows]
+
+
+def test_columns_keep_types_that_json_lacks(tmp_path):
+    import datetime
+    from decimal import Decimal
+
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [
+        {
+            "day": datetime.date(2020, 1, 2),
+            "at": datetime.datetime(2020, 1, 2, 3, 4, 5, 678),
+            "blob": b"\x00\xff",
+            "big": 2**60,
+        },
+        {"zone": datetime.datetime(2021, 5, 6, tzinfo=datetime.UTC), "price": Decimal("12.50")},
+    ]
+    table = pa.concat_tables([pa.Table.from_pylist([row]) for row in rows], promote_options="default")
+    parquet.write_table(table, tmp_path / "a.parquet")
+    like = File(path=str(tmp_path / "a.parquet"))
+    read = [row.fields() for row in Reader(like)]
+    outputs.write(tmp_path / "b.parquet", map(outputs.line, read), "parquet", like=like)
+    found = parquet.read_table(tmp_path / "b.parquet")
+    assert found.schema == table.schema and found.to_pylist() == table.to_pylist()
 
 
 def test_the_format_goes_by_the_name_and_the_first_row(tmp_path):

@@ -295,6 +295,24 @@ def test_shards_that_are_missing_unfinished_or_of_another_run_are_not_merged(job
         merge(load(job.config))
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.txt"])
+def test_the_same_rows_in_every_format_give_the_same_texts(job, name):
+    import pyarrow
+    from pyarrow import parquet
+
+    words = [f"word, {i}" for i in range(40)]
+    job.rows([{"prompt": word} for word in words])
+    job.write("")
+    job.run()
+    want = job.results()
+    (job.folder / "rows.csv").write_text("prompt\n" + "".join(f'"{word}"\n' for word in words))
+    (job.folder / "rows.txt").write_text("\n".join(words))
+    parquet.write_table(pyarrow.table({"prompt": words}), job.folder / "rows.parquet")
+    job.write("", rows=name, out="other.jsonl")
+    job.run()
+    assert job.results() == want
+
+
 def test_an_empty_input_gives_an_empty_output(job):
     job.rows([])
     assert job.run().totals["rows"] == 0 and job.output.read_bytes() == b""
