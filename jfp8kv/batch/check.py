@@ -14,6 +14,8 @@ from jfp8kv.core.errors import ConfigError, Jfp8kvError, nearest
 SCALES = ("auto", "checkpoint", "unit", "token_head")  # that have names
 # Keys that belong to some tasks alone: given for another task they would be ignored, so they are refused.
 BELONGS = {
+    "kv_dtype": ("generate", "score", "calibrate"),
+    "kv_scales": ("generate", "score"),
     "completion": ("score",),
     "sampling": ("generate",),
     "calibration": ("calibrate",),
@@ -44,7 +46,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def schema() -> dict[str, Any]:
     """JSON Schema of a config, for editors to complete from."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "jfp8kv batch"} | Config.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Config.model_json_schema() | {"title": "jfp8kv batch"}
 
 
 # -- what pydantic found, in words ------------------------------------------------------------------------------------------
@@ -126,9 +128,13 @@ def _models(annotation: Any) -> list[type[Section]]:
 
 def _check(source: Source, config: Config) -> None:
     """Everything that can be known without the model and without reading rows."""
-    for key in config.model_fields_set & BELONGS.keys():
-        if config.task not in BELONGS[key]:
-            raise source.mistake((key,), f"belongs to task {' or '.join(BELONGS[key])}, and this one is {config.task!r}.")
+    for key, tasks in BELONGS.items():
+        if key in config.model_fields_set and config.task not in tasks:
+            raise source.mistake((key,), f"belongs to task {' or '.join(tasks)}, and this one is {config.task!r}.")
+    if config.task in whole.TASKS and (more := config.output.model_fields_set - {"path"}):
+        raise source.mistake(
+            ("output", min(more)), f"belongs to outputs of rows, and task {config.task!r} makes one thing of all."
+        )
     if config.prompt is not None and config.messages is not None:
         raise source.mistake(("messages",), "give either prompt or messages.")
     if config.runner == "ray":

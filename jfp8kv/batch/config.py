@@ -130,10 +130,13 @@ class File(Section):
     """"auto" goes by the name, and takes JSONL whose first row is an OpenAI batch request for that format."""
 
 
+Input = Annotated[File, BeforeValidator(_as_path, json_schema_input_type=str | File)]
+
+
 class Calibrated(Observed):
     """Scales found before the run, on prompts of another file."""
 
-    input: Annotated[File, BeforeValidator(_as_path)]
+    input: Input
     """Rows whose prompts scales are found on, through this run's templates."""
 
 
@@ -164,7 +167,7 @@ class Comparison(Section):
     """Formats to compare with the float32 cache."""
     kv_scales: list[str] = ["auto", "token_head"]
     """Of the FP8 ones: "auto", "unit", "token_head", "checkpoint", files; "tensor", "head" or "channel" are calibrated."""
-    calibration: Annotated[File, BeforeValidator(_as_path)] | None = None
+    calibration: Input | None = None
     """Texts to calibrate scales on; not those of the input."""
     window: int | None = None
     """Cut texts into pieces of so many tokens."""
@@ -218,9 +221,9 @@ class Config(Section):
     """A conversation instead of a prompt, for models with a chat template."""
     completion: str | None = None
     """For score: a template of what is scored after the prompt. Left out: all of the prompt's text is scored."""
-    input: Annotated[File, BeforeValidator(_as_path)]
+    input: Input
     """Where rows come from: a path, or a path and a format."""
-    output: Annotated[Output, BeforeValidator(_as_path)]
+    output: Annotated[Output, BeforeValidator(_as_path, json_schema_input_type=str | Output)]
     """Where results go: a path, or a path and how."""
     calibration: Observed = Observed()
     """For calibrate: how scales are found."""

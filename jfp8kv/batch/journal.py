@@ -2,9 +2,9 @@
 
     {"row":17,"in":120,"out":64,"ok":true,"output":{...}}
 
-The newline is the commit. A process that is killed leaves at most one line without it, which the next one cuts off; so is
-whatever follows the first line that is none, as a computer that lost power may leave it. Rows stand in the order in which they
-finished; `ordered` reads them in that of their numbers.
+The newline is the commit. A process that is killed leaves at most one line without it, which the next one cuts off. A line that
+is none, as a computer that lost power may leave it, is passed over, and its row is not done. Rows stand in the order in which
+they finished; `ordered` reads them in that of their numbers.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _HEAD = re.compile(rb'\{"row":(\d+),"in":(\d+),"out":(\d+),"ok":(true|false),"output":')
 _END = b"}\n"
@@ -66,14 +66,11 @@ class Journal:
         self._synced = time.monotonic()
 
     def _recover(self) -> int:
-        """Read what is there and cut off what is no whole line; bytes that stay."""
+        """Read what is there and cut off what follows the last whole line; bytes that stay."""
         good = 0
-        with self.path.open("rb") as lines:
-            for line in lines:
-                head = _HEAD.match(line)
-                if head is None or not line.endswith(_END):
-                    break
-                good += len(line)
+        with self.path.open("rb") as file:
+            for start, head, line in _lines(file):
+                good = start + len(line)
                 self.done.add(int(head[1]))
                 self.totals.add(int(head[2]), int(head[3]), head[4] == b"true")
         os.ftruncate(self._file, good)
@@ -117,10 +114,8 @@ class Journal:
 
 def outputs(path: Path) -> Iterator[bytes]:
     """The output of each row, in the order in which they finished."""
-    with path.open("rb") as lines:
-        for line in lines:
-            head = _HEAD.match(line)
-            assert head is not None
+    with path.open("rb") as file:
+        for _, head, line in _lines(file):
             yield line[head.end() : -len(_END)]
 
 
@@ -128,22 +123,22 @@ def ordered(path: Path, shard: tuple[int, int] = (0, 1)) -> Iterator[bytes]:
     """The output of each row, by number. Of rows that overtook others only their places are in memory."""
     coming, step = shard
     ahead: dict[int, tuple[int, int]] = {}  # row: where its output begins, bytes
-    with path.open("rb") as lines, path.open("rb") as again:
-        for row, start, length in _places(lines):
-            ahead[row] = (start, length)
+    with path.open("rb") as file, path.open("rb") as again:
+        for start, head, line in _lines(file):
+            ahead[int(head[1])] = (start + head.end(), len(line) - head.end() - len(_END))
             while coming in ahead:
-                start, length = ahead.pop(coming)
-                again.seek(start)
+                begin, length = ahead.pop(coming)
+                again.seek(begin)
                 yield again.read(length)
                 coming += step
     assert not ahead, f"rows are missing before {sorted(ahead)[:3]}"
 
 
-def _places(lines: Any) -> Iterator[tuple[int, int, int]]:
-    """Row, where its output begins and how many bytes it has, of each line."""
+def _lines(file: BinaryIO) -> Iterator[tuple[int, re.Match[bytes], bytes]]:
+    """Where each whole line begins, its head, the line; what is none is passed over."""
     at = 0
-    for line in lines:
+    for line in file:
         head = _HEAD.match(line)
-        assert head is not None
-        yield int(head[1]), at + head.end(), len(line) - head.end() - len(_END)
+        if head is not None and line.endswith(_END):
+            yield at, head, line
         at += len(line)

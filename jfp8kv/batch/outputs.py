@@ -98,9 +98,19 @@ def write(path: Path, rows: Iterable[bytes], form: str, *, like: File) -> None:
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
+        _sync_folder(path.parent)
     except BaseException:
         beside.unlink(missing_ok=True)  # where the disk is full it takes what the journal needs
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new name outlives the computer's going down, before the journal is given up for it."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _write_lines(path: Path, rows: Iterable[bytes]) -> None:

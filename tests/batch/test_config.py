@@ -115,6 +115,11 @@ MISTAKES = {
     ),
     "a shard": ("input:", "shard: [4, 4]\ninput:", r"run.yaml:9: shard: .*i from 0 to n - 1"),
     "a key of another task": ("model: some", "task: score\nmodel: some", r"run.yaml:5: sampling: belongs to task generate"),
+    "the cache of a comparison": (
+        "model: some",
+        "task: compare\nmodel: some",
+        r"run.yaml:4: kv_dtype: belongs to task generate",
+    ),
     "a seed": ("input:", "seed: -1\ninput:", r"run.yaml:9: seed: -1: must be at least 0"),
     "no such scales": ("kv_dtype: fp8", "kv_scales: unity\nkv_dtype: fp8", r"run.yaml:3: kv_scales: 'unity': .*mean 'unit'"),
     "memory": ("input:", "engine:\n  kv_cache_memory: lots\ninput:", r"run.yaml:10: engine.kv_cache_memory: .*512MiB"),

@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
-from jfp8kv.batch.check import load
+from jfp8kv.batch.check import load, schema
 from jfp8kv.batch.inputs import Reader
 from tests.batch.conftest import ROOT, read_rows
 
@@ -51,6 +53,11 @@ def sets(folder: Path, config: Path, model: Path) -> list[object]:
 def test_a_config_says_what_it_is_for_and_is_valid(config):
     text = config.read_text()
     assert text.startswith("# ") and load(config).input.path.startswith("configs/batch/data/")
+
+
+@each_config
+def test_a_config_is_what_the_schema_tells_editors(config):
+    jsonschema.Draft202012Validator(schema()).validate(yaml.safe_load(config.read_text()))
 
 
 @each_config

@@ -138,6 +138,27 @@ def test_a_torn_tail_is_cut_off(job, tail):
     assert job.output.read_bytes() == whole
 
 
+def test_a_damaged_line_costs_its_own_row_alone(job):
+    job.rows(WORDS)
+    job.run()
+    whole = job.output.read_bytes()
+    job.output.unlink(), job.record.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        job.run(stub=Stops(100))
+    lines = job.partial.read_bytes().splitlines(keepends=True)
+    lines[40] = b"\0" * (len(lines[40]) - 1) + b"\n"
+    job.partial.write_bytes(b"".join(lines))
+    asked = []
+
+    class Counts(Stub):
+        def _answer(self, request):
+            asked.append(request.prompt)
+            return super()._answer(request)
+
+    job.run(stub=Counts())
+    assert len(asked) == 201 and job.output.read_bytes() == whole
+
+
 def test_a_complete_run_is_not_made_again(job):
     job.rows([*WORDS[:3], {"wrd": 1}])
     assert job.run().worked
