@@ -13,6 +13,7 @@ from jfp8kv.batch.merge import merge
 from jfp8kv.batch.plain import row_seed
 from jfp8kv.batch.record import Paths
 from jfp8kv.batch.run import RunStopped
+from jfp8kv.batch.view import View
 from tests.batch.stub import Stub
 
 WORDS = [{"word": f"w{i}", "id": i} for i in range(300)]
@@ -101,13 +102,15 @@ def test_an_engine_that_fails_on_every_row_stops_the_run(job):
     assert job.run().totals["failed"] == 0, "it was not the rows that failed"
 
 
-def test_a_run_that_was_broken_off_goes_on_with_what_is_left(job):
+def test_a_run_that_was_broken_off_goes_on_with_what_is_left(job, capsys):
     job.rows(WORDS)
     job.run()
     whole = job.output.read_bytes()
     job.output.unlink(), job.record.unlink()
     with pytest.raises(KeyboardInterrupt):
-        job.run(stub=Stops(100))
+        job.run(stub=Stops(100), view=View())
+    said = capsys.readouterr().err
+    assert "interrupted: 100 finished rows are kept in " in said and "the same command goes on from there" in said
     assert not job.output.exists() and len(job.partial.read_bytes().splitlines()) == 100
     asked = []
 
@@ -116,7 +119,8 @@ def test_a_run_that_was_broken_off_goes_on_with_what_is_left(job):
             asked.append(request.prompt)
             return super()._answer(request)
 
-    job.run(stub=Counts())
+    job.run(stub=Counts(), view=View())
+    assert "going on after 100 finished rows" in capsys.readouterr().err
     assert len(asked) == len(set(asked)) == 200 and job.output.read_bytes() == whole
     sessions = json.loads(job.record.read_text())["sessions"]
     assert len(sessions) == 2 and sessions[1]["rows"] == 200
