@@ -103,6 +103,8 @@ _TYPES = {
     "list_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a mapping of keys to values",
+    "union_tag_not_found": "a name or a mapping",
+    "union_tag_invalid": "a name or a mapping",
 }
 
 

@@ -22,8 +22,10 @@ def _as_path(given: Any) -> Any:
     return {"path": given} if isinstance(given, str) else given
 
 
-def _kind(given: Any) -> str:
-    return {str: "name", list: "list"}.get(type(given), "mapping")
+def _kind(given: Any) -> str | None:
+    """Which of its forms a value has."""
+    known = {str: "name", list: "list", dict: "mapping", KVByLayer: "mapping", CalibrateFirst: "mapping"}
+    return known.get(type(given))
 
 
 class Engine(Section):

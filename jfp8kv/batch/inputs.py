@@ -60,15 +60,19 @@ class Reader:
             yield from (_csv(stream) if self.format == "csv" else _by_line(stream, _LINE_READERS[self.format]))
 
     def _parquet(self) -> Iterator[Row]:
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
 
-        with ParquetFile(self.path) as file:
-            total, number = max(1, file.metadata.num_rows), 0
-            for batch in file.iter_batches(PARQUET_ROWS):
-                for fields in batch.to_pylist():
-                    yield Row(number, number + 1, lambda fields=fields: fields)
-                    number += 1
-                self._share = lambda number=number: number / total
+        try:
+            with ParquetFile(self.path) as file:
+                total, number = max(1, file.metadata.num_rows), 0
+                for batch in file.iter_batches(PARQUET_ROWS):
+                    for fields in batch.to_pylist():
+                        yield Row(number, number + 1, lambda fields=fields: fields)
+                        number += 1
+                    self._share = lambda number=number: number / total
+        except ArrowException as error:
+            raise ConfigError(f"{self.path}: cannot be read as Parquet: {error}.") from None
 
 
 def check(file: File) -> None:

@@ -6,8 +6,8 @@ row's text depends on nothing but the config and its number.
 
 import itertools
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,25 @@ def run(
             paths.partial.unlink(missing_ok=True)
             return Outcome(paths.output, record.data["totals"], worked=False)
         if (task := TASKS.get(config.task)) is None:
-            return _Run(config, paths, record, view).work(open_engine)
+            with _tidied(paths):
+                return _Run(config, paths, record, view).work(open_engine)
         began = time.monotonic()
         totals, shown = task(config, progress=None if view.shown else False)
         seconds = time.monotonic() - began
         record.save(status="complete", sessions=[session() | {"seconds": round(seconds, 3)}], totals=totals)
         return Outcome(paths.output, totals, seconds, shown=shown)
+
+
+@contextmanager
+def _tidied(paths: Paths) -> Iterator[None]:
+    """Leave no trace of a run that ends before it has finished a row."""
+    try:
+        yield
+    except BaseException:
+        if not paths.partial.exists() or not paths.partial.stat().st_size:
+            paths.partial.unlink(missing_ok=True)
+            paths.record.unlink(missing_ok=True)
+        raise
 
 
 def peek(file: File, ask: Callable[[Row, dict[str, Any]], Any]) -> None:

@@ -120,6 +120,12 @@ MISTAKES = {
         "task: compare\nmodel: some",
         r"run.yaml:4: kv_dtype: belongs to task generate",
     ),
+    "no form of a format": ("fp8_e4m3", "5", r"run.yaml:3: kv_dtype: 5: must be a name or a mapping"),
+    "no form of scales": (
+        "kv_dtype: fp8_e4m3",
+        "kv_scales: [a]",
+        r"run.yaml:3: kv_scales: \['a'\]: must be a name or a mapping",
+    ),
     "a seed": ("input:", "seed: -1\ninput:", r"run.yaml:9: seed: -1: must be at least 0"),
     "no such scales": ("kv_dtype: fp8", "kv_scales: unity\nkv_dtype: fp8", r"run.yaml:3: kv_scales: 'unity': .*mean 'unit'"),
     "memory": ("input:", "engine:\n  kv_cache_memory: lots\ninput:", r"run.yaml:10: engine.kv_cache_memory: .*512MiB"),

@@ -71,6 +71,22 @@ def test_parquet_files_are_read_and_written_lazily(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "b.parquet"]
 
 
+def test_a_file_that_is_no_parquet_or_breaks_off_is_said_to_be(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1xx")
+    with pytest.raises(jfp8kv.ConfigError, match="a.parquet: cannot be read as Parquet"):
+        read(path)
+    parquet.write_table(pa.table({"a": ["x" * 50] * 1000}), path, compression="none", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[20_000:20_400] = b"\xff" * 400
+    path.write_bytes(content)
+    with pytest.raises(jfp8kv.ConfigError, match="a.parquet: cannot be read as Parquet"):
+        read(path)
+
+
 def test_a_column_that_is_null_at_first_or_everywhere_is_one(tmp_path, monkeypatch):
     from pyarrow import parquet
 

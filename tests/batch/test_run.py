@@ -98,7 +98,7 @@ def test_an_engine_that_fails_on_every_row_stops_the_run(job):
         RunStopped, match="the engine fails on every row: RuntimeError: the device is on fire.*the same command"
     ):
         job.run(stub=Stub(broken="Say"))
-    assert not job.output.exists()
+    assert sorted(path.name for path in job.folder.iterdir()) == ["rows.jsonl", "run.yaml"]
     assert job.run().totals["failed"] == 0, "it was not the rows that failed"
 
 
