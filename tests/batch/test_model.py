@@ -13,9 +13,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv.batch.engine import Local
-from jfp8kv.batch.plain import row_seed
-from jfp8kv.engine.batch import Batcher
-from jfp8kv.engine.programs import Programs
+from jfp8kv.batch.plain import Request, row_seed
 from tests.batch.conftest import ROOT, read_rows, write_rows
 
 pytestmark = pytest.mark.quick_compile
@@ -153,29 +151,31 @@ def _config(sets):
     return load(Path("run.yaml"), sets[1::2])
 
 
-def test_a_step_that_fails_costs_the_row_that_makes_it_fail_alone(run, llm, monkeypatch):
-    """The row that asks for the word "poison" fails whatever step it is in: it alone is an error row."""
-    write_rows(Path("rows.jsonl"), [*ROWS, {"word": "poison"}, *ROWS])
-    build, call, poisoned = Batcher.build, Programs.call, []
+def test_a_step_that_fails_costs_the_row_that_makes_it_fail_alone():
+    """All rows in a step with "poison" get its error: each is asked again alone, and that one fails again."""
 
-    def seen(self, plan):
-        poisoned[:] = [request for request in plan.requests if "poison" in llm.tokenizer.decode(request.prompt_ids)]
-        return build(self, plan)
+    class Llm:
+        def generate_each(self, asked):
+            step = []
+            for number, (prompt, _) in enumerate(asked):
+                step.append((number, prompt))
+                if len(step) == 4:
+                    failed = any(prompt == "poison" for _, prompt in step)
+                    yield from ((number, RuntimeError("on fire") if failed else prompt.upper()) for number, prompt in step)
+                    step = []
 
-    def fails(self, *args, **kwargs):
-        if poisoned:
-            raise RuntimeError("the device is on fire")
-        return call(self, *args, **kwargs)
+        def generate(self, prompts, **sampling):
+            assert sampling == {"seed": 5}
+            if prompts == ["poison"]:
+                raise RuntimeError("on fire again")
+            return [prompts[0].upper()]
 
-    run("batch", "run.yaml", "--quiet")
-    want = read_rows(Path("out.jsonl"))
-    monkeypatch.setattr(Batcher, "build", seen)
-    monkeypatch.setattr(Programs, "call", fails)
-    assert run("batch", "run.yaml", "--quiet", "--restart")[0] == 1
-    found = read_rows(Path("out.jsonl"))
-    assert [row["error"] is not None for row in found].index(True) == len(ROWS)
-    assert "the device is on fire" in found[len(ROWS)]["error"]["message"]
-    assert [row for row in found if not row["error"]] == [row for row in want if row["word"] != "poison"]
+    local = Local.__new__(Local)
+    local.llm = Llm()
+    asked = [Request(prompt, {"seed": 5}) for prompt in ("a", "b", "c", "d", "e", "poison", "f", "g", "h", "i", "j", "k")]
+    found = dict(local.generate(asked))
+    assert isinstance(found[5], RuntimeError) and str(found.pop(5)) == "on fire again"
+    assert found == {number: request.prompt.upper() for number, request in enumerate(asked) if number != 5}
 
 
 def test_a_run_of_a_model_killed_again_and_again_ends_as_if_it_had_not_been(run):
