@@ -36,7 +36,7 @@ class Engine(Section):
     max_model_len: int | None = None
     """Most tokens of a row, prompt and output. Left out: what the model was trained for."""
     max_num_seqs: int | None = Field(None, ge=1)
-    """Most texts that run at once. Left out: 64."""
+    """Most texts that run at once. Left out: 64, or as many as max_num_batched_tokens has room for."""
     max_num_batched_tokens: int | None = Field(None, ge=1)
     """Prompt tokens per dispatch. Left out: 512 on a CPU and 2048 elsewhere."""
     page_size: int = Field(64, ge=1)
