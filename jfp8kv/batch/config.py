@@ -74,6 +74,8 @@ class Sampling(Section):
     """Go on past the model's own end of text."""
     n: int | None = None
     """Continuations of each prompt; `text` is then a list."""
+    best_of: int | None = None
+    """Make so many continuations and keep the `n` likeliest."""
     logprobs: int | None = None
     """Keep the log-probability of each token made and of that many likeliest ones."""
     logit_bias: dict[int, float] | None = None

@@ -21,7 +21,7 @@ from jfp8kv.core.errors import nearest
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 # What a body may ask of the sampler under the name that `SamplingParams` has for it; the second line is what vLLM adds.
 SAMPLING = frozenset(
-    ("temperature", "top_p", "n", "stop", "seed", "max_tokens", "presence_penalty", "frequency_penalty")
+    ("temperature", "top_p", "n", "best_of", "stop", "seed", "max_tokens", "presence_penalty", "frequency_penalty")
     + ("top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos")
 )
 # Taken, and without effect here: who asks and how it is billed, cached or streamed.
@@ -36,7 +36,6 @@ ASKS_NOTHING = {  # values of what is not served that ask for nothing
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "echo": (False,),
-    "best_of": (1,),
 }
 NO_LIMIT = 2**31 - 1  # of tokens to make: the context's end is one
 USUAL_TEXT_TOKENS = 16
