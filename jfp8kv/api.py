@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jfp8kv.cache.capacity import default_bytes, parse_bytes  # noqa: F401  (for batch runs)
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.calibration.plan import Plan as CalibrationPlan  # noqa: F401  (for the command line)

@@ -3,7 +3,7 @@
 import inspect
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jfp8kv.core.formats import kv_format
 from jfp8kv.core.platform import cache_folder
 from jfp8kv.engine.compile_report import CompileReport
 from jfp8kv.engine.engine import Engine
+from jfp8kv.engine.feed import feed
 from jfp8kv.engine.group import Group, Growing
 from jfp8kv.engine.kv_dtype import is_name
 from jfp8kv.engine.lookup import draft_tokens
@@ -192,6 +193,24 @@ class LLM:
         if isinstance(messages, str) or any(isinstance(m, str) for m in messages):
             raise ConfigError('chat takes messages such as [{"role": "user", "content": "..."}]; give plain text to generate.')
         return self.generate(messages, sampling_params, **rest)
+
+    def generate_each(
+        self, requests: Iterable[tuple[Any, SamplingParams | Mapping[str, Any] | None]]
+    ) -> Iterator[tuple[int, RequestOutput | Exception]]:
+        """Continue prompts from an iterator, which may be endless: `(number, result)` of each, as soon as it is made.
+
+        Requests are pairs of a prompt and its sampling parameters (or a mapping of their fields), counted from 0. They are
+        taken as the engine has room, so that it stays full and memory does not grow with their number. One that cannot be
+        served gives its `ConfigError` as its result; a step that fails gives its error to all that were in it. Closing the
+        iterator cancels what is in flight.
+        """
+
+        def group(asked: tuple[Any, Any]) -> Group:
+            prompt, params = asked
+            given = isinstance(params, Mapping)
+            return self._groups([prompt], None if given else params, dict(params) if given else {})[0]
+
+        return feed(self._service, group, requests, 2 * self._engine.buckets.max_requests)
 
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None, **fields: Any) -> Iterator[str]:
         """The text of one continuation, piece by piece as it is made. Closing the iterator cancels the request.

@@ -16,8 +16,8 @@ class Stats:
     often a request gave its pages up to be run anew. `compilations` counts step programs built (a warm engine builds none).
     `generated_tokens` are those that requests got. `prefill_s` and `decode_s` are seconds from when the device was free until
     it was done, for the `prefill_steps` dispatches and the `decode_steps` tokens in a row of each kind. Of the `draft_tokens`
-    that prompt lookup guessed and that were run, `accepted_tokens` became output, beside the one that each step makes anyway. `guide_s` is what
-    the host took to find out which tokens grammars allow, while the device ran the model.
+    that prompt lookup guessed and that were run, `accepted_tokens` became output, beside the one that each step makes anyway.
+    `guide_s` is what the host took to find out which tokens grammars allow, while the device ran the model.
     """
 
     kv_tokens_capacity: int = 0
