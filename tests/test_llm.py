@@ -113,6 +113,9 @@ def test_a_stop_string_ends_the_text_before_it(llm) -> None:
     out = llm.generate("hello", max_tokens=40, temperature=1.0, seed=3, ignore_eos=True, stop=stop)[0].outputs[0]
     assert out.text == whole[: whole.index(stop)] and out.finish_reason == "stop" and out.stop_reason == stop
     assert len(out.token_ids) < 40
+    fields = {"max_tokens": 40, "temperature": 1.0, "seed": 3, "ignore_eos": True, "stop": stop}
+    kept = llm.generate("hello", include_stop_str_in_output=True, **fields)[0].outputs[0]
+    assert kept.text == out.text + stop and kept.token_ids == out.token_ids
 
 
 def test_a_stop_token_ends_it_at_the_token(llm) -> None:

@@ -70,6 +70,8 @@ class Sampling(Section):
     """End the text before one of these."""
     stop_token_ids: list[int] | None = None
     """End the text at one of these tokens."""
+    include_stop_str_in_output: bool | None = None
+    """End the text with that string rather than before it."""
     ignore_eos: bool | None = None
     """Go on past the model's own end of text."""
     n: int | None = None

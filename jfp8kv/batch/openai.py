@@ -22,7 +22,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 # What a body may ask of the sampler under the name that `SamplingParams` has for it; the second line is what vLLM adds.
 SAMPLING = frozenset(
     ("temperature", "top_p", "n", "best_of", "stop", "seed", "max_tokens", "presence_penalty", "frequency_penalty")
-    + ("top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos")
+    + ("top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "include_stop_str_in_output")
 )
 # Taken, and without effect here: who asks and how it is billed, cached or streamed.
 WITHOUT_EFFECT = frozenset(

@@ -28,7 +28,8 @@ class Decoder(Protocol):
 class Detokenizer:
     """The text of one output, piece by piece.
 
-    `stop` are the strings that end it; of several matches the one complete first counts, of those the longest.
+    `stop` are the strings that end it; of several matches the one complete first counts, of those the longest. The text ends
+    before the match, or with it if `keep_stop`.
     `context` are the last ids of the prompt, a handful, if the text is to continue the prompt's (a first word then
     keeps its space).
 
@@ -36,9 +37,11 @@ class Detokenizer:
     completed it; before, `stopped` is None and `tokens_kept` counts every token pushed.
     """
 
-    def __init__(self, tokenizer: Decoder, stop: Iterable[str] = (), *, context: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Decoder, stop: Iterable[str] = (), *, keep_stop: bool = False, context: Sequence[int] = ()
+    ) -> None:
         self._characters = _Characters(tokenizer, context)
-        self._matcher = _StopMatcher(tuple(stop))
+        self._matcher = _StopMatcher(tuple(stop), keep=keep_stop)
         self.tokens_kept = 0
 
     @property
@@ -114,10 +117,10 @@ class _Characters:
 
 
 class _StopMatcher:
-    """Text up to the first stop string, holding back what may become one."""
+    """Text up to the first stop string, or to its end, holding back what may become one."""
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self.stops = stops
+    def __init__(self, stops: tuple[str, ...], *, keep: bool) -> None:
+        self.stops, self._keep = stops, keep
         self.found: str | None = None
         self._held = ""
 
@@ -127,9 +130,9 @@ class _StopMatcher:
         text = self._held + piece
         matches = [(start + len(stop), start, stop) for stop in self.stops if (start := text.find(stop)) >= 0]
         if matches:
-            _, start, self.found = min(matches)
+            end, start, self.found = min(matches)
             self._held = ""
-            return text[:start]
+            return text[: end if self._keep else start]
         held = max((_overlap(text, stop) for stop in self.stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -34,7 +34,10 @@ class Group:
                 request_key(params.seed, index=index, engine_seed=engine_seed, number=number),
                 max_tokens=min(params.max_tokens, room),
                 index=index,
-                detokenizer=tokenizer and Detokenizer(tokenizer, params.stop, context=prompt.ids[-CONTEXT:]),
+                detokenizer=tokenizer
+                and Detokenizer(
+                    tokenizer, params.stop, keep_stop=params.include_stop_str_in_output, context=prompt.ids[-CONTEXT:]
+                ),
             )
             for index in range(params.best_of or params.n)
         ]

@@ -28,7 +28,8 @@ class SamplingParams:
 
     Length: at most `max_tokens` tokens are made. No end-of-sequence or stop token is picked before `min_tokens` of
     them; `ignore_eos` continues past the model's own end-of-sequence tokens. `stop` (a string or several) ends the
-    text before the match (`min_tokens` does not hold it off), `stop_token_ids` end it at the token.
+    text before the match, or with it if `include_stop_str_in_output` (`min_tokens` does not hold it off);
+    `stop_token_ids` end it at the token.
 
     Choice: `temperature` 0 is greedy (ties: the lowest id). `top_k` keeps the k most likely tokens (0 or -1: all),
     `top_p` the smallest set of likely tokens that holds that share of the probability, `min_p` those at least that
@@ -66,6 +67,7 @@ class SamplingParams:
     stop: str | Iterable[str] = ()
     stop_token_ids: int | Iterable[int] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -90,8 +92,9 @@ class SamplingParams:
         self._set("choice", choices(self.choice))
         self._set("grammar", pattern("grammar", self.grammar))
         refuse_several(self._constraints)
-        if not isinstance(self.ignore_eos, bool):
-            raise ConfigError(f"ignore_eos={self.ignore_eos!r}: must be True or False.")
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name}={value!r}: must be True or False.")
         if self.min_tokens > self.max_tokens:
             raise ConfigError(
                 f"min_tokens={self.min_tokens}: must not exceed max_tokens={self.max_tokens}; "

@@ -111,6 +111,16 @@ def test_stop_strings_that_straddle_tokens_cut_where_a_search_of_the_whole_text_
         assert (shown, detokenizer.stopped) == naive_cut(tokenizer.decode(ids), stops)
 
 
+@settings(max_examples=50)
+@given(TEXTS, st.lists(st.text("theSTOP 你好😀a", min_size=1, max_size=5), min_size=1, max_size=3), st.integers(0, 9))
+def test_a_stop_string_that_is_kept_is_the_end_of_the_text(text, stops, seed):
+    tokenizer = byte_level()
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    shown = "".join(pieces_of(detokenizer := Detokenizer(tokenizer, stops, keep_stop=True), in_chunks(ids, seed)))
+    before, found = naive_cut(tokenizer.decode(ids), stops)
+    assert (shown, detokenizer.stopped) == (before + (found or ""), found)
+
+
 def test_the_tokens_kept_end_with_the_one_that_completed_the_stop_string():
     tokenizer = byte_level()
     ids = tokenizer.encode("the cat STOPs here, the end").ids
