@@ -83,6 +83,15 @@ class Sampling(Section):
     min_tokens: int | None = None
     """No end before so many tokens."""
 
+    json_schema: dict[str, Any] | str | None = None
+    """The text is JSON that satisfies this schema."""
+    regex: str | None = None
+    """The text is a full match of this regular expression."""
+    choice: list[str] | None = None
+    """The text is one of these."""
+    grammar: str | None = None
+    """The text is derived from this grammar (Lark, with llguidance's extensions)."""
+
     def given(self) -> dict[str, Any]:
         """What the config says, by name."""
         return self.model_dump(exclude_none=True)
