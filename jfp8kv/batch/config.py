@@ -45,6 +45,8 @@ class Engine(Section):
     """What attends. Left out: the fastest that runs."""
     prefix_caching: bool = True
     """Whether texts that begin alike share what is cached of their beginning."""
+    prompt_lookup: int = Field(0, ge=0)
+    """Tokens to guess ahead where a text has said its last words before; 0 guesses none."""
 
 
 class Sampling(Section):
