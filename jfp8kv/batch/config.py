@@ -45,6 +45,8 @@ class Engine(Section):
     """What attends. Left out: the fastest that runs."""
     prefix_caching: bool = True
     """Whether texts that begin alike share what is cached of their beginning."""
+    prompt_lookup: int = Field(0, ge=0)
+    """Tokens to guess ahead where a text has said its last words before; 0 guesses none."""
 
 
 class Sampling(Section):
@@ -84,6 +86,15 @@ class Sampling(Section):
     """Added to the logits of token ids."""
     min_tokens: int | None = None
     """No end before so many tokens."""
+
+    json_schema: dict[str, Any] | str | None = None
+    """The text is JSON that satisfies this schema."""
+    regex: str | None = None
+    """The text is a full match of this regular expression."""
+    choice: list[str] | None = None
+    """The text is one of these."""
+    grammar: str | None = None
+    """The text is derived from this grammar (Lark, with llguidance's extensions)."""
 
     def given(self) -> dict[str, Any]:
         """What the config says, by name."""

@@ -33,7 +33,6 @@ ASKS_NOTHING = {  # values of what is not served that ask for nothing
     "stream": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "echo": (False,),
 }
@@ -113,7 +112,7 @@ class OpenAI:
     def _chat_choice(self, made: Any) -> dict[str, Any]:
         message = {"role": "assistant", "content": made.text, "refusal": None}
         logprobs = None if made.logprobs is None else {"content": self._chat_logprobs(made), "refusal": None}
-        return {"index": made.index, "message": message, "logprobs": logprobs, "finish_reason": made.finish_reason}
+        return {"index": made.index, "message": message, "logprobs": logprobs, "finish_reason": _finish_reason(made)}
 
     def _chat_logprobs(self, made: Any) -> list[dict[str, Any]]:
         def named(token: int, logprob: float) -> dict[str, Any]:
@@ -124,7 +123,7 @@ class OpenAI:
         return [named(token, step[token]) | {"top_logprobs": [named(*each) for each in step.items()]} for token, step in steps]
 
     def _text_choice(self, made: Any) -> dict[str, Any]:
-        choice = {"index": made.index, "text": made.text, "finish_reason": made.finish_reason, "logprobs": None}
+        choice = {"index": made.index, "text": made.text, "finish_reason": _finish_reason(made), "logprobs": None}
         if made.logprobs is None:
             return choice
         steps = list(zip(made.token_ids, made.logprobs, strict=True))
@@ -137,6 +136,11 @@ class OpenAI:
                 "text_offset": [sum(map(len, tokens[:number])) for number in range(len(tokens))],
             }
         }
+
+
+def _finish_reason(made: Any) -> str:
+    """As the API has it, where a text that is not complete was cut."""
+    return "stop" if made.finish_reason == "stop" else "length"
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -170,7 +174,7 @@ def _prompt(body: Mapping[str, Any]) -> Any:
 def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     """Fields of `SamplingParams` that the body names. Raises `RowError` for one that is not known, or cannot be served."""
     own = {"messages", "max_completion_tokens", "top_logprobs"} if chat else {"prompt"}
-    known = SAMPLING | WITHOUT_EFFECT | own | {"logprobs", "logit_bias"}
+    known = SAMPLING | WITHOUT_EFFECT | own | {"logprobs", "logit_bias", "response_format"}
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
         if name not in known and value not in ASKS_NOTHING.get(name, ()):
@@ -180,11 +184,25 @@ def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
         found["max_tokens"] = given["max_completion_tokens"]
     if "logit_bias" in given:
         found["logit_bias"] = _bias(given["logit_bias"])
+    if "response_format" in given:
+        found |= _structure(given["response_format"])
     if chat and given.get("logprobs"):
         found["logprobs"] = given.get("top_logprobs", 0)
     elif not chat and given.get("logprobs") is not None:
         found["logprobs"] = given["logprobs"]
     return found
+
+
+def _structure(asked: Any) -> dict[str, Any]:
+    """What `response_format` holds the text to."""
+    match asked:
+        case {"type": "text"}:
+            return {}
+        case {"type": "json_object"}:
+            return {"json_schema": {"type": "object"}}
+        case {"type": "json_schema", "json_schema": {"schema": schema}}:
+            return {"json_schema": schema}
+    raise RowError(f"body.response_format is {asked!r}: must be of type text, json_object, or json_schema with a schema.")
 
 
 def _bias(given: Any) -> dict[int, Any]:

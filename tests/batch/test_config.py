@@ -135,6 +135,7 @@ MISTAKES = {
         r"kv_cache_memory: 1.5: must be a whole number.$",
     ),
     "a type of weights": ("input:", "dtype: float8\ninput:", r"run.yaml:9: dtype: 'float8' is not allowed: must be 'bfloat16'"),
+    "a schema": ("  max_tokens: 16", "  json_schema: {a: [1}", r"run.yaml:6: is no valid YAML"),
     "no mapping": (GOOD, "- a\n", r"run.yaml: must be a mapping"),
     "nothing": (GOOD, "", r"run.yaml: must be a mapping"),
 }

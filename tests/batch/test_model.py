@@ -108,6 +108,20 @@ def test_completions_are_scored_as_the_model_does(run, llm):
     assert "no token to score" in bad["error"]["message"]
 
 
+def test_texts_are_held_to_what_is_asked_of_them(run):
+    status, _, err = run("batch", "run.yaml", "--set", "sampling={choice: [land, sea, sky], max_tokens: 12}")
+    assert status == 0, err
+    assert {row["text"] for row in read_rows(Path("out.jsonl"))} <= {"land", "sea", "sky"}
+    assert run("batch", "run.yaml", "--set", "sampling={choice: [a], regex: a}", "--restart")[0] == 2
+    body = {"model": "m", "prompt": "hello", "max_tokens": 4}
+    bad = {"type": "json_schema", "json_schema": {"schema": {"type": "no such type"}}}
+    bodies = [body | {"response_format": bad}, body]
+    asks = [{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body} for body in bodies]
+    write_rows(Path("rows.jsonl"), asks)
+    assert run("batch", "run.yaml", "--restart", "--set", "prompt=~", "--set", "sampling={}")[0] == 1
+    assert [line["response"]["status_code"] for line in read_rows(Path("out.jsonl"))] == [400, 200]
+
+
 def test_scales_are_calibrated_from_all_rows(run):
     config = CONFIG.replace("sampling: {max_tokens: 12, ignore_eos: true}", "task: calibrate").replace(
         "out.jsonl", "out.safetensors"

@@ -155,8 +155,17 @@ def test_a_body_is_understood_as_the_api_does(asked):
 
 def test_what_asks_for_nothing_is_taken(asked):
     asked(asks("a", messages=HELLO, tools=[], stream=False, store=True, response_format={"type": "text"}, tool_choice="none"))
-    with pytest.raises(RowError, match="body.response_format is not served"):
-        asked(asks("a", messages=HELLO, response_format={"type": "json_object"}))
+
+
+def test_a_response_format_holds_the_text_to_a_schema(asked):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+    assert asked(asks("a", messages=HELLO, response_format=wanted)).sampling["json_schema"] == schema
+    assert asked(asks("a", messages=HELLO, response_format={"type": "json_object"})).sampling["json_schema"] == {
+        "type": "object"
+    }
+    with pytest.raises(RowError, match="body.response_format is .*must be of type text, json_object"):
+        asked(asks("a", messages=HELLO, response_format={"type": "xml"}))
 
 
 def test_openai_requests_get_openais_format_and_bring_their_own_prompts(job):
