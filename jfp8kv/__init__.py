@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jfp8kv.models.config import ModelConfig
     from jfp8kv.models.params import Params
     from jfp8kv.sampling.params import SamplingParams
-    from jfp8kv.session import Session
+    from jfp8kv.session import Session, extend_all
 
 __version__ = "0.1.0.dev0"
 
@@ -50,6 +50,7 @@ __all__ = [
     "calibrate",
     "compare",
     "export",
+    "extend_all",
     "generate",
     "inspect",
     "load",
@@ -74,7 +75,7 @@ _HOMES = {
     "models.config": ("ModelConfig",),
     "models.params": ("Params",),
     "sampling.params": ("SamplingParams",),
-    "session": ("Session",),
+    "session": ("Session", "extend_all"),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 

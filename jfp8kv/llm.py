@@ -217,7 +217,7 @@ class LLM:
         with self._lock:
             ids = encode(prompt, self.tokenizer, what="prompt").ids
             self._engine.check(ids, SamplingParams(max_tokens=1), what="prompt", more=0)
-            return Session(self._engine, self._lock, ids, self.generate)
+            return Session.begin(self._engine, self._lock, ids, self.generate)
 
     def _run(self, requests: list[Request], progress: bool | None) -> None:
         from tqdm import tqdm

@@ -38,6 +38,11 @@ class Batch:
     prompt_counts: Counts = None
     output_counts: Counts = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Requests and tokens, both padded."""
+        return self.tokens.shape
+
 
 @dataclasses.dataclass(frozen=True)
 class Made:

@@ -43,6 +43,10 @@ class Buckets:
         """The narrowest chunk that holds `tokens`, or the widest there is."""
         return next((width for width in self.chunks if width >= tokens), self.token_budget)
 
+    def extension(self, tokens: int) -> int:
+        """The same for texts of sessions, which often go on by a token: then that is all they run."""
+        return 1 if tokens == 1 else self.chunk(tokens)
+
     def prefill_requests(self, width: int) -> int:
         """How many requests a prefill of chunks of this width may take."""
         return max(1, min(self.token_budget // width, self.max_requests))

@@ -13,7 +13,7 @@ from jfp8kv.attention import dispatch
 from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.core.errors import CapacityError, ConfigError
 from jfp8kv.core.platform import activation_dtype
-from jfp8kv.engine import products, step
+from jfp8kv.engine import copies, products, step
 from jfp8kv.engine.batch import Batch, Batcher, Made, read
 from jfp8kv.engine.buckets import DECODE_STEPS, Buckets, default_token_budget
 from jfp8kv.engine.kv import context_length, positive, setup
@@ -34,6 +34,13 @@ class Holding:
 
     paging: Paging
     request: Request
+
+    def fork(self) -> "Holding":
+        """The same text, its pages held once more."""
+        text = self.request
+        twin = Request(list(text.prompt_ids), text.params, text.key, text.max_tokens, context=text.context, cached=text.cached)
+        twin.held, twin.keys = self.paging.share(text), list(text.keys)
+        return Holding(self.paging, twin)
 
 
 class Engine:
@@ -185,9 +192,10 @@ class Engine:
         top = step.top_width([r.params.logprobs for r in plan.requests])
         return read(self._call(step.decode, batch, most_steps=self.buckets.decode_steps, top=top), plan.requests, vocab)
 
-    def _call(self, function: Callable, batch: Batch, **static: Any) -> Any:
-        """Run a step on the pool, in place."""
+    def _call(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
+        """Run a step on the pool, in place, after the copies of pages that it waits for."""
         try:
+            self._copy_pages()
             out, self.pages = self.programs.call(function, batch, self.pages, **static)
             jax.block_until_ready(self.pages)
         except BaseException:
@@ -195,6 +203,12 @@ class Engine:
             raise
         self.stats.compilations = len(self.programs.built)
         return out
+
+    def _copy_pages(self) -> None:
+        paging = self.scheduler.paging
+        for some in copies.dispatches(paging.copies):
+            _, self.pages = self.programs.call(copies.copy, some, self.pages)
+        paging.copies.clear()
 
     def _abandon(self) -> None:
         """After a failed step the donated pool may be gone: drop every request and start with an empty one."""
@@ -271,38 +285,54 @@ class Engine:
                 "close them first, or give a larger kv_cache_memory."
             )
         try:
-            yield from self._chunks(request, function, **static)
+            for _, (positions,), out in self._chunks([request], function, self.buckets.chunk, **static):
+                yield positions, out
         finally:
             paging.release(request)
 
-    def _chunks(self, request: Request, function: Callable, **static: Any) -> Iterator[tuple[range, Any]]:
-        while request.uncached:
-            width = self.buckets.chunk(request.uncached)
-            chunk = min(request.uncached, width)
-            self.scheduler.make_room(request, request.cached + chunk)
-            batch = self.batcher.build(Prefill([request], [chunk], width))
-            positions = range(request.cached, request.cached + chunk)
-            yield positions, self._call(function, batch, **static)  # not kept here: it may be large
-            request.cached += chunk
+    def _chunks(
+        self, requests: list[Request], function: Callable, width: Callable[[int], int], **static: Any
+    ) -> Iterator[tuple[list[Request], list[range], Any]]:
+        """Run what is not cached of these texts, several at a time: whose, which positions of each, and what came of it.
+
+        `width`: of the chunks in a dispatch, for the most tokens that one of the texts has left.
+        """
+        while left := [r for r in requests if r.uncached]:
+            wide = width(max(r.uncached for r in left))
+            chosen = left[: self.buckets.prefill_requests(wide)]
+            chunks = [min(r.uncached, wide) for r in chosen]
+            for request, chunk in zip(chosen, chunks, strict=True):
+                self.scheduler.make_room(request, request.cached + chunk)
+            batch = self.batcher.build(Prefill(chosen, chunks, wide))
+            positions = [range(r.cached, r.cached + chunk) for r, chunk in zip(chosen, chunks, strict=True)]
+            yield chosen, positions, self._call(function, batch, **static)  # not kept here: it may be large
+            for request, chunk in zip(chosen, chunks, strict=True):
+                request.cached += chunk
 
     # -- sessions -------------------------------------------------------------------------------------------------------
 
-    def catch_up(self, holding: Holding, function: Callable) -> Iterator[tuple[range, Any]]:
-        """Run through `function` what of a session's text is not in the cache, as `chunks` does, and keep it there."""
+    def catch_up(self, holdings: list[Holding], function: Callable) -> Iterator[tuple[list[Request], list[range], Any]]:
+        """Run through `function` what of sessions' texts is not in the cache, as `_chunks` does, and keep it there."""
         self.free_dropped()
+        for holding in holdings:
+            self._take_up(holding)
+        yield from self._chunks([h.request for h in holdings], function, self.buckets.extension)
+        for holding in holdings:
+            holding.paging.keep(holding.request)
+        self._count_used()
+
+    def _take_up(self, holding: Holding) -> None:
+        """What is in the cache of a session's text can be used, or is given back."""
         request, paging = holding.request, self.scheduler.paging
         if holding.paging is not paging:  # a failed step took all pages
             request.held, holding.paging = [], paging
             request.begin_again()
         limit = self.batcher.switch_length
-        if limit is not None and request.context <= limit < request.num_tokens:
+        if limit is not None and (request.context <= limit) != (request.num_tokens <= limit):
             paging.release(request)
             request.begin_again(request.num_tokens)
         if not request.held and request.uncached:
             paging.take_over(request, paging.find(request))
-        yield from self._chunks(request, function)
-        paging.keep(request)
-        self._count_used()
 
     def free_dropped(self) -> None:
         """Free the pages of sessions that are gone. When they go they are only noted: it may be in the middle of anything."""
@@ -321,6 +351,7 @@ class Engine:
                 self._rehearse(lambda requests, w=width: Prefill(requests, [1] * len(requests), w), rows)
         for rows in self.buckets.request_counts(self.buckets.max_requests):
             self._rehearse(lambda requests: Decode(requests, 1), rows)
+        self._call(copies.copy, copies.Copies.of([]))
 
     def _rehearse(self, plan: Callable[[list[Request]], Plan], rows: int) -> None:
         """Run a plan for `rows` requests that own no page: nothing is written, nothing is booked."""

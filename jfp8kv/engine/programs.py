@@ -18,6 +18,7 @@ import jax
 
 from jfp8kv.cache.pages import KVPages
 from jfp8kv.engine.batch import Batch
+from jfp8kv.engine.copies import Copies
 from jfp8kv.engine.step import Model, Weights
 
 Key = tuple[Any, ...]
@@ -57,12 +58,12 @@ class Programs:
         self._own: dict[Key, Program] = {}
         self._fixed = (model, _signature((weights, scales)))
 
-    def call(self, step: Callable, batch: Batch, pages: KVPages, **static: Any) -> tuple[Any, KVPages]:
+    def call(self, step: Callable, batch: Batch | Copies, pages: KVPages, **static: Any) -> tuple[Any, KVPages]:
         """`step(model, weights, scales, batch, pages, **static)`, compiled; `pages` is donated."""
         program = self.program(step, batch, pages, **static)
         return program.run(self.weights, self.scales, batch, pages)
 
-    def program(self, step: Callable, batch: Batch, pages: KVPages, **static: Any) -> Program:
+    def program(self, step: Callable, batch: Batch | Copies, pages: KVPages, **static: Any) -> Program:
         """The compiled program for a step on arrays shaped like these (shapes suffice)."""
         key = (step, *static.items(), self._fixed, _signature((batch, pages)))
         if key not in self._own:
@@ -75,11 +76,11 @@ class Programs:
                 _recent.popitem(last=False)
         return self._own[key]
 
-    def _build(self, step: Callable, batch: Batch, pages: KVPages, static: dict[str, Any]) -> Program:
+    def _build(self, step: Callable, batch: Batch | Copies, pages: KVPages, static: dict[str, Any]) -> Program:
         began = time.perf_counter()
         function = jax.jit(functools.partial(step, self.model, **static), donate_argnums=3)
         compiled = function.lower(self.weights, self.scales, batch, pages).compile()
-        requests, tokens = batch.tokens.shape
+        requests, tokens = batch.shape
         return Program(step.__name__, requests, tokens, time.perf_counter() - began, compiled)
 
 

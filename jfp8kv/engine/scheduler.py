@@ -108,7 +108,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_requests:
             request = self.waiting[0]
             found = self.paging.find(request)
-            next_pages = self.paging.keys(request, request.num_tokens - 1)[found // self.paging.needs.page_size :]
+            next_pages = self.paging.keys(request)[self.paging.needs.holding(found) :]
             if next_pages and next_pages[0] in self.paging.coming(r for r in self.running if r.prefilling):
                 return
             self.paging.take_over(request, found)

@@ -9,7 +9,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv.cache.pages import KVPages
-from jfp8kv.engine import step
+from jfp8kv.engine import copies, step
 from jfp8kv.engine.kv import setup
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import Request
@@ -27,7 +27,7 @@ def pool_of(params: jfp8kv.Params, kv_dtype: Any, kv_scales: str, keys_transpose
     return jax.eval_shape(lambda: kv.pool(pool_bytes // kv.page_bytes))
 
 
-@pytest.mark.parametrize("kind", ["decode", "prefill"])
+@pytest.mark.parametrize("kind", ["decode", "prefill", "copy"])
 @pytest.mark.parametrize(
     ("kv_dtype", "kv_scales", "keys_transposed"),
     [
@@ -47,13 +47,14 @@ def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased
     engine = llm._engine
     requests = [Request([1] * 40, SamplingParams(), np.zeros(2, np.uint32), max_tokens=4) for _ in range(4)]
     plan = Decode(requests, 4) if kind == "decode" else Prefill(requests, [16] * 4, 16)
-    batch = engine.batcher.build(plan)
+    batch = engine.batcher.build(plan) if kind != "copy" else copies.Copies.of([(0, 1)])
+    function = getattr(copies if kind == "copy" else step, kind)
     static = {"most_steps": 16, "top": 0} if kind == "decode" else {}
     temporaries = []
     for size in (64 * MIB, 1024 * MIB):
         programs = Programs(engine.model, engine.programs.weights, engine.programs.scales)
         pool = pool_of(params, kv_dtype, kv_scales, keys_transposed, size)
-        memory = programs.program(getattr(step, kind), batch, pool, **static).memory
+        memory = programs.program(function, batch, pool, **static).memory
         pool_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
         assert pool_bytes > 0.98 * size and memory.alias_size_in_bytes >= pool_bytes
         temporaries.append(memory.temp_size_in_bytes)
