@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jfp8kv.api import calibrate, compare, generate, inspect, logits, plan_kv, score
+    from jfp8kv.beam_search import beam_search
     from jfp8kv.cache.plan import KVPlan, LayerPlan
     from jfp8kv.cache.scales import KVScales
     from jfp8kv.checkpoint.export import export
@@ -47,6 +48,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "Session",
+    "beam_search",
     "calibrate",
     "compare",
     "export",
@@ -62,6 +64,7 @@ __all__ = [
 
 _HOMES = {
     "api": ("calibrate", "compare", "generate", "inspect", "logits", "plan_kv", "score"),
+    "beam_search": ("beam_search",),
     "cache.plan": ("KVPlan", "LayerPlan"),
     "cache.scales": ("KVScales",),
     "checkpoint.export": ("export",),

@@ -96,7 +96,7 @@ class Engine:
             needs=self.needs,
             pages=table_pages,
             num_pages=self.num_pages,
-            eos_ids=config.eos_ids or getattr(params.tokenizer, "eos_ids", ()),
+            eos_ids=params.eos_ids,
             switch_length=switch_length(config.ropes),
         )
         self._paging = {
