@@ -74,7 +74,7 @@ class Session:
         """Go on with these tokens: float32 `[tokens, vocab]`, the logits after each of them."""
         with _longer([self], [tokens]) as (first,):
             rows = []
-            for _, (positions,), out in self._engine.catch_up([self._holding], step.score):
+            for _, (positions,), out in self._engine.catch_up([self._holding], step.score, wanted=first):
                 if positions.stop > first:
                     rows.append(np.asarray(out[0, max(0, first - positions.start) : len(positions)]))
             return np.concatenate(rows)

@@ -132,6 +132,22 @@ def test_a_text_taken_back_goes_on_without_copy_or_anything_run_again(llm, ran) 
         assert ran == ["score"] and len(session) == 2 * PAGE - 8 and session.pages[0] == held[0][:1]
 
 
+def test_what_others_have_of_a_text_is_not_run_again_but_where_its_logits_are_asked_for(llm, ran) -> None:
+    ids = list(range(60, 60 + 3 * PAGE))
+    with llm.session(ids) as stem, llm.session([9]) as other, llm.session(ids[:PAGE]) as third:
+        want = llm.logits(ids)
+        other.rollback(1)
+        ran.clear()
+        np.testing.assert_allclose(other.extend(ids), want, rtol=0, atol=2e-5)
+        assert ran == ["score", "score"]
+        ran.clear()
+        np.testing.assert_allclose(jfp8kv.extend_all([third], [ids[PAGE:]])[0], want[-1], rtol=0, atol=2e-5)
+        assert ran == ["copy", "score_last"] and third.pages[0][:2] == stem.pages[0][:2]
+        out = third.generate(max_tokens=2 * PAGE + 2, temperature=0.0, ignore_eos=True)
+        assert ran[-1] == "prefill" and ran.count("prefill") == 1, "of what it made, the end that fills no page"
+        np.testing.assert_allclose(third.extend([5])[0], llm.logits([*ids, *out.token_ids, 5])[-1], rtol=0, atol=2e-5)
+
+
 def test_several_sessions_go_on_in_one_dispatch(llm, ran) -> None:
     with llm.session([9] * 20) as stem, stem.fork() as branch:
         ran.clear()

@@ -1,6 +1,7 @@
 """The loop: requests in, tokens out. Holds the weights, the pool, the scheduler and the counters."""
 
 import dataclasses
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -311,18 +312,23 @@ class Engine:
 
     # -- sessions -------------------------------------------------------------------------------------------------------
 
-    def catch_up(self, holdings: list[Holding], function: Callable) -> Iterator[tuple[list[Request], list[range], Any]]:
-        """Run through `function` what of sessions' texts is not in the cache, as `_chunks` does, and keep it there."""
+    def catch_up(
+        self, holdings: list[Holding], function: Callable, *, wanted: int = sys.maxsize
+    ) -> Iterator[tuple[list[Request], list[range], Any]]:
+        """Run through `function` what of sessions' texts is not in the cache, as `_chunks` does, and keep it there.
+
+        The tokens from position `wanted` on, and the last of each text, are run even where others have them in the cache.
+        """
         self.free_dropped()
         for holding in holdings:
-            self._take_up(holding)
+            self._take_up(holding, wanted)
         yield from self._chunks([h.request for h in holdings], function, self.buckets.extension)
         for holding in holdings:
             holding.paging.keep(holding.request)
         self._count_used()
 
-    def _take_up(self, holding: Holding) -> None:
-        """What is in the cache of a session's text can be used, or is given back."""
+    def _take_up(self, holding: Holding, wanted: int) -> None:
+        """What a session's text has in the cache can be used or is given back; what others have of it is taken over."""
         request, paging = holding.request, self.scheduler.paging
         if holding.paging is not paging:  # a failed step took all pages
             request.held, holding.paging = [], paging
@@ -331,8 +337,8 @@ class Engine:
         if limit is not None and (request.context <= limit) != (request.num_tokens <= limit):
             paging.release(request)
             request.begin_again(request.num_tokens)
-        if not request.held and request.uncached:
-            paging.take_over(request, paging.find(request))
+        if request.uncached > 1 and (found := paging.find(request, wanted)) > request.cached:
+            paging.take_over(request, found)
 
     def free_dropped(self) -> None:
         """Free the pages of sessions that are gone. When they go they are only noted: it may be in the middle of anything."""

@@ -11,6 +11,7 @@ noted here and done on the device before the next step. What others have found, 
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Iterable
 
 import numpy as np
@@ -122,20 +123,21 @@ class Paging:
 
     # -- texts that begin alike -----------------------------------------------------------------------------------------
 
-    def find(self, request: Request) -> int:
-        """How many tokens of a request that holds nothing are in pages already, never its last: whole pages, or all others."""
+    def find(self, request: Request, most: int = sys.maxsize) -> int:
+        """How many of a request's first tokens are in pages that can be found, at most so many and never its last: whole pages,
+        or all."""
         if not self.reuse:
             return 0
         keys = self.keys(request)
-        most = 0  # whole texts' groups need every page from the start on
-        while most < len(keys) and all(
-            self.allocator.find((keys[most], group)) is not None
+        there = 0  # whole texts' groups need every page from the start on
+        while there < len(keys) and all(
+            self.allocator.find((keys[there], group)) is not None
             for group in self._groups
             if not self.needs.groups.windows[group]
         ):
-            most += 1
-        ends = [min(pages * self.needs.page_size, request.num_tokens - 1) for pages in range(most, 0, -1)]
-        return next((end for end in ends if self._has(keys, end)), 0)
+            there += 1
+        ends = [min(pages * self.needs.page_size, request.num_tokens - 1) for pages in range(there, 0, -1)]
+        return next((end for end in ends if end <= most and self._has(keys, end)), 0)
 
     def _has(self, keys: list[bytes], tokens: int) -> bool:
         """Whether a text that goes on after so many tokens finds all that its queries see."""
@@ -146,8 +148,9 @@ class Paging:
         )
 
     def take_over(self, request: Request, tokens: int) -> None:
-        """Hold the pages that `find` found: `tokens` tokens are in the cache."""
-        assert not request.held and request.cached == 0
+        """Hold the pages that `find` found, and nothing else: `tokens` tokens are in the cache."""
+        self.release(request)
+        request.begin_again()
         keys = self.keys(request)[: self.needs.holding(tokens)]
         for group in self._groups:
             first = self.needs.first(group, tokens)

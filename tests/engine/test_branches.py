@@ -26,8 +26,8 @@ class Texts:
         """All or nothing, as a session does it."""
         before = text.num_tokens
         text.prompt_ids += ids
-        if not text.held:
-            self.paging.take_over(text, self.paging.find(text))
+        if (found := self.paging.find(text)) > text.cached:
+            self.paging.take_over(text, found)
         try:
             while text.uncached:
                 chunk = min(text.uncached, 6)
