@@ -38,7 +38,7 @@ def main() -> None:
         llm = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_cache_memory="32MiB", max_num_seqs=16)
         engine = llm._engine
         requests = [Request([1] * 100, SamplingParams(), np.zeros(2, np.uint32), max_tokens=4) for _ in range(16)]
-        batch = engine.batcher.build(Decode(requests, 4))
+        batch = engine.batcher.decode(Decode(requests, 4))[0]
         for size in (64, 1024):
             pool = jax.eval_shape(lambda kv=engine.kv, size=size: kv.pool(size * MIB // kv.page_bytes))
             programs = Programs(engine.model, engine.programs.weights, engine.programs.scales)

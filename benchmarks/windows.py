@@ -16,7 +16,7 @@ import yaml
 
 import jfp8kv
 from benchmarks._common import header, interleaved, median, table
-from jfp8kv.engine.engine import DECODE_STEPS
+from jfp8kv.engine.buckets import DECODE_STEPS, FEW_STEPS
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
 from jfp8kv.models.names import expected_shapes, nest
@@ -59,6 +59,7 @@ class Side:
 
     def decode(self) -> None:
         self.llm._engine.step()
+        self.llm._engine.settle()
         self.held = max(self.held, self.llm.stats.kv_bytes_used)
 
 
@@ -70,7 +71,7 @@ def main() -> None:
     header()
     config = config_from_hf(yaml.safe_load(MODEL.read_text()))
     prompt = np.random.default_rng(1).integers(0, config.vocab, given.tokens).tolist()
-    new = DECODE_STEPS * (given.rounds + 2)  # the first token comes alone, the first round is not counted
+    new = DECODE_STEPS * (given.rounds + 2)  # the first tokens are few, the first round is not counted
     models = [random_params(c) for c in (config, dataclasses.replace(config, windows=()))]
     for params in models:
         check(params, prompt[: 2 * max(config.windows) + 176])  # long enough for pages of a window to be written again
@@ -90,7 +91,7 @@ def main() -> None:
 
     seconds = interleaved({name: side.decode for name, side in sides.items()}, rounds=given.rounds)
     rates = {name: DECODE_STEPS / median(times) for name, times in seconds.items()}
-    assert all(len(side.request.output_ids) == 1 + DECODE_STEPS * (given.rounds + 1) for side in sides.values())
+    assert all(len(side.request.output_ids) == FEW_STEPS + DECODE_STEPS * (given.rounds + 1) for side in sides.values())
     rows = []
     for name, rate in rates.items():
         against = rate / rates[f"{name.split(',')[0]}, all layers full"]

@@ -14,6 +14,7 @@ from jfp8kv.checkpoint.load import load
 from jfp8kv.core.errors import ConfigError, Jfp8kvError, unknown_keyword
 from jfp8kv.core.formats import kv_format
 from jfp8kv.core.platform import cache_folder
+from jfp8kv.engine.compile_report import CompileReport
 from jfp8kv.engine.detokenize import Detokenizer
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.kv_dtype import is_name
@@ -41,11 +42,12 @@ class LLM:
       kv_cache_memory: bytes of cache ("2GiB", 500_000_000); None takes a share of what is free on the device (85% on an
         accelerator, 10% of a computer's memory), or less if `max_num_seqs` full contexts need less.
       max_model_len: most tokens of a request, prompt and output; None is what the model was trained for.
-      max_num_seqs: most requests run at once.
+      max_num_seqs: most requests run at once; None is 64, or as many as leave prompts half of `max_num_batched_tokens`.
       dtype: of the weights when `model` is loaded here; None keeps the checkpoint's.
       strict: whether KV scales that are missing or broken are an error when `model` is loaded here; see `load`.
       seed: what requests without a seed of their own draw from, with their number.
-      max_num_batched_tokens: prompt tokens per dispatch; None is 512 on a CPU and 2048 elsewhere.
+      max_num_batched_tokens: most tokens of a turn, padding included: two of each of `max_num_seqs` requests that decode, the
+        rest of prompts. It bounds for how long a prompt holds up others. None leaves 512 for prompts on a CPU, 2048 elsewhere.
       page_size: tokens per page.
       attention: "pallas" (GPU kernels), "xla" or "reference"; None picks the fastest that runs here. `llm.attention` says which
         runs and why.
@@ -63,7 +65,7 @@ class LLM:
         kv_scales: Any = "auto",
         kv_cache_memory: int | str | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 64,
+        max_num_seqs: int | None = None,
         dtype: Any = None,
         strict: bool = True,
         seed: int = 0,
@@ -135,9 +137,19 @@ class LLM:
         return f"{choice.name}: {choice.why}"
 
     def warmup(self) -> None:
-        """Compile all step programs now (or read them from the compilation cache); later calls then compile nothing."""
+        """Compile all step programs now (or read them from the compilation cache); later calls then compile nothing.
+
+        Whatever they ask for, that is, but for a request with more than 64 tokens that end its text or more than 512 in
+        `logit_bias`: the first one compiles a program of its own. So do sessions that first go on together (`extend_all`,
+        `beam_search`), for each power of two of them and each width of what is added.
+        """
         with self._lock:
             self._engine.warmup()
+
+    def compile_report(self) -> CompileReport:
+        """The step programs there are: what for, how long they took to compile, what memory they take. Prints as a table."""
+        with self._lock:
+            return self._engine.programs.report()
 
     # -- generating -----------------------------------------------------------------------------------------------------
 

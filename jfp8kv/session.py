@@ -76,7 +76,7 @@ class Session:
             rows = []
             for _, (positions,), out in self._engine.catch_up([self._holding], step.score, wanted=first):
                 if positions.stop > first:
-                    rows.append(np.asarray(out[0, max(0, first - positions.start) : len(positions)]))
+                    rows.append(np.asarray(out)[0, max(0, first - positions.start) : len(positions)])
             return np.concatenate(rows)
 
     def rollback(self, tokens: int) -> None:
@@ -165,9 +165,8 @@ def extend_all(sessions: Sequence[Session], tokens: Sequence[int | str | Sequenc
     logits = np.empty((len(sessions), engine.params.config.vocab), np.float32)
     with _longer(sessions, tokens):
         for requests, _, out in engine.catch_up([session._holding for session in sessions], step.score_last):
-            logits[[rows[id(request)] for request in requests]] = np.asarray(out)[
-                : len(requests)
-            ]  # a later chunk's replace an earlier's
+            of_a_chunk = np.asarray(out)[: len(requests)]  # a later chunk's replace an earlier's
+            logits[[rows[id(request)] for request in requests]] = of_a_chunk
     return logits
 
 

@@ -1,8 +1,8 @@
 """The engine's decode with a large model of random weights, as many requests as a given KV memory holds: bfloat16 against FP8.
 
 Prompts are taken as read: their tokens count as cached, and the pool is filled with random numbers. A step's floor is the time
-in which a copy moves its bytes: the weights once, embeddings aside, and keys and values of every request. Which kernels the rest
-goes to is shown beside it, by step.
+in which a copy moves its bytes: the weights once, embeddings aside, and keys and values of every request. Which kernels a step
+goes to is shown beside it.
 """
 
 import time
@@ -80,10 +80,11 @@ def time_decode(session: Session, params: jfp8kv.Params, kv_dtype: str, asked: d
         engine.scheduler.running.append(request)
 
     seconds = []
-    for turn in range(rounds + 2):  # a first token for each, and a round that compiles
+    for turn in range(rounds + 2):  # first tokens for each, and a round that compiles
         began = time.perf_counter()
         before = engine.stats.generated_tokens
         engine.step()
+        engine.settle()
         if turn > 1:
             assert engine.stats.generated_tokens - before == DECODE_STEPS * requests, "not every request decoded"
             seconds.append((time.perf_counter() - began) / DECODE_STEPS)

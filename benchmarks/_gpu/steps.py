@@ -25,7 +25,7 @@ from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import E4M3, E5M2
 from jfp8kv.engine import step
 from jfp8kv.engine.batch import Batch, Batcher
-from jfp8kv.engine.buckets import Buckets
+from jfp8kv.engine.buckets import Buckets, turn_tokens
 from jfp8kv.engine.kv import KVSetup
 from jfp8kv.engine.products import KernelMatmul
 from jfp8kv.engine.request import Request
@@ -139,8 +139,11 @@ def _batch(name: str, kv: KVSetup, num_pages: int) -> Batch:
     """A batch as the engine builds it; which tokens and pages it names does not matter."""
     pages = LLAMA_8B.max_len // kv.page_size
     batcher = Batcher(
-        buckets=Buckets(REQUESTS, CHUNK, 8), vocab=LLAMA_8B.vocab, needs=kv.needs, pages=pages, num_pages=num_pages, eos_ids=(),
+        buckets=Buckets(REQUESTS, turn_tokens(CHUNK, REQUESTS)), vocab=LLAMA_8B.vocab, needs=kv.needs, pages=pages,
+        num_pages=num_pages, eos_ids=(),
     )  # fmt: skip
     count = REQUESTS if name == "decode" else 4
     requests = [Request([1] * CHUNK, SamplingParams(), np.zeros(2, np.uint32), max_tokens=8) for _ in range(count)]
-    return batcher.build(Decode(requests, 8) if name == "decode" else Prefill(requests, [CHUNK // 4] * count, CHUNK // 4))
+    if name == "decode":
+        return batcher.decode(Decode(requests, 8))[0]
+    return batcher.prefill(Prefill(requests, [CHUNK // 4] * count, CHUNK // 4))

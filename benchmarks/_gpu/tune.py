@@ -21,7 +21,7 @@ from benchmarks._gpu.problems import NONE, TENSOR, Attention, Shape
 from benchmarks._gpu.session import Session
 from pallas_kernels import DecodeBlocks, PrefillBlocks
 from pallas_kernels.backend import cdiv
-from pallas_kernels.paged_decode.blocks import MOST_SPLITS
+from pallas_kernels.paged_decode.blocks import splits_for
 from pallas_kernels.tuned import path_of, read
 
 USUAL_CORES = 132
@@ -44,10 +44,9 @@ def candidates(one: Attention, config: dict[str, Any]) -> Iterator[Any]:
         if one.prefill:
             blocks: Any = PrefillBlocks(**choice)
         else:
-            waves = choice.pop("waves")
             cores = getattr(jax.devices()[0], "core_count", USUAL_CORES)
-            most = min(cdiv(s.length, choice["block_k"]), MOST_SPLITS)
-            blocks = DecodeBlocks(**choice, splits=max(1, min(most, cdiv(waves * cores, s.requests * s.kv_heads))))
+            splits = splits_for(s.requests * s.kv_heads, a_core=choice.pop("programs"), cores=cores)
+            blocks = DecodeBlocks(**choice, splits=max(1, min(splits, cdiv(s.length, choice["block_k"]))))
         if blocks not in seen:
             seen.add(blocks)
             yield blocks

@@ -61,7 +61,7 @@ def plan(
     if percentile is not None and observer != "percentile":
         raise ConfigError(f"percentile={percentile!r}: belongs to observer='percentile', and this one is {observer!r}.")
     for name, value in (("window", window), ("max_model_len", max_model_len)):
-        positive(name, value, 1)
+        positive(name, value)
     if window is not None and max_model_len is not None and window > max_model_len:
         raise ConfigError(f"window={window}: must be at most max_model_len={max_model_len}.")
     return Plan(_fp8(kv_dtype), granularity, observer, _percent(percentile), window, max_model_len, k_offset, float(headroom))

@@ -28,7 +28,7 @@ from jfp8kv.calibration.plan import Plan
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import FLOAT32
 from jfp8kv.core.pytree import pytree
-from jfp8kv.engine.buckets import Buckets, default_token_budget
+from jfp8kv.engine.buckets import Buckets, default_chunk, turn_tokens
 from jfp8kv.engine.step import Model, Weights
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.constant_keys import turned
@@ -96,7 +96,7 @@ class Watch:
         cpu = jax.default_backend() == "cpu"
         self.model = Model(params.config, params.dtype, xla.attention)
         self.weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
-        self.units, self.buckets = units, Buckets(1, default_token_budget(), 1)
+        self.units, self.buckets = units, Buckets(1, turn_tokens(default_chunk(), 1))
         self.prompts = self.tokens = 0
         self._pages: KVPages | None = None
 

@@ -25,7 +25,7 @@ from jfp8kv.comparison.summary import magnitudes_of, summary
 from jfp8kv.comparison.totals import Totals
 from jfp8kv.comparison.watch import Seen, watched
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.engine.buckets import DECODE_STEPS, Buckets, default_token_budget
+from jfp8kv.engine.buckets import default_chunk, longest_span, turn_tokens
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.kv import context_length, setup
 from jfp8kv.models.params import Params
@@ -107,12 +107,12 @@ def _at_least_one(name: str, prompts: Iterable[list[list[int]]]) -> list[list[li
 
 def _sides(params: Params, asked: Sequence[Choice], *, longest: int, most: int) -> list[Side]:
     """Engines that serve texts of up to `most` tokens, which some choose scales by, with room for one of `longest`."""
-    budget = min(default_token_budget(), max(16, LOGITS_BYTES // (4 * params.config.vocab)), longest)
-    span = Buckets(1, budget, DECODE_STEPS).span
+    chunk = min(default_chunk(), max(16, LOGITS_BYTES // (4 * params.config.vocab)), longest)
+    budget = turn_tokens(chunk, 1)
     sides: list[Side] = []
     for choice in asked:
         cache = {"kv_dtype": choice.kv_dtype, "kv_scales": choice.kv_scales, "page_size": PAGE_SIZE}
-        room = setup(params, **cache, span=span, longest=most).text_bytes(longest)
+        room = setup(params, **cache, span=longest_span(chunk), longest=most).text_bytes(longest)
         sizes = {"max_model_len": most, "kv_cache_memory": room, "max_num_seqs": 1, "max_num_batched_tokens": budget}
         engine = Engine(params, **cache, **sizes)
         if sides:

@@ -9,7 +9,7 @@ from jfp8kv.calibration.observers import LOWEST_OCTAVE, OCTAVES
 from jfp8kv.comparison.choices import Choice
 from jfp8kv.comparison.report import CacheQuality, Kept, Magnitudes
 from jfp8kv.comparison.totals import Piece, Totals
-from jfp8kv.engine.buckets import DECODE_STEPS, Buckets, default_token_budget
+from jfp8kv.engine.buckets import default_chunk, longest_span
 from jfp8kv.engine.kv import KVSetup
 
 PARTS = 4  # bins of magnitude to an octave
@@ -23,7 +23,7 @@ def summary(choice: Choice, kv: KVSetup, totals: Totals, base: Totals, depths: i
     kl, kl_error = mean_and_error(totals.pieces, lambda piece: piece.kl)
     agreement, _ = mean_and_error(totals.pieces, lambda piece: piece.agreed)
     rows = [totals.recall[i : i + depths] for i in range(0, len(totals.recall), depths)] if depths else []
-    served = dataclasses.replace(kv, span=Buckets(1, default_token_budget(), DECODE_STEPS).span)
+    served = dataclasses.replace(kv, span=longest_span(default_chunk()))
     return CacheQuality(
         label=choice.label,
         kv_dtype=choice.dtype_label,

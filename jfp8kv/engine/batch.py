@@ -6,6 +6,7 @@ Padding rows have length 0 and nothing remaining: they write nothing and their r
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
@@ -13,8 +14,9 @@ from jfp8kv.cache.groups import PageNeeds
 from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.request import Request
-from jfp8kv.engine.scheduler import Decode, Plan, Prefill
-from jfp8kv.sampling.settings import PAST_THE_END, SamplerSettings, bucket, settings_from, stack_settings
+from jfp8kv.engine.scheduler import Decode, Prefill
+from jfp8kv.engine.variants import PLAIN, Asked, Variant, asked, variant_of
+from jfp8kv.sampling.settings import PAST_THE_END, SamplerSettings, stack_settings
 
 Counts = Int32[Array | np.ndarray, "requests vocab"] | None
 
@@ -35,6 +37,7 @@ class Batch:
     settings: SamplerSettings
     most_tokens: Int32[Array | np.ndarray, ""]
     steps: Int32[Array | np.ndarray, ""]
+    reported: Int32[Array | np.ndarray, ""]  # the most likeliest tokens that a request wants to see
     prompt_counts: Counts = None
     output_counts: Counts = None
 
@@ -45,12 +48,15 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """The tokens one request got from a dispatch, with their log-probabilities and, if asked for, the likeliest ones."""
+class Sampled:
+    """What decoding rows ask of the sampler, on the device: the same from one dispatch to the next while they are the same."""
 
-    token_ids: list[int]
-    logprobs: list[float]
-    top: list[dict[int, float]]
+    requests: list[Request]
+    rows: int
+    variant: Variant
+    end_ids: Int32[Array, "requests ends"]
+    settings: SamplerSettings
+    reported: Int32[Array, ""]
 
 
 class Batcher:
@@ -70,10 +76,11 @@ class Batcher:
         self.buckets, self.vocab, self.eos_ids = buckets, vocab, eos_ids
         self.needs, self.pages, self.num_pages = needs, pages, num_pages
         self.switch_length = switch_length  # where texts must begin their cache anew (models/rope.py), if anywhere
+        self._sampled: Sampled | None = None
+        self._uncounted: dict[int, Counts] = {}
 
-    def end_ids(self, request: Request) -> set[int]:
-        """The ids that end this request's text."""
-        return set(request.params.stop_token_ids) | (set() if request.params.ignore_eos else set(self.eos_ids))
+    def _asked(self, request: Request) -> Asked:
+        return asked(request, self.vocab, self.eos_ids)
 
     def _room(self, request: Request) -> int:
         """Tokens this request may make in one go: all it still wants, or up to the first past `switch_length`."""
@@ -82,55 +89,65 @@ class Batcher:
             return wanted
         return min(wanted, self.switch_length + 1 - request.num_tokens)
 
-    def build(self, plan: Plan) -> Batch:
-        """The arrays for `plan`, padded to a bucket."""
-        requests = plan.requests
-        chunks = plan.chunks if isinstance(plan, Prefill) else [1] * len(requests)
-        width = plan.width if isinstance(plan, Prefill) else 1
-        steps = plan.steps if isinstance(plan, Decode) else 1
-        rows = self.buckets.requests(len(requests))
+    def prefill(self, plan: Prefill) -> Batch:
+        """The arrays for chunks of prompts, padded to a bucket. What only sampling needs stays one shape."""
+        rows = self.buckets.prefill_rows(len(plan.requests), plan.width)
+        return self._batch(plan.requests, plan.chunks, rows, plan.width, 1, self._settings([], rows, PLAIN))
 
+    def decode(self, plan: Decode, least: Variant = PLAIN) -> tuple[Batch, Variant]:
+        """The arrays for a decode, padded to a bucket, and the program that serves these requests, or `least` at least."""
+        rows = self.buckets.decode_rows(len(plan.requests))
+        variant = variant_of([least, *(self._asked(r).least for r in plan.requests)])
+        last = self._sampled
+        if last is None or (last.requests, last.rows, last.variant) != (plan.requests, rows, variant):
+            self._sampled = last = self._settings(plan.requests, rows, variant)
+        batch = self._batch(plan.requests, [1] * len(plan.requests), rows, 1, plan.steps, last)
+        if variant.full:
+            prompt_counts, output_counts = self._counts(plan.requests, rows)
+            batch = dataclasses.replace(batch, prompt_counts=prompt_counts, output_counts=output_counts)
+        return batch, variant
+
+    def _batch(self, requests: list[Request], chunks: list[int], rows: int, width: int, steps: int, sampled: Sampled) -> Batch:
         tokens = np.full((rows, width), self.vocab, np.int32)
         page_tables = np.full((rows, len(self.needs.groups.windows), self.pages), self.num_pages, np.int32)
         start, length, context, remaining, position = np.zeros((5, rows), np.int32)
-        sampled = requests if isinstance(plan, Decode) else []  # prefill has no use for the rest: it stays one shape
-        ends = [self.end_ids(r) for r in sampled]
-        end_ids = np.full((rows, bucket(max([1, *map(len, ends)]))), PAST_THE_END, np.int32)
+        longest = 0
         for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
             start[i], length[i] = request.cached, request.cached + chunk
             tokens[i, :chunk] = request.tokens(request.cached, request.cached + chunk)
             stop = min(request.cached + chunk + steps - 1, request.most_tokens)
-            last = self.needs.holding(stop)
+            longest, last = max(longest, stop), self.needs.holding(stop)
             for group, held in enumerate(request.held):
                 page_tables[i, group, held.first : last] = held.pages[: last - held.first]
             context[i] = request.context
             position[i] = len(request.output_ids)
             remaining[i] = self._room(request)
-        for i, ids in enumerate(ends):
-            end_ids[i, : len(ids)] = sorted(ids)
-
-        longest = max(min(r.cached + c + steps - 1, r.most_tokens) for r, c in zip(requests, chunks, strict=True))
-        settings = stack_settings([self._settings(r) for r in sampled], rows=rows)
-        prompt_counts, output_counts = self._counts(sampled, rows)
         return Batch(
-            tokens, page_tables, start, length, context, remaining, position, end_ids, settings,
-            np.array(longest, np.int32), np.array(steps, np.int32), prompt_counts, output_counts,
+            tokens, page_tables, start, length, context, remaining, position, sampled.end_ids, sampled.settings,
+            np.array(longest, np.int32), np.array(steps, np.int32), sampled.reported,
         )  # fmt: skip
 
-    def _settings(self, request: Request) -> SamplerSettings:
-        if request.settings is None:
-            request.settings = settings_from(request.params, request.key, eos_ids=self.eos_ids)
-        return request.settings
+    def _settings(self, requests: list[Request], rows: int, variant: Variant) -> Sampled:
+        each = [self._asked(request) for request in requests]
+        end_ids = np.full((rows, variant.ends), PAST_THE_END, np.int32)
+        for i, one in enumerate(each):
+            end_ids[i, : len(one.ends)] = sorted(one.ends)
+        settings = stack_settings([one.settings for one in each], rows=rows, biased=variant.biased, held=variant.held)
+        reported = np.array(max((r.params.logprobs or 0 for r in requests), default=0), np.int32)
+        return Sampled(requests, rows, variant, *jax.device_put((end_ids, settings, reported)))
 
     def _counts(self, requests: list[Request], rows: int) -> tuple[Counts, Counts]:
-        """How often each token occurs in prompt and output, when some request's penalties need to know."""
-        if not any(r.params.counts_tokens for r in requests):
-            return None, None
-        counts = np.zeros((2, rows, self.vocab), np.int32)
-        for i, request in enumerate(requests):
-            counts[0, i] = np.bincount(request.prompt_ids, minlength=self.vocab)
-            counts[1, i] = np.bincount(np.asarray(request.output_ids, np.int64), minlength=self.vocab)
-        return counts[0], counts[1]
+        """How often each token occurs in prompt and output of those whose penalties need to know; zeros for others."""
+        each = [self._asked(request).counts(request.output_ids) for request in requests]
+        if all(counts is None for counts in each):
+            if rows not in self._uncounted:
+                self._uncounted[rows] = jnp.zeros((rows, self.vocab), jnp.int32)
+            return self._uncounted[rows], self._uncounted[rows]
+        found = np.zeros((2, rows, self.vocab), np.int32)
+        for i, counts in enumerate(each):
+            if counts is not None:
+                found[:, i] = counts
+        return found[0], found[1]
 
 
 @pytree
@@ -143,21 +160,39 @@ class StepOutput:
     top_logprobs: Float32[Array, "requests steps top"] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """The tokens that one request got from a dispatch; the rest of what came with them is fetched when it is asked for."""
+
+    request: Request
+    token_ids: list[int]
+    output: StepOutput
+    row: int
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last of them ends its request's text."""
+        return bool(self.token_ids) and self.token_ids[-1] in self.request.asked.ends
+
+    def logprobs(self) -> list[float]:
+        """The log-probability of each token."""
+        return np.asarray(self.output.logprobs)[self.row, : len(self.token_ids)].tolist()
+
+    def likeliest(self, count: int) -> list[dict[int, float]]:
+        """For each token the `count` likeliest ids and the one it is, with their log-probabilities."""
+        found: list[dict[int, float]] = [{} for _ in self.token_ids]
+        if count:
+            ids, values = (np.asarray(x)[self.row].tolist() for x in (self.output.top_ids, self.output.top_logprobs))
+            found = [dict(zip(i[:count], v[:count], strict=True)) for i, v in zip(ids, values, strict=True)]
+        own = zip(found, self.token_ids, self.logprobs(), strict=False)
+        return [likeliest | {token: logprob} for likeliest, token, logprob in own]
+
+
 def read(output: StepOutput, requests: list[Request], vocab: int) -> list[Made]:
-    """Wait for the device and sort its results by request."""
-    output = jax.device_get(output)
-    made = []
-    for i, request in enumerate(requests):
-        token_ids = [int(t) for t in output.tokens[i] if t < vocab]
-        logprobs = [float(x) for x in output.logprobs[i, : len(token_ids)]]
-        wanted = request.params.logprobs
-        top = [_top(output, i, j, wanted) | {t: logprobs[j]} for j, t in enumerate(token_ids)] if wanted is not None else []
-        made.append(Made(token_ids, logprobs, top))
-    return made
-
-
-def _top(output: StepOutput, row: int, step: int, count: int) -> dict[int, float]:
-    if not count:
-        return {}
-    ids, values = output.top_ids[row, step, :count], output.top_logprobs[row, step, :count]
-    return {int(t): float(x) for t, x in zip(ids, values, strict=True)}
+    """Wait for the device, and sort the tokens it made by request."""
+    tokens = np.asarray(output.tokens)
+    counts = np.sum(tokens < vocab, axis=1).tolist()
+    return [
+        Made(r, ids[:count], output, i)
+        for i, (r, ids, count) in enumerate(zip(requests, tokens.tolist(), counts, strict=False))
+    ]

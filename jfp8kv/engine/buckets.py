@@ -1,47 +1,85 @@
-"""The few shapes that compiled steps come in, so that a warm engine never compiles again."""
+"""The few shapes that compiled steps come in, so that a warm engine never compiles again, and who gets the tokens of a turn."""
 
 import dataclasses
 
 import jax
 
+from jfp8kv.core.errors import ConfigError
+
 DECODE_STEPS = 8  # tokens per dispatch: long enough to hide the host's work, short enough to stream and to admit
+FEW_STEPS = 2  # while prompts are run beside: those that decode stream on, and prompts keep most of the device
+USUAL_REQUESTS = 64  # at once, when nobody says
+NARROWEST = 16  # chunks below save little: a CPU or GPU reads all weights for a single token
 
 
-def default_token_budget() -> int:
-    """Prompt tokens per dispatch when nobody says: what keeps this machine busy."""
+def default_chunk() -> int:
+    """The widest chunk of a prompt when nobody says: what keeps this machine busy."""
     return 512 if jax.default_backend() == "cpu" else 2048
+
+
+def turn_tokens(chunk: int, max_requests: int) -> int:
+    """The budget of a turn that has room for `chunk` tokens of prompts beside a few of every request that decodes."""
+    return chunk + FEW_STEPS * max(2, _power_of_two(max_requests))
+
+
+def longest_span(chunk: int) -> int:
+    """The most tokens that one dispatch adds to a text."""
+    return max(chunk, DECODE_STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """Request counts are powers of two; prefill chunks are powers of four up to a token budget.
+    """Request counts are powers of two. Chunk widths are a prompt's share of a turn, its half and quarter (padding is at most
+    as much as the prompt), and from there every fourth part.
 
-    `fewest`: the smallest batch, 2 where a product with a single row is slow (models/linear.py).
+    `token_budget`: most tokens of a turn, padding included. Prompts get what a full decode of few steps leaves, always: their
+    chunks keep their width whatever decodes beside. `fewest`: the smallest decode batch, 2 where a product with a single row
+    is slow (models/linear.py).
     """
 
     max_requests: int
     token_budget: int
-    decode_steps: int
+    decode_steps: int = DECODE_STEPS
     fewest: int = 1
+
+    @classmethod
+    def of(cls, max_num_seqs: int | None, max_num_batched_tokens: int | None, *, fewest: int = 1) -> "Buckets":
+        """For what a user asked. No budget leaves prompts `default_chunk` tokens; no number of requests is `USUAL_REQUESTS`, or
+        as many as leave prompts half of the budget. `ConfigError` if prompts would get nothing."""
+        if max_num_seqs is None:
+            half = (max_num_batched_tokens or turn_tokens(default_chunk(), USUAL_REQUESTS)) // 2
+            max_num_seqs = max(1, min(USUAL_REQUESTS, half // FEW_STEPS))
+        budget = max_num_batched_tokens or turn_tokens(default_chunk(), max_num_seqs)
+        if budget < (least := turn_tokens(1, max_num_seqs)):
+            raise ConfigError(
+                f"max_num_batched_tokens={max_num_batched_tokens}: {least - 1} tokens of a turn are for max_num_seqs="
+                f"{max_num_seqs} requests that decode, which leaves none for prompts: give at least "
+                f"{turn_tokens(NARROWEST, max_num_seqs)}, or a smaller max_num_seqs."
+            )
+        return cls(max_num_seqs, budget, fewest=fewest)
+
+    @property
+    def widest(self) -> int:
+        """The widest chunk, and the most tokens of prompts in a turn."""
+        return self.token_budget - turn_tokens(0, self.max_requests)
 
     @property
     def span(self) -> int:
         """The most tokens that one dispatch adds to a text."""
-        return max(self.token_budget, self.decode_steps)
+        return longest_span(self.widest)
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Prefill chunk widths, in tokens: 16, 64, 256, ... and the budget itself."""
-        widths = []
-        width = 16
-        while width < self.token_budget:
-            widths.append(width)
-            width *= 4
-        return (*widths, self.token_budget)
+        """Prefill chunk widths, the narrowest first."""
+        widths, part = [self.widest], 2
+        while self.widest // part >= NARROWEST:
+            widths.append(self.widest // part)
+            part *= 2 if part < 4 else 4
+        return tuple(reversed(widths))
 
     def chunk(self, tokens: int) -> int:
         """The narrowest chunk that holds `tokens`, or the widest there is."""
-        return next((width for width in self.chunks if width >= tokens), self.token_budget)
+        return next((width for width in self.chunks if width >= tokens), self.widest)
 
     def extension(self, tokens: int) -> int:
         """The same for texts of sessions, which often go on by a token: then that is all they run."""
@@ -49,12 +87,26 @@ class Buckets:
 
     def prefill_requests(self, width: int) -> int:
         """How many requests a prefill of chunks of this width may take."""
-        return max(1, min(self.token_budget // width, self.max_requests))
+        return min(1 << (self.widest // width).bit_length() - 1, self.max_requests)
 
-    def requests(self, count: int) -> int:
-        """The padded batch for `count` requests."""
-        return max(self.fewest, 1 << (count - 1).bit_length())
+    def prefill_rows(self, count: int, width: int) -> int:
+        """The padded batch for chunks of `count` requests. A token alone, which no chunk is, is as slow as in a decode."""
+        return _power_of_two(count) if width in self.chunks else self.decode_rows(count)
 
-    def request_counts(self, most: int) -> list[int]:
-        """Every padded batch that `1 .. most` requests can give."""
-        return sorted({self.requests(count) for count in range(1, most + 1)})
+    def decode_rows(self, count: int) -> int:
+        """The padded batch for `count` requests that decode."""
+        return max(self.fewest, _power_of_two(count))
+
+    def steps(self, count: int, *, few: bool) -> int:
+        """Most tokens that each of `count` requests makes in one decode."""
+        return min(FEW_STEPS if few else self.decode_steps, self.token_budget // self.decode_rows(count))
+
+
+def _power_of_two(count: int) -> int:
+    """The least power of two that is not below `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+def counts(most: int) -> list[int]:
+    """A count for every padded batch that `1 .. most` requests can give."""
+    return sorted({min(_power_of_two(count), most) for count in range(1, most + 1)})

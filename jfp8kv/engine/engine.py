@@ -1,8 +1,8 @@
 """The loop: requests in, tokens out. Holds the weights, the pool, the scheduler and the counters."""
 
+import contextlib
 import dataclasses
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,15 +14,16 @@ from jfp8kv.attention import dispatch
 from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.core.errors import CapacityError, ConfigError
 from jfp8kv.core.platform import activation_dtype
-from jfp8kv.engine import copies, products, step
-from jfp8kv.engine.batch import Batch, Batcher, Made, read
-from jfp8kv.engine.buckets import DECODE_STEPS, Buckets, default_token_budget
+from jfp8kv.engine import copies, products, results, step
+from jfp8kv.engine.batch import Batch, Batcher, Made, StepOutput, read
+from jfp8kv.engine.buckets import Buckets, counts
 from jfp8kv.engine.kv import context_length, positive, setup
-from jfp8kv.engine.metrics import Stats
+from jfp8kv.engine.metrics import Stats, Stopwatch
 from jfp8kv.engine.paging import Paging
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import CANCELLED, Request, Status
-from jfp8kv.engine.scheduler import Decode, Plan, Prefill, Scheduler
+from jfp8kv.engine.scheduler import Decode, Prefill, Scheduler, Turn
+from jfp8kv.engine.variants import FULL, PLAIN, Variant
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import switch_length
@@ -44,6 +45,15 @@ class Holding:
         return Holding(self.paging, twin)
 
 
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """A part of a turn that was given to the device, and what will come of it."""
+
+    turn: int
+    plan: Decode | Prefill
+    output: Any
+
+
 class Engine:
     """Runs requests of one model over one pool of pages. See `jfp8kv.LLM` for the arguments."""
 
@@ -55,7 +65,7 @@ class Engine:
         kv_scales: Any = "auto",
         kv_cache_memory: Any = None,
         max_model_len: Any = None,
-        max_num_seqs: Any = 64,
+        max_num_seqs: Any = None,
         max_num_batched_tokens: Any = None,
         page_size: Any = 64,
         attention: Any = None,
@@ -64,17 +74,16 @@ class Engine:
         config = params.config
         cpu = jax.default_backend() == "cpu"
         self.max_model_len = context_length(config, max_model_len)
-        max_num_seqs = positive("max_num_seqs", max_num_seqs, 64)
-        budget = positive("max_num_batched_tokens", max_num_batched_tokens, default_token_budget())
         halves_on_cpu = cpu and activation_dtype(params.dtype).itemsize == 2
-        self.buckets = Buckets(max_num_seqs, budget, DECODE_STEPS, fewest=2 if halves_on_cpu else 1)
+        asked = positive("max_num_seqs", max_num_seqs), positive("max_num_batched_tokens", max_num_batched_tokens)
+        self.buckets = Buckets.of(*asked, fewest=2 if halves_on_cpu else 1)
 
         self.params = params
         sizes = {"page_size": page_size, "span": self.buckets.span, "longest": self.max_model_len}
         self.kv = setup(params, kv_dtype, kv_scales, **sizes)
         self.needs = self.kv.needs
         longest = self.needs.total(self.max_model_len)
-        self.num_pages = self.kv.num_pages(kv_cache_memory, most=longest * max_num_seqs)
+        self.num_pages = self.kv.num_pages(kv_cache_memory, most=longest * self.buckets.max_requests)
         self.attention = dispatch.choose(attention, jax.eval_shape(lambda: self.kv.pool(self.num_pages)))
         self.kv = dataclasses.replace(self.kv, keys_transposed=self.attention.keys_transposed)
         self.pages = self.kv.pool(self.num_pages)
@@ -112,6 +121,10 @@ class Engine:
         )
         self.scheduler = self._new_scheduler()
         self.dropped: deque[Holding] = deque()
+        self._flying: deque[Flight] = deque()  # dispatched and not booked, in order
+        self._made: deque[Made] = deque()  # tokens that requests got and their users were not told of
+        self._turn = 0
+        self._watch, self._free_since = Stopwatch(), 0.0
 
     def _new_scheduler(self) -> Scheduler:
         paging = Paging(PageAllocator(self.num_pages), self.needs, **self._paging)
@@ -155,128 +168,152 @@ class Engine:
         """Take requests out, whatever their state, and free their pages at once."""
         for request in requests:
             if request.finish_reason is None:
-                self._finish(request, CANCELLED)
+                results.finish(request, CANCELLED, self.scheduler)
         self._count_used()
 
     def step(self) -> None:
-        """One dispatch for whatever is queued, whoever queued it."""
+        """A turn for whatever is queued, whoever queued it.
+
+        Waits for the last turn's tokens, books of them what the next plan needs, and dispatches that; while it runs, texts are
+        made of the tokens, and their users told.
+        """
         self.free_dropped()
-        plan = self.scheduler.plan()
-        if plan is None:
-            return
-        began = time.perf_counter()
-        made = self._dispatch(plan)
-        seconds = time.perf_counter() - began
-        if isinstance(plan, Prefill):
-            self.stats.prefill_s += seconds
-            self.stats.prefill_steps += 1
-            for request, chunk in zip(plan.requests, plan.chunks, strict=True):
-                request.cached += chunk
-                self.scheduler.paging.keep(request)
-        else:
-            self.stats.decode_s += seconds
-            self.stats.decode_steps += plan.steps
-            for request, new in zip(plan.requests, made, strict=True):
-                self._advance(request, new)
+        with self._watch, self._whole():
+            self._collect()
+            try:
+                self._dispatch(self.scheduler.plan())
+            finally:
+                self._tell()
+
+    def settle(self) -> None:
+        """Wait for whatever is on the device, and book all of it."""
+        with self._watch, self._whole():
+            self._collect(everything=True)
+            self._tell()
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What fails in between, on the host or on the device, leaves an empty engine that works."""
+        try:
+            yield
+        except CapacityError:  # nothing was run
+            raise
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _abandon(self) -> None:
+        """After a failure the donated pool may be gone: drop every request and start with an empty one."""
+        for request in (*self.scheduler.waiting, *self.scheduler.running, *(made.request for made in self._made)):
+            if request.finish_reason is None:
+                request.status, request.held, request.finish_reason = Status.FINISHED, [], CANCELLED
+        flying, self._flying = self._flying, deque()
+        self._made.clear()
+        for flight in flying:
+            with contextlib.suppress(Exception):
+                jax.block_until_ready(flight.output)  # what still runs holds memory
+        self.scheduler = self._new_scheduler()
+        del self.pages
+        self.pages = self.kv.pool(self.num_pages)
         self._count_used()
 
     def _count_used(self) -> None:
         self.stats.kv_tokens_used = sum(r.cached for r in self.scheduler.running)
         self.stats.kv_bytes_used = self.scheduler.paging.allocator.used_pages * self.kv.page_bytes
 
-    def _dispatch(self, plan: Plan) -> list[Made]:
-        """Run `plan` on the device; what each request got, nothing for a prefill."""
-        batch, vocab = self.batcher.build(plan), self.params.config.vocab
-        if isinstance(plan, Prefill):
-            self._call(step.prefill, batch)
-            return []
-        top = step.top_width([r.params.logprobs for r in plan.requests])
-        return read(self._call(step.decode, batch, most_steps=self.buckets.decode_steps, top=top), plan.requests, vocab)
+    # -- the device -----------------------------------------------------------------------------------------------------
 
-    def _call(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
-        """Run a step on the pool, in place, after the copies of pages that it waits for."""
-        try:
-            self._copy_pages()
-            out, self.pages = self.programs.call(function, batch, self.pages, **static)
-            jax.block_until_ready(self.pages)
-        except BaseException:
-            self._abandon()
-            raise
+    def _dispatch(self, turn: Turn | None) -> None:
+        """Hand a turn to the device, which runs it while the host goes on."""
+        if turn is None:
+            return
+        if not self._flying:
+            self._free_since = self._watch.now()
+        self._turn += 1
+        if turn.decode is not None:
+            batch, variant = self.batcher.decode(turn.decode)
+            output = self._decode(batch, variant)
+            self._flying.append(Flight(self._turn, turn.decode, output))
+            self.stats.decode_steps += turn.decode.steps
+        if turn.prefill is not None:
+            output = self._launch(step.prefill, self.batcher.prefill(turn.prefill))
+            self._flying.append(Flight(self._turn, turn.prefill, output))
+            self.stats.prefill_steps += 1
+            for request, chunk in zip(turn.prefill.requests, turn.prefill.chunks, strict=True):
+                request.cached += chunk
+                self.scheduler.paging.keep(request)
+        self._count_used()
+
+    def _decode(self, batch: Batch, variant: Variant) -> StepOutput:
+        static = {"most_steps": self.buckets.decode_steps, "top": min(variant.top, self.params.config.vocab)}
+        return self._launch(step.decode, batch, variant=variant.name, **static)
+
+    def _launch(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
+        """Start a step on the pool, in place, after the copies of pages that it waits for."""
+        self._copy_pages()
+        output, self.pages = self.programs.call(function, batch, self.pages, **static)
         self.stats.compilations = len(self.programs.built)
-        return out
+        return output
 
     def _copy_pages(self) -> None:
+        """Hand the copies that were noted to the device. Whatever became of their pages since, on the host: nothing has written
+        to these in between, as every step comes after all that were noted before it."""
         paging = self.scheduler.paging
         for some in copies.dispatches(paging.copies):
             _, self.pages = self.programs.call(copies.copy, some, self.pages)
         paging.copies.clear()
 
-    def _abandon(self) -> None:
-        """After a failed step the donated pool may be gone: drop every request and start with an empty one."""
-        for request in (*self.scheduler.waiting, *self.scheduler.running):
-            request.status, request.held, request.finish_reason = Status.FINISHED, [], CANCELLED
-        self.scheduler = self._new_scheduler()
-        self.pages = self.kv.pool(self.num_pages)
+    def _run(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
+        """`_launch`, and wait until it is done."""
+        with self._whole():
+            output = self._launch(function, batch, **static)
+            return jax.block_until_ready((output, self.pages))[0]
+
+    def _collect(self, *, everything: bool = False) -> None:
+        """Wait for the tokens of the last turn, and book them. Its prompts may run on: no plan depends on how they end.
+
+        That they do end is seen a turn later, so the host is never more than a turn ahead.
+        """
+        while self._flying:
+            flight = self._flying[0]
+            if isinstance(flight.plan, Prefill) and flight.turn == self._turn and not everything:
+                return
+            if isinstance(flight.plan, Prefill):
+                jax.block_until_ready(flight.output)
+                self.stats.prefill_s += self._seconds()
+            elif any(r.status is Status.RUNNING for r in flight.plan.requests):
+                made = read(flight.output, flight.plan.requests, self.params.config.vocab)
+                self.stats.decode_s += self._seconds()
+                self._made += [m for m in made if results.book(m, self.scheduler, self.batcher.switch_length)]
+            self._flying.popleft()
+
+    def _seconds(self) -> float:
+        """Since the device was free."""
+        before, self._free_since = self._free_since, self._watch.now()
+        return self._free_since - before
+
+    def _tell(self) -> None:
+        """Make texts of the tokens that were booked. A request that a stop string ends may have more on the device: dropped
+        when it comes."""
+        while self._made:
+            if self._made[0].request.finish_reason is None:
+                results.tell(self._made[0], self.scheduler, self.stats)
+            self._made.popleft()
         self._count_used()
-
-    # -- results --------------------------------------------------------------------------------------------------------
-
-    def _advance(self, request: Request, made: Made) -> None:
-        """Book the tokens that one request got."""
-        request.cached += len(made.token_ids)
-        now = time.perf_counter()
-        if request.first_token is None:
-            request.first_token = now
-        self.stats.generated_tokens += len(made.token_ids)
-        request.output_ids += made.token_ids
-        request.output_logprobs += made.logprobs
-        request.top_logprobs += made.top
-        self.scheduler.paging.keep(request)
-        if reason := self._finish_reason(request, made.token_ids):
-            self._finish(request, reason)
-            request.finished = now
-        elif (limit := self.batcher.switch_length) is not None and request.context <= limit < request.num_tokens:
-            self.scheduler.paging.release(request)
-            request.begin_again(request.num_tokens)
-
-    def _finish_reason(self, request: Request, new_ids: list[int]) -> str | None:
-        ends = self.batcher.end_ids(request)
-        ended = bool(new_ids) and new_ids[-1] in ends
-        text = request.detokenizer
-        if text is not None:
-            request.text += text.push(new_ids[:-1] if ended else new_ids)
-            if text.stopped is not None:
-                self._cut(request, text.tokens_kept)
-                request.stop_reason = text.stopped
-                return "stop"
-        if ended:
-            request.stop_reason = new_ids[-1]
-            return "stop"
-        return "length" if len(request.output_ids) >= request.max_tokens else None
-
-    def _cut(self, request: Request, tokens: int) -> None:
-        """Drop what was generated past a stop string."""
-        for made in (request.output_ids, request.output_logprobs, request.top_logprobs):
-            del made[tokens:]
-
-    def _finish(self, request: Request, reason: str) -> None:
-        if request.detokenizer is not None and request.detokenizer.stopped is None:
-            request.text += request.detokenizer.finish()
-        request.finish_reason = reason
-        self.scheduler.finish(request)
 
     # -- logits ---------------------------------------------------------------------------------------------------------
 
     def logits(self, token_ids: list[int]) -> Iterator[np.ndarray]:
         """float32 `[chunk, vocab]` after each token, chunk by chunk, through the cache as in generation."""
         for chunk, logits in self.chunks(token_ids, step.score):
-            yield np.asarray(logits[0, : len(chunk)])
+            yield np.asarray(logits)[0, : len(chunk)]  # cut on the host: the device would compile for each length
 
     def chunks(self, token_ids: list[int], function: Callable, **static: Any) -> Iterator[tuple[range, Any]]:
         """Run a text through `function` (a step such as `step.score`) chunk by chunk: the positions, and what it gave.
 
         That is on the device, and padded: `[requests, tokens, ...]`, of which the first row's first tokens are meant.
         """
+        self.settle()
         request = Request(token_ids, SamplingParams(max_tokens=1), np.zeros(2, np.uint32), max_tokens=1)
         paging = self.scheduler.paging  # a failed step replaces the engine's
         pages, free = self.needs.total(len(token_ids)), paging.allocator.free_pages
@@ -302,11 +339,12 @@ class Engine:
             wide = width(max(r.uncached for r in left))
             chosen = left[: self.buckets.prefill_requests(wide)]
             chunks = [min(r.uncached, wide) for r in chosen]
+            self.settle()  # whoever makes room has nothing on the device then
             for request, chunk in zip(chosen, chunks, strict=True):
                 self.scheduler.make_room(request, request.cached + chunk)
-            batch = self.batcher.build(Prefill(chosen, chunks, wide))
+            batch = self.batcher.prefill(Prefill(chosen, chunks, wide))
             positions = [range(r.cached, r.cached + chunk) for r, chunk in zip(chosen, chunks, strict=True)]
-            yield chosen, positions, self._call(function, batch, **static)  # not kept here: it may be large
+            yield chosen, positions, self._run(function, batch, **static)  # not kept here: it may be large
             for request, chunk in zip(chosen, chunks, strict=True):
                 request.cached += chunk
 
@@ -320,6 +358,7 @@ class Engine:
         The tokens from position `wanted` on, and the last of each text, are run even where others have them in the cache.
         """
         self.free_dropped()
+        self.settle()
         for holding in holdings:
             self._take_up(holding, wanted)
         yield from self._chunks([h.request for h in holdings], function, self.buckets.extension)
@@ -348,21 +387,26 @@ class Engine:
             self._count_used()
 
     def warmup(self) -> None:
-        """Compile every program that plain requests can need.
-
-        Requests with penalties, logit_bias, min_tokens, logprobs or more than 8 end tokens each add a decode program once.
-        """
+        """Compile every program that requests and single sessions can need, but for requests with lists of ids longer than
+        `variants.FULL` has."""
+        self.settle()
         for width in self.buckets.chunks:
-            for rows in self.buckets.request_counts(self.buckets.prefill_requests(width)):
-                self._rehearse(lambda requests, w=width: Prefill(requests, [1] * len(requests), w), rows)
-        for rows in self.buckets.request_counts(self.buckets.max_requests):
-            self._rehearse(lambda requests: Decode(requests, 1), rows)
-        self._call(copies.copy, copies.Copies.of([]))
+            for rows in counts(self.buckets.prefill_requests(width)):
+                requests = self._nobody(rows)
+                self._run(step.prefill, self.batcher.prefill(Prefill(requests, [1] * rows, width)))
+        for width in (self.buckets.extension(1), *self.buckets.chunks):
+            batch = self.batcher.prefill(Prefill(self._nobody(1), [1], width))
+            for function in (step.prefill, step.score):
+                self.programs.program(function, batch, self.pages)
+        self._run(copies.copy, copies.Copies.of([]))
+        for rows in counts(self.buckets.max_requests):
+            for variant in (PLAIN, FULL):
+                batch, _ = self.batcher.decode(Decode(self._nobody(rows), 1), variant)
+                with self._whole():
+                    jax.block_until_ready(self._decode(batch, variant))
+        self.stats.compilations = len(self.programs.built)
 
-    def _rehearse(self, plan: Callable[[list[Request]], Plan], rows: int) -> None:
-        """Run a plan for `rows` requests that own no page: nothing is written, nothing is booked."""
+    def _nobody(self, count: int) -> list[Request]:
+        """Requests that own no page: running them writes nothing."""
         params = SamplingParams(max_tokens=1)
-        requests = [
-            Request([0], params, np.zeros(2, np.uint32), max_tokens=1) for _ in range(min(rows, self.buckets.max_requests))
-        ]
-        self._dispatch(plan(requests))
+        return [Request([0], params, np.zeros(2, np.uint32), max_tokens=1) for _ in range(count)]

@@ -189,15 +189,14 @@ def _for_formats(scales: KVScales, formats: tuple[KVFormat, ...]) -> KVScales:
 
 def context_length(config: ModelConfig, max_model_len: Any) -> int:
     """Most tokens of a request; None is what the model was trained for. Raises `ConfigError` for more than that."""
-    length = positive("max_model_len", max_model_len, config.max_len)
+    length = positive("max_model_len", max_model_len) or config.max_len
     if length > config.max_len:
         raise ConfigError(f"max_model_len={max_model_len}: this model was trained for at most {config.max_len} tokens.")
     return length
 
 
-def positive(name: str, value: Any, default: int) -> int:
-    """A positive integer, `default` for None; `ConfigError` with the name otherwise."""
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def positive(name: str, value: Any) -> int | None:
+    """A positive integer or None; `ConfigError` with the name otherwise."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ConfigError(f"{name}={value!r}: must be a positive integer.")
     return value

@@ -23,10 +23,12 @@ from jfp8kv.engine.request import Request
 
 @dataclasses.dataclass
 class Held:
-    """Pages in a row of a text's pages, of one group of layers: the `first` and those after it."""
+    """Pages in a row of a text's pages, of one group of layers: the `first` and those after it. Full ones with numbers below
+    `kept` may be found by others."""
 
     first: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
+    kept: int = 0
 
     @property
     def end(self) -> int:
@@ -96,7 +98,7 @@ class Paging:
     def share(self, request: Request) -> list[Held]:
         """What `request` holds of its cached tokens, held by another as well."""
         end = self.needs.holding(request.cached)
-        shared = [Held(held.first, held.pages[: end - held.first]) for held in request.held]
+        shared = [Held(held.first, held.pages[: end - held.first], held.kept) for held in request.held]
         for held in shared:
             self.allocator.share(held.pages)
         return shared
@@ -113,6 +115,7 @@ class Paging:
             end = max(0, self.needs.holding(tokens) - held.first)
             self.allocator.release(held.pages[end:])
             del held.pages[end:]
+            held.kept = min(held.kept, tokens // self.needs.page_size)
         request.cached = tokens
 
     def release(self, request: Request) -> None:
@@ -156,18 +159,19 @@ class Paging:
             first = self.needs.first(group, tokens)
             found = [page for key in keys[first:] if (page := self.allocator.find((key, group))) is not None]
             self.allocator.share(found)
-            request.held.append(Held(first, found))
+            request.held.append(Held(first, found, kept=tokens // self.needs.page_size))
         request.cached = tokens
 
     def keep(self, request: Request) -> None:
         """What `request` has in full pages may be found by others, and in the last one too before it has made any token."""
-        if not self.reuse:
+        if not self.reuse or not request.held:
             return
         size = self.needs.page_size
         keys = self._full(request, min(request.cached, request.num_tokens))
         for group, held in zip(self._groups, request.held, strict=True):
-            for page, key in zip(held.pages, keys[held.first :], strict=False):
-                self.allocator.keep(page, (key, group), size)
+            for number in range(max(held.first, held.kept), min(held.end, len(keys))):
+                self.allocator.keep(held.pages[number - held.first], (keys[number], group), size)
+            held.kept = max(held.kept, len(keys))
         page, slots = divmod(request.num_tokens - 1, size)
         if slots and not request.output_ids and request.cached >= request.num_tokens - 1:
             key = self.keys(request)[page]

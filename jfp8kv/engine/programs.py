@@ -18,6 +18,7 @@ import jax
 
 from jfp8kv.cache.pages import KVPages
 from jfp8kv.engine.batch import Batch
+from jfp8kv.engine.compile_report import CompiledStep, CompileReport
 from jfp8kv.engine.copies import Copies
 from jfp8kv.engine.step import Model, Weights
 
@@ -31,6 +32,7 @@ class Program:
     name: str
     requests: int
     tokens: int
+    variant: str
     seconds: float
     run: Any  # jax.stages.Compiled: (weights, scales, batch, pages) -> (output, pages), the pages donated
 
@@ -38,6 +40,11 @@ class Program:
     def memory(self) -> Any:
         """XLA's account of the program: `temp_size_in_bytes`, `alias_size_in_bytes`, ..."""
         return self.run.memory_analysis()
+
+    def described(self, *, shared: bool) -> CompiledStep:
+        """Its line of a report."""
+        sizes = (getattr(self.memory, f"{part}_size_in_bytes", 0) for part in ("temp", "generated_code"))
+        return CompiledStep(self.name, self.requests, self.tokens, self.variant, self.seconds, *sizes, shared)
 
 
 KEPT = 64  # programs kept for engines to come
@@ -58,17 +65,19 @@ class Programs:
         self._own: dict[Key, Program] = {}
         self._fixed = (model, _signature((weights, scales)))
 
-    def call(self, step: Callable, batch: Batch | Copies, pages: KVPages, **static: Any) -> tuple[Any, KVPages]:
+    def call(
+        self, step: Callable, batch: Batch | Copies, pages: KVPages, *, variant: str = "", **static: Any
+    ) -> tuple[Any, KVPages]:
         """`step(model, weights, scales, batch, pages, **static)`, compiled; `pages` is donated."""
-        program = self.program(step, batch, pages, **static)
+        program = self.program(step, batch, pages, variant=variant, **static)
         return program.run(self.weights, self.scales, batch, pages)
 
-    def program(self, step: Callable, batch: Batch | Copies, pages: KVPages, **static: Any) -> Program:
-        """The compiled program for a step on arrays shaped like these (shapes suffice)."""
+    def program(self, step: Callable, batch: Batch | Copies, pages: KVPages, *, variant: str = "", **static: Any) -> Program:
+        """The compiled program for a step on arrays shaped like these (shapes suffice). `variant` names it in the report."""
         key = (step, *static.items(), self._fixed, _signature((batch, pages)))
         if key not in self._own:
             if key not in _recent:
-                self.built.append(self._build(step, batch, pages, static))
+                self.built.append(self._build(step, batch, pages, variant, static))
                 _recent[key] = self.built[-1]
             _recent.move_to_end(key)
             self._own[key] = _recent[key]
@@ -76,12 +85,17 @@ class Programs:
                 _recent.popitem(last=False)
         return self._own[key]
 
-    def _build(self, step: Callable, batch: Batch | Copies, pages: KVPages, static: dict[str, Any]) -> Program:
+    def report(self) -> CompileReport:
+        """What was compiled for this engine, or found ready."""
+        built = set(map(id, self.built))
+        return CompileReport(tuple(p.described(shared=id(p) not in built) for p in self._own.values()))
+
+    def _build(self, step: Callable, batch: Batch | Copies, pages: KVPages, variant: str, static: dict[str, Any]) -> Program:
         began = time.perf_counter()
         function = jax.jit(functools.partial(step, self.model, **static), donate_argnums=3)
         compiled = function.lower(self.weights, self.scales, batch, pages).compile()
         requests, tokens = batch.shape
-        return Program(step.__name__, requests, tokens, time.perf_counter() - began, compiled)
+        return Program(step.__name__, requests, tokens, variant, time.perf_counter() - began, compiled)
 
 
 def _signature(tree: Any) -> Key:

@@ -7,7 +7,6 @@ from typing import Any
 
 from jfp8kv.engine.detokenize import Detokenizer
 from jfp8kv.sampling.params import SamplingParams
-from jfp8kv.sampling.settings import SamplerSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Request:
     max_tokens: int  # of output: what the parameters ask for, as far as the context has room
     index: int = 0  # which of the n continuations of its prompt
     detokenizer: Detokenizer | None = None
-    settings: SamplerSettings | None = None  # `params` for the device, made when first needed
+    asked: Any = None  # `params` for the device, made when first needed (engine/variants.py)
     status: Status = Status.WAITING
     output_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list[float] = dataclasses.field(default_factory=list)

@@ -5,9 +5,9 @@ what those that run are about to take. Texts grow; when pages run out the one th
 run anew (*preemption*): whoever came first always gets on, and since the empty pool could hold any one request, all end. What a
 preempted request had made stays made.
 
-Each turn is one dispatch to the device: a prefill of chunks under a token budget, or a decode of several tokens for every
-request that has only its last token left to run. Prefill goes first, since a fuller decode batch costs hardly more than a thin
-one, but never more than `PREFILLS_PER_DECODE` times in a row while others wait to decode.
+Each turn decodes every request that has only its last token left to run, and beside that prefills chunks of those that have
+more, under one budget of tokens. Decode is served first and takes few steps while there is something to prefill: a long prompt
+stalls nobody, and whoever decodes gets tokens every turn.
 
 A request whose next page is just being made by another waits for it, to share it (engine/paging.py).
 """
@@ -22,8 +22,6 @@ from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.paging import Paging
 from jfp8kv.engine.request import Request, Status
-
-PREFILLS_PER_DECODE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +40,18 @@ class Decode:
     requests: list[Request]
     steps: int
 
+    def only_running(self) -> "Decode | None":
+        """The same without those that were preempted since it was planned."""
+        left = [r for r in self.requests if r.status is Status.RUNNING]
+        return Decode(left, self.steps) if left else None
 
-Plan = Prefill | Decode
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What is dispatched together, decode first; one of them may be None."""
+
+    decode: Decode | None
+    prefill: Prefill | None
 
 
 class Scheduler:
@@ -56,7 +64,6 @@ class Scheduler:
         self.max_requests = max_requests
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self._prefills = 0
 
     def add(self, request: Request) -> None:
         """Queue `request`. The caller has checked that the empty pool could hold it."""
@@ -68,24 +75,18 @@ class Scheduler:
         if request.status is Status.WAITING:
             self.waiting.remove(request)
         elif request.status is Status.RUNNING:
-            self.running.remove(request)
-            self.paging.release(request)
+            self._stop(request)
         request.status = Status.FINISHED
 
-    def plan(self) -> Plan | None:
-        """The next dispatch, its pages taken, or None when nothing is left to do."""
+    def plan(self) -> Turn | None:
+        """The next turn, its pages taken, or None when nothing is left to do."""
         self._admit()
         while self.running:
-            prefilling = [r for r in self.running if r.prefilling]
-            decoding = [r for r in self.running if not r.prefilling]
-            if prefilling and not (decoding and self._prefills >= PREFILLS_PER_DECODE):
-                plan = self._prefill(prefilling)
-                self._prefills += plan is not None
-            else:
-                plan = self._decode(decoding)
-                self._prefills = 0
-            if plan is not None:
-                return plan
+            decode = self._decode([r for r in self.running if not r.prefilling])
+            prefill = self._prefill([r for r in self.running if r.prefilling])
+            decode = decode and decode.only_running()  # whoever prefills and came first may have taken pages of who came last
+            if decode or prefill:
+                return Turn(decode, prefill)
         if self.waiting:
             self._refuse(self._soon(self.waiting[0]))
         return None
@@ -125,23 +126,23 @@ class Scheduler:
         """Tokens of its text once it has been run so far, and decoded once."""
         return min(request.num_tokens + self.buckets.decode_steps, request.most_tokens)
 
+    def _decode(self, requests: list[Request]) -> Decode | None:
+        if not requests:
+            return None
+        first = any(not r.output_ids for r in requests)  # some have yet to show their first token
+        steps = self.buckets.steps(len(requests), few=first or len(requests) < len(self.running))
+        steps = min(steps, max(r.max_tokens - len(r.output_ids) for r in requests))
+        chosen = self._with_room(requests, lambda r: min(r.cached + steps, r.most_tokens))
+        return Decode(chosen, steps) if chosen else None
+
     def _prefill(self, requests: list[Request]) -> Prefill | None:
+        if not requests:
+            return None
         width = self.buckets.chunk(requests[0].uncached - 1)
         chosen = requests[: self.buckets.prefill_requests(width)]
         chunks = {id(r): min(r.uncached - 1, width) for r in chosen}
         chosen = self._with_room(chosen, lambda r: r.cached + chunks[id(r)])
         return Prefill(chosen, [chunks[id(r)] for r in chosen], width) if chosen else None
-
-    def _decode(self, requests: list[Request]) -> Decode | None:
-        steps = self._steps(requests)
-        chosen = self._with_room(requests, lambda r: min(r.cached + steps, r.most_tokens))
-        return Decode(chosen, steps) if chosen else None
-
-    def _steps(self, requests: list[Request]) -> int:
-        """Tokens per dispatch: one while some request has yet to show its first, then as many as anyone still wants."""
-        if any(not r.output_ids for r in requests):
-            return 1
-        return min(self.buckets.decode_steps, max(r.max_tokens - len(r.output_ids) for r in requests))
 
     def _with_room(self, requests: list[Request], stop: Callable[[Request], int]) -> list[Request]:
         """Those of `requests` that hold pages for their next tokens, up to `stop`; whoever came last makes room."""
@@ -152,9 +153,15 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Back to the head of those that wait, without pages; those that were full may still be found when it returns."""
-        self.running.remove(request)
-        self.paging.release(request)
+        self._stop(request)
         request.begin_again()
         request.status = Status.WAITING
         self.waiting.appendleft(request)
         self.stats.preemptions += 1
+
+    def _stop(self, request: Request) -> None:
+        """Off the device, its pages given back, to be found by others. What is still running there may write to
+        them yet; whoever gets them next writes after that, for the device runs in order."""
+        self.running.remove(request)
+        self.paging.keep(request)
+        self.paging.release(request)

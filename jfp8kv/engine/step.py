@@ -27,7 +27,6 @@ from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import Decoder, bind
 from jfp8kv.models.linear import Matmul, stacked_matmul
 from jfp8kv.sampling.adjust import count_token
-from jfp8kv.sampling.params import MAX_LOGPROBS
 from jfp8kv.sampling.sample import sample_batch, top_logprobs
 
 Weights = Any  # the tree of `Params`, 16-bit leaves perhaps as their bits
@@ -112,19 +111,25 @@ def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
     tokens, logprobs = sample_batch(logits, batch.settings, batch.position, batch.prompt_counts, batch.output_counts)
     likeliest = ()
     if top:
-        values, ids = jax.vmap(lambda row: top_logprobs(row, top))(logits)
+        nothing = jnp.zeros((logits.shape[0], top), jnp.float32), jnp.zeros((logits.shape[0], top), jnp.int32)
+        each = jax.vmap(lambda row: top_logprobs(row, top))
+        values, ids = lax.cond(batch.reported > 0, lambda: each(logits), lambda: nothing)
         likeliest = ids[:, None], values[:, None]
     return StepOutput(tokens[:, None], logprobs[:, None], *likeliest)
 
 
-def prefill(model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages) -> tuple[None, KVPages]:
-    """Cache a chunk of each request. Nothing is sampled: a prompt's last token is left to `decode`."""
+def prefill(
+    model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages
+) -> tuple[Int[Array, " requests"], KVPages]:
+    """Cache a chunk of each request; how many tokens of each are cached now. Nothing is sampled: a prompt's last token is left
+    to `decode`."""
     decoder = model.bind(weights)
 
     def one(chunk: Chunk, pages: KVPages) -> KVPages:
         return _forward(model, decoder, scales, chunk, pages)[1]
 
-    return None, each_request(one, batch, pages, out_axes=None)
+    cached = jnp.maximum(batch.start, batch.length)  # computed, so that it is there when the step is done and not before
+    return cached, each_request(one, batch, pages, out_axes=None)
 
 
 def decode(
@@ -202,8 +207,3 @@ def score_last(
         return decoder.logits(last)[0], pages
 
     return each_request(one, batch, pages, out_axes=(0, None))
-
-
-def top_width(wanted: list[int | None]) -> int:
-    """How many likeliest tokens a step reports: none, or as many as may be asked for, so that two programs serve all."""
-    return MAX_LOGPROBS if any(wanted) else 0

@@ -14,7 +14,7 @@ import jax
 
 from jfp8kv.cache.scales import TOKEN_HEAD, UNIT
 from jfp8kv.checkpoint.load import Described
-from jfp8kv.engine.buckets import DECODE_STEPS, Buckets, default_token_budget
+from jfp8kv.engine.buckets import default_chunk, longest_span
 from jfp8kv.engine.kv import KVSetup, context_length, setup
 from jfp8kv.inspection.scales import Scales
 from jfp8kv.models.config import ModelConfig, RopeConfig
@@ -119,7 +119,7 @@ def report(
 ) -> Inspection:
     """Inspect what `describe` found, or weights in memory, under these settings of a cache."""
     params = found if isinstance(found, Params) else found.shapes()
-    config, span = params.config, Buckets(1, default_token_budget(), DECODE_STEPS).span
+    config, span = params.config, longest_span(default_chunk())
     longest = context_length(config, max_model_len)
     asked = setup(params, kv_dtype, kv_scales, page_size=page_size, span=span, longest=longest)
     lengths = sorted({*(length for length in LENGTHS if length < longest), longest})

@@ -16,7 +16,7 @@ from jfp8kv.calibration.plan import plan as calibration_plan
 from jfp8kv.comparison.metrics import divergence
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import BFLOAT16
-from jfp8kv.engine.buckets import DECODE_STEPS, Buckets, default_token_budget
+from jfp8kv.engine.buckets import default_chunk, longest_span, turn_tokens
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.kv import KVSetup, context_length
 from jfp8kv.engine.programs import Programs
@@ -71,7 +71,7 @@ class Costs:
 
     @property
     def _sizes(self) -> dict[str, int]:
-        return {"page_size": PAGE_SIZE, "span": Buckets(1, default_token_budget(), DECODE_STEPS).span}
+        return {"page_size": PAGE_SIZE, "span": longest_span(default_chunk())}
 
     def of(self, layer: int, kind: LayerKind) -> int:
         """Bytes of one layer's pages."""
@@ -123,7 +123,8 @@ class Trial:
         self.config, self.candidates, self.texts, self.progress = params.config, candidates, texts, progress
         self.known = tuple(dict.fromkeys([AS_IT_IS, *(plan.kind for plan in candidates.plans)]))
         longest = max(map(len, texts))
-        self.engine = Engine(params, kv_dtype="float32", max_model_len=longest, max_num_seqs=1, max_num_batched_tokens=WINDOW)
+        sizes = {"max_model_len": longest, "max_num_seqs": 1, "max_num_batched_tokens": turn_tokens(WINDOW, 1)}
+        self.engine = Engine(params, kv_dtype="float32", **sizes)
         self.plain = [None] * self.config.layers
         weights = self.engine.programs.weights
         self.engine.programs = Programs(self.engine.model, weights, self._ways(self.plain))

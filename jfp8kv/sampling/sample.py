@@ -58,7 +58,7 @@ def sample_batch(
     output_counts: Int32[Array, "requests vocab"] | None = None,
 ) -> tuple[Int32[Array, " requests"], Float32[Array, " requests"]]:
     """`sample` for each request. `settings` is stacked (`stack_settings`)."""
-    adjusted = jax.vmap(adjust)(logits, settings, positions, prompt_counts, output_counts)
+    adjusted = _adjusted(logits, settings, positions, prompt_counts, output_counts)
     greedy = jax.vmap(argmax)(adjusted)
     random = settings.temperature > 0
 
@@ -68,6 +68,25 @@ def sample_batch(
 
     tokens = jax.lax.cond(jnp.any(random), draw, lambda: greedy)
     return tokens, jax.vmap(logprob_at)(logits, tokens)
+
+
+def _adjusted(
+    logits: Float32[Array, "requests vocab"],
+    settings: SamplerSettings,
+    positions: Int32[Array, " requests"],
+    prompt_counts: Int32[Array, "requests vocab"] | None,
+    output_counts: Int32[Array, "requests vocab"] | None,
+) -> Float32[Array, "requests vocab"]:
+    """`adjust` for each request, or the logits as they are where nobody asks for it."""
+    if not settings.bias_ids.shape[1] and not settings.held_ids.shape[1] and prompt_counts is None and output_counts is None:
+        return logits
+    penalties = settings.presence_penalty, settings.frequency_penalty, settings.repetition_penalty - 1
+    biased, penalized = jnp.any(settings.bias_ids < logits.shape[1]), jnp.any(jnp.stack(penalties) != 0)
+    return jax.lax.cond(
+        biased | penalized | jnp.any(positions < settings.min_tokens),
+        lambda: jax.vmap(adjust)(logits, settings, positions, prompt_counts, output_counts),
+        lambda: logits,
+    )
 
 
 def _draw_batch(

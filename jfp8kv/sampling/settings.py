@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt32
 
@@ -63,14 +62,16 @@ def settings_from(params: SamplingParams, key: UInt32[np.ndarray, "2"], *, eos_i
     )
 
 
-def stack_settings(settings: Sequence[SamplerSettings], *, rows: int | None = None) -> SamplerSettings:
-    """The batch of `settings`, one row each; `rows` pads it with greedy rows. Id lists grow to the widest bucket."""
-    idle = settings_from(SamplingParams(temperature=0.0), np.zeros(2, np.uint32))
-    settings = [*settings, *[idle] * ((rows or 0) - len(settings))]
-    biased = max(s.bias_ids.shape[0] for s in settings)
-    held = max(s.held_ids.shape[0] for s in settings)
+def stack_settings(
+    settings: Sequence[SamplerSettings], *, rows: int | None = None, biased: int = 0, held: int = 0
+) -> SamplerSettings:
+    """The batch of `settings`, one row each; `rows` pads it with greedy rows. Id lists grow to the widest bucket, and to no
+    fewer than `biased` and `held` entries."""
+    settings = [*settings, *[_IDLE] * ((rows or 0) - len(settings))]
+    biased = max(biased, *(s.bias_ids.shape[0] for s in settings))
+    held = max(held, *(s.held_ids.shape[0] for s in settings))
     same = [_widened(s, biased=biased, held=held) for s in settings]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *same)
+    return SamplerSettings(*(np.stack([getattr(s, field.name) for s in same]) for field in dataclasses.fields(SamplerSettings)))
 
 
 def bucket(count: int) -> int:
@@ -79,6 +80,8 @@ def bucket(count: int) -> int:
 
 
 def _widened(s: SamplerSettings, *, biased: int, held: int) -> SamplerSettings:
+    if s.bias_ids.shape[0] == biased and s.held_ids.shape[0] == held:
+        return s
     return dataclasses.replace(
         s,
         bias_ids=_padded(s.bias_ids, biased, PAST_THE_END),
@@ -89,3 +92,6 @@ def _widened(s: SamplerSettings, *, biased: int, held: int) -> SamplerSettings:
 
 def _padded(values: Any, width: int, fill: Any) -> np.ndarray:
     return np.concatenate([values, np.full(width - len(values), fill, values.dtype)])
+
+
+_IDLE = settings_from(SamplingParams(temperature=0.0), np.zeros(2, np.uint32))  # of a padding row

@@ -1,6 +1,7 @@
 """How a decode is cut up: keys per block, warps, pipeline stages, and among how many programs a request's keys are split."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from pallas_kernels.backend import cdiv, power_of_two
 from pallas_kernels.tuned import class_of, tuned
 
 MOST_SPLITS = 128
-PROGRAMS_A_CORE = 8  # of one warp or two: more gain nothing, fewer leave it waiting for memory
+PROGRAMS_A_CORE = {1: 8, 2: 4, 4: 4}  # by their warps: with fewer a multiprocessor waits for memory, with more some wait for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,16 @@ def blocks_for(
         if found := tuned("paged_decode", problem):
             blocks = DecodeBlocks(**found)
             return dataclasses.replace(blocks, splits=max(1, min(blocks.splits, cdiv(tokens, blocks.block_k))))
-    block_k, warps = 64 if head_dim <= 128 else 32, 2 if compute.itemsize == 2 else 4
-    if element.itemsize == 1 and compute.itemsize == 2 and group <= 16 and head_dim <= 128:
-        block_k, warps = 32 if head_dim > 64 else 64, 1
-    wanted = round((PROGRAMS_A_CORE if warps == 1 else 4) * cores / (requests * kv_heads))
-    splits = max(1, min(wanted, cdiv(tokens, block_k), MOST_SPLITS))
-    return DecodeBlocks(block_k=block_k, warps=warps, stages=3, splits=splits)
+    block_k, warps = 64 if head_dim <= 128 else 32, 2
+    if compute.itemsize == 4 or (group > 16 and element.itemsize == 2):
+        warps = 4
+    elif element.itemsize == 1 and group <= 16 and head_dim <= 128:
+        block_k, warps = 64 if head_dim <= 64 else 32, 1
+    splits = splits_for(requests * kv_heads, a_core=PROGRAMS_A_CORE[warps], cores=cores)
+    return DecodeBlocks(block_k, warps, stages=3, splits=max(1, min(splits, cdiv(tokens, block_k))))
+
+
+def splits_for(programs: int, *, a_core: int, cores: int) -> int:
+    """Shares of a request's keys that make about `a_core` programs a multiprocessor of so many: a power of two, for others were
+    slower (docs/log.md, 2026-11-28)."""
+    return min(MOST_SPLITS, 1 << max(0, round(math.log2(a_core * cores / programs))))

@@ -45,4 +45,10 @@ def blocks_for(
     if capability < HOPPER:
         wide = head_dim <= 64 or (head_dim <= 128 and element.itemsize == 1 and not dynamic)  # how many keys
         return PrefillBlocks(block_m=64, block_k=64 if wide else 32, warps=4 if head_dim <= 128 else 8, stages=3)
-    return PrefillBlocks(block_m=128 if head_dim <= 128 else 64, block_k=64 if head_dim <= 128 else 32, warps=8, stages=3)
+    if head_dim > 128:
+        return PrefillBlocks(block_m=64, block_k=32, warps=8, stages=3)
+    if head_dim <= 64:
+        return PrefillBlocks(block_m=128, block_k=64, warps=8, stages=3)
+    if element.itemsize == 1:  # two programs of four warps take turns multiplying and converting
+        return PrefillBlocks(block_m=64, block_k=128, warps=4, stages=2)
+    return PrefillBlocks(block_m=128, block_k=128, warps=8, stages=2)

@@ -155,7 +155,7 @@ def test_a_text_in_chunks_gives_what_it_gives_whole(monkeypatch):
     """Windows, and keys of earlier chunks, included: the chunks are shorter than both text and window."""
     params, texts = load("gemma3_new"), prompts("gemma3_new", 60)
     whole = stacked(jfp8kv.calibrate(params, texts, granularity="channel"))
-    monkeypatch.setattr(run, "default_token_budget", lambda: 16)
+    monkeypatch.setattr(run, "default_chunk", lambda: 16)
     np.testing.assert_allclose(stacked(jfp8kv.calibrate(params, texts, granularity="channel")), whole, rtol=1e-5)
 
 

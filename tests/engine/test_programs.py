@@ -35,7 +35,7 @@ def test_programs_outlive_their_engine_up_to_a_number_and_are_shared_meanwhile(e
     monkeypatch.setattr(programs, "KEPT", 2)
     monkeypatch.setattr(programs, "_recent", programs.OrderedDict())
     request = Request([1], SamplingParams(), np.zeros(2, np.uint32), max_tokens=1)
-    batch = engine.batcher.build(Decode([request], 1))
+    batch = engine.batcher.decode(Decode([request], 1))[0]
     steps = [step(number) for number in range(4)]
 
     def fresh() -> Programs:

@@ -10,11 +10,12 @@ from hypothesis import given
 
 from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.cache.groups import LayerGroups, PageNeeds
-from jfp8kv.engine.buckets import Buckets
+from jfp8kv.core.errors import ConfigError
+from jfp8kv.engine.buckets import DECODE_STEPS, FEW_STEPS, Buckets, counts, default_chunk, turn_tokens
 from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.paging import Paging
 from jfp8kv.engine.request import Request, Status
-from jfp8kv.engine.scheduler import PREFILLS_PER_DECODE, Plan, Prefill, Scheduler
+from jfp8kv.engine.scheduler import Scheduler, Turn
 from jfp8kv.sampling.params import SamplingParams
 
 PAGE, BUDGET, WINDOW = 4, 64, 10
@@ -23,7 +24,7 @@ sizes = st.tuples(st.sampled_from([0, 9, 40]), st.integers(1, 110), st.integers(
 
 
 def scheduler(num_pages: int, *, max_requests: int = 4, reuse: bool = True, windows: bool = False) -> Scheduler:
-    buckets = Buckets(max_requests, BUDGET, decode_steps=5)
+    buckets = Buckets(max_requests, BUDGET, decode_steps=5, fewest=2)
     needs = PageNeeds(LayerGroups.of([0, WINDOW] if windows else [0, 0]), PAGE, span=BUDGET)
     return Scheduler(Paging(PageAllocator(num_pages), needs, reuse=reuse), buckets, Stats(), max_requests=max_requests)
 
@@ -67,18 +68,19 @@ class Device:
             self.slots |= {(target, slot): self.slots.get((source, slot)) for slot in range(PAGE)}
         self.sched.paging.copies.clear()
 
-    def apply(self, plan: Plan) -> None:
+    def apply(self, turn: Turn) -> None:
         self.copy()
-        for i, r in enumerate(plan.requests):
-            if isinstance(plan, Prefill):
-                self.run(r, plan.chunks[i])
-                r.cached += plan.chunks[i]
-            else:
-                for _ in range(min(plan.steps, r.max_tokens - len(r.output_ids))):
-                    self.run(r, 1)
-                    r.cached += 1
-                    r.output_ids.append(next_token(r.tokens(0, r.num_tokens)))
+        for r in turn.decode.requests if turn.decode else ():
+            for _ in range(min(turn.decode.steps, r.max_tokens - len(r.output_ids))):
+                self.run(r, 1)
+                r.cached += 1
+                r.output_ids.append(next_token(r.tokens(0, r.num_tokens)))
             self.sched.paging.keep(r)
+        for r, chunk in zip(turn.prefill.requests, turn.prefill.chunks, strict=True) if turn.prefill else ():
+            self.run(r, chunk)
+            r.cached += chunk
+            self.sched.paging.keep(r)
+        for r in turn.decode.requests if turn.decode else ():
             if len(r.output_ids) == r.max_tokens:
                 self.sched.finish(r)
 
@@ -91,6 +93,23 @@ def owned(sched: Scheduler) -> dict[int, int]:
             for page in held.pages:
                 holders[page] = holders.get(page, 0) + 1
     return holders
+
+
+def check(turn: Turn, sched: Scheduler) -> None:
+    """What a turn may be, before it is run."""
+    buckets, decode, prefill = sched.buckets, turn.decode, turn.prefill
+    tokens = 0
+    decoding = [r for r in sched.running if not r.prefilling]
+    assert (decode.requests if decode else []) == decoding, "whoever decodes gets tokens every turn"
+    if decode is not None:
+        assert 1 <= decode.steps <= (FEW_STEPS if prefill else 5)
+        tokens += buckets.decode_rows(len(decode.requests)) * decode.steps
+    if prefill is not None:
+        assert all(0 < c <= min(prefill.width, r.uncached - 1) for c, r in zip(prefill.chunks, prefill.requests, strict=True))
+        assert prefill.requests[0] is next(r for r in sched.running if r.prefilling), "whoever came first is prefilled first"
+        assert prefill.width in buckets.chunks
+        tokens += buckets.prefill_rows(len(prefill.requests), prefill.width) * prefill.width
+    assert 0 < tokens <= BUDGET, "the budget is kept, padding included"
 
 
 @given(
@@ -111,16 +130,15 @@ def test_every_request_ends_as_if_alone_and_every_page_comes_back(sizes, pages, 
     ]
     coming.sort(key=lambda x: x[0])
     everyone, started, dropped = [r for _, r in coming], [], []
-    prefills = 0
-    for turn in range(4000):
-        while coming and coming[0][0] <= turn:
+    for number in range(4000):
+        while coming and coming[0][0] <= number:
             sched.add(coming.pop(0)[1])
         for when, which in cancelled:
-            if when == turn and which < len(everyone) and everyone[which] in (*sched.waiting, *sched.running):
+            if when == number and which < len(everyone) and everyone[which] in (*sched.waiting, *sched.running):
                 sched.finish(everyone[which])
                 dropped.append(everyone[which])
-        plan = sched.plan()
-        if plan is None:
+        turn = sched.plan()
+        if turn is None:
             if not coming:
                 break
             continue
@@ -129,15 +147,8 @@ def test_every_request_ends_as_if_alone_and_every_page_comes_back(sizes, pages, 
         assert all(allocator.holders(page) == holders.get(page, 0) for page in range(pages)), "reference counts are owners"
         assert allocator.used_pages == len(holders) and len(sched.running) <= 4
         assert reuse or not sched.stats.prefix_hit_tokens
-        waiting_to_decode = [r for r in sched.running if not r.prefilling]
-        if isinstance(plan, Prefill):
-            prefills = prefills + 1 if waiting_to_decode else 0
-            assert plan.width * len(plan.requests) <= BUDGET and prefills <= PREFILLS_PER_DECODE + 1
-            assert all(0 < c <= min(plan.width, r.uncached - 1) for c, r in zip(plan.chunks, plan.requests, strict=True))
-        else:
-            prefills = 0
-            assert set(map(id, plan.requests)) <= set(map(id, waiting_to_decode)) and 1 <= plan.steps <= 5
-        device.apply(plan)
+        check(turn, sched)
+        device.apply(turn)
     assert all(r.status is Status.FINISHED for r in everyone)
     for r in everyone:
         alone = list(r.prompt_ids)
@@ -151,8 +162,9 @@ def test_every_request_ends_as_if_alone_and_every_page_comes_back(sizes, pages, 
 def run_all(device: Device, *requests: Request) -> None:
     for r in requests:
         device.sched.add(r)
-    while (plan := device.sched.plan()) is not None:
-        device.apply(plan)
+    while (turn := device.sched.plan()) is not None:
+        check(turn, device.sched)
+        device.apply(turn)
 
 
 def test_whoever_came_last_makes_room_and_loses_nothing() -> None:
@@ -255,12 +267,64 @@ def test_a_cancelled_request_frees_its_pages_in_any_state() -> None:
     assert sched.paging.allocator.free_pages == 10 and sched.plan() is None
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(1, 16), (16, 16), (17, 64), (64, 64), (65, 100), (9999, 100)])
+def test_a_long_prompt_stalls_nobody() -> None:
+    sched = scheduler(num_pages=200)
+    device, short, long = Device(sched), request([1] * 3, 20), request([2] * 600, 1)
+    sched.add(short)
+    device.apply(sched.plan())
+    device.apply(sched.plan())
+    sched.add(long)
+    before, turns = len(short.output_ids), 0
+    while long.prefilling and short.status is Status.RUNNING:
+        turn = sched.plan()
+        check(turn, sched)
+        assert turn.prefill.width == sched.buckets.widest, "and its chunks are as wide as if it were alone"
+        device.apply(turn)
+        turns += 1
+    assert turns > 5 and len(short.output_ids) - before == min(turns * FEW_STEPS, 20 - before)
+
+
+@pytest.mark.parametrize("seqs", [1, 2, 3, 4, 7, 64])
+@pytest.mark.parametrize("chunk", [1, 9, 16, 17, 63, 100, 271, 512, 1087, 2048])
+def test_padded_chunks_and_a_padded_decode_fit_the_budget(seqs, chunk) -> None:
+    buckets = Buckets(seqs, turn_tokens(chunk, seqs), fewest=2)
+    assert buckets.widest == chunk == max(buckets.chunks)
+    few = buckets.steps(seqs, few=True) * buckets.decode_rows(seqs)
+    for width in buckets.chunks:
+        most = buckets.prefill_requests(width)
+        assert 1 <= most <= seqs and few + width * buckets.prefill_rows(most, width) <= buckets.token_budget
+        assert chunk < 32 or width >= 16
+    for count in range(1, seqs + 1):
+        assert 1 <= buckets.steps(count, few=False) <= DECODE_STEPS
+        assert buckets.steps(count, few=False) * buckets.decode_rows(count) <= buckets.token_budget
+
+
+def test_widths_halve_twice_and_then_quarter() -> None:
+    assert Buckets(64, turn_tokens(512, 64)).chunks == (32, 128, 256, 512)
+    assert Buckets(64, turn_tokens(2048, 64)).chunks == (32, 128, 512, 1024, 2048)
+    assert Buckets(4, turn_tokens(20, 4)).chunks == (20,)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 25), (25, 25), (26, 50), (50, 50), (51, 100), (9999, 100)])
 def test_a_chunk_takes_the_narrowest_bucket_that_holds_it(tokens, width) -> None:
-    assert Buckets(8, 100, 4).chunk(tokens) == width
+    assert Buckets(8, turn_tokens(100, 8)).chunk(tokens) == width
 
 
-def test_batches_are_powers_of_two_not_below_the_fewest() -> None:
-    assert [Buckets(8, 64, 4).requests(n) for n in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
-    assert [Buckets(8, 64, 4, fewest=2).requests(n) for n in (1, 2, 3)] == [2, 2, 4]
-    assert Buckets(8, 64, 4).request_counts(6) == [1, 2, 4, 8]
+def test_batches_are_powers_of_two_and_of_decode_not_below_the_fewest() -> None:
+    assert [Buckets(8, 64).decode_rows(n) for n in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
+    assert [Buckets(8, 64, fewest=2).decode_rows(n) for n in (1, 2, 3)] == [2, 2, 4]
+    assert [Buckets(8, 64, fewest=2).prefill_rows(n, 48) for n in (1, 2, 3)] == [1, 2, 4]
+    assert [Buckets(8, 64, fewest=2).prefill_rows(n, 1) for n in (1, 2, 3)] == [2, 2, 4], "tokens alone are like a decode"
+    assert counts(6) == [1, 2, 4, 6] and counts(1) == [1]
+
+
+def test_a_budget_that_leaves_nothing_for_prompts_is_refused_with_what_would_do() -> None:
+    with pytest.raises(ConfigError, match="max_num_batched_tokens=128: 128 tokens .* max_num_seqs=64 .* at least 144"):
+        Buckets.of(64, 128)
+    assert Buckets.of(64, 144).widest == 16 and Buckets.of(64, None).widest == default_chunk()
+
+
+@pytest.mark.parametrize(("budget", "seqs", "widest"), [(None, 64, default_chunk()), (512, 64, 384), (64, 16, 32), (5, 1, 1)])
+def test_nobody_need_say_how_many_run_at_once(budget, seqs, widest) -> None:
+    buckets = Buckets.of(None, budget)
+    assert (buckets.max_requests, buckets.widest) == (seqs, widest)

@@ -14,6 +14,7 @@ from jfp8kv.engine.kv import setup
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.scheduler import Decode, Prefill
+from jfp8kv.engine.variants import FULL, PLAIN
 from jfp8kv.sampling.params import SamplingParams
 from tests.models.test_decoder import REFERENCES
 
@@ -27,7 +28,7 @@ def pool_of(params: jfp8kv.Params, kv_dtype: Any, kv_scales: str, keys_transpose
     return jax.eval_shape(lambda: kv.pool(pool_bytes // kv.page_bytes))
 
 
-@pytest.mark.parametrize("kind", ["decode", "prefill", "copy"])
+@pytest.mark.parametrize("kind", ["decode", "full decode", "prefill", "copy"])
 @pytest.mark.parametrize(
     ("kv_dtype", "kv_scales", "keys_transposed"),
     [
@@ -46,10 +47,13 @@ def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased
     llm = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales, kv_cache_memory="1MB", max_num_seqs=8)
     engine = llm._engine
     requests = [Request([1] * 40, SamplingParams(), np.zeros(2, np.uint32), max_tokens=4) for _ in range(4)]
-    plan = Decode(requests, 4) if kind == "decode" else Prefill(requests, [16] * 4, 16)
-    batch = engine.batcher.build(plan) if kind != "copy" else copies.Copies.of([(0, 1)])
-    function = getattr(copies if kind == "copy" else step, kind)
-    static = {"most_steps": 16, "top": 0} if kind == "decode" else {}
+    function = copies.copy if kind == "copy" else getattr(step, kind.split()[-1])
+    batch, static = copies.Copies.of([(0, 1)]), {}
+    if kind == "prefill":
+        batch = engine.batcher.prefill(Prefill(requests, [16] * 4, 16))
+    elif kind != "copy":
+        batch, variant = engine.batcher.decode(Decode(requests, 4), FULL if kind == "full decode" else PLAIN)
+        static = {"most_steps": 16, "top": variant.top}
     temporaries = []
     for size in (64 * MIB, 1024 * MIB):
         programs = Programs(engine.model, engine.programs.weights, engine.programs.scales)

@@ -115,7 +115,7 @@ def test_a_decode_is_split_until_the_gpu_is_busy_and_no_further() -> None:
         shape = {"kv_heads": 8, "group": 4, "head_dim": 128, "element": E4M3, "compute": FLOAT16, "page_size": 64}
         return blocks_for(requests=requests, tokens=tokens, cores=132, **shape).splits
 
-    assert splits(64, 8192) == 1
-    assert splits(1, 8192) == 33 and splits(1, 1 << 20) == 33
-    assert splits(1, 64) == 1 and splits(1, 0) == 1
+    assert splits(256, 8192) == 1 and splits(64, 8192) == 2
+    assert splits(1, 8192) == 128 and splits(1, 1 << 20) == 128
+    assert splits(1, 64) == 2 and splits(1, 32) == 1 and splits(1, 0) == 1
     assert all(1 <= splits(r, 1 << 20) <= MOST_SPLITS for r in range(1, 300))

@@ -1,0 +1,151 @@
+"""The host works as the device runs: what it learns late is neither lost nor repeated, what fails late fails in its place."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jfp8kv
+from jfp8kv.engine import results
+from jfp8kv.engine.batch import StepOutput
+from jfp8kv.engine.scheduler import Turn
+from tests.models.test_decoder import REFERENCES
+
+pytestmark = pytest.mark.quick_compile
+
+FOLDER = REFERENCES[0].parent / "llama_bf16"
+SIZES = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "max_model_len": 128, "page_size": 8, "kv_cache_memory": "200kB"}
+LONG = {"max_tokens": 60, "temperature": 1.0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def params() -> jfp8kv.Params:
+    return jfp8kv.load(FOLDER, dtype="float32")
+
+
+@pytest.fixture
+def llm(params) -> jfp8kv.LLM:
+    return jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES)
+
+
+def used_pages(llm: jfp8kv.LLM) -> int:
+    return llm._engine.scheduler.paging.allocator.used_pages
+
+
+def test_texts_are_made_while_the_next_turn_runs(llm, monkeypatch) -> None:
+    engine, flying = llm._engine, []
+    tell = results.tell
+
+    def watched(made: Any, *rest: Any) -> None:
+        flying.append((len(made.request.output_ids), [type(flight.plan).__name__ for flight in engine._flying]))
+        tell(made, *rest)
+
+    monkeypatch.setattr(results, "tell", watched)
+    llm.generate([[5, 6, 7]], **LONG)
+    assert len(flying) > 6
+    assert all(plans == (["Decode"] if made < 60 else []) for made, plans in flying)
+
+
+def test_prompts_are_run_beside_a_decode_and_the_host_is_a_turn_ahead_at_most(llm, monkeypatch) -> None:
+    engine, turns, ahead = llm._engine, [], []
+    dispatch = engine._dispatch
+
+    def watched(turn: Turn | None) -> None:
+        ahead.append(len({flight.turn for flight in engine._flying}))
+        turns.append(turn)
+        dispatch(turn)
+
+    stream = llm.stream("hello", seed=1, **LONG)
+    begun = next(stream)
+    monkeypatch.setattr(engine, "_dispatch", watched)
+    want = llm.generate([[9] * 120, [8] * 100], max_tokens=4, temperature=0.0, ignore_eos=True)
+    both = [turn for turn in turns if turn and turn.prefill]
+    assert len(both) > 3 and all(turn.decode and turn.decode.steps <= 2 for turn in both)
+    assert max(ahead) == 1
+    monkeypatch.undo()
+    assert begun + "".join(stream) == llm.generate("hello", seed=1, **LONG)[0].text
+    alone = [llm.generate([p], max_tokens=4, temperature=0.0, ignore_eos=True)[0].token_ids for p in ([9] * 120, [8] * 100)]
+    assert [out.token_ids for out in want] == alone
+
+
+def test_what_was_made_past_a_stop_string_is_dropped_and_not_counted(llm) -> None:
+    seeds = range(6)
+    whole = [llm.generate("hello", seed=seed, **LONG)[0].text for seed in seeds]
+    stops = [text[10 + 3 * seed : 13 + 3 * seed] for seed, text in zip(seeds, whole, strict=True)]
+    before = llm.stats.generated_tokens
+    sampling = [
+        jfp8kv.SamplingParams(seed=seed, stop=stop, logprobs=2, **LONG) for seed, stop in zip(seeds, stops, strict=True)
+    ]
+    outs = [out.outputs[0] for out in llm.generate(["hello"] * len(seeds), sampling)]
+    for out, text, stop in zip(outs, whole, stops, strict=True):
+        assert out.text == text[: text.index(stop)] and (out.finish_reason, out.stop_reason) == ("stop", stop)
+        assert len(out.logprobs) == len(out.token_ids) < 60
+    assert llm.stats.generated_tokens - before == sum(len(out.token_ids) for out in outs)
+    assert used_pages(llm) == 0
+    again = llm.generate("hello", seed=0, **LONG)[0]
+    assert again.text == whole[0], "what was still on the device has reached nobody's pages"
+
+
+def test_a_stream_that_is_closed_while_its_tokens_are_made_disturbs_nobody(llm) -> None:
+    want = llm.generate("hello", seed=7, **LONG)[0].text
+    streams = [llm.stream("hello", seed=seed, **LONG) for seed in (7, 8, 9)]
+    pieces = [next(stream) for stream in streams]
+    held = used_pages(llm)
+    streams[1].close()
+    assert used_pages(llm) < held
+    streams[2].close()
+    assert pieces[0] + "".join(streams[0]) == want and used_pages(llm) == 0
+
+
+class Lost:
+    """An array of a computation that failed."""
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise RuntimeError("the device is gone")
+
+    def block_until_ready(self) -> None:
+        raise RuntimeError("the device is gone")
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_a_failure_on_the_device_is_raised_when_its_results_are_needed(llm, monkeypatch, step) -> None:
+    engine, prompts = llm._engine, [[5] * 90, [6] * 3]
+    want = [out.token_ids for out in llm.generate(prompts, seed=1, **LONG)]
+    stream = llm.stream("hello", seed=2, **LONG)
+    next(stream)
+    call, calls = engine.programs.call, []
+
+    def losing(function: Any, *args: Any, **kwargs: Any) -> Any:
+        output, pages = call(function, *args, **kwargs)
+        calls.append(function.__name__)
+        if calls.count(step) != 2 or function.__name__ != step:
+            return output, pages
+        if step == "prefill":
+            return Lost(), pages
+        lost = object.__new__(StepOutput)
+        lost.__dict__.update(tokens=Lost(), logprobs=Lost(), top_ids=None, top_logprobs=None)
+        return lost, pages
+
+    monkeypatch.setattr(engine.programs, "call", losing)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        llm.generate([[4] * 120, [7] * 3], seed=1, **LONG)  # nothing of which is in the cache
+    monkeypatch.undo()
+    with pytest.raises(jfp8kv.Jfp8kvError, match="a step failed while this text was being made"):
+        list(stream)
+    assert used_pages(llm) == 0 and not engine._flying
+    assert [out.token_ids for out in llm.generate(prompts, seed=1, **LONG)] == want
+
+
+def test_a_dispatch_that_fails_takes_no_finished_text_along(llm, monkeypatch) -> None:
+    """The tokens of one turn are there when the next cannot be dispatched: whom they end gets them."""
+    engine = llm._engine
+    want = llm.generate("hello", seed=2, **LONG | {"max_tokens": 4})[0].text
+    short, long = (llm.stream("hello", seed=2, **LONG | {"max_tokens": tokens}) for tokens in (4, 60))
+    text = next(short)
+    next(long)
+    last = engine._dispatch
+    monkeypatch.setattr(engine, "_dispatch", lambda turn: last(turn) if len(turn.decode.requests) > 1 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(long)
+    monkeypatch.undo()
+    assert text + "".join(short) == want and used_pages(llm) == 0

@@ -1,0 +1,159 @@
+"""After a warm-up nothing compiles, whatever requests ask for; and what was compiled is told as a table."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from io import StringIO
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import jfp8kv
+from jfp8kv import SamplingParams
+from jfp8kv.engine.variants import FULL, PLAIN, Variant, variant_of
+from tests.models.test_decoder import REFERENCES
+
+pytestmark = pytest.mark.quick_compile
+
+FOLDER = REFERENCES[0].parent / "llama_bf16"
+SIZES = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "max_model_len": 128, "page_size": 8, "kv_cache_memory": "200kB"}
+
+
+@pytest.fixture(scope="module")
+def params() -> jfp8kv.Params:
+    return jfp8kv.load(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def llm(params) -> jfp8kv.LLM:
+    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES)
+    llm.warmup()
+    return llm
+
+
+def anything(rng: np.random.Generator, vocab: int) -> SamplingParams:
+    """Some of all that a request can ask for."""
+
+    def some(make) -> list[int]:
+        return rng.choice(vocab, size=rng.integers(1, make), replace=False).tolist()
+
+    wishes = {
+        "temperature": lambda: float(rng.choice([0.0, 0.7, 1.3])),
+        "top_k": lambda: int(rng.integers(0, 20)),
+        "top_p": lambda: float(rng.uniform(0.3, 1)),
+        "min_p": lambda: float(rng.uniform(0, 0.3)),
+        "repetition_penalty": lambda: float(rng.uniform(0.8, 1.5)),
+        "presence_penalty": lambda: float(rng.uniform(-1, 1)),
+        "frequency_penalty": lambda: float(rng.uniform(-1, 1)),
+        "stop": lambda: ["e", "the"][: rng.integers(1, 3)],
+        "stop_token_ids": lambda: some(60),
+        "ignore_eos": lambda: bool(rng.integers(2)),
+        "n": lambda: int(rng.integers(1, 3)),
+        "logprobs": lambda: int(rng.integers(0, 21)),
+        "prompt_logprobs": lambda: int(rng.integers(0, 5)),
+        "seed": lambda: int(rng.integers(0, 2**40)),
+        "logit_bias": lambda: dict.fromkeys(some(200), float(rng.uniform(-5, 5))),
+        "min_tokens": lambda: 2,
+    }
+    chosen = rng.choice(list(wishes), size=rng.integers(0, 6), replace=False)
+    return SamplingParams(max_tokens=int(rng.integers(2, 7)), **{name: wishes[name]() for name in chosen})
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """What XLA compiles meanwhile, be it by the library or behind its back."""
+    seen: list[str] = []
+
+    def listen(name: str, *_, **__) -> None:
+        if "backend_compile" in name:
+            seen.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_500_requests_for_anything_compile_nothing(llm) -> None:
+    rng, vocab = np.random.default_rng(0), llm.params.config.vocab
+    built, served = llm.stats.compilations, 0
+    with compilations() as seen:
+        while served < 500:
+            count = int(rng.integers(1, 40))
+            prompts = [rng.integers(5, vocab, rng.integers(1, 100)).tolist() for _ in range(count)]
+            streams = [llm.stream(prompts[0], max_tokens=20, temperature=1.0) for _ in range(rng.integers(0, 3))]
+            for stream in streams:
+                next(stream, None)
+            outs = llm.generate(prompts, [anything(rng, vocab) for _ in range(count)])
+            for stream in streams:
+                stream.close()
+            assert all(0 < len(each.token_ids) <= 6 or each.finish_reason == "stop" for out in outs for each in out.outputs)
+            served += sum(len(out.outputs) for out in outs) + len(streams)
+        with llm.session([5, 6, 7]) as session, session.fork() as branch:
+            branch.extend([8] * 9)
+            branch.extend([8])
+            branch.generate(max_tokens=3, presence_penalty=1.0)
+    assert llm.stats.compilations == built and seen == []
+    allocator = llm._engine.scheduler.paging.allocator
+    assert allocator.free_pages == allocator.num_pages
+
+
+def test_longer_lists_than_the_full_program_has_compile_once_and_act(llm) -> None:
+    vocab = llm.params.config.vocab
+    base = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True}
+    built = llm.stats.compilations
+    for token in (7, 8):
+        ends = [t for t in range(vocab) if t != token][:80]
+        out = llm.generate([[5, 6]], logit_bias={token: 1e6}, stop_token_ids=ends, **base)[0]
+        assert out.token_ids == [token] * 3
+    assert llm.stats.compilations == built + 1
+    assert llm.compile_report().steps[-1].variant == "full, 128 ends, 512 biased"
+
+
+def test_full_and_plain_programs_make_the_same_tokens(llm) -> None:
+    prompts = [[5, 6, 7], [9] * 30, [11, 12]]
+    for sampling in ({"temperature": 0.0}, {"temperature": 0.9, "seed": 3}):
+        fields = {"max_tokens": 12, "ignore_eos": True} | sampling
+        plain = [out.token_ids for out in llm.generate(prompts, **fields)]
+        assert [out.token_ids for out in llm.generate(prompts, logprobs=1, **fields)] == plain
+
+
+def test_the_narrowest_program_that_serves_all_is_taken() -> None:
+    assert variant_of([Variant(1, 0, False), Variant(8, 0, False)]) == PLAIN
+    assert variant_of([Variant(1, 0, False), Variant(9, 0, False)]) == FULL
+    assert variant_of([Variant(1, 0, False), Variant(1, 1, True)]) == FULL
+    assert variant_of([Variant(65, 0, False)]) == Variant(128, 512, True)
+
+
+def test_the_report_lists_every_program_with_its_bucket_its_seconds_and_bytes(params, llm) -> None:
+    report = llm.compile_report()
+    steps = [(s.step, s.requests, s.tokens, s.variant) for s in report.steps]
+    assert len(set(steps)) == len(steps)
+    prefill = [("prefill", 1, 28, ""), ("prefill", 2, 28, ""), ("prefill", 1, 56, "")]
+    decode = [("decode", rows, 1, variant) for rows in (1, 2, 4) for variant in ("plain", "full")]
+    assert set(steps) >= {*prefill, *decode, ("score", 1, 28, ""), ("score", 1, 56, "")}
+    assert set(steps) >= {("prefill", 1, 1, ""), ("score", 1, 1, ""), ("copy", 64, 1, "")}, "tokens of sessions, pages of forks"
+    assert all(s.seconds > 0 and s.temporary_bytes > 0 and s.code_bytes >= 0 for s in report.steps)
+    assert sum(not s.shared for s in report.steps) == llm.stats.compilations
+    assert report.seconds == pytest.approx(sum(s.seconds for s in report.steps if not s.shared))
+
+    other = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES)
+    other.generate([[5]], max_tokens=2)
+    (found,) = other.compile_report().steps
+    assert found.shared and other.stats.compilations == 0 and other.compile_report().seconds == 0
+    assert (found.step, found.requests, found.variant) == ("decode", 1, "plain")
+
+
+def test_the_report_prints_as_a_table(llm) -> None:
+    report = llm.compile_report()
+    lines = str(report).splitlines()
+    assert lines[0] == f"{len(report.steps)} programs, {llm.stats.compilations} compiled here in {report.seconds:.1f} s"
+    assert "requests x tokens" in lines[1] and any("decode" in line and "2 x 1" in line and "full" in line for line in lines)
+    out = StringIO()
+    Console(file=out, width=100).print(report)
+    assert "temporaries MiB" in out.getvalue() and "temporaries MiB" in report._repr_html_()
+    assert json.loads(json.dumps(report.to_dict()))["steps"][0]["step"] == "prefill"
+    assert repr(report).startswith(f"CompileReport({len(report.steps)} programs")
