@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from jfp8kv.checkpoint.load import load
     from jfp8kv.checkpoint.orbax import save
     from jfp8kv.comparison.report import Comparison
-    from jfp8kv.core.errors import CapacityError, CheckpointError, ConfigError, Jfp8kvError, NotSupported
+    from jfp8kv.core.errors import (
+        CapacityError,
+        CheckpointError,
+        ConfigError,
+        DeviceMemoryError,
+        Jfp8kvError,
+        NotSupported,
+        StepError,
+    )
     from jfp8kv.engine.request import CompletionOutput, RequestOutput
     from jfp8kv.inspection.report import Inspection
     from jfp8kv.llm import LLM
@@ -37,6 +45,7 @@ __all__ = [
     "Comparison",
     "CompletionOutput",
     "ConfigError",
+    "DeviceMemoryError",
     "Inspection",
     "Jfp8kvError",
     "KVPlan",
@@ -48,6 +57,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "Session",
+    "StepError",
     "beam_search",
     "calibrate",
     "compare",
@@ -71,7 +81,15 @@ _HOMES = {
     "checkpoint.load": ("load",),
     "checkpoint.orbax": ("save",),
     "comparison.report": ("Comparison",),
-    "core.errors": ("CapacityError", "CheckpointError", "ConfigError", "Jfp8kvError", "NotSupported"),
+    "core.errors": (
+        "CapacityError",
+        "CheckpointError",
+        "ConfigError",
+        "DeviceMemoryError",
+        "Jfp8kvError",
+        "NotSupported",
+        "StepError",
+    ),
     "engine.request": ("CompletionOutput", "RequestOutput"),
     "inspection.report": ("Inspection",),
     "llm": ("LLM",),

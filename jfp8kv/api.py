@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jfp8kv.cache.capacity import default_bytes, parse_bytes  # noqa: F401  (for batch runs)
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.calibration.plan import Plan as CalibrationPlan  # noqa: F401  (for the command line)
@@ -42,6 +43,7 @@ def generate(
     *,
     kv_dtype: Any = "auto",
     kv_scales: Any = "auto",
+    prompt_lookup: int = 0,
     sampling: SamplingParams | None = None,
     progress: bool | None = None,
     **sampling_fields: Any,
@@ -54,13 +56,15 @@ def generate(
       kv_dtype: of the cache: "auto", "bfloat16", "float16", "float32", "fp8" (= "fp8_e4m3"), "fp8_e4m3", "fp8_e5m2";
         or by layer, a `KVPlan` among others: see `LLM`.
       kv_scales: "auto", "checkpoint", "unit", "token_head", a `KVScales` or a path to one; see `LLM`.
+      prompt_lookup: tokens to guess ahead from what the text has said before, 0 for none; see `LLM`.
       sampling: a `SamplingParams`; `sampling_fields` (`max_tokens=64, temperature=0.0, ...`) override its fields.
       progress: show a bar; None shows one for more than 8 prompts on a terminal.
 
     Raises `ConfigError` for anything that cannot be served, naming it, before anything runs.
     """
-    sampling = SamplingParams.from_fields(sampling, also=("kv_dtype", "kv_scales", "sampling", "progress"), **sampling_fields)
-    return _llm(params, kv_dtype, kv_scales).generate(prompts, sampling, progress=progress)
+    also = ("kv_dtype", "kv_scales", "prompt_lookup", "sampling", "progress")
+    sampling = SamplingParams.from_fields(sampling, also=also, **sampling_fields)
+    return _llm(params, kv_dtype, kv_scales, prompt_lookup).generate(prompts, sampling, progress=progress)
 
 
 def logits(params: Params, token_ids: Sequence[int], *, kv_dtype: Any = "auto", kv_scales: Any = "auto") -> np.ndarray:
@@ -269,8 +273,8 @@ def inspect(
     return report(describe(source_or_params, weights=False), os.fspath(source_or_params), **cache)
 
 
-def _llm(params: Params, kv_dtype: Any, kv_scales: Any) -> LLM:
-    """The warm engine of these parameters, made anew when the cache's settings change.
+def _llm(params: Params, kv_dtype: Any, kv_scales: Any, prompt_lookup: int | None = None) -> LLM:
+    """The warm engine of these parameters, made anew when the settings change (None: whatever `prompt_lookup` it has).
 
     It belongs to `params` and goes with them. Scales and plans from files are read each time: what counts is what they are now.
     """
@@ -279,10 +283,13 @@ def _llm(params: Params, kv_dtype: Any, kv_scales: Any) -> LLM:
     if isinstance(kv_scales, os.PathLike) or (isinstance(kv_scales, str) and os.path.isfile(kv_scales)):
         kv_scales = KVScales.load(kv_scales)
     settings, llm = params.__dict__.get(_ENGINE, (None, None))
-    if settings is None or not all(map(_same, settings, (kv_dtype, kv_scales))):
+    if prompt_lookup is None:
+        prompt_lookup = settings[2] if settings else 0
+    wanted = (kv_dtype, kv_scales, prompt_lookup)
+    if settings is None or not all(map(_same, settings, wanted)):
         params.__dict__.pop(_ENGINE, None)  # its pool is freed before the next one is made
-        llm = LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales)
-        params.__dict__[_ENGINE] = ((kv_dtype, kv_scales), llm)
+        llm = LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales, prompt_lookup=prompt_lookup)
+        params.__dict__[_ENGINE] = (wanted, llm)
     return llm
 
 

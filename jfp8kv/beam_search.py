@@ -25,9 +25,10 @@ import numpy as np
 
 from jfp8kv.core.errors import CapacityError, ConfigError, one_of
 from jfp8kv.engine.detokenize import Detokenizer
+from jfp8kv.engine.group import CONTEXT
 from jfp8kv.engine.prompts import Encoded, as_list, encode
 from jfp8kv.engine.request import CompletionOutput, RequestOutput
-from jfp8kv.llm import CONTEXT, LLM
+from jfp8kv.llm import LLM
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.session import Session, extend_all
 

@@ -1,9 +1,9 @@
 """`LLM`: the engine as an object that stays warm."""
 
 import inspect
+import itertools
 import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,23 +11,23 @@ import numpy as np
 
 from jfp8kv.attention import dispatch
 from jfp8kv.checkpoint.load import load
-from jfp8kv.core.errors import ConfigError, Jfp8kvError, unknown_keyword
+from jfp8kv.core.errors import ConfigError, unknown_keyword
 from jfp8kv.core.formats import kv_format
 from jfp8kv.core.platform import cache_folder
 from jfp8kv.engine.compile_report import CompileReport
-from jfp8kv.engine.detokenize import Detokenizer
 from jfp8kv.engine.engine import Engine
+from jfp8kv.engine.feed import feed
+from jfp8kv.engine.group import Group, Growing
 from jfp8kv.engine.kv_dtype import is_name
+from jfp8kv.engine.lookup import draft_tokens
 from jfp8kv.engine.metrics import Stats
-from jfp8kv.engine.prompts import Encoded, Message, as_list, encode
-from jfp8kv.engine.request import CANCELLED, Request, RequestOutput
+from jfp8kv.engine.prompts import Message, as_list, encode
+from jfp8kv.engine.request import Request, RequestOutput
+from jfp8kv.engine.service import Service, raise_error
 from jfp8kv.models.params import Params
 from jfp8kv.models.tokenizer import Tokenizer
-from jfp8kv.sampling.keys import request_key
 from jfp8kv.sampling.params import MAX_SEED, SamplingParams
 from jfp8kv.session import Session
-
-CONTEXT = 4  # prompt tokens decoded before the first output token, so that a leading space survives
 
 
 class LLM:
@@ -52,9 +52,12 @@ class LLM:
       attention: "pallas" (GPU kernels), "xla" or "reference"; None picks the fastest that runs here. `llm.attention` says which
         runs and why.
       prefix_caching: whether texts that begin alike share what is cached of their beginning.
+      prompt_lookup: tokens to guess ahead where the text has said its last words before, verified in one pass (0: none). The
+        text stays the same, and takes fewer passes where it repeats itself or its prompt; `llm.stats` counts right guesses.
 
-    Raises `ConfigError`, `CheckpointError`, or `NotSupported` for an attention that cannot run here. Threads may share it:
-    whole calls take turns, streams take turns step by step.
+    Raises `ConfigError`, `CheckpointError`, `NotSupported` for an attention that cannot run here, `DeviceMemoryError` when the
+    cache finds no room. Threads and event loops may share it: what they ask for runs together, and all get on with every step.
+    When a step fails (`StepError`, `DeviceMemoryError`) or is interrupted, all callers are told, and the next call is served.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class LLM:
         page_size: int = 64,
         attention: str | None = None,
         prefix_caching: bool = True,
+        prompt_lookup: int = 0,
         **unknown: Any,
     ):
         for name in unknown:
@@ -88,6 +92,7 @@ class LLM:
             raise ConfigError(f"strict={strict!r}: the Params given are loaded already; load them with strict={strict!r}.")
         if is_name(kv_cache_dtype) and kv_cache_dtype != "auto":
             kv_format(kv_cache_dtype)  # refused now rather than after loading
+        draft_tokens(prompt_lookup)
         dispatch.choose(attention)
         keep_compiled_programs()
         self._engine = Engine(
@@ -101,10 +106,11 @@ class LLM:
             page_size=page_size,
             attention=attention,
             prefix_caching=prefix_caching,
+            prompt_lookup=prompt_lookup,
         )
+        self._service = Service(self._engine)
         self._seed = seed
-        self._numbers = 0
-        self._lock = threading.RLock()
+        self._numbers = itertools.count()
 
     @property
     def params(self) -> Params:
@@ -136,19 +142,20 @@ class LLM:
         choice = self._engine.attention
         return f"{choice.name}: {choice.why}"
 
-    def warmup(self) -> None:
+    def warmup(self, *, structured: bool = False) -> None:
         """Compile all step programs now (or read them from the compilation cache); later calls then compile nothing.
 
         Whatever they ask for, that is, but for a request with more than 64 tokens that end its text or more than 512 in
         `logit_bias`: the first one compiles a program of its own. So do sessions that first go on together (`extend_all`,
-        `beam_search`), for each power of two of them and each width of what is added.
+        `beam_search`), for each power of two of them and each width of what is added. `structured` compiles what json_schema,
+        regex, choice and grammar need as well.
         """
-        with self._lock:
-            self._engine.warmup()
+        with self._service.turn():
+            self._engine.warmup(structured=structured)
 
     def compile_report(self) -> CompileReport:
         """The step programs there are: what for, how long they took to compile, what memory they take. Prints as a table."""
-        with self._lock:
+        with self._service.turn():
             return self._engine.programs.report()
 
     # -- generating -----------------------------------------------------------------------------------------------------
@@ -170,13 +177,12 @@ class LLM:
 
         Raises `ConfigError` for a prompt or parameter that cannot be served, naming it, before anything runs.
         """
-        with self._lock:
-            groups = self._requests(as_list(prompts), sampling_params, fields)
-            for group in groups:
-                if (wanted := group.requests[0].params.prompt_logprobs) is not None:
-                    group.prompt_logprobs = self._prompt_logprobs(group.prompt.ids, wanted)
-            self._run([r for group in groups for r in group.requests], progress)
-            return [group.output() for group in groups]
+        groups = self._groups(as_list(prompts), sampling_params, fields)
+        for group in groups:
+            if (wanted := group.params.prompt_logprobs) is not None:
+                group.prompt_logprobs = self._prompt_logprobs(group.prompt.ids, wanted)
+        self._run([r for group in groups for r in group.requests], progress)
+        return [group.output() for group in groups]
 
     def chat(
         self,
@@ -189,153 +195,149 @@ class LLM:
             raise ConfigError('chat takes messages such as [{"role": "user", "content": "..."}]; give plain text to generate.')
         return self.generate(messages, sampling_params, **rest)
 
+    def generate_each(
+        self, requests: Iterable[tuple[Any, SamplingParams | Mapping[str, Any] | None]]
+    ) -> Iterator[tuple[int, RequestOutput | Exception]]:
+        """Continue prompts from an iterator, which may be endless: `(number, result)` of each, as soon as it is made.
+
+        Requests are pairs of a prompt and its sampling parameters (or a mapping of their fields), counted from 0. They are
+        taken as the engine has room, so that it stays full and memory does not grow with their number. One that cannot be
+        served gives its `ConfigError` as its result; a step that fails gives its error to all that were in it. Closing the
+        iterator cancels what is in flight.
+        """
+
+        def group(asked: tuple[Any, Any]) -> Group:
+            prompt, params = asked
+            given = isinstance(params, Mapping)
+            return self._groups([prompt], None if given else params, dict(params) if given else {})[0]
+
+        return feed(self._service, group, requests, 2 * self._engine.buckets.max_requests)
+
     def stream(self, prompt: Any, sampling_params: SamplingParams | None = None, **fields: Any) -> Iterator[str]:
         """The text of one continuation, piece by piece as it is made. Closing the iterator cancels the request.
 
-        Other calls may run between two pieces: they share the engine.
+        Other calls may run meanwhile: they share the engine.
         """
-        with self._lock:
-            (group,) = self._requests([prompt], sampling_params, fields)
-        request = group.requests[0]
-        if len(group.requests) != 1 or request.params.prompt_logprobs is not None:
-            raise ConfigError("stream gives the text of one continuation: n must be 1, and prompt_logprobs None.")
-        if request.detokenizer is None:
-            raise ConfigError("stream gives text, and this model has no tokenizer: use generate, which also gives token ids.")
-        return self._stream(request)
+        return self._stream(self._one(prompt, sampling_params, fields))
 
     def _stream(self, request: Request) -> Iterator[str]:
-        sent = 0
+        text, ended = Growing(request), False
+        self._service.submit([request])
         try:
-            with self._lock:
-                self._engine.add(request)
-            while True:
-                with self._lock:
-                    if request.finish_reason is None:
-                        self._engine.step()
-                    text, done = request.text, request.finish_reason
-                if len(text) > sent:
-                    yield text[sent:]
-                    sent = len(text)
-                if done == CANCELLED:
-                    raise Jfp8kvError("a step failed while this text was being made, and it was dropped: ask again.")
-                if done:
-                    return
+            while not ended:
+                self._service.advance(text.news)
+                piece, ended = text.piece()
+                if piece:
+                    yield piece
+            raise_error([request])
         finally:
-            with self._lock:
-                self._engine.cancel([request])
+            self._service.drop([request])
+
+    def astream(self, prompt: Any, sampling_params: SamplingParams | None = None, **fields: Any) -> AsyncIterator[str]:
+        """`stream` for `async for`. Steps run in a thread: the event loop never waits for one.
+
+        Cancelling the task, leaving the loop or `aclose()` cancels the request: its pages are free at once, or when the step
+        that is running ends.
+        """
+        return self._astream(self._one(prompt, sampling_params, fields))
+
+    async def _astream(self, request: Request) -> AsyncIterator[str]:
+        text, ended = Growing(request), False
+        self._service.submit([request])
+        try:
+            while not ended:
+                if not text.news():
+                    await self._service.advance_async(text.news)
+                piece, ended = text.piece()
+                if piece:
+                    yield piece
+            raise_error([request])
+        finally:
+            self._service.drop([request])
+
+    def _one(self, prompt: Any, sampling_params: SamplingParams | None, fields: dict[str, Any]) -> Request:
+        """The request of a stream."""
+        (group,) = self._groups([prompt], sampling_params, fields)
+        if len(group.requests) != 1 or group.params.prompt_logprobs is not None:
+            raise ConfigError("a stream gives the text of one continuation: n and best_of must be 1, and prompt_logprobs None.")
+        if self.tokenizer is None:
+            raise ConfigError("a stream gives text, and this model has no tokenizer: use generate, which also gives token ids.")
+        return group.requests[0]
 
     def session(self, prompt: Any) -> Session:
         """A text that stays in the cache, to be extended, taken back and branched: see `Session`."""
-        with self._lock:
-            ids = encode(prompt, self.tokenizer, what="prompt").ids
-            self._engine.check(ids, SamplingParams(max_tokens=1), what="prompt", more=0)
-            return Session.begin(self._engine, self._lock, ids, self.generate)
+        ids = encode(prompt, self.tokenizer, what="prompt").ids
+        self._engine.check(ids, SamplingParams(max_tokens=1), what="prompt", more=0)
+        return Session.begin(self._service, ids, self.generate)
 
     def _run(self, requests: list[Request], progress: bool | None) -> None:
         from tqdm import tqdm
 
         hidden = not progress if progress is not None else (None if len(requests) > 8 else True)  # None: unless a terminal
-        try:
-            for request in requests:
-                self._engine.add(request)
-            with tqdm(total=len(requests), unit="prompt", disable=hidden) as bar:
-                left = len(requests)
-                while left:
-                    self._engine.step()
-                    before, left = left, sum(r.finish_reason is None for r in requests)
-                    bar.update(before - left)
-        finally:
-            self._engine.cancel(requests)
+        with tqdm(total=len(requests), unit="prompt", disable=hidden) as bar:
+            self._service.run(requests, ended=bar.update)
 
-    def _requests(self, prompts: list[Any], sampling: Any, fields: dict[str, Any]) -> list["_Group"]:
+    def _groups(self, prompts: list[Any], sampling: Any, fields: dict[str, Any]) -> list[Group]:
         """Every prompt encoded and checked, or an error; nothing is queued yet."""
         if not prompts:
             raise ConfigError("prompts is empty: give at least one.")
         each = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * len(prompts)
         if len(each) != len(prompts):
             raise ConfigError(f"{len(each)} sampling parameters for {len(prompts)} prompts: give one, or one for each.")
-        groups = []
+        asked = []
         for i, (prompt, base) in enumerate(zip(prompts, each, strict=True)):
             params = SamplingParams.from_fields(base, also=("progress",), **fields)
             encoded = encode(prompt, self.tokenizer, what=f"prompt {i}")
             self._engine.check(encoded.ids, params, what=f"prompt {i}")
             if params.stop and self.tokenizer is None:
                 raise ConfigError("stop strings need text, and this model has no tokenizer: use stop_token_ids.")
-            groups.append((encoded, params))
-        return [self._group(encoded, params) for encoded, params in groups]
-
-    def _group(self, prompt: Encoded, params: SamplingParams) -> "_Group":
-        number, self._numbers = self._numbers, self._numbers + 1
-        room = self._engine.max_model_len - len(prompt.ids)
-        requests = [
-            Request(
-                prompt.ids,
+            asked.append((encoded, params))
+        return [
+            Group.of(
+                encoded,
                 params,
-                request_key(params.seed, index=index, engine_seed=self._seed, number=number),
-                max_tokens=min(params.max_tokens, room),
-                index=index,
-                detokenizer=self.tokenizer and Detokenizer(self.tokenizer, params.stop, context=prompt.ids[-CONTEXT:]),
+                room=self._engine.max_model_len - len(encoded.ids),
+                tokenizer=self.tokenizer,
+                engine_seed=self._seed,
+                number=next(self._numbers),
             )
-            for index in range(params.n)
+            for encoded, params in asked
         ]
-        return _Group(prompt, requests)
 
     # -- scoring --------------------------------------------------------------------------------------------------------
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 `[tokens, vocab]`: the model's scores after each token, computed through the paged cache."""
-        with self._lock:
-            ids = encode(token_ids, None, what="token_ids").ids
-            return np.concatenate(list(self._logits(ids, what="token_ids")))
+        ids = encode(token_ids, None, what="token_ids").ids
+        self._engine.check(ids, SamplingParams(max_tokens=1), what="token_ids", more=0)
+        with self._service.turn() as engine:
+            return np.concatenate(list(engine.logits(ids)))
 
     def score(self, text_or_token_ids: Any) -> np.ndarray:
         """float32 `[tokens - 1]`: log-probability of each token but the first, given those before it."""
-        with self._lock:
-            ids = encode(text_or_token_ids, self.tokenizer, what="text").ids
-            found = [row[token] for row, token in zip(self._logprobs(ids, what="text"), ids[1:], strict=False)]
-            return np.asarray(found, np.float32)
+        ids = encode(text_or_token_ids, self.tokenizer, what="text").ids
+        return np.asarray(self._logprobs(ids, lambda row, token: row[token], what="text"), np.float32)
 
     def _prompt_logprobs(self, ids: list[int], count: int) -> list[dict[int, float] | None]:
         """For each prompt token but the first (None): its log-probability and those of the `count` likeliest ids."""
-        found: list[dict[int, float] | None] = [None]
-        for row, token in zip(self._logprobs(ids, what="prompt"), ids[1:], strict=False):
-            likeliest = np.argpartition(-row, count)[:count] if count < len(row) else np.arange(len(row))
-            ordered = sorted(likeliest.tolist(), key=lambda i, row=row: (-row[i], i))
-            found.append({i: float(row[i]) for i in (*ordered, token)})
-        return found
 
-    def _logprobs(self, ids: list[int], *, what: str) -> Iterator[np.ndarray]:
-        """The log-softmax of the logits after each token, float64 `[vocab]`."""
-        for logits in self._logits(ids, what=what):
-            for row in logits.astype(np.float64):
-                peak = row.max()
-                yield row - (peak + np.log(np.exp(row - peak).sum()))
+        def likeliest(row: np.ndarray, token: int) -> dict[int, float]:
+            found = np.argpartition(-row, count)[:count] if count < len(row) else np.arange(len(row))
+            ordered = sorted(found.tolist(), key=lambda i: (-row[i], i))
+            return {i: float(row[i]) for i in (*ordered, token)}
 
-    def _logits(self, ids: list[int], *, what: str) -> Iterator[np.ndarray]:
+        return [None, *self._logprobs(ids, likeliest, what="prompt")]
+
+    def _logprobs(self, ids: list[int], pick: Callable[[np.ndarray, int], Any], *, what: str) -> list[Any]:
+        """What `pick` takes for each token but the first, given the log-probabilities (float64 `[vocab]`) it was met with."""
         self._engine.check(ids, SamplingParams(max_tokens=1), what=what, more=0)
-        return self._engine.logits(ids)
-
-
-class _Group:
-    """A prompt and the requests made for its `n` continuations."""
-
-    def __init__(self, prompt: Encoded, requests: list[Request]):
-        self.prompt = prompt
-        self.requests = requests
-        self.prompt_logprobs: list[dict[int, float] | None] | None = None
-
-    def output(self) -> RequestOutput:
-        first = self.requests[0]
-        began = [r.first_token for r in self.requests if r.first_token is not None]
-        ended = [r.finished for r in self.requests if r.finished is not None]
-        return RequestOutput(
-            prompt=self.prompt.text,
-            prompt_token_ids=self.prompt.ids,
-            outputs=[r.output() for r in self.requests],
-            prompt_logprobs=self.prompt_logprobs,
-            first_token_s=min(began) - first.submitted if began else None,
-            total_s=max(ended) - first.submitted if ended else None,
-        )
+        picked, following = [], iter(ids[1:])
+        with self._service.turn() as engine:
+            for logits in engine.logits(ids):
+                for row, token in zip(logits.astype(np.float64), following, strict=False):
+                    peak = row.max()
+                    picked.append(pick(row - (peak + np.log(np.exp(row - peak).sum())), token))
+        return picked
 
 
 def keep_compiled_programs() -> None:

@@ -16,9 +16,10 @@ import numpy as np
 
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.engine import step
-from jfp8kv.engine.engine import Engine, Holding
+from jfp8kv.engine.engine import Holding
 from jfp8kv.engine.prompts import encode
 from jfp8kv.engine.request import CompletionOutput, Request, RequestOutput
+from jfp8kv.engine.service import Service
 from jfp8kv.sampling.params import SamplingParams
 
 FIRST_TOKENS = SamplingParams(max_tokens=1)  # of a text that is run, not sampled from
@@ -29,23 +30,21 @@ class Session:
     it.
 
     Its pages are its own to keep: no request takes them away. They are shared with its forks, and with whoever asks for a text
-    that begins alike. Sessions of one `LLM` may be used from several threads, one at a time; `extend_all` takes several on in
-    one dispatch.
+    that begins alike. Threads may share a session, whose calls take turns, and use those of one `LLM` at the same time;
+    `extend_all` takes several on in one dispatch.
     """
 
-    def __init__(self, engine: Engine, lock: threading.RLock, holding: Holding, generate: Callable[..., list[RequestOutput]]):
-        self._engine, self._lock, self._kept, self._generate = engine, lock, holding, generate
-        self._free = weakref.finalize(self, engine.dropped.append, holding)
+    def __init__(self, service: Service, holding: Holding, generate: Callable[..., list[RequestOutput]]):
+        self._service, self._engine, self._kept, self._generate = service, service.engine, holding, generate
+        self._lock = threading.RLock()  # one call at a time; the engine runs others meanwhile
+        self._free = weakref.finalize(self, self._engine.dropped.append, holding)
 
     @classmethod
-    def begin(
-        cls, engine: Engine, lock: threading.RLock, token_ids: list[int], generate: Callable[..., list[RequestOutput]]
-    ) -> "Session":
+    def begin(cls, service: Service, token_ids: list[int], generate: Callable[..., list[RequestOutput]]) -> "Session":
         """A session of these tokens, which the engine has checked."""
         request = Request(token_ids, FIRST_TOKENS, np.zeros(2, np.uint32), max_tokens=1)
-        session = cls(engine, lock, Holding(engine.scheduler.paging, request), generate)
-        with lock:
-            session._run(step.prefill)
+        session = cls(service, Holding(service.engine.scheduler.paging, request), generate)
+        session._run(step.prefill)
         return session
 
     @property
@@ -74,7 +73,8 @@ class Session:
         """Go on with these tokens: float32 `[tokens, vocab]`, the logits after each of them."""
         with _longer([self], [tokens]) as (first,):
             rows = []
-            for _, (positions,), out in self._engine.catch_up([self._holding], step.score, wanted=first):
+            steps = self._engine.catch_up([self._holding], step.score, wanted=first)
+            for _, (positions,), out in self._service.each(steps):
                 if positions.stop > first:
                     rows.append(np.asarray(out)[0, max(0, first - positions.start) : len(positions)])
             return np.concatenate(rows)
@@ -88,8 +88,8 @@ class Session:
 
     def fork(self) -> "Session":
         """Another session with the same text, sharing its pages. Nothing is run, nor copied before one of them goes on."""
-        with self._lock:
-            return Session(self._engine, self._lock, self._holding.fork(), self._generate)
+        with self._lock, self._service.turn():
+            return Session(self._service, self._holding.fork(), self._generate)
 
     def generate(self, sampling_params: SamplingParams | None = None, **fields: Any) -> CompletionOutput:
         """Go on with what the model makes of the text, as `llm.generate` would: one continuation, which joins the text."""
@@ -107,7 +107,7 @@ class Session:
         """Free its pages; the session cannot be used any more. Closing twice does nothing."""
         with self._lock:
             self._free()
-            self._engine.free_dropped()
+            self._service.drop()
 
     def __enter__(self) -> "Session":
         return self
@@ -138,13 +138,14 @@ class Session:
     def _keep_first(self, tokens: int) -> None:
         """The text's first tokens alone."""
         request = self._request
-        del request.prompt_ids[tokens:]
-        del request.keys[tokens // self._engine.needs.page_size :]
-        self._holding.paging.keep_first(request, tokens)
+        with self._service.turn():
+            del request.prompt_ids[tokens:]
+            del request.keys[tokens // self._engine.needs.page_size :]
+            self._holding.paging.keep_first(request, tokens)
 
     def _run(self, function: Callable) -> None:
         """Run what is not in the cache."""
-        for _ in self._engine.catch_up([self._holding], function):
+        for _ in self._service.each(self._engine.catch_up([self._holding], function)):
             pass
 
 
@@ -164,7 +165,8 @@ def extend_all(sessions: Sequence[Session], tokens: Sequence[int | str | Sequenc
     engine, rows = sessions[0]._engine, {id(session._request): row for row, session in enumerate(sessions)}
     logits = np.empty((len(sessions), engine.params.config.vocab), np.float32)
     with _longer(sessions, tokens):
-        for requests, _, out in engine.catch_up([session._holding for session in sessions], step.score_last):
+        steps = engine.catch_up([session._holding for session in sessions], step.score_last)
+        for requests, _, out in sessions[0]._service.each(steps):
             of_a_chunk = np.asarray(out)[: len(requests)]  # a later chunk's replace an earlier's
             logits[[rows[id(request)] for request in requests]] = of_a_chunk
     return logits
@@ -173,7 +175,9 @@ def extend_all(sessions: Sequence[Session], tokens: Sequence[int | str | Sequenc
 @contextlib.contextmanager
 def _longer(sessions: Sequence[Session], tokens: Sequence[Any]) -> Iterator[list[int]]:
     """The sessions' texts with these tokens after them, from which position on; without them again if what is done fails."""
-    with sessions[0]._lock:
+    with contextlib.ExitStack() as mine:
+        for session in sorted(sessions, key=id):  # in one order, whoever asks: nobody waits in a circle
+            mine.enter_context(session._lock)
         added = [session._encoded(new) for session, new in zip(sessions, tokens, strict=True)]
         for session, ids in zip(sessions, added, strict=True):
             session._engine.check([*session._request.prompt_ids, *ids], FIRST_TOKENS, what="the text", more=0)

@@ -82,6 +82,31 @@ def test_a_stream_that_is_not_read_holds_nobody_up(llm) -> None:
     assert llm.stats.kv_tokens_used == 0
 
 
+def test_the_samples_that_the_model_finds_likeliest_come_first(llm) -> None:
+    sampling = {"max_tokens": 12, "seed": 5, "temperature": 1.3, "stop_token_ids": list(range(5, 30))}
+    every = llm.generate("hello you", n=6, **sampling)[0].outputs
+    assert len({len(out.token_ids) for out in every}) > 1, "of different lengths: the mean decides, not the sum"
+    ranked = sorted(every, key=lambda out: out.cumulative_logprob / len(out.token_ids), reverse=True)
+    for n in (1, 2, 6):
+        best = llm.generate("hello you", n=n, best_of=6, **sampling)[0].outputs
+        assert [out.token_ids for out in best] == [out.token_ids for out in ranked[:n]]
+        assert [out.index for out in best] == list(range(n))
+
+
+def test_a_deadline_ends_a_text_with_what_there_is(llm, monkeypatch) -> None:
+    sampling = {"max_tokens": 40, "temperature": 0.0, "ignore_eos": True}
+    whole = llm.generate("hello", **sampling)[0]
+    late, other = llm.generate(["hello", "you"], [SamplingParams(deadline_s=1e-9, **sampling), SamplingParams(**sampling)])
+    assert (late.text, late.token_ids, late.outputs[0].finish_reason) == ("", [], "deadline") and late.total_s > 0
+    assert len(other.token_ids) == 40 and list(llm.stream("hello", deadline_s=1e-9)) == []
+    steps, clock = llm.stats.decode_steps, llm._service.clock
+    monkeypatch.setattr(llm._service, "clock", lambda: clock() + 1e6 * (llm.stats.decode_steps > steps + 10))
+    cut = llm.generate("hello", deadline_s=1e5, **sampling)[0]
+    assert 10 <= len(cut.token_ids) < 40 and cut.outputs[0].finish_reason == "deadline"
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)] and whole.text.startswith(cut.text.rstrip("\ufffd"))
+    assert llm.stats.kv_tokens_used == 0 == llm.stats.kv_bytes_used
+
+
 def test_a_stop_string_ends_the_text_before_it(llm) -> None:
     whole = llm.generate("hello", max_tokens=40, temperature=1.0, seed=3, ignore_eos=True)[0].text
     stop = whole[10:13]
@@ -142,6 +167,8 @@ def test_generate_keeps_its_engine_warm_until_the_cache_changes(params) -> None:
 
     first = _llm(params, "fp8_e4m3", "auto")
     assert _llm(params, "fp8_e4m3", "auto") is first and _llm(params, "fp8_e5m2", "auto") is not first
+    drafting = _llm(params, "fp8_e5m2", "auto", 2)
+    assert _llm(params, "fp8_e5m2", "auto") is drafting and _llm(params, "fp8_e5m2", "auto", 0) is not drafting
     outs = jfp8kv.generate(params, ["hello"], kv_dtype="fp8_e4m3", kv_scales="token_head", max_tokens=4, temperature=0.0)
     assert outs[0].text == outs[0].outputs[0].text
 
@@ -196,6 +223,7 @@ MISTAKES = [
     ({"prompts": [["a", "b"]]}, ConfigError, "prompt 0 is of type list"),
     ({"prompts": [[5] * 4000]}, CapacityError, "max_model_len"),
     ({"temperature": -1.0}, ConfigError, "temperature"),
+    ({"prompt_lookup": 99}, ConfigError, "prompt_lookup=99"),
     ({"top_p": 0.0}, ConfigError, "top_p"),
     ({"top_p": 1.5}, ConfigError, "top_p"),
     ({"max_tokens": 0}, ConfigError, "max_tokens"),
@@ -238,6 +266,7 @@ def test_one_bad_prompt_among_many_is_refused_before_any_runs(llm) -> None:
         ({"strict": False}, "strict=False: the Params given are loaded already"),
         ({"kv_dtype": "fp8"}, "Did you mean 'kv_cache_dtype'"),
         ({"attention": "flash"}, "attention='flash'"),
+        ({"prompt_lookup": -1}, "prompt_lookup=-1: must be a number of draft tokens from 0"),
         ({"kv_scales": jfp8kv.KVScales.unit(99)}, "layers=2"),
     ],
 )
@@ -270,3 +299,26 @@ def test_two_threads_are_both_served(llm) -> None:
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(llm.generate, "hello", max_tokens=8, temperature=0.0) for _ in range(4)]
     assert all(run.result()[0].token_ids == want for run in runs)
+
+
+def test_threads_run_together_rather_than_one_after_another(llm) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    prompts, sampling = ["hello", "you", "abc", "x"], {"max_tokens": 64, "temperature": 0.0, "ignore_eos": True}
+    want = [llm.generate(prompt, **sampling)[0].token_ids for prompt in prompts]
+    before, all_there = llm.stats.decode_steps, Barrier(4)
+
+    def call(prompt: str) -> list[int]:
+        all_there.wait(30)
+        return llm.generate(prompt, **sampling)[0].token_ids
+
+    def branch() -> list[int]:
+        all_there.wait(30)
+        with llm.session(prompts[3]) as session:
+            return session.generate(**sampling).token_ids
+
+    with ThreadPoolExecutor(4) as pool:
+        runs = [*(pool.submit(call, prompt) for prompt in prompts[:3]), pool.submit(branch)]
+        assert [run.result(timeout=60) for run in runs] == want
+    assert llm.stats.decode_steps - before < 3 * 64, "one after another they would take four times 64"

@@ -1,6 +1,7 @@
 """Sessions: texts that stay in the cache, extended, taken back and branched in any order, are what they are if run anew."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -182,6 +183,18 @@ def test_a_fork_in_a_full_pool_goes_on_once_there_is_room_and_nothing_is_lost_be
             branch.close()
 
 
+def test_threads_that_take_the_same_sessions_on_in_any_order_wait_for_each_other_and_never_in_a_circle(llm) -> None:
+    with llm.session([9] * 20) as one, one.fork() as other:
+
+        def go_on(sessions: list[jfp8kv.Session]) -> None:
+            for _ in range(5):
+                jfp8kv.extend_all(sessions, [1, 1])
+
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(go_on, [[one, other], [other, one], [one, other]]))
+        assert one.token_ids == other.token_ids == [9] * 20 + [1] * 15
+
+
 @pytest.mark.parametrize("prompt", [5, 20])
 def test_continuations_of_one_prompt_run_it_once(llm, ran, prompt) -> None:
     ids = list(range(40, 40 + prompt))
@@ -249,7 +262,8 @@ def test_sessions_that_hold_all_memory_are_named_in_the_refusal_and_the_next_cal
     assert len(llm.generate([[8] * 20], max_tokens=4, ignore_eos=True)[0].token_ids) == 4
 
 
-def test_a_session_takes_room_from_requests_that_run_and_they_lose_nothing() -> None:
+@pytest.mark.parametrize("taken_by", ["session", "score"])
+def test_others_take_room_from_requests_that_run_and_those_lose_nothing(taken_by) -> None:
     params = jfp8kv.load(REFERENCES[0], dtype="float32")
     sampling = {"max_tokens": 30, "temperature": 1.0, "seed": 1, "ignore_eos": True}
     alone = jfp8kv.LLM(params, kv_cache_memory="400kB", **SIZES).generate("abc", **sampling)[0].text
@@ -257,8 +271,10 @@ def test_a_session_takes_room_from_requests_that_run_and_they_lose_nothing() -> 
     tight = jfp8kv.LLM(params, kv_cache_memory=8 * llm._engine.kv.page_bytes, **SIZES)
     stream = tight.stream("abc", **sampling)
     text = next(stream)
-    with tight.session([7] * 60):
-        assert tight.stats.preemptions == 1
+    taken = getattr(tight, taken_by)([7] * 60)
+    assert tight.stats.preemptions == 1
+    if taken_by == "session":
+        taken.close()
     assert text + "".join(stream) == alone
 
 

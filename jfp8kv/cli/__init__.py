@@ -1,4 +1,4 @@
-"""The command line: `jfp8kv generate`, `chat`, `inspect`, `calibrate`, `compare`, `plan`, `export`, each in its own module.
+"""The command line: `jfp8kv generate`, `chat`, `batch`, `inspect`, `calibrate`, `compare`, `plan`, `export`, each in a module.
 
 Text goes to stdout and everything else to stderr, so that a pipe carries answers alone. The exit status is 0 when all
 was done, 1 when a run failed in part, 2 for a mistake in what was asked, which is said in one line that names it.
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from jfp8kv.cli import calibrate, chat, compare, export, generate, inspect, plan
+from jfp8kv.cli import batch, calibrate, chat, compare, export, generate, inspect, plan
 from jfp8kv.cli.arguments import parse
 from jfp8kv.cli.output import say
 from jfp8kv.core.errors import Jfp8kvError
@@ -20,6 +20,7 @@ from jfp8kv.core.errors import Jfp8kvError
 COMMANDS = {
     "generate": generate.run,
     "chat": chat.run,
+    "batch": batch.run,
     "inspect": inspect.run,
     "calibrate": calibrate.run,
     "compare": compare.run,

@@ -104,6 +104,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     _add_sampling(chat, max_tokens=512, temperature=0.7)
 
     about = (
+        "Run a file of rows through a model, as a config file says. The same command goes on with a run that was broken off."
+    )
+    batch = commands.add_parser("batch", help="run a file of rows, from a config", description=about, allow_abbrev=False)
+    _add_batch(batch)
+
+    about = (
         "Say what a model is, what its KV cache costs and what scales it brings. Config and headers are read, not the weights."
     )
     inspect = commands.add_parser(
@@ -131,6 +137,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     made = {
         "generate": generate,
         "chat": chat,
+        "batch": batch,
         "inspect": inspect,
         "calibrate": calibrate,
         "compare": compare,
@@ -138,6 +145,18 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "export": export,
     }
     return parser, made
+
+
+def _add_batch(parser: _Parser) -> None:
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file; configs/batch has commented ones")
+    setting = "in place of what the config says, such as sampling.temperature=0.2; may be given again"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
+    parser.add_argument("--restart", action="store_true", help="begin anew, and replace what there is of the output")
+    dry = "look at everything, run nothing: tokens, what fits the cache, roughly how long"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
+    parser.add_argument("--merge", action="store_true", help="join the outputs of all shards into the one output")
+    parser.add_argument("--print-schema", action="store_true", help="print the JSON Schema of configs, for editors")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no summary")
 
 
 def _add_calibration(parser: _Parser) -> None:

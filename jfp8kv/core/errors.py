@@ -24,6 +24,14 @@ class CapacityError(ConfigError):
     """A request that could never fit the cache or the model's context."""
 
 
+class StepError(Jfp8kvError, RuntimeError):
+    """A step failed or was interrupted, and the requests in it were dropped; the next call is served."""
+
+
+class DeviceMemoryError(Jfp8kvError, MemoryError):
+    """The device has no room for the KV cache, or for a step beside it."""
+
+
 class NotSupported(Jfp8kvError):
     """This implementation, device or version cannot do that; the message says what can."""
 

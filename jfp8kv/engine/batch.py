@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, UInt32
 
 from jfp8kv.cache.groups import PageNeeds
 from jfp8kv.core.pytree import pytree
@@ -40,6 +40,8 @@ class Batch:
     reported: Int32[Array | np.ndarray, ""]  # the most likeliest tokens that a request wants to see
     prompt_counts: Counts = None
     output_counts: Counts = None
+    texts: Int32[Array | np.ndarray, "requests text"] | None = None  # all tokens so far, where drafts are looked up in them
+    allowed: UInt32[Array | np.ndarray, "requests words"] | None = None  # by token, one bit each (engine/guides.py)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,11 +72,12 @@ class Batcher:
         needs: PageNeeds,
         pages: int,
         num_pages: int,
+        max_model_len: int,
         eos_ids: tuple[int, ...],
         switch_length: int | None = None,
     ):
         self.buckets, self.vocab, self.eos_ids = buckets, vocab, eos_ids
-        self.needs, self.pages, self.num_pages = needs, pages, num_pages
+        self.needs, self.pages, self.num_pages, self.max_model_len = needs, pages, num_pages, max_model_len
         self.switch_length = switch_length  # where texts must begin their cache anew (models/rope.py), if anywhere
         self._sampled: Sampled | None = None
         self._uncounted: dict[int, Counts] = {}
@@ -94,6 +97,11 @@ class Batcher:
         rows = self.buckets.prefill_rows(len(plan.requests), plan.width)
         return self._batch(plan.requests, plan.chunks, rows, plan.width, 1, self._settings([], rows, PLAIN))
 
+    def last(self, plan: Decode) -> Batch:
+        """The arrays for running the last token of each request, from whose logits a token is then picked."""
+        rows = self.buckets.decode_rows(len(plan.requests))
+        return self._batch(plan.requests, [1] * len(plan.requests), rows, 1, 1, self._settings([], rows, PLAIN))
+
     def decode(self, plan: Decode, least: Variant = PLAIN) -> tuple[Batch, Variant]:
         """The arrays for a decode, padded to a bucket, and the program that serves these requests, or `least` at least."""
         rows = self.buckets.decode_rows(len(plan.requests))
@@ -101,13 +109,19 @@ class Batcher:
         last = self._sampled
         if last is None or (last.requests, last.rows, last.variant) != (plan.requests, rows, variant):
             self._sampled = last = self._settings(plan.requests, rows, variant)
-        batch = self._batch(plan.requests, [1] * len(plan.requests), rows, 1, plan.steps, last)
-        if variant.full:
-            prompt_counts, output_counts = self._counts(plan.requests, rows)
-            batch = dataclasses.replace(batch, prompt_counts=prompt_counts, output_counts=output_counts)
-        return batch, variant
+        made = self.buckets.made(plan.steps)
+        batch = self._batch(plan.requests, [1] * len(plan.requests), rows, 1, made, last)
+        prompt_counts, output_counts = self._counts(plan.requests, rows) if variant.full else (None, None)
+        return dataclasses.replace(
+            batch,
+            steps=np.array(plan.steps, np.int32),
+            prompt_counts=prompt_counts,
+            output_counts=output_counts,
+            texts=self._texts(plan.requests, rows),
+        ), variant
 
-    def _batch(self, requests: list[Request], chunks: list[int], rows: int, width: int, steps: int, sampled: Sampled) -> Batch:
+    def _batch(self, requests: list[Request], chunks: list[int], rows: int, width: int, made: int, sampled: Sampled) -> Batch:
+        """The arrays for chunks of which the last token makes up to `made` more."""
         tokens = np.full((rows, width), self.vocab, np.int32)
         page_tables = np.full((rows, len(self.needs.groups.windows), self.pages), self.num_pages, np.int32)
         start, length, context, remaining, position = np.zeros((5, rows), np.int32)
@@ -115,7 +129,7 @@ class Batcher:
         for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
             start[i], length[i] = request.cached, request.cached + chunk
             tokens[i, :chunk] = request.tokens(request.cached, request.cached + chunk)
-            stop = min(request.cached + chunk + steps - 1, request.most_tokens)
+            stop = min(request.cached + chunk + made - 1, request.most_tokens)
             longest, last = max(longest, stop), self.needs.holding(stop)
             for group, held in enumerate(request.held):
                 page_tables[i, group, held.first : last] = held.pages[: last - held.first]
@@ -124,7 +138,7 @@ class Batcher:
             remaining[i] = self._room(request)
         return Batch(
             tokens, page_tables, start, length, context, remaining, position, sampled.end_ids, sampled.settings,
-            np.array(longest, np.int32), np.array(steps, np.int32), sampled.reported,
+            np.array(longest, np.int32), np.array(made, np.int32), sampled.reported,
         )  # fmt: skip
 
     def _settings(self, requests: list[Request], rows: int, variant: Variant) -> Sampled:
@@ -149,15 +163,37 @@ class Batcher:
                 found[:, i] = counts
         return found[0], found[1]
 
+    def _texts(self, requests: list[Request], rows: int) -> np.ndarray | None:
+        """Prompts and outputs, when drafts are looked up in them."""
+        if not self.buckets.drafts:
+            return None
+        texts = np.full((rows, self.max_model_len), self.vocab, np.int32)
+        for text, request in zip(texts, requests, strict=False):
+            text[: request.num_tokens] = self._asked(request).text(request)
+        return texts
+
 
 @pytree
 class StepOutput:
-    """Tokens made per request, `vocab` past the last, and their log-probabilities; the likeliest ids if asked for."""
+    """Tokens made per request, `vocab` past the last, and their log-probabilities; the likeliest ids if asked for; where drafts
+    are verified, how many were run and how many became tokens."""
 
     tokens: Int32[Array, "requests steps"]
     logprobs: Float32[Array, "requests steps"]
     top_ids: Int32[Array, "requests steps top"] | None = None
     top_logprobs: Float32[Array, "requests steps top"] | None = None
+    drafted: Int32[Array, " requests"] | None = None
+    accepted: Int32[Array, " requests"] | None = None
+
+    @classmethod
+    def blank(cls, requests: int, steps: int, *, vocab: int, top: int) -> "StepOutput":
+        """Nothing made yet."""
+        return cls(
+            jnp.full((requests, steps), vocab, jnp.int32),
+            jnp.zeros((requests, steps), jnp.float32),
+            jnp.zeros((requests, steps, top), jnp.int32) if top else None,
+            jnp.zeros((requests, steps, top), jnp.float32) if top else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

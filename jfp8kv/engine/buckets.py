@@ -34,16 +34,18 @@ class Buckets:
 
     `token_budget`: most tokens of a turn, padding included. Prompts get what a full decode of few steps leaves, always: their
     chunks keep their width whatever decodes beside. `fewest`: the smallest decode batch, 2 where a product with a single row
-    is slow (models/linear.py).
+    is slow (models/linear.py). `drafts`: the most tokens that a step of a decode guesses ahead (engine/speculate.py), which the
+    budget does not count.
     """
 
     max_requests: int
     token_budget: int
     decode_steps: int = DECODE_STEPS
     fewest: int = 1
+    drafts: int = 0
 
     @classmethod
-    def of(cls, max_num_seqs: int | None, max_num_batched_tokens: int | None, *, fewest: int = 1) -> "Buckets":
+    def of(cls, max_num_seqs: int | None, max_num_batched_tokens: int | None, *, fewest: int = 1, drafts: int = 0) -> "Buckets":
         """For what a user asked. No budget leaves prompts `default_chunk` tokens; no number of requests is `USUAL_REQUESTS`, or
         as many as leave prompts half of the budget. `ConfigError` if prompts would get nothing."""
         if max_num_seqs is None:
@@ -56,7 +58,7 @@ class Buckets:
                 f"{max_num_seqs} requests that decode, which leaves none for prompts: give at least "
                 f"{turn_tokens(NARROWEST, max_num_seqs)}, or a smaller max_num_seqs."
             )
-        return cls(max_num_seqs, budget, fewest=fewest)
+        return cls(max_num_seqs, budget, fewest=fewest, drafts=drafts)
 
     @property
     def widest(self) -> int:
@@ -66,7 +68,7 @@ class Buckets:
     @property
     def span(self) -> int:
         """The most tokens that one dispatch adds to a text."""
-        return longest_span(self.widest)
+        return max(longest_span(self.widest), self.made(self.decode_steps))
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -97,8 +99,12 @@ class Buckets:
         """The padded batch for `count` requests that decode."""
         return max(self.fewest, _power_of_two(count))
 
+    def made(self, steps: int) -> int:
+        """The most tokens that a decode of so many steps makes of a request."""
+        return steps * (1 + self.drafts)
+
     def steps(self, count: int, *, few: bool) -> int:
-        """Most tokens that each of `count` requests makes in one decode."""
+        """Most steps of one decode of `count` requests."""
         return min(FEW_STEPS if few else self.decode_steps, self.token_budget // self.decode_rows(count))
 
 

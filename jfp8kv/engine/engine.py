@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,17 +13,21 @@ import numpy as np
 
 from jfp8kv.attention import dispatch
 from jfp8kv.cache.allocator import PageAllocator
-from jfp8kv.core.errors import CapacityError, ConfigError
+from jfp8kv.cache.pages import KVPages
+from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError, StepError
 from jfp8kv.core.platform import activation_dtype
-from jfp8kv.engine import copies, products, results, step
+from jfp8kv.engine import copies, faults, products, results, step
 from jfp8kv.engine.batch import Batch, Batcher, Made, StepOutput, read
 from jfp8kv.engine.buckets import Buckets, counts
+from jfp8kv.engine.guides import Guides
 from jfp8kv.engine.kv import context_length, positive, setup
+from jfp8kv.engine.lookup import draft_tokens
 from jfp8kv.engine.metrics import Stats, Stopwatch
 from jfp8kv.engine.paging import Paging
 from jfp8kv.engine.programs import Programs
-from jfp8kv.engine.request import CANCELLED, Request, Status
+from jfp8kv.engine.request import CANCELLED, DEADLINE, Request, Status
 from jfp8kv.engine.scheduler import Decode, Prefill, Scheduler, Turn
+from jfp8kv.engine.speculate import decode_ahead
 from jfp8kv.engine.variants import FULL, PLAIN, Variant
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
@@ -70,13 +75,14 @@ class Engine:
         page_size: Any = 64,
         attention: Any = None,
         prefix_caching: bool = True,
+        prompt_lookup: Any = 0,
     ):
         config = params.config
         cpu = jax.default_backend() == "cpu"
         self.max_model_len = context_length(config, max_model_len)
         halves_on_cpu = cpu and activation_dtype(params.dtype).itemsize == 2
         asked = positive("max_num_seqs", max_num_seqs), positive("max_num_batched_tokens", max_num_batched_tokens)
-        self.buckets = Buckets.of(*asked, fewest=2 if halves_on_cpu else 1)
+        self.buckets = Buckets.of(*asked, fewest=2 if halves_on_cpu else 1, drafts=draft_tokens(prompt_lookup))
 
         self.params = params
         sizes = {"page_size": page_size, "span": self.buckets.span, "longest": self.max_model_len}
@@ -86,7 +92,7 @@ class Engine:
         self.num_pages = self.kv.num_pages(kv_cache_memory, most=longest * self.buckets.max_requests)
         self.attention = dispatch.choose(attention, jax.eval_shape(lambda: self.kv.pool(self.num_pages)))
         self.kv = dataclasses.replace(self.kv, keys_transposed=self.attention.keys_transposed)
-        self.pages = self.kv.pool(self.num_pages)
+        self.pages: KVPages | None = faults.new_pool(self.kv, self.num_pages)  # None once a failed step has taken it
 
         self.model = step.Model(
             config,
@@ -106,9 +112,11 @@ class Engine:
             needs=self.needs,
             pages=table_pages,
             num_pages=self.num_pages,
+            max_model_len=self.max_model_len,
             eos_ids=params.eos_ids,
             switch_length=switch_length(config.ropes),
         )
+        self.guides = Guides(params.tokenizer, config.vocab, eos_ids=self.batcher.eos_ids)
         self._paging = {
             "reuse": prefix_caching,
             "by_context": any(rope.kind in ("dynamic", "longrope") for rope in config.ropes),
@@ -141,6 +149,7 @@ class Engine:
         if bad is not None:
             raise ConfigError(f"{what} holds token id {bad}: ids must be from 0 to {vocab - 1}.")
         params.check_vocab(vocab)
+        self.guides.check(params)
         self.check_length(len(prompt_ids), more, what=what)
         capacity = self.stats.kv_tokens_capacity
         needed = min(len(prompt_ids) + params.max_tokens * (more > 0), self.max_model_len)
@@ -171,6 +180,18 @@ class Engine:
                 results.finish(request, CANCELLED, self.scheduler)
         self._count_used()
 
+    def end_late(self, now: float) -> None:
+        """End requests whose deadline has passed, with what they have."""
+        for request in [r for r in (*self.scheduler.waiting, *self.scheduler.running) if r.deadline <= now]:
+            results.finish(request, DEADLINE, self.scheduler)
+        self._count_used()
+
+    def refuse(self, error: CapacityError) -> None:
+        """Drop the request whose turn it is: there will be no room for it."""
+        request = self.scheduler.waiting[0]
+        request.error = error
+        self.cancel([request])
+
     def step(self) -> None:
         """A turn for whatever is queued, whoever queued it.
 
@@ -178,7 +199,7 @@ class Engine:
         made of the tokens, and their users told.
         """
         self.free_dropped()
-        with self._watch, self._whole():
+        with self._watch:
             self._collect()
             try:
                 self._dispatch(self.scheduler.plan())
@@ -187,35 +208,31 @@ class Engine:
 
     def settle(self) -> None:
         """Wait for whatever is on the device, and book all of it."""
-        with self._watch, self._whole():
+        with self._watch:
             self._collect(everything=True)
             self._tell()
 
-    @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
-        """What fails in between, on the host or on the device, leaves an empty engine that works."""
-        try:
-            yield
-        except CapacityError:  # nothing was run
-            raise
-        except BaseException:
-            self._abandon()
-            raise
-
-    def _abandon(self) -> None:
-        """After a failure the donated pool may be gone: drop every request and start with an empty one."""
-        for request in (*self.scheduler.waiting, *self.scheduler.running, *(made.request for made in self._made)):
-            if request.finish_reason is None:
-                request.status, request.held, request.finish_reason = Status.FINISHED, [], CANCELLED
+    def abandon(self, requests: Iterable[Request], error: Jfp8kvError) -> None:
+        """After a failed step: these requests end with `error`, and nothing is cached any more. The pool may be gone too."""
+        for request in requests:
+            request.status, request.held = Status.FINISHED, []
+            request.error, request.finish_reason = error, CANCELLED
         flying, self._flying = self._flying, deque()
         self._made.clear()
         for flight in flying:
             with contextlib.suppress(Exception):
                 jax.block_until_ready(flight.output)  # what still runs holds memory
         self.scheduler = self._new_scheduler()
-        del self.pages
-        self.pages = self.kv.pool(self.num_pages)
+        try:
+            jax.block_until_ready(self.pages)
+        except Exception:
+            self.pages = None
         self._count_used()
+
+    def ready(self) -> None:
+        """Have a pool. Raises `DeviceMemoryError`."""
+        if self.pages is None:
+            self.pages = faults.new_pool(self.kv, self.num_pages)
 
     def _count_used(self) -> None:
         self.stats.kv_tokens_used = sum(r.cached for r in self.scheduler.running)
@@ -231,8 +248,8 @@ class Engine:
             self._free_since = self._watch.now()
         self._turn += 1
         if turn.decode is not None:
-            batch, variant = self.batcher.decode(turn.decode)
-            output = self._decode(batch, variant)
+            held = any(request.params.constraint for request in turn.decode.requests)
+            output = (self._guided if held else self._decode)(turn.decode)
             self._flying.append(Flight(self._turn, turn.decode, output))
             self.stats.decode_steps += turn.decode.steps
         if turn.prefill is not None:
@@ -244,9 +261,25 @@ class Engine:
                 self.scheduler.paging.keep(request)
         self._count_used()
 
-    def _decode(self, batch: Batch, variant: Variant) -> StepOutput:
+    def _decode(self, plan: Decode, least: Variant = PLAIN) -> StepOutput:
+        batch, variant = self.batcher.decode(plan, least)
         static = {"most_steps": self.buckets.decode_steps, "top": min(variant.top, self.params.config.vocab)}
+        if drafts := self.buckets.drafts:
+            return self._launch(decode_ahead, batch, variant=variant.name, drafts=drafts, **static)
         return self._launch(step.decode, batch, variant=variant.name, **static)
+
+    def _guided(self, plan: Decode, least: Variant = PLAIN) -> StepOutput:
+        """A token for each request. While the device runs the model, the host finds out which tokens grammars allow."""
+        logits = self._launch(step.score, self.batcher.last(plan))
+        batch, variant = self.batcher.decode(plan, least)
+        began = time.perf_counter()
+        allowed = self.guides.allowed(plan.requests, rows=len(batch.start))
+        self.stats.guide_s += time.perf_counter() - began
+        batch = dataclasses.replace(batch, allowed=allowed)
+        top = min(variant.top, self.params.config.vocab)
+        output = self.programs.compute(step.pick, logits, batch, variant=variant.name, top=top)
+        self.stats.compilations = len(self.programs.built)
+        return output
 
     def _launch(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
         """Start a step on the pool, in place, after the copies of pages that it waits for."""
@@ -265,9 +298,8 @@ class Engine:
 
     def _run(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
         """`_launch`, and wait until it is done."""
-        with self._whole():
-            output = self._launch(function, batch, **static)
-            return jax.block_until_ready((output, self.pages))[0]
+        output = self._launch(function, batch, **static)
+        return jax.block_until_ready((output, self.pages))[0]
 
     def _collect(self, *, everything: bool = False) -> None:
         """Wait for the tokens of the last turn, and book them. Its prompts may run on: no plan depends on how they end.
@@ -285,6 +317,7 @@ class Engine:
                 made = read(flight.output, flight.plan.requests, self.params.config.vocab)
                 self.stats.decode_s += self._seconds()
                 self._made += [m for m in made if results.book(m, self.scheduler, self.batcher.switch_length)]
+                results.count_drafts(flight.output, self.stats)
             self._flying.popleft()
 
     def _seconds(self) -> float:
@@ -316,12 +349,6 @@ class Engine:
         self.settle()
         request = Request(token_ids, SamplingParams(max_tokens=1), np.zeros(2, np.uint32), max_tokens=1)
         paging = self.scheduler.paging  # a failed step replaces the engine's
-        pages, free = self.needs.total(len(token_ids)), paging.allocator.free_pages
-        if pages > free:
-            raise CapacityError(
-                f"{len(token_ids)} tokens need {pages} pages of cache and {free} are free while other requests run: finish or "
-                "close them first, or give a larger kv_cache_memory."
-            )
         try:
             for _, (positions,), out in self._chunks([request], function, self.buckets.chunk, **static):
                 yield positions, out
@@ -335,7 +362,10 @@ class Engine:
 
         `width`: of the chunks in a dispatch, for the most tokens that one of the texts has left.
         """
+        scheduler = self.scheduler
         while left := [r for r in requests if r.uncached]:
+            if self.scheduler is not scheduler:
+                raise StepError("a step of another request failed and took what was cached of this text with it: ask again.")
             wide = width(max(r.uncached for r in left))
             chosen = left[: self.buckets.prefill_requests(wide)]
             chunks = [min(r.uncached, wide) for r in chosen]
@@ -386,9 +416,9 @@ class Engine:
             holding.paging.release(holding.request)
             self._count_used()
 
-    def warmup(self) -> None:
+    def warmup(self, *, structured: bool = False) -> None:
         """Compile every program that requests and single sessions can need, but for requests with lists of ids longer than
-        `variants.FULL` has."""
+        `variants.FULL` has, and unless `structured` those with grammars."""
         self.settle()
         for width in self.buckets.chunks:
             for rows in counts(self.buckets.prefill_requests(width)):
@@ -401,9 +431,8 @@ class Engine:
         self._run(copies.copy, copies.Copies.of([]))
         for rows in counts(self.buckets.max_requests):
             for variant in (PLAIN, FULL):
-                batch, _ = self.batcher.decode(Decode(self._nobody(rows), 1), variant)
-                with self._whole():
-                    jax.block_until_ready(self._decode(batch, variant))
+                for decode in (self._decode, self._guided) if structured else (self._decode,):
+                    jax.block_until_ready(decode(Decode(self._nobody(rows), 1), variant))
         self.stats.compilations = len(self.programs.built)
 
     def _nobody(self, count: int) -> list[Request]:

@@ -15,7 +15,9 @@ class Stats:
     `kv_bytes_capacity`. `prefix_hit_tokens` are tokens that were found in the cache and not run again; `preemptions` counts how
     often a request gave its pages up to be run anew. `compilations` counts step programs built (a warm engine builds none).
     `generated_tokens` are those that requests got. `prefill_s` and `decode_s` are seconds from when the device was free until
-    it was done, for the `prefill_steps` dispatches and the `decode_steps` tokens in a row of each kind.
+    it was done, for the `prefill_steps` dispatches and the `decode_steps` tokens in a row of each kind. Of the `draft_tokens`
+    that prompt lookup guessed and that were run, `accepted_tokens` became output, beside the one that each step makes anyway.
+    `guide_s` is what the host took to find out which tokens grammars allow, while the device ran the model.
     """
 
     kv_tokens_capacity: int = 0
@@ -29,10 +31,13 @@ class Stats:
     compilations: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     prefill_steps: int = 0
     decode_steps: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    guide_s: float = 0.0
 
     def to_dict(self) -> dict[str, int | float]:
         """All counters by name."""

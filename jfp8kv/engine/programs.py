@@ -34,7 +34,7 @@ class Program:
     tokens: int
     variant: str
     seconds: float
-    run: Any  # jax.stages.Compiled: (weights, scales, batch, pages) -> (output, pages), the pages donated
+    run: Any  # jax.stages.Compiled; of a step: (weights, scales, batch, pages) -> (output, pages), the pages donated
 
     @property
     def memory(self) -> Any:
@@ -72,12 +72,22 @@ class Programs:
         program = self.program(step, batch, pages, variant=variant, **static)
         return program.run(self.weights, self.scales, batch, pages)
 
+    def compute(self, function: Callable, values: Any, batch: Batch, *, variant: str = "", **static: Any) -> Any:
+        """`function(values, batch, **static)`, compiled: what goes on outside the pool."""
+        key = (function, *static.items(), _signature((values, batch)))
+        program = self._found(key, lambda: _build(function, (), (values, batch), batch, variant, static))
+        return program.run(values, batch)
+
     def program(self, step: Callable, batch: Batch | Copies, pages: KVPages, *, variant: str = "", **static: Any) -> Program:
         """The compiled program for a step on arrays shaped like these (shapes suffice). `variant` names it in the report."""
         key = (step, *static.items(), self._fixed, _signature((batch, pages)))
+        arguments = (self.weights, self.scales, batch, pages)
+        return self._found(key, lambda: _build(step, (self.model,), arguments, batch, variant, static, donated=3))
+
+    def _found(self, key: Key, build: Callable[[], Program]) -> Program:
         if key not in self._own:
             if key not in _recent:
-                self.built.append(self._build(step, batch, pages, variant, static))
+                self.built.append(build())
                 _recent[key] = self.built[-1]
             _recent.move_to_end(key)
             self._own[key] = _recent[key]
@@ -90,12 +100,23 @@ class Programs:
         built = set(map(id, self.built))
         return CompileReport(tuple(p.described(shared=id(p) not in built) for p in self._own.values()))
 
-    def _build(self, step: Callable, batch: Batch | Copies, pages: KVPages, variant: str, static: dict[str, Any]) -> Program:
-        began = time.perf_counter()
-        function = jax.jit(functools.partial(step, self.model, **static), donate_argnums=3)
-        compiled = function.lower(self.weights, self.scales, batch, pages).compile()
-        requests, tokens = batch.shape
-        return Program(step.__name__, requests, tokens, variant, time.perf_counter() - began, compiled)
+
+def _build(
+    function: Callable,
+    fixed: tuple,
+    arguments: tuple,
+    batch: Batch | Copies,
+    variant: str,
+    static: dict[str, Any],
+    *,
+    donated: int | tuple[int, ...] = (),
+) -> Program:
+    """`function(*fixed, *arguments, **static)`, compiled for arguments shaped like these."""
+    began = time.perf_counter()
+    jitted = jax.jit(functools.partial(function, *fixed, **static), donate_argnums=donated)
+    compiled = jitted.lower(*arguments).compile()
+    requests, tokens = batch.shape
+    return Program(function.__name__, requests, tokens, variant, time.perf_counter() - began, compiled)
 
 
 def _signature(tree: Any) -> Key:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import enum
+import math
 import time
 from typing import Any
 
+from jfp8kv.core.errors import Jfp8kvError
 from jfp8kv.engine.detokenize import Detokenizer
 from jfp8kv.sampling.params import SamplingParams
 
@@ -14,7 +16,8 @@ class CompletionOutput:
     """One generated continuation.
 
     `logprobs`: when asked for, a dict `{token id: log-probability}` per token, of the likeliest and the sampled one.
-    `finish_reason`: "stop" (an end token or stop string, named in `stop_reason`) or "length".
+    `finish_reason`: "stop" (an end token or stop string, named in `stop_reason`, or the end of what the text was to look like),
+    "length", "deadline", or "dead_end" where no token was left to choose, for the reason in `stop_reason`.
     """
 
     index: int
@@ -28,7 +31,7 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its `n` continuations, in the order of their index. `text` and `token_ids` are the first one's."""
+    """A prompt and its `n` continuations, with `best_of` the best first. `text` and `token_ids` are the first one's."""
 
     prompt: str | None
     prompt_token_ids: list[int]
@@ -46,7 +49,12 @@ class RequestOutput:
         return self.outputs[0].token_ids
 
 
-CANCELLED = "cancelled"  # the finish reason of what was dropped: seen by nobody but its own stream
+DEADLINE = "deadline"  # the finish reason of what ran out of time
+DEAD_END = "dead_end"  # of what has no token left to go on with
+CANCELLED = (
+    "cancelled"  # and of what was dropped, which no caller sees: if it was not the caller who dropped it, `error` says why
+)
+NO_TOKEN = "logit_bias, min_tokens and what the text must look like leave no token"  # the stop reason of a dead end
 
 
 class Status(enum.Enum):
@@ -70,6 +78,7 @@ class Request:
     index: int = 0  # which of the n continuations of its prompt
     detokenizer: Detokenizer | None = None
     asked: Any = None  # `params` for the device, made when first needed (engine/variants.py)
+    guide: Any = None  # what it is held to, made when first needed (engine/guides.py)
     status: Status = Status.WAITING
     output_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list[float] = dataclasses.field(default_factory=list)
@@ -81,6 +90,7 @@ class Request:
     text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    error: Jfp8kvError | None = None  # why the engine dropped it, if it did
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float | None = None
     finished: float | None = None
@@ -95,6 +105,11 @@ class Request:
         self.cached = 0
         if context is not None:
             self.context, self.keys = context, []
+
+    @property
+    def deadline(self) -> float:
+        """When it is to end at the latest, on the clock of `submitted`."""
+        return math.inf if self.params.deadline_s is None else self.submitted + self.params.deadline_s
 
     @property
     def num_tokens(self) -> int:

@@ -7,9 +7,11 @@ So a stop string is found a turn late, and what its request has on the device by
 
 import time
 
-from jfp8kv.engine.batch import Made
+import numpy as np
+
+from jfp8kv.engine.batch import Made, StepOutput
 from jfp8kv.engine.metrics import Stats
-from jfp8kv.engine.request import Request, Status
+from jfp8kv.engine.request import DEAD_END, NO_TOKEN, Request, Status
 from jfp8kv.engine.scheduler import Scheduler
 
 
@@ -20,13 +22,22 @@ def book(made: Made, scheduler: Scheduler, switch_length: int | None) -> bool:
         return False
     request.cached += len(made.token_ids)
     request.output_ids += made.token_ids
-    if made.ended or len(request.output_ids) >= request.max_tokens:
+    if made.ended or not made.token_ids or _complete(made) or len(request.output_ids) >= request.max_tokens:
         scheduler.finish(request)
     elif switch_length is not None and request.context <= switch_length < request.num_tokens:
         scheduler.paging.keep(request)
         scheduler.paging.release(request)
         request.begin_again(request.num_tokens)
     return True
+
+
+def _complete(made: Made) -> bool:
+    """Whether a grammar lets nothing more come."""
+    guide = made.request.guide
+    if guide is None or made.ended:
+        return False
+    guide.read(made.request.output_ids)
+    return guide.complete
 
 
 def tell(made: Made, scheduler: Scheduler, stats: Stats) -> None:
@@ -41,8 +52,14 @@ def tell(made: Made, scheduler: Scheduler, stats: Stats) -> None:
     scheduler.paging.keep(request)
     if reason := _finish_reason(made):
         finish(request, reason, scheduler)
-        request.finished = now
     stats.generated_tokens += len(request.output_ids) - before
+
+
+def count_drafts(output: StepOutput, stats: Stats) -> None:
+    """What came of the drafts that a decode verified, if it did."""
+    if output.drafted is not None and output.accepted is not None:
+        stats.draft_tokens += int(np.asarray(output.drafted).sum())
+        stats.accepted_tokens += int(np.asarray(output.accepted).sum())
 
 
 def _finish_reason(made: Made) -> str | None:
@@ -56,6 +73,12 @@ def _finish_reason(made: Made) -> str | None:
     if made.ended:
         request.stop_reason = made.token_ids[-1]
         return "stop"
+    guide = request.guide
+    if guide is not None and (guide.complete if made.token_ids else guide.accepting):
+        return "stop"
+    if not made.token_ids:
+        request.stop_reason = (guide and guide.error) or NO_TOKEN
+        return DEAD_END
     return "length" if len(request.output_ids) >= request.max_tokens else None
 
 
@@ -69,5 +92,6 @@ def finish(request: Request, reason: str, scheduler: Scheduler) -> None:
     """End its text, and free its pages if that was not done when its last tokens were booked."""
     if request.detokenizer is not None and request.detokenizer.stopped is None:
         request.text += request.detokenizer.finish()
-    request.finish_reason = reason
+    request.finished = time.perf_counter()
     scheduler.finish(request)
+    request.finish_reason = reason  # last: whoever sees it takes the rest as final

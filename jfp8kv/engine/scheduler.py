@@ -35,7 +35,7 @@ class Prefill:
 
 @dataclasses.dataclass(frozen=True)
 class Decode:
-    """Generate up to `steps` tokens for each of `requests`."""
+    """Generate tokens for each of `requests` in up to `steps` steps."""
 
     requests: list[Request]
     steps: int
@@ -124,7 +124,7 @@ class Scheduler:
 
     def _soon(self, request: Request) -> int:
         """Tokens of its text once it has been run so far, and decoded once."""
-        return min(request.num_tokens + self.buckets.decode_steps, request.most_tokens)
+        return min(request.num_tokens + self.buckets.made(self.buckets.decode_steps), request.most_tokens)
 
     def _decode(self, requests: list[Request]) -> Decode | None:
         if not requests:
@@ -132,7 +132,9 @@ class Scheduler:
         first = any(not r.output_ids for r in requests)  # some have yet to show their first token
         steps = self.buckets.steps(len(requests), few=first or len(requests) < len(self.running))
         steps = min(steps, max(r.max_tokens - len(r.output_ids) for r in requests))
-        chosen = self._with_room(requests, lambda r: min(r.cached + steps, r.most_tokens))
+        if any(r.params.constraint for r in requests):
+            steps = 1  # a grammar has its say before each token
+        chosen = self._with_room(requests, lambda r: min(r.cached + self.buckets.made(steps), r.most_tokens))
         return Decode(chosen, steps) if chosen else None
 
     def _prefill(self, requests: list[Request]) -> Prefill | None:

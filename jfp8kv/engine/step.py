@@ -2,8 +2,9 @@
 
 Four steps: `prefill` caches a chunk of each request, up to the last token of its prompt; `decode` takes it from there and
 makes several tokens per dispatch in a loop on the device, ending early when every request is done; `score` runs a chunk and
-returns the logits of every position, `score_last` those of the last. The pool goes in and comes out: donated, it is updated in
-place, and what a step needs besides does not grow with it.
+returns the logits of every position, from which `pick` makes a token where the host has a say in it; `score_last` returns those
+of the last. The pool goes in and comes out: donated, it is updated in place, and what a step needs besides does not grow with
+it.
 """
 
 import dataclasses
@@ -94,7 +95,7 @@ def each_request(one: Callable, batch: Batch, pages: KVPages, *, out_axes: Any) 
     return each(batch.tokens, batch.page_tables, batch.start, batch.length, batch.context, pages)
 
 
-def _logits(
+def chunk_logits(
     model: Model, decoder: Decoder, scales: LayerScales | None, batch: Batch, pages: KVPages
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPages]:
     """Logits after every token of each request's chunk."""
@@ -108,14 +109,20 @@ def _logits(
 
 def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
     """One token per request."""
-    tokens, logprobs = sample_batch(logits, batch.settings, batch.position, batch.prompt_counts, batch.output_counts)
-    likeliest = ()
-    if top:
-        nothing = jnp.zeros((logits.shape[0], top), jnp.float32), jnp.zeros((logits.shape[0], top), jnp.int32)
-        each = jax.vmap(lambda row: top_logprobs(row, top))
-        values, ids = lax.cond(batch.reported > 0, lambda: each(logits), lambda: nothing)
-        likeliest = ids[:, None], values[:, None]
-    return StepOutput(tokens[:, None], logprobs[:, None], *likeliest)
+    counts = batch.prompt_counts, batch.output_counts
+    tokens, logprobs = sample_batch(logits, batch.settings, batch.position, *counts, batch.allowed)
+    return StepOutput(*(x[:, None] for x in (tokens, logprobs, *likeliest(logits, batch.reported, top))))
+
+
+def likeliest(logits: Float[Array, "rows vocab"], reported: Array, top: int) -> tuple[Array, ...]:
+    """The ids of the `top` likeliest tokens of each row and their log-probabilities: zeros if nothing is `reported`, no arrays
+    for a `top` of 0."""
+    if not top:
+        return ()
+    nothing = jnp.zeros((logits.shape[0], top), jnp.float32), jnp.zeros((logits.shape[0], top), jnp.int32)
+    each = jax.vmap(lambda row: top_logprobs(row, top))
+    values, ids = lax.cond(reported > 0, lambda: each(logits), lambda: nothing)
+    return ids, values
 
 
 def prefill(
@@ -145,12 +152,7 @@ def decode(
     """Up to `batch.steps` (at most `most_steps`) tokens for each request, none after its end token or its `remaining`."""
     decoder = model.bind(weights)
     rows, vocab = batch.start.shape[0], model.config.vocab
-    blank = StepOutput(
-        jnp.full((rows, most_steps), vocab, jnp.int32),
-        jnp.zeros((rows, most_steps), jnp.float32),
-        jnp.zeros((rows, most_steps, top), jnp.int32) if top else None,
-        jnp.zeros((rows, most_steps, top), jnp.float32) if top else None,
-    )
+    blank = StepOutput.blank(rows, most_steps, vocab=vocab, top=top)
 
     def unfinished(state: tuple) -> Array:
         step, batch, _, _ = state
@@ -160,22 +162,22 @@ def decode(
         step, batch, out, pages = state
         active = batch.remaining > 0
         batch = dataclasses.replace(batch, length=batch.start + active.astype(jnp.int32))
-        logits, pages = _logits(model, decoder, scales, batch, pages)
+        logits, pages = chunk_logits(model, decoder, scales, batch, pages)
         new = _sampled(logits[:, 0], batch, top)
         token = jnp.where(active, new.tokens[:, 0], vocab)
         new = dataclasses.replace(new, tokens=token[:, None])
         out = jax.tree.map(lambda made, one: lax.dynamic_update_slice_in_dim(made, one, step, axis=1), out, new)
-        return step + 1, _after(batch, token, active), out, pages
+        return step + 1, _after(batch, token, active, vocab), out, pages
 
     state = (jnp.int32(0), batch, blank, pages)
     _, _, out, pages = lax.while_loop(unfinished, advance, state)
     return out, pages
 
 
-def _after(batch: Batch, token: Int[Array, " requests"], active: Array) -> Batch:
+def _after(batch: Batch, token: Int[Array, " requests"], active: Array, vocab: int) -> Batch:
     """The batch once `token` was made for the `active` requests."""
     one = active.astype(jnp.int32)
-    ended = jnp.any(token[:, None] == batch.end_ids, axis=1)
+    ended = jnp.any(token[:, None] == batch.end_ids, axis=1) | (token == vocab)  # past the last: none was left to choose
     counts = batch.output_counts
     return dataclasses.replace(
         batch,
@@ -192,7 +194,7 @@ def score(
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPages]:
     """Cache a chunk of each request and return the logits after each of its tokens."""
     decoder = model.bind(weights)
-    return _logits(model, decoder, scales, batch, pages)
+    return chunk_logits(model, decoder, scales, batch, pages)
 
 
 def score_last(
@@ -207,3 +209,8 @@ def score_last(
         return decoder.logits(last)[0], pages
 
     return each_request(one, batch, pages, out_axes=(0, None))
+
+
+def pick(logits: Float[Array, "requests tokens vocab"], batch: Batch, *, top: int = 0) -> StepOutput:
+    """A token for each request from what `score` gave after its last one: `decode` in two, for what comes between."""
+    return _sampled(logits[:, 0], batch, top)

@@ -69,6 +69,7 @@ class Asked:
         if self._counts is not None:
             self._counts[0] = np.bincount(request.prompt_ids, minlength=vocab)
         self._counted = 0
+        self._prompt: np.ndarray | None = None
         full = params.counts_tokens or params.min_tokens > 0 or bool(params.logprobs) or bool(params.logit_bias)
         self.least = Variant(len(self.ends), len(params.logit_bias or ()), full)
 
@@ -78,6 +79,12 @@ class Asked:
             np.add.at(self._counts[1], output_ids[self._counted :], 1)
             self._counted = len(output_ids)
         return self._counts
+
+    def text(self, request: Request) -> np.ndarray:
+        """Its prompt and output, int32."""
+        if self._prompt is None:
+            self._prompt = np.array(request.prompt_ids, np.int32)
+        return np.concatenate([self._prompt, np.array(request.output_ids, np.int32)])
 
 
 def asked(request: Request, vocab: int, eos_ids: tuple[int, ...]) -> Asked:

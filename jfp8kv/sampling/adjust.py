@@ -2,11 +2,11 @@
 
 Penalties need to know what came before: how often each token stands in the prompt and in the output so far. Those
 counts are `[vocab]` per request, so they are optional: a batch in which nobody asks for a penalty passes None and
-pays nothing.
+pays nothing. What a grammar lets come next is applied last, and only where there is one.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, UInt32
 
 from jfp8kv.sampling.settings import SamplerSettings
 
@@ -28,6 +28,12 @@ def adjust(
         logits = _penalized(logits, settings, _or_zero(prompt_counts, logits), _or_zero(output_counts, logits))
     held = jnp.where(position < settings.min_tokens, -jnp.inf, jnp.inf)
     return logits.at[settings.held_ids].min(held, mode="drop")
+
+
+def allow(logits: Float32[Array, " vocab"], allowed: UInt32[Array, " words"]) -> Float32[Array, " vocab"]:
+    """The logits of the tokens whose bit is set, -inf for the others: token i's is bit i % 32 of word i // 32."""
+    bits = (allowed[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return jnp.where(bits.reshape(-1)[: logits.shape[0]] == 1, logits, -jnp.inf)
 
 
 def _penalized(

@@ -1,16 +1,18 @@
 """What a request asks of its sampler, checked before anything runs.
 
-The order in which the fields act is that of `sampling.sample`: bias, penalties, min_tokens, then temperature, top-k,
-top-p, min-p. The defaults sample from the model's own distribution.
+The order in which the fields act is that of `sampling.sample`: bias, penalties, min_tokens, what a grammar allows, then
+temperature, top-k, top-p, min-p. The defaults sample from the model's own distribution.
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast, no_type_check
 
 from jfp8kv.core.errors import ConfigError, unknown_keyword
+from jfp8kv.sampling.constraint import CONSTRAINTS, Constraint, choices, pattern, refuse_several, schema_text
 
 MAX_LOGPROBS = 20
 MAX_RATE = 1000  # of temperature and repetition penalty: past it nothing changes but float32 overflows
@@ -33,13 +35,24 @@ class SamplingParams:
     share as likely as the likeliest. `seed` fixes the text whatever runs beside it; `n` samples differ from each
     other and sample 0 is the text of `n=1`.
 
+    `best_of` makes that many samples and returns the `n` of highest mean log-probability per token, best first.
+
     Penalties: `repetition_penalty` divides positive and multiplies negative logits of tokens of the prompt and the
     output (CTRL, arXiv:1909.05858, section 4.1). `presence_penalty` is subtracted from the logit of a token the
     output already holds, `frequency_penalty` once for each time it holds it. `logit_bias` is added to the logits of
     the given ids; `-inf` forbids a token.
 
+    Structure: the text is JSON that satisfies `json_schema` (a dict, JSON, or a class with `model_json_schema()`), a full match
+    of `regex`, one of the strings of `choice`, or derived from `grammar` (Lark, with llguidance's extensions). It ends where
+    that is complete; until then no end-of-sequence token is picked, and `min_tokens` makes it no longer. What `max_tokens`,
+    `stop` or `stop_token_ids` cut short may not be complete. Where `logit_bias` and `min_tokens` leave no token that is
+    allowed, it ends with the finish reason "dead_end". Needs the extra `jfp8kv[structured]`.
+
     Report: `logprobs` gives the log-probability of each token made and of that many likeliest alternatives (up to 20),
     `prompt_logprobs` the same for the prompt. Both speak of the model's distribution, before anything above is applied.
+
+    Time: `deadline_s` seconds after the call the text ends with what it has by then, perhaps nothing, and finish reason
+    "deadline".
     """
 
     max_tokens: int = 128
@@ -59,6 +72,12 @@ class SamplingParams:
     seed: int | None = None
     logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
     min_tokens: int = 0
+    best_of: int | None = None
+    deadline_s: float | None = None
+    json_schema: Any = None
+    regex: str | None = None
+    choice: Iterable[str] | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         for rule in _RULES:
@@ -66,12 +85,22 @@ class SamplingParams:
         self._set("stop", _stop_strings(self.stop))
         self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
         self._set("logit_bias", _bias(self.logit_bias))
+        self._set("json_schema", schema_text(self.json_schema))
+        self._set("regex", pattern("regex", self.regex))
+        self._set("choice", choices(self.choice))
+        self._set("grammar", pattern("grammar", self.grammar))
+        refuse_several(self._constraints)
         if not isinstance(self.ignore_eos, bool):
             raise ConfigError(f"ignore_eos={self.ignore_eos!r}: must be True or False.")
         if self.min_tokens > self.max_tokens:
             raise ConfigError(
                 f"min_tokens={self.min_tokens}: must not exceed max_tokens={self.max_tokens}; "
                 f"try max_tokens={self.min_tokens} or more."
+            )
+
+        if self.best_of is not None and self.best_of < self.n:
+            raise ConfigError(
+                f"best_of={self.best_of}: must be at least n={self.n}, the number to return; try best_of={self.n}."
             )
 
     def _set(self, name: str, value: Any) -> None:
@@ -101,6 +130,16 @@ class SamplingParams:
     def counts_tokens(self) -> bool:
         """Whether a penalty needs to know which tokens came before."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @functools.cached_property
+    def constraint(self) -> Constraint | None:
+        """What the text must look like, if anything is asked."""
+        return next(iter(self._constraints), None)
+
+    @property
+    def _constraints(self) -> list[Constraint]:
+        values = ((name, getattr(self, name)) for name in CONSTRAINTS)
+        return [Constraint(name, value) for name, value in values if value is not None]
 
     def check_vocab(self, vocab: int) -> None:
         """Raise `ConfigError` if `stop_token_ids` or `logit_bias` name an id the model does not have."""
@@ -150,6 +189,8 @@ _RULES = (
     _Rule("max_tokens", int, lambda x: x >= 1, "of at least 1", "try 128"),
     _Rule("min_tokens", int, lambda x: x >= 0, "of at least 0", "0 is no minimum"),
     _Rule("n", int, lambda x: x >= 1, "of at least 1", "try 1"),
+    _Rule("best_of", int, lambda x: x >= 1, "of at least 1", "None is n", optional=True),
+    _Rule("deadline_s", float, lambda x: 0 < x < math.inf, "of seconds above 0", "None is no deadline", optional=True),
     _Rule(
         "temperature",
         float,

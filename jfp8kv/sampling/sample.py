@@ -1,6 +1,6 @@
 """The next token of each request, from its logits: one compiled program for whatever mixture of settings a batch holds.
 
-    logits -> bias, penalties, min_tokens -> temperature -> top-k -> top-p -> min-p -> a draw
+    logits -> bias, penalties, min_tokens, grammar -> temperature -> top-k -> top-p -> min-p -> a draw
 
 The draw is a race: token i runs for the time noise_i / weight_i with exponential noise, and the shortest time wins,
 with probability weight_i / sum(weights) (equivalently the Gumbel-max trick, with one logarithm instead of two and no
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from jfp8kv.sampling.adjust import adjust
+from jfp8kv.sampling.adjust import adjust, allow
 from jfp8kv.sampling.filters import Outside, keep, weights
 from jfp8kv.sampling.keys import exponential, fold_in
 from jfp8kv.sampling.settings import SamplerSettings
@@ -38,15 +38,22 @@ def sample(
     position: Int32[Array, ""],
     prompt_counts: Int32[Array, " vocab"] | None = None,
     output_counts: Int32[Array, " vocab"] | None = None,
+    allowed: UInt32[Array, " words"] | None = None,
 ) -> tuple[Int32[Array, ""], Float32[Array, ""]]:
     """The token at `position` of one request's output (0 is its first), and its log-probability.
 
+    Where every adjusted logit is -inf there is no token to choose: it is `vocab`, past the last.
+
     The log-probability is that of the model: log-softmax of `logits` as given, at temperature 1, without filters,
-    penalties or bias. Counts are as for `adjust`. At temperature 0 the token is the argmax, the lowest id on ties.
+    penalties or bias. Counts are as for `adjust`, `allowed` as for `allow`. At temperature 0 the token is the argmax, the
+    lowest id on ties.
     """
     adjusted = adjust(logits, settings, position, prompt_counts, output_counts)
+    if allowed is not None:
+        adjusted = allow(adjusted, allowed)
     drawn = _draw(adjusted, settings, fold_in(settings.key, position))
-    token = jnp.where(settings.temperature > 0, drawn, argmax(adjusted))
+    greedy = argmax(adjusted)
+    token = _or_none(jnp.where(settings.temperature > 0, drawn, greedy), adjusted, greedy)
     return token, logprob_at(logits, token)
 
 
@@ -56,9 +63,12 @@ def sample_batch(
     positions: Int32[Array, " requests"],
     prompt_counts: Int32[Array, "requests vocab"] | None = None,
     output_counts: Int32[Array, "requests vocab"] | None = None,
+    allowed: UInt32[Array, "requests words"] | None = None,
 ) -> tuple[Int32[Array, " requests"], Float32[Array, " requests"]]:
     """`sample` for each request. `settings` is stacked (`stack_settings`)."""
     adjusted = _adjusted(logits, settings, positions, prompt_counts, output_counts)
+    if allowed is not None:
+        adjusted = jax.vmap(allow)(adjusted, allowed)
     greedy = jax.vmap(argmax)(adjusted)
     random = settings.temperature > 0
 
@@ -67,6 +77,7 @@ def sample_batch(
         return jnp.where(random, _draw_batch(adjusted, settings, keys), greedy)
 
     tokens = jax.lax.cond(jnp.any(random), draw, lambda: greedy)
+    tokens = jax.vmap(_or_none)(tokens, adjusted, greedy)
     return tokens, jax.vmap(logprob_at)(logits, tokens)
 
 
@@ -87,6 +98,11 @@ def _adjusted(
         lambda: jax.vmap(adjust)(logits, settings, positions, prompt_counts, output_counts),
         lambda: logits,
     )
+
+
+def _or_none(token: Int32[Array, ""], logits: Float32[Array, " vocab"], likeliest: Int32[Array, ""]) -> Int32[Array, ""]:
+    """`token`, or past the last one where even the likeliest is forbidden."""
+    return jnp.where(logits[likeliest] == -jnp.inf, logits.shape[0], token)
 
 
 def _draw_batch(

@@ -68,13 +68,17 @@ class Device:
             self.slots |= {(target, slot): self.slots.get((source, slot)) for slot in range(PAGE)}
         self.sched.paging.copies.clear()
 
+    def decode(self, r: Request, steps: int) -> None:
+        """A token for each step, as far as they are wanted."""
+        for _ in range(min(steps, r.max_tokens - len(r.output_ids))):
+            self.run(r, 1)
+            r.cached += 1
+            r.output_ids.append(next_token(r.tokens(0, r.num_tokens)))
+
     def apply(self, turn: Turn) -> None:
         self.copy()
         for r in turn.decode.requests if turn.decode else ():
-            for _ in range(min(turn.decode.steps, r.max_tokens - len(r.output_ids))):
-                self.run(r, 1)
-                r.cached += 1
-                r.output_ids.append(next_token(r.tokens(0, r.num_tokens)))
+            self.decode(r, turn.decode.steps)
             self.sched.paging.keep(r)
         for r, chunk in zip(turn.prefill.requests, turn.prefill.chunks, strict=True) if turn.prefill else ():
             self.run(r, chunk)

@@ -1,6 +1,7 @@
 """Read off the compiled step: the pool is updated in place, and what a step needs besides does not grow with it."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jfp8kv.engine.kv import setup
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.scheduler import Decode, Prefill
+from jfp8kv.engine.speculate import decode_ahead
 from jfp8kv.engine.variants import FULL, PLAIN
 from jfp8kv.sampling.params import SamplingParams
 from tests.models.test_decoder import REFERENCES
@@ -28,32 +30,42 @@ def pool_of(params: jfp8kv.Params, kv_dtype: Any, kv_scales: str, keys_transpose
     return jax.eval_shape(lambda: kv.pool(pool_bytes // kv.page_bytes))
 
 
-@pytest.mark.parametrize("kind", ["decode", "full decode", "prefill", "copy"])
+CACHES = [
+    ("fp8_e4m3", "auto", True),
+    ("fp8_e4m3", "auto", False),
+    ("fp8_e5m2", "token_head", True),
+    ("bfloat16", "auto", True),
+    ("float32", "auto", True),
+    (SKIPPING, "token_head", True),
+]
+STEPS = [
+    *itertools.product(["decode", "full decode", "prefill"], CACHES),
+    *itertools.product(["decode ahead", "copy"], CACHES[::5]),
+]
+
+
 @pytest.mark.parametrize(
-    ("kv_dtype", "kv_scales", "keys_transposed"),
-    [
-        ("fp8_e4m3", "auto", True),
-        ("fp8_e4m3", "auto", False),
-        ("fp8_e5m2", "token_head", True),
-        ("bfloat16", "auto", True),
-        ("float32", "auto", True),
-        (SKIPPING, "token_head", True),
-    ],
+    ("kind", "kv_dtype", "kv_scales", "keys_transposed"),
+    [pytest.param(kind, *cache, id=f"{kind}-{'-'.join(map(str, cache))}") for kind, cache in STEPS],
 )
 def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased(
     kind, kv_dtype, kv_scales, keys_transposed
 ) -> None:
     params = jfp8kv.load(REFERENCES[0])
-    llm = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales, kv_cache_memory="1MB", max_num_seqs=8)
-    engine = llm._engine
+    sizes = {"kv_cache_memory": "1MB", "max_num_seqs": 8, "prompt_lookup": 3 if kind == "decode ahead" else 0}
+    engine = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales, **sizes)._engine
     requests = [Request([1] * 40, SamplingParams(), np.zeros(2, np.uint32), max_tokens=4) for _ in range(4)]
     function = copies.copy if kind == "copy" else getattr(step, kind.split()[-1])
     batch, static = copies.Copies.of([(0, 1)]), {}
     if kind == "prefill":
-        batch = engine.batcher.prefill(Prefill(requests, [16] * 4, 16))
-    elif kind != "copy":
+        function, batch, static = step.prefill, engine.batcher.prefill(Prefill(requests, [16] * 4, 16)), {}
+    elif kind == "copy":
+        function, batch, static = copies.copy, copies.Copies.of([(0, 1)]), {}
+    else:
         batch, variant = engine.batcher.decode(Decode(requests, 4), FULL if kind == "full decode" else PLAIN)
-        static = {"most_steps": 16, "top": variant.top}
+        function, static = step.decode, {"most_steps": 16, "top": variant.top}
+    if kind == "decode ahead":
+        function, static = decode_ahead, static | {"drafts": 3}
     temporaries = []
     for size in (64 * MIB, 1024 * MIB):
         programs = Programs(engine.model, engine.programs.weights, engine.programs.scales)

@@ -26,6 +26,12 @@ def test_the_defaults_are_those_of_the_contract():
         "seed": None,
         "logit_bias": None,
         "min_tokens": 0,
+        "best_of": None,
+        "deadline_s": None,
+        "json_schema": None,
+        "regex": None,
+        "choice": None,
+        "grammar": None,
     }
 
 
@@ -42,6 +48,8 @@ REFUSED = [
     ("stop_token_ids", ["2", [-1], [1.0], [True], True, {1: 2}, 2.5, [2**31]]),
     ("ignore_eos", [1, "yes", None]),
     ("n", [0, -1, 1.5, True]),
+    ("best_of", [0, -1, 1.5, True]),
+    ("deadline_s", [0, -1.0, math.inf, math.nan, "1", True]),
     ("logprobs", [-1, 21, 1.0, True]),
     ("prompt_logprobs", [-1, 21, 1.0, True]),
     ("seed", [-1, 2**64, 1.0, "1", True]),
@@ -66,10 +74,15 @@ def test_a_refusal_names_the_value_and_the_range_and_what_to_try():
         SamplingParams(top_p=1.5)
     with pytest.raises(ConfigError, match=r"min_tokens=9: must not exceed max_tokens=8; try max_tokens=9 or more"):
         SamplingParams(max_tokens=8, min_tokens=9)
+    with pytest.raises(ConfigError, match=r"best_of=2: must be at least n=3, .*; try best_of=3"):
+        SamplingParams(n=3, best_of=2)
+    with pytest.raises(ConfigError, match=r"deadline_s=0: must be a number of seconds above 0; None is no deadline"):
+        SamplingParams(deadline_s=0)
 
 
 def test_values_at_the_ends_of_their_ranges_are_taken():
     SamplingParams(temperature=0, top_k=-1, top_p=1, min_p=1, n=1, max_tokens=1, min_tokens=1, logprobs=0)
+    SamplingParams(n=2, best_of=2, deadline_s=1e-9)
     SamplingParams(presence_penalty=-2, frequency_penalty=2, prompt_logprobs=20, seed=2**64 - 1, min_p=0)
 
 

@@ -17,7 +17,7 @@ from jfp8kv.sampling import (
     stack_settings,
     top_logprobs,
 )
-from jfp8kv.sampling.adjust import adjust, count_token
+from jfp8kv.sampling.adjust import adjust, allow, count_token
 from jfp8kv.sampling.keys import request_key
 from jfp8kv.sampling.sample import argmax
 
@@ -261,11 +261,16 @@ def test_a_bias_on_the_last_id_reaches_it_and_padding_reaches_none():
     np.testing.assert_array_equal(tokens, [299, 0, 5])
 
 
-def test_with_every_token_forbidden_a_token_still_comes_out():
+def test_where_every_token_is_forbidden_none_is_made_up():
     fields = [dict(temperature=0), dict(top_k=3, top_p=0.5), dict(top_p=0.5), dict(min_p=0.1)]
+    forbidden = jnp.full((4, LARGE), -jnp.inf, jnp.float32)
     for settings in (stacked(fields), stacked([*fields[:3], dict()])):
-        tokens, _ = batch(jnp.full((4, LARGE), -jnp.inf, jnp.float32), settings, at(0, 0, 0, 0))
-        assert (np.asarray(tokens) == 0).all()
+        tokens, _ = batch(forbidden, settings, at(0, 0, 0, 0))
+        assert (np.asarray(tokens) == LARGE).all()
+        tokens, _ = batch(forbidden.at[1:3, 7].set(0), settings, at(0, 0, 0, 0))
+        assert tokens.tolist() == [LARGE, 7, 7, LARGE]
+    alone = jax.tree.map(jnp.asarray, settings_from(SamplingParams(), request_key(0)))
+    assert jax.jit(sample)(forbidden[0], alone, jnp.int32(0))[0] == LARGE
 
 
 def test_a_forbidden_token_is_never_drawn_and_every_other_one_is():
@@ -278,3 +283,23 @@ def test_temperatures_too_small_to_matter_are_greedy():
     fields = [dict(temperature=1e-30), dict(temperature=1e-6)]
     tokens, _ = answers([[0.0, 1e-3, 0.0]] * 2, fields, (0, 0))
     np.testing.assert_array_equal(tokens, [1, 1])
+
+
+@pytest.mark.parametrize("vocab", [24, 32, 300])
+def test_bits_that_are_not_set_forbid_their_tokens_and_leave_the_others_as_they_are(vocab):
+    random = np.random.default_rng(vocab)
+    logits, chosen = np.float32(random.normal(size=vocab)), random.random(vocab) < 0.3
+    words = np.zeros(-(-vocab // 32), np.uint32)
+    for token in np.flatnonzero(chosen):
+        words[token // 32] |= np.uint32(1 << token % 32)
+    got = allow(jnp.asarray(logits), jnp.asarray(words))
+    np.testing.assert_array_equal(got, np.where(chosen, logits, -np.inf))
+
+
+def test_only_allowed_tokens_are_drawn_and_log_probabilities_stay_the_models():
+    logits = np.float32(np.random.default_rng(8).normal(size=(len(MIXED), 64)))
+    allowed = np.full((len(MIXED), 2), 1 << 7 | 1 << 30, np.uint32)
+    tokens, logprobs = batch(jnp.asarray(logits), stacked(MIXED), at(*range(len(MIXED))), allowed=jnp.asarray(allowed))
+    assert set(tokens.tolist()) <= {7, 30, 39, 62}
+    for row, token, logprob in zip(logits, tokens, logprobs, strict=True):
+        np.testing.assert_allclose(logprob, row[token] - np.logaddexp.reduce(row), rtol=1e-5)

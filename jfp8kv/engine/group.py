@@ -1,0 +1,84 @@
+"""A prompt's continuations: the requests they are made by, the ones that are returned, and the text of one as it grows."""
+
+import dataclasses
+import math
+
+from jfp8kv.engine.detokenize import Detokenizer
+from jfp8kv.engine.prompts import Encoded
+from jfp8kv.engine.request import Request, RequestOutput
+from jfp8kv.models.tokenizer import Tokenizer
+from jfp8kv.sampling.keys import request_key
+from jfp8kv.sampling.params import SamplingParams
+
+CONTEXT = 4  # prompt tokens decoded before the first output token, so that a leading space survives
+
+
+@dataclasses.dataclass
+class Group:
+    """A prompt and the requests made for it: `n`, or `best_of` to choose from. They share the pages of the prompt."""
+
+    prompt: Encoded
+    params: SamplingParams
+    requests: list[Request]
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+
+    @classmethod
+    def of(
+        cls, prompt: Encoded, params: SamplingParams, *, room: int, tokenizer: Tokenizer | None, engine_seed: int, number: int
+    ) -> "Group":
+        """Requests for a prompt that leaves `room` tokens; `number` tells those without a seed apart."""
+        requests = [
+            Request(
+                prompt.ids,
+                params,
+                request_key(params.seed, index=index, engine_seed=engine_seed, number=number),
+                max_tokens=min(params.max_tokens, room),
+                index=index,
+                detokenizer=tokenizer and Detokenizer(tokenizer, params.stop, context=prompt.ids[-CONTEXT:]),
+            )
+            for index in range(params.best_of or params.n)
+        ]
+        return cls(prompt, params, requests)
+
+    def output(self) -> RequestOutput:
+        """What the user gets, once all requests have ended."""
+        first = self.requests[0]
+        began = [r.first_token for r in self.requests if r.first_token is not None]
+        ended = [r.finished for r in self.requests if r.finished is not None]
+        return RequestOutput(
+            prompt=self.prompt.text,
+            prompt_token_ids=self.prompt.ids,
+            outputs=[dataclasses.replace(r.output(), index=index) for index, r in enumerate(self._chosen())],
+            prompt_logprobs=self.prompt_logprobs,
+            first_token_s=min(began) - first.submitted if began else None,
+            total_s=max(ended) - first.submitted if ended else None,
+        )
+
+    def _chosen(self) -> list[Request]:
+        """The `n` to return: with `best_of` the likeliest, best first, and of equals the earlier."""
+        if self.params.best_of is None:
+            return self.requests
+        return sorted(self.requests, key=_mean_logprob, reverse=True)[: self.params.n]
+
+
+def _mean_logprob(request: Request) -> float:
+    made = request.output_logprobs
+    return sum(made) / len(made) if made else -math.inf
+
+
+class Growing:
+    """The text of a request while it is made, piece by piece."""
+
+    def __init__(self, request: Request):
+        self.request, self._sent = request, 0
+
+    def news(self) -> bool:
+        """Whether there is a piece, or nothing more to come."""
+        return self.request.finish_reason is not None or len(self.request.text) > self._sent
+
+    def piece(self) -> tuple[str, bool]:
+        """The text since the last piece, and whether that was all. Another thread may be making more just now."""
+        ended = self.request.finish_reason is not None  # asked first: nothing is added to a text once this is set
+        text = self.request.text
+        piece, self._sent = text[self._sent :], len(text)
+        return piece, ended

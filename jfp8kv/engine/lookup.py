@@ -1,0 +1,45 @@
+"""Prompt lookup: what a text may go on with, read off the text itself.
+
+Texts repeat themselves and their prompts: names, code, quotations, answers that copy. Where the last few tokens stood before,
+what came after them then is a guess at what comes now (a *draft*), and takes no second model (Saxena 2023, "Prompt lookup
+decoding"). `engine/speculate.py` verifies it: a wrong guess costs time alone.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jfp8kv.core.errors import ConfigError
+
+LONGEST = 3  # tokens compared: longer occurrences are followed no more faithfully (docs/log.md)
+MOST_DRAFTS = 32  # a pass of more costs more than even a text that only repeats itself gives back
+
+
+def draft_tokens(prompt_lookup: Any) -> int:
+    """How many tokens to draft at a time, 0 for none; `ConfigError` for what is no such number."""
+    if isinstance(prompt_lookup, bool) or not isinstance(prompt_lookup, int) or not 0 <= prompt_lookup <= MOST_DRAFTS:
+        raise ConfigError(
+            f"prompt_lookup={prompt_lookup!r}: must be a number of draft tokens from 0 (none) to {MOST_DRAFTS}; try 4."
+        )
+    return prompt_lookup
+
+
+def draft(text: Int[Array, " text"], known: Int[Array, ""], *, count: int) -> tuple[Int[Array, " count"], Int[Array, ""]]:
+    """`count` tokens that may follow the first `known` of `text` (one at least), and how many tokens speak for them.
+
+    They followed the longest earlier occurrence of the text's last tokens, of up to `LONGEST` of them, the latest of several.
+    Its length is what speaks for them: with 0 they mean nothing. An occurrence so late that it overlaps the text's end is a
+    repetition, and goes on as such.
+    """
+    size = text.shape[0]
+    place, last = jnp.arange(size, dtype=jnp.int32), known - 1
+    alike, length = place < last, jnp.zeros(size, jnp.int32)
+    for back in range(LONGEST):
+        before = jnp.pad(text, (back, 0))[:size]  # the token so far before each place
+        alike &= (place >= back) & (before == text[last - back])
+        length += alike.astype(jnp.int32)
+    best = jnp.max(jnp.where(length > 0, length * size + place, 0))  # the longest, then the latest
+    end = best % size
+    period = jnp.maximum(last - end, 1)
+    return text[end + 1 + jnp.arange(count, dtype=jnp.int32) % period], best // size

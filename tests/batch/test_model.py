@@ -1,0 +1,208 @@
+"""Batch runs of a model, tiny but real, through the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import jfp8kv
+from jfp8kv.batch.engine import Local
+from jfp8kv.batch.plain import Request, row_seed
+from tests.batch.conftest import ROOT, read_rows, write_rows
+
+pytestmark = pytest.mark.quick_compile
+MODEL = ROOT / "tests" / "references" / "llama_bf16"
+ENGINE = "{max_num_seqs: 4, max_num_batched_tokens: 64, kv_cache_memory: 1MB}"
+CONFIG = f"""
+model: {MODEL}
+dtype: float32
+kv_dtype: float32
+engine: {ENGINE}
+sampling: {{max_tokens: 12, ignore_eos: true}}
+prompt: "the {{{{ word }}}}"
+input: rows.jsonl
+output: out.jsonl
+"""
+ROWS = [{"word": word} for word in ("end", "sea", "sky is", "a", "I said no to you", "house") * 2]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("rows.jsonl"), ROWS)
+    Path("run.yaml").write_text(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def llm() -> jfp8kv.LLM:
+    params = jfp8kv.load(MODEL, dtype="float32")
+    return jfp8kv.LLM(params, kv_cache_dtype="float32", max_num_seqs=4, max_num_batched_tokens=64, kv_cache_memory="1MB")
+
+
+def test_texts_are_those_that_generate_gives_each_prompt_alone(run, llm):
+    status, out, err = run("batch", "run.yaml")
+    assert (status, out) == (0, "") and err.startswith("jfp8kv: out.jsonl: 12 rows; ") and "144 out" in err
+    for number, (row, asked) in enumerate(zip(read_rows(Path("out.jsonl")), ROWS, strict=True)):
+        (want,) = llm.generate([f"the {asked['word']}"], max_tokens=12, ignore_eos=True, seed=row_seed(0, number))
+        assert (row["text"], row["prompt_tokens"]) == (want.text, len(want.prompt_token_ids))
+        assert row["finish_reason"] == "length" and row["word"] == asked["word"]
+    record = json.loads(Path("out.jsonl.run.json").read_text())
+    assert record["status"] == "complete" and record["engine"]["kv_dtype"] == "float32" and record["versions"]["jax"]
+    assert record["totals"]["completion_tokens"] == 144 and record["seed"] == 0
+    status, _, err = run("batch", "run.yaml")
+    assert status == 0 and "out.jsonl is complete: 12 rows; nothing is left to do" in err
+
+
+def test_mistakes_are_two_failed_rows_one(run):
+    status, out, err = run("batch", "run.yaml", "--set", "sampling.temprature=1")
+    assert (status, out) == (2, "") and "Did you mean 'temperature'" in err and err.count("\n") == 1
+    assert run("batch")[0] == 2 and "no config" in run("batch")[2]
+    assert run("batch", "there.yaml")[0] == 2 and "there.yaml: cannot be read" in run("batch", "there.yaml")[2]
+    write_rows(Path("rows.jsonl"), [*ROWS[:2], {"wrd": 1}, {"word": "x " * 300}])
+    status, _, err = run("batch", "run.yaml", "--quiet")
+    assert (status, err) == (1, "")
+    errors = [row["error"] for row in read_rows(Path("out.jsonl"))]
+    assert errors[:2] == [None, None] and errors[2]["line"] == 3 and "max_model_len" in errors[3]["message"]
+
+
+def test_the_schema_is_printed(run):
+    status, out, _ = run("batch", "--print-schema")
+    assert status == 0 and json.loads(out)["properties"]["kv_scales"]
+
+
+def test_openai_requests_are_answered(run):
+    chat = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 4,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    text = {"model": "m", "prompt": "hello", "max_tokens": 4, "temperature": 0}
+    rows = [("a", "/v1/chat/completions", chat), ("b", "/v1/completions", text), ("c", "/v1/completions", text | {"n": 0})]
+    write_rows(Path("rows.jsonl"), [{"custom_id": i, "method": "POST", "url": url, "body": body} for i, url, body in rows])
+    Path("run.yaml").write_text("\n".join(line for line in CONFIG.splitlines() if not line.startswith(("prompt", "sampling"))))
+    assert run("batch", "run.yaml")[0] == 1
+    found = read_rows(Path("out.jsonl"))
+    assert [line["response"]["status_code"] for line in found] == [200, 200, 400]
+    assert len(found[0]["response"]["body"]["choices"][0]["logprobs"]["content"]) == 4
+    assert "n=0: must be a whole number of at least 1" in found[2]["response"]["body"]["error"]["message"]
+
+
+def test_completions_are_scored_as_the_model_does(run, llm):
+    write_rows(Path("rows.jsonl"), [{"q": "the end", "a": " of it"}, {"q": "the end", "a": ""}])
+    config = CONFIG.replace("sampling: {max_tokens: 12, ignore_eos: true}", "task: score")
+    Path("run.yaml").write_text(config.replace('"the {{ word }}"', '"{{ q }}"\ncompletion: "{{ a }}"'))
+    assert run("batch", "run.yaml")[0] == 1
+    good, bad = read_rows(Path("out.jsonl"))
+    ids, before = llm.tokenizer.encode("the end of it"), llm.tokenizer.encode("the end")
+    assert ids[: len(before)] == before
+    np.testing.assert_allclose(good["logprobs"], llm.score(ids)[len(before) - 1 :], atol=1e-5)
+    assert good["completion_tokens"] == len(ids) - len(before) and good["logprob"] == pytest.approx(sum(good["logprobs"]))
+    assert "no token to score" in bad["error"]["message"]
+
+
+def test_scales_are_calibrated_from_all_rows(run):
+    config = CONFIG.replace("sampling: {max_tokens: 12, ignore_eos: true}", "task: calibrate").replace(
+        "out.jsonl", "out.safetensors"
+    )
+    Path("run.yaml").write_text(config.replace("kv_dtype: float32", "kv_dtype: fp8\ncalibration: {granularity: tensor}"))
+    status, _, err = run("batch", "run.yaml")
+    assert status == 0 and "out.safetensors: 12 rows; " in err
+    found, params = jfp8kv.KVScales.load("out.safetensors"), jfp8kv.load(MODEL, dtype="float32")
+    want = jfp8kv.calibrate(params, [f"the {row['word']}" for row in ROWS], granularity="tensor", max_model_len=None)
+    np.testing.assert_array_equal(found.k, want.k)
+    assert "nothing is left to do" in run("batch", "run.yaml")[2]
+    write_rows(Path("rows.jsonl"), [*ROWS[:2], {"wrd": "x"}])
+    status, _, err = run("batch", "run.yaml", "--restart")
+    assert status == 2 and "rows.jsonl:3: the template wants 'word'" in err
+    assert run("batch", "run.yaml", "--restart", "--set", "kv_dtype=bfloat16")[0] == 2
+
+
+def test_caches_are_compared_over_the_rows(run):
+    config = CONFIG.replace("sampling: {max_tokens: 12, ignore_eos: true}", "task: compare").replace("out.jsonl", "out.json")
+    config = config.replace(f"engine: {ENGINE}", "comparison: {kv_dtypes: [fp8_e4m3], kv_scales: [unit], needle_lengths: []}")
+    Path("run.yaml").write_text(config.replace("kv_dtype: float32\n", ""))
+    status, out, err = run("batch", "run.yaml")
+    assert status == 0 and "fp8_e4m3" in out and "perplexity" in out and "out.json: 12 rows" in err
+    assert json.loads(Path("out.json").read_text())["tokens"]
+
+
+def test_scales_calibrated_first_are_kept_and_used_again(run, monkeypatch):
+    sets = ["--set", "kv_dtype=fp8_e4m3", "--set", "kv_scales={calibrate: {input: rows.jsonl, granularity: head}}"]
+    assert run("batch", "run.yaml", *sets)[0] == 0
+    found = jfp8kv.KVScales.load("out.jsonl.scales.safetensors")
+    assert found.granularity == "head" and len(read_rows(Path("out.jsonl"))) == len(ROWS)
+    from jfp8kv.batch import whole
+
+    monkeypatch.setattr(whole, "calibrated", lambda *_: pytest.fail("they are there already"))
+    whole.scales_first(_config(sets), Path("out.jsonl.scales.safetensors"))
+
+
+def _config(sets):
+    from jfp8kv.batch.check import load
+
+    return load(Path("run.yaml"), sets[1::2])
+
+
+def test_a_step_that_fails_costs_the_row_that_makes_it_fail_alone():
+    """All rows in a step with "poison" get its error: each is asked again alone, and that one fails again."""
+
+    class Llm:
+        def generate_each(self, asked):
+            step = []
+            for number, (prompt, _) in enumerate(asked):
+                step.append((number, prompt))
+                if len(step) == 4:
+                    failed = any(prompt == "poison" for _, prompt in step)
+                    yield from ((number, RuntimeError("on fire") if failed else prompt.upper()) for number, prompt in step)
+                    step = []
+
+        def generate(self, prompts, **sampling):
+            assert sampling == {"seed": 5}
+            if prompts == ["poison"]:
+                raise RuntimeError("on fire again")
+            return [prompts[0].upper()]
+
+    local = Local.__new__(Local)
+    local.llm = Llm()
+    asked = [Request(prompt, {"seed": 5}) for prompt in ("a", "b", "c", "d", "e", "poison", "f", "g", "h", "i", "j", "k")]
+    found = dict(local.generate(asked))
+    assert isinstance(found[5], RuntimeError) and str(found.pop(5)) == "on fire again"
+    assert found == {number: request.prompt.upper() for number, request in enumerate(asked) if number != 5}
+
+
+def test_a_run_of_a_model_killed_again_and_again_ends_as_if_it_had_not_been(run):
+    crashes = int(os.environ.get("JFP8KV_MODEL_CRASHES", "2"))
+    write_rows(Path("rows.jsonl"), [{"word": f"word {i}"} for i in range(40)])
+    run("batch", "run.yaml")
+    whole = Path("out.jsonl").read_bytes()
+    Path("out.jsonl").unlink(), Path("out.jsonl.run.json").unlink()
+    partial, killed = Path("out.jsonl.partial"), 0
+    for crash in range(crashes):
+        command = [sys.executable, "-m", "jfp8kv", "batch", "run.yaml", "--quiet"]
+        with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+            until = partial.stat().st_size if partial.exists() else 0
+            while process.poll() is None and not (partial.exists() and partial.stat().st_size > until):
+                time.sleep(0.005)
+            time.sleep(0.02 * (crash % 5))
+            process.send_signal(signal.SIGKILL)
+        killed += process.returncode == -signal.SIGKILL
+    assert killed
+    run("batch", "run.yaml")
+    assert Path("out.jsonl").read_bytes() == whole
+
+
+def test_an_engine_takes_what_the_config_says(llm):
+    from jfp8kv.batch.check import load
+
+    config = load(Path("run.yaml"), ["kv_dtype={default: fp8_e4m3, skip: [0]}", "kv_scales=unit"])
+    local = Local(config, Path("scales.safetensors"))
+    assert "fp8_e4m3" in local.about["kv_dtype"] and "bfloat16" in local.about["kv_dtype"]
+    assert local.about["max_model_len"] == 256 and local.token_text(llm.tokenizer.encode("a")[-1])

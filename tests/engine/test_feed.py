@@ -1,0 +1,81 @@
+"""`LLM.generate_each`: the texts of `generate`, from an iterator that is taken only as far as the engine has room."""
+
+import itertools
+
+import pytest
+
+import jfp8kv
+from jfp8kv import ConfigError, SamplingParams
+from jfp8kv.engine.programs import Programs
+from tests.models.test_decoder import REFERENCES
+
+pytestmark = pytest.mark.quick_compile
+FOLDER = REFERENCES[0].parent / "llama_bf16"
+PROMPTS = ["the end", "hello", "once upon a time there was", "a", "no"] * 3
+
+
+@pytest.fixture(scope="module")
+def llm() -> jfp8kv.LLM:
+    params = jfp8kv.load(FOLDER, dtype="float32")
+    return jfp8kv.LLM(params, kv_cache_dtype="float32", max_num_batched_tokens=64, max_num_seqs=2, kv_cache_memory="1MB")
+
+
+def asked(**fields):
+    return [
+        (prompt, {"max_tokens": 1 + 3 * (i % 5), "seed": i, "ignore_eos": True} | fields) for i, prompt in enumerate(PROMPTS)
+    ]
+
+
+def test_results_are_those_of_generate_whatever_runs_beside_them(llm) -> None:
+    found = dict(llm.generate_each(asked(n=2)))
+    assert sorted(found) == list(range(len(PROMPTS)))
+    for number, (prompt, fields) in enumerate(asked(n=2)):
+        (want,) = llm.generate([prompt], SamplingParams(**fields))
+        assert [made.token_ids for made in found[number].outputs] == [made.token_ids for made in want.outputs]
+
+
+def test_requests_are_taken_as_there_is_room_and_given_as_they_end(llm) -> None:
+    taken = itertools.count()
+
+    def endless():
+        for number in taken:
+            yield "hello", SamplingParams(max_tokens=1 if number else 40, ignore_eos=True)
+
+    results = llm.generate_each(endless())
+    first = [next(results)[0] for _ in range(8)]
+    assert 0 not in first, "nobody waits for the slowest"
+    assert next(taken) <= 8 + 2 * 2
+    results.close()
+    assert llm.stats.kv_tokens_used == 0
+
+
+def test_one_that_cannot_be_served_gives_its_error_and_the_others_run(llm) -> None:
+    wrong = [("", {}), ("hello", {"temperature": -1.0}), ([5] * 4000, {}), ("hello", {"temprature": 1.0})]
+    found = dict(llm.generate_each([*wrong, ("hello", {"max_tokens": 2})]))
+    assert [type(found[i]) for i in range(4)] == [ConfigError, ConfigError, jfp8kv.CapacityError, ConfigError]
+    assert len(found[4].token_ids) == 2
+
+
+def test_a_step_that_fails_gives_its_error_to_all_that_were_in_it_and_the_next_are_served(llm, monkeypatch) -> None:
+    call, left = Programs.call, iter([False, False, True])
+
+    def fails(self, *args, **kwargs):
+        if next(left, False):
+            raise RuntimeError("the device is on fire")
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(Programs, "call", fails)
+    found = dict(llm.generate_each(asked()))
+    lost = [number for number, result in found.items() if isinstance(result, Exception)]
+    assert sorted(found) == list(range(len(PROMPTS))) and 0 < len(lost) <= 4
+    assert all("the device is on fire" in str(found[number]) for number in lost)
+
+
+def test_an_iterator_that_fails_ends_it_and_leaves_nothing_behind(llm) -> None:
+    def breaks():
+        yield "hello", {"max_tokens": 30}
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        list(llm.generate_each(breaks()))
+    assert llm.stats.kv_tokens_used == 0 and llm.generate("hello", max_tokens=2)
