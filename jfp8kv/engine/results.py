@@ -50,9 +50,10 @@ def tell(made: Made, scheduler: Scheduler, stats: Stats) -> None:
     if (wanted := request.params.logprobs) is not None:
         request.top_logprobs += made.likeliest(wanted)
     scheduler.paging.keep(request)
-    if reason := _finish_reason(made):
-        finish(request, reason, scheduler)
+    reason = _finish_reason(made)
     stats.generated_tokens += len(request.output_ids) - before
+    if reason:
+        finish(request, reason, scheduler)
 
 
 def count_drafts(output: StepOutput, stats: Stats) -> None:
