@@ -153,7 +153,7 @@ def test_a_dispatch_that_fails_takes_no_finished_text_along(llm, monkeypatch) ->
 
 def test_texts_branch_beside_streams_in_a_pool_too_small_for_all_and_nobody_reads_what_is_anothers(params) -> None:
     """Copies, preemptions and stop strings that are found late, while turns are on the device."""
-    tight = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES | {"kv_cache_memory": "12kB"})
+    tight = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES | {"kv_cache_memory": "8KiB"})
     apart = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", prefix_caching=False, **SIZES)
     prompt, sampling = "hello hello", LONG | {"max_tokens": 30}
     wholes = [apart.generate(prompt, seed=seed, **sampling)[0].text for seed in range(4)]
