@@ -1,6 +1,6 @@
 # %% [markdown]
 # # Branch, go on, take back
-# A session is a text that stays in the cache. Forks share its pages, so a tree of texts costs little more than its leaves.
+# A session is a text that stays in the cache. Forks share its pages, and no token of a tree of texts is run twice.
 
 # %%
 import importlib.util
@@ -24,7 +24,7 @@ with llm.session("The capital of France is") as session:
 # %% [markdown]
 # ## A small tree search
 # The likeliest text of 8 tokens is not the one made of the likeliest tokens. Best first: the leaf with the highest
-# log-probability goes on, as two branches, until one is long enough.
+# log-probability goes on, as two branches in one dispatch, until one is long enough. (`jfp8kv.beam_search` is there, too.)
 
 
 # %%
@@ -36,9 +36,9 @@ root = llm.session("Once upon a time")
 leaves = [(0.0, root, after(root.extend(" there was")[-1]))]
 while len(leaves[0][1]) < len(root) + 8:
     score, leaf, logprobs = leaves.pop(0)
-    for token in np.argsort(-logprobs)[:2].tolist():
-        branch = leaf.fork()
-        leaves.append((score + logprobs[token], branch, after(branch.extend([token])[0])))
+    tokens, branches = np.argsort(-logprobs)[:2].tolist(), [leaf.fork(), leaf.fork()]
+    for token, branch, logits in zip(tokens, branches, jfp8kv.extend_all(branches, tokens), strict=True):
+        leaves.append((score + logprobs[token], branch, after(logits)))
     leaves.sort(key=lambda leaf: -leaf[0])
 print(f"{leaves[0][0]:.2f} {leaves[0][1].text}")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jfp8kv.api import calibrate, compare, generate, inspect, logits, plan_kv, score
+    from jfp8kv.beam_search import beam_search
     from jfp8kv.cache.plan import KVPlan, LayerPlan
     from jfp8kv.cache.scales import KVScales
     from jfp8kv.checkpoint.export import export
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from jfp8kv.models.config import ModelConfig
     from jfp8kv.models.params import Params
     from jfp8kv.sampling.params import SamplingParams
-    from jfp8kv.session import Session
+    from jfp8kv.session import Session, extend_all
 
 __version__ = "0.1.0.dev0"
 
@@ -57,9 +58,11 @@ __all__ = [
     "SamplingParams",
     "Session",
     "StepError",
+    "beam_search",
     "calibrate",
     "compare",
     "export",
+    "extend_all",
     "generate",
     "inspect",
     "load",
@@ -71,6 +74,7 @@ __all__ = [
 
 _HOMES = {
     "api": ("calibrate", "compare", "generate", "inspect", "logits", "plan_kv", "score"),
+    "beam_search": ("beam_search",),
     "cache.plan": ("KVPlan", "LayerPlan"),
     "cache.scales": ("KVScales",),
     "checkpoint.export": ("export",),
@@ -92,7 +96,7 @@ _HOMES = {
     "models.config": ("ModelConfig",),
     "models.params": ("Params",),
     "sampling.params": ("SamplingParams",),
-    "session": ("Session",),
+    "session": ("Session", "extend_all"),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 

@@ -147,8 +147,9 @@ class LLM:
         """Compile all step programs now (or read them from the compilation cache); later calls then compile nothing.
 
         Whatever they ask for, that is, but for a request with more than 64 tokens that end its text or more than 512 in
-        `logit_bias`: the first one compiles a program of its own. `structured` compiles what json_schema, regex, choice and
-        grammar need as well.
+        `logit_bias`: the first one compiles a program of its own. So do sessions that first go on together (`extend_all`,
+        `beam_search`), for each power of two of them and each width of what is added. `structured` compiles what json_schema,
+        regex, choice and grammar need as well.
         """
         with self._service.turn():
             self._engine.warmup(structured=structured)
@@ -268,7 +269,7 @@ class LLM:
         """A text that stays in the cache, to be extended, taken back and branched: see `Session`."""
         ids = encode(prompt, self.tokenizer, what="prompt").ids
         self._engine.check(ids, SamplingParams(max_tokens=1), what="prompt", more=0)
-        return Session(self._service, ids, self.generate)
+        return Session.begin(self._service, ids, self.generate)
 
     def _run(self, requests: list[Request], progress: bool | None) -> None:
         from tqdm import tqdm

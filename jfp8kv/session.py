@@ -1,12 +1,14 @@
-"""A text that stays in the cache, to be extended, taken back and branched: state in the user's hands.
+"""Texts that stay in the cache, to be extended, taken back and branched: state in the user's hands.
 
-A functional cache makes branches cheap: whole pages never change, so a branch shares those of its stem and runs what lies past
-them (at most a page of tokens) again when it first goes on. That is what tree search and experiments in context want.
+A functional cache makes branches cheap: what lies in a page never changes while others hold it, so a branch shares all pages of
+its stem, and the last one, where both go on in their own way, is copied by whoever writes to it first. Nothing is run twice.
+That is what tree search and experiments in context want.
 """
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -28,16 +30,22 @@ class Session:
     it.
 
     Its pages are its own to keep: no request takes them away. They are shared with its forks, and with whoever asks for a text
-    that begins alike. Threads may share a session, whose calls take turns, and use those of one `LLM` at the same time.
+    that begins alike. Threads may share a session, whose calls take turns, and use those of one `LLM` at the same time;
+    `extend_all` takes several on in one dispatch.
     """
 
-    def __init__(self, service: Service, token_ids: list[int], generate: Callable[..., list[RequestOutput]]):
-        engine = service.engine
-        self._service, self._engine, self._generate = service, engine, generate
+    def __init__(self, service: Service, holding: Holding, generate: Callable[..., list[RequestOutput]]):
+        self._service, self._engine, self._kept, self._generate = service, service.engine, holding, generate
         self._lock = threading.RLock()  # one call at a time; the engine runs others meanwhile
-        self._holding = Holding(engine.scheduler.paging, Request(token_ids, FIRST_TOKENS, np.zeros(2, np.uint32), max_tokens=1))
-        self._free = weakref.finalize(self, engine.dropped.append, self._holding)
-        self._run(step.prefill)
+        self._free = weakref.finalize(self, self._engine.dropped.append, holding)
+
+    @classmethod
+    def begin(cls, service: Service, token_ids: list[int], generate: Callable[..., list[RequestOutput]]) -> "Session":
+        """A session of these tokens, which the engine has checked."""
+        request = Request(token_ids, FIRST_TOKENS, np.zeros(2, np.uint32), max_tokens=1)
+        session = cls(service, Holding(service.engine.scheduler.paging, request), generate)
+        session._run(step.prefill)
+        return session
 
     @property
     def token_ids(self) -> list[int]:
@@ -63,31 +71,25 @@ class Session:
 
     def extend(self, tokens: str | Sequence[int]) -> np.ndarray:
         """Go on with these tokens: float32 `[tokens, vocab]`, the logits after each of them."""
-        with self._lock:
-            ids = self._encoded(tokens)
-            if not ids:
-                raise ConfigError("tokens is empty: at least one token is needed.")
-            request = self._request
-            self._engine.check([*request.prompt_ids, *ids], FIRST_TOKENS, what="the text", more=0)
-            first = request.num_tokens
-            request.prompt_ids += ids
-            try:
-                return self._run(step.score, wanted=first)
-            except BaseException:
-                self._keep_first(first)
-                raise
+        with _longer([self], [tokens]) as (first,):
+            rows = []
+            steps = self._engine.catch_up([self._holding], step.score, wanted=first)
+            for _, (positions,), out in self._service.each(steps):
+                if positions.stop > first:
+                    rows.append(np.asarray(out)[0, max(0, first - positions.start) : len(positions)])
+            return np.concatenate(rows)
 
     def rollback(self, tokens: int) -> None:
-        """Take the last so many tokens back."""
+        """Take the last so many tokens back. What is before them stays in the cache, unless a window has moved past it."""
         if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens <= len(self):
             raise ConfigError(f"rollback of {tokens!r} tokens: must be an integer from 0 to {len(self)}, the tokens there are.")
         with self._lock:
             self._keep_first(len(self) - tokens)
 
     def fork(self) -> "Session":
-        """Another session with the same text, sharing its pages."""
-        with self._lock:
-            return Session(self._service, self.token_ids, self._generate)
+        """Another session with the same text, sharing its pages. Nothing is run, nor copied before one of them goes on."""
+        with self._lock, self._service.turn():
+            return Session(self._service, self._holding.fork(), self._generate)
 
     def generate(self, sampling_params: SamplingParams | None = None, **fields: Any) -> CompletionOutput:
         """Go on with what the model makes of the text, as `llm.generate` would: one continuation, which joins the text."""
@@ -114,30 +116,77 @@ class Session:
         self.close()
 
     @property
-    def _request(self) -> Request:
+    def _holding(self) -> Holding:
         if not self._free.alive:
             raise ConfigError("this session is closed: make another with llm.session(prompt).")
+        return self._kept
+
+    @property
+    def _request(self) -> Request:
         return self._holding.request
 
-    def _encoded(self, tokens: str | Sequence[int]) -> list[int]:
+    def _encoded(self, tokens: int | str | Sequence[int]) -> list[int]:
         tokenizer = self._engine.params.tokenizer
         if isinstance(tokens, str) and tokenizer is not None:
-            return tokenizer.encode(tokens, add_special_tokens=False)
-        return encode(tokens, tokenizer, what="tokens").ids
+            ids = tokenizer.encode(tokens, add_special_tokens=False)
+        else:
+            ids = encode([tokens] if isinstance(tokens, int | np.integer) else tokens, tokenizer, what="tokens").ids
+        if not ids:
+            raise ConfigError("tokens is empty: at least one token is needed.")
+        return ids
 
     def _keep_first(self, tokens: int) -> None:
-        """The text's first tokens alone. Whole pages are found again; a page that may be shared is not written to."""
+        """The text's first tokens alone."""
         request = self._request
         with self._service.turn():
             del request.prompt_ids[tokens:]
             del request.keys[tokens // self._engine.needs.page_size :]
-            self._holding.paging.release(request)
-            request.begin_again()
+            self._holding.paging.keep_first(request, tokens)
 
-    def _run(self, function: Callable, *, wanted: int | None = None) -> Any:
-        """Run what is not in the cache; the logits after the tokens from `wanted` on, if asked for."""
-        rows = []
-        for positions, out in self._service.each(self._engine.catch_up(self._holding, function)):
-            if wanted is not None and positions.stop > wanted:
-                rows.append(np.asarray(out)[0, max(0, wanted - positions.start) : len(positions)])
-        return np.concatenate(rows) if rows else None
+    def _run(self, function: Callable) -> None:
+        """Run what is not in the cache."""
+        for _ in self._service.each(self._engine.catch_up([self._holding], function)):
+            pass
+
+
+def extend_all(sessions: Sequence[Session], tokens: Sequence[int | str | Sequence[int]]) -> np.ndarray:
+    """Go on with each session by tokens of its own (an id, a text or a list of ids), all in one dispatch as far as the engine's
+    sizes allow: float32 `[sessions, vocab]`, the logits after the last token of each.
+
+    All or none: after an error, such as `CapacityError` when memory is short, every text is as it was. Raises `ConfigError`
+    unless they are different sessions of one `LLM`.
+    """
+    if not sessions or len(sessions) != len(tokens):
+        raise ConfigError(f"{len(tokens)} tokens for {len(sessions)} sessions: give one id, text or list of ids for each.")
+    if len({id(session) for session in sessions}) < len(sessions) or len({id(session._engine) for session in sessions}) > 1:
+        raise ConfigError(
+            "the same session twice, or sessions of several LLMs: give different sessions of one; fork makes them."
+        )
+    engine, rows = sessions[0]._engine, {id(session._request): row for row, session in enumerate(sessions)}
+    logits = np.empty((len(sessions), engine.params.config.vocab), np.float32)
+    with _longer(sessions, tokens):
+        steps = engine.catch_up([session._holding for session in sessions], step.score_last)
+        for requests, _, out in sessions[0]._service.each(steps):
+            of_a_chunk = np.asarray(out)[: len(requests)]  # a later chunk's replace an earlier's
+            logits[[rows[id(request)] for request in requests]] = of_a_chunk
+    return logits
+
+
+@contextlib.contextmanager
+def _longer(sessions: Sequence[Session], tokens: Sequence[Any]) -> Iterator[list[int]]:
+    """The sessions' texts with these tokens after them, from which position on; without them again if what is done fails."""
+    with contextlib.ExitStack() as mine:
+        for session in sorted(sessions, key=id):  # in one order, whoever asks: nobody waits in a circle
+            mine.enter_context(session._lock)
+        added = [session._encoded(new) for session, new in zip(sessions, tokens, strict=True)]
+        for session, ids in zip(sessions, added, strict=True):
+            session._engine.check([*session._request.prompt_ids, *ids], FIRST_TOKENS, what="the text", more=0)
+        lengths = [len(session) for session in sessions]
+        for session, ids in zip(sessions, added, strict=True):
+            session._request.prompt_ids += ids
+        try:
+            yield lengths
+        except BaseException:
+            for session, length in zip(sessions, lengths, strict=True):
+                session._keep_first(length)
+            raise

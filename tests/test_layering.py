@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inspection": {"core", "cache", "models", "engine", "checkpoint"},
     "session": {"core", "sampling", "engine"},
     "llm": {"core", "attention", "models", "sampling", "engine", "checkpoint", "session"},
+    "beam_search": {"core", "models", "sampling", "engine", "session", "llm"},
     "api": {
         "llm",
         "inspection",
@@ -58,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "inspection",
         "session",
         "llm",
+        "beam_search",
         "api",
     },
     "__main__": {"cli"},

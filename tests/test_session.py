@@ -1,6 +1,7 @@
 """Sessions: texts that stay in the cache, extended, taken back and branched in any order, are what they are if run anew."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ SIZES = {"max_model_len": 96, "max_num_seqs": 2, "page_size": PAGE, "max_num_bat
 
 def engine(family: str = "llama_gqa", memory="400kB", **cache) -> jfp8kv.LLM:
     params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
-    llm = jfp8kv.LLM(params, kv_cache_memory=memory, **SIZES, **{"kv_cache_dtype": "fp8_e4m3"} | cache)
+    llm = jfp8kv.LLM(params, kv_cache_memory=memory, **SIZES | {"kv_cache_dtype": "fp8_e4m3"} | cache)
     llm._engine.pages = fill(llm._engine.pages, 0xFF)
     return llm
 
@@ -33,20 +34,40 @@ def pages(llm: jfp8kv.LLM) -> int:
     return llm._engine.scheduler.paging.allocator.used_pages
 
 
-@pytest.mark.parametrize(("family", "sharing"), [("llama_gqa", True), ("llama_gqa", False), ("gemma3_new", True)])
-def test_any_tree_of_texts_has_the_logits_of_each_text_run_anew(family, sharing) -> None:
-    llm = engine(family, memory="2MB", prefix_caching=sharing)
+TREES = {
+    "one format, all of the text": {},
+    "nothing shared with others": {"prefix_caching": False},
+    "two formats, scales by token and head, windows": {
+        "family": "gemma3_new",
+        "kv_cache_dtype": {"default": "fp8_e5m2", "skip": [0]},
+        "kv_scales": "token_head",
+    },
+    "ropes that change with length": {"family": "phi3_longrope_cross"},
+}
+
+
+@pytest.mark.parametrize("kind", TREES.values(), ids=TREES)
+def test_any_tree_of_texts_has_the_logits_of_each_text_run_anew(kind) -> None:
+    llm, oracle = engine(memory="2MB", **kind), engine(memory="2MB", **kind | {"prefix_caching": False})
     rng = np.random.default_rng(0)
-    vocab = llm.params.config.vocab
-    oracle = engine(family, memory="2MB", prefix_caching=False)
-    sessions = [llm.session(rng.integers(0, vocab, 21).tolist())]
-    for _ in range(14):
+    vocab, most = llm.params.config.vocab, llm.max_model_len - 26
+
+    def some(count: int) -> list[int]:
+        return rng.integers(0, vocab, count).tolist()
+
+    sessions = [llm.session(some(21))]
+    for _ in range(18):
         session = sessions[rng.integers(len(sessions))]
-        move = rng.choice(["extend", "rollback", "fork", "generate"], p=[0.5, 0.2, 0.2, 0.1])
-        if move == "extend" and len(session) < 70:
-            new = rng.integers(0, vocab, rng.integers(1, 20)).tolist()
+        move = rng.choice(["extend", "all", "rollback", "fork", "generate"], p=[0.25, 0.25, 0.2, 0.2, 0.1])
+        if move == "extend" and len(session) < most:
+            new = some(rng.integers(1, 20))
             got = session.extend(new)
             want = oracle.logits(session.token_ids)[-len(new) :]
+            np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+        elif move == "all" and (chosen := [each for each in sessions if len(each) < most]):
+            longest = int(rng.choice([1, 20]))
+            got = jfp8kv.extend_all(chosen, [some(rng.integers(1, longest + 1)) for _ in chosen])
+            want = [oracle.logits(each.token_ids)[-1] for each in chosen]
             np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
         elif move == "rollback":
             before, back = session.token_ids, int(rng.integers(0, len(session) - 1))
@@ -54,8 +75,8 @@ def test_any_tree_of_texts_has_the_logits_of_each_text_run_anew(family, sharing)
             assert session.token_ids == before[: len(before) - back]
         elif move == "fork":
             sessions.append(session.fork())
-            assert sessions[-1].token_ids == session.token_ids
-        elif move == "generate" and 0 < len(session) < 70:
+            assert sessions[-1].token_ids == session.token_ids and sessions[-1].pages == session.pages
+        elif move == "generate" and 0 < len(session) < most:
             before = session.token_ids
             out = session.generate(max_tokens=6, temperature=0.0, ignore_eos=True)
             assert session.token_ids == before + out.token_ids
@@ -65,18 +86,124 @@ def test_any_tree_of_texts_has_the_logits_of_each_text_run_anew(family, sharing)
     assert pages(llm) == 0
 
 
-def test_branches_share_whole_pages_and_each_frees_its_own(llm) -> None:
+@pytest.fixture
+def ran(llm, monkeypatch) -> list[str]:
+    """The names of the steps that ran."""
+    names, call = [], llm._engine.programs.call
+
+    def counted(step, *args, **kwargs):
+        names.append(step.__name__)
+        return call(step, *args, **kwargs)
+
+    monkeypatch.setattr(llm._engine.programs, "call", counted)
+    return names
+
+
+def test_a_fork_runs_and_copies_nothing_and_whoever_goes_on_first_copies_the_last_page(llm, ran) -> None:
     stem = llm.session(list(range(3, 3 + 3 * PAGE + 2)))
     assert pages(llm) == 4
+    ran.clear()
     branch = stem.fork()
-    assert pages(llm) == 5, "three pages are shared, and the last one is each one's own"
+    twig = branch.fork()
+    assert not ran and pages(llm) == 4 and stem.pages == branch.pages == twig.pages
+    branch.extend([1])
+    assert ran == ["copy", "score"] and pages(llm) == 5
     assert stem.pages[0][:3] == branch.pages[0][:3] and stem.pages[0][3] != branch.pages[0][3]
+    stem.close()
+    ran.clear()
+    twig.extend([2])
+    assert ran == ["score"] and pages(llm) == 5, "it was the last to hold that page"
     branch.extend([1] * PAGE)
     assert pages(llm) == 6
-    stem.close()
-    assert pages(llm) == 5
+    twig.close()
     del branch
     gc.collect()
+    assert pages(llm) == 0
+
+
+def test_a_text_taken_back_goes_on_without_copy_or_anything_run_again(llm, ran) -> None:
+    with llm.session(list(range(3, 3 + 2 * PAGE))) as session:
+        held = session.pages
+        ran.clear()
+        session.rollback(3)
+        session.extend([5])
+        assert ran == ["score"] and session.pages == held
+        session.rollback(6)
+        session.rollback(0)
+        assert ran == ["score"] and len(session) == 2 * PAGE - 8 and session.pages[0] == held[0][:1]
+
+
+def test_what_others_have_of_a_text_is_not_run_again_but_where_its_logits_are_asked_for(llm, ran) -> None:
+    ids = list(range(60, 60 + 3 * PAGE))
+    with llm.session(ids) as stem, llm.session([9]) as other, llm.session(ids[:PAGE]) as third:
+        want = llm.logits(ids)
+        other.rollback(1)
+        ran.clear()
+        np.testing.assert_allclose(other.extend(ids), want, rtol=0, atol=2e-5)
+        assert ran == ["score", "score"]
+        ran.clear()
+        np.testing.assert_allclose(jfp8kv.extend_all([third], [ids[PAGE:]])[0], want[-1], rtol=0, atol=2e-5)
+        assert ran == ["copy", "score_last"] and third.pages[0][:2] == stem.pages[0][:2]
+        out = third.generate(max_tokens=2 * PAGE + 2, temperature=0.0, ignore_eos=True)
+        assert ran[-1] == "prefill" and ran.count("prefill") == 1, "of what it made, the end that fills no page"
+        np.testing.assert_allclose(third.extend([5])[0], llm.logits([*ids, *out.token_ids, 5])[-1], rtol=0, atol=2e-5)
+
+
+def test_several_sessions_go_on_in_one_dispatch(llm, ran) -> None:
+    with llm.session([9] * 20) as stem, stem.fork() as branch:
+        ran.clear()
+        jfp8kv.extend_all([stem, branch], [1, [2]])
+        assert ran == ["copy", "score_last"] and stem.token_ids[-1] == 1 and branch.token_ids[-1] == 2
+        for sessions, new, says in (
+            ([], [], "0 sessions"),
+            ([stem], [1, 2], "2 tokens for 1 sessions"),
+            ([stem, stem], [1, 2], "the same session twice"),
+            ([stem, branch], [1, []], "empty"),
+            ([stem, branch], [1, 10_000], "ids must be from 0"),
+        ):
+            with pytest.raises(ConfigError, match=says):
+                jfp8kv.extend_all(sessions, new)
+        assert len(stem) == len(branch) == 21
+
+
+def test_a_fork_in_a_full_pool_goes_on_once_there_is_room_and_nothing_is_lost_before() -> None:
+    llm = engine(memory=7 * engine()._engine.kv.page_bytes)
+    with llm.session([7] * 24) as other, llm.session([9] * 17) as stem:
+        branches = [stem.fork() for _ in range(3)]
+        assert pages(llm) == 6
+        want = stem.extend([1])
+        with pytest.raises(CapacityError, match="while sessions hold the rest"):
+            branches[0].extend([1])
+        with pytest.raises(CapacityError, match="while sessions hold the rest"):
+            jfp8kv.extend_all(branches, [1, 1, 1])
+        assert {len(branch) for branch in branches} == {17} and pages(llm) == 7
+        other.close()
+        np.testing.assert_allclose(jfp8kv.extend_all(branches, [1, 1, 1]), np.tile(want[-1], (3, 1)), rtol=0, atol=2e-5)
+        for branch in branches:
+            branch.close()
+
+
+def test_threads_that_take_the_same_sessions_on_in_any_order_wait_for_each_other_and_never_in_a_circle(llm) -> None:
+    with llm.session([9] * 20) as one, one.fork() as other:
+
+        def go_on(sessions: list[jfp8kv.Session]) -> None:
+            for _ in range(5):
+                jfp8kv.extend_all(sessions, [1, 1])
+
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(go_on, [[one, other], [other, one], [one, other]]))
+        assert one.token_ids == other.token_ids == [9] * 20 + [1] * 15
+
+
+@pytest.mark.parametrize("prompt", [5, 20])
+def test_continuations_of_one_prompt_run_it_once(llm, ran, prompt) -> None:
+    ids = list(range(40, 40 + prompt))
+    sampling = {"max_tokens": 6, "temperature": 1.0, "seed": 5, "ignore_eos": True}
+    ran.clear()
+    out = llm.generate([ids], n=2, **sampling)[0]
+    assert ran.count("prefill") == -(-(prompt - 1) // llm._engine.buckets.widest) and ran.count("copy") == 1
+    apart = engine(prefix_caching=False).generate([ids], n=2, **sampling)[0]
+    assert [each.token_ids for each in out.outputs] == [each.token_ids for each in apart.outputs]
     assert pages(llm) == 0
 
 
@@ -151,9 +278,9 @@ def test_others_take_room_from_requests_that_run_and_those_lose_nothing(taken_by
     assert text + "".join(stream) == alone
 
 
-def test_after_a_failed_step_a_session_goes_on(monkeypatch) -> None:
+def test_after_a_failed_step_a_session_and_its_forks_go_on(monkeypatch) -> None:
     llm = engine()
-    with llm.session(list(range(20))) as session:
+    with llm.session(list(range(20))) as session, session.fork() as branch:
         want = llm.logits([*range(20), 5])[-1:]
 
         def failing(*args, **kwargs):
@@ -163,6 +290,9 @@ def test_after_a_failed_step_a_session_goes_on(monkeypatch) -> None:
             broken.setattr(llm._engine.programs, "call", failing)
             with pytest.raises(RuntimeError, match="the device is gone"):
                 session.extend([5])
-        assert session.token_ids == list(range(20))
-        np.testing.assert_allclose(session.extend([5]), want, rtol=0, atol=2e-5)
+        assert session.token_ids == branch.token_ids == list(range(20))
+        twig = branch.fork()
+        for each in (session, branch, twig):
+            np.testing.assert_allclose(each.extend([5]), want, rtol=0, atol=2e-5)
+        twig.close()
     assert pages(llm) == 0

@@ -1,8 +1,8 @@
 """Who owns which page. Plain Python on the host; the device never sees it.
 
-A page is free, or owned by one or more holders (its reference count). A page may be *kept* under a key that says what it holds:
-when its last holder lets go it counts as free, and yet can be found and held again until the pool needs it for something else,
-least recently held first. Sharing, prefix reuse and forking are built on that.
+A page is free, or owned by one or more holders (its reference count). A page may be *kept* under a key that says what its first
+slots hold: when its last holder lets go it counts as free, and yet can be found and held again until the pool needs it for
+something else, least recently held first. Sharing, prefix reuse and forking are built on that.
 """
 
 from collections import OrderedDict, deque
@@ -21,7 +21,7 @@ class PageAllocator:
         self._idle: OrderedDict[int, None] = OrderedDict()  # kept pages that nobody holds, the longest idle first
         self._holders = [0] * num_pages
         self._pages: dict[Hashable, int] = {}
-        self._keys: dict[int, Hashable] = {}
+        self._keys: dict[int, dict[Hashable, int]] = {}  # of each kept page, with how many slots they speak of
 
     @property
     def free_pages(self) -> int:
@@ -64,11 +64,22 @@ class PageAllocator:
                 else:
                     self._free.append(page)
 
-    def keep(self, page: int, key: Hashable) -> None:
-        """`page`, which is held, has what `key` says and will not change. A key that another page has stays with that page."""
+    def keep(self, page: int, key: Hashable, slots: int) -> None:
+        """The first `slots` slots of `page`, which is held, have what `key` says. A key that another page has stays with that
+        page."""
         assert self._holders[page] > 0, f"page {page} is free and holds nothing to keep"
-        if key not in self._pages and page not in self._keys:
-            self._pages[key], self._keys[page] = page, key
+        if key not in self._pages:
+            self._pages[key] = page
+            self._keys.setdefault(page, {})[key] = slots
+
+    def overwrite(self, page: int, slot: int) -> None:
+        """`page`, which one holds, will be written from `slot` on: keys that speak of more than what lies before are gone."""
+        assert self._holders[page] == 1, f"page {page} is written to, and {self._holders[page]} hold it"
+        keys = self._keys.get(page, {})
+        for key in [key for key, slots in keys.items() if slots > slot]:
+            del self._pages[key], keys[key]
+        if not keys:
+            self._keys.pop(page, None)
 
     def find(self, key: Hashable) -> int | None:
         """The page that has what `key` says, held or kept; None when there is none any more."""
@@ -76,5 +87,6 @@ class PageAllocator:
 
     def _forget(self) -> int:
         page, _ = self._idle.popitem(last=False)
-        del self._pages[self._keys.pop(page)]
+        for key in self._keys.pop(page):
+            del self._pages[key]
         return page

@@ -160,8 +160,7 @@ def _pad_id(tokenizer: Any) -> int | None:
 
 
 def _generation(params: Params) -> dict[str, Any]:
-    ends = params.config.eos_ids or getattr(params.tokenizer, "eos_ids", ())
-    found = {"bos_token_id": params.config.bos_id, "eos_token_id": list(ends)}
+    found = {"bos_token_id": params.config.bos_id, "eos_token_id": list(params.eos_ids)}
     return {name: value for name, value in found.items() if value not in (None, [])}
 
 

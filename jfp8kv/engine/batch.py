@@ -43,6 +43,11 @@ class Batch:
     texts: Int32[Array | np.ndarray, "requests text"] | None = None  # all tokens so far, where drafts are looked up in them
     allowed: UInt32[Array | np.ndarray, "requests words"] | None = None  # by token, one bit each (engine/guides.py)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Requests and tokens, both padded."""
+        return self.tokens.shape
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
@@ -89,7 +94,7 @@ class Batcher:
 
     def prefill(self, plan: Prefill) -> Batch:
         """The arrays for chunks of prompts, padded to a bucket. What only sampling needs stays one shape."""
-        rows = self.buckets.prefill_rows(len(plan.requests))
+        rows = self.buckets.prefill_rows(len(plan.requests), plan.width)
         return self._batch(plan.requests, plan.chunks, rows, plan.width, 1, self._settings([], rows, PLAIN))
 
     def last(self, plan: Decode) -> Batch:

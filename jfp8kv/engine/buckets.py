@@ -83,13 +83,17 @@ class Buckets:
         """The narrowest chunk that holds `tokens`, or the widest there is."""
         return next((width for width in self.chunks if width >= tokens), self.widest)
 
+    def extension(self, tokens: int) -> int:
+        """The same for texts of sessions, which often go on by a token: then that is all they run."""
+        return 1 if tokens == 1 else self.chunk(tokens)
+
     def prefill_requests(self, width: int) -> int:
         """How many requests a prefill of chunks of this width may take."""
         return min(1 << (self.widest // width).bit_length() - 1, self.max_requests)
 
-    def prefill_rows(self, count: int) -> int:
-        """The padded batch for chunks of `count` requests."""
-        return _power_of_two(count)
+    def prefill_rows(self, count: int, width: int) -> int:
+        """The padded batch for chunks of `count` requests. A token alone, which no chunk is, is as slow as in a decode."""
+        return _power_of_two(count) if width in self.chunks else self.decode_rows(count)
 
     def decode_rows(self, count: int) -> int:
         """The padded batch for `count` requests that decode."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.cache.pages import KVPages
 from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError, StepError
 from jfp8kv.core.platform import activation_dtype
-from jfp8kv.engine import faults, products, results, step
+from jfp8kv.engine import copies, faults, products, results, step
 from jfp8kv.engine.batch import Batch, Batcher, Made, StepOutput, read
 from jfp8kv.engine.buckets import Buckets, counts
 from jfp8kv.engine.guides import Guides
@@ -40,6 +41,13 @@ class Holding:
 
     paging: Paging
     request: Request
+
+    def fork(self) -> "Holding":
+        """The same text, its pages held once more."""
+        text = self.request
+        twin = Request(list(text.prompt_ids), text.params, text.key, text.max_tokens, context=text.context, cached=text.cached)
+        twin.held, twin.keys = self.paging.share(text), list(text.keys)
+        return Holding(self.paging, twin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +113,7 @@ class Engine:
             pages=table_pages,
             num_pages=self.num_pages,
             max_model_len=self.max_model_len,
-            eos_ids=config.eos_ids or getattr(params.tokenizer, "eos_ids", ()),
+            eos_ids=params.eos_ids,
             switch_length=switch_length(config.ropes),
         )
         self.guides = Guides(params.tokenizer, config.vocab, eos_ids=self.batcher.eos_ids)
@@ -273,13 +281,22 @@ class Engine:
         self.stats.compilations = len(self.programs.built)
         return output
 
-    def _launch(self, function: Callable, batch: Batch, **static: Any) -> Any:
-        """Start a step on the pool, in place."""
+    def _launch(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
+        """Start a step on the pool, in place, after the copies of pages that it waits for."""
+        self._copy_pages()
         output, self.pages = self.programs.call(function, batch, self.pages, **static)
         self.stats.compilations = len(self.programs.built)
         return output
 
-    def _run(self, function: Callable, batch: Batch, **static: Any) -> Any:
+    def _copy_pages(self) -> None:
+        """Hand the copies that were noted to the device. Whatever became of their pages since, on the host: nothing has written
+        to these in between, as every step comes after all that were noted before it."""
+        paging = self.scheduler.paging
+        for some in copies.dispatches(paging.copies):
+            _, self.pages = self.programs.call(copies.copy, some, self.pages)
+        paging.copies.clear()
+
+    def _run(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
         """`_launch`, and wait until it is done."""
         output = self._launch(function, batch, **static)
         return jax.block_until_ready((output, self.pages))[0]
@@ -333,43 +350,64 @@ class Engine:
         request = Request(token_ids, SamplingParams(max_tokens=1), np.zeros(2, np.uint32), max_tokens=1)
         paging = self.scheduler.paging  # a failed step replaces the engine's
         try:
-            yield from self._chunks(request, function, **static)
+            for _, (positions,), out in self._chunks([request], function, self.buckets.chunk, **static):
+                yield positions, out
         finally:
             paging.release(request)
 
-    def _chunks(self, request: Request, function: Callable, **static: Any) -> Iterator[tuple[range, Any]]:
+    def _chunks(
+        self, requests: list[Request], function: Callable, width: Callable[[int], int], **static: Any
+    ) -> Iterator[tuple[list[Request], list[range], Any]]:
+        """Run what is not cached of these texts, several at a time: whose, which positions of each, and what came of it.
+
+        `width`: of the chunks in a dispatch, for the most tokens that one of the texts has left.
+        """
         scheduler = self.scheduler
-        while request.uncached:
+        while left := [r for r in requests if r.uncached]:
             if self.scheduler is not scheduler:
                 raise StepError("a step of another request failed and took what was cached of this text with it: ask again.")
-            width = self.buckets.chunk(request.uncached)
-            chunk = min(request.uncached, width)
+            wide = width(max(r.uncached for r in left))
+            chosen = left[: self.buckets.prefill_requests(wide)]
+            chunks = [min(r.uncached, wide) for r in chosen]
             self.settle()  # whoever makes room has nothing on the device then
-            self.scheduler.make_room(request, request.cached + chunk)
-            batch = self.batcher.prefill(Prefill([request], [chunk], width))
-            positions = range(request.cached, request.cached + chunk)
-            yield positions, self._run(function, batch, **static)  # not kept here: it may be large
-            request.cached += chunk
+            for request, chunk in zip(chosen, chunks, strict=True):
+                self.scheduler.make_room(request, request.cached + chunk)
+            batch = self.batcher.prefill(Prefill(chosen, chunks, wide))
+            positions = [range(r.cached, r.cached + chunk) for r, chunk in zip(chosen, chunks, strict=True)]
+            yield chosen, positions, self._run(function, batch, **static)  # not kept here: it may be large
+            for request, chunk in zip(chosen, chunks, strict=True):
+                request.cached += chunk
 
     # -- sessions -------------------------------------------------------------------------------------------------------
 
-    def catch_up(self, holding: Holding, function: Callable) -> Iterator[tuple[range, Any]]:
-        """Run through `function` what of a session's text is not in the cache, as `chunks` does, and keep it there."""
+    def catch_up(
+        self, holdings: list[Holding], function: Callable, *, wanted: int = sys.maxsize
+    ) -> Iterator[tuple[list[Request], list[range], Any]]:
+        """Run through `function` what of sessions' texts is not in the cache, as `_chunks` does, and keep it there.
+
+        The tokens from position `wanted` on, and the last of each text, are run even where others have them in the cache.
+        """
         self.free_dropped()
         self.settle()
+        for holding in holdings:
+            self._take_up(holding, wanted)
+        yield from self._chunks([h.request for h in holdings], function, self.buckets.extension)
+        for holding in holdings:
+            holding.paging.keep(holding.request)
+        self._count_used()
+
+    def _take_up(self, holding: Holding, wanted: int) -> None:
+        """What a session's text has in the cache can be used or is given back; what others have of it is taken over."""
         request, paging = holding.request, self.scheduler.paging
         if holding.paging is not paging:  # a failed step took all pages
             request.held, holding.paging = [], paging
             request.begin_again()
         limit = self.batcher.switch_length
-        if limit is not None and request.context <= limit < request.num_tokens:
+        if limit is not None and (request.context <= limit) != (request.num_tokens <= limit):
             paging.release(request)
             request.begin_again(request.num_tokens)
-        if not request.held and request.uncached:
-            paging.take_over(request, paging.find(request))
-        yield from self._chunks(request, function)
-        paging.keep(request)
-        self._count_used()
+        if request.uncached > 1 and (found := paging.find(request, wanted)) > request.cached:
+            paging.take_over(request, found)
 
     def free_dropped(self) -> None:
         """Free the pages of sessions that are gone. When they go they are only noted: it may be in the middle of anything."""
@@ -379,14 +417,18 @@ class Engine:
             self._count_used()
 
     def warmup(self, *, structured: bool = False) -> None:
-        """Compile every program that requests can need, but for those with lists of ids longer than `variants.FULL` has, and
-        unless `structured` those with grammars."""
+        """Compile every program that requests and single sessions can need, but for requests with lists of ids longer than
+        `variants.FULL` has, and unless `structured` those with grammars."""
         self.settle()
         for width in self.buckets.chunks:
             for rows in counts(self.buckets.prefill_requests(width)):
                 requests = self._nobody(rows)
                 self._run(step.prefill, self.batcher.prefill(Prefill(requests, [1] * rows, width)))
-            self.programs.program(step.score, self.batcher.prefill(Prefill(self._nobody(1), [1], width)), self.pages)
+        for width in (self.buckets.extension(1), *self.buckets.chunks):
+            batch = self.batcher.prefill(Prefill(self._nobody(1), [1], width))
+            for function in (step.prefill, step.score):
+                self.programs.program(function, batch, self.pages)
+        self._run(copies.copy, copies.Copies.of([]))
         for rows in counts(self.buckets.max_requests):
             for variant in (PLAIN, FULL):
                 for decode in (self._decode, self._guided) if structured else (self._decode,):

@@ -19,6 +19,7 @@ import jax
 from jfp8kv.cache.pages import KVPages
 from jfp8kv.engine.batch import Batch
 from jfp8kv.engine.compile_report import CompiledStep, CompileReport
+from jfp8kv.engine.copies import Copies
 from jfp8kv.engine.step import Model, Weights
 
 Key = tuple[Any, ...]
@@ -64,7 +65,9 @@ class Programs:
         self._own: dict[Key, Program] = {}
         self._fixed = (model, _signature((weights, scales)))
 
-    def call(self, step: Callable, batch: Batch, pages: KVPages, *, variant: str = "", **static: Any) -> tuple[Any, KVPages]:
+    def call(
+        self, step: Callable, batch: Batch | Copies, pages: KVPages, *, variant: str = "", **static: Any
+    ) -> tuple[Any, KVPages]:
         """`step(model, weights, scales, batch, pages, **static)`, compiled; `pages` is donated."""
         program = self.program(step, batch, pages, variant=variant, **static)
         return program.run(self.weights, self.scales, batch, pages)
@@ -75,7 +78,7 @@ class Programs:
         program = self._found(key, lambda: _build(function, (), (values, batch), batch, variant, static))
         return program.run(values, batch)
 
-    def program(self, step: Callable, batch: Batch, pages: KVPages, *, variant: str = "", **static: Any) -> Program:
+    def program(self, step: Callable, batch: Batch | Copies, pages: KVPages, *, variant: str = "", **static: Any) -> Program:
         """The compiled program for a step on arrays shaped like these (shapes suffice). `variant` names it in the report."""
         key = (step, *static.items(), self._fixed, _signature((batch, pages)))
         arguments = (self.weights, self.scales, batch, pages)
@@ -102,7 +105,7 @@ def _build(
     function: Callable,
     fixed: tuple,
     arguments: tuple,
-    batch: Batch,
+    batch: Batch | Copies,
     variant: str,
     static: dict[str, Any],
     *,
@@ -112,7 +115,7 @@ def _build(
     began = time.perf_counter()
     jitted = jax.jit(functools.partial(function, *fixed, **static), donate_argnums=donated)
     compiled = jitted.lower(*arguments).compile()
-    requests, tokens = batch.tokens.shape
+    requests, tokens = batch.shape
     return Program(function.__name__, requests, tokens, variant, time.perf_counter() - began, compiled)
 
 

@@ -109,7 +109,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_requests:
             request = self.waiting[0]
             found = self.paging.find(request)
-            next_pages = self.paging.keys(request, request.num_tokens - 1)[found // self.paging.needs.page_size :]
+            next_pages = self.paging.keys(request)[self.paging.needs.holding(found) :]
             if next_pages and next_pages[0] in self.paging.coming(r for r in self.running if r.prefilling):
                 return
             self.paging.take_over(request, found)
@@ -162,7 +162,7 @@ class Scheduler:
         self.stats.preemptions += 1
 
     def _stop(self, request: Request) -> None:
-        """Off the device, its pages given back, the full ones to be found by others. What is still running there may write to
+        """Off the device, its pages given back, to be found by others. What is still running there may write to
         them yet; whoever gets them next writes after that, for the device runs in order."""
         self.running.remove(request)
         self.paging.keep(request)

@@ -1,9 +1,10 @@
 """The step functions. The model runs on one request and `vmap` makes it a batch; `engine/programs.py` compiles them.
 
-Three steps: `prefill` caches a chunk of each request, up to the last token of its prompt; `decode` takes it from there and
+Four steps: `prefill` caches a chunk of each request, up to the last token of its prompt; `decode` takes it from there and
 makes several tokens per dispatch in a loop on the device, ending early when every request is done; `score` runs a chunk and
-returns the logits of every position, from which `pick` makes a token where the host has a say in it. The pool goes in and comes
-out: donated, it is updated in place, and what a step needs besides does not grow with it.
+returns the logits of every position, from which `pick` makes a token where the host has a say in it; `score_last` returns those
+of the last. The pool goes in and comes out: donated, it is updated in place, and what a step needs besides does not grow with
+it.
 """
 
 import dataclasses
@@ -194,6 +195,20 @@ def score(
     """Cache a chunk of each request and return the logits after each of its tokens."""
     decoder = model.bind(weights)
     return chunk_logits(model, decoder, scales, batch, pages)
+
+
+def score_last(
+    model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages
+) -> tuple[Float[Array, "requests vocab"], KVPages]:
+    """Cache a chunk of each request and return the logits after its last token."""
+    decoder = model.bind(weights)
+
+    def one(chunk: Chunk, pages: KVPages) -> tuple[Array, KVPages]:
+        hidden, pages = _forward(model, decoder, scales, chunk, pages)
+        last = lax.dynamic_slice_in_dim(hidden, chunk.length - chunk.start - 1, 1)
+        return decoder.logits(last)[0], pages
+
+    return each_request(one, batch, pages, out_axes=(0, None))
 
 
 def pick(logits: Float[Array, "requests tokens vocab"], batch: Batch, *, top: int = 0) -> StepOutput:

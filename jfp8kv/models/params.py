@@ -83,6 +83,11 @@ class Params:
         return np.dtype(self.tree["embed"]["weight"].dtype)
 
     @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text: the config's, or else the tokenizer's."""
+        return tuple(self.config.eos_ids or getattr(self.tokenizer, "eos_ids", ()))
+
+    @property
     def size(self) -> int:
         """How many parameters there are."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.tree))

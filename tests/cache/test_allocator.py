@@ -7,17 +7,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.core.errors import CapacityError
 
-PAGES = 7
+PAGES, SLOTS = 7, 4
 
 
 class Histories(RuleBasedStateMachine):
-    """Holders take, share and give back pages in any order."""
+    """Holders take, share, write to and give back pages in any order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.allocator = PageAllocator(PAGES)
         self.held: list[list[int]] = []
-        self.keys: dict[int, int] = {}
+        self.keys: dict[int, tuple[int, int]] = {}  # by key: the page, and how many of its slots it speaks of
 
     @rule(count=st.integers(0, PAGES + 1))
     def allocate(self, count: int) -> None:
@@ -44,17 +44,30 @@ class Histories(RuleBasedStateMachine):
         self.allocator.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data(), key=st.integers(0, 5))
-    def keep(self, data, key: int) -> None:
+    @rule(data=st.data(), key=st.integers(0, 5), slots=st.integers(1, SLOTS))
+    def keep(self, data, key: int, slots: int) -> None:
         pages = data.draw(st.sampled_from(self.held))
         if pages:
             page = data.draw(st.sampled_from(pages))
             before = self.allocator.find(key)
-            self.allocator.keep(page, key)
-            if before is not None or page in self.keys.values():
-                assert self.allocator.find(key) == before, "a key stays with its page, and a page with its key"
+            self.allocator.keep(page, key, slots)
+            if before is not None:
+                assert self.allocator.find(key) == before, "a key stays with its page"
             else:
-                self.keys[key] = page
+                self.keys[key] = page, slots
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), slot=st.integers(0, SLOTS))
+    def write(self, data, slot: int) -> None:
+        """Keys that speak of what is written over are gone, at once and alone."""
+        page = data.draw(st.sampled_from([page for held in self.held for page in held] or [None]))
+        if page is not None and self.allocator.holders(page) == 1:
+            self.allocator.overwrite(page, slot)
+            self.keys = {key: kept for key, kept in self.keys.items() if kept[0] != page or kept[1] <= slot}
+            assert all((self.allocator.find(key) == page) == (key in self.of(page)) for key in range(6))
+
+    def of(self, page: int) -> list[int]:
+        return [key for key, kept in self.keys.items() if kept[0] == page]
 
     @rule(key=st.integers(0, 5))
     def hold_what_is_found(self, key: int) -> None:
@@ -66,12 +79,12 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def what_is_found_is_what_was_kept(self) -> None:
         """A kept page is lost only when somebody else took it, and never while it is held."""
-        for key, page in list(self.keys.items()):
+        for key, (page, _) in list(self.keys.items()):
             found = self.allocator.find(key)
             assert found in (page, None)
             if found is None:
                 del self.keys[key]
-        for key, page in self.keys.items():
+        for key, (page, _) in self.keys.items():
             assert not self.allocator.holders(page) or self.allocator.find(key) == page
 
     @invariant()
@@ -89,7 +102,7 @@ def test_what_is_longest_idle_is_forgotten_first_and_free_pages_before_any() -> 
     allocator = PageAllocator(3)
     a, b, c = allocator.allocate(3)
     for page in (a, b):
-        allocator.keep(page, f"key of {page}")
+        allocator.keep(page, f"key of {page}", SLOTS)
     allocator.release([a])
     allocator.release([b, c])
     assert allocator.free_pages == 3
@@ -107,3 +120,11 @@ def test_freeing_twice_and_sharing_a_free_page_are_bugs_that_assert() -> None:
         allocator.release(pages)
     with pytest.raises(AssertionError, match="cannot be shared"):
         allocator.share(pages)
+
+
+def test_a_page_that_others_hold_is_not_written_over() -> None:
+    allocator = PageAllocator(2)
+    pages = allocator.allocate(1)
+    allocator.share(pages)
+    with pytest.raises(AssertionError, match="2 hold it"):
+        allocator.overwrite(pages[0], 1)

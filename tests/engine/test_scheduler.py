@@ -62,6 +62,12 @@ class Device:
                 page = held.pages[position // PAGE - held.first]
                 assert self.slots[page, position % PAGE] == digest(ids[: position + 1]), "a slot holds another text"
 
+    def copy(self) -> None:
+        """The pages that were noted, before anything runs."""
+        for source, target in self.sched.paging.copies:
+            self.slots |= {(target, slot): self.slots.get((source, slot)) for slot in range(PAGE)}
+        self.sched.paging.copies.clear()
+
     def decode(self, r: Request, steps: int) -> None:
         """A token for each step, as far as they are wanted."""
         for _ in range(min(steps, r.max_tokens - len(r.output_ids))):
@@ -70,6 +76,7 @@ class Device:
             r.output_ids.append(next_token(r.tokens(0, r.num_tokens)))
 
     def apply(self, turn: Turn) -> None:
+        self.copy()
         for r in turn.decode.requests if turn.decode else ():
             self.decode(r, turn.decode.steps)
             self.sched.paging.keep(r)
@@ -105,7 +112,7 @@ def check(turn: Turn, sched: Scheduler) -> None:
         assert all(0 < c <= min(prefill.width, r.uncached - 1) for c, r in zip(prefill.chunks, prefill.requests, strict=True))
         assert prefill.requests[0] is next(r for r in sched.running if r.prefilling), "whoever came first is prefilled first"
         assert prefill.width in buckets.chunks
-        tokens += buckets.prefill_rows(len(prefill.requests)) * prefill.width
+        tokens += buckets.prefill_rows(len(prefill.requests), prefill.width) * prefill.width
     assert 0 < tokens <= BUDGET, "the budget is kept, padding included"
 
 
@@ -122,7 +129,8 @@ def test_every_request_ends_as_if_alone_and_every_page_comes_back(sizes, pages, 
     device = Device(sched)
     beginning = np.random.default_rng(1).integers(0, 9, 40).tolist()
     coming = [
-        (arrival, request(beginning[:shared] + [i] * own, output)) for i, (shared, own, output, arrival) in enumerate(sizes)
+        (arrival, request(beginning[:shared] + [i // 2] * own, output))
+        for i, (shared, own, output, arrival) in enumerate(sizes)
     ]
     coming.sort(key=lambda x: x[0])
     everyone, started, dropped = [r for _, r in coming], [], []
@@ -207,11 +215,29 @@ def test_what_was_generated_is_found_again_as_the_beginning_of_another_prompt() 
     assert sched.stats.prefix_hit_tokens == 20
 
 
-def test_continuations_of_one_prompt_run_it_once() -> None:
-    sched = scheduler(num_pages=80)
-    samples = [request([5] * 41, 4) for _ in range(4)]
-    run_all(Device(sched), *samples)
-    assert sched.stats.prefix_hit_tokens == 3 * 40
+@pytest.mark.parametrize("prompt", [41, 43, 3])
+@pytest.mark.parametrize("windows", [False, True])
+def test_continuations_of_one_prompt_run_it_once_and_each_copies_its_last_page(prompt, windows) -> None:
+    sched = scheduler(num_pages=160, windows=windows)
+    device, samples, made = Device(sched), [request([5] * prompt, 4) for _ in range(4)], []
+    for r in samples:
+        sched.add(r)
+    while (plan := sched.plan()) is not None:
+        made += sched.paging.copies
+        device.apply(plan)
+    assert sched.stats.prefix_hit_tokens == 3 * (prompt - 1)
+    groups = 1 + windows
+    assert len(made) == (3 * groups if (prompt - 1) % PAGE else 0), "the last to write has the page to itself"
+
+
+def test_a_prompt_asked_for_again_is_found_to_its_last_token_though_others_went_on_from_it() -> None:
+    sched = scheduler(num_pages=60)
+    device = Device(sched)
+    for count in range(3):
+        run_all(device, request([5] * 23, 6))
+        assert sched.stats.prefix_hit_tokens == 22 * count
+    run_all(device, request([5] * 22, 3))
+    assert sched.stats.prefix_hit_tokens == 44 + 20, "of other lengths whole pages alone are found"
 
 
 def test_pages_of_a_window_are_shared_only_if_all_that_it_shows_is_there() -> None:
@@ -219,9 +245,9 @@ def test_pages_of_a_window_are_shared_only_if_all_that_it_shows_is_there() -> No
     device = Device(sched)
     run_all(device, request([1] * 40, 3))
     run_all(device, request([1] * 40, 3))
-    assert sched.stats.prefix_hit_tokens == 36
+    assert sched.stats.prefix_hit_tokens == 39
     run_all(device, request([1] * 16 + [2] * 8, 3))
-    assert sched.stats.prefix_hit_tokens == 36 + 16
+    assert sched.stats.prefix_hit_tokens == 39 + 16
 
 
 def test_a_text_whose_ropes_depend_on_its_length_shares_with_its_like_alone() -> None:
@@ -231,7 +257,7 @@ def test_a_text_whose_ropes_depend_on_its_length_shares_with_its_like_alone() ->
     run_all(device, request([1] * 31, 3))
     assert sched.stats.prefix_hit_tokens == 0
     run_all(device, request([1] * 31, 3))
-    assert sched.stats.prefix_hit_tokens == 28
+    assert sched.stats.prefix_hit_tokens == 30
 
 
 def test_a_cancelled_request_frees_its_pages_in_any_state() -> None:
@@ -270,7 +296,7 @@ def test_padded_chunks_and_a_padded_decode_fit_the_budget(seqs, chunk) -> None:
     few = buckets.steps(seqs, few=True) * buckets.decode_rows(seqs)
     for width in buckets.chunks:
         most = buckets.prefill_requests(width)
-        assert 1 <= most <= seqs and few + width * buckets.prefill_rows(most) <= buckets.token_budget
+        assert 1 <= most <= seqs and few + width * buckets.prefill_rows(most, width) <= buckets.token_budget
         assert chunk < 32 or width >= 16
     for count in range(1, seqs + 1):
         assert 1 <= buckets.steps(count, few=False) <= DECODE_STEPS
@@ -291,7 +317,8 @@ def test_a_chunk_takes_the_narrowest_bucket_that_holds_it(tokens, width) -> None
 def test_batches_are_powers_of_two_and_of_decode_not_below_the_fewest() -> None:
     assert [Buckets(8, 64).decode_rows(n) for n in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
     assert [Buckets(8, 64, fewest=2).decode_rows(n) for n in (1, 2, 3)] == [2, 2, 4]
-    assert [Buckets(8, 64, fewest=2).prefill_rows(n) for n in (1, 2, 3)] == [1, 2, 4]
+    assert [Buckets(8, 64, fewest=2).prefill_rows(n, 48) for n in (1, 2, 3)] == [1, 2, 4]
+    assert [Buckets(8, 64, fewest=2).prefill_rows(n, 1) for n in (1, 2, 3)] == [2, 2, 4], "tokens alone are like a decode"
     assert counts(6) == [1, 2, 4, 6] and counts(1) == [1]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv.cache.pages import KVPages
-from jfp8kv.engine import step
+from jfp8kv.engine import copies, step
 from jfp8kv.engine.kv import setup
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import Request
@@ -38,7 +38,10 @@ CACHES = [
     ("float32", "auto", True),
     (SKIPPING, "token_head", True),
 ]
-STEPS = [*itertools.product(["decode", "full decode", "prefill"], CACHES), *(("decode ahead", CACHES[i]) for i in (0, -1))]
+STEPS = [
+    *itertools.product(["decode", "full decode", "prefill"], CACHES),
+    *itertools.product(["decode ahead", "copy"], CACHES[::5]),
+]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,8 @@ def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased
     requests = [Request([1] * 40, SamplingParams(), np.zeros(2, np.uint32), max_tokens=4) for _ in range(4)]
     if kind == "prefill":
         function, batch, static = step.prefill, engine.batcher.prefill(Prefill(requests, [16] * 4, 16)), {}
+    elif kind == "copy":
+        function, batch, static = copies.copy, copies.Copies.of([(0, 1)]), {}
     else:
         batch, variant = engine.batcher.decode(Decode(requests, 4), FULL if kind == "full decode" else PLAIN)
         function, static = step.decode, {"most_steps": 16, "top": variant.top}

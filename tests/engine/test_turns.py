@@ -149,3 +149,28 @@ def test_a_dispatch_that_fails_takes_no_finished_text_along(llm, monkeypatch) ->
         list(long)
     monkeypatch.undo()
     assert text + "".join(short) == want and used_pages(llm) == 0
+
+
+def test_texts_branch_beside_streams_in_a_pool_too_small_for_all_and_nobody_reads_what_is_anothers(params) -> None:
+    """Copies, preemptions and stop strings that are found late, while turns are on the device."""
+    tight = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES | {"kv_cache_memory": "8KiB"})
+    apart = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", prefix_caching=False, **SIZES)
+    prompt, sampling = "hello hello", LONG | {"max_tokens": 30}
+    wholes = [apart.generate(prompt, seed=seed, **sampling)[0].text for seed in range(4)]
+    stops = [text[6 + 2 * seed : 9 + 2 * seed] for seed, text in enumerate(wholes)]
+    ids = tight.tokenizer.encode(prompt)
+    with tight.session(ids) as stem:
+        streams = [tight.stream(prompt, seed=seed, stop=stop, **sampling) for seed, stop in enumerate(stops)]
+        pieces: list[list[str]] = [[] for _ in streams]
+        for turn in range(6):
+            for stream, made in zip(streams, pieces, strict=True):
+                made.append(next(stream, ""))
+            with stem.fork() as branch:
+                branch.extend([7 + turn])
+                got = jfp8kv.extend_all([stem, branch], [5, 6])
+                want = [apart.logits([*ids, 5])[-1], apart.logits([*ids, 7 + turn, 6])[-1]]
+                np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+            stem.rollback(1)
+        texts = ["".join(made) + "".join(stream) for stream, made in zip(streams, pieces, strict=True)]
+        assert texts == [text[: text.index(stop)] for text, stop in zip(wholes, stops, strict=True)]
+    assert tight.stats.preemptions > 0 and used_pages(tight) == 0

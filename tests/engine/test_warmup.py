@@ -94,6 +94,7 @@ def test_500_requests_for_anything_compile_nothing(llm) -> None:
             served += sum(len(out.outputs) for out in outs) + len(streams)
         with llm.session([5, 6, 7]) as session, session.fork() as branch:
             branch.extend([8] * 9)
+            branch.extend([8])
             branch.generate(max_tokens=3, presence_penalty=1.0)
     assert llm.stats.compilations == built and seen == []
     allocator = llm._engine.scheduler.paging.allocator
@@ -134,6 +135,7 @@ def test_the_report_lists_every_program_with_its_bucket_its_seconds_and_bytes(pa
     prefill = [("prefill", 1, 28, ""), ("prefill", 2, 28, ""), ("prefill", 1, 56, "")]
     decode = [("decode", rows, 1, variant) for rows in (1, 2, 4) for variant in ("plain", "full")]
     assert set(steps) >= {*prefill, *decode, ("score", 1, 28, ""), ("score", 1, 56, "")}
+    assert set(steps) >= {("prefill", 1, 1, ""), ("score", 1, 1, ""), ("copy", 64, 1, "")}, "tokens of sessions, pages of forks"
     assert all(s.seconds > 0 and s.temporary_bytes > 0 and s.code_bytes >= 0 for s in report.steps)
     assert sum(not s.shared for s in report.steps) == llm.stats.compilations
     assert report.seconds == pytest.approx(sum(s.seconds for s in report.steps if not s.shared))
