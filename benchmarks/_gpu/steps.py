@@ -140,7 +140,7 @@ def _batch(name: str, kv: KVSetup, num_pages: int) -> Batch:
     pages = LLAMA_8B.max_len // kv.page_size
     batcher = Batcher(
         buckets=Buckets(REQUESTS, turn_tokens(CHUNK, REQUESTS)), vocab=LLAMA_8B.vocab, needs=kv.needs, pages=pages,
-        num_pages=num_pages, eos_ids=(),
+        num_pages=num_pages, max_model_len=LLAMA_8B.max_len, eos_ids=(),
     )  # fmt: skip
     count = REQUESTS if name == "decode" else 4
     requests = [Request([1] * CHUNK, SamplingParams(), np.zeros(2, np.uint32), max_tokens=8) for _ in range(count)]
