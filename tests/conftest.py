@@ -41,7 +41,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 hypothesis.settings.register_profile(
     "house",
     deadline=None,
-    max_examples=50,
+    max_examples=25 if "CI" in os.environ else 50,
     derandomize="CI" in os.environ,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
