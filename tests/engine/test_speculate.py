@@ -22,7 +22,7 @@ from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
 
-FORMATS = ["float32", "fp8_e4m3", "fp8_e5m2"]
+FORMATS = ["float32", "fp8_e4m3"]  # by hand fp8_e5m2 too: a format is a dtype to all of this
 SIZES = {"max_model_len": 96, "max_num_seqs": 4, "page_size": 8, "kv_cache_memory": "200kB", "max_num_batched_tokens": 64}
 FEW = {7: 60.0, 8: 60.0, 9: 60.0}
 CHOICES = {"logit_bias": FEW, "temperature": 1.0, "seed": 5, "max_tokens": 40, "ignore_eos": True}

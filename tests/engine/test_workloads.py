@@ -19,7 +19,7 @@ from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
 
-WORKLOADS = int(os.environ.get("WORKLOADS", "20"))
+WORKLOADS = int(os.environ.get("WORKLOADS", "12"))
 # The longest text takes all but two pages, and four run at a time.
 SIZES = {"max_model_len": 64, "max_num_seqs": 4, "page_size": 4, "max_num_batched_tokens": 16}
 PAGES, KINDS = 18, 36
