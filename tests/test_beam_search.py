@@ -9,6 +9,7 @@ import jfp8kv
 from jfp8kv.cache.pages import fill
 from jfp8kv.core.errors import CapacityError, ConfigError
 from tests.models.test_decoder import REFERENCES
+from tests.test_session import pages
 
 pytestmark = pytest.mark.quick_compile
 
@@ -26,11 +27,6 @@ def engine(family: str = "llama_gqa", **more) -> jfp8kv.LLM:
 @pytest.fixture(scope="module")
 def llm() -> jfp8kv.LLM:
     return engine()
-
-
-def pages(llm: jfp8kv.LLM) -> int:
-    llm._engine.free_dropped()
-    return llm._engine.scheduler.paging.allocator.used_pages
 
 
 class Oracle:

@@ -51,9 +51,7 @@ class RequestOutput:
 
 DEADLINE = "deadline"  # the finish reason of what ran out of time
 DEAD_END = "dead_end"  # of what has no token left to go on with
-CANCELLED = (
-    "cancelled"  # and of what was dropped, which no caller sees: if it was not the caller who dropped it, `error` says why
-)
+CANCELLED = "cancelled"  # of what was dropped, which no caller sees; `error` says why if that was not its doing
 NO_TOKEN = "logit_bias, min_tokens and what the text must look like leave no token"  # the stop reason of a dead end
 
 
