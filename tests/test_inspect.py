@@ -131,6 +131,7 @@ def test_gemma_3_1b_is_sized_as_published_and_its_windows_are_counted(tmp_path):
     assert text.ratio == text.bytes / text.bytes_without_windows < 0.29
 
 
+@pytest.mark.quick_compile
 @pytest.mark.parametrize("windows", [(), (48, 48, 0, 48, 48, 0)], ids=["no windows", "windows"])
 @pytest.mark.parametrize("cache", [("fp8_e5m2", "auto"), ("fp8_e4m3", "token_head"), ("float32", "auto")], ids=str)
 def test_an_engine_counts_the_same_bytes(windows, cache, monkeypatch):

@@ -10,6 +10,8 @@ from jfp8kv import CapacityError, ConfigError, SamplingParams
 from tests.checkpoint.conftest import write_sidecar
 from tests.models.test_decoder import REFERENCES
 
+pytestmark = pytest.mark.quick_compile
+
 FOLDER = REFERENCES[0].parent / "llama_bf16"
 
 
