@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from jfp8kv.models.params import Params
     from jfp8kv.sampling.params import SamplingParams
     from jfp8kv.session import Session, extend_all
+    from jfp8kv.speed import Speed, bench
 
 __version__ = "0.1.0.dev0"
 
@@ -57,8 +58,10 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "Session",
+    "Speed",
     "StepError",
     "beam_search",
+    "bench",
     "calibrate",
     "compare",
     "export",
@@ -97,6 +100,7 @@ _HOMES = {
     "models.params": ("Params",),
     "sampling.params": ("SamplingParams",),
     "session": ("Session", "extend_all"),
+    "speed": ("Speed", "bench"),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 

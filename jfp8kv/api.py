@@ -33,6 +33,7 @@ from jfp8kv.llm import LLM, keep_compiled_programs
 from jfp8kv.models.params import Params
 from jfp8kv.planning.run import planned
 from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.speed import bench as bench
 
 _ENGINE = "_engine"  # where a `Params` keeps its warm engine
 

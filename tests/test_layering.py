@@ -29,8 +29,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "session": {"core", "sampling", "engine"},
     "llm": {"core", "attention", "models", "sampling", "engine", "checkpoint", "session"},
     "beam_search": {"core", "models", "sampling", "engine", "session", "llm"},
+    "speed": {"core", "cache", "models", "engine", "checkpoint", "llm"},
     "api": {
         "llm",
+        "speed",
         "inspection",
         "core",
         "cache",
@@ -60,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "session",
         "llm",
         "beam_search",
+        "speed",
         "api",
     },
     "__main__": {"cli"},

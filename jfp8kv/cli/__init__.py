@@ -1,7 +1,8 @@
-"""The command line: `jfp8kv generate`, `chat`, `batch`, `inspect`, `calibrate`, `compare`, `plan`, `export`, each in a module.
+"""The command line: `jfp8kv generate`, `chat`, `batch`, `inspect`, `calibrate`, `compare`, `plan`, `export`, `bench`.
 
-Text goes to stdout and everything else to stderr, so that a pipe carries answers alone. The exit status is 0 when all
-was done, 1 when a run failed in part, 2 for a mistake in what was asked, which is said in one line that names it.
+Each is in a module of its own. Text goes to stdout and everything else to stderr, so that a pipe carries answers alone. The
+exit status is 0 when all was done, 1 when a run failed in part, 2 for a mistake in what was asked, which is said in one line
+that names it.
 
 JAX takes seconds to import, so nothing here imports it before a model is needed: `--help` and mistakes answer at once.
 """
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from jfp8kv.cli import batch, calibrate, chat, compare, export, generate, inspect, plan
+from jfp8kv.cli import batch, bench, calibrate, chat, compare, export, generate, inspect, plan
 from jfp8kv.cli.arguments import parse
 from jfp8kv.cli.output import say
 from jfp8kv.core.errors import Jfp8kvError
@@ -26,6 +27,7 @@ COMMANDS = {
     "compare": compare.run,
     "plan": plan.run,
     "export": export.run,
+    "bench": bench.run,
 }
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 

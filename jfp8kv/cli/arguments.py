@@ -74,6 +74,11 @@ def load(args: argparse.Namespace) -> "jfp8kv.api.LLM":
     )
 
 
+def names(given: str) -> list[str]:
+    """What stands between commas."""
+    return [name.strip() for name in given.split(",") if name.strip()]
+
+
 def quiet_jax() -> None:
     """JAX's own remarks are for its developers."""
     logging.getLogger("jax").setLevel(logging.ERROR)
@@ -134,6 +139,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     about = "Write a model as a Hugging Face folder, with its scales for an FP8 cache where vLLM and others look for them."
     export = commands.add_parser("export", help="write a Hugging Face folder", description=about, allow_abbrev=False)
     _add_export(export)
+
+    about = "Measure how fast caches are here: the same requests through each of them, in turn, and what each has room for."
+    bench = commands.add_parser("bench", help="how fast caches are here", description=about, allow_abbrev=False)
+    _add_bench(bench)
     made = {
         "generate": generate,
         "chat": chat,
@@ -143,6 +152,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "compare": compare,
         "plan": plan,
         "export": export,
+        "bench": bench,
     }
     return parser, made
 
@@ -237,6 +247,26 @@ def _add_export(parser: _Parser) -> None:
     parser.add_argument("--dtype", metavar="DTYPE", help="of the weights: bfloat16, float16 or float32 (default: the file's)")
     _add_lenient(parser)
     parser.add_argument("--quiet", action="store_true", help="no remarks on what was written")
+
+
+def _add_bench(parser: _Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a .gguf file or a hub id")
+
+    option = parser.option
+    dtypes = "bfloat16,fp8_e4m3"
+    option("--kv-dtypes", "LIST", f"formats to measure, or files of KVPlans, by commas (default {dtypes})", default=dtypes)
+    scales = "of the FP8 ones, by commas: auto (default), unit, token_head, checkpoint, or files of KVScales"
+    option("--kv-scales", "LIST", scales, default="auto")
+    option("--requests", "N", "how many at once (default 8)", int, default=8)
+    option("--prompt-tokens", "N", "of each (default 128)", int, default=128)
+    option("--output-tokens", "N", "of each (default 64)", int, default=64)
+    option("--rounds", "N", "timed ones, of which medians are taken (default 3)", int, default=3)
+    option("--kv-cache-memory", "SIZE", "of each cache, such as 64MiB (default: what it needs for all requests)")
+    option("--attention", "NAME", "pallas, xla or reference (default: the fastest that runs here)")
+    option("--dtype", "DTYPE", "of the weights: bfloat16, float16 or float32 (default: the file's)")
+    _add_lenient(parser)
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def _add_model(parser: _Parser) -> argparse._ArgumentGroup:

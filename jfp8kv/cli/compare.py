@@ -3,14 +3,13 @@
 import argparse
 import importlib.util
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jfp8kv.cli.arguments import quiet_jax
+from jfp8kv.cli.arguments import names, quiet_jax
 from jfp8kv.cli.data import check, check_field, check_writable, texts
-from jfp8kv.cli.output import say
+from jfp8kv.cli.output import say, show
 from jfp8kv.core.errors import ConfigError, NotSupported, one_of
 
 if TYPE_CHECKING:
@@ -60,8 +59,8 @@ def _files(args: argparse.Namespace) -> tuple[Path, Path | None]:
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """What `jfp8kv.compare` is asked for, what was not given left out."""
     asked = {
-        "kv_dtypes": _names(args.kv_dtypes),
-        "kv_scales": _names(args.kv_scales),
+        "kv_dtypes": names(args.kv_dtypes),
+        "kv_scales": names(args.kv_scales),
         "window": args.window,
         "needle_lengths": _numbers("--needle-lengths", args.needle_lengths, int),
         "needle_depths": _numbers("--needle-depths", args.needle_depths, float),
@@ -71,22 +70,12 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print(report: "jfp8kv.api.Comparison", args: argparse.Namespace) -> None:
-    """Tables get lines and colours on a terminal alone."""
     if args.json:
-        print(json.dumps(report.to_dict(), allow_nan=False), flush=True)
+        show(json.dumps(report.to_dict(), allow_nan=False))
         return
-    if sys.stdout is not None and sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(report)
-    else:
-        print(report, flush=True)
+    show(report)
     if args.by_layer:
         print(f"\n{report.by_layer()}", flush=True)
-
-
-def _names(given: str) -> list[str]:
-    return [name.strip() for name in given.split(",") if name.strip()]
 
 
 def _numbers(option: str, given: str | None, kind: type) -> list[Any] | None:
@@ -94,7 +83,7 @@ def _numbers(option: str, given: str | None, kind: type) -> list[Any] | None:
     if given is None or given == "none":
         return None if given is None else []
     try:
-        return [kind(number) for number in _names(given)]
+        return [kind(number) for number in names(given)]
     except ValueError:
         usual = "256,1024" if kind is int else "0,0.5,1"
         raise ConfigError(f"{option} {given}: must be numbers, such as {usual}, or none.") from None

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 
 def say(text: str) -> None:
@@ -18,6 +19,16 @@ def print_stream(pieces: Iterable[str], said: list[str]) -> None:
             said.append(piece)
     finally:
         print(flush=True)
+
+
+def show(found: Any) -> None:
+    """A result on stdout; tables get lines and colours on a terminal alone."""
+    if sys.stdout is not None and sys.stdout.isatty() and not isinstance(found, str):
+        from rich.console import Console
+
+        Console().print(found)
+    else:
+        print(found, flush=True)
 
 
 def rate(tokens: int, seconds: float) -> str:

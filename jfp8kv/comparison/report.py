@@ -137,7 +137,8 @@ class Comparison:
 
     def by_layer(self) -> str:
         """What each layer keeps, signal-to-noise ratios, and shares clipped and flushed, as tables in text."""
-        from jfp8kv.comparison.tables import layers, plain
+        from jfp8kv.comparison.tables import layers
+        from jfp8kv.core.tables import plain
 
         return plain(layers(self, lines=None))
 
@@ -145,7 +146,8 @@ class Comparison:
         return f"Comparison({', '.join(choice.label for choice in self.choices)}; {self.tokens:,} tokens)"
 
     def __str__(self) -> str:
-        from jfp8kv.comparison.tables import layout, plain
+        from jfp8kv.comparison.tables import layout
+        from jfp8kv.core.tables import plain
 
         return plain(layout(self, lines=None))
 
@@ -155,7 +157,8 @@ class Comparison:
         return layout(self)
 
     def _repr_html_(self) -> str:
-        from jfp8kv.comparison.tables import as_html, layout
+        from jfp8kv.comparison.tables import layout
+        from jfp8kv.core.tables import as_html
 
         return as_html(layout(self))
 

@@ -1,22 +1,18 @@
 """A comparison in words: tables for a terminal, and the same without lines or colours for everything else."""
 
-import html
-import io
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from jfp8kv.comparison.report import CacheQuality, Comparison, Kept
+from jfp8kv.core.tables import LINES, empty_table
 
-_WIDE = 100_000  # columns: nothing is wrapped that is not for a terminal
 
-
-def layout(found: Comparison, lines: box.Box | None = box.SIMPLE_HEAD) -> Group:
+def layout(found: Comparison, lines: box.Box | None = LINES) -> Group:
     """The tables of a comparison; `lines` is what is drawn between their parts."""
     pieces = f"{found.pieces:,} piece{'s' if found.pieces > 1 else ''} of up to {found.window:,}"
     title = Text(f"{found.tokens:,} tokens in {pieces}", style="bold")
@@ -25,11 +21,12 @@ def layout(found: Comparison, lines: box.Box | None = box.SIMPLE_HEAD) -> Group:
     return Group(title, *gap, *tables, *_notes(found))
 
 
-def layers(found: Comparison, lines: box.Box | None = box.SIMPLE_HEAD) -> Group:
+def layers(found: Comparison, lines: box.Box | None = LINES) -> Group:
     """Tables of what each cache keeps in each layer, the float32 one left out."""
     tables: list[RenderableType] = []
+    columns = "layer", "keeps", "K SNR dB", "V SNR dB", "K clipped", "V clipped", "K flushed", "V flushed"
     for choice in found.choices[1:]:
-        table = _table(lines, "layer", "keeps", "K SNR dB", "V SNR dB", "K clipped", "V clipped", "K flushed", "V flushed")
+        table = empty_table(lines, *columns, text=["keeps"])
         for layer in range(len(choice.k.snr_db)):
             each = (choice.k, choice.v)
             shares = (_percent(getattr(kept, name)[layer]) for name in ("clipped", "flushed") for kept in each)
@@ -38,39 +35,12 @@ def layers(found: Comparison, lines: box.Box | None = box.SIMPLE_HEAD) -> Group:
     return Group(*tables)
 
 
-def plain(shown: RenderableType) -> str:
-    """Tables as text that a pipe can carry: no lines, no colours, nothing wrapped."""
-    out = io.StringIO()
-    Console(file=out, width=_WIDE, color_system=None).print(shown)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
-
-
-def as_html(shown: Group) -> str:
-    """The same as HTML: tables are tables, lines of text paragraphs."""
-    return "".join(map(_part, shown.renderables))
-
-
-def _part(shown: RenderableType) -> str:
-    if not isinstance(shown, Table):
-        return f"<p>{html.escape(str(shown))}</p>"
-
-    def row(tag: str, cells: list[str]) -> str:
-        sides = [column.justify for column in shown.columns]
-        made = (f'<{tag} style="text-align: {side}">{html.escape(c)}</{tag}>' for c, side in zip(cells, sides, strict=True))
-        return f"<tr>{''.join(made)}</tr>"
-
-    head = row("th", [str(column.header) for column in shown.columns])
-    columns = [list(map(str, column.cells)) for column in shown.columns]
-    body = "".join(row("td", list(cells)) for cells in zip(*columns, strict=True))
-    return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
-
-
 # -- quality ------------------------------------------------------------------------------------------------------------
 
 
 def _quality(found: Comparison, lines: box.Box | None) -> Table:
     needle = ["needle"] if found.needle_lengths else []
-    table = _table(lines, "KV cache", "bytes/token", "perplexity", "change", "KL (nats)", "top-1", *needle)
+    table = empty_table(lines, "KV cache", "bytes/token", "perplexity", "change", "KL (nats)", "top-1", *needle)
     base = found.choices[0]
     for choice in found.choices:
         first = choice is base
@@ -116,7 +86,7 @@ def _notes(found: Comparison) -> Iterator[Text]:
 
 def _kept(found: Comparison, lines: box.Box | None) -> Table:
     snr = ("K SNR dB", "least (layer)", "V SNR dB", "least (layer)")
-    table = _table(lines, "KV cache", *snr, "K, V clipped", "K, V flushed")
+    table = empty_table(lines, "KV cache", *snr, "K, V clipped", "K, V flushed")
     for choice in found.choices[1:]:
         table.add_row(choice.label, *_snr(choice.k), *_snr(choice.v), _shares(choice, "clipped"), _shares(choice, "flushed"))
     return table
@@ -148,17 +118,9 @@ def _needles(found: Comparison, lines: box.Box | None) -> Iterator[RenderableTyp
         return
     depths = [f"{depth:g}" for depth in found.needle_depths]
     columns = [f"{length:,} at {depth}" if depth == depths[0] else depth for length in found.needle_lengths for depth in depths]
-    table = _table(lines, "needle recall", *columns)
+    table = empty_table(lines, "needle recall", *columns)
     for choice in found.choices:
         table.add_row(choice.label, *(f"{recall:.0%}" for row in choice.needle_recall for recall in row))
     yield table
     if not lines:
         yield ""
-
-
-def _table(lines: box.Box | None, *columns: str) -> Table:
-    table = Table(box=lines, header_style="bold", pad_edge=False)
-    for i, name in enumerate(columns):
-        side: Literal["left", "right"] = "right" if i and name != "keeps" else "left"
-        table.add_column(name, justify=side)
-    return table

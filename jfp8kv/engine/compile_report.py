@@ -1,17 +1,15 @@
 """What an engine has compiled, as a table: which steps, for how many requests and tokens, how long it took, what it takes."""
 
 import dataclasses
-import html
-import io
 import math
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 
-_WIDE = 1000  # columns: nothing is wrapped that is not for a terminal
+from jfp8kv.core.tables import LINES, as_html, empty_table, plain
+
 _MIB = 2**20
 
 
@@ -53,24 +51,17 @@ class CompileReport:
         return f"CompileReport({len(self.steps)} programs, {self.seconds:.1f} s)"
 
     def __str__(self) -> str:
-        out = io.StringIO()
-        Console(file=out, width=_WIDE, color_system=None).print(self._layout(None))
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        return plain(self._layout(None))
 
     def __rich__(self) -> Group:
-        return self._layout(box.SIMPLE_HEAD)
+        return self._layout(LINES)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        return as_html(self._layout(None))
 
     def _layout(self, lines: box.Box | None) -> Group:
-        table = Table(box=lines, pad_edge=False)
-        table.add_column("step")
-        table.add_column("requests x tokens", justify="right")
-        table.add_column("variant")
-        for column in ("seconds", "temporaries MiB", "code KiB"):
-            table.add_column(column, justify="right")
-        table.add_column("")
+        columns = "step", "requests x tokens", "variant", "seconds", "temporaries MiB", "code KiB", ""
+        table = empty_table(lines, *columns, text=["variant", ""])
         for each in self.steps:
             table.add_row(
                 each.step,

@@ -101,9 +101,10 @@ class Inspection:
         return f"Inspection({self.source!r}, {self.model.architecture}, {self.weights.parameters:,} parameters)"
 
     def __str__(self) -> str:
-        from jfp8kv.inspection.tables import plain
+        from jfp8kv.core.tables import plain
+        from jfp8kv.inspection.tables import layout
 
-        return plain(self)
+        return plain(layout(self, lines=None))
 
     def __rich__(self) -> Any:
         from jfp8kv.inspection.tables import layout

@@ -1,37 +1,29 @@
 """An inspection in words: tables for a terminal, and the same without lines or colours for everything else."""
 
-import io
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from jfp8kv.core.ranges import runs
+from jfp8kv.core.tables import LINES
 from jfp8kv.inspection.report import GIB, CacheCost, Inspection
 from jfp8kv.inspection.scales import Scales, words
 from jfp8kv.models.config import ModelConfig, RopeConfig
 
-_WIDE = 100_000  # columns: nothing is wrapped that is not for a terminal
 _RUNS = 6  # runs of layers that are listed before "..."
 _NORMS = {"rms": "RMS", "rms_plus_one": "RMS (1 + weight)", "layer": "layer norm"}
 
 
-def layout(found: Inspection, lines: box.Box | None = box.SIMPLE_HEAD) -> Group:
+def layout(found: Inspection, lines: box.Box | None = LINES) -> Group:
     """The tables of an inspection; `lines` is what is drawn between their parts."""
     gap = [] if lines else [""]  # lines come with empty rows around them
     title = Text(f"{found.source} ({found.kind})", style="bold")
     parts = _attention(found, lines), *gap, *_caches(found, lines)
     return Group(title, "", _facts(found), *gap, *parts, *_layers_scales(found.scales, lines))
-
-
-def plain(found: Inspection) -> str:
-    """The tables as text that a pipe can carry: no lines, no colours, nothing wrapped."""
-    out = io.StringIO()
-    Console(file=out, width=_WIDE, color_system=None).print(layout(found, lines=None))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 # -- what it is ---------------------------------------------------------------------------------------------------------
