@@ -203,8 +203,8 @@ class LLM:
 
         Requests are pairs of a prompt and its sampling parameters (or a mapping of their fields), counted from 0. They are
         taken as the engine has room, so that it stays full and memory does not grow with their number. One that cannot be
-        served gives its `ConfigError` as its result; a step that fails gives its error to all that were in it. Closing the
-        iterator cancels what is in flight.
+        served gives its error as its result; a step that fails gives its error to all that were in it. Closing the iterator
+        cancels what is in flight.
         """
 
         def group(asked: tuple[Any, Any]) -> Group:

@@ -7,7 +7,6 @@ how many there are, and nobody waits for the slowest of a group.
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from jfp8kv.core.errors import ConfigError
 from jfp8kv.engine.group import Group
 from jfp8kv.engine.service import Service
 
@@ -28,7 +27,7 @@ def feed(service: Service, group_of: Callable[[Any], Group], asked: Iterable[Any
                 if more := number is not None:
                     try:
                         flying[number] = group_of(item)
-                    except ConfigError as error:
+                    except Exception as error:
                         yield number, error
                         continue
                     service.submit(flying[number].requests)

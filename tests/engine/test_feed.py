@@ -50,10 +50,14 @@ def test_requests_are_taken_as_there_is_room_and_given_as_they_end(llm) -> None:
 
 
 def test_one_that_cannot_be_served_gives_its_error_and_the_others_run(llm) -> None:
-    wrong = [("", {}), ("hello", {"temperature": -1.0}), ([5] * 4000, {}), ("hello", {"temprature": 1.0})]
+    class Odd(dict):
+        def keys(self):
+            raise RuntimeError("nobody thought of this")
+
+    wrong = [("", {}), ("hello", {"temperature": -1.0}), ([5] * 4000, {}), ("hello", {"temprature": 1.0}), ("hello", Odd())]
     found = dict(llm.generate_each([*wrong, ("hello", {"max_tokens": 2})]))
-    assert [type(found[i]) for i in range(4)] == [ConfigError, ConfigError, jfp8kv.CapacityError, ConfigError]
-    assert len(found[4].token_ids) == 2
+    assert [type(found[i]) for i in range(5)] == [ConfigError, ConfigError, jfp8kv.CapacityError, ConfigError, RuntimeError]
+    assert len(found[5].token_ids) == 2
 
 
 def test_a_step_that_fails_gives_its_error_to_all_that_were_in_it_and_the_next_are_served(llm, monkeypatch) -> None:
