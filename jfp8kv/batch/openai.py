@@ -9,6 +9,7 @@ input object, the request output object), Chat and Completions.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ WITHOUT_EFFECT = frozenset(
     ("model", "user", "metadata", "store", "service_tier", "stream_options", "prompt_cache_key", "prompt_cache_retention")
     + ("safety_identifier", "parallel_tool_calls")
 )
+STRUCTURE = ("json_schema", "regex", "choice", "grammar")  # of which a text can be held to one
 ASKS_NOTHING = {  # values of what is not served that ask for nothing
     "stream": (False,),
     "tools": ([],),
@@ -36,6 +38,7 @@ ASKS_NOTHING = {  # values of what is not served that ask for nothing
     "modalities": (["text"],),
     "echo": (False,),
 }
+BROKEN = "\ufffd"  # in the text of a token that is a part of a character
 NO_LIMIT = 2**31 - 1  # of tokens to make: the context's end is one
 USUAL_TEXT_TOKENS = 16
 
@@ -72,8 +75,8 @@ class OpenAI:
 
     def record(self, row: Row, fields: Fields, result: Any) -> Record:
         """The answer to a request."""
-        chat = fields["url"] == CHAT
-        choices = [(self._chat_choice if chat else self._text_choice)(made) for made in result.outputs]
+        chat, top = fields["url"] == CHAT, fields["body"].get("top_logprobs") or 0
+        choices = [self._chat_choice(made, top) if chat else self._text_choice(made) for made in result.outputs]
         prompt_tokens = len(result.prompt_token_ids)
         made = sum(len(one.token_ids) for one in result.outputs)
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": made, "total_tokens": prompt_tokens + made}
@@ -109,18 +112,23 @@ class OpenAI:
         what = f"{self._config.model} {self._config.seed} {row.number}"
         return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
 
-    def _chat_choice(self, made: Any) -> dict[str, Any]:
+    def _chat_choice(self, made: Any, top: int) -> dict[str, Any]:
         message = {"role": "assistant", "content": made.text, "refusal": None}
-        logprobs = None if made.logprobs is None else {"content": self._chat_logprobs(made), "refusal": None}
+        logprobs = None if made.logprobs is None else {"content": self._chat_logprobs(made, top), "refusal": None}
         return {"index": made.index, "message": message, "logprobs": logprobs, "finish_reason": _finish_reason(made)}
 
-    def _chat_logprobs(self, made: Any) -> list[dict[str, Any]]:
+    def _chat_logprobs(self, made: Any, top: int) -> list[dict[str, Any]]:
+        """Each token made, and beside it the `top` likeliest, whether it is one of them or not."""
+
         def named(token: int, logprob: float) -> dict[str, Any]:
             text = self._token_text(token)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            return {"token": text, "logprob": logprob, "bytes": None if BROKEN in text else list(text.encode())}
+
+        def likeliest(step: dict[int, float]) -> list[dict[str, Any]]:
+            return [named(*each) for each in itertools.islice(step.items(), top)]
 
         steps = zip(made.token_ids, made.logprobs, strict=True)
-        return [named(token, step[token]) | {"top_logprobs": [named(*each) for each in step.items()]} for token, step in steps]
+        return [named(token, step[token]) | {"top_logprobs": likeliest(step)} for token, step in steps]
 
     def _text_choice(self, made: Any) -> dict[str, Any]:
         choice = {"index": made.index, "text": made.text, "finish_reason": _finish_reason(made), "logprobs": None}
@@ -133,7 +141,7 @@ class OpenAI:
                 "tokens": tokens,
                 "token_logprobs": [step[token] for token, step in steps],
                 "top_logprobs": [{self._token_text(each): value for each, value in step.items()} for _, step in steps],
-                "text_offset": [sum(map(len, tokens[:number])) for number in range(len(tokens))],
+                "text_offset": list(itertools.accumulate(map(len, tokens), initial=0))[:-1],
             }
         }
 
@@ -154,11 +162,15 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _content(content: Any) -> Any:
     if not isinstance(content, list):
         return content
+    texts = []
     for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise RowError(f"body.messages has a part of type {kind!r}: only text can be read.")
-    return "".join(part["text"] for part in content)
+        match part:
+            case {"type": "text", "text": str(text)}:
+                texts.append(text)
+            case _:
+                kind = part.get("type") if isinstance(part, dict) else part
+                raise RowError(f"body.messages has a part of type {kind!r}: only text can be read, under 'text'.")
+    return "".join(texts)
 
 
 def _prompt(body: Mapping[str, Any]) -> Any:
@@ -184,8 +196,12 @@ def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
         found["max_tokens"] = given["max_completion_tokens"]
     if "logit_bias" in given:
         found["logit_bias"] = _bias(given["logit_bias"])
+    if isinstance(seed := given.get("seed"), int) and seed < 0:
+        found["seed"] = seed % 2**64  # the API has signed ones
     if "response_format" in given:
-        found |= _structure(given["response_format"])
+        found |= dict.fromkeys(STRUCTURE) | _structure(given["response_format"])
+    if chat and "top_logprobs" in given and not given.get("logprobs"):
+        raise RowError("body.top_logprobs goes with logprobs: true.")
     if chat and given.get("logprobs"):
         found["logprobs"] = given.get("top_logprobs", 0)
     elif not chat and given.get("logprobs") is not None:

@@ -1,6 +1,7 @@
 """OpenAI's batch format: what goes in is understood as the API does, what comes out is of its types."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from openai.types import Completion
@@ -77,9 +78,23 @@ def test_answers_are_of_the_types_of_the_openai_package(answers):
     (choice,) = ChatCompletion.model_validate(logs.response.body, strict=True).choices
     assert "".join(each.token for each in choice.logprobs.content) == choice.message.content
     assert choice.logprobs.content[0].bytes == [ord(choice.message.content[0])]
-    assert len(choice.logprobs.content[0].top_logprobs) == 2
+    assert len(choice.logprobs.content[0].top_logprobs) == 1, "the engine gives the token itself, too"
     (choice,) = Completion.model_validate(text_logs.response.body, strict=True).choices
     assert "".join(choice.logprobs.tokens) == choice.text and choice.logprobs.text_offset == list(range(16))
+
+
+def test_a_token_that_is_a_part_of_a_character_has_no_bytes_and_nothing_made_has_no_offsets():
+    config = Config.model_validate({"model": "m", "input": "i", "output": "o"})
+    form = OpenAI(config, {1: "a", 2: "\ufffd"}.get, created=0)
+
+    def body(url, **made):
+        choice = SimpleNamespace(index=0, finish_reason="stop", **made)
+        result = SimpleNamespace(outputs=[choice], prompt_token_ids=[5])
+        return form.record(Row(0, 1, dict), asks("a", url), result).output["response"]["body"]["choices"][0]["logprobs"]
+
+    made = body(CHAT, text="a?", token_ids=[1, 2], logprobs=[{1: -0.5}, {2: -1.5}])
+    assert [(each["bytes"], each["top_logprobs"]) for each in made["content"]] == [([97], []), (None, [])]
+    assert body(TEXT, text="", token_ids=[], logprobs=[])["text_offset"] == []
 
 
 def test_ids_are_unique_and_the_same_in_every_run(answers):
@@ -96,6 +111,8 @@ def test_requests_that_cannot_be_served_are_answered_and_the_others_run(answers)
         (asks("x", url="/v1/embeddings", input="x"), "must be POST /v1/chat/completions or POST /v1/completions"),
         (asks("x", messages="Hello"), "must be a list of messages"),
         (asks("x", messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "a part of type 'image_url'"),
+        (asks("x", messages=[{"role": "user", "content": [{"type": "text"}]}]), "only text can be read, under 'text'"),
+        (asks("x", messages=HELLO, top_logprobs=2), "body.top_logprobs goes with logprobs: true"),
         (asks("x", url=TEXT, prompt=["a", "b"]), "give each prompt a line of its own"),
         (asks("x", messages=HELLO, tools=[{"type": "function"}]), "body.tools is not served here"),
         (asks("x", messages=HELLO, temprature=0.5), "body.temprature is not served here. Did you mean 'temperature'"),
@@ -128,12 +145,15 @@ def test_what_the_engine_refuses_is_400_and_where_it_fails_is_500(answers):
 
 
 @pytest.fixture
-def asked(tmp_path):
+def asked():
     """What a request becomes."""
-    (tmp_path / "rows.jsonl").write_text(json.dumps(asks("a")) + "\n")
-    config = Config.model_validate({"model": "m", "input": "i", "output": "o", "sampling": {"top_p": 0.9, "temperature": 0.3}})
-    form = OpenAI(config, str, created=0)
-    return lambda fields: form.request(Row(5, 6, dict), fields)
+
+    def asked(fields, **sampling):
+        usual = {"top_p": 0.9, "temperature": 0.3} | sampling
+        config = Config.model_validate({"model": "m", "input": "i", "output": "o", "sampling": usual})
+        return OpenAI(config, str, created=0).request(Row(5, 6, dict), fields)
+
+    return asked
 
 
 def test_a_body_is_understood_as_the_api_does(asked):
@@ -149,6 +169,7 @@ def test_a_body_is_understood_as_the_api_does(asked):
     assert asked(asks("a", url=TEXT, prompt="x", n=2, best_of=4)).sampling["best_of"] == 4
     found = asked(asks("a", url=TEXT, prompt=["one"], logprobs=3))
     assert found.prompt == "one" and found.sampling["max_tokens"] == 16 and found.sampling["logprobs"] == 3
+    assert asked(asks("a", messages=HELLO, seed=-1)).sampling["seed"] == 2**64 - 1
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]
     assert asked(asks("a", messages=parts)).prompt == HELLO
 
@@ -161,9 +182,9 @@ def test_a_response_format_holds_the_text_to_a_schema(asked):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
     assert asked(asks("a", messages=HELLO, response_format=wanted)).sampling["json_schema"] == schema
-    assert asked(asks("a", messages=HELLO, response_format={"type": "json_object"})).sampling["json_schema"] == {
-        "type": "object"
-    }
+    for form, schema in (({"type": "json_object"}, {"type": "object"}), ({"type": "text"}, None)):  # instead of the config's
+        held = asked(asks("a", messages=HELLO, response_format=form), regex="a*").sampling
+        assert held["json_schema"] == schema and held["regex"] is None
     with pytest.raises(RowError, match="body.response_format is .*must be of type text, json_object"):
         asked(asks("a", messages=HELLO, response_format={"type": "xml"}))
 
