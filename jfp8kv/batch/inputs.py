@@ -56,7 +56,7 @@ class Reader:
             return
         with self.path.open("rb") as stream:
             size = max(1, os.fstat(stream.fileno()).st_size)
-            self._share = lambda: 1.0 if stream.closed else min(1.0, stream.tell() / size)
+            self._share = lambda: min(1.0, _position(stream, size) / size)
             yield from (_csv(stream) if self.format == "csv" else _by_line(stream, _LINE_READERS[self.format]))
 
     def _parquet(self) -> Iterator[Row]:
@@ -71,15 +71,23 @@ class Reader:
                         yield Row(number, number + 1, lambda fields=fields: fields)
                         number += 1
                     self._share = lambda number=number: number / total
-        except ArrowException as error:
+        except (ArrowException, ValueError) as error:
             raise ConfigError(f"{self.path}: cannot be read as Parquet: {error}.") from None
+
+
+def _position(stream: BinaryIO, size: int) -> int:
+    """How far a stream was read; whoever watches may find it closed."""
+    try:
+        return stream.tell()
+    except ValueError:
+        return size
 
 
 def check(file: File) -> None:
     """Raise unless the file is there, its format is known, and what reads it is installed."""
     path = Path(file.path)
     if not path.is_file():
-        raise ConfigError(f"{file.path}: no such file.")
+        raise ConfigError(f"{file.path}: {'is no file that can be read more than once' if path.exists() else 'no such file'}.")
     if format_of(file) == "parquet":
         need_pyarrow()
 
@@ -159,9 +167,12 @@ def _csv(stream: BinaryIO) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
         records = csv.reader(text, strict=True)
-        header = next(records, [])
-        if len(set(header)) != len(header):
-            raise ConfigError(f"{stream.name}:1: the header names a field twice.")
+        try:
+            header = next(filter(None, records), [])
+        except csv.Error as error:
+            raise ConfigError(f"{stream.name}:{records.line_num}: the header is no CSV: {error}.") from None
+        if twice := {name for name in header if header.count(name) > 1}:
+            raise ConfigError(f"{stream.name}:{records.line_num}: the header names a field twice: {min(twice)!r}.")
         for number, (line, read) in enumerate(_records(records, header)):
             yield Row(number, line, read)
 
@@ -184,8 +195,10 @@ def _records(records: Any, header: list[str]) -> Iterator[tuple[int, Callable[[]
 def _record(header: list[str], values: list[str]) -> dict[str, Any]:
     if len(values) != len(header):
         raise RowError(f"has {len(values)} values, and the header names {len(header)} fields.")
-    if any("\udc80" <= character <= "\udcff" for value in values for character in value):
-        raise RowError("is no UTF-8 text.")
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        raise RowError("is no UTF-8 text.") from None
     return dict(zip(header, values, strict=True))
 
 

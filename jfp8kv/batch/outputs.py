@@ -16,18 +16,16 @@ def _plain(value: Any) -> str:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
-_FORM = {"allow_nan": False, "default": _plain, "separators": (",", ":")}
-_JSON, _ESCAPED = json.JSONEncoder(ensure_ascii=False, **_FORM), json.JSONEncoder(**_FORM)
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_plain, separators=(",", ":"))
 
 
 def line(record: dict[str, Any]) -> bytes:
     """A record as JSON, on one line, without its end. What JSON lacks becomes what it has: dates texts, NaN null."""
     try:
-        return _JSON.encode(record).encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON can escape and UTF-8 cannot hold
-        return _ESCAPED.encode(_finite(record)).encode()
+        text = _JSON.encode(record)
     except ValueError:
-        return line(_finite(record))
+        text = _JSON.encode(_finite(record))
+    return text.encode("utf-8", "backslashreplace")  # half a surrogate pair: JSON can escape it, UTF-8 cannot hold it
 
 
 def _finite(value: Any) -> Any:
@@ -61,14 +59,15 @@ def check(config: Config) -> None:
     """Raise unless such an output can be made."""
     if format_of(config) == "parquet":
         inputs.need_pyarrow()
-    if Path(config.output.path).resolve() == Path(config.input.path).resolve():
-        raise ConfigError(f"{config.output.path}: is the input, too: give the output another name.")
 
 
-def check_writable(path: Path) -> None:
+def check_place(config: Config) -> None:
     """Raise unless a file can be written there: sooner than after the work."""
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    path = Path(config.output.path)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ConfigError(f"{path}: no file can be written there; give one in a folder that exists.")
+    if path.exists() and path.samefile(config.input.path):
+        raise ConfigError(f"{path}: is the input, too: give the output another name.")
 
 
 def shard_path(output: Path, shard: list[int] | None) -> Path:

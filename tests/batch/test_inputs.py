@@ -48,6 +48,25 @@ def test_a_record_that_is_no_utf8_or_no_csv_spoils_itself_alone(tmp_path):
     assert second == "is no UTF-8 text." and third.startswith("is no CSV: ")
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("\n\nword\na\n", [(0, 4, {"word": "a"})]),
+        ("", []),
+        ('word,"n"x\na,1\n', "a.csv:1: the header is no CSV: "),
+        ("a,b,a\n", "a.csv:1: the header names a field twice: 'a'"),
+    ],
+)
+def test_the_header_of_a_csv_file_is_its_first_record(tmp_path, text, found):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    if isinstance(found, list):
+        assert read(path) == found
+        return
+    with pytest.raises(jfp8kv.ConfigError, match=found):
+        read(path)
+
+
 def test_plain_lines(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"one\r\n\n two \n\xff\nthree")
@@ -109,10 +128,16 @@ def test_columns_keep_types_that_json_lacks(tmp_path):
             "at": datetime.datetime(2020, 1, 2, 3, 4, 5, 678),
             "blob": b"\x00\xff",
             "big": 2**60,
+            "parts": [{"a": 1}],
         },
         {"zone": datetime.datetime(2021, 5, 6, tzinfo=datetime.UTC), "price": Decimal("12.50")},
     ]
     table = pa.concat_tables([pa.Table.from_pylist([row]) for row in rows], promote_options="default")
+    typed = {"small": pa.array([1, None], pa.int8()), "half": pa.array([0.5, 1], pa.float32()), "bits": pa.array([True, None])}
+    typed |= {"huge": pa.array([2**64 - 1, 0], pa.uint64()), "kind": pa.array(["a", "b"]).dictionary_encode()}
+    typed |= {"fixed": pa.array([b"ab", None], pa.binary(2)), "wide": pa.array(["x", None], pa.large_string())}
+    for name, column in typed.items():
+        table = table.append_column(name, column)
     parquet.write_table(table, tmp_path / "a.parquet")
     like = File(path=str(tmp_path / "a.parquet"))
     read = [row.fields() for row in Reader(like)]
