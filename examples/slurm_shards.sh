@@ -3,8 +3,9 @@
 #
 #   examples/slurm_shards.sh configs/batch/large_sharded.yaml
 #
-# A job that is killed, preempted or out of time is queued anew and goes on where it was. Exit status 1 says that single rows
-# failed: they are error rows in the output, and no reason to run the job again.
+# A job that is preempted, or whose node fails, is queued anew and goes on where it was. After any other end (out of time, a
+# mistake that was put right) start this again: shards go on, and complete ones say so at once. Exit status 1 says that single
+# rows failed, which are error rows in the output, or that a run had to stop: then `--merge` says that it is not complete.
 set -euo pipefail
 
 config=$1

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from jfp8kv.batch import inputs, on_ray, outputs, templates, whole
-from jfp8kv.batch.config import Config, Section
+from jfp8kv.batch.config import CalibrateFirst, Config, Observed, Section
 from jfp8kv.batch.source import Source, read
 from jfp8kv.core.errors import ConfigError, Jfp8kvError, nearest
 
@@ -36,7 +36,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(source.data)
     except ValidationError as error:
-        each = {_keys(source.data, one["loc"]): one for one in reversed(error.errors())}  # of alternatives the first speaks
+        each = {_keys(source.data, one): one for one in reversed(error.errors())}  # of alternatives the first speaks
         found = sorted(_placed(source, keys, one) for keys, one in each.items())
         more = "" if len(found) == 1 else f" (And {len(found) - 1} more mistake{'s' if len(found) > 2 else ''}.)"
         raise ConfigError(found[0][1] + more) from None
@@ -58,11 +58,12 @@ def _placed(source: Source, keys: tuple[str | int, ...], error: Any) -> tuple[in
     return int(line) if line.isdigit() else 0, str(source.mistake(keys, _words(error, keys)))
 
 
-def _keys(data: Any, loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """`loc` as keys of the data: without the tags of alternatives that pydantic puts between them."""
+def _keys(data: Any, error: Any) -> tuple[str | int, ...]:
+    """Where a mistake is, as keys of the data: without the tags of alternatives that pydantic puts between them."""
     keys: list[str | int] = []
-    for number, step in enumerate(loc):
-        if isinstance(data, dict) and (step in data or number == len(loc) - 1):
+    for number, step in enumerate(error["loc"], 1):
+        lacks = error["type"] == "missing" and number == len(error["loc"])
+        if isinstance(data, dict) and (step in data or lacks):
             keys.append(step)
             data = data.get(step)
         elif isinstance(data, list) and isinstance(step, int) and step < len(data):
@@ -148,12 +149,13 @@ def _check(source: Source, config: Config) -> None:
     _check_templates(source, config)
     _check_sampling(source, config)
     _check_cache(source, config)
+    _check_calibrations(source, config)
     _asking(source, ("input",), lambda: inputs.check(config.input))
     if inputs.format_of(config.input) == "openai":
         _check_openai(source, config)
     if config.task in ("generate", "score"):
         _asking(source, ("output",), lambda: outputs.check(config))
-    _asking(source, ("output",), lambda: outputs.check_writable(Path(config.output.path)))
+    _asking(source, ("output",), lambda: outputs.check_place(config))
 
 
 def _check_openai(source: Source, config: Config) -> None:
@@ -204,12 +206,28 @@ def _check_cache(source: Source, config: Config) -> None:
         )
     if memory is not None:
         _asking(source, ("engine", "kv_cache_memory"), lambda: _check_bytes(memory))
-    if not isinstance(config.kv_scales, str) or config.task == "calibrate":
+
+
+def _check_calibrations(source: Source, config: Config) -> None:
+    """Scales that are to be found, and caches that are to be compared."""
+    found: dict[tuple[str | int, ...], Observed] = {}
+    if isinstance(config.kv_scales, CalibrateFirst):
+        found[("kv_scales", "calibrate")] = first = config.kv_scales.calibrate
+        _asking(source, ("kv_scales", "calibrate", "input"), lambda: inputs.check(first.input))
+    if config.task == "calibrate":
+        found[("calibration",)] = config.calibration
+    for keys, how in found.items():
         _asking(source, ("kv_dtype",), lambda: whole.fp8_of(config))
-    if not isinstance(config.kv_scales, str):
-        _asking(source, ("kv_scales", "calibrate", "input"), lambda: inputs.check(config.kv_scales.calibrate.input))
-    if config.comparison.calibration is not None:
-        _asking(source, ("comparison", "calibration"), lambda: inputs.check(config.comparison.calibration))
+        _asking(source, keys, lambda how=how: whole.calibration_asked(config, how))
+    if config.task != "compare":
+        return
+    _asking(source, ("comparison",), lambda: whole.comparison_asked(config))
+    if (texts := config.comparison.calibration) is not None:
+        _asking(source, ("comparison", "calibration"), lambda: inputs.check(texts))
+    elif wanting := {"tensor", "head", "channel"} & {*config.comparison.kv_scales}:
+        raise source.mistake(
+            ("comparison", "kv_scales"), f"{min(wanting)!r} scales are found on texts: give them as comparison.calibration."
+        )
 
 
 def _check_bytes(memory: int | str) -> None:

@@ -6,12 +6,12 @@ are timed on this device, and multiplied by how many there would be. Compiling a
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
 from jfp8kv.batch.config import CalibrateFirst, Config, File
-from jfp8kv.batch.engine import kv_dtype
+from jfp8kv.batch.engine import kv_dtype, tokens
 from jfp8kv.batch.inputs import Reader, Row
 from jfp8kv.batch.openai import OpenAI
 from jfp8kv.batch.plain import Plain, Request
@@ -153,29 +153,19 @@ def _asking(config: Config, form: str) -> Callable[[Row, dict[str, Any]], Reques
 
 def _count(counts: Counts, request: Request, task: str, tokenizer: Any, most: int) -> None:
     """Add a row. Raises `Jfp8kvError` for one that the engine would refuse."""
-    prompt = _tokens(request.prompt, tokenizer)
-    made = texts = 0
-    if task == "score":
-        prompt += _tokens(request.completion, tokenizer) if request.completion else 0
-    elif task == "generate":
+    prompt, texts, made = len(tokens(request, tokenizer)[0]), 1, 0
+    if task == "generate":
         from jfp8kv.api import SamplingParams
 
         sampling = SamplingParams.from_fields(**request.sampling)
-        made, texts = min(sampling.max_tokens, most - prompt) * sampling.n, sampling.n - 1
+        texts = sampling.best_of or sampling.n
+        made = min(sampling.max_tokens, most - prompt) * texts
     if not 0 < prompt <= most - (task == "generate"):
         raise ConfigError(f"the prompt has {prompt} tokens, and max_model_len is {most}.")
-    counts.texts += 1 + texts
+    counts.texts += texts
     counts.prompt_tokens += prompt
     counts.completion_tokens += made
     counts.longest_prompt = max(counts.longest_prompt, prompt)
-
-
-def _tokens(prompt: Any, tokenizer: Any) -> int:
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-        return len(prompt)
-    if tokenizer is None:
-        raise ConfigError("the prompt is text, and this model has no tokenizer.")
-    return len(tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.chat(prompt))
 
 
 def _seconds(weights: Any, counts: Counts, at_once: int, chunk: int) -> float:

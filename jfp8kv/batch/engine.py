@@ -75,24 +75,11 @@ class Local:
             yield number, _tried(lambda request=request: self._scored(request))
 
     def _scored(self, request: Request) -> Scored:
-        """The tokens of prompt and completion are those of the one text that they are, as far as they are text: a token that
-        has of both counts as the completion's."""
-        tokenizer = self.llm.tokenizer
-        if tokenizer is None:
-            raise ConfigError("this model has no tokenizer, so texts cannot be scored.")
-        before: list[int] = []
-        if request.completion is None:
-            ids = tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else tokenizer.chat(request.prompt)
-        elif isinstance(request.prompt, str):
-            ids = tokenizer.encode(request.prompt + request.completion)
-            before = commonprefix([tokenizer.encode(request.prompt), ids])
-        else:
-            before = tokenizer.chat(request.prompt)
-            ids = before + tokenizer.encode(request.completion, add_special_tokens=False)
-        first = max(1, len(before))
+        ids, before = tokens(request, self.llm.tokenizer)
+        first = max(1, before)
         if len(ids) <= first:
             raise ConfigError("there is no token to score: the first has none before it.")
-        return Scored(len(before), self.llm.score(ids)[first - 1 :].tolist())
+        return Scored(before, self.llm.score(ids)[first - 1 :].tolist())
 
     def token_text(self, token: int) -> str:
         """The text of one token id."""
@@ -102,6 +89,25 @@ class Local:
     def counters(self) -> dict[str, float]:
         """`llm.stats` by name."""
         return self.llm.stats.to_dict()
+
+
+def tokens(request: Request, tokenizer: Any) -> tuple[list[int], int]:
+    """Token ids of prompt and completion, and how many of them are the prompt's; none are where there is no completion.
+
+    They are those of the one text that the two are, as far as they are text: a token that has of both is the completion's.
+    """
+    from jfp8kv.api import encode
+
+    prompt, completion = request.prompt, request.completion
+    if completion is None:
+        return encode(prompt, tokenizer, what="the prompt").ids, 0
+    if isinstance(prompt, str):
+        ids = encode(prompt + completion, tokenizer, what="the text").ids
+        return ids, len(commonprefix([tokenizer.encode(prompt), ids]))
+    before = encode(prompt, tokenizer, what="the prompt").ids
+    if tokenizer is None:
+        raise ConfigError("the completion is text, and this model has no tokenizer.")
+    return before + tokenizer.encode(completion, add_special_tokens=False), len(before)
 
 
 def kv_dtype(config: Config) -> Any:

@@ -35,6 +35,9 @@ class Totals:
         self.prompt_tokens += prompt_tokens
         self.completion_tokens += completion_tokens
 
+    def __sub__(self, before: "Totals") -> "Totals":
+        return Totals(*(now - then for now, then in zip(dataclasses.astuple(self), dataclasses.astuple(before), strict=True)))
+
 
 class Done:
     """Numbers of finished rows, of `first`, `first + step`, ...: all before a mark, and those that overtook it."""

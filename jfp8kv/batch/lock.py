@@ -11,7 +11,8 @@ from jfp8kv.core.errors import ConfigError, NotSupported
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock in the file at `path`, which is there for so long. Raises `ConfigError` if another process holds it."""
+    """Hold the lock in the file at `path`, which is there for so long. Raises `ConfigError` if another process holds it, and
+    `NotSupported` where nothing can be locked."""
     try:
         import fcntl
     except ImportError:
@@ -20,10 +21,13 @@ def locked(path: Path) -> Iterator[None]:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
             os.close(file)
             raise ConfigError(f"{path}: {holder} is writing this output now: wait for it, or give another output.") from None
+        except OSError as error:
+            os.close(file)
+            raise NotSupported(f"{path}: cannot be locked ({error.strerror}): give an output on another file system.") from None
         if _is_file_at(file, path):
             break
         os.close(file)  # whoever held it has just removed it: what is locked is no longer the file that others see

@@ -12,7 +12,7 @@ from jfp8kv.batch import outputs
 from jfp8kv.batch.config import Config, File
 from jfp8kv.batch.inputs import Reader
 from jfp8kv.batch.lock import locked
-from jfp8kv.batch.record import Paths, differences
+from jfp8kv.batch.record import Paths, Record, differences
 from jfp8kv.core.errors import ConfigError
 
 
@@ -20,7 +20,8 @@ def merge(config: Config, *, restart: bool = False) -> dict[str, int]:
     """Join the outputs of the shards of `config` in the order of the input's rows; totals of all.
 
     Shards are found by their names, `OUT.0-of-4.jsonl` and so on. Raises `ConfigError` for one that is missing, not complete,
-    or of another run than the others, and for an output that is there already unless `restart` replaces it.
+    or of another run than the others, and for an output that is there already unless `restart` replaces it. The record of the
+    output is that of one run.
     """
     output = Path(config.output.path)
     with locked(Paths(output).lock):
@@ -35,7 +36,11 @@ def merge(config: Config, *, restart: bool = False) -> dict[str, int]:
         with ExitStack() as stack:
             parts = [stack.enter_context(closing(_rows(shard, form))) for shard in shards]
             outputs.write(output, _by_turns(parts), form, like=config.input)
-        return {name: sum(record["totals"][name] for record in records) for name in records[0]["totals"]}
+        totals = {name: sum(record["totals"][name] for record in records) for name in records[0]["totals"]}
+        same = records[0]["same"] | {"config": records[0]["same"]["config"] | {"shard": None}}
+        sessions = [each for record in records for each in record["sessions"]]
+        Record(Paths(output).record, records[0] | {"same": same, "sessions": sessions, "totals": totals}).save()
+        return totals
 
 
 def _shards(config: Config) -> list[Path]:
@@ -45,8 +50,9 @@ def _shards(config: Config) -> list[Path]:
     found = [match for path in output.parent.iterdir() if (match := name.fullmatch(path.name))]
     counts = {int(config.shard[1])} if config.shard else {int(match[2]) for match in found}
     if len(counts) != 1:
-        there = f"of {' and of '.join(map(str, sorted(counts)))} shards: say which with --set shard=[0,N]" if counts else "none"
-        raise ConfigError(f"{output.with_suffix('')}.I-of-N{output.suffix}: there are outputs {there}.")
+        several = f"are outputs of {' and of '.join(map(str, sorted(counts)))} shards: say which with --set shard=[0,N]"
+        none = "is no output of a shard: run each with --set shard=[I,N] before"
+        raise ConfigError(f"{output.with_suffix('')}.I-of-N{output.suffix}: there {several if counts else none}.")
     (count,) = counts
     shards = [outputs.shard_path(output, [i, count]) for i in range(count)]
     if missing := [shard for shard in shards if not shard.exists()]:

@@ -16,14 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from jfp8kv.batch.config import Config
+from jfp8kv.batch.inputs import format_of
 from jfp8kv.core.errors import ConfigError
 
-# What may differ when a run goes on: no text depends on it. An input is compared by its bytes, not its name.
-MAY_DIFFER = ("engine.kv_cache_memory", "engine.max_num_seqs", "engine.max_num_batched_tokens", "engine.prefix_caching")
-BY_CONTENT = ("input.path",)
-BY_WHOM = ("runner", "ray")
+# What may differ when a run goes on, as no text depends on it: limits, names of files (an input is compared by its bytes, and
+# the record lies beside the output), who runs it, and what the output is made like in the end.
+MAY_DIFFER = (
+    *("engine.kv_cache_memory", "engine.max_num_seqs", "engine.max_num_batched_tokens", "engine.prefix_caching"),
+    *("input.path", "output.path", "runner", "ray"),
+)
+IN_THE_END = ("output.format", "output.unordered")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pydantic")
 SHOWN = 5  # changes named in an error
+PIECE, PIECES = 2**16, 64  # bytes, and how many of them tell a model's file from another of its size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +95,7 @@ def begin(config: Config, paths: Paths, *, restart: bool = False) -> Record:
     if not restart and (paths.record.exists() or paths.partial.exists()):
         before = _before(paths)
         if before.complete or _bytes(paths.partial):
-            _check_same(paths, before.data["same"], same)
+            _check_same(paths, before, same)
             return before
     elif not restart and paths.output.exists():
         raise ConfigError(f"{paths.output}: is there already, and no run made it: --restart replaces it.")
@@ -130,9 +135,11 @@ def _bytes(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _check_same(paths: Paths, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise unless a run may go on as it is now."""
-    if changed := differences(before, now):
+def _check_same(paths: Paths, before: Record, now: dict[str, Any]) -> None:
+    """Raise unless a run may go on as it is now, or is complete."""
+    if before.complete and not paths.output.exists():
+        raise ConfigError(f"{paths.output}: is not there, and was complete: put it back, or make it anew with --restart.")
+    if changed := differences(before.data["same"], now, but=() if before.complete else IN_THE_END):
         raise ConfigError(
             f"{paths.output}: belongs to a run that was not the same: {changed}. Undo that, give another output, or begin anew "
             "with --restart."
@@ -144,8 +151,7 @@ def differences(before: dict[str, Any], now: dict[str, Any], *, but: tuple[str, 
     changes = [
         f"{key} was {json.dumps(old)}, is {json.dumps(new)}"
         for key, old, new in _changes(before, now)
-        if key.removeprefix("config.").split(".")[0] not in BY_WHOM
-        and key.removeprefix("config.") not in (*MAY_DIFFER, *BY_CONTENT, *but)
+        if not {name := key.removeprefix("config."), name.split(".")[0]} & {*MAY_DIFFER, *but}
     ]
     return "; ".join(changes[:SHOWN]) + (f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else "")
 
@@ -160,18 +166,20 @@ def session() -> dict[str, Any]:
 
 
 def fingerprint(config: Config) -> dict[str, Any]:
-    """All that texts depend on: the config, the bytes of the input and of files that it names, the sizes of the model's."""
+    """All that texts depend on: the config, the bytes of the input and of files that it names, pieces of the model's; as JSON
+    gives it back."""
     named = [config.kv_dtype, config.kv_scales, *config.comparison.kv_scales, *config.comparison.kv_dtypes]
     others = [getattr(config.comparison.calibration, "path", None)]
     if not isinstance(config.kv_scales, str):
         others.append(config.kv_scales.calibrate.input.path)
     files = [name for name in (*named, *others) if isinstance(name, str) and Path(name).is_file()]
-    return {
+    found = {
         "config": config.model_dump(),
-        "input": _content(Path(config.input.path)),
+        "input": {"format": format_of(config.input)} | _content(Path(config.input.path)),
         "files": {name: _content(Path(name)) for name in sorted(files)},
-        "model": dict(_sizes(Path(config.model).expanduser())),
+        "model": dict(_model_files(Path(config.model).expanduser())),
     }
+    return json.loads(json.dumps(found))
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -182,13 +190,25 @@ def _content(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
 
 
-def _sizes(model: Path) -> Iterator[tuple[str, int]]:
-    """The bytes of a model's files; nothing for one from the hub."""
+def _model_files(model: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What tells a model's files from others, hidden ones left out; nothing for one from the hub."""
     if model.is_file():
-        yield model.name, model.stat().st_size
+        yield model.name, _pieces(model)
     elif model.is_dir():
         for path in sorted(path for path in model.rglob("*") if path.is_file()):
-            yield path.relative_to(model).as_posix(), path.stat().st_size
+            name = path.relative_to(model).as_posix()
+            if "/." not in f"/{name}":
+                yield name, _pieces(path)
+
+
+def _pieces(path: Path) -> dict[str, Any]:
+    """Bytes of a file, and a digest of pieces all over it: training changes all of them, and terabytes take no time."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for at in range(0, size, max(PIECE, size // PIECES)):
+            file.seek(at)
+            digest.update(file.read(PIECE))
+    return {"bytes": size, "sha256_of_pieces": digest.hexdigest()}
 
 
 def _changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

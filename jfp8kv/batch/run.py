@@ -7,8 +7,8 @@ row's text depends on nothing but the config and its number.
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jfp8kv.batch.answer import EngineFailed, answer, form_of
 from jfp8kv.batch.config import Config, File
 from jfp8kv.batch.engine import Engine, Local
 from jfp8kv.batch.inputs import Reader, Row
-from jfp8kv.batch.journal import Journal
+from jfp8kv.batch.journal import Journal, Totals
 from jfp8kv.batch.lock import locked
 from jfp8kv.batch.on_ray import answer_on_ray
 from jfp8kv.batch.plain import Plain, Record
@@ -70,14 +70,14 @@ def run(
         if record.complete:
             paths.partial.unlink(missing_ok=True)
             return Outcome(paths.output, record.data["totals"], worked=False)
-        if (task := TASKS.get(config.task)) is None:
-            with _tidied(paths):
+        with _tidied(paths):
+            if (task := TASKS.get(config.task)) is None:
                 return _Run(config, paths, record, view).work(open_engine)
-        began = time.monotonic()
-        totals, shown = task(config, progress=None if view.shown else False)
-        seconds = time.monotonic() - began
-        record.save(status="complete", sessions=[session() | {"seconds": round(seconds, 3)}], totals=totals)
-        return Outcome(paths.output, totals, seconds, shown=shown)
+            began = time.monotonic()
+            totals, shown = task(config, progress=None if view.shown else False)
+            seconds = time.monotonic() - began
+            record.save(status="complete", sessions=[session() | {"seconds": round(seconds, 3)}], totals=totals)
+            return Outcome(paths.output, totals, seconds, shown=shown)
 
 
 @contextmanager
@@ -93,19 +93,17 @@ def _tidied(paths: Paths) -> Iterator[None]:
 
 
 def peek(file: File, ask: Callable[[Row, dict[str, Any]], Any]) -> None:
-    """Try the first rows, before a model is loaded. Raises `ConfigError` for a config that suits none of them."""
+    """Try the first rows, before a model is loaded. Raises `ConfigError` if none of them is a row, or one for the config."""
     errors = []
     with closing(iter(Reader(file))) as rows:
         for row in itertools.islice(rows, PEEKED):
-            with suppress(RowError):
-                fields = row.fields()
-                try:
-                    ask(row, fields)
-                    return
-                except RowError as error:
-                    errors.append(f"{file.path}:{row.line}: {error}")
+            try:
+                ask(row, row.fields())
+                return
+            except RowError as error:
+                errors.append(f"{file.path}:{row.line}: {error}")
     if errors:
-        raise ConfigError(errors[0] + (f" The same holds for the first {len(errors)} rows." if len(errors) > 1 else ""))
+        raise ConfigError(errors[0] + (f" None of the first {len(errors)} rows will do." if len(errors) > 1 else ""))
 
 
 class _Run:
@@ -117,6 +115,7 @@ class _Run:
         self.reader = Reader(config.input)
         self.began = self.working = time.monotonic()
         self.engine: Engine | None = None
+        self.before = Totals()  # of earlier sessions
         self.unreadable: Exception | None = None
         self.seen = self.skipped = 0  # rows of the shard that were read, and those of them that were done before
         self.form = form_of(config, self._token_text, record.created)
@@ -130,9 +129,9 @@ class _Run:
             peek(self.config.input, self.form.request)
         sessions = [*self.record.data["sessions"], session()]
         with Journal(self.paths.partial, self.shard) as journal:
-            before = journal.totals.rows
-            if before:
-                self.view.say(f"going on after {before:,} finished rows")
+            self.before = before = replace(journal.totals)
+            if before.rows:
+                self.view.say(f"going on after {before.rows:,} finished rows")
             if self.config.runner == "local":
                 self.engine = open_engine(self.config, self.paths.scales)
             self.record.save(sessions=sessions, engine=self.engine.about if self.engine else {"runner": self.config.runner})
@@ -147,19 +146,20 @@ class _Run:
             except EngineFailed as error:
                 raise self._stopped(journal, str(error)) from error
             except OSError as error:
-                raise self._stopped(journal, f"{error.filename or self.paths.partial}: {error.strerror}") from error
+                raise self._stopped(journal, f"{error.filename or self.paths.partial}: {error.strerror or error}") from error
             if self.unreadable is not None:
                 raise self._stopped(journal, f"{self.config.input.path}: cannot be read further: {self.unreadable}")
             totals = asdict(journal.totals)
         try:
             outputs.finish(self.config, self.paths.partial)
-        except OSError as error:
+        except (OSError, ConfigError) as error:
+            why = (error.strerror if isinstance(error, OSError) else None) or error
             raise RunStopped(
-                f"all rows are finished, and {self.paths.output} cannot be written: {error.strerror or error}. They are kept "
-                f"in {self.paths.partial}; the same command tries again."
+                f"all rows are finished, and {self.paths.output} cannot be written: {why}. They are kept in "
+                f"{self.paths.partial}; the same command tries again."
             ) from error
         seconds = time.monotonic() - self.began
-        sessions[-1] |= {"seconds": round(seconds, 3), "rows": totals["rows"] - before}
+        sessions[-1] |= {"seconds": round(seconds, 3), "rows": totals["rows"] - before.rows}
         self.record.save(status="complete", sessions=sessions, totals=totals)
         self.paths.partial.unlink()
         return Outcome(self.paths.output, totals, seconds)
@@ -195,7 +195,7 @@ class _Run:
         while True:
             try:
                 row = next(rows, None)
-            except (OSError, ValueError, ConfigError) as error:
+            except (OSError, ValueError) as error:
                 self.unreadable = error
                 return
             if row is None:
@@ -209,11 +209,16 @@ class _Run:
 
     def _progress(self, journal: Journal) -> Progress:
         each = self.reader.share / max(1, self.seen)  # what a row is of all, if the rest are like those read
+        totals, counters = journal.totals, self.engine.counters() if self.engine else {}
+        # The engine counts what is not finished, too, but not what it scores, nor is that of a cluster's workers here.
+        made = totals - self.before
         return Progress(
-            done=journal.totals.rows,
-            failed=journal.totals.failed,
-            share=min(1.0, journal.totals.rows * each),
+            done=totals.rows,
+            failed=totals.failed,
+            share=min(1.0, totals.rows * each),
             share_before=self.skipped * each,
             seconds=time.monotonic() - self.working,
-            counters=self.engine.counters() if self.engine else {},
+            prompt_tokens=max(made.prompt_tokens, counters.get("prompt_tokens", 0)),
+            completion_tokens=max(made.completion_tokens, counters.get("generated_tokens", 0)),
+            counters=counters,
         )

@@ -1,13 +1,14 @@
-"""Prompts from rows: Jinja templates over a row's fields, in the sandbox, where an unknown field is an error.
+"""Prompts from rows: Jinja templates over a row's fields, in the sandbox, where a missing field is an error, and so is a null.
 
 A row that asks for something else than its config's prompt (a field it lacks, a text that is none) raises `RowError`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError, TemplateSyntaxError, UndefinedError
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jfp8kv.batch.config import Config
@@ -23,7 +24,14 @@ class RowError(ConfigError):
 
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_shown)
+
+
+def _shown(value: Any) -> Any:
+    """What an expression puts into the text. Nobody wants the word None in a prompt."""
+    if value is None:
+        raise RowError("the template meets a null, which is no text: say {{ field or '' }} where there may be one.")
+    return value
 
 
 @cache
@@ -40,10 +48,12 @@ def render(template: Template, fields: Fields) -> str:
     try:
         return template.render(fields)
     except UndefinedError as error:
-        missing = str(error).split("'")[1] if "'" in str(error) else str(error)
+        missing = re.findall("'([^']*)'", str(error))[-1:] or [str(error)]  # "'dict object' has no attribute 'x'"
         known = ", ".join(map(str, fields))
-        raise RowError(f"the template wants {missing!r}: {error}.{nearest(missing, fields)} There are {known}.") from None
-    except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise RowError(f"the template wants {missing[0]!r}: {error}.{nearest(missing[0], fields)} There are {known}.") from None
+    except RowError:
+        raise
+    except Exception as error:  # a template may do anything
         raise RowError(f"the template failed: {type(error).__name__}: {error}.") from None
 
 

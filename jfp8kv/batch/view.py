@@ -12,13 +12,16 @@ LINE_S = 30.0  # between two lines, where there is no terminal
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `share` is of all rows, as far as their number can be told; `counters` are the engine's."""
+    """How far a run is. `share` is of all rows, as far as their number can be told; tokens are this process's; `counters` are
+    the engine's, if it is here."""
 
     done: int
     failed: int
     share: float
     share_before: float  # of the rows that were done when this process began
     seconds: float
+    prompt_tokens: float
+    completion_tokens: float
     counters: dict[str, float]
 
     @property
@@ -31,10 +34,9 @@ class Progress:
         """Everything in words, by its name."""
         seconds, counters = max(self.seconds, 1e-9), self.counters
         failed = f", {self.failed:,} failed" if self.failed else ""
-        shown = {"rows": f"{self.done:,} done ({self.share:.0%}){failed}"}
+        into, out = self.prompt_tokens / seconds, self.completion_tokens / seconds
+        shown = {"rows": f"{self.done:,} done ({self.share:.0%}){failed}", "tokens/s": f"{into:,.0f} in, {out:,.0f} out"}
         if capacity := counters.get("kv_bytes_capacity"):
-            into, out = (counters[name] / seconds for name in ("prompt_tokens", "generated_tokens"))
-            shown["tokens/s"] = f"{into:,.0f} in, {out:,.0f} out"
             shown["cache"] = f"{counters['kv_bytes_used'] / capacity:.0%} used"
             shown["prefix hits"] = f"{counters['prefix_hit_tokens']:,.0f} tokens"
             shown["preemptions"] = f"{counters['preemptions']:,.0f}"

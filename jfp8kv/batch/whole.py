@@ -41,11 +41,26 @@ def fp8_of(config: Config) -> str:
 
 def calibrated(config: Config, params: Any, file: File, how: Observed, *, progress: bool | None = False) -> Any:
     """Scales for the config's cache from the prompts of a file, and how much they were made from (`Calibration`)."""
-    from jfp8kv.api import calibration, calibration_plan
+    from jfp8kv.api import calibration
+
+    return calibration(params, prompts(config, file), calibration_asked(config, how), progress=progress)
+
+
+def calibration_asked(config: Config, how: Observed) -> Any:
+    """A calibration, checked as far as that goes without a model (`CalibrationPlan`). Raises `ConfigError`."""
+    from jfp8kv.api import calibration_plan
 
     asked = how.model_dump(include=set(Observed.model_fields))
-    plan = calibration_plan(kv_dtype=fp8_of(config), max_model_len=config.engine.max_model_len, **asked)
-    return calibration(params, prompts(config, file), plan, progress=progress)
+    return calibration_plan(kv_dtype=fp8_of(config), max_model_len=config.engine.max_model_len, **asked)
+
+
+def comparison_asked(config: Config) -> dict[str, Any]:
+    """What `jfp8kv.compare` is asked, checked likewise. Raises `ConfigError`."""
+    from jfp8kv.api import comparison_plan
+
+    given = config.comparison.model_dump(exclude={"calibration"}, exclude_none=True)
+    comparison_plan(**given)
+    return given
 
 
 def scales_first(config: Config, path: Path) -> tuple[Any, Any]:
@@ -64,7 +79,6 @@ def calibrate(config: Config, *, progress: bool | None) -> tuple[dict[str, int],
     """Write the scales; what they were made from."""
     from jfp8kv.api import load
 
-    fp8_of(config)
     params = load(config.model, dtype=config.dtype, strict=config.strict)
     done = calibrated(config, params, config.input, config.calibration, progress=progress)
     _placed(Path(config.output.path), done.scales.save)
@@ -76,14 +90,13 @@ def compare(config: Config, *, progress: bool | None) -> tuple[dict[str, int], A
     from jfp8kv.api import compare, load
 
     params = load(config.model, dtype=config.dtype, strict=config.strict)
-    how = config.comparison
-    asked = {name: value for name, value in how.model_dump(exclude={"calibration"}).items() if value is not None}
+    file = config.comparison.calibration
     report = compare(
         params,
         prompts(config, config.input),
-        calibration=None if how.calibration is None else prompts(config, how.calibration),
+        calibration=None if file is None else prompts(config, file),
         progress=progress,
-        **asked,
+        **comparison_asked(config),
     )
     text = json.dumps(report.to_dict(), allow_nan=False, indent=1)
     _placed(Path(config.output.path), lambda path: Path(path).write_text(text, encoding="utf-8"))

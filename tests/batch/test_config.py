@@ -135,6 +135,26 @@ MISTAKES = {
         r"kv_cache_memory: 1.5: must be a whole number.$",
     ),
     "a type of weights": ("input:", "dtype: float8\ninput:", r"run.yaml:9: dtype: 'float8' is not allowed: must be 'bfloat16'"),
+    "a percentile": (
+        "input:",
+        "kv_scales:\n  calibrate: {input: rows.jsonl, percentile: 99}\ninput:",
+        r"run.yaml:10: kv_scales.calibrate: percentile=99.0: belongs to observer='percentile'",
+    ),
+    "scales found on nothing": (
+        "kv_dtype: fp8_e4m3\nsampling:\n  temperature: 0.5\n  max_tokens: 16",
+        "task: compare\ncomparison: {kv_scales: [head]}",
+        r"run.yaml:4: comparison.kv_scales: 'head' scales are found on texts: give them as comparison.calibration",
+    ),
+    "a cache to compare": (
+        "kv_dtype: fp8_e4m3\nsampling:\n  temperature: 0.5\n  max_tokens: 16",
+        "task: compare\ncomparison: {kv_dtypes: [fp9]}",
+        r"run.yaml:4: comparison: kv_dtype='fp9': must be one of",
+    ),
+    "a schema with numbers as keys": (
+        "  max_tokens: 16",
+        "  json_schema: {1: 2}",
+        r"run.yaml:6: sampling.json_schema: {1: 2}: must",
+    ),
     "a schema": ("  max_tokens: 16", "  json_schema: {a: [1}", r"run.yaml:6: is no valid YAML"),
     "no mapping": (GOOD, "- a\n", r"run.yaml: must be a mapping"),
     "nothing": (GOOD, "", r"run.yaml: must be a mapping"),

@@ -63,11 +63,11 @@ def test_what_would_keep_a_run_from_starting_is_two(run):
     assert run("batch", "run.yaml", "--dry-run", "--set", "kv_scales=checkpoint")[0] == 2
     write_rows(Path("rows.jsonl"), [{"wrd": 1}] * 30)
     status, out, err = run("batch", "run.yaml", "--dry-run")
-    assert (status, out) == (2, "") and "The same holds for the first 16 rows" in err
+    assert (status, out) == (2, "") and "None of the first 16 rows will do" in err
 
 
 def test_requests_of_openai_are_counted_by_what_each_asks(tokenizer):
-    body = {"prompt": "the end", "max_tokens": 5, "n": 3}
+    body = {"prompt": "the end", "max_tokens": 5, "n": 2, "best_of": 3}
     ask = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
     write_rows(Path("rows.jsonl"), [ask, ask | {"body": {"prompt": [1, 2, 3]}}])
     found = dry_run(load(Path("run.yaml"), ["prompt=~", "sampling={}"])).counts

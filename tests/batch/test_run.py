@@ -1,5 +1,7 @@
 """Runs over a stub: each row once and in order, what is wrong with one told beside it, going on, and being refused to."""
 
+import errno
+import fcntl
 import json
 
 import pytest
@@ -12,7 +14,7 @@ from jfp8kv.batch.inputs import Reader
 from jfp8kv.batch.merge import merge
 from jfp8kv.batch.plain import row_seed
 from jfp8kv.batch.record import Paths
-from jfp8kv.batch.run import RunStopped
+from jfp8kv.batch.run import RunStopped, run
 from jfp8kv.batch.view import View
 from tests.batch.stub import Stub
 
@@ -31,6 +33,29 @@ class Stops(Stub):
             if count == self.after:
                 raise self.error
             yield each
+
+
+class Counts(Stub):
+    """Keeps what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def _answer(self, request):
+        self.asked.append(request.prompt)
+        return super()._answer(request)
+
+
+def broken_off(job, after: int, *overrides: str, **options) -> bytes:
+    """A run over `WORDS` that was stopped after so many rows; what it would have made."""
+    job.rows(WORDS)
+    job.run(*overrides)
+    whole = job.output.read_bytes()
+    job.output.unlink(), job.record.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        job.run(*overrides, stub=Stops(after), **options)
+    return whole
 
 
 def test_rows_come_out_in_order_with_their_fields_and_results(job):
@@ -103,64 +128,34 @@ def test_an_engine_that_fails_on_every_row_stops_the_run(job):
 
 
 def test_a_run_that_was_broken_off_goes_on_with_what_is_left(job, capsys):
-    job.rows(WORDS)
-    job.run()
-    whole = job.output.read_bytes()
-    job.output.unlink(), job.record.unlink()
-    with pytest.raises(KeyboardInterrupt):
-        job.run(stub=Stops(100), view=View())
+    whole = broken_off(job, 100, view=View())
     said = capsys.readouterr().err
     assert "interrupted: 100 finished rows are kept in " in said and "the same command goes on from there" in said
     assert not job.output.exists() and len(job.partial.read_bytes().splitlines()) == 100
-    asked = []
-
-    class Counts(Stub):
-        def _answer(self, request):
-            asked.append(request.prompt)
-            return super()._answer(request)
-
-    job.run(stub=Counts(), view=View())
+    stub = Counts()
+    job.run(stub=stub, view=View())
     assert "going on after 100 finished rows" in capsys.readouterr().err
-    assert len(asked) == len(set(asked)) == 200 and job.output.read_bytes() == whole
+    assert len(stub.asked) == len(set(stub.asked)) == 200 and job.output.read_bytes() == whole
     sessions = json.loads(job.record.read_text())["sessions"]
     assert len(sessions) == 2 and sessions[1]["rows"] == 200
 
 
-@pytest.mark.parametrize(
-    "tail", [b'{"row":5,"in":1,"ou', b"\0" * 4096 + b"\n", b'{"row":9,"in":1,"out":2,"ok":true,"output":{"text":"ab']
-)
-def test_a_torn_tail_is_cut_off(job, tail):
-    job.rows(WORDS)
-    job.run()
-    whole = job.output.read_bytes()
-    job.output.unlink(), job.record.unlink()
-    with pytest.raises(KeyboardInterrupt):
-        job.run(stub=Stops(50))
-    with job.partial.open("ab") as file:
-        file.write(tail)
-    job.run()
-    assert job.output.read_bytes() == whole
+DAMAGE = {  # what becomes of the lines of a journal, and how many rows that costs
+    "a torn head": (lambda lines: [*lines, b'{"row":5,"in":1,"ou'], 0),
+    "a torn output": (lambda lines: [*lines, b'{"row":9,"in":1,"out":2,"ok":true,"output":{"text":"ab'], 0),
+    "zeros at the end": (lambda lines: [*lines, b"\0" * 4096 + b"\n"], 0),
+    "zeros in the middle": (lambda lines: [*lines[:40], b"\0" * 100 + b"\n", *lines[41:]], 1),
+}
 
 
-def test_a_damaged_line_costs_its_own_row_alone(job):
-    job.rows(WORDS)
-    job.run()
-    whole = job.output.read_bytes()
-    job.output.unlink(), job.record.unlink()
-    with pytest.raises(KeyboardInterrupt):
-        job.run(stub=Stops(100))
-    lines = job.partial.read_bytes().splitlines(keepends=True)
-    lines[40] = b"\0" * (len(lines[40]) - 1) + b"\n"
-    job.partial.write_bytes(b"".join(lines))
-    asked = []
-
-    class Counts(Stub):
-        def _answer(self, request):
-            asked.append(request.prompt)
-            return super()._answer(request)
-
-    job.run(stub=Counts())
-    assert len(asked) == 201 and job.output.read_bytes() == whole
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_is_damaged_in_a_journal_costs_its_own_row_alone(job, kind):
+    damage, cost = DAMAGE[kind]
+    whole = broken_off(job, 100)
+    job.partial.write_bytes(b"".join(damage(job.partial.read_bytes().splitlines(keepends=True))))
+    stub = Counts()
+    job.run(stub=stub)
+    assert len(stub.asked) == 200 + cost and job.output.read_bytes() == whole
 
 
 def test_a_complete_run_is_not_made_again(job):
@@ -168,29 +163,58 @@ def test_a_complete_run_is_not_made_again(job):
     assert job.run().worked
     again = job.run(stub=Stub(broken="Say"))
     assert not again.worked and again.status == 1 and again.totals["rows"] == 4
+    with pytest.raises(jfp8kv.ConfigError, match="output.unordered was false, is true"):
+        job.run("output.unordered=true")
+    job.output.rename(job.folder / "elsewhere.jsonl")
+    with pytest.raises(jfp8kv.ConfigError, match=r"out.jsonl: is not there, and was complete: put it back, or .*--restart"):
+        job.run()
 
 
-def test_another_config_or_input_is_refused_with_what_changed(job):
+def test_another_config_input_or_model_is_refused_with_what_changed(job):
     job.rows(WORDS)
+    model = job.folder / "model"
+    model.mkdir()
+    (model / "weights").write_bytes(b"0" * 100_000)
+    named = f"model={model}"
     with pytest.raises(KeyboardInterrupt):
-        job.run(stub=Stops(10))
-    with pytest.raises(jfp8kv.ConfigError, match=r"config.seed was 0, is 4.*--restart"):
-        job.run("seed=4")
-    with pytest.raises(
-        jfp8kv.ConfigError, match=r'config.sampling.top_p was null, is 0.5; config.prompt was "Say {{ word }}", is'
-    ):
-        job.run("sampling.top_p=0.5", "prompt=Tell {{ word }}")
+        job.run(named, stub=Stops(10))
+    for changes, message in {
+        ("seed=4",): r"config.seed was 0, is 4.*--restart",
+        (
+            "sampling.top_p=0.5",
+            "prompt=Tell {{ word }}",
+        ): r'config.sampling.top_p was null, is 0.5; config.prompt was "Say {{ wo',
+        ("input.format=lines",): r'config.input.format was "auto", is "lines"; input.format was "jsonl", is "lines"',
+    }.items():
+        with pytest.raises(jfp8kv.ConfigError, match=message):
+            job.run(named, *changes)
+    (model / "weights").write_bytes(b"0" * 99_999 + b"1")
+    (model / ".of_a_download").touch()
+    with pytest.raises(jfp8kv.ConfigError, match="same: model.weights.sha256_of_pieces was [^;]*$"):
+        job.run(named)
     job.rows(WORDS[:-1])
     with pytest.raises(jfp8kv.ConfigError, match=r"input.bytes was \d+, is \d+; input.sha256 was"):
         job.run()
     assert job.run(restart=True).totals["rows"] == 299
 
 
-def test_limits_of_the_engine_may_change_when_a_run_goes_on(job):
-    job.rows(WORDS)
-    with pytest.raises(KeyboardInterrupt):
-        job.run(stub=Stops(10))
-    assert job.run("engine.max_num_seqs=8", "engine.kv_cache_memory=1GiB").totals["rows"] == 300
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((), ("engine.max_num_seqs=8", "engine.kv_cache_memory=1GiB")),
+        (("sampling={logit_bias: {5: -1.0}}",), ()),  # JSON has no numbers as keys
+        (("output.unordered=true",), ("output.unordered=false",)),
+        ((), ("input=renamed.jsonl",)),
+    ],
+)
+def test_a_run_goes_on_where_no_text_depends_on_what_changed(job, monkeypatch, before, after):
+    monkeypatch.chdir(job.folder)
+    whole = broken_off(job, 10, *before)
+    if "input=renamed.jsonl" in after:
+        (job.folder / "rows.jsonl").rename("renamed.jsonl")
+    stub = Counts()
+    job.run(*before, *after, stub=stub)
+    assert len(stub.asked) == 290 and sorted(job.output.read_bytes().splitlines()) == sorted(whole.splitlines())
 
 
 def test_what_no_run_made_is_not_replaced(job):
@@ -202,6 +226,16 @@ def test_what_no_run_made_is_not_replaced(job):
     job.output.unlink()
     job.partial.write_text("what?\n")
     with pytest.raises(jfp8kv.ConfigError, match="nobody knows what .*partial is of"):
+        job.run()
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(job, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    job.rows(WORDS)
+    with pytest.raises(jfp8kv.NotSupported, match=r"out.jsonl.lock: cannot be locked \(No locks available\): give an output on"):
         job.run()
 
 
@@ -244,22 +278,37 @@ def test_an_output_that_cannot_be_written_is_tried_again_from_what_is_finished(j
     }
 
 
-def test_a_template_that_suits_no_row_is_a_mistake_found_before_the_engine_is_there(job):
-    job.rows([{"name": "a"}, {"name": "b"}])
-    with pytest.raises(
-        jfp8kv.ConfigError, match=r"rows.jsonl:1: the template wants 'word'.*There are name. The same .* first 2"
-    ):
-        job.run(stub=None)
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('{"name": "a"}\n{"name": "b"}\n', r":1: the template wants 'word'.*There are name. None of the first 2 rows will do"),
+        ('{"word": "a", "text": "b"}\n', "has a field 'text', as the results do: give `output.prefix`"),
+        ("w\0o\0r\0d\0\n" * 20, r":1: is no JSON: .* None of the first 16 rows will do"),
+        ('{"word": null}\n', r":1: the template meets a null, which is no text: say \{\{ field or '' \}\}"),
+    ],
+)
+def test_what_suits_no_row_is_a_mistake_found_before_the_engine_is_there(job, rows, message):
+    (job.folder / "rows.jsonl").write_text(rows)
+    with pytest.raises(jfp8kv.ConfigError, match=message):
+        run(load(job.config), open_engine=lambda *_: pytest.fail("it is there"))
+    assert sorted(path.name for path in job.folder.iterdir()) == ["rows.jsonl", "run.yaml"]
 
 
-def test_a_field_named_like_a_result_is_a_mistake_and_a_prefix_the_way_out(job):
+def test_a_prefix_keeps_results_apart_from_fields_of_their_names(job):
     job.write('prompt: "{{ text }}"')
     job.rows([{"text": "a"}])
-    with pytest.raises(jfp8kv.ConfigError, match="has a field 'text', as the results do: give `output.prefix`"):
-        job.run()
     job.run("output.prefix=new_")
     (row,) = job.results()
     assert row["text"] == "a" and len(row["new_text"]) == 16 and row["new_error"] is None
+
+
+def test_rows_that_fit_no_table_are_kept_and_made_json_lines_without_running_again(job):
+    job.write(out="out.parquet")
+    job.rows([*WORDS[:5], {"word": "a", "id": 2**70}])
+    with pytest.raises(RunStopped, match="all rows are finished, .* the rows fit no one table .*`--set output.format=jsonl`"):
+        job.run()
+    job.run("output.format=jsonl", stub=Stub(broken="Say"))
+    assert [row["id"] for row in job.results()] == [*range(5), 2**70]
 
 
 def test_log_probabilities_and_several_continuations_are_kept(job):
@@ -297,11 +346,12 @@ def test_shards_are_parts_of_the_whole_run_and_merged_they_are_it(job, out):
     assert job.output.read_bytes() == whole if out == "out.jsonl" else True
     assert [row.fields() for row in Reader(File(path=str(job.output)))] == rows
     assert (totals["rows"], totals["failed"]) == (301, 1)
+    assert not job.run().worked, "it is the output of one run"
 
 
 def test_shards_that_are_missing_unfinished_or_of_another_run_are_not_merged(job):
     job.rows(WORDS)
-    with pytest.raises(jfp8kv.ConfigError, match="out.I-of-N.jsonl: there are outputs none"):
+    with pytest.raises(jfp8kv.ConfigError, match="out.I-of-N.jsonl: there is no output of a shard"):
         merge(load(job.config))
     job.run("shard=[0,2]")
     with pytest.raises(jfp8kv.ConfigError, match="out.1-of-2.jsonl: is not there; 1 of 2 shards are finished"):

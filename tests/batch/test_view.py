@@ -11,13 +11,13 @@ from tests.batch.conftest import ROOT, STUB
 
 COUNTERS = {
     "kv_bytes_capacity": 1000, "kv_bytes_used": 250, "prefix_hit_tokens": 1234, "preemptions": 2,
-    "prompt_tokens": 50_000, "generated_tokens": 2_000,
 }  # fmt: skip
 
 
 def progress(**changes) -> Progress:
-    usual = {"done": 1500, "failed": 0, "share": 0.5, "share_before": 0.25, "seconds": 10.0, "counters": COUNTERS}
-    return Progress(**usual | changes)
+    usual = {"done": 1500, "failed": 0, "share": 0.5, "share_before": 0.25, "seconds": 10.0}
+    tokens = {"prompt_tokens": 50_000, "completion_tokens": 2_000}
+    return Progress(**usual | tokens | {"counters": COUNTERS} | changes)
 
 
 def test_figures_are_said_in_words():
@@ -27,6 +27,7 @@ def test_figures_are_said_in_words():
     }  # fmt: skip
     assert progress(failed=3).figures()["rows"] == "1,500 done (50%), 3 failed"
     assert progress(share=0.25).figures()["time"] == "0:10, ? left"
+    assert progress(counters={}).figures().keys() == {"rows", "tokens/s", "time"}
     assert progress(seconds=7322, share=1.0).figures()["time"] == "2:02:02, 0:00 left"
 
 
