@@ -50,11 +50,11 @@ def test_requests_are_taken_as_there_is_room_and_given_as_they_end(llm) -> None:
 
 
 def test_one_that_cannot_be_served_gives_its_error_and_the_others_run(llm) -> None:
-    class Odd(dict):
-        def keys(self):
+    class Odd:
+        def __array__(self):
             raise RuntimeError("nobody thought of this")
 
-    wrong = [("", {}), ("hello", {"temperature": -1.0}), ([5] * 4000, {}), ("hello", {"temprature": 1.0}), ("hello", Odd())]
+    wrong = [("", {}), ("hello", {"temperature": -1.0}), ([5] * 4000, {}), ("hello", {"temprature": 1.0}), (Odd(), {})]
     found = dict(llm.generate_each([*wrong, ("hello", {"max_tokens": 2})]))
     assert [type(found[i]) for i in range(5)] == [ConfigError, ConfigError, jfp8kv.CapacityError, ConfigError, RuntimeError]
     assert len(found[5].token_ids) == 2
