@@ -12,6 +12,6 @@ config=$1
 shards=${SHARDS:-8}
 
 job=$(sbatch --parsable --requeue --array="0-$((shards - 1))" --gpus=1 --cpus-per-task=8 --time=24:00:00 --job-name=jfp8kv \
-  --output='jfp8kv-%A-%a.log' --wrap="jfp8kv batch '$config' --set shard=[\$SLURM_ARRAY_TASK_ID,$shards] || [ \$? -eq 1 ]")
+  --output='jfp8kv-%A-%a.log' --wrap="jfp8kv batch '$config' --set \"shard=[\$SLURM_ARRAY_TASK_ID,$shards]\" || [ \$? -eq 1 ]")
 sbatch --dependency="afterok:$job" --job-name=jfp8kv-merge --output='jfp8kv-%A-merge.log' \
   --wrap="jfp8kv batch '$config' --merge"

@@ -28,6 +28,7 @@ from jfp8kv.core.errors import ConfigError, unknown_keyword
 from jfp8kv.engine.kv_dtype import plan_of
 from jfp8kv.engine.prompts import as_list, encode, is_single
 from jfp8kv.engine.request import RequestOutput
+from jfp8kv.engine.scoring import text_of as text_of  # for batch runs
 from jfp8kv.inspection.report import Inspection, report
 from jfp8kv.llm import LLM, keep_compiled_programs
 from jfp8kv.models.params import Params

@@ -23,6 +23,7 @@ from jfp8kv.engine.lookup import draft_tokens
 from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.prompts import Message, as_list, encode
 from jfp8kv.engine.request import Request, RequestOutput
+from jfp8kv.engine.scoring import Scored, score_each
 from jfp8kv.engine.service import Service, raise_error
 from jfp8kv.models.params import Params
 from jfp8kv.models.tokenizer import Tokenizer
@@ -318,6 +319,14 @@ class LLM:
         """float32 `[tokens - 1]`: log-probability of each token but the first, given those before it."""
         ids = encode(text_or_token_ids, self.tokenizer, what="text").ids
         return np.asarray(self._logprobs(ids, lambda row, token: row[token], what="text"), np.float32)
+
+    def score_each(self, asked: Iterable[tuple[Any, str | None]]) -> Iterator[tuple[int, Scored | Exception]]:
+        """Score completions after their prompts, from an iterator, which may be endless: `(number, result)` of each.
+
+        Pairs of a prompt and a completion (None: all of the prompt is scored), counted from 0, several in a dispatch, those of
+        like length first. What is in the cache of a prompt is not run again. One that cannot be scored gives its error.
+        """
+        return score_each(self._service, asked, self.tokenizer)
 
     def _prompt_logprobs(self, ids: list[int], count: int) -> list[dict[int, float] | None]:
         """For each prompt token but the first (None): its log-probability and those of the `count` likeliest ids."""

@@ -1,5 +1,6 @@
 """A config file read and checked: every mistake named by file, line, key, what is allowed, and what was probably meant."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -181,10 +182,14 @@ def _check_sampling(source: Source, config: Config) -> None:
     from jfp8kv.api import SamplingParams
 
     try:
-        SamplingParams(**fields)
+        held = SamplingParams(**fields).constraint
     except ConfigError as error:
         name = str(error).partition("=")[0].partition(":")[0]
         raise ConfigError(f"{source.place(('sampling', name))}: sampling.{error}") from None
+    if held is not None and importlib.util.find_spec("llguidance") is None:
+        raise source.mistake(
+            ("sampling", held.field), "needs llguidance, which is not installed: pip install 'jfp8kv[structured]'."
+        )
 
 
 def _check_cache(source: Source, config: Config) -> None:

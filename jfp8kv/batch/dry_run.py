@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import Any
 
 from jfp8kv.batch.config import CalibrateFirst, Config, File
-from jfp8kv.batch.engine import kv_dtype, tokens
+from jfp8kv.batch.engine import kv_dtype
 from jfp8kv.batch.inputs import Reader, Row
 from jfp8kv.batch.openai import OpenAI
 from jfp8kv.batch.plain import Plain, Request
@@ -153,10 +153,10 @@ def _asking(config: Config, form: str) -> Callable[[Row, dict[str, Any]], Reques
 
 def _count(counts: Counts, request: Request, task: str, tokenizer: Any, most: int) -> None:
     """Add a row. Raises `Jfp8kvError` for one that the engine would refuse."""
-    prompt, texts, made = len(tokens(request, tokenizer)[0]), 1, 0
-    if task == "generate":
-        from jfp8kv.api import SamplingParams
+    from jfp8kv.api import SamplingParams, text_of
 
+    prompt, texts, made = len(text_of(request.prompt, request.completion, tokenizer).ids), 1, 0
+    if task == "generate":
         sampling = SamplingParams.from_fields(**request.sampling)
         texts = sampling.best_of or sampling.n
         made = min(sampling.max_tokens, most - prompt) * texts

@@ -4,8 +4,6 @@ The engine is fed from an iterator, of which it takes only as many requests as k
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,14 +13,6 @@ from jfp8kv.batch.whole import scales_first
 from jfp8kv.core.errors import ConfigError
 
 Results = Iterator[tuple[int, Any]]  # which of the requests, counted from 0, and its result or the error that it met
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Log-probabilities of a completion's tokens, each given all before it."""
-
-    prompt_tokens: int
-    logprobs: list[float]
 
 
 class Engine(Protocol):
@@ -70,16 +60,8 @@ class Local:
             yield number, result
 
     def score(self, requests: Iterable[Request]) -> Results:
-        """Results one by one."""
-        for number, request in enumerate(requests):
-            yield number, _tried(lambda request=request: self._scored(request))
-
-    def _scored(self, request: Request) -> Scored:
-        ids, before = tokens(request, self.llm.tokenizer)
-        first = max(1, before)
-        if len(ids) <= first:
-            raise ConfigError("there is no token to score: the first has none before it.")
-        return Scored(before, self.llm.score(ids)[first - 1 :].tolist())
+        """Results, of texts of like length together."""
+        return self.llm.score_each((request.prompt, request.completion) for request in requests)
 
     def token_text(self, token: int) -> str:
         """The text of one token id."""
@@ -89,25 +71,6 @@ class Local:
     def counters(self) -> dict[str, float]:
         """`llm.stats` by name."""
         return self.llm.stats.to_dict()
-
-
-def tokens(request: Request, tokenizer: Any) -> tuple[list[int], int]:
-    """Token ids of prompt and completion, and how many of them are the prompt's; none are where there is no completion.
-
-    They are those of the one text that the two are, as far as they are text: a token that has of both is the completion's.
-    """
-    from jfp8kv.api import encode
-
-    prompt, completion = request.prompt, request.completion
-    if completion is None:
-        return encode(prompt, tokenizer, what="the prompt").ids, 0
-    if isinstance(prompt, str):
-        ids = encode(prompt + completion, tokenizer, what="the text").ids
-        return ids, len(commonprefix([tokenizer.encode(prompt), ids]))
-    before = encode(prompt, tokenizer, what="the prompt").ids
-    if tokenizer is None:
-        raise ConfigError("the completion is text, and this model has no tokenizer.")
-    return before + tokenizer.encode(completion, add_special_tokens=False), len(before)
 
 
 def kv_dtype(config: Config) -> Any:
