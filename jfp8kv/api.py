@@ -25,10 +25,12 @@ from jfp8kv.comparison.plan import plan as comparison_plan
 from jfp8kv.comparison.report import Comparison
 from jfp8kv.comparison.run import comparison
 from jfp8kv.core.errors import ConfigError, unknown_keyword
+from jfp8kv.engine.buckets import Buckets as Buckets  # for batch runs, as `Guides` and `text_of`
+from jfp8kv.engine.guides import Guides as Guides
 from jfp8kv.engine.kv_dtype import plan_of
 from jfp8kv.engine.prompts import as_list, encode, is_single
 from jfp8kv.engine.request import RequestOutput
-from jfp8kv.engine.scoring import text_of as text_of  # for batch runs
+from jfp8kv.engine.scoring import text_of as text_of
 from jfp8kv.inspection.report import Inspection, report
 from jfp8kv.llm import LLM, keep_compiled_programs
 from jfp8kv.models.params import Params

@@ -4,9 +4,10 @@ Each key's sentence is here and nowhere else. Values that the library checks its
 `check`, so that every range is said once.
 """
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 TASKS = ("generate", "score", "calibrate", "compare")
 
@@ -15,6 +16,9 @@ class Section(BaseModel):
     """A mapping that takes no key it does not know and no value of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+Name = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 def _as_path(given: Any) -> Any:
@@ -141,7 +145,7 @@ class Observed(Section):
 class File(Section):
     """A file of rows."""
 
-    path: str
+    path: Name
     """Where it is, from the folder in which the command is started."""
     format: Literal["auto", "jsonl", "csv", "parquet", "lines", "openai"] = "auto"
     """"auto" goes by the name, and takes JSONL whose first row is an OpenAI batch request for that format."""
@@ -167,7 +171,7 @@ class CalibrateFirst(Section):
 class Output(Section):
     """Where results go: each row's fields and its result."""
 
-    path: str
+    path: Name
     """The file to write; while it is being made, finished rows are in PATH.partial."""
     format: Literal["auto", "jsonl", "parquet", "openai"] = "auto"
     """"auto" goes by the name; OpenAI batch requests get OpenAI's format."""

@@ -21,7 +21,6 @@ from jfp8kv.batch.whole import TASKS, prompts
 from jfp8kv.core.errors import ConfigError, Jfp8kvError
 
 SHOWN = 3  # errors of rows
-USUAL_AT_ONCE = 64  # texts, where the config does not say
 PROBE = (4096, 1024)  # outputs and inputs of the product that is timed
 PROBE_S = 0.2
 
@@ -79,14 +78,15 @@ def dry_run(config: Config) -> DryRun:
     """Look at everything a run would meet. Raises `ConfigError` or `CheckpointError` for what would keep it from starting."""
     import jax
 
-    from jfp8kv.api import default_bytes, describe, inspect, parse_bytes
+    from jfp8kv.api import Buckets, default_bytes, describe, inspect, parse_bytes
 
     shapes = describe(config.model, weights=False).shapes()
     scales = "unit" if isinstance(config.kv_scales, CalibrateFirst) else config.kv_scales
     limits = {"max_model_len": config.engine.max_model_len, "page_size": config.engine.page_size}
     found = inspect(shapes, kv_dtype=kv_dtype(config), kv_scales=scales, **limits)
     cache = next(cost for cost in found.caches if cost.asked)
-    counts = _counted(config, shapes.tokenizer, found.max_model_len)
+    buckets = Buckets.of(config.engine.max_num_seqs, config.engine.max_num_batched_tokens)
+    counts = _counted(config, shapes, found.max_model_len)
     for file in _others(config):
         for _ in prompts(config, file):
             pass  # a row without a prompt raises
@@ -94,7 +94,7 @@ def dry_run(config: Config) -> DryRun:
     device = jax.devices()[0]
     room = default_bytes(device) - (0 if device.platform == "cpu" else found.weights.bytes_in_memory)
     budget = room if config.engine.kv_cache_memory is None else parse_bytes(config.engine.kv_cache_memory)
-    page, most = config.engine.page_size, config.engine.max_num_seqs or USUAL_AT_ONCE
+    page, most = config.engine.page_size, buckets.max_requests
     mean = (counts.prompt_tokens + counts.completion_tokens) / max(1, counts.texts)
     fit = int(max(0, budget) // max(1, cache.bytes_per_token * page * -(-mean // page)))
     at_once = max(1, min(fit, most, counts.texts))
@@ -110,7 +110,7 @@ def dry_run(config: Config) -> DryRun:
         texts_at_once=min(fit, most),
         most_at_once=most,
         device=f"{device.platform}: {device.device_kind}",
-        seconds=_seconds(found.weights, counts, at_once, config.engine.max_num_batched_tokens or 512),
+        seconds=_seconds(found.weights, counts, at_once, buckets.widest),
     )
 
 
@@ -122,9 +122,12 @@ def _others(config: Config) -> Iterator[File]:
         yield config.comparison.calibration
 
 
-def _counted(config: Config, tokenizer: Any, most: int) -> Counts:
-    """Every row of the shard, as the run would ask it. Raises `ConfigError` where no row of the first would do."""
+def _counted(config: Config, model: Any, most: int) -> Counts:
+    """Every row of the shard, as the run would ask it. Raises `ConfigError` where none of the first would do."""
+    from jfp8kv.api import Guides
+
     reader, counts = Reader(config.input), Counts()
+    guides = Guides(model.tokenizer, model.config.vocab, eos_ids=model.eos_ids)
     ask = _asking(config, reader.format)
     if reader.format != "openai":
         peek(config.input, ask)
@@ -135,7 +138,9 @@ def _counted(config: Config, tokenizer: Any, most: int) -> Counts:
                 continue
             counts.rows += 1
             try:
-                _count(counts, ask(row, row.fields()), config.task, tokenizer, most)
+                request = ask(row, row.fields())
+                sampling = _sampling(request, model.config.vocab, guides) if config.task == "generate" else None
+                _count(counts, request, sampling, model.tokenizer, most)
             except Jfp8kvError as error:
                 counts.failed += 1
                 if len(counts.errors) < SHOWN:
@@ -151,17 +156,25 @@ def _asking(config: Config, form: str) -> Callable[[Row, dict[str, Any]], Reques
     return (OpenAI(config, str, 0) if form == "openai" else Plain(config, str)).request
 
 
-def _count(counts: Counts, request: Request, task: str, tokenizer: Any, most: int) -> None:
-    """Add a row. Raises `Jfp8kvError` for one that the engine would refuse."""
-    from jfp8kv.api import SamplingParams, text_of
+def _sampling(request: Request, vocab: int, guides: Any) -> Any:
+    """The `SamplingParams` of a request. Raises `ConfigError` for what the engine would not take."""
+    from jfp8kv.api import SamplingParams
 
-    prompt, texts, made = len(text_of(request.prompt, request.completion, tokenizer).ids), 1, 0
-    if task == "generate":
-        sampling = SamplingParams.from_fields(**request.sampling)
-        texts = sampling.best_of or sampling.n
-        made = min(sampling.max_tokens, most - prompt) * texts
-    if not 0 < prompt <= most - (task == "generate"):
+    sampling = SamplingParams.from_fields(**request.sampling)
+    sampling.check_vocab(vocab)
+    guides.check(sampling)
+    return sampling
+
+
+def _count(counts: Counts, request: Request, sampling: Any, tokenizer: Any, most: int) -> None:
+    """Add a row; nothing is made of it without `sampling`. Raises `ConfigError` for one that the engine would refuse."""
+    from jfp8kv.api import text_of
+
+    prompt = len(text_of(request.prompt, request.completion, tokenizer).ids)
+    if not 0 < prompt <= most - (sampling is not None):
         raise ConfigError(f"the prompt has {prompt} tokens, and max_model_len is {most}.")
+    texts = 1 if sampling is None else sampling.best_of or sampling.n
+    made = 0 if sampling is None else min(sampling.max_tokens, most - prompt) * texts
     counts.texts += texts
     counts.prompt_tokens += prompt
     counts.completion_tokens += made

@@ -87,7 +87,7 @@ def check(file: File) -> None:
     """Raise unless the file is there, its format is known, and what reads it is installed."""
     path = Path(file.path)
     if not path.is_file():
-        raise ConfigError(f"{file.path}: {'is no file that can be read more than once' if path.exists() else 'no such file'}.")
+        raise ConfigError(f"{file.path}: {'must be a file, no folder or pipe' if path.exists() else 'no such file'}.")
     if format_of(file) == "parquet":
         need_pyarrow()
 

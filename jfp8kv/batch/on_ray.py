@@ -24,7 +24,7 @@ from jfp8kv.core.errors import NotSupported
 def check() -> None:
     """Raise `NotSupported` unless Ray Data is there."""
     if importlib.util.find_spec("ray") is None:
-        raise NotSupported("runner: ray needs Ray, which is not installed: pip install 'jfp8kv[ray]'.")
+        raise NotSupported("ray needs Ray Data, which is not installed: pip install 'jfp8kv[ray]'.")
 
 
 def answer_on_ray(

@@ -98,7 +98,9 @@ def _parsed(text: str, name: str, places: dict[Keys, str]) -> Any:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{name}:{line}: is no valid YAML: {error.problem or error.context}.") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a list may name itself as its part
         raise ConfigError(f"{name}: is no valid YAML: {error}.") from None
     finally:
         loader.dispose()

@@ -45,6 +45,12 @@ def test_a_config_is_its_keys_and_the_defaults(written):
     assert config.engine.page_size == 64 and config.kv_scales == "auto"
 
 
+def test_a_file_may_be_named_from_the_users_home(written, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = check.load(written(GOOD), ["input=~/rows.jsonl", "output.path=~/out.jsonl"])
+    assert (config.input.path, config.output.path) == (str(tmp_path / "rows.jsonl"), str(tmp_path / "out.jsonl"))
+
+
 def test_set_takes_the_place_of_a_value_and_makes_what_is_not_there(written):
     sets = ["sampling.temperature=0.25", "engine.max_num_seqs=8", "output={path: other.jsonl, unordered: true}", "prompt=~"]
     config = check.load(written(GOOD), sets)
@@ -105,7 +111,7 @@ MISTAKES = {
     "no such folder": ("out.jsonl", "there/out.jsonl", r"run.yaml:10: output: there/out.jsonl: no file can be written"),
     "no known ending": ("out.jsonl", "out.doc", r"run.yaml:10: output: out.doc: its name says no format"),
     "input as output": ("out.jsonl", "./rows.jsonl", r"run.yaml:10: output: .* is the input, too"),
-    "a key given twice": ("  max_tokens: 16", "  max_tokens: 16\n  temperature: 1", r"run.yaml:7: temperature is given twice"),
+    "a key given twice": ("  max_tokens: 16", "  max_tokens: 16\n  temperature: 1", r"^run.yaml:7: temperature is given twice"),
     "no YAML": ("kv_dtype: fp8_e4m3", "kv_dtype: [fp8_e4m3", r"run.yaml:4: is no valid YAML"),
     "both prompts": ("input:", "messages: [{role: user, content: x}]\ninput:", r"run.yaml:9: messages: give either"),
     "a role without content": (
@@ -156,6 +162,7 @@ MISTAKES = {
         r"run.yaml:6: sampling.json_schema: {1: 2}: must",
     ),
     "a schema": ("  max_tokens: 16", "  json_schema: {a: [1}", r"run.yaml:6: is no valid YAML"),
+    "a list in itself": ("kv_dtype: fp8_e4m3", "kv_dtype: &a [*a]", r"^run.yaml: is no valid YAML: maximum recursion depth"),
     "no mapping": (GOOD, "- a\n", r"run.yaml: must be a mapping"),
     "nothing": (GOOD, "", r"run.yaml: must be a mapping"),
 }

@@ -58,9 +58,16 @@ def test_rows_that_would_fail_are_counted_and_the_first_named(run):
     assert "rows.jsonl:5: the template wants 'word'" in out and "rows.jsonl:6: the prompt has 603 tokens, and max_model" in out
 
 
+def test_what_no_text_can_be_held_to_is_found_without_an_engine():
+    for setting in ("sampling={regex: '('}", "sampling={logit_bias: {99999: 1.0}}", "sampling={stop_token_ids: [99999]}"):
+        counts = dry_run(load(Path("run.yaml"), [setting])).counts
+        assert counts.failed == counts.rows == 4 and len(counts.errors) == 3, setting
+
+
 def test_what_would_keep_a_run_from_starting_is_two(run):
     assert run("batch", "run.yaml", "--dry-run", "--set", "model=nowhere/at/all")[0] == 2
     assert run("batch", "run.yaml", "--dry-run", "--set", "kv_scales=checkpoint")[0] == 2
+    assert run("batch", "run.yaml", "--dry-run", "--set", "engine.max_num_batched_tokens=4")[0] == 2
     write_rows(Path("rows.jsonl"), [{"wrd": 1}] * 30)
     status, out, err = run("batch", "run.yaml", "--dry-run")
     assert (status, out) == (2, "") and "None of the first 16 rows will do" in err
