@@ -33,7 +33,8 @@ def locked(path: Path) -> Iterator[None]:
         os.close(file)  # whoever held it has just removed it: what is locked is no longer the file that others see
     try:
         os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with contextlib.suppress(OSError):  # the disk may be full; then others are not told who
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
         path.unlink(missing_ok=True)

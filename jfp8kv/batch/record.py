@@ -74,15 +74,19 @@ class Record:
         return self.data["created"]
 
     def save(self, **changes: Any) -> None:
-        """Write it, with these changes, so that whoever reads it finds the old or the new."""
+        """Write it, with these changes, so that whoever reads it finds the old or the new. Raises `OSError` with its name."""
         self.data |= changes
         beside = self.path.with_name(self.path.name + ".new")
-        with beside.open("w", encoding="utf-8") as file:
-            json.dump(self.data, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
+        try:
+            with beside.open("w", encoding="utf-8") as file:
+                json.dump(self.data, file, indent=2, ensure_ascii=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def begin(config: Config, paths: Paths, *, restart: bool = False) -> Record:

@@ -134,9 +134,10 @@ class _Run:
                 self.view.say(f"going on after {before.rows:,} finished rows")
             if self.config.runner == "local":
                 self.engine = open_engine(self.config, self.paths.scales)
-            self.record.save(sessions=sessions, engine=self.engine.about if self.engine else {"runner": self.config.runner})
             self.working = time.monotonic()
             try:
+                about = self.engine.about if self.engine else {"runner": self.config.runner}
+                self.record.save(sessions=sessions, engine=about)
                 with self.view.watching(lambda: self._progress(journal)):
                     self._rows(journal, open_engine)
                 journal.sync()
@@ -152,15 +153,15 @@ class _Run:
             totals = asdict(journal.totals)
         try:
             outputs.finish(self.config, self.paths.partial)
+            seconds = time.monotonic() - self.began
+            sessions[-1] |= {"seconds": round(seconds, 3), "rows": totals["rows"] - before.rows}
+            self.record.save(status="complete", sessions=sessions, totals=totals)
         except (OSError, ConfigError) as error:
             why = (error.strerror if isinstance(error, OSError) else None) or error
             raise RunStopped(
                 f"all rows are finished, and {self.paths.output} cannot be written: {why}. They are kept in "
                 f"{self.paths.partial}; the same command tries again."
             ) from error
-        seconds = time.monotonic() - self.began
-        sessions[-1] |= {"seconds": round(seconds, 3), "rows": totals["rows"] - before.rows}
-        self.record.save(status="complete", sessions=sessions, totals=totals)
         self.paths.partial.unlink()
         return Outcome(self.paths.output, totals, seconds)
 

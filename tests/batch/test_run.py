@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 
 import pytest
 
@@ -261,8 +262,9 @@ def test_an_input_that_ends_in_the_middle_keeps_what_is_finished(job, monkeypatc
 def test_an_output_that_cannot_be_written_is_tried_again_from_what_is_finished(job, monkeypatch):
     job.rows(WORDS)
 
-    def full(path, rows):
-        path.write_text("some of it")
+    def full(path, rows=None):
+        if rows is not None:
+            path.write_text("some of it")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(outputs, "_write_lines", full)
@@ -270,6 +272,13 @@ def test_an_output_that_cannot_be_written_is_tried_again_from_what_is_finished(j
         job.run()
     assert not job.output.exists() and not job.output.with_name("out.jsonl.new").exists()
     monkeypatch.undo()
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RunStopped, match="run.json: No space left on device. 300 finished rows are"),
+    ):
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        job.run()
+    assert not job.record.with_name("out.jsonl.run.json.new").exists()
     assert job.run(stub=Stub(broken="Say")).totals == {
         "rows": 300,
         "failed": 0,
