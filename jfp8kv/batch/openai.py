@@ -75,7 +75,8 @@ class OpenAI:
 
     def record(self, row: Row, fields: Fields, result: Any) -> Record:
         """The answer to a request."""
-        chat, top = fields["url"] == CHAT, fields["body"].get("top_logprobs") or 0
+        chat = fields["url"] == CHAT
+        top = (self._usual | _sampling(fields["body"], chat)).get("logprobs") or 0
         choices = [self._chat_choice(made, top) if chat else self._text_choice(made) for made in result.outputs]
         prompt_tokens = len(result.prompt_token_ids)
         made = sum(len(one.token_ids) for one in result.outputs)
@@ -202,8 +203,8 @@ def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
         found |= dict.fromkeys(STRUCTURE) | _structure(given["response_format"])
     if chat and "top_logprobs" in given and not given.get("logprobs"):
         raise RowError("body.top_logprobs goes with logprobs: true.")
-    if chat and given.get("logprobs"):
-        found["logprobs"] = given.get("top_logprobs", 0)
+    if chat and "logprobs" in given:
+        found["logprobs"] = given.get("top_logprobs", 0) if given["logprobs"] else None
     elif not chat and given.get("logprobs") is not None:
         found["logprobs"] = given["logprobs"]
     return found

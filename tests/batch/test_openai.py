@@ -165,7 +165,8 @@ def test_a_body_is_understood_as_the_api_does(asked):
     found = asked(asks("a", messages=HELLO, seed=3, logit_bias={"50": -100}, logprobs=True, frequency_penalty=0.1))
     assert found.sampling["max_tokens"] == NO_LIMIT and found.sampling["seed"] == 3 and found.sampling["logprobs"] == 0
     assert found.sampling["logit_bias"] == {50: -100} and found.sampling["temperature"] == 0.3
-    assert "logprobs" not in asked(asks("a", messages=HELLO, logprobs=False, top_logprobs=None)).sampling
+    assert asked(asks("a", messages=HELLO, logprobs=False, top_logprobs=None), logprobs=2).sampling["logprobs"] is None
+    assert asked(asks("a", messages=HELLO), logprobs=2).sampling["logprobs"] == 2
     assert asked(asks("a", url=TEXT, prompt="x", n=2, best_of=4)).sampling["best_of"] == 4
     found = asked(asks("a", url=TEXT, prompt=["one"], logprobs=3))
     assert found.prompt == "one" and found.sampling["max_tokens"] == 16 and found.sampling["logprobs"] == 3
