@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from jfp8kv.cache.layout import LayerKind
@@ -73,9 +74,10 @@ class KVPlan:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `path` as a safetensors file with the scales; the choices are in its header."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save  # `save_file` makes files that nobody else may read
 
-        save_file(self.scales.arrays, str(path), metadata={"jfp8kv": json.dumps({"format": "jfp8kv.KVPlan"} | self.to_dict())})
+        about = json.dumps({"format": "jfp8kv.KVPlan"} | self.to_dict())
+        Path(path).write_bytes(save(self.scales.arrays, metadata={"jfp8kv": about}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "KVPlan":

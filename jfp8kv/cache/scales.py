@@ -73,10 +73,10 @@ class KVScales:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write `path` as a safetensors file holding `k`, `v`, `k_offset` if there is one, and what they are."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save  # `save_file` makes files that nobody else may read
 
         about = json.dumps({"format": "jfp8kv.KVScales", "granularity": self.granularity, "kv_dtype": self.kv_dtype})
-        save_file(self.arrays, str(path), metadata={"jfp8kv": about})
+        Path(path).write_bytes(save(self.arrays, metadata={"jfp8kv": about}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "KVScales":

@@ -17,6 +17,9 @@ def test_scales_survive_a_file_with_their_granularity(tmp_path, shape, granulari
     again = KVScales.load(tmp_path / "scales.safetensors")
     assert again.granularity == granularity and again.k.dtype == np.float32
     assert np.array_equal(again.k, scales.k) and np.array_equal(again.v, scales.v)
+    (tmp_path / "other").touch()
+    modes = [(tmp_path / name).stat().st_mode for name in ("scales.safetensors", "other")]
+    assert modes[0] == modes[1], "others may read it as they may any file"
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
