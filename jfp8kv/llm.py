@@ -21,7 +21,7 @@ from jfp8kv.engine.group import Group, Growing
 from jfp8kv.engine.kv_dtype import is_name
 from jfp8kv.engine.lookup import draft_tokens
 from jfp8kv.engine.metrics import Stats
-from jfp8kv.engine.prompts import Message, as_list, encode
+from jfp8kv.engine.prompts import Encoded, Message, as_list, encode
 from jfp8kv.engine.request import Request, RequestOutput
 from jfp8kv.engine.scoring import Scored, score_each
 from jfp8kv.engine.service import Service, raise_error
@@ -186,6 +186,10 @@ class LLM:
         self._run([r for group in groups for r in group.requests], progress)
         return [group.output() for group in groups]
 
+    def check(self, prompts: Any, sampling_params: SamplingParams | None = None, **fields: Any) -> None:
+        """Raise what `generate` would raise before anything runs."""
+        self._checked(as_list(prompts), sampling_params, fields)
+
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
@@ -280,7 +284,21 @@ class LLM:
             self._service.run(requests, ended=bar.update)
 
     def _groups(self, prompts: list[Any], sampling: Any, fields: dict[str, Any]) -> list[Group]:
-        """Every prompt encoded and checked, or an error; nothing is queued yet."""
+        """Requests for every prompt, or an error; nothing is queued yet."""
+        return [
+            Group.of(
+                encoded,
+                params,
+                room=self._engine.max_model_len - len(encoded.ids),
+                tokenizer=self.tokenizer,
+                engine_seed=self._seed,
+                number=next(self._numbers),
+            )
+            for encoded, params in self._checked(prompts, sampling, fields)
+        ]
+
+    def _checked(self, prompts: list[Any], sampling: Any, fields: dict[str, Any]) -> list[tuple[Encoded, SamplingParams]]:
+        """Every prompt encoded, with its parameters."""
         if not prompts:
             raise ConfigError("prompts is empty: give at least one.")
         each = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * len(prompts)
@@ -294,17 +312,7 @@ class LLM:
             if params.stop and self.tokenizer is None:
                 raise ConfigError("stop strings need text, and this model has no tokenizer: use stop_token_ids.")
             asked.append((encoded, params))
-        return [
-            Group.of(
-                encoded,
-                params,
-                room=self._engine.max_model_len - len(encoded.ids),
-                tokenizer=self.tokenizer,
-                engine_seed=self._seed,
-                number=next(self._numbers),
-            )
-            for encoded, params in asked
-        ]
+        return asked
 
     # -- scoring --------------------------------------------------------------------------------------------------------
 

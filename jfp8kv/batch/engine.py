@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jfp8kv.batch.config import CalibrateFirst, Config, KVByLayer
+from jfp8kv.batch.inputs import format_of
 from jfp8kv.batch.plain import Request
 from jfp8kv.batch.whole import scales_first
 from jfp8kv.core.errors import ConfigError
@@ -43,6 +44,8 @@ class Local:
             asked |= {"dtype": config.dtype, "strict": config.strict}
         self.llm = LLM(model, kv_cache_dtype=kv_dtype(config), kv_scales=kv_scales, seed=config.seed, **asked)
         self.about = about(self.llm)
+        if config.task == "generate" and format_of(config.input) != "openai":  # where a body may say otherwise
+            self.llm.check([0], **config.sampling.given())  # what the shortest prompt cannot have is no row's fault
 
     def generate(self, requests: Iterable[Request]) -> Results:
         """Results as they are made. Requests that were in a step that failed run again alone: one of them may be why."""

@@ -112,7 +112,11 @@ def test_texts_are_held_to_what_is_asked_of_them(run):
     status, _, err = run("batch", "run.yaml", "--set", "sampling={choice: [land, sea, sky], max_tokens: 12}")
     assert status == 0, err
     assert {row["text"] for row in read_rows(Path("out.jsonl"))} <= {"land", "sea", "sky"}
-    assert run("batch", "run.yaml", "--set", "sampling={choice: [a], regex: a}", "--restart")[0] == 2
+    for sampling in ("{choice: [a], regex: a}", "{regex: '('}", "{max_tokens: 100000}", "{logit_bias: {99999: 1.0}}"):
+        more = ["engine.kv_cache_memory=16KiB", "engine.page_size=16"] if "max_tokens" in sampling else []
+        sets = [word for each in (f"sampling={sampling}", *more) for word in ("--set", each)]
+        status, _, err = run("batch", "run.yaml", *sets, "--restart")
+        assert status == 2 and err.count("\n") == 1, err
     body = {"model": "m", "prompt": "hello", "max_tokens": 4}
     bad = {"type": "json_schema", "json_schema": {"schema": {"type": "no such type"}}}
     bodies = [body | {"response_format": bad}, body]
