@@ -8,6 +8,7 @@ asked once or twice, on which worker, or in an earlier session, does not show: w
 import importlib.util
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,15 @@ def answer_on_ray(
 ) -> None:
     """Have the rows that are `left` answered by the workers of a cluster, and booked. Starts Ray here if none is running."""
     import ray
-    from ray.data import ActorPoolStrategy, from_items
+    from ray.data import ActorPoolStrategy, DataContext, from_items
 
     blocks = [{"block": json.dumps(numbers)} for numbers in _blocks(left, config.ray.rows_per_block)]
     if not blocks:
         return
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    DataContext.get_current().enable_progress_bars = False  # the run shows its own
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what a worker fails with is raised here, too
     done = from_items(blocks, override_num_blocks=len(blocks)).map_batches(
         Worker,
         fn_constructor_args=(config, scales.resolve(), created, open_engine),

@@ -166,9 +166,11 @@ class _Run:
         return Outcome(self.paths.output, totals, seconds)
 
     def _stopped(self, journal: Journal, why: str) -> RunStopped:
-        return RunStopped(f"{why}. {self._kept(journal)}")
+        return RunStopped(f"{why.rstrip('.')}. {self._kept(journal)}")
 
     def _kept(self, journal: Journal) -> str:
+        if not journal.totals.rows:
+            return "No row is finished; the same command begins anew."
         kept = f"{journal.totals.rows:,} finished rows are kept in {self.paths.partial}"
         return f"{kept}; the same command goes on from there."
 
