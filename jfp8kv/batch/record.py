@@ -95,7 +95,7 @@ def begin(config: Config, paths: Paths, *, restart: bool = False) -> Record:
     Raises `ConfigError` when there is something at the output that this run did not make, or made under another config or from
     another input, with what changed; `restart` begins anew, whatever there is.
     """
-    same = fingerprint(config)
+    same = fingerprint(config, paths)
     if not restart and (paths.record.exists() or paths.partial.exists()):
         before = _before(paths)
         if before.complete or _bytes(paths.partial):
@@ -169,7 +169,7 @@ def session() -> dict[str, Any]:
 # -- what a run must be the same in ------------------------------------------------------------------------------------------
 
 
-def fingerprint(config: Config) -> dict[str, Any]:
+def fingerprint(config: Config, paths: Paths) -> dict[str, Any]:
     """All that texts depend on: the config, the bytes of the input and of files that it names, pieces of the model's; as JSON
     gives it back."""
     named = [config.kv_dtype, config.kv_scales, *config.comparison.kv_scales, *config.comparison.kv_dtypes]
@@ -181,7 +181,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
         "config": config.model_dump(),
         "input": {"format": format_of(config.input)} | _content(Path(config.input.path)),
         "files": {name: _content(Path(name)) for name in sorted(files)},
-        "model": dict(_model_files(Path(config.model).expanduser())),
+        "model": dict(_model_files(Path(config.model).expanduser(), paths.output.name)),
     }
     return json.loads(json.dumps(found))
 
@@ -194,14 +194,14 @@ def _content(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
 
 
-def _model_files(model: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What tells a model's files from others, hidden ones left out; nothing for one from the hub."""
+def _model_files(model: Path, output: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What tells a model's files from others, without hidden ones and those of the run; nothing for one from the hub."""
     if model.is_file():
         yield model.name, _pieces(model)
     elif model.is_dir():
         for path in sorted(path for path in model.rglob("*") if path.is_file()):
             name = path.relative_to(model).as_posix()
-            if "/." not in f"/{name}":
+            if "/." not in f"/{name}" and not path.name.startswith(output):
                 yield name, _pieces(path)
 
 

@@ -206,6 +206,7 @@ def test_another_config_input_or_model_is_refused_with_what_changed(job):
         (("sampling={logit_bias: {5: -1.0}}",), ()),  # JSON has no numbers as keys
         (("output.unordered=true",), ("output.unordered=false",)),
         ((), ("input=renamed.jsonl",)),
+        (("model=.",), ()),  # where the run has its own files, too
     ],
 )
 def test_a_run_goes_on_where_no_text_depends_on_what_changed(job, monkeypatch, before, after):
