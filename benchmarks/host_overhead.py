@@ -54,7 +54,7 @@ def measure(llm: jfp8kv.LLM, requests: int, turns: int, fields: dict[str, Any]) 
     watched, engine = Watched(llm), llm._engine
     prompts = np.random.default_rng(0).integers(20, 40_000, (requests, 8)).tolist()
     sampling = SamplingParams(max_tokens=DECODE_STEPS * (turns + 3), ignore_eos=True, seed=0, **fields)
-    for group in llm._requests(prompts, sampling, {}):
+    for group in llm._groups(prompts, sampling, {}):
         engine.add(group.requests[0])
     waits, overlapped, ends, batches = [], [], [], []
     while engine.scheduler.waiting or engine.scheduler.running:

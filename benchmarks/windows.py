@@ -50,7 +50,7 @@ class Side:
 
     def __init__(self, params: jfp8kv.Params, kv_dtype: str, prompt: list[int], new: int):
         self.llm = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, max_model_len=len(prompt) + new, max_num_seqs=1)
-        (group,) = self.llm._requests([prompt], None, {"max_tokens": new, "temperature": 0.0, "ignore_eos": True})
+        (group,) = self.llm._groups([prompt], None, {"max_tokens": new, "temperature": 0.0, "ignore_eos": True})
         (self.request,) = group.requests
         self.held = 0
         self.llm._engine.add(self.request)
