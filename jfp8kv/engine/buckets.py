@@ -35,7 +35,7 @@ class Buckets:
     `token_budget`: most tokens of a turn, padding included. Prompts get what a full decode of few steps leaves, always: their
     chunks keep their width whatever decodes beside. `fewest`: the smallest decode batch, 2 where a product with a single row
     is slow (models/linear.py). `drafts`: the most tokens that a step of a decode guesses ahead (engine/speculate.py), which the
-    budget does not count.
+    budget does not count (note 017).
     """
 
     max_requests: int

@@ -14,10 +14,10 @@ from hypothesis import given
 from scipy import stats
 
 import jfp8kv
-from jfp8kv.cache.pages import fill
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.speculate import _made
 from tests.engine.test_scheduler import PAGE, Device, next_token, request, run_all, scheduler
+from tests.engines import poisoned
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
@@ -38,9 +38,8 @@ def params() -> jfp8kv.Params:
 def engine(params: jfp8kv.Params, drafts: int, kv_dtype: str = "fp8_e4m3", **changed) -> jfp8kv.LLM:
     """An engine whose pool holds NaN codes wherever nothing was written, and whose batches are of one size, to compile less."""
     sizes = SIZES | changed
-    llm = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, prompt_lookup=drafts, **sizes)
+    llm = poisoned(jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, prompt_lookup=drafts, **sizes))
     of = llm._engine
-    of.pages = fill(of.pages, of.kv.kinds[0].fmt.nan_code)
     of.buckets = dataclasses.replace(of.buckets, fewest=sizes["max_num_seqs"])
     of.batcher.buckets = of.scheduler.buckets = of.buckets
     return llm
@@ -109,6 +108,23 @@ def test_a_text_ends_in_the_middle_of_an_accepted_run(ahead) -> None:
     assert out.token_ids == [8] * 8 + [7] and out.outputs[0].stop_reason == 7
 
 
+def test_greedy_tokens_made_ahead_are_the_likeliest_as_far_as_rounding_tells() -> None:
+    """A pass over several tokens adds up in another order than one over a single token, so that bfloat16 rounds another way and
+    FP8 may keep a neighbouring code. Rounding alone may choose: a token is no further from the likeliest than that moves it."""
+    llm = engine(jfp8kv.load(REFERENCES[0].parent / "llama_bf16"), 8)
+    sampling, few = {"logit_bias": FEW, "temperature": 0.0, "max_tokens": 40, "ignore_eos": True}, list(FEW)
+    for prompt, made in zip(REPETITIVE, tokens(llm.generate(REPETITIVE, **sampling)), strict=True):
+        ids, first = prompt + made[:-1], len(prompt) - 1
+        at_once = llm.logits(ids)[first:, few]
+        with llm.session(prompt) as session:
+            session.rollback(1)
+            one_by_one = np.stack([session.extend([token])[0, few] for token in ids[first:]])
+        rounding = np.abs(at_once - one_by_one).max()
+        lost = one_by_one.max(1) - one_by_one[np.arange(len(made)), [few.index(token) for token in made]]
+        assert lost.max() <= 4 * rounding and rounding < 0.1
+    assert llm.stats.accepted_tokens > 0
+
+
 @pytest.mark.parametrize(
     ("sampled", "drafts", "tried", "made"),
     [
@@ -168,7 +184,7 @@ def test_pages_that_held_failed_drafts_are_found_for_what_the_text_came_to(plain
     assert ahead.stats.prefix_hit_tokens > before
 
 
-@pytest.mark.parametrize("family", ["gpt_oss_saved", "phi3_longrope_cross", "rope_dynamic_cross"])
+@pytest.mark.parametrize("family", ["gpt_oss_saved", "phi3_longrope_cross"])
 def test_windows_experts_and_ropes_that_depend_on_length_change_no_text(family) -> None:
     params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
     sizes = {"max_model_len": 64, "page_size": 4, "max_num_batched_tokens": 16}

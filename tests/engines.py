@@ -1,0 +1,24 @@
+"""Engines of tiny models as many tests want them: the pool holds NaN codes wherever nothing was written."""
+
+import jfp8kv
+from jfp8kv.cache.pages import fill
+from tests.models.test_decoder import REFERENCES
+
+
+def tiny(family: str = "llama_gqa", **options) -> jfp8kv.LLM:
+    """A poisoned engine of a reference model in float32, with an E4M3 cache unless `options` say otherwise."""
+    params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
+    return poisoned(jfp8kv.LLM(params, **{"kv_cache_dtype": "fp8_e4m3"} | options))
+
+
+def poisoned(llm: jfp8kv.LLM) -> jfp8kv.LLM:
+    """The same engine, whatever was in its pool gone."""
+    formats = {kind.fmt for kind in llm._engine.kv.kinds}
+    code = 0xFF if len(formats) > 1 else formats.pop().nan_code
+    llm._engine.pages = fill(llm._engine.pages, code)
+    return llm
+
+
+def used_pages(llm: jfp8kv.LLM) -> int:
+    """How many pages somebody holds."""
+    return llm._engine.scheduler.paging.allocator.used_pages
