@@ -122,6 +122,7 @@ def beam_search(
     has no room for so many.
     """
     params = SamplingParams(max_tokens=max_tokens, stop_token_ids=tuple(stop_token_ids), ignore_eos=ignore_eos)
+    params.check_vocab(llm.params.config.vocab)
     ends = {*params.stop_token_ids, *(() if ignore_eos else llm.params.eos_ids)}
     rules = Rules(beams, length_penalty, early_stopping, ends)
     encoded = [encode(prompt, llm.tokenizer, what=f"prompt {i}") for i, prompt in enumerate(as_list(prompts))]

@@ -1,8 +1,10 @@
 """`LLM`: the engine as an object that stays warm."""
 
+import contextlib
 import inspect
 import itertools
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from jfp8kv.checkpoint.load import load
 from jfp8kv.core.errors import ConfigError, unknown_keyword
 from jfp8kv.core.formats import kv_format
 from jfp8kv.core.platform import cache_folder
+from jfp8kv.engine import texts
 from jfp8kv.engine.compile_report import CompileReport
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.feed import feed
@@ -25,6 +28,7 @@ from jfp8kv.engine.prompts import Encoded, Message, as_list, encode
 from jfp8kv.engine.request import Request, RequestOutput
 from jfp8kv.engine.scoring import Scored, score_each
 from jfp8kv.engine.service import Service, raise_error
+from jfp8kv.engine.warmup import warmup
 from jfp8kv.models.params import Params
 from jfp8kv.models.tokenizer import Tokenizer
 from jfp8kv.sampling.params import MAX_SEED, SamplingParams
@@ -49,13 +53,15 @@ class LLM:
       seed: what requests without a seed of their own draw from, with their number.
       max_num_batched_tokens: most tokens of a turn, padding included: two of each of `max_num_seqs` requests that decode, the
         rest of prompts. It bounds for how long a prompt holds up others. None leaves 512 for prompts on a CPU, 2048 elsewhere.
+        Guesses (`prompt_lookup`) do not count: with them a token of a request that decodes may be so many more in a pass.
       page_size: tokens per page.
       attention: "pallas" (GPU kernels), "xla" or "reference"; None picks the fastest that runs here. `llm.attention` says which
         runs and why.
       prefix_caching: whether texts that begin alike share what is cached of their beginning.
       prompt_lookup: tokens to guess ahead where the text has said its last words before, verified in one pass (0: none). The
-        text stays the same, and takes fewer passes where it repeats itself or its prompt; `llm.stats` counts right guesses.
-        4 is good for a few requests that copy, edit or quote; on a CPU many at once gain little.
+        text stays the same, unless two tokens are so near each other that rounding decides (docs/notes/017), and takes fewer
+        passes where it repeats itself or its prompt; `llm.stats` counts right guesses. 4 is good for a few requests that copy,
+        edit or quote; on a CPU many at once gain little.
 
     Raises `ConfigError`, `CheckpointError`, `NotSupported` for an attention that cannot run here, `DeviceMemoryError` when the
     cache finds no room. Threads and event loops may share it: what they ask for runs together, and all get on with every step.
@@ -111,6 +117,7 @@ class LLM:
             prompt_lookup=prompt_lookup,
         )
         self._service = Service(self._engine)
+        self._scoring = threading.Lock()  # one text at a time: of two that grow, each could hold what the other needs
         self._seed = seed
         self._numbers = itertools.count()
 
@@ -144,16 +151,17 @@ class LLM:
         choice = self._engine.attention
         return f"{choice.name}: {choice.why}"
 
-    def warmup(self, *, structured: bool = False) -> None:
+    def warmup(self, *, structured: bool = False, branches: bool = False) -> None:
         """Compile all step programs now (or read them from the compilation cache); later calls then compile nothing.
 
-        Whatever they ask for, that is, but for a request with more than 64 tokens that end its text or more than 512 in
-        `logit_bias`: the first one compiles a program of its own. So do sessions that first go on together (`extend_all`,
-        `beam_search`), for each power of two of them and each width of what is added. `structured` compiles what json_schema,
-        regex, choice and grammar need as well.
+        That is so for `generate`, `chat`, streams, `logits`, `score`, `prompt_logprobs` and whatever a single session does. Two
+        kinds of calls have programs of their own, compiled here if asked for and else when first needed: `structured` those of
+        json_schema, regex, choice and grammar, `branches` those of sessions that go on together (`extend_all`, `beam_search`).
+        A request with more than 64 tokens that end its text, or more than 512 in `logit_bias`, compiles one when it comes, and so
+        do texts that `score_each` takes together.
         """
-        with self._service.turn():
-            self._engine.warmup(structured=structured)
+        with self._service.turn() as engine:
+            warmup(engine, structured=structured, branches=branches)
 
     def compile_report(self) -> CompileReport:
         """The step programs there are: what for, how long they took to compile, what memory they take. Prints as a table."""
@@ -181,8 +189,7 @@ class LLM:
         """
         groups = self._groups(as_list(prompts), sampling_params, fields)
         for group in groups:
-            if (wanted := group.params.prompt_logprobs) is not None:
-                group.prompt_logprobs = self._prompt_logprobs(group.prompt.ids, wanted)
+            self._score_prompt(group)
         self._run([r for group in groups for r in group.requests], progress)
         return [group.output() for group in groups]
 
@@ -215,7 +222,9 @@ class LLM:
         def group(asked: tuple[Any, Any]) -> Group:
             prompt, params = asked
             given = isinstance(params, Mapping)
-            return self._groups([prompt], None if given else params, dict(params) if given else {})[0]
+            (group,) = self._groups([prompt], None if given else params, dict(params) if given else {})
+            self._score_prompt(group)
+            return group
 
         return feed(self._service, group, requests, 2 * self._engine.buckets.max_requests)
 
@@ -227,17 +236,10 @@ class LLM:
         return self._stream(self._one(prompt, sampling_params, fields))
 
     def _stream(self, request: Request) -> Iterator[str]:
-        text, ended = Growing(request), False
-        self._service.submit([request])
-        try:
-            while not ended:
+        with self._growing(request) as text:
+            while not text.ended:
                 self._service.advance(text.news)
-                piece, ended = text.piece()
-                if piece:
-                    yield piece
-            raise_error([request])
-        finally:
-            self._service.drop([request])
+                yield from text.pieces()
 
     def astream(self, prompt: Any, sampling_params: SamplingParams | None = None, **fields: Any) -> AsyncIterator[str]:
         """`stream` for `async for`. Steps run in a thread: the event loop never waits for one.
@@ -248,15 +250,19 @@ class LLM:
         return self._astream(self._one(prompt, sampling_params, fields))
 
     async def _astream(self, request: Request) -> AsyncIterator[str]:
-        text, ended = Growing(request), False
-        self._service.submit([request])
-        try:
-            while not ended:
+        with self._growing(request) as text:
+            while not text.ended:
                 if not text.news():
                     await self._service.advance_async(text.news)
-                piece, ended = text.piece()
-                if piece:
+                for piece in text.pieces():
                     yield piece
+
+    @contextlib.contextmanager
+    def _growing(self, request: Request) -> Iterator[Growing]:
+        """The text of a request, which runs meanwhile and is dropped if nobody waits for its end."""
+        self._service.submit([request])
+        try:
+            yield Growing(request)
             raise_error([request])
         finally:
             self._service.drop([request])
@@ -273,7 +279,7 @@ class LLM:
     def session(self, prompt: Any) -> Session:
         """A text that stays in the cache, to be extended, taken back and branched: see `Session`."""
         ids = encode(prompt, self.tokenizer, what="prompt").ids
-        self._engine.check(ids, SamplingParams(max_tokens=1), what="prompt", more=0)
+        self._engine.check(ids, texts.RUN, what="prompt", more=0)
         return Session.begin(self._service, ids, self.generate)
 
     def _run(self, requests: list[Request], progress: bool | None) -> None:
@@ -319,9 +325,9 @@ class LLM:
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """float32 `[tokens, vocab]`: the model's scores after each token, computed through the paged cache."""
         ids = encode(token_ids, None, what="token_ids").ids
-        self._engine.check(ids, SamplingParams(max_tokens=1), what="token_ids", more=0)
-        with self._service.turn() as engine:
-            return np.concatenate(list(engine.logits(ids)))
+        found: list[np.ndarray] = []
+        self._run_text(ids, found.append, what="token_ids")
+        return np.concatenate(found)
 
     def score(self, text_or_token_ids: Any) -> np.ndarray:
         """float32 `[tokens - 1]`: log-probability of each token but the first, given those before it."""
@@ -336,26 +342,36 @@ class LLM:
         """
         return score_each(self._service, asked, self.tokenizer)
 
-    def _prompt_logprobs(self, ids: list[int], count: int) -> list[dict[int, float] | None]:
-        """For each prompt token but the first (None): its log-probability and those of the `count` likeliest ids."""
+    def _score_prompt(self, group: Group) -> None:
+        """If asked for: for each prompt token but the first (None), its log-probability and those of so many likeliest ids."""
+        if (count := group.params.prompt_logprobs) is None:
+            return
 
         def likeliest(row: np.ndarray, token: int) -> dict[int, float]:
             found = np.argpartition(-row, count)[:count] if count < len(row) else np.arange(len(row))
             ordered = sorted(found.tolist(), key=lambda i: (-row[i], i))
             return {i: float(row[i]) for i in (*ordered, token)}
 
-        return [None, *self._logprobs(ids, likeliest, what="prompt")]
+        group.prompt_logprobs = [None, *self._logprobs(group.prompt.ids, likeliest, what="prompt")]
 
     def _logprobs(self, ids: list[int], pick: Callable[[np.ndarray, int], Any], *, what: str) -> list[Any]:
         """What `pick` takes for each token but the first, given the log-probabilities (float64 `[vocab]`) it was met with."""
-        self._engine.check(ids, SamplingParams(max_tokens=1), what=what, more=0)
         picked, following = [], iter(ids[1:])
-        with self._service.turn() as engine:
-            for logits in engine.logits(ids):
-                for row, token in zip(logits.astype(np.float64), following, strict=False):
-                    peak = row.max()
-                    picked.append(pick(row - (peak + np.log(np.exp(row - peak).sum())), token))
+
+        def look(logits: np.ndarray) -> None:
+            for row, token in zip(logits.astype(np.float64), following, strict=False):
+                peak = row.max()
+                picked.append(pick(row - (peak + np.log(np.exp(row - peak).sum())), token))
+
+        self._run_text(ids, look, what=what)
         return picked
+
+    def _run_text(self, ids: list[int], look: Callable[[np.ndarray], Any], *, what: str) -> None:
+        """Show `look` the logits after each token, chunk by chunk; others get on between them."""
+        self._engine.check(ids, texts.RUN, what=what, more=0)
+        with self._scoring:
+            for logits in self._service.each(texts.logits(self._engine, ids)):
+                look(logits)
 
 
 def keep_compiled_programs() -> None:

@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.engine import step
-from jfp8kv.engine.engine import Holding
+from jfp8kv.engine import step, texts
+from jfp8kv.engine.paging import Holding
 from jfp8kv.engine.prompts import encode
 from jfp8kv.engine.request import CompletionOutput, Request, RequestOutput
 from jfp8kv.engine.service import Service
 from jfp8kv.sampling.params import SamplingParams
-
-FIRST_TOKENS = SamplingParams(max_tokens=1)  # of a text that is run, not sampled from
 
 
 class Session:
@@ -42,8 +40,7 @@ class Session:
     @classmethod
     def begin(cls, service: Service, token_ids: list[int], generate: Callable[..., list[RequestOutput]]) -> "Session":
         """A session of these tokens, which the engine has checked."""
-        request = Request(token_ids, FIRST_TOKENS, np.zeros(2, np.uint32), max_tokens=1)
-        session = cls(service, Holding(service.engine.scheduler.paging, request), generate)
+        session = cls(service, Holding(service.engine.scheduler.paging, texts.unsampled(token_ids)), generate)
         session._run(step.prefill)
         return session
 
@@ -73,7 +70,7 @@ class Session:
         """Go on with these tokens: float32 `[tokens, vocab]`, the logits after each of them."""
         with _longer([self], [tokens]) as (first,):
             rows = []
-            steps = self._engine.catch_up([self._holding], step.score, wanted=first)
+            steps = texts.catch_up(self._engine, [self._holding], step.score, wanted=first)
             for _, (positions,), out in self._service.each(steps):
                 if positions.stop > first:
                     rows.append(np.asarray(out)[0, max(0, first - positions.start) : len(positions)])
@@ -81,9 +78,11 @@ class Session:
 
     def rollback(self, tokens: int) -> None:
         """Take the last so many tokens back. What is before them stays in the cache, unless a window has moved past it."""
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens <= len(self):
-            raise ConfigError(f"rollback of {tokens!r} tokens: must be an integer from 0 to {len(self)}, the tokens there are.")
         with self._lock:
+            if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens <= len(self):
+                raise ConfigError(
+                    f"rollback of {tokens!r} tokens: must be an integer from 0 to {len(self)}, the tokens there are."
+                )
             self._keep_first(len(self) - tokens)
 
     def fork(self) -> "Session":
@@ -94,13 +93,15 @@ class Session:
     def generate(self, sampling_params: SamplingParams | None = None, **fields: Any) -> CompletionOutput:
         """Go on with what the model makes of the text, as `llm.generate` would: one continuation, which joins the text."""
         with self._lock:
-            request = self._request
             params = SamplingParams.from_fields(sampling_params, **fields)
             if params.n != 1:
                 raise ConfigError(f"n={params.n}: a session goes on in one way; fork it for several.")
+            if params.prompt_logprobs is not None:
+                raise ConfigError(f"prompt_logprobs={params.prompt_logprobs}: try llm.score(session.token_ids).")
             (out,) = self._generate([self.token_ids], params)
-            request.prompt_ids += out.token_ids
-            self._run(step.prefill)
+            if out.token_ids:
+                with _longer([self], [out.token_ids]):
+                    self._run(step.prefill)
             return out.outputs[0]
 
     def close(self) -> None:
@@ -145,7 +146,7 @@ class Session:
 
     def _run(self, function: Callable) -> None:
         """Run what is not in the cache."""
-        for _ in self._service.each(self._engine.catch_up([self._holding], function)):
+        for _ in self._service.each(texts.catch_up(self._engine, [self._holding], function)):
             pass
 
 
@@ -165,7 +166,7 @@ def extend_all(sessions: Sequence[Session], tokens: Sequence[int | str | Sequenc
     engine, rows = sessions[0]._engine, {id(session._request): row for row, session in enumerate(sessions)}
     logits = np.empty((len(sessions), engine.params.config.vocab), np.float32)
     with _longer(sessions, tokens):
-        steps = engine.catch_up([session._holding for session in sessions], step.score_last)
+        steps = texts.catch_up(engine, [session._holding for session in sessions], step.score_last)
         for requests, _, out in sessions[0]._service.each(steps):
             of_a_chunk = np.asarray(out)[: len(requests)]  # a later chunk's replace an earlier's
             logits[[rows[id(request)] for request in requests]] = of_a_chunk
@@ -180,7 +181,7 @@ def _longer(sessions: Sequence[Session], tokens: Sequence[Any]) -> Iterator[list
             mine.enter_context(session._lock)
         added = [session._encoded(new) for session, new in zip(sessions, tokens, strict=True)]
         for session, ids in zip(sessions, added, strict=True):
-            session._engine.check([*session._request.prompt_ids, *ids], FIRST_TOKENS, what="the text", more=0)
+            session._engine.check([*session._request.prompt_ids, *ids], texts.RUN, what="the text", more=0)
         lengths = [len(session) for session in sessions]
         for session, ids in zip(sessions, added, strict=True):
             session._request.prompt_ids += ids

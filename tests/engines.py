@@ -1,6 +1,10 @@
 """Engines of tiny models as many tests want them: the pool holds NaN codes wherever nothing was written."""
 
+import contextlib
+from collections.abc import Iterator
+
 import jfp8kv
+from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.cache.pages import fill
 from tests.models.test_decoder import REFERENCES
 
@@ -22,3 +26,13 @@ def poisoned(llm: jfp8kv.LLM) -> jfp8kv.LLM:
 def used_pages(llm: jfp8kv.LLM) -> int:
     """How many pages somebody holds."""
     return llm._engine.scheduler.paging.allocator.used_pages
+
+
+@contextlib.contextmanager
+def only(llm: jfp8kv.LLM, pages: int) -> Iterator[PageAllocator]:
+    """Meanwhile no more than `pages` are free: somebody else holds the rest of the pool."""
+    allocator = llm._engine.scheduler.paging.allocator
+    held = allocator.allocate(allocator.free_pages - pages)
+    yield allocator
+    assert allocator.free_pages == pages
+    allocator.release(held)

@@ -8,6 +8,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv import ConfigError, SamplingParams, StepError
+from tests.engines import used_pages
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
@@ -19,10 +20,6 @@ SIZES = {"max_model_len": 128, "max_num_seqs": 4, "page_size": 8, "max_num_batch
 @pytest.fixture(scope="module")
 def llm() -> jfp8kv.LLM:
     return jfp8kv.LLM(jfp8kv.load(REFERENCES[0], dtype="float32"), kv_cache_dtype="fp8_e4m3", **SIZES)
-
-
-def used_pages(llm: jfp8kv.LLM) -> int:
-    return llm._engine.scheduler.paging.allocator.used_pages
 
 
 async def text(llm: jfp8kv.LLM, prompt: str, seed: int) -> str:

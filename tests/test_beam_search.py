@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jfp8kv
-from jfp8kv.cache.pages import fill
 from jfp8kv.core.errors import CapacityError, ConfigError
+from tests.engines import tiny
 from tests.models.test_decoder import REFERENCES
 from tests.test_session import pages
 
@@ -18,10 +18,7 @@ PROMPT = [7, 8, 9, 10, 11, 12]
 
 
 def engine(family: str = "llama_gqa", **more) -> jfp8kv.LLM:
-    params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
-    llm = jfp8kv.LLM(params, **SIZES | {"kv_cache_dtype": "fp8_e4m3"} | more)
-    llm._engine.pages = fill(llm._engine.pages, 0xFF)
-    return llm
+    return tiny(family, **SIZES | more)
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +163,7 @@ def test_a_search_that_finds_no_room_or_fails_gives_back_what_it_held(monkeypatc
         ({"early_stopping": 1}, "early_stopping"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [10_000]}, "stop_token_ids: id 10000 is outside"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_before_anything_runs(llm, wrong, says) -> None:

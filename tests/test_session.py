@@ -1,5 +1,6 @@
 """Sessions: texts that stay in the cache, extended, taken back and branched in any order, are what they are if run anew."""
 
+import contextlib
 import gc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,21 +8,19 @@ import numpy as np
 import pytest
 
 import jfp8kv
-from jfp8kv.cache.pages import fill
 from jfp8kv.core.errors import CapacityError, ConfigError
+from tests.engines import tiny, used_pages
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
 
 PAGE = 8
 SIZES = {"max_model_len": 96, "max_num_seqs": 2, "page_size": PAGE, "max_num_batched_tokens": 16}
+MEMORY = {"kv_cache_memory": "400kB"}
 
 
-def engine(family: str = "llama_gqa", memory="400kB", **cache) -> jfp8kv.LLM:
-    params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
-    llm = jfp8kv.LLM(params, kv_cache_memory=memory, **SIZES | {"kv_cache_dtype": "fp8_e4m3"} | cache)
-    llm._engine.pages = fill(llm._engine.pages, 0xFF)
-    return llm
+def engine(family: str = "llama_gqa", **options) -> jfp8kv.LLM:
+    return tiny(family, **SIZES | MEMORY | options)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +29,9 @@ def llm() -> jfp8kv.LLM:
 
 
 def pages(llm: jfp8kv.LLM) -> int:
+    """The pages that are held when those of sessions that are gone have been freed."""
     llm._engine.free_dropped()
-    return llm._engine.scheduler.paging.allocator.used_pages
+    return used_pages(llm)
 
 
 TREES = {
@@ -48,7 +48,7 @@ TREES = {
 
 @pytest.mark.parametrize("kind", TREES.values(), ids=TREES)
 def test_any_tree_of_texts_has_the_logits_of_each_text_run_anew(kind) -> None:
-    llm, oracle = engine(memory="2MB", **kind), engine(memory="2MB", **kind | {"prefix_caching": False})
+    llm, oracle = (engine(**{"kv_cache_memory": "2MB"} | kind | apart) for apart in ({}, {"prefix_caching": False}))
     rng = np.random.default_rng(0)
     vocab, most = llm.params.config.vocab, llm.max_model_len - 26
 
@@ -167,7 +167,7 @@ def test_several_sessions_go_on_in_one_dispatch(llm, ran) -> None:
 
 
 def test_a_fork_in_a_full_pool_goes_on_once_there_is_room_and_nothing_is_lost_before() -> None:
-    llm = engine(memory=7 * engine()._engine.kv.page_bytes)
+    llm = engine(kv_cache_memory=7 * engine()._engine.kv.page_bytes)
     with llm.session([7] * 24) as other, llm.session([9] * 17) as stem:
         branches = [stem.fork() for _ in range(3)]
         assert pages(llm) == 6
@@ -181,6 +181,16 @@ def test_a_fork_in_a_full_pool_goes_on_once_there_is_room_and_nothing_is_lost_be
         np.testing.assert_allclose(jfp8kv.extend_all(branches, [1, 1, 1]), np.tile(want[-1], (3, 1)), rtol=0, atol=2e-5)
         for branch in branches:
             branch.close()
+
+
+def test_what_a_text_took_to_go_on_is_given_back_when_others_find_no_room() -> None:
+    llm = engine(kv_cache_memory=6 * engine()._engine.kv.page_bytes)
+    with llm.session([7] * 24), llm.session([9] * 16) as stem, stem.fork() as branch:
+        assert pages(llm) == 5
+        with pytest.raises(CapacityError, match="while sessions hold the rest"):
+            jfp8kv.extend_all([stem, branch], [1, 2])
+        assert pages(llm) == 5 and stem.pages == branch.pages
+        assert stem.extend([1]).shape[0] == 1 and pages(llm) == 6
 
 
 def test_threads_that_take_the_same_sessions_on_in_any_order_wait_for_each_other_and_never_in_a_circle(llm) -> None:
@@ -239,8 +249,9 @@ def test_what_cannot_be_added_leaves_the_text_as_it_was(llm) -> None:
         ):
             with pytest.raises(ConfigError, match=says):
                 session.extend(wrong)
-        with pytest.raises(ConfigError, match="fork it for several"):
-            session.generate(n=2)
+        for fields, says in (({"n": 2}, "fork it for several"), ({"prompt_logprobs": 1}, "try llm.score")):
+            with pytest.raises(ConfigError, match=says):
+                session.generate(**fields)
         assert session.token_ids == [5, 6, 7]
 
 
@@ -252,7 +263,7 @@ def test_a_prompt_that_others_ask_for_is_shared_with_a_session(llm) -> None:
 
 
 def test_sessions_that_hold_all_memory_are_named_in_the_refusal_and_the_next_call_is_served() -> None:
-    llm = engine(memory=6 * engine()._engine.kv.page_bytes)
+    llm = engine(kv_cache_memory=6 * engine()._engine.kv.page_bytes)
     with llm.session([7] * 24), llm.session([9] * 17) as session:
         with pytest.raises(CapacityError, match="while sessions hold the rest: close some"):
             llm.generate([[8] * 20], max_tokens=4)
@@ -262,12 +273,28 @@ def test_sessions_that_hold_all_memory_are_named_in_the_refusal_and_the_next_cal
     assert len(llm.generate([[8] * 20], max_tokens=4, ignore_eos=True)[0].token_ids) == 4
 
 
+def test_a_text_that_just_ended_is_not_refused_for_want_of_room() -> None:
+    """Its stop string is found after the plan that finds no room for it."""
+    params = jfp8kv.load(REFERENCES[0], dtype="float32")
+    llm = jfp8kv.LLM(params, **SIZES | MEMORY)
+    sampling = {"max_tokens": 40, "temperature": 1.0, "seed": 1, "ignore_eos": True}
+    with contextlib.closing(llm.stream("abc", **sampling)) as stream:
+        first, second = next(stream), next(stream)
+    stop = second[2:5]
+    tight = jfp8kv.LLM(params, **SIZES, kv_cache_memory=8 * llm._engine.kv.page_bytes)
+    with tight.session([7] * 41):
+        with pytest.raises(CapacityError, match="while sessions hold the rest"):
+            tight.generate("abc", **sampling)
+        assert tight.generate("abc", stop=stop, **sampling)[0].text == (first + second)[: (first + second).index(stop)]
+    assert tight.stats.preemptions == 2
+
+
 @pytest.mark.parametrize("taken_by", ["session", "score"])
 def test_others_take_room_from_requests_that_run_and_those_lose_nothing(taken_by) -> None:
     params = jfp8kv.load(REFERENCES[0], dtype="float32")
     sampling = {"max_tokens": 30, "temperature": 1.0, "seed": 1, "ignore_eos": True}
-    alone = jfp8kv.LLM(params, kv_cache_memory="400kB", **SIZES).generate("abc", **sampling)[0].text
-    llm = jfp8kv.LLM(params, kv_cache_memory="400kB", **SIZES)
+    llm = jfp8kv.LLM(params, **SIZES | MEMORY)
+    alone = llm.generate("abc", **sampling)[0].text
     tight = jfp8kv.LLM(params, kv_cache_memory=8 * llm._engine.kv.page_bytes, **SIZES)
     stream = tight.stream("abc", **sampling)
     text = next(stream)

@@ -28,6 +28,7 @@ from jfp8kv.core.errors import ConfigError
 from jfp8kv.engine.buckets import default_chunk, longest_span, turn_tokens
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.kv import context_length, setup
+from jfp8kv.engine.texts import chunks
 from jfp8kv.models.params import Params
 
 PAGE_SIZE = 64
@@ -81,7 +82,7 @@ class Side:
 
     def chunks(self, ids: list[int]) -> Iterator[tuple[range, tuple[Any, Seen]]]:
         """Run a text: positions, their logits `[requests, tokens, vocab]`, what was seen."""
-        return self.engine.chunks(ids, watched, magnitudes=self.base)
+        return chunks(self.engine, ids, watched, magnitudes=self.base)
 
 
 def _calibration_prompts(cut: Any, asked: Sequence[Choice], calibration: Any) -> list[list[list[int]]]:

@@ -2,52 +2,35 @@
 
 import contextlib
 import dataclasses
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
 from jfp8kv.attention import dispatch
 from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.cache.pages import KVPages
-from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError, StepError
+from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError
 from jfp8kv.core.platform import activation_dtype
 from jfp8kv.engine import copies, faults, products, results, step
 from jfp8kv.engine.batch import Batch, Batcher, Made, StepOutput, read
-from jfp8kv.engine.buckets import Buckets, counts
+from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.guides import Guides
 from jfp8kv.engine.kv import context_length, positive, setup
 from jfp8kv.engine.lookup import draft_tokens
 from jfp8kv.engine.metrics import Stats, Stopwatch
-from jfp8kv.engine.paging import Paging
+from jfp8kv.engine.paging import Holding, Paging
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import CANCELLED, DEADLINE, Request, Status
 from jfp8kv.engine.scheduler import Decode, Prefill, Scheduler, Turn
 from jfp8kv.engine.speculate import decode_ahead
-from jfp8kv.engine.variants import FULL, PLAIN, Variant
+from jfp8kv.engine.variants import PLAIN, Variant
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import switch_length
 from jfp8kv.sampling.params import SamplingParams
-
-
-@dataclasses.dataclass(eq=False)
-class Holding:
-    """The text of a session, and whose pages it holds."""
-
-    paging: Paging
-    request: Request
-
-    def fork(self) -> "Holding":
-        """The same text, its pages held once more."""
-        text = self.request
-        twin = Request(list(text.prompt_ids), text.params, text.key, text.max_tokens, context=text.context, cached=text.cached)
-        twin.held, twin.keys = self.paging.share(text), list(text.keys)
-        return Holding(self.paging, twin)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,31 +161,31 @@ class Engine:
         for request in requests:
             if request.finish_reason is None:
                 results.finish(request, CANCELLED, self.scheduler)
-        self._count_used()
+        self.count_used()
 
     def end_late(self, now: float) -> None:
         """End requests whose deadline has passed, with what they have."""
         for request in [r for r in (*self.scheduler.waiting, *self.scheduler.running) if r.deadline <= now]:
             results.finish(request, DEADLINE, self.scheduler)
-        self._count_used()
-
-    def refuse(self, error: CapacityError) -> None:
-        """Drop the request whose turn it is: there will be no room for it."""
-        request = self.scheduler.waiting[0]
-        request.error = error
-        self.cancel([request])
+        self.count_used()
 
     def step(self) -> None:
         """A turn for whatever is queued, whoever queued it.
 
         Waits for the last turn's tokens, books of them what the next plan needs, and dispatches that; while it runs, texts are
-        made of the tokens, and their users told.
+        made of the tokens, and their users told. The first in the queue is told, and dropped, if there will be no room for it.
         """
         self.free_dropped()
         with self._watch:
             self._collect()
             try:
                 self._dispatch(self.scheduler.plan())
+            except CapacityError as error:
+                first = self.scheduler.waiting[0]
+                self._tell()  # which may show that it has ended
+                if first.finish_reason is None:
+                    first.error = error
+                    self.cancel([first])
             finally:
                 self._tell()
 
@@ -227,14 +210,15 @@ class Engine:
             jax.block_until_ready(self.pages)
         except Exception:
             self.pages = None
-        self._count_used()
+        self.count_used()
 
     def ready(self) -> None:
         """Have a pool. Raises `DeviceMemoryError`."""
         if self.pages is None:
             self.pages = faults.new_pool(self.kv, self.num_pages)
 
-    def _count_used(self) -> None:
+    def count_used(self) -> None:
+        """Say in `stats` what is held now."""
         self.stats.kv_tokens_used = sum(r.cached for r in self.scheduler.running)
         self.stats.kv_bytes_used = self.scheduler.paging.allocator.used_pages * self.kv.page_bytes
 
@@ -249,7 +233,7 @@ class Engine:
         self._turn += 1
         if turn.decode is not None:
             held = any(request.params.constraint for request in turn.decode.requests)
-            output = (self._guided if held else self._decode)(turn.decode)
+            output = (self.decode_guided if held else self.decode)(turn.decode)
             self._flying.append(Flight(self._turn, turn.decode, output))
             self.stats.decode_steps += turn.decode.steps
         if turn.prefill is not None:
@@ -259,17 +243,18 @@ class Engine:
             for request, chunk in zip(turn.prefill.requests, turn.prefill.chunks, strict=True):
                 request.cached += chunk
                 self.scheduler.paging.keep(request)
-        self._count_used()
+        self.count_used()
 
-    def _decode(self, plan: Decode, least: Variant = PLAIN) -> StepOutput:
+    def decode(self, plan: Decode, least: Variant = PLAIN) -> StepOutput:
+        """Start a decode, by the program `least` at least."""
         batch, variant = self.batcher.decode(plan, least)
         static = {"most_steps": self.buckets.decode_steps, "top": min(variant.top, self.params.config.vocab)}
         if drafts := self.buckets.drafts:
             return self._launch(decode_ahead, batch, variant=variant.name, drafts=drafts, **static)
         return self._launch(step.decode, batch, variant=variant.name, **static)
 
-    def _guided(self, plan: Decode, least: Variant = PLAIN) -> StepOutput:
-        """A token for each request. While the device runs the model, the host finds out which tokens grammars allow."""
+    def decode_guided(self, plan: Decode, least: Variant = PLAIN) -> StepOutput:
+        """The same for one token each. While the device runs the model, the host finds out what grammars allow."""
         logits = self._launch(step.score, self.batcher.last(plan))
         batch, variant = self.batcher.decode(plan, least)
         began = time.perf_counter()
@@ -296,8 +281,8 @@ class Engine:
             _, self.pages = self.programs.call(copies.copy, some, self.pages)
         paging.copies.clear()
 
-    def _run(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
-        """`_launch`, and wait until it is done."""
+    def run(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
+        """Run a step on the pool, in place, and wait until it is done."""
         output = self._launch(function, batch, **static)
         return jax.block_until_ready((output, self.pages))[0]
 
@@ -332,110 +317,11 @@ class Engine:
             if self._made[0].request.finish_reason is None:
                 results.tell(self._made[0], self.scheduler, self.stats)
             self._made.popleft()
-        self._count_used()
-
-    # -- logits ---------------------------------------------------------------------------------------------------------
-
-    def logits(self, token_ids: list[int]) -> Iterator[np.ndarray]:
-        """float32 `[chunk, vocab]` after each token, chunk by chunk, through the cache as in generation."""
-        for chunk, logits in self.chunks(token_ids, step.score):
-            yield np.asarray(logits)[0, : len(chunk)]  # cut on the host: the device would compile for each length
-
-    def chunks(self, token_ids: list[int], function: Callable, **static: Any) -> Iterator[tuple[range, Any]]:
-        """Run a text through `function` (a step such as `step.score`) chunk by chunk: the positions, and what it gave.
-
-        That is on the device, and padded: `[requests, tokens, ...]`, of which the first row's first tokens are meant.
-        """
-        self.settle()
-        request = Request(token_ids, SamplingParams(max_tokens=1), np.zeros(2, np.uint32), max_tokens=1)
-        paging = self.scheduler.paging  # a failed step replaces the engine's
-        try:
-            for _, (positions,), out in self._chunks([request], function, self.buckets.chunk, **static):
-                yield positions, out
-        finally:
-            paging.release(request)
-
-    def _chunks(
-        self, requests: list[Request], function: Callable, width: Callable[[int], int], **static: Any
-    ) -> Iterator[tuple[list[Request], list[range], Any]]:
-        """Run what is not cached of these texts, several at a time: whose, which positions of each, and what came of it.
-
-        `width`: of the chunks in a dispatch, for the most tokens that one of the texts has left.
-        """
-        scheduler = self.scheduler
-        while left := [r for r in requests if r.uncached]:
-            if self.scheduler is not scheduler:
-                raise StepError("a step of another request failed and took what was cached of this text with it: ask again.")
-            wide = width(max(r.uncached for r in left))
-            chosen = left[: self.buckets.prefill_requests(wide)]
-            chunks = [min(r.uncached, wide) for r in chosen]
-            self.settle()  # whoever makes room has nothing on the device then
-            for request, chunk in zip(chosen, chunks, strict=True):
-                self.scheduler.make_room(request, request.cached + chunk)
-            batch = self.batcher.prefill(Prefill(chosen, chunks, wide))
-            positions = [range(r.cached, r.cached + chunk) for r, chunk in zip(chosen, chunks, strict=True)]
-            yield chosen, positions, self._run(function, batch, **static)  # not kept here: it may be large
-            for request, chunk in zip(chosen, chunks, strict=True):
-                request.cached += chunk
-
-    # -- sessions -------------------------------------------------------------------------------------------------------
-
-    def catch_up(
-        self, holdings: list[Holding], function: Callable, *, wanted: int = sys.maxsize
-    ) -> Iterator[tuple[list[Request], list[range], Any]]:
-        """Run through `function` what of sessions' texts is not in the cache, as `_chunks` does, and keep it there.
-
-        The tokens from position `wanted` on, and the last of each text, are run even where others have them in the cache.
-        """
-        self.free_dropped()
-        self.settle()
-        for holding in holdings:
-            self._take_up(holding, wanted)
-        yield from self._chunks([h.request for h in holdings], function, self.buckets.extension)
-        for holding in holdings:
-            holding.paging.keep(holding.request)
-        self._count_used()
-
-    def _take_up(self, holding: Holding, wanted: int) -> None:
-        """What a session's text has in the cache can be used or is given back; what others have of it is taken over."""
-        request, paging = holding.request, self.scheduler.paging
-        if holding.paging is not paging:  # a failed step took all pages
-            request.held, holding.paging = [], paging
-            request.begin_again()
-        limit = self.batcher.switch_length
-        if limit is not None and (request.context <= limit) != (request.num_tokens <= limit):
-            paging.release(request)
-            request.begin_again(request.num_tokens)
-        if request.uncached > 1 and (found := paging.find(request, wanted)) > request.cached:
-            paging.take_over(request, found)
+        self.count_used()
 
     def free_dropped(self) -> None:
         """Free the pages of sessions that are gone. When they go they are only noted: it may be in the middle of anything."""
         while self.dropped:
             holding = self.dropped.popleft()
             holding.paging.release(holding.request)
-            self._count_used()
-
-    def warmup(self, *, structured: bool = False) -> None:
-        """Compile every program that requests and single sessions can need, but for requests with lists of ids longer than
-        `variants.FULL` has, and unless `structured` those with grammars."""
-        self.settle()
-        for width in self.buckets.chunks:
-            for rows in counts(self.buckets.prefill_requests(width)):
-                requests = self._nobody(rows)
-                self._run(step.prefill, self.batcher.prefill(Prefill(requests, [1] * rows, width)))
-        for width in (self.buckets.extension(1), *self.buckets.chunks):
-            batch = self.batcher.prefill(Prefill(self._nobody(1), [1], width))
-            for function in (step.prefill, step.score):
-                self.programs.program(function, batch, self.pages)
-        self._run(copies.copy, copies.Copies.of([]))
-        for rows in counts(self.buckets.max_requests):
-            for variant in (PLAIN, FULL):
-                for decode in (self._decode, self._guided) if structured else (self._decode,):
-                    jax.block_until_ready(decode(Decode(self._nobody(rows), 1), variant))
-        self.stats.compilations = len(self.programs.built)
-
-    def _nobody(self, count: int) -> list[Request]:
-        """Requests that own no page: running them writes nothing."""
-        params = SamplingParams(max_tokens=1)
-        return [Request([0], params, np.zeros(2, np.uint32), max_tokens=1) for _ in range(count)]
+            self.count_used()

@@ -33,8 +33,9 @@ def feed(service: Service, group_of: Callable[[Any], Group], asked: Iterable[Any
                     service.submit(flying[number].requests)
             failed = _advanced(service, flying) if flying else None
             for number, group in list(flying.items()):
-                error = failed or _error(group)
-                if error or _ended(group):
+                ended = _ended(group)
+                error = _error(group) or (None if ended else failed)  # what had ended before a step failed is whole
+                if error or ended:
                     del flying[number]
                     service.drop(group.requests)
                     yield number, error or group.output()

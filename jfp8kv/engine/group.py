@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 from jfp8kv.engine.detokenize import Detokenizer
 from jfp8kv.engine.prompts import Encoded
@@ -58,10 +59,16 @@ class Group:
         )
 
     def _chosen(self) -> list[Request]:
-        """The `n` to return: with `best_of` the likeliest, best first, and of equals the earlier."""
+        """The `n` to return: with `best_of` whole texts first, then the likeliest, best first, and of equals the earlier."""
         if self.params.best_of is None:
             return self.requests
-        return sorted(self.requests, key=_mean_logprob, reverse=True)[: self.params.n]
+        return sorted(self.requests, key=lambda r: (_whole(r), _mean_logprob(r)), reverse=True)[: self.params.n]
+
+
+def _whole(request: Request) -> bool:
+    """Whether a text ends where it should: not in a dead end or at a deadline, nor by its length when it was to look like
+    something."""
+    return request.finish_reason == "stop" or (request.finish_reason == "length" and request.params.constraint is None)
 
 
 def _mean_logprob(request: Request) -> float:
@@ -70,18 +77,19 @@ def _mean_logprob(request: Request) -> float:
 
 
 class Growing:
-    """The text of a request while it is made, piece by piece."""
+    """The text of a request while it is made, piece by piece. `ended`: there is no more to come."""
 
     def __init__(self, request: Request):
-        self.request, self._sent = request, 0
+        self.request, self.ended, self._sent = request, False, 0
 
     def news(self) -> bool:
         """Whether there is a piece, or nothing more to come."""
         return self.request.finish_reason is not None or len(self.request.text) > self._sent
 
-    def piece(self) -> tuple[str, bool]:
-        """The text since the last piece, and whether that was all. Another thread may be making more just now."""
-        ended = self.request.finish_reason is not None  # asked first: nothing is added to a text once this is set
+    def pieces(self) -> Iterator[str]:
+        """The text since the last piece, if there is any. Another thread may be making more just now."""
+        self.ended = self.request.finish_reason is not None  # asked first: nothing is added to a text once this is set
         text = self.request.text
         piece, self._sent = text[self._sent :], len(text)
-        return piece, ended
+        if piece:
+            yield piece

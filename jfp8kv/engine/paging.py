@@ -36,6 +36,15 @@ class Held:
         return self.first + len(self.pages)
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The first `tokens` of a text, in pages that can be found by these `keys`, and the key of its next page, if it has one."""
+
+    tokens: int = 0
+    keys: tuple[bytes, ...] = ()
+    following: bytes | None = None
+
+
 class Paging:
     """The pool's pages as requests hold them.
 
@@ -104,9 +113,9 @@ class Paging:
         return shared
 
     def keep_first(self, request: Request, tokens: int) -> None:
-        """Let go of all but a text's first `tokens` tokens; of all of it, if pages that they see were let go before."""
-        if request.cached <= tokens:
-            return
+        """Let go of all but a text's first `tokens` tokens, and of pages it took to go on; of all of it, if pages that they see
+        were let go before."""
+        tokens = min(tokens, request.cached)
         if not tokens or any(self.needs.first(group, tokens) < held.first for group, held in enumerate(request.held)):
             self.release(request)
             request.begin_again()
@@ -126,11 +135,11 @@ class Paging:
 
     # -- texts that begin alike -----------------------------------------------------------------------------------------
 
-    def find(self, request: Request, most: int = sys.maxsize) -> int:
-        """How many of a request's first tokens are in pages that can be found, at most so many and never its last: whole pages,
-        or all."""
+    def find(self, request: Request, most: int = sys.maxsize) -> Found:
+        """What of a request's first tokens is in pages that can be found: at most so many and never its last, whole pages or
+        all."""
         if not self.reuse:
-            return 0
+            return Found()
         keys = self.keys(request)
         there = 0  # whole texts' groups need every page from the start on
         while there < len(keys) and all(
@@ -140,7 +149,9 @@ class Paging:
         ):
             there += 1
         ends = [min(pages * self.needs.page_size, request.num_tokens - 1) for pages in range(there, 0, -1)]
-        return next((end for end in ends if end <= most and self._has(keys, end)), 0)
+        tokens = next((end for end in ends if end <= most and self._has(keys, end)), 0)
+        pages = self.needs.holding(tokens)
+        return Found(tokens, tuple(keys[:pages]), keys[pages] if pages < len(keys) else None)
 
     def _has(self, keys: list[bytes], tokens: int) -> bool:
         """Whether a text that goes on after so many tokens finds all that its queries see."""
@@ -150,17 +161,16 @@ class Paging:
             for page in range(self.needs.first(group, tokens), self.needs.holding(tokens))
         )
 
-    def take_over(self, request: Request, tokens: int) -> None:
-        """Hold the pages that `find` found, and nothing else: `tokens` tokens are in the cache."""
+    def take_over(self, request: Request, found: Found) -> None:
+        """Hold the pages that were found, and nothing else: their tokens are in the cache."""
         self.release(request)
         request.begin_again()
-        keys = self.keys(request)[: self.needs.holding(tokens)]
         for group in self._groups:
-            first = self.needs.first(group, tokens)
-            found = [page for key in keys[first:] if (page := self.allocator.find((key, group))) is not None]
-            self.allocator.share(found)
-            request.held.append(Held(first, found, kept=tokens // self.needs.page_size))
-        request.cached = tokens
+            first = self.needs.first(group, found.tokens)
+            pages = [page for key in found.keys[first:] if (page := self.allocator.find((key, group))) is not None]
+            self.allocator.share(pages)
+            request.held.append(Held(first, pages, kept=found.tokens // self.needs.page_size))
+        request.cached = found.tokens
 
     def keep(self, request: Request) -> None:
         """What `request` has in full pages may be found by others, and in the last one too before it has made any token."""
@@ -202,3 +212,18 @@ class Paging:
         before = known[-1] if known else str(request.context if self.by_context else "").encode()
         ids = np.asarray(request.tokens(start, stop), np.int32)
         return hashlib.blake2b(before + ids.tobytes(), digest_size=16).digest()
+
+
+@dataclasses.dataclass(eq=False)
+class Holding:
+    """A text that is no request's, and whose pages it holds."""
+
+    paging: Paging
+    request: Request
+
+    def fork(self) -> "Holding":
+        """The same text, its pages held once more."""
+        text = self.request
+        twin = Request(list(text.prompt_ids), text.params, text.key, text.max_tokens, context=text.context, cached=text.cached)
+        twin.held, twin.keys = self.paging.share(text), list(text.keys)
+        return Holding(self.paging, twin)

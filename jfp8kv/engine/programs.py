@@ -86,11 +86,10 @@ class Programs:
 
     def _found(self, key: Key, build: Callable[[], Program]) -> Program:
         if key not in self._own:
-            if key not in _recent:
-                self.built.append(build())
-                _recent[key] = self.built[-1]
-            _recent.move_to_end(key)
-            self._own[key] = _recent[key]
+            program = _recent.pop(key, None)  # and put back as the latest; engines of other threads do the same
+            if program is None:
+                self.built.append(program := build())
+            self._own[key] = _recent[key] = program
             while len(_recent) > KEPT:
                 _recent.popitem(last=False)
         return self._own[key]

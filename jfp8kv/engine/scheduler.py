@@ -109,8 +109,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_requests:
             request = self.waiting[0]
             found = self.paging.find(request)
-            next_pages = self.paging.keys(request)[self.paging.needs.holding(found) :]
-            if next_pages and next_pages[0] in self.paging.coming(r for r in self.running if r.prefilling):
+            if found.following in self.paging.coming(r for r in self.running if r.prefilling):
                 return
             self.paging.take_over(request, found)
             promised = sum(self.paging.missing(r, self._soon(r)) for r in (*self.running, request))
@@ -118,7 +117,7 @@ class Scheduler:
                 self.paging.release(request)
                 request.cached = 0
                 return  # its turn comes when others finish; nobody overtakes it
-            self.stats.prefix_hit_tokens += found
+            self.stats.prefix_hit_tokens += found.tokens
             request.status = Status.RUNNING
             self.running.append(self.waiting.popleft())
 

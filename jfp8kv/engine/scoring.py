@@ -13,15 +13,14 @@ from jaxtyping import Array, Float32, Int32
 
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.engine import step
-from jfp8kv.engine.engine import Engine, Holding
+from jfp8kv.engine.engine import Engine
+from jfp8kv.engine.paging import Holding
 from jfp8kv.engine.prompts import encode
-from jfp8kv.engine.request import Request
 from jfp8kv.engine.service import Service
+from jfp8kv.engine.texts import RUN, catch_up, unsampled
 from jfp8kv.models.tokenizer import Tokenizer
-from jfp8kv.sampling.params import SamplingParams
 
 WINDOW = 64  # texts that are looked at together, to find some of like length
-NO_TOKENS = SamplingParams(max_tokens=1)  # of a text that is run, not sampled from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,7 @@ def score_each(
 def _checked(engine: Engine, text: Text) -> Text:
     if len(text.ids) <= text.first:
         raise ConfigError("there is no token to score: the first has none before it.")
-    engine.check(text.ids, NO_TOKENS, what="the text", more=0)
+    engine.check(text.ids, RUN, what="the text", more=0)
     return text
 
 
@@ -113,13 +112,12 @@ def _results(service: Service, group: dict[int, Text]) -> Iterator[tuple[int, Sc
 def _logprobs(service: Service, texts: list[Text]) -> list[np.ndarray]:
     """float32 `[tokens]` for each text, from its `first` on. What the cache has of what is before is not run."""
     engine = service.engine
-    paging, key = engine.scheduler.paging, np.zeros(2, np.uint32)
-    holdings = [Holding(paging, Request(text.ids, NO_TOKENS, key, max_tokens=1)) for text in texts]
+    holdings = [Holding(engine.scheduler.paging, unsampled(text.ids)) for text in texts]
     found = {
         id(holding.request): np.empty(len(text.ids) + 1, np.float32) for holding, text in zip(holdings, texts, strict=True)
     }
     try:
-        steps = engine.catch_up(holdings, step.score, wanted=min(text.first for text in texts) - 1)
+        steps = catch_up(engine, holdings, step.score, wanted=min(text.first for text in texts) - 1)
         for requests, positions, logits in service.each(steps):
             following = np.zeros(logits.shape[:2], np.int32)
             for row, request, at in zip(following, requests, positions, strict=False):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from jfp8kv.core.errors import CapacityError, ConfigError, StepError
+from jfp8kv.core.errors import ConfigError, StepError
 from jfp8kv.engine import faults
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.request import Request
@@ -91,10 +91,7 @@ class Service:
         """Wait until a step was made by this thread in its turn, or until `until` holds between two steps of others."""
         with self._turn(until) as mine:
             if mine and not until():
-                try:
-                    self.engine.step()
-                except CapacityError as error:  # the first in the queue can never run: it is told, whoever made the step
-                    self.engine.refuse(error)
+                self.engine.step()
 
     async def advance_async(self, until: Callable[[], bool]) -> None:
         """`advance` in a thread, which the event loop does not wait for."""
@@ -181,7 +178,7 @@ class Service:
         except BaseException as error:
             told = faults.of_step(error, cache_bytes=self.engine.stats.kv_bytes_capacity)
             with self._lock:
-                coming = {id(request) for request, comes in self._noted if comes}
+                coming = {id(request) for request, comes in list(self._noted) if comes}  # a `drop` may add to them any moment
                 lost = [r for r in self._live if r.finish_reason is None and id(r) not in coming]
             self.engine.abandon(lost, told)
             if told is error or not isinstance(error, Exception):

@@ -20,6 +20,7 @@ from jfp8kv.engine.buckets import default_chunk, longest_span, turn_tokens
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.kv import KVSetup, context_length
 from jfp8kv.engine.programs import Programs
+from jfp8kv.engine.texts import chunks
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
 from jfp8kv.planning.candidates import Candidates, as_plan, dtypes
@@ -156,7 +157,7 @@ class Trial:
     def _logits(self, ids: list[int], ways: list[int | None]) -> Iterator[tuple[int, Any]]:
         """How many tokens a chunk has, and the logits after each `[requests, tokens, vocab]`, on the device."""
         self.engine.programs.scales = self._ways(ways)
-        for chunk, logits in self.engine.chunks(ids, simulated, known=self.known):
+        for chunk, logits in chunks(self.engine, ids, simulated, known=self.known):
             yield len(chunk), logits
 
     def _ways(self, ways: list[int | None]) -> Ways:

@@ -36,7 +36,8 @@ class SamplingParams:
     share as likely as the likeliest. `seed` fixes the text whatever runs beside it; `n` samples differ from each
     other and sample 0 is the text of `n=1`.
 
-    `best_of` makes that many samples and returns the `n` of highest mean log-probability per token, best first.
+    `best_of` makes that many samples and returns the `n` of highest mean log-probability per token, best first. Those that end
+    in a dead end or at a deadline, or at `max_tokens` before their structure is complete, come after all others.
 
     Penalties: `repetition_penalty` divides positive and multiplies negative logits of tokens of the prompt and the
     output (CTRL, arXiv:1909.05858, section 4.1). `presence_penalty` is subtracted from the logit of a token the

@@ -26,7 +26,7 @@ class Texts:
         """All or nothing, as a session does it."""
         before = text.num_tokens
         text.prompt_ids += ids
-        if (found := self.paging.find(text)) > text.cached:
+        if (found := self.paging.find(text)).tokens > text.cached:
             self.paging.take_over(text, found)
         try:
             while text.uncached:
@@ -124,11 +124,11 @@ def test_what_was_written_over_is_not_found_any_more() -> None:
     tree = Texts(60, windows=False, reuse=True)
     text = request([], 1)
     tree.extend(text, [1] * 12)
-    assert tree.paging.find(request([1] * 13, 1)) == 12
+    assert tree.paging.find(request([1] * 13, 1)).tokens == 12
     tree.rollback(text, 2)
     tree.extend(text, [2] * 2)
-    assert tree.paging.find(request([1] * 13, 1)) == 8
-    assert tree.paging.find(request([1] * 10 + [2] * 2 + [1], 1)) == 12
+    assert tree.paging.find(request([1] * 13, 1)).tokens == 8
+    assert tree.paging.find(request([1] * 10 + [2] * 2 + [1], 1)).tokens == 12
 
 
 def test_a_window_that_moved_past_the_tokens_a_text_goes_back_to_runs_it_anew() -> None:

@@ -11,6 +11,7 @@ import pytest
 import jfp8kv
 from jfp8kv import DeviceMemoryError, Jfp8kvError, StepError
 from jfp8kv.engine import kv
+from tests.engines import used_pages
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
@@ -46,10 +47,6 @@ def no_room(monkeypatch) -> None:
         return pool
 
     monkeypatch.setattr(kv, "new_pages", new_pages)
-
-
-def used_pages(llm: jfp8kv.LLM) -> int:
-    return llm._engine.scheduler.paging.allocator.used_pages
 
 
 def fail(monkeypatch, llm: jfp8kv.LLM, error: BaseException, *, at: int = 3, donated: bool = True) -> list[int]:

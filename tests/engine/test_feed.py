@@ -27,10 +27,12 @@ def asked(**fields):
 
 
 def test_results_are_those_of_generate_whatever_runs_beside_them(llm) -> None:
-    found = dict(llm.generate_each(asked(n=2)))
+    fields = {"n": 2, "prompt_logprobs": 1}
+    found = dict(llm.generate_each(asked(**fields)))
     assert sorted(found) == list(range(len(PROMPTS)))
-    for number, (prompt, fields) in enumerate(asked(n=2)):
-        (want,) = llm.generate([prompt], SamplingParams(**fields))
+    for number, (prompt, wished) in enumerate(asked(**fields)):
+        (want,) = llm.generate([prompt], SamplingParams(**wished))
+        assert found[number].prompt_logprobs == want.prompt_logprobs is not None
         assert [made.token_ids for made in found[number].outputs] == [made.token_ids for made in want.outputs]
 
 
@@ -73,6 +75,20 @@ def test_a_step_that_fails_gives_its_error_to_all_that_were_in_it_and_the_next_a
     lost = [number for number, result in found.items() if isinstance(result, Exception)]
     assert sorted(found) == list(range(len(PROMPTS))) and 0 < len(lost) <= 4
     assert all("the device is on fire" in str(found[number]) for number in lost)
+
+
+def test_what_had_ended_when_a_step_failed_is_whole(llm, monkeypatch) -> None:
+    """The last tokens of the one are there when the next step of the other cannot be dispatched."""
+    dispatch = llm._engine._dispatch
+
+    def failing(turn):
+        if turn and turn.decode and len(turn.decode.requests) == 1:
+            raise RuntimeError("the device is on fire")
+        dispatch(turn)
+
+    monkeypatch.setattr(llm._engine, "_dispatch", failing)
+    found = dict(llm.generate_each([("hello", {"max_tokens": tokens, "ignore_eos": True}) for tokens in (2, 40)]))
+    assert len(found[0].token_ids) == 2 and "the device is on fire" in str(found[1])
 
 
 def test_an_iterator_that_fails_ends_it_and_leaves_nothing_behind(llm) -> None:

@@ -1,16 +1,13 @@
 """What must hold whatever runs beside a request, on a tiny real model: DESIGN's invariants, in float32 and both FP8 formats."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 import jfp8kv
-from jfp8kv.cache.allocator import PageAllocator
-from jfp8kv.cache.pages import fill
 from jfp8kv.core.errors import CapacityError
+from tests.engines import only, poisoned, used_pages
 from tests.models.test_decoder import REFERENCES
 
 FOLDER = REFERENCES[0].parent / "llama_gqa"
@@ -27,21 +24,6 @@ def params() -> jfp8kv.Params:
 def llm(request, params) -> jfp8kv.LLM:
     """An engine whose pool holds NaN codes wherever nothing was written."""
     return poisoned(jfp8kv.LLM(params, kv_cache_dtype=request.param, max_num_batched_tokens=64, **SIZES))
-
-
-def poisoned(llm: jfp8kv.LLM) -> jfp8kv.LLM:
-    llm._engine.pages = fill(llm._engine.pages, llm._engine.kv.kinds[0].fmt.nan_code)
-    return llm
-
-
-@contextlib.contextmanager
-def only(llm: jfp8kv.LLM, pages: int) -> Iterator[PageAllocator]:
-    """Meanwhile no more than `pages` are free: somebody else holds the rest of the pool."""
-    allocator = llm._engine.scheduler.paging.allocator
-    held = allocator.allocate(allocator.free_pages - pages)
-    yield allocator
-    assert allocator.free_pages == pages
-    allocator.release(held)
 
 
 def prompts(count: int, seed: int = 0, longest: int = 90) -> list[list[int]]:
@@ -164,9 +146,9 @@ def test_a_stream_that_is_dropped_gives_its_pages_back(params) -> None:
     llm = jfp8kv.LLM(params, max_num_batched_tokens=64, **SIZES)
     stream = llm.stream("abc", max_tokens=60, ignore_eos=True, temperature=1.0, seed=1)
     next(stream)
-    assert llm._engine.scheduler.paging.allocator.used_pages > 0
+    assert used_pages(llm) > 0
     stream.close()
-    assert llm._engine.scheduler.paging.allocator.used_pages == 0
+    assert used_pages(llm) == 0
 
 
 def test_a_failed_step_frees_everything_and_the_next_call_is_served(params, monkeypatch) -> None:
@@ -184,7 +166,7 @@ def test_a_failed_step_frees_everything_and_the_next_call_is_served(params, monk
     monkeypatch.setattr(programs, "call", failing)
     with pytest.raises(RuntimeError, match="the device is gone"):
         llm.generate(prompts(3), **GREEDY)
-    assert llm._engine.scheduler.paging.allocator.used_pages == 0
+    assert used_pages(llm) == 0
     assert tokens(llm.generate(prompts(3), **GREEDY)) == want
 
 
@@ -202,7 +184,7 @@ def test_failed_logits_leave_an_engine_that_works(params, monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="the device is gone"):
         llm.logits([5, 6, 7])
     monkeypatch.setattr(program, "call", real)
-    assert np.array_equal(llm.logits([5, 6, 7]), want) and llm._engine.scheduler.paging.allocator.used_pages == 0
+    assert np.array_equal(llm.logits([5, 6, 7]), want) and used_pages(llm) == 0
 
 
 def test_what_only_sampling_needs_does_not_recompile_prefill(params) -> None:

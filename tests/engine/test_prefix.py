@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 import jfp8kv
-from jfp8kv.cache.pages import fill
-from tests.engine.test_invariants import only
+from tests.engines import only, poisoned
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
@@ -20,9 +19,8 @@ def test_sharing_and_preemption_change_no_text(family) -> None:
     params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
 
     def engine(*, sharing: bool) -> jfp8kv.LLM:
-        llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", kv_cache_memory="2MB", prefix_caching=sharing, **SIZES)
-        llm._engine.pages = fill(llm._engine.pages, 0xFF)
-        return llm
+        cache = {"kv_cache_dtype": "fp8_e4m3", "kv_cache_memory": "2MB", "prefix_caching": sharing}
+        return poisoned(jfp8kv.LLM(params, **cache, **SIZES))
 
     rng = np.random.default_rng(0)
     beginning = rng.integers(5, params.config.vocab, 40).tolist()

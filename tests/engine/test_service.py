@@ -47,10 +47,6 @@ class FakeEngine(Engine):
             if r.deadline <= now:
                 self._end(r, "deadline")
 
-    def refuse(self, error):
-        self.queue[0].error = error
-        self._end(self.queue[0], CANCELLED)
-
     def free_dropped(self):
         pass
 
@@ -229,8 +225,8 @@ def test_what_is_refused_before_it_runs_drops_nothing() -> None:
 def test_a_request_that_can_never_fit_is_told_so_whoever_makes_the_step() -> None:
     def during() -> None:
         if big in engine.queue:
-            assert engine.queue[0] is big
-            raise CapacityError("sessions hold the rest")
+            big.error = CapacityError("sessions hold the rest")
+            engine.cancel([big])
 
     service = Service(engine := FakeEngine(during))
     big, small = request(5), request(2)

@@ -9,6 +9,7 @@ import jfp8kv
 from jfp8kv.engine import results
 from jfp8kv.engine.batch import StepOutput
 from jfp8kv.engine.scheduler import Turn
+from tests.engines import used_pages
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
@@ -26,10 +27,6 @@ def params() -> jfp8kv.Params:
 @pytest.fixture
 def llm(params) -> jfp8kv.LLM:
     return jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES)
-
-
-def used_pages(llm: jfp8kv.LLM) -> int:
-    return llm._engine.scheduler.paging.allocator.used_pages
 
 
 def test_texts_are_made_while_the_next_turn_runs(llm, monkeypatch) -> None:
@@ -95,6 +92,22 @@ def test_a_stream_that_is_closed_while_its_tokens_are_made_disturbs_nobody(llm) 
     assert used_pages(llm) < held
     streams[2].close()
     assert pieces[0] + "".join(streams[0]) == want and used_pages(llm) == 0
+
+
+def test_others_get_on_between_the_chunks_of_a_text_that_is_scored(llm) -> None:
+    ids, found, pieces = [5] * 120, [], []
+    want = llm.logits(ids)
+    stream = llm.stream("hello", seed=7, **LONG)
+    pieces.append(next(stream))
+
+    def look(logits: np.ndarray) -> None:
+        found.append(logits)
+        pieces.append(next(stream))
+
+    llm._run_text(ids, look, what="text")
+    assert len(found) == 3 and "".join(pieces) + "".join(stream) == llm.generate("hello", seed=7, **LONG)[0].text
+    np.testing.assert_allclose(np.concatenate(found), want, rtol=0, atol=2e-5)
+    assert used_pages(llm) == 0
 
 
 class Lost:

@@ -29,7 +29,7 @@ def params() -> jfp8kv.Params:
 @pytest.fixture(scope="module")
 def llm(params) -> jfp8kv.LLM:
     llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES)
-    llm.warmup()
+    llm.warmup(branches=True)
     return llm
 
 
@@ -96,6 +96,8 @@ def test_500_requests_for_anything_compile_nothing(llm) -> None:
             branch.extend([8] * 9)
             branch.extend([8])
             branch.generate(max_tokens=3, presence_penalty=1.0)
+            jfp8kv.extend_all([session, branch], [[7] * 30, 8])
+        jfp8kv.beam_search(llm, [[5, 6, 7], [8] * 50], beams=4, max_tokens=5)
     assert llm.stats.compilations == built and seen == []
     allocator = llm._engine.scheduler.paging.allocator
     assert allocator.free_pages == allocator.num_pages
@@ -136,6 +138,7 @@ def test_the_report_lists_every_program_with_its_bucket_its_seconds_and_bytes(pa
     decode = [("decode", rows, 1, variant) for rows in (1, 2, 4) for variant in ("plain", "full")]
     assert set(steps) >= {*prefill, *decode, ("score", 1, 28, ""), ("score", 1, 56, "")}
     assert set(steps) >= {("prefill", 1, 1, ""), ("score", 1, 1, ""), ("copy", 64, 1, "")}, "tokens of sessions, pages of forks"
+    assert set(steps) >= {("score_last", rows, 1, "") for rows in (1, 2, 4)}, "and of those that go on together"
     assert all(s.seconds > 0 and s.temporary_bytes > 0 and s.code_bytes >= 0 for s in report.steps)
     assert sum(not s.shared for s in report.steps) == llm.stats.compilations
     assert report.seconds == pytest.approx(sum(s.seconds for s in report.steps if not s.shared))

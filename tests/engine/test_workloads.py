@@ -12,9 +12,9 @@ import pytest
 
 import jfp8kv
 from jfp8kv import SamplingParams, StepError
-from jfp8kv.cache.pages import fill
 from jfp8kv.engine.group import Group
 from jfp8kv.engine.request import CANCELLED, Request
+from tests.engines import poisoned
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
@@ -67,7 +67,7 @@ def engine(params: jfp8kv.Params, kv_dtype: str, **options) -> jfp8kv.LLM:
 def poison(llm: jfp8kv.LLM) -> None:
     """Forget what is cached, and let every page hold NaN codes."""
     llm._engine.abandon((), StepError("forgotten"))
-    llm._engine.pages = fill(llm._engine.pages, llm._engine.kv.kinds[0].fmt.nan_code)
+    poisoned(llm)
 
 
 def groups(llm: jfp8kv.LLM, chosen: list[Kind]) -> list[Group]:
