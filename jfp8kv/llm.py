@@ -59,9 +59,9 @@ class LLM:
         runs and why.
       prefix_caching: whether texts that begin alike share what is cached of their beginning.
       prompt_lookup: tokens to guess ahead where the text has said its last words before, verified in one pass (0: none). The
-        text stays the same, unless two tokens are so near each other that rounding decides (docs/notes/017), and takes fewer
-        passes where it repeats itself or its prompt; `llm.stats` counts right guesses. 4 is good for a few requests that copy,
-        edit or quote; on a CPU many at once gain little.
+        text stays the same as far as rounding lets it (an FP8 cache may put one of two near tokens for the other, as batches of
+        another size do: docs/notes/017), and takes fewer passes where it repeats itself or its prompt; `llm.stats` counts right
+        guesses. 4 is good for a few requests that copy, edit or quote; on a CPU many at once gain little.
 
     Raises `ConfigError`, `CheckpointError`, `NotSupported` for an attention that cannot run here, `DeviceMemoryError` when the
     cache finds no room. Threads and event loops may share it: what they ask for runs together, and all get on with every step.

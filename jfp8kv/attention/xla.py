@@ -17,7 +17,6 @@ from jfp8kv.cache.scales import exponent_scale
 from jfp8kv.core.formats import decode_tile
 
 DECODE_TILE_TOKENS, PREFILL_TILE_TOKENS = 128, 256
-FEW = 15  # tokens of a request up to which it decodes, drafts included; chunks of prompts are longer
 MASKED = -1e30  # a masked score
 Here = tuple[Array, Array | None]  # a tile's rows of the pool, and of the exponents
 LOWEST = -1e20  # where the running maximum starts: exp(MASKED - LOWEST) is 0, so a row that sees nothing sums to 0
@@ -31,7 +30,7 @@ def attention(
     window = None if options.window is None else options.window[layer]
     kv_heads = pages.k_bits.shape[1]
     group = q_heads // kv_heads
-    tile_pages = max(1, (DECODE_TILE_TOKENS if tokens <= FEW else PREFILL_TILE_TOKENS) // pages.page_size)
+    tile_pages = max(1, (DECODE_TILE_TOKENS if tokens <= 2 else PREFILL_TILE_TOKENS) // pages.page_size)
     tile = tile_pages * pages.page_size
     rows = _query_rows(q, pages, scales, options, layer)
     shift = _shift(q, kv_heads, scales, options, layer)
@@ -75,7 +74,7 @@ def _query_rows(
     tokens, q_heads, head_dim = q.shape
     kv_heads = pages.k_bits.shape[1]
     # Prefill in bfloat16 multiplies in it. float16 would overflow with the factors in.
-    dtype = q.dtype if tokens > FEW and q.dtype == jnp.bfloat16 else jnp.float32
+    dtype = q.dtype if tokens > 2 and q.dtype == jnp.bfloat16 else jnp.float32
     rows = q.astype(jnp.float32).reshape(tokens, kv_heads, q_heads // kv_heads, head_dim).transpose(1, 0, 2, 3)
     rows = rows * (options.sm_scale * pages.fmt.tile_factor)
     if not pages.dynamic:

@@ -4,7 +4,7 @@ A wide pass runs each request's last token and the drafts after it (`engine/look
 place of it, from that place's logits and with the request's key folded with the position, exactly as when decoding one by one.
 It counts if all drafts before it are what was sampled there. For drafts made without chance this is rejection sampling (draft x
 is kept with its probability, and what stands in for it is drawn from the others by theirs), and more than that: noise belongs
-to request and position, so the text is that of plain decoding, greedy or not.
+to request and position, so the text is that of plain decoding, greedy or not, as far as logits are (note 017).
 
 Keys and values of drafts that failed lie past the text: nothing sees them, the next pass writes over them, and no page is found
 by them, for pages are kept by the tokens of the text.

@@ -109,8 +109,8 @@ def test_a_text_ends_in_the_middle_of_an_accepted_run(ahead) -> None:
 
 
 def test_greedy_tokens_made_ahead_are_the_likeliest_as_far_as_rounding_tells() -> None:
-    """A pass over several tokens adds up in another order than one over a single token, so that bfloat16 rounds another way and
-    FP8 may keep a neighbouring code. Rounding alone may choose: a token is no further from the likeliest than that moves it."""
+    """A pass over several tokens adds up in another order than one over a single token: bfloat16 rounds another way, and FP8
+    keeps a neighbouring code. That alone may choose: no token is further from the likeliest than it moves logits (note 017)."""
     llm = engine(jfp8kv.load(REFERENCES[0].parent / "llama_bf16"), 8)
     sampling, few = {"logit_bias": FEW, "temperature": 0.0, "max_tokens": 40, "ignore_eos": True}, list(FEW)
     for prompt, made in zip(REPETITIVE, tokens(llm.generate(REPETITIVE, **sampling)), strict=True):
