@@ -1,7 +1,7 @@
 """Which tokens may come next, so that a text becomes what its request asks for: grammars, through llguidance.
 
 A request's *guide* reads what was generated and says, one bit per token, what may follow. It works on the host, so the engine
-asks while the device runs the model (`Engine._dispatch`); the bits join the sampling of that very token. What was generated
+asks while the device runs the model (`Engine.decode_guided`); the bits join the sampling of that very token. What was generated
 stays when a request is preempted, and so does its guide, which only ever reads on.
 
 llguidance says where a text is complete; which tokens then end it (`stop_token_ids` too, none of the model's own under

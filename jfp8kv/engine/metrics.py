@@ -11,9 +11,10 @@ class Stats:
 
     `kv_bytes_per_token` covers K and V of all layers, dynamic scales included, as a text of `max_model_len` tokens takes them:
     layers with a sliding window keep its tokens alone, and `kv_bytes_per_token_without_windows` is what all layers would take
-    if they kept everything. `kv_tokens_capacity` is for such texts too. `kv_bytes_used` is what running requests hold of
-    `kv_bytes_capacity`. `prefix_hit_tokens` are tokens that were found in the cache and not run again; `preemptions` counts how
-    often a request gave its pages up to be run anew. `compilations` counts step programs built (a warm engine builds none).
+    if they kept everything. `kv_tokens_capacity` is for such texts too. `kv_tokens_used` are those of running requests;
+    `kv_bytes_used` is what they and sessions hold of `kv_bytes_capacity`, shared pages once. `prefix_hit_tokens` are tokens
+    that were found in the cache and not run again; `preemptions` counts how often a request gave its pages up to be run anew.
+    `compilations` counts step programs built (a warm engine builds none).
     `generated_tokens` are those that requests got. `prefill_s` and `decode_s` are seconds from when the device was free until
     it was done, for the `prefill_steps` dispatches and the `decode_steps` tokens in a row of each kind. Of the `draft_tokens`
     that prompt lookup guessed and that were run, `accepted_tokens` became output, beside the one that each step makes anyway.

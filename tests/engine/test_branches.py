@@ -1,5 +1,5 @@
 """Laws of texts that branch, over a fake device that knows what each slot holds: extended, taken back, forked and closed in any
-order beside requests, in pools that are too small, no text ever reads what is another's, and no page is lost."""
+order beside requests that come and go, in pools that are too small, no text reads what is another's, and no page is lost."""
 
 import hypothesis.strategies as st
 import pytest
@@ -9,9 +9,8 @@ from jfp8kv.core.errors import CapacityError
 from jfp8kv.engine.request import Request
 from tests.engine.test_scheduler import PAGE, Device, request, scheduler
 
-moves = st.tuples(
-    st.sampled_from(["extend", "extend", "rollback", "fork", "close", "ask", "turn"]), st.integers(0, 99), st.integers(1, 9)
-)
+MOVES = ["extend", "extend", "rollback", "fork", "close", "ask", "cancel", "turn", "turn"]
+moves = st.tuples(st.sampled_from(MOVES), st.integers(0, 99), st.integers(1, 9))
 
 
 class Texts:
@@ -74,6 +73,8 @@ def test_any_tree_of_texts_reads_its_own_tokens_and_gives_every_page_back(pages,
             tree.sched.add(request([*text.prompt_ids, which % 2], 3))
         elif move == "turn":
             tree.turn()
+        elif move == "cancel" and (asked := [*tree.sched.waiting, *tree.sched.running]):
+            tree.sched.finish(asked[which % len(asked)])
         elif text is None or text.num_tokens == 0:
             continue
         elif move == "extend" and text.num_tokens < 60:
