@@ -18,6 +18,8 @@ from jfp8kv.engine.scheduler import Decode, Prefill
 from jfp8kv.engine.variants import PLAIN, Asked, Variant, asked, variant_of
 from jfp8kv.sampling.settings import PAST_THE_END, SamplerSettings, stack_settings
 
+SINCE = 64  # tokens of an output after which it is counted anew
+
 Counts = Int32[Array | np.ndarray, "requests vocab"] | None
 
 
@@ -40,6 +42,7 @@ class Batch:
     reported: Int32[Array | np.ndarray, ""]  # the most likeliest tokens that a request wants to see
     prompt_counts: Counts = None
     output_counts: Counts = None
+    output_since: Int32[Array | np.ndarray, "requests since"] | None = None  # tokens that are not in `output_counts` yet
     texts: Int32[Array | np.ndarray, "requests text"] | None = None  # all tokens so far, where drafts are looked up in them
     allowed: UInt32[Array | np.ndarray, "requests words"] | None = None  # by token, one bit each (engine/guides.py)
 
@@ -61,6 +64,17 @@ class Sampled:
     reported: Int32[Array, ""]
 
 
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """How often decoding rows had each token when it was last counted, on the device, `after` so many tokens of each output."""
+
+    requests: list[Request]
+    rows: int
+    after: list[int]
+    prompt: Counts
+    output: Counts
+
+
 class Batcher:
     """Builds batches for a model with `vocab` tokens whose page tables have `pages` entries, numbers below `num_pages`."""
 
@@ -80,7 +94,9 @@ class Batcher:
         self.needs, self.pages, self.num_pages, self.max_model_len = needs, pages, num_pages, max_model_len
         self.switch_length = switch_length  # where texts must begin their cache anew (models/rope.py), if anywhere
         self._sampled: Sampled | None = None
+        self._counted: Counted | None = None
         self._uncounted: dict[int, Counts] = {}
+        self._most_since = max(SINCE, buckets.made(buckets.decode_steps))
 
     def _asked(self, request: Request) -> Asked:
         return asked(request, self.vocab, self.eos_ids)
@@ -111,12 +127,13 @@ class Batcher:
             self._sampled = last = self._settings(plan.requests, rows, variant)
         made = self.buckets.made(plan.steps)
         batch = self._batch(plan.requests, [1] * len(plan.requests), rows, 1, made, last)
-        prompt_counts, output_counts = self._counts(plan.requests, rows) if variant.full else (None, None)
+        prompt_counts, output_counts, since = self._counts(plan.requests, rows) if variant.full else (None, None, None)
         return dataclasses.replace(
             batch,
             steps=np.array(plan.steps, np.int32),
             prompt_counts=prompt_counts,
             output_counts=output_counts,
+            output_since=since,
             texts=self._texts(plan.requests, rows),
         ), variant
 
@@ -150,18 +167,30 @@ class Batcher:
         reported = np.array(max((r.params.logprobs or 0 for r in requests), default=0), np.int32)
         return Sampled(requests, rows, variant, *jax.device_put((end_ids, settings, reported)))
 
-    def _counts(self, requests: list[Request], rows: int) -> tuple[Counts, Counts]:
-        """How often each token occurs in prompt and output of those whose penalties need to know; zeros for others."""
-        each = [self._asked(request).counts(request.output_ids) for request in requests]
-        if all(counts is None for counts in each):
+    def _counts(self, requests: list[Request], rows: int) -> tuple[Counts, Counts, np.ndarray]:
+        """How often each token occurs in prompt and output of those whose penalties need to know, and the tokens of outputs
+        since that was counted: so that it crosses over now and then, and not for every dispatch."""
+        since = np.full((rows, self._most_since), self.vocab, np.int32)
+        if not any(request.params.counts_tokens for request in requests):
             if rows not in self._uncounted:
                 self._uncounted[rows] = jnp.zeros((rows, self.vocab), jnp.int32)
-            return self._uncounted[rows], self._uncounted[rows]
+            return self._uncounted[rows], self._uncounted[rows], since
+        last = self._counted
+        if last is None or (last.requests, last.rows) != (requests, rows) or self._too_many_since(last):
+            self._counted = last = self._count(requests, rows)
+        for row, request, after in zip(since, requests, last.after, strict=False):
+            row[: len(request.output_ids) - after] = request.output_ids[after:]
+        return last.prompt, last.output, since
+
+    def _too_many_since(self, last: Counted) -> bool:
+        return any(len(r.output_ids) - after > self._most_since for r, after in zip(last.requests, last.after, strict=True))
+
+    def _count(self, requests: list[Request], rows: int) -> Counted:
         found = np.zeros((2, rows, self.vocab), np.int32)
-        for i, counts in enumerate(each):
-            if counts is not None:
+        for i, request in enumerate(requests):
+            if (counts := self._asked(request).counts(request.output_ids)) is not None:
                 found[:, i] = counts
-        return found[0], found[1]
+        return Counted(requests, rows, [len(r.output_ids) for r in requests], *jax.device_put((found[0], found[1])))
 
     def _texts(self, requests: list[Request], rows: int) -> np.ndarray | None:
         """Prompts and outputs, when drafts are looked up in them."""

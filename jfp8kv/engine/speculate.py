@@ -71,7 +71,7 @@ def decode_ahead(
 
     `batch.texts` is what drafts are looked up in.
     """
-    decoder = model.bind(weights)
+    decoder, batch = model.bind(weights), step.counted(batch)
     rows, vocab, first = batch.start.shape[0], model.config.vocab, batch.position
     none = jnp.zeros(rows, jnp.int32)
     blank = StepOutput.blank(rows, most_steps * (1 + drafts), vocab=vocab, top=top)

@@ -107,6 +107,15 @@ def chunk_logits(
     return each_request(one, batch, pages, out_axes=(0, None))
 
 
+def counted(batch: Batch) -> Batch:
+    """The batch with all of its outputs' tokens counted."""
+    if batch.output_since is None:
+        return batch
+    return dataclasses.replace(
+        batch, output_counts=jax.vmap(count_token)(batch.output_counts, batch.output_since), output_since=None
+    )
+
+
 def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
     """One token per request."""
     counts = batch.prompt_counts, batch.output_counts
@@ -169,7 +178,7 @@ def decode(
         out = jax.tree.map(lambda made, one: lax.dynamic_update_slice_in_dim(made, one, step, axis=1), out, new)
         return step + 1, _after(batch, token, active, vocab), out, pages
 
-    state = (jnp.int32(0), batch, blank, pages)
+    state = (jnp.int32(0), counted(batch), blank, pages)
     _, _, out, pages = lax.while_loop(unfinished, advance, state)
     return out, pages
 
@@ -213,4 +222,4 @@ def score_last(
 
 def pick(logits: Float[Array, "requests tokens vocab"], batch: Batch, *, top: int = 0) -> StepOutput:
     """A token for each request from what `score` gave after its last one: `decode` in two, for what comes between."""
-    return _sampled(logits[:, 0], batch, top)
+    return _sampled(logits[:, 0], counted(batch), top)

@@ -53,6 +53,6 @@ def _or_zero(counts: Int32[Array, " vocab"] | None, logits: Float32[Array, " voc
     return jnp.zeros(logits.shape, jnp.int32) if counts is None else counts
 
 
-def count_token(counts: Int32[Array, " vocab"], token: Int32[Array, ""]) -> Int32[Array, " vocab"]:
-    """`counts` with one more `token`."""
+def count_token(counts: Int32[Array, " vocab"], token: Int32[Array, "*tokens"]) -> Int32[Array, " vocab"]:
+    """`counts` with one more `token`, or with several, those past the last id dropped."""
     return counts.at[token].add(1, mode="drop")

@@ -94,6 +94,23 @@ def test_a_stream_that_is_closed_while_its_tokens_are_made_disturbs_nobody(llm) 
     assert pieces[0] + "".join(streams[0]) == want and used_pages(llm) == 0
 
 
+def test_penalties_count_every_token_of_a_long_text_whoever_decodes_beside_it(params) -> None:
+    llm = jfp8kv.LLM(params, kv_cache_dtype="float32", **SIZES | {"kv_cache_memory": "1MB"})
+    fields = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2}
+    sampling = {"temperature": 0.0, "ignore_eos": True, **fields}
+    prompts, lengths = [[5, 6, 7, 7], [40] * 9], [110, 90]
+    outs = llm.generate(prompts, [jfp8kv.SamplingParams(max_tokens=length, **sampling) for length in lengths])
+    for prompt, out, length in zip(prompts, outs, lengths, strict=True):
+        made = out.token_ids
+        logits = llm.logits(prompt + made[:-1])[len(prompt) - 1 :].astype(np.float64)
+        for place, (row, token) in enumerate(zip(logits, made, strict=True)):
+            there = np.bincount(made[:place], minlength=len(row))
+            seen = (there > 0) | (np.bincount(prompt, minlength=len(row)) > 0)
+            row = np.where(seen, np.where(row > 0, row / 1.3, row * 1.3), row) - 0.4 * (there > 0) - 0.2 * there
+            assert row[token] >= row.max() - 1e-4
+        assert len(made) == length
+
+
 def test_others_get_on_between_the_chunks_of_a_text_that_is_scored(llm) -> None:
     ids, found, pieces = [5] * 120, [], []
     want = llm.logits(ids)
