@@ -157,8 +157,8 @@ class LLM:
         That is so for `generate`, `chat`, streams, `logits`, `score`, `prompt_logprobs` and whatever a single session does. Two
         kinds of calls have programs of their own, compiled here if asked for and else when first needed: `structured` those of
         json_schema, regex, choice and grammar, `branches` those of sessions that go on together (`extend_all`, `beam_search`).
-        A request with more than 64 tokens that end its text, or more than 512 in `logit_bias`, compiles one when it comes, and so
-        do texts that `score_each` takes together.
+        A request with more than 64 tokens that end its text, or more than 512 in `logit_bias`, compiles one when it comes, and
+        so do texts that `score_each` takes together.
         """
         with self._service.turn() as engine:
             warmup(engine, structured=structured, branches=branches)
