@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import jfp8kv
+from jfp8kv.engine import scoring
 from jfp8kv.engine.engine import Engine
 from tests.models.test_decoder import REFERENCES
 
@@ -55,14 +56,14 @@ def test_scores_are_those_of_each_text_alone_and_texts_of_like_length_run_togeth
 
 
 def test_one_that_cannot_be_scored_gives_its_error_and_the_others_run(llm, monkeypatch) -> None:
-    call, wrong = Engine.catch_up, [("", None), ("a", ""), ([5], None), ("the " * 300, None), ([5, 5, 5, 5], None)]
+    call, wrong = scoring.catch_up, [("", None), ("a", ""), ([5], None), ("the " * 300, None), ([5, 5, 5, 5], None)]
 
-    def fails(self, holdings, *args, **rest):
+    def fails(engine, holdings, *args, **rest):
         if any(holding.request.prompt_ids == [5, 5, 5, 5] for holding in holdings):
             raise RuntimeError("the device is on fire")
-        return call(self, holdings, *args, **rest)
+        return call(engine, holdings, *args, **rest)
 
-    monkeypatch.setattr(Engine, "catch_up", fails)
+    monkeypatch.setattr(scoring, "catch_up", fails)
     found = dict(llm.score_each([*PAIRS, *wrong]))
     errors = [type(found[len(PAIRS) + i]) for i in range(len(wrong))]
     assert errors == [jfp8kv.ConfigError] * 3 + [jfp8kv.CapacityError, RuntimeError]
