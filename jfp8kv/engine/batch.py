@@ -115,12 +115,12 @@ class Batcher:
 
     def last(self, plan: Decode) -> Batch:
         """The arrays for running the last token of each request, from whose logits a token is then picked."""
-        rows = self.buckets.decode_rows(len(plan.requests))
+        rows = self.buckets.decode_rows(len(plan.requests), alike=plan.seeded)
         return self._batch(plan.requests, [1] * len(plan.requests), rows, 1, 1, self._settings([], rows, PLAIN))
 
     def decode(self, plan: Decode, least: Variant = PLAIN) -> tuple[Batch, Variant]:
         """The arrays for a decode, padded to a bucket, and the program that serves these requests, or `least` at least."""
-        rows = self.buckets.decode_rows(len(plan.requests))
+        rows = self.buckets.decode_rows(len(plan.requests), alike=plan.seeded)
         variant = variant_of([least, *(self._asked(r).least for r in plan.requests)])
         last = self._sampled
         if last is None or (last.requests, last.rows, last.variant) != (plan.requests, rows, variant):

@@ -9,6 +9,7 @@ from jfp8kv.core.errors import ConfigError
 DECODE_STEPS = 8  # tokens per dispatch: long enough to hide the host's work, short enough to stream and to admit
 FEW_STEPS = 2  # while prompts are run beside: those that decode stream on, and prompts keep most of the device
 USUAL_REQUESTS = 64  # at once, when nobody says
+ALIKE_ROWS = 8  # from so many on XLA:CPU adds up the products of a row in one order, however many rows there are (docs/log.md)
 NARROWEST = 16  # chunks below save little: a CPU or GPU reads all weights for a single token
 
 
@@ -95,17 +96,18 @@ class Buckets:
         """The padded batch for chunks of `count` requests. A token alone, which no chunk is, is as slow as in a decode."""
         return _power_of_two(count) if width in self.chunks else self.decode_rows(count)
 
-    def decode_rows(self, count: int) -> int:
-        """The padded batch for `count` requests that decode."""
-        return max(self.fewest, _power_of_two(count))
+    def decode_rows(self, count: int, *, alike: bool = False) -> int:
+        """The padded batch for `count` requests that decode; `alike` where none may see in a last bit how many there are."""
+        least = min(ALIKE_ROWS, _power_of_two(self.max_requests)) if alike else 1
+        return max(self.fewest, least, _power_of_two(count))
 
     def made(self, steps: int) -> int:
         """The most tokens that a decode of so many steps makes of a request."""
         return steps * (1 + self.drafts)
 
-    def steps(self, count: int, *, few: bool) -> int:
+    def steps(self, count: int, *, few: bool, alike: bool = False) -> int:
         """Most steps of one decode of `count` requests."""
-        return min(FEW_STEPS if few else self.decode_steps, self.token_budget // self.decode_rows(count))
+        return min(FEW_STEPS if few else self.decode_steps, self.token_budget // self.decode_rows(count, alike=alike))
 
 
 def _power_of_two(count: int) -> int:

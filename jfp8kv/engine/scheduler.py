@@ -40,6 +40,11 @@ class Decode:
     requests: list[Request]
     steps: int
 
+    @property
+    def seeded(self) -> bool:
+        """Whether a text among them has a seed, and so must not depend on who decodes beside it."""
+        return any(request.params.seed is not None for request in self.requests)
+
     def only_running(self) -> "Decode | None":
         """The same without those that were preempted since it was planned."""
         left = [r for r in self.requests if r.status is Status.RUNNING]
@@ -129,7 +134,8 @@ class Scheduler:
         if not requests:
             return None
         first = any(not r.output_ids for r in requests)  # some have yet to show their first token
-        steps = self.buckets.steps(len(requests), few=first or len(requests) < len(self.running))
+        few, seeded = first or len(requests) < len(self.running), Decode(requests, 1).seeded
+        steps = self.buckets.steps(len(requests), few=few, alike=seeded)
         steps = min(steps, max(r.max_tokens - len(r.output_ids) for r in requests))
         if any(r.params.constraint for r in requests):
             steps = 1  # a grammar has its say before each token

@@ -33,8 +33,8 @@ class SamplingParams:
 
     Choice: `temperature` 0 is greedy (ties: the lowest id). `top_k` keeps the k most likely tokens (0 or -1: all),
     `top_p` the smallest set of likely tokens that holds that share of the probability, `min_p` those at least that
-    share as likely as the likeliest. `seed` fixes the text whatever runs beside it; `n` samples differ from each
-    other and sample 0 is the text of `n=1`.
+    share as likely as the likeliest. `seed` fixes the text whatever runs beside it (for which few texts are decoded in 8
+    rows: a text alone takes longer); `n` samples differ from each other and sample 0 is the text of `n=1`.
 
     `best_of` makes that many samples and returns the `n` of highest mean log-probability per token, best first. Those that end
     in a dead end or at a deadline, or at `max_tokens` before their structure is complete, come after all others.

@@ -107,7 +107,7 @@ def check(turn: Turn, sched: Scheduler) -> None:
     assert (decode.requests if decode else []) == decoding, "whoever decodes gets tokens every turn"
     if decode is not None:
         assert 1 <= decode.steps <= (FEW_STEPS if prefill else 5)
-        tokens += buckets.decode_rows(len(decode.requests)) * decode.steps
+        tokens += buckets.decode_rows(len(decode.requests), alike=decode.seeded) * decode.steps
     if prefill is not None:
         assert all(0 < c <= min(prefill.width, r.uncached - 1) for c, r in zip(prefill.chunks, prefill.requests, strict=True))
         assert prefill.requests[0] is next(r for r in sched.running if r.prefilling), "whoever came first is prefilled first"
@@ -317,6 +317,8 @@ def test_a_chunk_takes_the_narrowest_bucket_that_holds_it(tokens, width) -> None
 def test_batches_are_powers_of_two_and_of_decode_not_below_the_fewest() -> None:
     assert [Buckets(8, 64).decode_rows(n) for n in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
     assert [Buckets(8, 64, fewest=2).decode_rows(n) for n in (1, 2, 3)] == [2, 2, 4]
+    assert [Buckets(16, 64).decode_rows(n, alike=True) for n in (1, 7, 9)] == [8, 8, 16]
+    assert [Buckets(3, 64).decode_rows(n, alike=True) for n in (1, 3)] == [4, 4], "an engine has no more"
     assert [Buckets(8, 64, fewest=2).prefill_rows(n, 48) for n in (1, 2, 3)] == [1, 2, 4]
     assert [Buckets(8, 64, fewest=2).prefill_rows(n, 1) for n in (1, 2, 3)] == [2, 2, 4], "tokens alone are like a decode"
     assert counts(6) == [1, 2, 4, 6] and counts(1) == [1]
