@@ -1,16 +1,16 @@
 """Laws of texts that branch, over a fake device that knows what each slot holds: extended, taken back, forked and closed in any
 order beside requests that come and go, in pools that are too small, no text reads what is another's, and no page is lost."""
 
+from collections import Counter
+
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
 from jfp8kv.core.errors import CapacityError
 from jfp8kv.engine.request import Request
-from tests.engine.test_scheduler import PAGE, Device, request, scheduler
-
-MOVES = ["extend", "extend", "rollback", "fork", "close", "ask", "cancel", "turn", "turn"]
-moves = st.tuples(st.sampled_from(MOVES), st.integers(0, 99), st.integers(1, 9))
+from tests.engine.test_scheduler import PAGE, Device, check, next_token, request, scheduler
 
 
 class Texts:
@@ -48,51 +48,110 @@ class Texts:
         twin.held, twin.cached, twin.keys = self.paging.share(text), text.cached, list(text.keys)
         return twin
 
-    def turn(self) -> None:
-        """A dispatch for the requests; one for which the texts leave no room is refused."""
+    def turn(self) -> list[Request]:
+        """A dispatch for the requests; one for which the texts leave no room is refused, and given back."""
         try:
             if (plan := self.sched.plan()) is not None:
+                check(plan, self.sched)
                 self.device.apply(plan)
         except CapacityError:
-            self.sched.finish(self.sched.waiting[0])
+            refused = self.sched.waiting[0]
+            self.sched.finish(refused)
+            return [refused]
+        return []
 
-    def holders(self) -> dict[int, int]:
-        held = [page for r in (*self.texts, *self.sched.running) for each in r.held for page in each.pages]
-        return {page: held.count(page) for page in held}
+
+class AnyOrder(RuleBasedStateMachine):
+    """Requests arrive, are cancelled and run; texts are extended, taken back, forked and closed beside them. Whatever the
+    order, slots hold what who reads them expects (`Device`), and at the end all requests have ended as if alone."""
+
+    texts = Bundle("texts")
+
+    @initialize(target=texts, pages=st.integers(60, 120), windows=st.booleans(), reuse=st.booleans())
+    def begin(self, pages: int, windows: bool, reuse: bool) -> Request:
+        self.tree, self.pages = Texts(pages, windows=windows, reuse=reuse), pages
+        self.asked: list[Request] = []
+        self.gone: list[Request] = []  # cancelled, or refused for want of room
+        return self.another([1] * 10)
+
+    def another(self, ids: list[int]) -> Request:
+        text = request([], 1)
+        self.tree.texts.append(text)
+        self.tree.extend(text, ids)
+        return text
+
+    @precondition(lambda self: len(self.tree.texts) < 5)
+    @rule(target=texts, length=st.integers(1, 30), ids=st.integers(0, 2))
+    def open(self, length: int, ids: int) -> Request:
+        return self.another([ids] * length)
+
+    @rule(text=texts, ids=st.lists(st.integers(0, 2), min_size=1, max_size=9))
+    def extend(self, text: Request, ids: list[int]) -> None:
+        if text.num_tokens < 60:
+            self.tree.extend(text, ids)
+
+    @rule(text=texts, tokens=st.integers(0, 9))
+    def rollback(self, text: Request, tokens: int) -> None:
+        self.tree.rollback(text, min(tokens, text.num_tokens))
+
+    @precondition(lambda self: len(self.tree.texts) < 5)
+    @rule(target=texts, text=texts)
+    def fork(self, text: Request) -> Request:
+        self.tree.texts.append(self.tree.fork(text))
+        return self.tree.texts[-1]
+
+    @rule(text=consumes(texts))
+    def close(self, text: Request) -> None:
+        self.tree.texts.remove(text)
+        self.tree.paging.release(text)
+
+    @precondition(lambda self: len(self.tree.sched.waiting) < 3)
+    @rule(shared=st.sampled_from([0, 9, 40]), own=st.integers(1, 60), which=st.integers(0, 2), output=st.integers(1, 12))
+    def arrive(self, shared: int, own: int, which: int, output: int) -> None:
+        self.asked.append(request([1] * shared + [which] * own, output))
+        self.tree.sched.add(self.asked[-1])
+
+    @rule(text=texts, which=st.integers(0, 2))
+    def go_on_from(self, text: Request, which: int) -> None:
+        self.asked.append(request([*text.prompt_ids, which], 3))
+        self.tree.sched.add(self.asked[-1])
+
+    @precondition(lambda self: self.tree.sched.waiting or self.tree.sched.running)
+    @rule(which=st.integers(0, 9))
+    def cancel(self, which: int) -> None:
+        there = [*self.tree.sched.waiting, *self.tree.sched.running]
+        self.gone.append(there[which % len(there)])
+        self.tree.sched.finish(self.gone[-1])
+
+    @rule(turns=st.integers(1, 3))
+    def run(self, turns: int) -> None:
+        for _ in range(turns):
+            self.gone += self.tree.turn()
+
+    @invariant()
+    def reference_counts_are_owners_and_no_page_is_free_and_owned(self) -> None:
+        allocator = self.tree.paging.allocator
+        holders = Counter(page for r in (*self.tree.texts, *self.tree.sched.running) for held in r.held for page in held.pages)
+        assert all(allocator.holders(page) == holders[page] for page in range(self.pages))
+        assert allocator.used_pages == len(holders)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "tree"):
+            return
+        for text in self.tree.texts:
+            self.tree.paging.release(text)
+        while self.tree.sched.waiting or self.tree.sched.running:
+            self.gone += self.tree.turn()
+        for r in self.asked:
+            alone = list(r.prompt_ids)
+            for _ in r.output_ids:
+                alone.append(next_token(alone))
+            assert r.tokens(0, r.num_tokens) == alone and (r in self.gone or len(r.output_ids) == r.max_tokens)
+        assert self.tree.paging.allocator.free_pages == self.pages, "every page came back"
 
 
-@given(pages=st.integers(60, 120), windows=st.booleans(), reuse=st.booleans(), moves=st.lists(moves, min_size=10, max_size=60))
-def test_any_tree_of_texts_reads_its_own_tokens_and_gives_every_page_back(pages, windows, reuse, moves) -> None:
-    tree = Texts(pages, windows=windows, reuse=reuse)
-    allocator = tree.paging.allocator
-    tree.texts.append(request([], 1))
-    tree.extend(tree.texts[0], [1] * 10)
-    for move, which, size in moves:
-        text = tree.texts[which % len(tree.texts)] if tree.texts else None
-        if move == "ask" and len(tree.sched.waiting) < 3 and text:
-            tree.sched.add(request([*text.prompt_ids, which % 2], 3))
-        elif move == "turn":
-            tree.turn()
-        elif move == "cancel" and (asked := [*tree.sched.waiting, *tree.sched.running]):
-            tree.sched.finish(asked[which % len(asked)])
-        elif text is None or text.num_tokens == 0:
-            continue
-        elif move == "extend" and text.num_tokens < 60:
-            tree.extend(text, [which % 3] * size)
-        elif move == "rollback":
-            tree.rollback(text, min(size, text.num_tokens - 1))
-        elif move == "fork" and len(tree.texts) < 5:
-            tree.texts.append(tree.fork(text))
-        elif move == "close" and len(tree.texts) > 1:
-            tree.texts.remove(text)
-            tree.paging.release(text)
-        holders = tree.holders()
-        assert all(allocator.holders(page) == holders.get(page, 0) for page in range(pages)), "reference counts are owners"
-    for text in tree.texts:
-        tree.paging.release(text)
-    while (plan := tree.sched.plan()) is not None:
-        tree.device.apply(plan)
-    assert allocator.free_pages == pages
+AnyOrder.TestCase.settings = settings(stateful_step_count=30)
+test_any_order_of_events_keeps_the_laws = AnyOrder.TestCase
 
 
 @pytest.mark.parametrize("windows", [False, True])
