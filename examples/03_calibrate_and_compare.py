@@ -19,8 +19,7 @@ text = (DOCS / "design.md").read_text(encoding="utf-8")[:2500]
 
 # %% [markdown]
 # ## Calibrate
-# One scale for each channel of each KV head, from the largest value seen, with room for twice as much: other texts bring larger
-# values, and a float loses nothing to room. Such scales take no memory in the cache and no time in the attention.
+# A scale for each channel of a KV head: the largest value seen, with room for twice as much. It costs no memory and no time.
 
 # %%
 scales = jfp8kv.calibrate(params, calibration, granularity="channel", headroom=2.0, window=512)
