@@ -79,9 +79,9 @@ class Service:
         try:
             while left:
                 self.advance(over)
-                raise_error(left)
-                before, left = len(left), [r for r in left if r.finish_reason is None]
-                ended(before - len(left))
+                ran, left = left, [r for r in left if r.finish_reason is None]
+                raise_error(ran)  # asked last: a step of another's that fails sets it before a request's end
+                ended(len(ran) - len(left))
         finally:
             self.drop(requests)
 

@@ -213,6 +213,25 @@ def test_everybody_is_told_of_a_step_that_failed_and_the_next_is_served(raised, 
     assert next_one.finish_reason == "length"
 
 
+def test_a_step_of_anothers_that_fails_just_as_a_caller_looks_is_told(monkeypatch) -> None:
+    class Doomed(Request):
+        """Ended by that step between the question whether it met an error and the question whether it has ended."""
+
+        @property
+        def finish_reason(self) -> str:
+            self.error = StepError("the other's step failed")
+            return CANCELLED
+
+        @finish_reason.setter
+        def finish_reason(self, reason: str | None) -> None:
+            pass
+
+    service = Service(FakeEngine())
+    monkeypatch.setattr(service, "advance", lambda until: None)
+    with pytest.raises(StepError, match="the other's step failed"):
+        service.run([Doomed([1], SamplingParams(), np.zeros(2, np.uint32), max_tokens=1)])
+
+
 def test_what_is_refused_before_it_runs_drops_nothing() -> None:
     service = Service(FakeEngine())
     service.submit([kept := request(2)])
