@@ -67,11 +67,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 OPTIONS = compiler.get_compile_options  # internal to JAX, which has no setting of its own for what follows
+QUICK = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}  # later ones have no others
 
 
 def quick_options(*args: Any, env_options_overrides: dict[str, Any] | None = None, **rest: Any) -> Any:
-    asked = {"xla_cpu_use_fusion_emitters": False} | (env_options_overrides or {})
-    return OPTIONS(*args, env_options_overrides=asked, **rest)
+    return OPTIONS(*args, env_options_overrides=QUICK | (env_options_overrides or {}), **rest)
 
 
 @pytest.fixture(scope="session")
