@@ -19,7 +19,7 @@ from jfp8kv.checkpoint.load import load
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import kv_format
 from jfp8kv.core.platform import describe
-from jfp8kv.core.tables import LINES, as_html, empty_table, plain
+from jfp8kv.core.tables import Printed, empty_table
 from jfp8kv.engine.kv_dtype import is_name
 from jfp8kv.llm import LLM
 from jfp8kv.models.params import Params
@@ -52,7 +52,7 @@ class CacheSpeed:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Speed:
+class Speed(Printed):
     """Caches side by side, in the order asked for. Prints as a table; `to_dict` has everything."""
 
     requests: int
@@ -68,15 +68,6 @@ class Speed:
 
     def __repr__(self) -> str:
         return f"Speed({', '.join(f'{c.kv_dtype} {c.output_tokens_s:.1f} tok/s' for c in self.caches)})"
-
-    def __str__(self) -> str:
-        return plain(self._layout(None))
-
-    def __rich__(self) -> Group:
-        return self._layout(LINES)
-
-    def _repr_html_(self) -> str:
-        return as_html(self._layout(None))
 
     def _layout(self, lines: box.Box | None) -> Group:
         gap = [] if lines else [""]  # lines come with empty rows around them

@@ -1,5 +1,6 @@
 """Tables as people meet them: lines on a terminal, plain text in a pipe, HTML in a notebook."""
 
+import abc
 import html
 import io
 from collections.abc import Iterable
@@ -11,6 +12,23 @@ from rich.table import Table
 
 LINES = box.SIMPLE_HEAD  # between a table's parts, on a terminal
 _WIDE = 100_000  # columns: nothing is wrapped that is not for a terminal
+
+
+class Printed(abc.ABC):
+    """A report that prints as tables: with lines on a terminal, plain as text, as HTML in a notebook."""
+
+    @abc.abstractmethod
+    def _layout(self, lines: box.Box | None) -> Group:
+        """Its tables; `lines` is what is drawn between their parts."""
+
+    def __str__(self) -> str:
+        return plain(self._layout(None))
+
+    def __rich__(self) -> Group:
+        return self._layout(LINES)
+
+    def _repr_html_(self) -> str:
+        return as_html(self._layout(None))
 
 
 def empty_table(lines: box.Box | None, *columns: str, text: Iterable[str] = ()) -> Table:

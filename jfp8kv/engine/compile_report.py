@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Group
 from rich.text import Text
 
-from jfp8kv.core.tables import LINES, as_html, empty_table, plain
+from jfp8kv.core.tables import Printed, empty_table
 
 _MIB = 2**20
 
@@ -33,7 +33,7 @@ class CompiledStep:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class CompileReport:
+class CompileReport(Printed):
     """The programs of an engine, in the order in which it came to need them. Prints as a table; `to_dict` has everything."""
 
     steps: tuple[CompiledStep, ...]
@@ -49,15 +49,6 @@ class CompileReport:
 
     def __repr__(self) -> str:
         return f"CompileReport({len(self.steps)} programs, {self.seconds:.1f} s)"
-
-    def __str__(self) -> str:
-        return plain(self._layout(None))
-
-    def __rich__(self) -> Group:
-        return self._layout(LINES)
-
-    def _repr_html_(self) -> str:
-        return as_html(self._layout(None))
 
     def _layout(self, lines: box.Box | None) -> Group:
         columns = "step", "requests x tokens", "variant", "seconds", "temporaries MiB", "code KiB", ""
