@@ -73,7 +73,13 @@ def text_of(path: str | None) -> str:
 
 def parser(about: str | None) -> argparse.ArgumentParser:
     """Arguments every benchmark of the real model takes."""
-    arguments = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--model", help="a folder, .gguf file or hub id; default: SmolLM2 from its wheel")
-    arguments.add_argument("--rounds", type=int, default=5, help="timed rounds of each side (medians are printed)")
+    arguments = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    arguments.add_argument(
+        "--model", help="a folder, .gguf file or hub id; default: SmolLM2 from its wheel"
+    )
+    arguments.add_argument(
+        "--rounds", type=int, default=5, help="timed rounds of each side (medians are printed)"
+    )
     return arguments

@@ -17,9 +17,9 @@ from jax import lax
 
 from benchmarks._common import header, interleaved, median, parser, table
 from jfp8kv.attention import reference, xla
-from jfp8kv.attention.contract import AttentionOptions, Where
+from jfp8kv.attention.interface import AttentionMetadata, AttentionOptions
 from jfp8kv.cache.layout import PoolLayout
-from jfp8kv.cache.pages import KVPages, LayerScales
+from jfp8kv.cache.pool import KVPool, LayerScales
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT32, KVFormat, encode_numpy
 
@@ -37,10 +37,16 @@ class Side:
         size = (pages, shape["kv_heads"], shape["page_size"], shape["head_dim"])
         k, v = (jnp.asarray(encode_numpy(rng.normal(size=size), fmt)) for _ in "kv")
         k = k.swapaxes(2, 3) if keys_transposed else k
-        self.pages = KVPages(k, v, None, None, layout=PoolLayout.alike(fmt, 1, keys_transposed=keys_transposed))
-        self.table = jnp.asarray(rng.permutation(pages).reshape(shape["requests"], per_request), jnp.int32)
+        self.pages = KVPool(
+            k, v, None, None, layout=PoolLayout.alike(fmt, 1, keys_transposed=keys_transposed)
+        )
+        self.table = jnp.asarray(
+            rng.permutation(pages).reshape(shape["requests"], per_request), jnp.int32
+        )
         heads = shape["kv_heads"] * shape["group"]
-        self.q = jnp.asarray(rng.normal(size=(shape["requests"], 1, heads, shape["head_dim"])), jnp.float32)
+        self.q = jnp.asarray(
+            rng.normal(size=(shape["requests"], 1, heads, shape["head_dim"])), jnp.float32
+        )
         sizes = {"layers": 1, "kv_heads": shape["kv_heads"], "head_dim": shape["head_dim"]}
         self.scales = LayerScales.of(KVScales.unit(1), **sizes)
         self.options = AttentionOptions(sm_scale=shape["head_dim"] ** -0.5)
@@ -50,7 +56,7 @@ class Side:
 
         def one(q, page_table, pages):
             length = jnp.int32(self.shape["length"])
-            at = Where(page_table, length - 1, length, length)
+            at = AttentionMetadata(page_table, length - 1, length, length)
             return attention(q, pages, self.scales, self.options, at, layer=jnp.int32(0))
 
         step = jax.jit(jax.vmap(one, in_axes=(0, 0, None)))
@@ -93,7 +99,14 @@ def run(name: str, shape: dict[str, int], rounds: int) -> None:
             label, f"{value:.1f}", f"{1e3 * min(seconds[label]):.1f}", f"{elements / value / 1e6:.2f}", f"{bf16 / value:.2f}x",
             f"{gather:.1f}x" if gather else "",
         ])  # fmt: skip
-    columns = ["attention", "median ms", "least ms", "Gelem/s", "against bf16 tiles", "against gather + astype"]
+    columns = [
+        "attention",
+        "median ms",
+        "least ms",
+        "Gelem/s",
+        "against bf16 tiles",
+        "against gather + astype",
+    ]
     table(f"{name}: {shape}", columns, rows)
 
 

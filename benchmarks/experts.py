@@ -26,8 +26,12 @@ BFLOAT16 = np.dtype(jnp.bfloat16)
 
 def module(shape: dict, *, tiled: bool) -> tuple[nnx.GraphDef, nnx.State]:
     """One layer of experts with the same random weights each time; `tiled` ones are kept as a CPU keeps them."""
-    config = ExpertsConfig(count=shape["experts"], top_k=shape["top_k"], hidden=shape["mlp"], layers=(0,))
-    experts = Experts(config, shape["hidden"], "silu", dtype=BFLOAT16, tiled=tiled, rngs=nnx.Rngs(0))
+    config = ExpertsConfig(
+        count=shape["experts"], top_k=shape["top_k"], hidden=shape["mlp"], layers=(0,)
+    )
+    experts = Experts(
+        config, shape["hidden"], "silu", dtype=BFLOAT16, tiled=tiled, rngs=nnx.Rngs(0)
+    )
     graph, state = nnx.split(experts)
     return graph, jax.tree.map(as_bits, state) if tiled else state
 
@@ -40,13 +44,21 @@ def chosen_experts(experts: Experts, x: jax.Array) -> jax.Array:
 def every_expert(experts: Experts, x: jax.Array) -> jax.Array:
     """What one writes without thinking: all experts see all tokens, and most of it is multiplied by zero."""
     share, chosen = experts.route(x, 0)
-    weight = jnp.zeros((x.shape[0], experts.config.count)).at[jnp.arange(x.shape[0])[:, None], chosen].set(share)
-    gate, up, down = (widen(p.weight[...][0], BFLOAT16, FLOAT32) for p in (experts.gate, experts.up, experts.down))
+    weight = (
+        jnp.zeros((x.shape[0], experts.config.count))
+        .at[jnp.arange(x.shape[0])[:, None], chosen]
+        .set(share)
+    )
+    gate, up, down = (
+        widen(p.weight[...][0], BFLOAT16, FLOAT32) for p in (experts.gate, experts.up, experts.down)
+    )
     inner = jax.nn.silu(jnp.einsum("ti,eoi->teo", x, gate)) * jnp.einsum("ti,eoi->teo", x, up)
     return jnp.einsum("teo,eho,te->th", inner, down, weight)
 
 
-def compiled(forward: Callable, graph: nnx.GraphDef, state: nnx.State) -> Callable[[jax.Array], jax.Array]:
+def compiled(
+    forward: Callable, graph: nnx.GraphDef, state: nnx.State
+) -> Callable[[jax.Array], jax.Array]:
     """`forward(experts, x)`, the weights an argument: as constants they would be widened while compiling."""
     step = jax.jit(lambda state, x: forward(nnx.merge(graph, state), x))
     return lambda x: step(state, x)
@@ -56,7 +68,9 @@ def run(name: str, shape: dict, rounds: int) -> None:
     tiled, grouped = module(shape, tiled=True), module(shape, tiled=False)
     rows = []
     for tokens in shape["tokens"]:
-        x = jnp.asarray(np.random.default_rng(tokens).normal(size=(tokens, shape["hidden"])), jnp.float32)
+        x = jnp.asarray(
+            np.random.default_rng(tokens).normal(size=(tokens, shape["hidden"])), jnp.float32
+        )
         sides = {
             "tiles of one expert": compiled(chosen_experts, *tiled),
             "ragged_dot": compiled(chosen_experts, *grouped),
@@ -66,10 +80,24 @@ def run(name: str, shape: dict, rounds: int) -> None:
         for side, call in sides.items():
             error = float(np.abs(np.asarray(call(x)) - want).max() / np.abs(want).max())
             assert error < 1e-4, f"{side} is wrong by {error}: not timed"
-        seconds = interleaved({side: lambda call=call, x=x: call(x) for side, call in sides.items()}, rounds=rounds)
+        seconds = interleaved(
+            {side: lambda call=call, x=x: call(x) for side, call in sides.items()}, rounds=rounds
+        )
         ms = {side: 1e3 * median(times) for side, times in seconds.items()}
-        rows.append([str(tokens), *(f"{ms[s]:.1f}" for s in sides), f"{ms['every expert'] / ms['tiles of one expert']:.1f}x"])
-    columns = ["tokens", "tiles of one expert, ms", "ragged_dot, ms", "every expert, ms", "tiles against every"]
+        rows.append(
+            [
+                str(tokens),
+                *(f"{ms[s]:.1f}" for s in sides),
+                f"{ms['every expert'] / ms['tiles of one expert']:.1f}x",
+            ]
+        )
+    columns = [
+        "tokens",
+        "tiles of one expert, ms",
+        "ragged_dot, ms",
+        "every expert, ms",
+        "tiles against every",
+    ]
     table(f"{name}: {shape}", columns, rows)
 
 

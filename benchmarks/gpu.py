@@ -25,7 +25,18 @@ import jax
 import yaml
 
 from benchmarks._common import console, header, table
-from benchmarks._gpu import attention, checks, device, end_to_end, engine, matmuls, mosaic, peers, tune, writes
+from benchmarks._gpu import (
+    attention,
+    checks,
+    device,
+    end_to_end,
+    engine,
+    matmuls,
+    mosaic,
+    peers,
+    tune,
+    writes,
+)
 from benchmarks._gpu.goals import goals, show
 from benchmarks._gpu.session import RESULTS, Session, results_path
 from benchmarks._gpu.timing import Clock, cupti
@@ -47,23 +58,38 @@ PARTS: dict[str, Callable[[Session, dict[str, Any]], None]] = {
 }
 ALWAYS = ("device", "check")  # what the others rest on
 ASKED_FOR = ("mosaic",)  # may hang
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "torch", "triton", "flashinfer-python", "fa3-fwd")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "flax",
+    "torch",
+    "triton",
+    "flashinfer-python",
+    "fa3-fwd",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = arguments().parse_args(argv)
     if given.adopt:
         return adopt(given.adopt)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's peers share the memory
+    os.environ.setdefault(
+        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+    )  # PyTorch's peers share the memory
     if given.dry_run:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_disable_most_optimizations", True)
     elif jax.default_backend() != "gpu":
-        console.print("No GPU here: `python -m benchmarks.gpu --dry-run` shows that the script runs.")
+        console.print(
+            "No GPU here: `python -m benchmarks.gpu --dry-run` shows that the script runs."
+        )
         return 2
     keep_compiled_programs()
     began = time.perf_counter()
-    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["dry_run" if given.dry_run else "gpu"]
+    config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))[
+        "dry_run" if given.dry_run else "gpu"
+    ]
     session = opened(given, config, began)
     header()
     say(f"timed by {session.clock.by} ({session.clock.why}); results go to {session.path}")
@@ -87,7 +113,9 @@ def run(session: Session, config: dict[str, Any], parts: Sequence[str]) -> None:
             peers.start(session, config)
         session.save()
     found = goals(session)
-    session.facts["goals"] = [{"what": g.what.strip(), "wanted": g.wanted, "got": g.got, "met": g.met} for g in found]
+    session.facts["goals"] = [
+        {"what": g.what.strip(), "wanted": g.wanted, "got": g.got, "met": g.met} for g in found
+    ]
     session.save()
     show(found, table, dry_run=session.dry_run)
 
@@ -114,14 +142,31 @@ def say(text: str) -> None:
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=10, help="that all of it may take")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, interpreted on the CPU; measures nothing")
-    parser.add_argument("--tune", action="store_true", help="write block sizes where the kernels read them, too")
-    parser.add_argument("--adopt", type=Path, metavar="FILE", help="write the block sizes of a results file there, and end")
-    parser.add_argument("--clock", choices=["cupti", "loop"], help="how to time; by itself CUPTI where it works")
     parser.add_argument(
-        "--out", type=Path, help="folder of the results; by itself benchmarks/results, and .cache for a dry run"
+        "--dry-run",
+        action="store_true",
+        help="tiny shapes, interpreted on the CPU; measures nothing",
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="write block sizes where the kernels read them, too"
+    )
+    parser.add_argument(
+        "--adopt",
+        type=Path,
+        metavar="FILE",
+        help="write the block sizes of a results file there, and end",
+    )
+    parser.add_argument(
+        "--clock", choices=["cupti", "loop"], help="how to time; by itself CUPTI where it works"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the results; by itself benchmarks/results, and .cache for a dry run",
     )
     parser.add_argument(
         "--parts",
@@ -134,24 +179,39 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def opened(given: argparse.Namespace, config: dict[str, Any], began: float) -> Session:
-    clock = Clock(**config["clock"], cupti=None if given.clock == "loop" or given.dry_run else cupti())
+    clock = Clock(
+        **config["clock"], cupti=None if given.clock == "loop" or given.dry_run else cupti()
+    )
     kind = jax.devices()[0].device_kind
     name = f"dry run {kind}" if given.dry_run else kind
     folder = given.out or (ROOT / ".cache" / "results" if given.dry_run else RESULTS)
     session = Session(results_path(folder, name), clock, given.dry_run, began + 60 * given.minutes)
-    session.facts |= {"device": kind, "dry_run": given.dry_run, "versions": versions(), "commit": commit(), "clock": clock.by}
+    session.facts |= {
+        "device": kind,
+        "dry_run": given.dry_run,
+        "versions": versions(),
+        "commit": commit(),
+        "clock": clock.by,
+    }
     return session
 
 
 def versions() -> dict[str, str]:
     """Of the packages there are."""
-    there = {found.metadata["Name"].lower().replace("_", "-"): found.version for found in metadata.distributions()}
-    return {"python": sys.version.split()[0]} | {name: there[name] for name in PACKAGES if name in there}
+    there = {
+        found.metadata["Name"].lower().replace("_", "-"): found.version
+        for found in metadata.distributions()
+    }
+    return {"python": sys.version.split()[0]} | {
+        name: there[name] for name in PACKAGES if name in there
+    }
 
 
 def commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
     return done.stdout.strip() or "unknown"
 
 

@@ -24,7 +24,18 @@ from benchmarks._gpu.topology import Target, without_a_gpu
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "gpu-kernels.md"
 BEGIN, END = "<!-- `make gpu-compile` writes from here -->", "<!-- to here -->"
-COLUMNS = ["kernel", "GPU", "registers", "spilled", "shared", "warps", "blocks", "tensor", "static bound", "by"]
+COLUMNS = [
+    "kernel",
+    "GPU",
+    "registers",
+    "spilled",
+    "shared",
+    "warps",
+    "blocks",
+    "tensor",
+    "static bound",
+    "by",
+]
 WIDTHS = (44, 4, 9, 7, 7, 5, 6, 6, 12, 17)
 
 
@@ -55,7 +66,9 @@ def sentence(report: StepReport) -> str:
 def show(cells: list[str]) -> None:
     """One line; the first two columns and the last one are text, the others are set to the right."""
     sides = ("<", "<", *">" * 7, "<")
-    line = "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(cells, sides, WIDTHS, strict=True))
+    line = "  ".join(
+        f"{cell:{side}{width}}" for cell, side, width in zip(cells, sides, WIDTHS, strict=True)
+    )
     console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -73,24 +86,40 @@ def document(reports: Sequence[Report | StepReport], text: str) -> str:
     kernels = [report for report in reports if isinstance(report, Report)]
     lines = [COLUMNS, ["---", "---", *["---:"] * 7, "---"], *(row(report) for report in kernels)]
     made = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    made += "\n\n" + "\n".join(f"- {sentence(report)}." for report in reports if isinstance(report, StepReport))
+    made += "\n\n" + "\n".join(
+        f"- {sentence(report)}." for report in reports if isinstance(report, StepReport)
+    )
     return f"{before}{BEGIN}\n\n{made}\n\nCompiled with {versions()}.\n\n{END}{after}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--check", action="store_true", help="leave docs/gpu-kernels.md as it is")
-    arguments.add_argument(
-        "--only", action="append", default=[], metavar="TEXT", help="kernels with TEXT in name or GPU; repeatable"
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the PTX and SASS of every kernel here")
+    arguments.add_argument(
+        "--check", action="store_true", help="leave docs/gpu-kernels.md as it is"
+    )
+    arguments.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="kernels with TEXT in name or GPU; repeatable",
+    )
+    arguments.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="leave the PTX and SASS of every kernel here"
+    )
     given = arguments.parse_args(argv)
     without_a_gpu()
 
     began, reports = time.perf_counter(), []
     console.print("Compiled, not run: no figure here is a measurement.")
     show(COLUMNS)
-    chosen = [case for case in cases() if all(text in f"{case.name} {case.target.name}" for text in given.only)]
+    chosen = [
+        case
+        for case in cases()
+        if all(text in f"{case.name} {case.target.name}" for text in given.only)
+    ]
     # The compilers run outside Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for report in pool.map(lambda case: compile_case(case, given.keep), chosen):
@@ -99,7 +128,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for fault in report.faults:
                 console.print(f"  [red]fails[/]: {fault}", highlight=False)
     # One after another: a step is traced as if the default backend were a GPU, which all threads would see.
-    steps = [case for case in step_cases(Target.h100()) if all(text in f"{case.name} h100" for text in given.only)]
+    steps = [
+        case
+        for case in step_cases(Target.h100())
+        if all(text in f"{case.name} h100" for text in given.only)
+    ]
     for report in map(compile_step, steps):
         reports.append(report)
         console.print(sentence(report), highlight=False, soft_wrap=True)
@@ -111,7 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         soft_wrap=True,
     )
     if not given.check and not given.only and not failed:
-        DOCUMENT.write_text(document(reports, DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+        DOCUMENT.write_text(
+            document(reports, DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8"
+        )
     return 1 if failed else 0
 
 

@@ -22,7 +22,11 @@ from jfp8kv.engine.buckets import DECODE_STEPS
 
 ASKED = {
     "greedy": {"temperature": 0.0},
-    "top-p, three stop strings": {"temperature": 0.8, "top_p": 0.9, "stop": ["\n\nQ:", "###", "</end>"]},
+    "top-p, three stop strings": {
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "stop": ["\n\nQ:", "###", "</end>"],
+    },
     "5 logprobs": {"temperature": 0.0, "logprobs": 5},
     "penalties": {"temperature": 0.8, "presence_penalty": 0.5, "repetition_penalty": 1.1},
 }
@@ -49,11 +53,15 @@ class Watched:
         return time.perf_counter() - began
 
 
-def measure(llm: jfp8kv.LLM, requests: int, turns: int, fields: dict[str, Any]) -> list[list[float]]:
+def measure(
+    llm: jfp8kv.LLM, requests: int, turns: int, fields: dict[str, Any]
+) -> list[list[float]]:
     """Seconds of each turn: the device waits, overlapped, all of it; and those of its dispatch run again without an engine."""
     watched, engine = Watched(llm), llm._engine
     prompts = np.random.default_rng(0).integers(20, 40_000, (requests, 8)).tolist()
-    sampling = SamplingParams(max_tokens=DECODE_STEPS * (turns + 3), ignore_eos=True, seed=0, **fields)
+    sampling = SamplingParams(
+        max_tokens=DECODE_STEPS * (turns + 3), ignore_eos=True, seed=0, **fields
+    )
     for group in llm._groups(prompts, sampling, {}):
         engine.add(group.requests[0])
     waits, overlapped, ends, batches = [], [], [], []
@@ -77,7 +85,9 @@ def measure(llm: jfp8kv.LLM, requests: int, turns: int, fields: dict[str, Any]) 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--requests", type=int, default=64)
-    arguments.add_argument("--turns", type=int, default=8, help="of eight tokens each that are timed")
+    arguments.add_argument(
+        "--turns", type=int, default=8, help="of eight tokens each that are timed"
+    )
     given = arguments.parse_args()
     header()
     params = jfp8kv.load(given.model or smollm2())
@@ -86,7 +96,9 @@ def main() -> None:
     rows = []
     for name, fields in ASKED.items():
         measure(llm, given.requests, 1, fields)  # compiles
-        waits, overlapped, turn, alone = map(median, measure(llm, given.requests, given.turns, fields))
+        waits, overlapped, turn, alone = map(
+            median, measure(llm, given.requests, given.turns, fields)
+        )
         device = turn - waits
         rows.append([
             name, f"{1e3 * waits / DECODE_STEPS:.2f}", f"{1e6 * waits / DECODE_STEPS / given.requests:.1f}",
@@ -96,7 +108,11 @@ def main() -> None:
     columns = [
         "sampling", "device waits ms/step", "us/token", "overlapped ms/step", "step ms", "alone ms", "without overlap", "share"
     ]  # fmt: skip
-    table(f"{given.requests} requests, {DECODE_STEPS} tokens of each in a turn; medians of turns", columns, rows)
+    table(
+        f"{given.requests} requests, {DECODE_STEPS} tokens of each in a turn; medians of turns",
+        columns,
+        rows,
+    )
 
 
 if __name__ == "__main__":

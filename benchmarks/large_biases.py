@@ -17,47 +17,61 @@ import numpy as np
 
 import jfp8kv
 from benchmarks._common import console, header, parser, smollm2, table, text_of
+from jfp8kv.cache.config import resolve_cache
 from jfp8kv.cache.plan import LayerPlan
 from jfp8kv.core.formats import kv_format
-from jfp8kv.engine.kv import setup
 from jfp8kv.planning.candidates import Candidates, full
 from jfp8kv.planning.run import Trial
 
 SLOW_PAIRS = 4  # of each head
 
 
-def with_biases(params: jfp8kv.Params, size: float, where: str) -> jfp8kv.Params:
+def with_biases(params: jfp8kv.Params, size: float, metadata: str) -> jfp8kv.Params:
     """The same model, with `size` or `-size` added to keys before RoPE."""
     c, layers = params.config, dict(params.tree["layers"])
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (c.layers, c.kv_heads, 2, c.head_dim // 2))
-    pairs = np.arange(c.head_dim // 2) >= c.head_dim // 2 - (SLOW_PAIRS if where == "slow" else c.head_dim)
+    pairs = np.arange(c.head_dim // 2) >= c.head_dim // 2 - (
+        SLOW_PAIRS if metadata == "slow" else c.head_dim
+    )
     biases = {name: np.zeros(layers[name]["weight"].shape[:2]) for name in "qkv"}
     biases["k"] = (size * signs * pairs).reshape(c.layers, -1)
     for name, bias in biases.items():
         layers[name] = layers[name] | {"bias": jnp.asarray(bias, params.dtype)}
-    return jfp8kv.Params(params.tree | {"layers": layers}, dataclasses.replace(c, qkv_bias=True), params.tokenizer)
+    return jfp8kv.Params(
+        params.tree | {"layers": layers}, dataclasses.replace(c, qkv_bias=True), params.tokenizer
+    )
 
 
 def windows(params: jfp8kv.Params, text: str, tokens: int, most: int) -> list[list[int]]:
     ids = params.tokenizer.encode(text[: 10 * tokens * most])
-    return [piece for i in range(0, len(ids), tokens) if len(piece := ids[i : i + tokens]) > 1][:most]
+    return [piece for i in range(0, len(ids), tokens) if len(piece := ids[i : i + tokens]) > 1][
+        :most
+    ]
 
 
-def losses(params: jfp8kv.Params, kv_dtype: str, known: list[list[int]], measured: list[list[int]]) -> dict[str, float]:
+def losses(
+    params: jfp8kv.Params, kv_dtype: str, known: list[list[int]], measured: list[list[int]]
+) -> dict[str, float]:
     """KL divergence by the name of what every layer keeps."""
     longest, every = max(map(len, measured)), range(params.config.layers)
     found = Candidates.of(params, [kv_dtype], known, longest=longest)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        auto = setup(params, kv_dtype, "auto", page_size=64, span=64, longest=longest)
+        auto = resolve_cache(
+            params, kv_dtype, "auto", page_size=64, max_tokens_per_dispatch=64, longest=longest
+        )
     for warning in said:
         console.print(str(warning.message), style="dim")
     plans = (*found.plans, LayerPlan(kv_dtype, "head", True), LayerPlan("bfloat16"))
     scales = (*found.scales, full(auto.scales, params.config), full(None, params.config))
     ways = {
-        f"{plan.scales}{' less offset' if plan.k_offset else ''}": [way] * len(every) for way, plan in enumerate(found.plans)
+        f"{plan.scales}{' less offset' if plan.k_offset else ''}": [way] * len(every)
+        for way, plan in enumerate(found.plans)
     }
-    ways["auto"] = [plans.index(LayerPlan("bfloat16")) - (kind.fmt is kv_format(kv_dtype)) for kind in auto.kinds]
+    ways["auto"] = [
+        plans.index(LayerPlan("bfloat16")) - (kind.fmt is kv_format(kv_dtype))
+        for kind in auto.kinds
+    ]
     trial = Trial(params, Candidates(plans, scales), measured, progress=False)
     return {name: trial.whole(way) for name, way in ways.items()}
 
@@ -67,7 +81,12 @@ def arguments() -> argparse.Namespace:
     asked.add_argument("--text", help="a text file to measure on")
     asked.add_argument("--calibration", help="a text file to calibrate on")
     asked.add_argument("--window", type=int, default=512, help="tokens of a piece")
-    asked.add_argument("--windows", type=int, default=4, help="pieces to measure on, and twice as many to calibrate on")
+    asked.add_argument(
+        "--windows",
+        type=int,
+        default=4,
+        help="pieces to measure on, and twice as many to calibrate on",
+    )
     asked.add_argument("--biases", type=float, nargs="+", default=[0.0, 10.0, 50.0, 200.0, 800.0])
     asked.add_argument("--where", nargs="+", choices=["slow", "all"], default=["slow"])
     asked.add_argument("--kv-dtype", default="fp8_e4m3")
@@ -83,13 +102,19 @@ def main() -> None:
         text, known = text[: len(text) // 2], text[len(text) // 2 :]
     measured = windows(plain, text, given.window, given.windows)
     calibrated = windows(plain, known, given.window, 2 * given.windows)
-    console.print(f"{sum(map(len, measured))} tokens measured, {sum(map(len, calibrated))} calibrated on")
+    console.print(
+        f"{sum(map(len, measured))} tokens measured, {sum(map(len, calibrated))} calibrated on"
+    )
     rows = []
-    for where, size in ((where, size) for where in given.where for size in given.biases):
-        found = losses(with_biases(plain, size, where), given.kv_dtype, calibrated, measured)
-        rows.append([f"{size:g}, {where}", *(f"{loss:.5f}" for loss in found.values())])
+    for metadata, size in ((metadata, size) for metadata in given.where for size in given.biases):
+        found = losses(with_biases(plain, size, metadata), given.kv_dtype, calibrated, measured)
+        rows.append([f"{size:g}, {metadata}", *(f"{loss:.5f}" for loss in found.values())])
         console.print(*rows[-1])
-    table(f"KL from the float32 cache, nats per token, {given.kv_dtype}", ["K bias, pairs", *found], rows)
+    table(
+        f"KL from the float32 cache, nats per token, {given.kv_dtype}",
+        ["K bias, pairs", *found],
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -20,21 +20,37 @@ TOLERANCE = 1e-4  # of the mean log-probability: two programs round float32 sums
 
 def verify(params: jfp8kv.Params, report: jfp8kv.Comparison, windows: list[list[int]]) -> None:
     """Leave unless the float32 cache's mean log-probability is that of `jfp8kv.score`, which measures nothing else."""
-    scores = [jfp8kv.score(params, window, kv_dtype="float32") for window in windows if len(window) > 1]
+    scores = [
+        jfp8kv.score(params, window, kv_dtype="float32") for window in windows if len(window) > 1
+    ]
     wanted, found = -np.concatenate(scores).astype(np.float64).mean(), report["float32"].nll
     if not abs(found - wanted) <= TOLERANCE * wanted:
-        sys.exit(f"compare finds {found:.6f} nats per token where jfp8kv.score finds {wanted:.6f}: nothing is reported.")
+        sys.exit(
+            f"compare finds {found:.6f} nats per token where jfp8kv.score finds {wanted:.6f}: nothing is reported."
+        )
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--text", help="a text file")
-    arguments.add_argument("--calibration", help="a text file to calibrate scales on; as many windows of it are used")
+    arguments.add_argument(
+        "--calibration", help="a text file to calibrate scales on; as many windows of it are used"
+    )
     arguments.add_argument("--window", type=int, default=1024, help="tokens of a window")
-    arguments.add_argument("--windows", type=int, default=6, help="how many windows, from the beginning of the text")
-    arguments.add_argument("--kv-dtypes", default=KV_DTYPES, help=f"by commas (default {KV_DTYPES})")
-    arguments.add_argument("--kv-scales", default=KV_SCALES, help=f"of FP8 caches, by commas (default {KV_SCALES})")
-    arguments.add_argument("--no-needles", action="store_true", help="leave the needles out: they take half of the time")
+    arguments.add_argument(
+        "--windows", type=int, default=6, help="how many windows, from the beginning of the text"
+    )
+    arguments.add_argument(
+        "--kv-dtypes", default=KV_DTYPES, help=f"by commas (default {KV_DTYPES})"
+    )
+    arguments.add_argument(
+        "--kv-scales", default=KV_SCALES, help=f"of FP8 caches, by commas (default {KV_SCALES})"
+    )
+    arguments.add_argument(
+        "--no-needles",
+        action="store_true",
+        help="leave the needles out: they take half of the time",
+    )
     arguments.add_argument("--plot", help="draw it, too: a .png, .pdf or .svg file")
     given = arguments.parse_args()
     header()

@@ -24,7 +24,9 @@ def prompts(tokenizer, text: str, count: int, shared: int, own: int) -> list[lis
 def timed(llm: jfp8kv.LLM, asked: list[list[int]], max_tokens: int) -> tuple[float, list[float]]:
     """Seconds for all, and each request's to its first token."""
     began = time.perf_counter()
-    outs = llm.generate(asked, max_tokens=max_tokens, temperature=0.0, ignore_eos=True, progress=False)
+    outs = llm.generate(
+        asked, max_tokens=max_tokens, temperature=0.0, ignore_eos=True, progress=False
+    )
     return time.perf_counter() - began, [out.first_token_s for out in outs]
 
 
@@ -32,7 +34,9 @@ def reuse(params: jfp8kv.Params, text: str, requests: int) -> None:
     asked = prompts(params.tokenizer, text, requests, SHARED, OWN)
     rows = []
     for sharing in (False, True):
-        llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", kv_cache_memory="1GiB", prefix_caching=sharing)
+        llm = jfp8kv.LLM(
+            params, kv_cache_dtype="fp8_e4m3", kv_cache_memory="1GiB", prefix_caching=sharing
+        )
         timed(llm, [ids[::-1] for ids in asked[:2]], 2)  # compiles
         seconds, first = timed(llm, asked, 2)
         rows.append([
@@ -40,7 +44,11 @@ def reuse(params: jfp8kv.Params, text: str, requests: int) -> None:
             f"{llm.stats.prefix_hit_tokens:,}",
         ])  # fmt: skip
     columns = ["prefix reuse", "first token s: least", "median", "most", "all s", "tokens not run"]
-    table(f"{requests} prompts of {SHARED} tokens alike and {OWN} of their own, 2 tokens each", columns, rows)
+    table(
+        f"{requests} prompts of {SHARED} tokens alike and {OWN} of their own, 2 tokens each",
+        columns,
+        rows,
+    )
 
 
 def pressure(params: jfp8kv.Params, text: str, requests: int, output: int) -> None:
@@ -51,8 +59,16 @@ def pressure(params: jfp8kv.Params, text: str, requests: int, output: int) -> No
     whole = requests * probe.kv.text_bytes(64 + output)
     rows = []
     for name in ("bfloat16", "fp8_e4m3"):
-        for label, memory in (("enough", whole), ("half of what bfloat16 needs", whole // 2), ("a quarter", whole // 4)):
-            sizes = {"kv_cache_memory": memory, "max_num_seqs": requests, "max_model_len": 64 + output}
+        for label, memory in (
+            ("enough", whole),
+            ("half of what bfloat16 needs", whole // 2),
+            ("a quarter", whole // 4),
+        ):
+            sizes = {
+                "kv_cache_memory": memory,
+                "max_num_seqs": requests,
+                "max_model_len": 64 + output,
+            }
             llm = jfp8kv.LLM(params, kv_cache_dtype=name, prefix_caching=False, **sizes)
             timed(llm, asked, output)  # compiles what the same requests need again
             before = llm.stats.preemptions
@@ -67,9 +83,13 @@ def pressure(params: jfp8kv.Params, text: str, requests: int, output: int) -> No
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--text", help="a text file (default: the documentation of this repository)")
+    arguments.add_argument(
+        "--text", help="a text file (default: the documentation of this repository)"
+    )
     arguments.add_argument("--requests", type=int, default=REQUESTS)
-    arguments.add_argument("--output", type=int, default=192, help="tokens each request makes under pressure")
+    arguments.add_argument(
+        "--output", type=int, default=192, help="tokens each request makes under pressure"
+    )
     given = arguments.parse_args()
     header()
     params, text = jfp8kv.load(given.model or smollm2()), text_of(given.text)

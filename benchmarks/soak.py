@@ -30,7 +30,12 @@ MODEL = Path(__file__).parent.parent / "tests" / "references" / "llama_bf16"
 CALLERS, TOGETHER = 16, 8  # threads, and the most texts that one asks for at a time
 PROMPT, OUTPUT = 60, 80  # tokens at most
 SETTLED, GROWTH = 200, 0.05
-SIZES: dict[str, Any] = {"max_model_len": PROMPT + OUTPUT, "max_num_seqs": 16, "page_size": 8, "max_num_batched_tokens": 64}
+SIZES: dict[str, Any] = {
+    "max_model_len": PROMPT + OUTPUT,
+    "max_num_seqs": 16,
+    "page_size": 8,
+    "max_num_batched_tokens": 64,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,9 @@ def requests_of(vocab: int, count: int = 40) -> list[tuple[list[int], jfp8kv.Sam
     made = []
     for seed in range(count):
         own = rng.integers(5, vocab, int(rng.integers(1, PROMPT // 2))).tolist()
-        params = jfp8kv.SamplingParams(max_tokens=int(rng.integers(1, OUTPUT)), seed=seed, ignore_eos=True)
+        params = jfp8kv.SamplingParams(
+            max_tokens=int(rng.integers(1, OUTPUT)), seed=seed, ignore_eos=True
+        )
         made.append((beginning * (seed % 2) + own, params))
     return made
 
@@ -104,15 +111,25 @@ class Caller:
     def _generate(self, chosen: list[Kind], *, late: bool) -> None:
         limit = float(self.rng.uniform(0.001, 0.2)) if late else None
         fields = [dataclasses.replace(kind.params, deadline_s=limit) for kind in chosen]
-        for kind, out in zip(chosen, self.llm.generate([k.prompt for k in chosen], fields, progress=False), strict=True):
+        for kind, out in zip(
+            chosen,
+            self.llm.generate([k.prompt for k in chosen], fields, progress=False),
+            strict=True,
+        ):
             self._book(kind, out.text, out.outputs[0].finish_reason)
 
     def _stream(self, chosen: list[Kind]) -> None:
         """Several at a time, a piece of each in turn; half of them are left after a few pieces."""
         streams = [self.llm.stream(kind.prompt, kind.params) for kind in chosen]
         most = [int(self.rng.integers(1, 9)) if self.rng.random() < 0.5 else OUTPUT for _ in chosen]
-        said = list(itertools.zip_longest(*(itertools.islice(s, n) for s, n in zip(streams, most, strict=True)), fillvalue=""))
-        for kind, stream, count, pieces in zip(chosen, streams, most, zip(*said, strict=True), strict=True):
+        said = list(
+            itertools.zip_longest(
+                *(itertools.islice(s, n) for s, n in zip(streams, most, strict=True)), fillvalue=""
+            )
+        )
+        for kind, stream, count, pieces in zip(
+            chosen, streams, most, zip(*said, strict=True), strict=True
+        ):
             stream.close()
             self._book(kind, "".join(pieces), "length" if count == OUTPUT else "closed")
 
@@ -123,7 +140,9 @@ class Caller:
             if self.rng.random() < 0.5:
                 await asyncio.sleep(float(self.rng.uniform(0, 0.05)))
                 task.cancel()
-        for kind, pieces, error in zip(chosen, said, await asyncio.gather(*tasks, return_exceptions=True), strict=True):
+        for kind, pieces, error in zip(
+            chosen, said, await asyncio.gather(*tasks, return_exceptions=True), strict=True
+        ):
             if isinstance(error, Exception):
                 raise error
             self._book(kind, "".join(pieces), "length" if error is None else "cancelled")
@@ -133,7 +152,9 @@ class Caller:
             said.append(piece)
 
     def _book(self, kind: Kind, text: str, end: str) -> None:
-        whole = text == kind.text if end == "length" else kind.text.startswith(text.rstrip("\ufffd"))
+        whole = (
+            text == kind.text if end == "length" else kind.text.startswith(text.rstrip("\ufffd"))
+        )
         self.ends[end if whole else "wrong"] += 1
 
 
@@ -149,11 +170,19 @@ def soak(
     """Run it. The pool has this share of the pages that the texts asked for at one time would take, on average."""
     asked, sizes = requests_of(params.config.vocab), SIZES | sizes
     probe = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_cache_memory="100kB", **sizes)._engine
-    text_pages = np.mean([probe.needs.total(len(prompt) + sampling.max_tokens) for prompt, sampling in asked])
+    text_pages = np.mean(
+        [
+            probe.requirements.total_pages(len(prompt) + sampling.max_tokens)
+            for prompt, sampling in asked
+        ]
+    )
     pages = int(CALLERS * (1 + TOGETHER) / 2 * text_pages * share)
     cache = {"kv_cache_dtype": kv_dtype, "kv_cache_memory": pages * probe.kv.page_bytes}
     alone = jfp8kv.LLM(params, prefix_caching=False, **cache, **sizes)
-    known = [Kind(prompt, sampling, alone.generate([prompt], sampling)[0].text) for prompt, sampling in asked]
+    known = [
+        Kind(prompt, sampling, alone.generate([prompt], sampling)[0].text)
+        for prompt, sampling in asked
+    ]
     llm = jfp8kv.LLM(params, **cache, **sizes)
     llm.warmup()
     lock, left, at_first = threading.Lock(), [requests], [0]
@@ -178,7 +207,7 @@ def soak(
     seconds = time.perf_counter() - began
     with llm._service.turn():  # after the last step that a cancelled task may have left behind
         pass
-    allocator = llm._engine.scheduler.paging.allocator
+    allocator = llm._engine.scheduler.kv_manager.allocator
     return Report(
         requests,
         ends,
@@ -198,21 +227,31 @@ def resident_bytes() -> int:
         with open("/proc/self/status", encoding="ascii") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
 
 
 def main() -> int:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--requests", type=int, default=2000)
     arguments.add_argument("--kv-dtype", default="fp8_e4m3")
     given = arguments.parse_args()
     header()
     report = soak(jfp8kv.load(MODEL, dtype="float32"), given.requests, kv_dtype=given.kv_dtype)
     ends = ", ".join(f"{count} {end}" for end, count in sorted(report.ends.items()))
-    console.print(f"{report.asked} requests in {report.seconds:.0f} s: {ends}; {report.missing} missing")
-    console.print(f"{report.preemptions} preemptions in {report.pages} pages, of which {report.pages_free} are free at the end")
+    console.print(
+        f"{report.asked} requests in {report.seconds:.0f} s: {ends}; {report.missing} missing"
+    )
+    console.print(
+        f"{report.preemptions} preemptions in {report.pages} pages, of which {report.pages_free} are free at the end"
+    )
     first, last = (f"{size / 2**20:.1f} MiB" for size in (report.settled_bytes, report.end_bytes))
-    console.print(f"resident memory {first} after {SETTLED} requests, {last} at the end: {report.growth:+.1%}")
+    console.print(
+        f"resident memory {first} after {SETTLED} requests, {last} at the end: {report.growth:+.1%}"
+    )
     return 0 if report.whole and report.growth <= GROWTH else 1
 
 

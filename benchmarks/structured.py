@@ -35,7 +35,9 @@ class Watch:
         engine = llm._engine
         self.seconds: list[float] = []
         self.hidden: list[bool] = []
-        engine.guides.allowed = functools.partial(self._timed, engine.guides.allowed)
+        engine.structured_output.allowed = functools.partial(
+            self._timed, engine.structured_output.allowed
+        )
         engine.programs.compute = functools.partial(self._seen, engine.programs.compute)
 
     def _timed(self, allowed, *args, **more):
@@ -51,11 +53,13 @@ class Watch:
 
 def compiled(llm: jfp8kv.LLM) -> None:
     """What the first request of a model and of a grammar pays once."""
-    guides, began = llm._engine.guides, time.perf_counter()
+    guides, began = llm._engine.structured_output, time.perf_counter()
     guides._known  # noqa: B018
     known, began = time.perf_counter() - began, time.perf_counter()
     guides.check(jfp8kv.SamplingParams(json_schema=SCHEMA))
-    console.print(f"once: the vocabulary {known * 1e3:.0f} ms, the schema {(time.perf_counter() - began) * 1e3:.1f} ms")
+    console.print(
+        f"once: the vocabulary {known * 1e3:.0f} ms, the schema {(time.perf_counter() - began) * 1e3:.1f} ms"
+    )
 
 
 def main() -> None:
@@ -81,19 +85,35 @@ def main() -> None:
             began = time.process_time()
             outs = llm.generate(prompts, asks, progress=False)
             cpu.setdefault(name, []).append(time.process_time() - began)
-            assert all(len(out.token_ids) == given.tokens for out in outs), "they are to make as many tokens"
-            assert not any(ask is held and not out.text.lstrip().startswith("[") for ask, out in zip(asks, outs, strict=True))
+            assert all(len(out.token_ids) == given.tokens for out in outs), (
+                "they are to make as many tokens"
+            )
+            assert not any(
+                ask is held and not out.text.lstrip().startswith("[")
+                for ask, out in zip(asks, outs, strict=True)
+            )
             return []
 
         return run
 
     count = given.requests
-    asked = {"free": [free] * count, "one held": [held] + [free] * (count - 1), "all held": [held] * count}
+    asked = {
+        "free": [free] * count,
+        "one held": [held] + [free] * (count - 1),
+        "all held": [held] * count,
+    }
     sides = {name: side(name, asks) for name, asks in asked.items()}
-    seconds = {name: median(times) for name, times in interleaved(sides, rounds=given.rounds).items()}
+    seconds = {
+        name: median(times) for name, times in interleaved(sides, rounds=given.rounds).items()
+    }
     steps = given.tokens
     rows = [
-        [name, f"{took / steps * 1e3:.1f}", f"{count * steps / took:.1f}", f"{min(cpu[name]) / steps * 1e3:.1f}"]
+        [
+            name,
+            f"{took / steps * 1e3:.1f}",
+            f"{count * steps / took:.1f}",
+            f"{min(cpu[name]) / steps * 1e3:.1f}",
+        ]
         for name, took in seconds.items()
     ]
     columns = ["", "ms a step", "tok/s", "CPU ms a step, least"]

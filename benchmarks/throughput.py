@@ -30,7 +30,9 @@ print(loaded - began, time.perf_counter() - began)
 def first_token(model: str, cache: str) -> tuple[float, float]:
     environment = os.environ | {"JFP8KV_CACHE_DIR": cache}
     command = [sys.executable, "-c", FIRST_TOKEN, model]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     loaded, first = map(float, out.split())
     return loaded, first
 
@@ -41,7 +43,12 @@ def main() -> None:
     model = str(given.model or smollm2())
     params = jfp8kv.load(model)
     for requests, prompt, output in SCENARIOS:
-        sizes = {"requests": requests, "prompt_tokens": prompt, "output_tokens": output, "rounds": given.rounds}
+        sizes = {
+            "requests": requests,
+            "prompt_tokens": prompt,
+            "output_tokens": output,
+            "rounds": given.rounds,
+        }
         console.print(jfp8kv.bench(params, kv_dtypes=DTYPES, progress=False, **sizes))
 
     with tempfile.TemporaryDirectory() as cache:
@@ -49,7 +56,11 @@ def main() -> None:
         warm = [first_token(model, cache) for _ in range(3)]
     runs["compilation cache warm"] = tuple(median([run[i] for run in warm]) for i in range(2))
     rows = [[name, f"{loaded:.1f}", f"{first:.1f}"] for name, (loaded, first) in runs.items()]
-    table("From `import jfp8kv` in a new process, seconds", ["start", "model loaded", "first token"], rows)
+    table(
+        "From `import jfp8kv` in a new process, seconds",
+        ["start", "model loaded", "first token"],
+        rows,
+    )
 
 
 if __name__ == "__main__":

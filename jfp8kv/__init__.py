@@ -11,7 +11,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jfp8kv.api import calibrate, compare, generate, inspect, logits, plan_kv, score
     from jfp8kv.beam_search import beam_search
     from jfp8kv.cache.plan import KVPlan, LayerPlan
     from jfp8kv.cache.scales import KVScales
@@ -29,12 +28,13 @@ if TYPE_CHECKING:
         StepError,
     )
     from jfp8kv.engine.request import CompletionOutput, RequestOutput
+    from jfp8kv.functional import calibrate, compare, generate, inspect, logits, plan_kv, score
     from jfp8kv.inspection.report import Inspection
     from jfp8kv.llm import LLM
     from jfp8kv.models.config import ModelConfig
     from jfp8kv.models.params import Params
     from jfp8kv.sampling.params import SamplingParams
-    from jfp8kv.session import Session, extend_all
+    from jfp8kv.session import Session, extend_batch
     from jfp8kv.speed import Speed, bench
 
 __version__ = "0.1.0.dev0"
@@ -65,7 +65,7 @@ __all__ = [
     "calibrate",
     "compare",
     "export",
-    "extend_all",
+    "extend_batch",
     "generate",
     "inspect",
     "load",
@@ -76,7 +76,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("calibrate", "compare", "generate", "inspect", "logits", "plan_kv", "score"),
+    "functional": ("calibrate", "compare", "generate", "inspect", "logits", "plan_kv", "score"),
     "beam_search": ("beam_search",),
     "cache.plan": ("KVPlan", "LayerPlan"),
     "cache.scales": ("KVScales",),
@@ -99,7 +99,7 @@ _HOMES = {
     "models.config": ("ModelConfig",),
     "models.params": ("Params",),
     "sampling.params": ("SamplingParams",),
-    "session": ("Session", "extend_all"),
+    "session": ("Session", "extend_batch"),
     "speed": ("Speed", "bench"),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}

@@ -1,4 +1,4 @@
-"""Beam search: several of the likeliest continuations of a prompt, as a function on top of `Session.fork` and `extend_all`.
+"""Beam search: several of the likeliest continuations of a prompt, as a function on top of `Session.fork` and `extend_batch`.
 
 Each round has up to `beams` texts that go on, *beams*. All their continuations by one token are ranked by the sum of the
 log-probabilities of the tokens made, the model's own, at temperature 1. Those among the first `beams` that end, by an end token
@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from jfp8kv.core.errors import CapacityError, ConfigError, one_of
-from jfp8kv.engine.detokenize import Detokenizer
+from jfp8kv.core.errors import CapacityError, ConfigError, invalid_choice
 from jfp8kv.engine.group import CONTEXT
-from jfp8kv.engine.prompts import Encoded, as_list, encode
 from jfp8kv.engine.request import CompletionOutput, RequestOutput
 from jfp8kv.llm import LLM
 from jfp8kv.sampling.params import SamplingParams
-from jfp8kv.session import Session, extend_all
+from jfp8kv.session import Session, extend_batch
+from jfp8kv.text.detokenizer import Detokenizer
+from jfp8kv.text.prompts import Encoded, as_list, encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,14 @@ class Rules:
     def __post_init__(self) -> None:
         if isinstance(self.beams, bool) or not isinstance(self.beams, int) or self.beams < 1:
             raise ConfigError(f"beams={self.beams!r}: must be an integer from 1 on.")
-        if isinstance(self.length_penalty, bool) or not isinstance(self.length_penalty, int | float):
+        if isinstance(self.length_penalty, bool) or not isinstance(
+            self.length_penalty, int | float
+        ):
             raise ConfigError(f"length_penalty={self.length_penalty!r}: must be a number.")
         if not math.isfinite(self.length_penalty):
             raise ConfigError(f"length_penalty={self.length_penalty!r}: must be finite.")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise one_of("early_stopping", self.early_stopping, ("True", "False", "never"))
+            raise invalid_choice("early_stopping", self.early_stopping, ("True", "False", "never"))
 
     def likeliest(self, live: Sequence[Candidate], logprobs: np.ndarray) -> list[Candidate]:
         """The likeliest continuations of `live` by one token, best first, of equals those of earlier beams and smaller ids: so
@@ -76,7 +78,9 @@ class Rules:
         parents, tokens = np.divmod(ranked, logprobs.shape[1])
         return [
             Candidate((*live[parent].token_ids, token), total, parent)
-            for parent, token, total in zip(parents.tolist(), tokens.tolist(), sums[ranked].tolist(), strict=True)
+            for parent, token, total in zip(
+                parents.tolist(), tokens.tolist(), sums[ranked].tolist(), strict=True
+            )
         ]
 
     def best(self, finished: list[Candidate]) -> list[Candidate]:
@@ -91,7 +95,11 @@ class Rules:
             return False
         if self.early_stopping is True:
             return True
-        tokens = max_tokens if self.early_stopping == "never" and self.length_penalty > 0 else len(live[0].token_ids)
+        tokens = (
+            max_tokens
+            if self.early_stopping == "never" and self.length_penalty > 0
+            else len(live[0].token_ids)
+        )
         return live[0].score(self.length_penalty, tokens) <= finished[-1].score(self.length_penalty)
 
 
@@ -121,24 +129,38 @@ def beam_search(
     they hold is freed at the end and after an error: `ConfigError` for what cannot be asked for, `CapacityError` when the pool
     has no room for so many.
     """
-    params = SamplingParams(max_tokens=max_tokens, stop_token_ids=tuple(stop_token_ids), ignore_eos=ignore_eos)
+    params = SamplingParams(
+        max_tokens=max_tokens, stop_token_ids=tuple(stop_token_ids), ignore_eos=ignore_eos
+    )
     params.check_vocab(llm.params.config.vocab)
     ends = {*params.stop_token_ids, *(() if ignore_eos else llm.params.eos_ids)}
     rules = Rules(beams, length_penalty, early_stopping, ends)
-    encoded = [encode(prompt, llm.tokenizer, what=f"prompt {i}") for i, prompt in enumerate(as_list(prompts))]
-    return [_of_prompt(llm, prompt, max_tokens, rules, f"prompt {i}") for i, prompt in enumerate(encoded)]
+    encoded = [
+        encode(prompt, llm.tokenizer, what=f"prompt {i}")
+        for i, prompt in enumerate(as_list(prompts))
+    ]
+    return [
+        _of_prompt(llm, prompt, max_tokens, rules, f"prompt {i}")
+        for i, prompt in enumerate(encoded)
+    ]
 
 
-def _of_prompt(llm: LLM, prompt: Encoded, max_tokens: int, rules: Rules, what: str) -> RequestOutput:
+def _of_prompt(
+    llm: LLM, prompt: Encoded, max_tokens: int, rules: Rules, what: str
+) -> RequestOutput:
     began = time.perf_counter()
     room = llm.max_model_len - len(prompt.ids)
     if room < 1:
-        raise CapacityError(f"{what} has {len(prompt.ids)} tokens: max_model_len={llm.max_model_len} leaves room for none.")
+        raise CapacityError(
+            f"{what} has {len(prompt.ids)} tokens: max_model_len={llm.max_model_len} leaves room for none."
+        )
     sessions: list[Session] = []
     try:
         found = _search(llm, prompt.ids, min(max_tokens, room), rules, sessions)
     except CapacityError as error:
-        raise CapacityError(f"beams={rules.beams} for {what}: {error} Or try fewer beams.") from error
+        raise CapacityError(
+            f"beams={rules.beams} for {what}: {error} Or try fewer beams."
+        ) from error
     finally:
         for session in sessions:
             session.close()
@@ -150,11 +172,13 @@ def _of_prompt(llm: LLM, prompt: Encoded, max_tokens: int, rules: Rules, what: s
     )
 
 
-def _search(llm: LLM, ids: list[int], max_tokens: int, rules: Rules, sessions: list[Session]) -> list[Candidate]:
+def _search(
+    llm: LLM, ids: list[int], max_tokens: int, rules: Rules, sessions: list[Session]
+) -> list[Candidate]:
     """The best texts after a prompt. `sessions` are those that are open, one for each beam, whatever happens."""
     sessions.append(llm.session(ids))
     sessions[0].rollback(1)
-    logits = extend_all(sessions, ids[-1:])
+    logits = extend_batch(sessions, ids[-1:])
     live, finished = [Candidate((), 0.0)], []
     for made in range(1, max_tokens + 1):
         going = []
@@ -167,7 +191,7 @@ def _search(llm: LLM, ids: list[int], max_tokens: int, rules: Rules, sessions: l
         if rules.over(finished, live, max_tokens):
             break
         _branch(sessions, [beam.parent for beam in live])
-        logits = extend_all(sessions, [beam.token_ids[-1] for beam in live])
+        logits = extend_batch(sessions, [beam.token_ids[-1] for beam in live])
     return finished
 
 
@@ -192,7 +216,9 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
 
 
-def _output(llm: LLM, prompt: Encoded, text: Candidate, index: int, rules: Rules) -> CompletionOutput:
+def _output(
+    llm: LLM, prompt: Encoded, text: Candidate, index: int, rules: Rules
+) -> CompletionOutput:
     """A finished text as `generate` would give it: its end token is among the ids and not in the text."""
     ids = list(text.token_ids)
     ended = ids[-1] in rules.ends

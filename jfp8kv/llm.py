@@ -12,27 +12,27 @@ import jax
 import numpy as np
 
 from jfp8kv.attention import dispatch
+from jfp8kv.cache.kv_dtype import is_name
 from jfp8kv.checkpoint.load import load
 from jfp8kv.core.errors import ConfigError, unknown_keyword
 from jfp8kv.core.formats import kv_format
 from jfp8kv.core.platform import cache_folder
-from jfp8kv.engine import texts
+from jfp8kv.engine import forward
 from jfp8kv.engine.compile_report import CompileReport
+from jfp8kv.engine.driver import EngineDriver, raise_error
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.feed import feed
-from jfp8kv.engine.group import Group, Growing
-from jfp8kv.engine.kv_dtype import is_name
+from jfp8kv.engine.group import OutputStream, RequestGroup
 from jfp8kv.engine.lookup import draft_tokens
-from jfp8kv.engine.metrics import Stats
-from jfp8kv.engine.prompts import Encoded, Message, as_list, encode
 from jfp8kv.engine.request import Request, RequestOutput
-from jfp8kv.engine.scoring import Scored, score_each
-from jfp8kv.engine.service import Service, raise_error
+from jfp8kv.engine.scoring import Scored, score_iter
+from jfp8kv.engine.stats import Stats
 from jfp8kv.engine.warmup import warmup
 from jfp8kv.models.params import Params
-from jfp8kv.models.tokenizer import Tokenizer
 from jfp8kv.sampling.params import MAX_SEED, SamplingParams
 from jfp8kv.session import Session
+from jfp8kv.text.prompts import Encoded, Message, as_list, encode
+from jfp8kv.text.tokenizer import Tokenizer
 
 
 class LLM:
@@ -97,11 +97,13 @@ class LLM:
                 f"dtype={dtype!r}: the Params given are {model.dtype.name} already; cast them, or load with dtype."
             )
         if isinstance(model, Params) and not strict:
-            raise ConfigError(f"strict={strict!r}: the Params given are loaded already; load them with strict={strict!r}.")
+            raise ConfigError(
+                f"strict={strict!r}: the Params given are loaded already; load them with strict={strict!r}."
+            )
         if is_name(kv_cache_dtype) and kv_cache_dtype != "auto":
             kv_format(kv_cache_dtype)  # refused now rather than after loading
         draft_tokens(prompt_lookup)
-        dispatch.choose(attention)
+        dispatch.select_backend(attention)
         keep_compiled_programs()
         self._engine = Engine(
             model if isinstance(model, Params) else load(model, dtype=dtype, strict=strict),
@@ -116,8 +118,10 @@ class LLM:
             prefix_caching=prefix_caching,
             prompt_lookup=prompt_lookup,
         )
-        self._service = Service(self._engine)
-        self._scoring = threading.Lock()  # one text at a time: of two that grow, each could hold what the other needs
+        self._service = EngineDriver(self._engine)
+        self._scoring = (
+            threading.Lock()
+        )  # one text at a time: of two that grow, each could hold what the other needs
         self._seed = seed
         self._numbers = itertools.count()
 
@@ -138,7 +142,7 @@ class LLM:
     @property
     def kv_dtype(self) -> str:
         """The cache's format: what "auto" came to, with how many layers have which where they differ."""
-        return self._engine.kv.name
+        return self._engine.cache_config.name
 
     @property
     def max_model_len(self) -> int:
@@ -156,9 +160,9 @@ class LLM:
 
         That is so for `generate`, `chat`, streams, `logits`, `score`, `prompt_logprobs` and whatever a single session does. Two
         kinds of calls have programs of their own, compiled here if asked for and else when first needed: `structured` those of
-        json_schema, regex, choice and grammar, `branches` those of sessions that go on together (`extend_all`, `beam_search`).
+        json_schema, regex, choice and grammar, `branches` those of sessions that go on together (`extend_batch`, `beam_search`).
         A request with more than 64 tokens that end its text, or more than 512 in `logit_bias`, compiles one when it comes, and
-        so do texts that `score_each` takes together.
+        so do texts that `score_iter` takes together.
         """
         with self._service.turn() as engine:
             warmup(engine, structured=structured, branches=branches)
@@ -193,7 +197,9 @@ class LLM:
         self._run([r for group in groups for r in group.requests], progress)
         return [group.output() for group in groups]
 
-    def check(self, prompts: Any, sampling_params: SamplingParams | None = None, **fields: Any) -> None:
+    def check(
+        self, prompts: Any, sampling_params: SamplingParams | None = None, **fields: Any
+    ) -> None:
         """Raise what `generate` would raise before anything runs."""
         self._checked(as_list(prompts), sampling_params, fields)
 
@@ -205,10 +211,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """`generate` for chat messages `[{"role": "user", "content": "..."}]`, or a list of such conversations."""
         if isinstance(messages, str) or any(isinstance(m, str) for m in messages):
-            raise ConfigError('chat takes messages such as [{"role": "user", "content": "..."}]; give plain text to generate.')
+            raise ConfigError(
+                'chat takes messages such as [{"role": "user", "content": "..."}]; give plain text to generate.'
+            )
         return self.generate(messages, sampling_params, **rest)
 
-    def generate_each(
+    def generate_iter(
         self, requests: Iterable[tuple[Any, SamplingParams | Mapping[str, Any] | None]]
     ) -> Iterator[tuple[int, RequestOutput | Exception]]:
         """Continue prompts from an iterator, which may be endless: `(number, result)` of each, as soon as it is made.
@@ -219,16 +227,20 @@ class LLM:
         cancels what is in flight.
         """
 
-        def group(asked: tuple[Any, Any]) -> Group:
+        def group(asked: tuple[Any, Any]) -> RequestGroup:
             prompt, params = asked
             given = isinstance(params, Mapping)
-            (group,) = self._groups([prompt], None if given else params, dict(params) if given else {})
+            (group,) = self._groups(
+                [prompt], None if given else params, dict(params) if given else {}
+            )
             self._score_prompt(group)
             return group
 
         return feed(self._service, group, requests, 2 * self._engine.buckets.max_requests)
 
-    def stream(self, prompt: Any, sampling_params: SamplingParams | None = None, **fields: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: Any, sampling_params: SamplingParams | None = None, **fields: Any
+    ) -> Iterator[str]:
         """The text of one continuation, piece by piece as it is made. Closing the iterator cancels the request.
 
         Other calls may run meanwhile: they share the engine.
@@ -238,10 +250,12 @@ class LLM:
     def _stream(self, request: Request) -> Iterator[str]:
         with self._growing(request) as text:
             while not text.ended:
-                self._service.advance(text.news)
-                yield from text.pieces()
+                self._service.advance(text.has_update)
+                yield from text.deltas()
 
-    def astream(self, prompt: Any, sampling_params: SamplingParams | None = None, **fields: Any) -> AsyncIterator[str]:
+    def astream(
+        self, prompt: Any, sampling_params: SamplingParams | None = None, **fields: Any
+    ) -> AsyncIterator[str]:
         """`stream` for `async for`. Steps run in a thread: the event loop never waits for one.
 
         Cancelling the task, leaving the loop or `aclose()` cancels the request: its pages are free at once, or when the step
@@ -252,47 +266,57 @@ class LLM:
     async def _astream(self, request: Request) -> AsyncIterator[str]:
         with self._growing(request) as text:
             while not text.ended:
-                if not text.news():
-                    await self._service.advance_async(text.news)
-                for piece in text.pieces():
+                if not text.has_update():
+                    await self._service.advance_async(text.has_update)
+                for piece in text.deltas():
                     yield piece
 
     @contextlib.contextmanager
-    def _growing(self, request: Request) -> Iterator[Growing]:
+    def _growing(self, request: Request) -> Iterator[OutputStream]:
         """The text of a request, which runs meanwhile and is dropped if nobody waits for its end."""
         self._service.submit([request])
         try:
-            yield Growing(request)
+            yield OutputStream(request)
             raise_error([request])
         finally:
             self._service.drop([request])
 
-    def _one(self, prompt: Any, sampling_params: SamplingParams | None, fields: dict[str, Any]) -> Request:
+    def _one(
+        self, prompt: Any, sampling_params: SamplingParams | None, fields: dict[str, Any]
+    ) -> Request:
         """The request of a stream."""
         (group,) = self._groups([prompt], sampling_params, fields)
         if len(group.requests) != 1 or group.params.prompt_logprobs is not None:
-            raise ConfigError("a stream gives the text of one continuation: n and best_of must be 1, and prompt_logprobs None.")
+            raise ConfigError(
+                "a stream gives the text of one continuation: n and best_of must be 1, and prompt_logprobs None."
+            )
         if self.tokenizer is None:
-            raise ConfigError("a stream gives text, and this model has no tokenizer: use generate, which also gives token ids.")
+            raise ConfigError(
+                "a stream gives text, and this model has no tokenizer: use generate, which also gives token ids."
+            )
         return group.requests[0]
 
     def session(self, prompt: Any) -> Session:
         """A text that stays in the cache, to be extended, taken back and branched: see `Session`."""
         ids = encode(prompt, self.tokenizer, what="prompt").ids
-        self._engine.check(ids, texts.RUN, what="prompt", more=0)
+        self._engine.check(ids, forward.PREFILL_ONLY, what="prompt", more=0)
         return Session.begin(self._service, ids, self.generate)
 
     def _run(self, requests: list[Request], progress: bool | None) -> None:
         from tqdm import tqdm
 
-        hidden = not progress if progress is not None else (None if len(requests) > 8 else True)  # None: unless a terminal
+        hidden = (
+            not progress if progress is not None else (None if len(requests) > 8 else True)
+        )  # None: unless a terminal
         with tqdm(total=len(requests), unit="prompt", disable=hidden) as bar:
             self._service.run(requests, ended=bar.update)
 
-    def _groups(self, prompts: list[Any], sampling: Any, fields: dict[str, Any]) -> list[Group]:
+    def _groups(
+        self, prompts: list[Any], sampling: Any, fields: dict[str, Any]
+    ) -> list[RequestGroup]:
         """Requests for every prompt, or an error; nothing is queued yet."""
         return [
-            Group.of(
+            RequestGroup.of(
                 encoded,
                 params,
                 room=self._engine.max_model_len - len(encoded.ids),
@@ -303,20 +327,26 @@ class LLM:
             for encoded, params in self._checked(prompts, sampling, fields)
         ]
 
-    def _checked(self, prompts: list[Any], sampling: Any, fields: dict[str, Any]) -> list[tuple[Encoded, SamplingParams]]:
+    def _checked(
+        self, prompts: list[Any], sampling: Any, fields: dict[str, Any]
+    ) -> list[tuple[Encoded, SamplingParams]]:
         """Every prompt encoded, with its parameters."""
         if not prompts:
             raise ConfigError("prompts is empty: give at least one.")
         each = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * len(prompts)
         if len(each) != len(prompts):
-            raise ConfigError(f"{len(each)} sampling parameters for {len(prompts)} prompts: give one, or one for each.")
+            raise ConfigError(
+                f"{len(each)} sampling parameters for {len(prompts)} prompts: give one, or one for each."
+            )
         asked = []
         for i, (prompt, base) in enumerate(zip(prompts, each, strict=True)):
             params = SamplingParams.from_fields(base, also=("progress",), **fields)
             encoded = encode(prompt, self.tokenizer, what=f"prompt {i}")
             self._engine.check(encoded.ids, params, what=f"prompt {i}")
             if params.stop and self.tokenizer is None:
-                raise ConfigError("stop strings need text, and this model has no tokenizer: use stop_token_ids.")
+                raise ConfigError(
+                    "stop strings need text, and this model has no tokenizer: use stop_token_ids."
+                )
             asked.append((encoded, params))
         return asked
 
@@ -332,29 +362,37 @@ class LLM:
     def score(self, text_or_token_ids: Any) -> np.ndarray:
         """float32 `[tokens - 1]`: log-probability of each token but the first, given those before it."""
         ids = encode(text_or_token_ids, self.tokenizer, what="text").ids
-        return np.asarray(self._logprobs(ids, lambda row, token: row[token], what="text"), np.float32)
+        return np.asarray(
+            self._logprobs(ids, lambda row, token: row[token], what="text"), np.float32
+        )
 
-    def score_each(self, asked: Iterable[tuple[Any, str | None]]) -> Iterator[tuple[int, Scored | Exception]]:
+    def score_iter(
+        self, asked: Iterable[tuple[Any, str | None]]
+    ) -> Iterator[tuple[int, Scored | Exception]]:
         """Score completions after their prompts, from an iterator, which may be endless: `(number, result)` of each.
 
         Pairs of a prompt and a completion (None: all of the prompt is scored), counted from 0, several in a dispatch, those of
         like length first. What is in the cache of a prompt is not run again. One that cannot be scored gives its error.
         """
-        return score_each(self._service, asked, self.tokenizer)
+        return score_iter(self._service, asked, self.tokenizer)
 
-    def _score_prompt(self, group: Group) -> None:
+    def _score_prompt(self, group: RequestGroup) -> None:
         """If asked for: for each prompt token but the first (None), its log-probability and those of so many likeliest ids."""
         if (count := group.params.prompt_logprobs) is None:
             return
 
         def likeliest(row: np.ndarray, token: int) -> dict[int, float]:
-            found = np.argpartition(-row, count)[:count] if count < len(row) else np.arange(len(row))
+            found = (
+                np.argpartition(-row, count)[:count] if count < len(row) else np.arange(len(row))
+            )
             ordered = sorted(found.tolist(), key=lambda i: (-row[i], i))
             return {i: float(row[i]) for i in (*ordered, token)}
 
         group.prompt_logprobs = [None, *self._logprobs(group.prompt.ids, likeliest, what="prompt")]
 
-    def _logprobs(self, ids: list[int], pick: Callable[[np.ndarray, int], Any], *, what: str) -> list[Any]:
+    def _logprobs(
+        self, ids: list[int], pick: Callable[[np.ndarray, int], Any], *, what: str
+    ) -> list[Any]:
         """What `pick` takes for each token but the first, given the log-probabilities (float64 `[vocab]`) it was met with."""
         picked, following = [], iter(ids[1:])
 
@@ -368,14 +406,17 @@ class LLM:
 
     def _run_text(self, ids: list[int], look: Callable[[np.ndarray], Any], *, what: str) -> None:
         """Show `look` the logits after each token, chunk by chunk; others get on between them."""
-        self._engine.check(ids, texts.RUN, what=what, more=0)
+        self._engine.check(ids, forward.PREFILL_ONLY, what=what, more=0)
         with self._scoring:
-            for logits in self._service.each(texts.logits(self._engine, ids)):
+            for logits in self._service.each(forward.logits(self._engine, ids)):
                 look(logits)
 
 
 def keep_compiled_programs() -> None:
     """Turn JAX's persistent compilation cache on, in the user's cache folder, unless the user has set one up already."""
-    if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if (
+        jax.config.jax_compilation_cache_dir is None
+        and "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    ):
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.text import Text
 from tqdm import tqdm
 
+from jfp8kv.cache.kv_dtype import is_name
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint.load import load
@@ -20,7 +21,6 @@ from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import kv_format
 from jfp8kv.core.platform import describe
 from jfp8kv.core.tables import Printed, empty_table
-from jfp8kv.engine.kv_dtype import is_name
 from jfp8kv.llm import LLM
 from jfp8kv.models.params import Params
 
@@ -72,9 +72,24 @@ class Speed(Printed):
     def _layout(self, lines: box.Box | None) -> Group:
         gap = [] if lines else [""]  # lines come with empty rows around them
         requests = f"{self.requests:,} request{'s' if self.requests > 1 else ''} at once"
-        rounds = f"medians of {self.rounds} rounds, caches in turn" if self.rounds > 1 else "one round"
-        title = Text(f"{requests} of {self.prompt_tokens:,} + {self.output_tokens:,} tokens, {rounds}", style="bold")
-        columns = "KV cache", "bytes/token", "fit", "first token", "prefill/s", "decode/s", "output/s", "", "preempted"
+        rounds = (
+            f"medians of {self.rounds} rounds, caches in turn" if self.rounds > 1 else "one round"
+        )
+        title = Text(
+            f"{requests} of {self.prompt_tokens:,} + {self.output_tokens:,} tokens, {rounds}",
+            style="bold",
+        )
+        columns = (
+            "KV cache",
+            "bytes/token",
+            "fit",
+            "first token",
+            "prefill/s",
+            "decode/s",
+            "output/s",
+            "",
+            "preempted",
+        )
         table = empty_table(lines, *columns)
         for cache in self.caches:
             ratio = cache.output_tokens_s / self.caches[0].output_tokens_s
@@ -136,21 +151,45 @@ def bench(
 
     Raises `ConfigError` for what cannot be run, before the model is loaded where that can be told, and what `LLM` raises.
     """
-    given = {"requests": requests, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "rounds": rounds}
+    given = {
+        "requests": requests,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "rounds": rounds,
+    }
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}={value!r}: must be an integer of at least 1.")
     choices = _choices(kv_dtypes, kv_scales)
     params = model if isinstance(model, Params) else load(model, dtype=dtype, strict=strict)
-    sizes = {"kv_cache_memory": kv_cache_memory, "max_num_seqs": requests, "max_model_len": prompt_tokens + output_tokens}
+    sizes = {
+        "kv_cache_memory": kv_cache_memory,
+        "max_num_seqs": requests,
+        "max_model_len": prompt_tokens + output_tokens,
+    }
     sides = [
-        LLM(params, kv_cache_dtype=of, kv_scales=scales, attention=attention, prefix_caching=False, **sizes)
+        LLM(
+            params,
+            kv_cache_dtype=of,
+            kv_scales=scales,
+            attention=attention,
+            prefix_caching=False,
+            **sizes,
+        )
         for of, scales in choices
     ]
     measured: list[list[_Round]] = [[] for _ in sides]
-    with tqdm(total=(rounds + 1) * len(sides), unit="run", disable=None if progress is None else not progress) as bar:
+    with tqdm(
+        total=(rounds + 1) * len(sides),
+        unit="run",
+        disable=None if progress is None else not progress,
+    ) as bar:
         for turn in range(rounds + 1):
-            prompts = np.random.default_rng(turn).integers(0, params.config.vocab, (requests, prompt_tokens)).tolist()
+            prompts = (
+                np.random.default_rng(turn)
+                .integers(0, params.config.vocab, (requests, prompt_tokens))
+                .tolist()
+            )
             for llm, found in zip(sides, measured, strict=True):
                 found.append(_run(llm, prompts, output_tokens))
                 bar.update()
@@ -161,7 +200,10 @@ def bench(
 
 def _choices(kv_dtypes: Sequence[Any], kv_scales: Sequence[Any]) -> list[tuple[Any, Any]]:
     """What `LLM` is asked for, cache by cache: FP8 ones with all of `kv_scales` in turn. Raises `ConfigError`."""
-    for name, given, usual in (("kv_dtypes", kv_dtypes, USUAL_DTYPES), ("kv_scales", kv_scales, ("auto", "token_head"))):
+    for name, given, usual in (
+        ("kv_dtypes", kv_dtypes, USUAL_DTYPES),
+        ("kv_scales", kv_scales, ("auto", "token_head")),
+    ):
         if not isinstance(given, list | tuple) or not given:
             raise ConfigError(f"{name}={given!r}: must be a list, such as {list(usual)}.")
     choices: list[tuple[Any, Any]] = []
@@ -189,14 +231,23 @@ class _Round:
 
 def _run(llm: LLM, prompts: list[list[int]], output_tokens: int) -> _Round:
     before, began = llm.stats.to_dict(), time.perf_counter()
-    outs = llm.generate(prompts, max_tokens=output_tokens, temperature=0.0, ignore_eos=True, progress=False)
+    outs = llm.generate(
+        prompts, max_tokens=output_tokens, temperature=0.0, ignore_eos=True, progress=False
+    )
     seconds, after = time.perf_counter() - began, llm.stats.to_dict()
     first = statistics.median(out.first_token_s for out in outs if out.first_token_s is not None)
     return _Round(seconds, first, {name: after[name] - before[name] for name in after})
 
 
 def _medians(
-    label: str, llm: LLM, found: list[_Round], *, requests: int, prompt_tokens: int, output_tokens: int, rounds: int
+    label: str,
+    llm: LLM,
+    found: list[_Round],
+    *,
+    requests: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    rounds: int,
 ) -> CacheSpeed:
     timed, stats = found[-rounds:], llm.stats  # the one before compiled
 
@@ -210,9 +261,13 @@ def _medians(
         tokens_capacity=stats.kv_tokens_capacity,
         fit=stats.kv_tokens_capacity // (prompt_tokens + output_tokens),
         first_token_s=statistics.median(each.first_token_s for each in timed),
-        prefill_tokens_s=rate(requests * (prompt_tokens - 1), "prefill_s") if prompt_tokens > 1 else None,
+        prefill_tokens_s=rate(requests * (prompt_tokens - 1), "prefill_s")
+        if prompt_tokens > 1
+        else None,
         decode_tokens_s=rate(requests * output_tokens, "decode_s"),
-        output_tokens_s=statistics.median(requests * output_tokens / each.seconds for each in timed),
+        output_tokens_s=statistics.median(
+            requests * output_tokens / each.seconds for each in timed
+        ),
         preemptions=statistics.median(each.spent["preemptions"] for each in timed),
         compile_s=llm.compile_report().seconds,
     )

@@ -88,16 +88,30 @@ class Exponents(NamedTuple):
     v: jax.Array | None  # [block_k]
 
 
-def attend(refs: Refs, how: How, rows: Rows, keys: Keys, *, request: Any, kv_head: Any, with_sink: Any = True) -> Running:
+def attend(
+    refs: Refs,
+    how: How,
+    rows: Rows,
+    keys: Keys,
+    *,
+    request: Any,
+    kv_head: Any,
+    with_sink: Any = True,
+) -> Running:
     """The rows over the keys; `out` is without static V scales and not yet divided by `total`."""
     query = _query(refs, how, rows, kv_head)
     # One whenever the loop runs, which the compiler cannot know. An FP8 tile of V multiplied by it must exist as float16 before
     # it crosses shared memory; else it crosses in bytes and is taken apart there, at 1.6 times the cost of everything else.
     one = jnp.where(keys.end > keys.start, 1.0, 0.5).astype(jnp.float16)
 
-    def body(i: jax.Array, state: tuple[Running, Exponents], *, masked: bool = True) -> tuple[Running, Exponents]:
+    def body(
+        i: jax.Array, state: tuple[Running, Exponents], *, masked: bool = True
+    ) -> tuple[Running, Exponents]:
         (now, of), begin = state, keys.start + i * how.block_k
-        block, ahead = _block(refs, how, keys, begin, request, kv_head, masked), exponents(begin + how.block_k)
+        block, ahead = (
+            _block(refs, how, keys, begin, request, kv_head, masked),
+            exponents(begin + how.block_k),
+        )
         scores = _scores(refs, how, query, block, of.k)
         if masked:
             scores = jnp.where(_seen(refs, how, rows, block), scores, MASKED)
@@ -116,7 +130,9 @@ def attend(refs: Refs, how: How, rows: Rows, keys: Keys, *, request: Any, kv_hea
                 weights = weights * power(of.v - exponent)[None, :]
         v = _tile(refs["v"], how, block)
         v = (v * factor if is_fp8(how.element) else v).astype(how.compute)
-        out = now.out * shrink[:, None] + dot(weights.astype(how.compute), v, interpret=how.interpret)
+        out = now.out * shrink[:, None] + dot(
+            weights.astype(how.compute), v, interpret=how.interpret
+        )
         return Running(out, peak, total, exponent), ahead
 
     exponents = functools.partial(_exponents, refs, how, keys, request, kv_head)
@@ -165,7 +181,9 @@ def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
 
 def _query(refs: Refs, how: How, rows: Rows, kv_head: Any) -> Query:
     channel, mask = across(how, rows.valid, how.rows)
-    q = load(refs["q"], rows.query[:, None], rows.head[:, None], channel, mask=mask, other=0.0).astype(jnp.float32)
+    q = load(
+        refs["q"], rows.query[:, None], rows.head[:, None], channel, mask=mask, other=0.0
+    ).astype(jnp.float32)
     if "k_scale" in refs:
         q = q * _channels(refs, "k_scale", how, kv_head)[None, :]
     unit = LOG2E if how.softcap is None else 1 / how.softcap
@@ -176,11 +194,15 @@ def _query(refs: Refs, how: How, rows: Rows, kv_head: Any) -> Query:
         q, factor = q * power(-exponent)[:, None], factor * power(exponent)
     offset = None
     if "score_offset" in refs:
-        offset = load(refs["score_offset"], rows.query, rows.head, mask=rows.valid, other=0.0) * unit
+        offset = (
+            load(refs["score_offset"], rows.query, rows.head, mask=rows.valid, other=0.0) * unit
+        )
     return Query(q.astype(how.compute), factor, offset)
 
 
-def _scores(refs: Refs, how: How, query: Query, block: Block, exponents: jax.Array | None) -> jax.Array:
+def _scores(
+    refs: Refs, how: How, query: Query, block: Block, exponents: jax.Array | None
+) -> jax.Array:
     """`[rows, block_k]` scores of keys, seen or not, in units of log 2."""
     k, factor, scale = _tile(refs["k"], how, block), query.factor, None
     if exponents is not None:
@@ -219,11 +241,15 @@ def _seen(refs: Refs, how: How, rows: Rows, block: Block) -> jax.Array:
     return seen
 
 
-def _block(refs: Refs, how: How, keys: Keys, begin: jax.Array, request: Any, kv_head: Any, masked: bool) -> Block:
+def _block(
+    refs: Refs, how: How, keys: Keys, begin: jax.Array, request: Any, kv_head: Any, masked: bool
+) -> Block:
     token = begin + jnp.arange(how.block_k, dtype=jnp.int32)
     known = (token >= keys.first) & (token < keys.end) if masked else None
     # One page number for the block, or one a token: those of unknown tokens are not read.
-    page_of = begin if how.one_page else jnp.clip(token, keys.first, keys.end - 1) if masked else token
+    page_of = (
+        begin if how.one_page else jnp.clip(token, keys.first, keys.end - 1) if masked else token
+    )
     page = load(refs["page_table"], request, page_of // how.page_size)
     return Block(kv_head, token, known, _inside(refs["k"], refs["first_row"] + page))
 
@@ -242,7 +268,9 @@ def _tile(ref: Any, how: How, block: Block) -> jax.Array:
     return decode(bits, how.element, native_e4m3=how.native_e4m3)
 
 
-def _exponents(refs: Refs, how: How, keys: Keys, request: Any, kv_head: Any, begin: jax.Array) -> Exponents:
+def _exponents(
+    refs: Refs, how: How, keys: Keys, request: Any, kv_head: Any, begin: jax.Array
+) -> Exponents:
     """Those of the block that begins at `begin`, which may lie past the last one."""
     if "k_exponent" not in refs:
         return Exponents(None, None)
@@ -251,8 +279,14 @@ def _exponents(refs: Refs, how: How, keys: Keys, request: Any, kv_head: Any, beg
     last = jnp.maximum(keys.end - 1, 0)
     page_of = jnp.minimum(begin, last) if how.one_page else jnp.clip(token, keys.first, last)
     page = load(refs["page_table"], request, page_of // how.page_size)
-    row, offset = _inside(refs["k_exponent"], refs["first_exponent_row"] + page), token % how.page_size
-    of = (load(refs[name], row, kv_head, offset, mask=known, other=0) for name in ("k_exponent", "v_exponent"))
+    row, offset = (
+        _inside(refs["k_exponent"], refs["first_exponent_row"] + page),
+        token % how.page_size,
+    )
+    of = (
+        load(refs[name], row, kv_head, offset, mask=known, other=0)
+        for name in ("k_exponent", "v_exponent")
+    )
     return Exponents(*(exponent.astype(jnp.int32) for exponent in of))
 
 

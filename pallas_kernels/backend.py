@@ -21,10 +21,14 @@ program = pl.program_id
 cdiv = pl.cdiv
 
 
-def load(ref: Any, *index: Any, mask: Any = None, other: Any = None, once: bool = False) -> jax.Array:
+def load(
+    ref: Any, *index: Any, mask: Any = None, other: Any = None, once: bool = False
+) -> jax.Array:
     """Elements of `ref` at broadcast integer indices, `other` where `mask` is false. `once`: need not stay in a cache."""
     policy = "evict_first" if once else None
-    return triton.load(ref.at[index], mask=mask, other=None if mask is None else other, eviction_policy=policy)
+    return triton.load(
+        ref.at[index], mask=mask, other=None if mask is None else other, eviction_policy=policy
+    )
 
 
 def store(ref: Any, *index: Any, value: jax.Array, mask: Any = None) -> None:
@@ -69,7 +73,9 @@ def launch(
         name=name,
         grid=grid,
         out_shape=out,
-        input_output_aliases={sorted(names).index(a): order.index(b) for a, b in (aliases or {}).items()},
+        input_output_aliases={
+            sorted(names).index(a): order.index(b) for a, b in (aliases or {}).items()
+        },
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
     )

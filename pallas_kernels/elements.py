@@ -15,7 +15,11 @@ import numpy as np
 from jax import lax
 
 E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
-BFLOAT16, FLOAT16, FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32)
+BFLOAT16, FLOAT16, FLOAT32 = (
+    np.dtype(ml_dtypes.bfloat16),
+    np.dtype(np.float16),
+    np.dtype(np.float32),
+)
 ELEMENTS = (E4M3, E5M2, BFLOAT16, FLOAT16, FLOAT32)
 
 ABSOLUTE, INFINITY = 0x7FFFFFFF, 0x7F800000  # bits of a float32: all but its sign, and its exponent
@@ -68,7 +72,9 @@ def encode(x: jax.Array, element: np.dtype) -> jax.Array:
     else:
         half = lax.bitcast_convert_type(clipped, jnp.float32).astype(element)
         code = lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.int32)
-    quiet = int(np.array(np.nan, np.float32).astype(element).view(f"uint{size}")) & ~(1 << (size - 1))
+    quiet = int(np.array(np.nan, np.float32).astype(element).view(f"uint{size}")) & ~(
+        1 << (size - 1)
+    )
     code = jnp.where(magnitude > INFINITY, quiet, code)
     return (code | (bits >> (32 - size)) & (1 << (size - 1))).astype(f"uint{size}")
 
@@ -83,7 +89,9 @@ def _fp8_code(magnitude: jax.Array, element: np.dtype) -> jax.Array:
     drop = 23 - info.nmant
     smallest = int(np.float32(info.smallest_normal).view(np.int32))
     step = jnp.maximum(magnitude & INFINITY, smallest) + (drop << 23)
-    total = lax.bitcast_convert_type(magnitude, jnp.float32) + lax.bitcast_convert_type(step, jnp.float32)
+    total = lax.bitcast_convert_type(magnitude, jnp.float32) + lax.bitcast_convert_type(
+        step, jnp.float32
+    )
     significand = lax.bitcast_convert_type(total, jnp.int32) - step
     return significand + (step >> drop) - ((smallest + (drop << 23)) >> drop)
 

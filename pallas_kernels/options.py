@@ -20,7 +20,10 @@ Scalar = Int[Array, ""] | int
 ByLayer = Int[Array, "*layers"] | int  # a scalar, or one for each layer
 
 MOST_HEAD_DIM = 256
-HOPPER = (9, 0)  # the compute capability that kernels are made for unless said; its tensor cores read shared memory
+HOPPER = (
+    9,
+    0,
+)  # the compute capability that kernels are made for unless said; its tensor cores read shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,43 +70,70 @@ class How:
         return self.page_size % self.block_k == 0
 
 
-def check_pool(pages: Any, *, element: Any = None, exponents: Any = None, interpret: bool = False) -> np.dtype:
+def check_pool(
+    pages: Any, *, element: Any = None, exponents: Any = None, interpret: bool = False
+) -> np.dtype:
     """The element of a pool (shapes suffice) that kernels read, or `NotSupported` saying why they do not."""
     element = np.dtype(pages.dtype if element is None else element)
     if element not in ELEMENTS:
-        raise NotSupported(f"pages of {element}: kernels know {', '.join(e.name for e in ELEMENTS)}.")
+        raise NotSupported(
+            f"pages of {element}: kernels know {', '.join(e.name for e in ELEMENTS)}."
+        )
     if np.dtype(pages.dtype).itemsize != element.itemsize:
-        raise NotSupported(f"pages of {pages.dtype} hold {element.name} in pieces: kernels know whole elements.")
+        raise NotSupported(
+            f"pages of {pages.dtype} hold {element.name} in pieces: kernels know whole elements."
+        )
     if pages.shape[3] > MOST_HEAD_DIM:
-        raise NotSupported(f"head_dim={pages.shape[3]}: kernels are made for up to {MOST_HEAD_DIM}.")
+        raise NotSupported(
+            f"head_dim={pages.shape[3]}: kernels are made for up to {MOST_HEAD_DIM}."
+        )
     if exponents is not None and not is_fp8(element):
-        raise NotSupported(f"scales by token and head belong to FP8 pages, and these hold {element.name}.")
+        raise NotSupported(
+            f"scales by token and head belong to FP8 pages, and these hold {element.name}."
+        )
     if not interpret:
         check_offsets("the pool", pages)
     return element
 
 
 def checked(
-    q_heads: int, head_dim: int, q_dtype: Any, k_pages: Pool, v_pages: Pool, element: Any, k_exponent: Any, v_exponent: Any
+    q_heads: int,
+    head_dim: int,
+    q_dtype: Any,
+    k_pages: Pool,
+    v_pages: Pool,
+    element: Any,
+    k_exponent: Any,
+    v_exponent: Any,
 ) -> tuple[np.dtype, np.dtype, int]:
     """The element, the type that is multiplied and the group. Raises `NotSupported`, or `ValueError` for what does not fit."""
     element = checked_element(head_dim, k_pages, v_pages, element, k_exponent, v_exponent)
     kv_heads = k_pages.shape[1]
     if q_heads % kv_heads:
-        raise ValueError(f"{q_heads} query heads and keys of {kv_heads} heads: kv_heads must divide the query heads.")
+        raise ValueError(
+            f"{q_heads} query heads and keys of {kv_heads} heads: kv_heads must divide the query heads."
+        )
     return element, multiplied_in(element, np.dtype(q_dtype)), q_heads // kv_heads
 
 
-def checked_element(head_dim: int, k_pages: Pool, v_pages: Pool, element: Any, k_exponent: Any, v_exponent: Any) -> np.dtype:
+def checked_element(
+    head_dim: int, k_pages: Pool, v_pages: Pool, element: Any, k_exponent: Any, v_exponent: Any
+) -> np.dtype:
     """What the bits in pools mean. Raises `NotSupported`, or `ValueError` for what does not fit."""
-    if k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype or k_pages.shape[3] != head_dim:
+    if (
+        k_pages.shape != v_pages.shape
+        or k_pages.dtype != v_pages.dtype
+        or k_pages.shape[3] != head_dim
+    ):
         raise ValueError(
             f"head_dim={head_dim} against keys {k_pages.dtype} {k_pages.shape} and values {v_pages.dtype} {v_pages.shape}: "
             "both must be alike, [rows, kv_heads, page_size, head_dim]."
         )
     if (k_exponent is None) != (v_exponent is None):
         raise ValueError("k_exponent and v_exponent: both or neither.")
-    return check_pool(k_pages, element=element, exponents=k_exponent, interpret=True)  # offsets are checked by `launch`
+    return check_pool(
+        k_pages, element=element, exponents=k_exponent, interpret=True
+    )  # offsets are checked by `launch`
 
 
 def operands(
@@ -137,13 +167,19 @@ def operands(
     for name, end in ends.items():
         x = refs[name]
         if x is not None and x.shape[1:] != end:
-            raise ValueError(f"{name} of {x.shape[1:]}, queries {q.shape} and pages {k_pages.shape}: it must be of {end}.")
+            raise ValueError(
+                f"{name} of {x.shape[1:]}, queries {q.shape} and pages {k_pages.shape}: it must be of {end}."
+            )
     return refs
 
 
 # What a layer has of its own, and how many axes that has.
 SCALARS = ("first_row", "first_exponent_row", "window")
-AXES = dict.fromkeys(SCALARS, 0) | {"sinks": 1} | dict.fromkeys(("k_scale", "v_scale", "k_inverse", "v_inverse", "k_offset"), 2)
+AXES = (
+    dict.fromkeys(SCALARS, 0)
+    | {"sinks": 1}
+    | dict.fromkeys(("k_scale", "v_scale", "k_inverse", "v_inverse", "k_offset"), 2)
+)
 
 
 def of_layer(layer: Scalar | None, **arrays: Any) -> dict[str, jax.Array | None]:
@@ -154,7 +190,9 @@ def of_layer(layer: Scalar | None, **arrays: Any) -> dict[str, jax.Array | None]
     """
     if arrays.get("first_exponent_row") is None:
         arrays["first_exponent_row"] = arrays["first_row"]
-    found: dict[str, jax.Array | None] = {"layer": jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)}
+    found: dict[str, jax.Array | None] = {
+        "layer": jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
+    }
     for name, x in arrays.items():
         if x is not None:
             x = jnp.asarray(x, jnp.int32) if name in SCALARS else jnp.asarray(x).astype(FLOAT32)

@@ -27,7 +27,9 @@ class Operands(NamedTuple):
 
 
 OPERANDS = {
-    FLOAT16: Operands(2.0**-11, HALF_LEAST, HALF_LEAST * 2.0**-10),  # weights are kept larger by 2**10
+    FLOAT16: Operands(
+        2.0**-11, HALF_LEAST, HALF_LEAST * 2.0**-10
+    ),  # weights are kept larger by 2**10
     BFLOAT16: Operands(2.0**-8, 0.0, TINY),
     FLOAT32: Operands(2.0**-22, 0.0, TINY),  # three TF32 parts; less when interpreted
 }
@@ -64,12 +66,16 @@ def bound(
 
     part, sink = weights(row, score)
     grown = np.exp(np.minimum(error, MOST))
-    all_grown = part @ grown + sink * np.exp(np.minimum(running, MOST))  # nor does their sum shrink by more
+    all_grown = part @ grown + sink * np.exp(
+        np.minimum(running, MOST)
+    )  # nor does their sum shrink by more
     moved = part * (grown * all_grown - 1)
 
     magnitude = np.abs(row.v)
     rounded = (operand.relative + (3 * keys + 8) * U) * part  # as operands, and in the running sum
-    lost = operand.weight * max(part.max(), sink) * row.v_largest / row.v_dynamic  # what a float16 weight cannot say
+    lost = (
+        operand.weight * max(part.max(), sink) * row.v_largest / row.v_dynamic
+    )  # what a float16 weight cannot say
     total = (moved + rounded + lost) @ magnitude + (part[:, None] * v_lost).sum(0)
     # Whatever the weights are, the output is a mean of the values, and of zero for the sink.
     total = np.minimum(total, 2 * magnitude.max(0)) * np.abs(row.v_scale)
@@ -80,7 +86,12 @@ def bound(
 
 
 def _error_of_scores(
-    row: Row, operand: Operands, k_lost: np.ndarray, *, sm_scale: float | None, softcap: float | None
+    row: Row,
+    operand: Operands,
+    k_lost: np.ndarray,
+    *,
+    sm_scale: float | None,
+    softcap: float | None,
 ) -> np.ndarray:
     """`[keys]`: absolute errors before any weight is made."""
     sm_scale = len(row.q) ** -0.5 if sm_scale is None else sm_scale

@@ -54,10 +54,14 @@ def rows(
         by_layer = (first_row, first_exponent_row, k_scale, v_scale, window, sinks)
         here = (None if x is None else np.asarray(x)[layer] for x in by_layer)
         first_row, first_exponent_row, k_scale, v_scale, window, sinks = here
-    k_pages, v_pages = (np.asarray(pages).view(element).astype(np.float64) for pages in (k_pages, v_pages))
+    k_pages, v_pages = (
+        np.asarray(pages).view(element).astype(np.float64) for pages in (k_pages, v_pages)
+    )
     q, page_table = np.asarray(q).astype(np.float64), np.asarray(page_table)
     (_, kv_heads, page_size, head_dim), q_heads = k_pages.shape, q.shape[1]
-    k_scale, v_scale = (np.ones((kv_heads, head_dim)) if s is None else _float32(s) for s in (k_scale, v_scale))
+    k_scale, v_scale = (
+        np.ones((kv_heads, head_dim)) if s is None else _float32(s) for s in (k_scale, v_scale)
+    )
     first_exponent_row = first_row if first_exponent_row is None else first_exponent_row
 
     for request, i in ((request, i) for request, n in enumerate(queries) for i in range(n)):
@@ -65,11 +69,17 @@ def rows(
         position = length - int(queries[request]) + i
         chunk, seen = (max(0, p - window + 1) if window else 0 for p in (position - i, position))
         token = np.arange(chunk, length)  # what some query of the chunk sees
-        page, slot, sees = page_table[request, token // page_size], token % page_size, (token >= seen) & (token <= position)
+        page, slot, sees = (
+            page_table[request, token // page_size],
+            token % page_size,
+            (token >= seen) & (token <= position),
+        )
         for head in range(q_heads):
             kv_head = head * kv_heads // q_heads
             k_dynamic, v_dynamic = (
-                np.ones(len(token)) if e is None else 2.0 ** (np.float64(e[first_exponent_row + page, kv_head, slot]) - 127)
+                np.ones(len(token))
+                if e is None
+                else 2.0 ** (np.float64(e[first_exponent_row + page, kv_head, slot]) - 127)
                 for e in (k_exponent, v_exponent)
             )
             yield Row(
@@ -103,7 +113,9 @@ def weights(row: Row, scores: np.ndarray) -> tuple[np.ndarray, float]:
     return parts[: len(scores)], float(parts[len(scores) :].sum())
 
 
-def attention(row: Row, *, sm_scale: float | None = None, softcap: float | None = None) -> np.ndarray:
+def attention(
+    row: Row, *, sm_scale: float | None = None, softcap: float | None = None
+) -> np.ndarray:
     """`[head_dim]`: `softmax(q k^T) v`."""
     part, _ = weights(row, scores(row, sm_scale=sm_scale, softcap=softcap))
     return part @ row.v * row.v_scale

@@ -24,7 +24,9 @@ def class_of(*, head_dim: int, element: np.dtype, rows: int, programs: int) -> s
     `rows`: query heads handled together; `programs`: requests (in prefill: query tokens) times KV heads.
     """
     programs = min(power_of_two(programs), MOST_PROGRAMS)
-    return f"head_dim={power_of_two(head_dim)} element={element.name} rows={rows} programs={programs}"
+    return (
+        f"head_dim={power_of_two(head_dim)} element={element.name} rows={rows} programs={programs}"
+    )
 
 
 def tuned(kernel: str, problem: str, device: str | None = None) -> dict[str, int] | None:

@@ -12,7 +12,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
-assert not {"jax", "jfp8kv", "pallas_kernels"} & set(sys.modules), "imported too early for conftest to set them up"
+assert not {"jax", "jfp8kv", "pallas_kernels"} & set(sys.modules), (
+    "imported too early for conftest to set them up"
+)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What the library caches stays in the checkout, warm from run to run, and never meets the user's own cache folder.
@@ -26,9 +28,20 @@ os.environ.setdefault("NPROC", str(max(2, (os.cpu_count() or 1) // workers)))
 
 import jaxtyping  # noqa: E402
 
-# The public face (api, llm, cli, checkpoint) is left out: it meets whatever users give, and answers with errors of its own.
-CHECKED = ["core", "cache", "attention", "models", "sampling", "engine", "calibration", "comparison"]
-jaxtyping.install_import_hook([f"jfp8kv.{layer}" for layer in CHECKED] + ["pallas_kernels"], "beartype.beartype")
+# The public face (functional, llm, cli, checkpoint) is left out: it meets whatever users give, and answers with errors of its own.
+CHECKED = [
+    "core",
+    "cache",
+    "attention",
+    "models",
+    "sampling",
+    "engine",
+    "calibration",
+    "comparison",
+]
+jaxtyping.install_import_hook(
+    [f"jfp8kv.{layer}" for layer in CHECKED] + ["pallas_kernels"], "beartype.beartype"
+)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -66,11 +79,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     compiler.get_compile_options = quick_options if quick else OPTIONS
 
 
-OPTIONS = compiler.get_compile_options  # internal to JAX, which has no setting of its own for what follows
-QUICK = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}  # later ones have no others
+OPTIONS = (
+    compiler.get_compile_options
+)  # internal to JAX, which has no setting of its own for what follows
+QUICK = (
+    {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+)  # later ones have no others
 
 
-def quick_options(*args: Any, env_options_overrides: dict[str, Any] | None = None, **rest: Any) -> Any:
+def quick_options(
+    *args: Any, env_options_overrides: dict[str, Any] | None = None, **rest: Any
+) -> Any:
     return OPTIONS(*args, env_options_overrides=QUICK | (env_options_overrides or {}), **rest)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import jfp8kv
 from jfp8kv.cache.allocator import PageAllocator
-from jfp8kv.cache.pages import fill
+from jfp8kv.cache.pool import poison
 from tests.models.test_decoder import REFERENCES
 
 
@@ -17,21 +17,21 @@ def tiny(family: str = "llama_gqa", **options) -> jfp8kv.LLM:
 
 def poisoned(llm: jfp8kv.LLM) -> jfp8kv.LLM:
     """The same engine, whatever was in its pool gone."""
-    formats = {kind.fmt for kind in llm._engine.kv.kinds}
+    formats = {kind.fmt for kind in llm._engine.cache_config.kinds}
     code = 0xFF if len(formats) > 1 else formats.pop().nan_code
-    llm._engine.pages = fill(llm._engine.pages, code)
+    llm._engine.pages = poison(llm._engine.pages, code)
     return llm
 
 
 def used_pages(llm: jfp8kv.LLM) -> int:
     """How many pages somebody holds."""
-    return llm._engine.scheduler.paging.allocator.used_pages
+    return llm._engine.scheduler.kv_manager.allocator.used_pages
 
 
 @contextlib.contextmanager
 def only(llm: jfp8kv.LLM, pages: int) -> Iterator[PageAllocator]:
     """Meanwhile no more than `pages` are free: somebody else holds the rest of the pool."""
-    allocator = llm._engine.scheduler.paging.allocator
+    allocator = llm._engine.scheduler.kv_manager.allocator
     held = allocator.allocate(allocator.free_pages - pages)
     yield allocator
     assert allocator.free_pages == pages

@@ -14,12 +14,20 @@ from tests.models.test_decoder import REFERENCES
 pytestmark = pytest.mark.quick_compile
 
 SAMPLING = SamplingParams(max_tokens=40, temperature=1.0, seed=2, ignore_eos=True)
-SIZES = {"max_model_len": 128, "max_num_seqs": 4, "page_size": 8, "max_num_batched_tokens": 64, "kv_cache_memory": "400kB"}
+SIZES = {
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "page_size": 8,
+    "max_num_batched_tokens": 64,
+    "kv_cache_memory": "400kB",
+}
 
 
 @pytest.fixture(scope="module")
 def llm() -> jfp8kv.LLM:
-    return jfp8kv.LLM(jfp8kv.load(REFERENCES[0], dtype="float32"), kv_cache_dtype="fp8_e4m3", **SIZES)
+    return jfp8kv.LLM(
+        jfp8kv.load(REFERENCES[0], dtype="float32"), kv_cache_dtype="fp8_e4m3", **SIZES
+    )
 
 
 async def text(llm: jfp8kv.LLM, prompt: str, seed: int) -> str:
@@ -55,7 +63,9 @@ def test_many_streams_and_a_generate_in_a_thread_run_together(llm) -> None:
         return [*made, out[0].text]
 
     assert asyncio.run(main()) == want
-    assert llm.stats.decode_steps - before < 4 * 40, "one after another they would take five times forty"
+    assert llm.stats.decode_steps - before < 4 * 40, (
+        "one after another they would take five times forty"
+    )
 
 
 def test_the_event_loop_never_waits_for_a_step(llm, monkeypatch) -> None:
@@ -118,7 +128,9 @@ def test_cancelling_the_task_frees_the_pages_when_the_step_ends(llm, monkeypatch
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert time.perf_counter() - began < 10 and used_pages(llm) > 0, "it did not wait for the step"
+        assert time.perf_counter() - began < 10 and used_pages(llm) > 0, (
+            "it did not wait for the step"
+        )
         go_on.set()
         assert await freed(llm)
 
@@ -140,15 +152,21 @@ def test_a_failed_step_is_told_to_every_stream_and_the_next_is_served(llm, monke
                 real()
 
             broken.setattr(llm._engine, "step", step)
-            results = await asyncio.gather(*(text(llm, "hello", i) for i in range(3)), return_exceptions=True)
+            results = await asyncio.gather(
+                *(text(llm, "hello", i) for i in range(3)), return_exceptions=True
+            )
         return [*results, await text(llm, "hello", 2)]
 
     *failed, last = asyncio.run(main())
-    assert all(isinstance(error, StepError) and "the device is gone" in str(error) for error in failed)
+    assert all(
+        isinstance(error, StepError) and "the device is gone" in str(error) for error in failed
+    )
     assert last == want and used_pages(llm) == 0
 
 
-@pytest.mark.parametrize("fields", [{"n": 2}, {"best_of": 2}, {"prompt_logprobs": 1}, {"temprature": 1}, {"top_p": 7}])
+@pytest.mark.parametrize(
+    "fields", [{"n": 2}, {"best_of": 2}, {"prompt_logprobs": 1}, {"temprature": 1}, {"top_p": 7}]
+)
 def test_a_mistake_is_named_by_the_call_itself(llm, fields) -> None:
     with pytest.raises(ConfigError):
         llm.astream("hello", **fields)

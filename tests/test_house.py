@@ -19,14 +19,18 @@ import jupytext
 import pytest
 
 import jfp8kv
-from jfp8kv.core.errors import nearest
+from jfp8kv.core.errors import did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(path for package in ("jfp8kv", "pallas_kernels") for path in (ROOT / package).rglob("*.py"))
+SOURCES = sorted(
+    path for package in ("jfp8kv", "pallas_kernels") for path in (ROOT / package).rglob("*.py")
+)
 MAX_LINES = 450
 MAY_PRINT = ("jfp8kv/cli", "jfp8kv/__main__.py")
 
-each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+each_source = pytest.mark.parametrize(
+    "path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 
 
 def nodes(path: Path) -> Iterator[ast.AST]:
@@ -48,14 +52,18 @@ def test_a_module_says_what_it_is(path):
 def test_nothing_is_left_for_later(path):
     assert not re.findall(r"\b(?:TODO|FIXME|XXX|HACK)\b", path.read_text(encoding="utf-8"))
     raised = [node.exc for node in nodes(path) if isinstance(node, ast.Raise) and node.exc]
-    assert not [ast.unparse(exc) for exc in raised if ast.unparse(exc).startswith("NotImplementedError")]
+    assert not [
+        ast.unparse(exc) for exc in raised if ast.unparse(exc).startswith("NotImplementedError")
+    ]
 
 
 @each_source
 def test_only_the_command_line_prints(path):
     if path.relative_to(ROOT).as_posix().startswith(MAY_PRINT):
         return
-    prints = [n.lineno for n in nodes(path) if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"]
+    prints = [
+        n.lineno for n in nodes(path) if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"
+    ]
     assert not prints, f"print() in lines {prints}: return the text, log it or raise it"
 
 
@@ -66,19 +74,27 @@ def test_every_public_name_is_there_and_documented():
 
 
 def test_the_version_is_the_one_in_pyproject():
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "version"
+    ]
     assert jfp8kv.__version__ == version
-    assert importlib.metadata.version("jfp8kv") == version, "install again: the installed package is of another version"
+    assert importlib.metadata.version("jfp8kv") == version, (
+        "install again: the installed package is of another version"
+    )
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-c", code]
-    return subprocess.run(command, env=os.environ | env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, env=os.environ | env, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_importing_the_library_takes_no_torch_and_starts_no_backend():
     """Under a platform that does not exist, whatever starts JAX's backend raises: as the second run shows."""
-    done = python("import jfp8kv, sys; assert 'torch' not in sys.modules", JAX_PLATFORMS="no_such_platform")
+    done = python(
+        "import jfp8kv, sys; assert 'torch' not in sys.modules", JAX_PLATFORMS="no_such_platform"
+    )
     assert done.returncode == 0, done.stderr
     started = python("import jax; jax.devices()", JAX_PLATFORMS="no_such_platform")
     assert started.returncode == 1 and "no_such_platform" in started.stderr
@@ -87,8 +103,12 @@ def test_importing_the_library_takes_no_torch_and_starts_no_backend():
 def test_each_notebook_says_what_its_script_says():
     for path in sorted((ROOT / "examples").glob("*.ipynb")):
         notebook, script = (jupytext.read(each).cells for each in (path, path.with_suffix(".py")))
-        notebook, script = ([(cell.cell_type, cell.source) for cell in cells] for cells in (notebook, script))
-        assert notebook == script, f"{path.name} is not in step: `make notebooks` brings them together"
+        notebook, script = (
+            [(cell.cell_type, cell.source) for cell in cells] for cells in (notebook, script)
+        )
+        assert notebook == script, (
+            f"{path.name} is not in step: `make notebooks` brings them together"
+        )
 
 
 # The three below guard the guards of conftest.py: each would pass unnoticed if it were switched off.
@@ -106,4 +126,4 @@ def test_a_warning_raises_in_tests():
 
 def test_wrong_shapes_raise_in_tests():
     with pytest.raises(jaxtyping.TypeCheckError):
-        nearest("a", 1)
+        did_you_mean("a", 1)

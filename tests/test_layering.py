@@ -16,26 +16,38 @@ PACKAGES = ("jfp8kv", "pallas_kernels")
 # Bottom first. Each layer names the layers it may import, beside itself.
 MAY_IMPORT: dict[str, set[str]] = {
     "core": set(),
-    "cache": {"core"},
+    "text": {"core"},
+    "models": {"core", "text"},
+    "cache": {"core", "models"},
     "attention": {"core", "cache"},
-    "models": {"core"},
     "sampling": {"core"},
-    "engine": {"core", "cache", "attention", "models", "sampling"},
-    "checkpoint": {"core", "cache", "models"},
-    "calibration": {"core", "cache", "attention", "models", "checkpoint", "engine"},
-    "comparison": {"core", "cache", "attention", "models", "engine", "calibration"},
+    "engine": {"text", "core", "cache", "attention", "models", "sampling"},
+    "checkpoint": {"text", "core", "cache", "models"},
+    "calibration": {"text", "core", "cache", "attention", "models", "checkpoint", "engine"},
+    "comparison": {"text", "core", "cache", "attention", "models", "engine", "calibration"},
     "planning": {"core", "cache", "attention", "models", "engine", "calibration", "comparison"},
     "inspection": {"core", "cache", "models", "engine", "checkpoint"},
-    "session": {"core", "sampling", "engine"},
-    "llm": {"core", "attention", "models", "sampling", "engine", "checkpoint", "session"},
-    "beam_search": {"core", "models", "sampling", "engine", "session", "llm"},
+    "session": {"text", "core", "sampling", "engine"},
+    "llm": {
+        "cache",
+        "text",
+        "core",
+        "attention",
+        "models",
+        "sampling",
+        "engine",
+        "checkpoint",
+        "session",
+    },
+    "beam_search": {"text", "core", "models", "sampling", "engine", "session", "llm"},
     "speed": {"core", "cache", "models", "engine", "checkpoint", "llm"},
-    "api": {
+    "functional": {
+        "cache",
+        "text",
         "llm",
         "speed",
         "inspection",
         "core",
-        "cache",
         "attention",
         "models",
         "sampling",
@@ -45,8 +57,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "comparison",
         "planning",
     },
-    "batch": {"core", "api"},
-    "cli": {"core", "api", "batch"},
+    "batch": {"core", "functional"},
+    "cli": {"core", "functional", "batch"},
     # The front door names things again, and `python -m jfp8kv` starts the command line.
     "jfp8kv": {
         "core",
@@ -63,14 +75,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "llm",
         "beam_search",
         "speed",
-        "api",
+        "functional",
     },
     "__main__": {"cli"},
 }
 
 # The kernels know nothing of the library, and these places alone know the kernels: where attention is chosen, where tokens are
 # stored, and where products are chosen, which models are handed as they are handed attention.
-MAY_IMPORT_KERNELS = ("jfp8kv/attention/dispatch.py", "jfp8kv/cache/", "jfp8kv/engine/products.py")
+MAY_IMPORT_KERNELS = ("jfp8kv/attention/dispatch.py", "jfp8kv/cache/", "jfp8kv/engine/matmul.py")
 
 BANNED = {
     "torch": "the library is pure JAX",
@@ -95,9 +107,12 @@ def imports_of(path: Path, root: Path) -> Iterator[tuple[int, str]]:
             case ast.Import(names=names):
                 yield from ((node.lineno, alias.name) for alias in names)
             case ast.ImportFrom(module=module, names=names, level=level):
-                yield from ((node.lineno, f"{absolute(level, module)}.{alias.name}") for alias in names)
+                yield from (
+                    (node.lineno, f"{absolute(level, module)}.{alias.name}") for alias in names
+                )
             case ast.Call(
-                func=ast.Name(id="__import__" | "import_module") | ast.Attribute(attr="import_module"),
+                func=ast.Name(id="__import__" | "import_module")
+                | ast.Attribute(attr="import_module"),
                 args=[ast.Constant(value=str(name)), *_],
             ):
                 bare = name.lstrip(".")
@@ -121,7 +136,9 @@ def violations(root: Path) -> list[str]:
         home = where.split("/")[0]
         layer = layer_of(where.removesuffix(".py").replace("/", "."), root)
         if home == "jfp8kv" and layer not in MAY_IMPORT:
-            found.append(f"{where}: {layer!r} is no layer of the house; give it its place in MAY_IMPORT")
+            found.append(
+                f"{where}: {layer!r} is no layer of the house; give it its place in MAY_IMPORT"
+            )
             continue
         for line, module in imports_of(path, root):
             top = module.split(".")[0]
@@ -130,7 +147,11 @@ def violations(root: Path) -> list[str]:
                 wrong = f"imports {top}: {BANNED[top]}"
             elif home == "pallas_kernels" and top == "jfp8kv":
                 wrong = f"imports {module}: the kernels import nothing of jfp8kv"
-            elif home == "jfp8kv" and top == "pallas_kernels" and not where.startswith(MAY_IMPORT_KERNELS):
+            elif (
+                home == "jfp8kv"
+                and top == "pallas_kernels"
+                and not where.startswith(MAY_IMPORT_KERNELS)
+            ):
                 wrong = f"imports {module}: only {', '.join(MAY_IMPORT_KERNELS)} may"
             elif home == "jfp8kv" and top == "jfp8kv":
                 target = layer_of(module, root)
@@ -148,33 +169,79 @@ def test_every_import_of_the_library_points_down():
 def test_the_graph_itself_points_down():
     below: set[str] = set()
     for layer, allowed in MAY_IMPORT.items():
-        assert allowed <= below, f"{layer} may import {sorted(allowed - below)}, which is not below it"
+        assert allowed <= below, (
+            f"{layer} may import {sorted(allowed - below)}, which is not below it"
+        )
         below.add(layer)
 
 
 PLANTED = {
-    "a layer above": ("jfp8kv/cache/pages.py", "from jfp8kv.engine.loop import run", "cache imports engine"),
-    "a layer beside": ("jfp8kv/models/decoder.py", "import jfp8kv.cache.pages", "models imports cache"),
-    "a layer as a name": ("jfp8kv/sampling/params.py", "from jfp8kv import engine", "sampling imports engine"),
-    "a relative import": ("jfp8kv/models/layers.py", "from ..attention import xla", "models imports attention"),
-    "a relative parent": ("jfp8kv/models/layers.py", "from .. import engine", "models imports engine"),
-    "inside a function": ("jfp8kv/core/fp8.py", "def f():\n    import jfp8kv.cache", "core imports cache"),
+    "a layer above": (
+        "jfp8kv/cache/pool.py",
+        "from jfp8kv.engine.loop import run",
+        "cache imports engine",
+    ),
+    "a layer beside": (
+        "jfp8kv/models/decoder.py",
+        "import jfp8kv.cache.pool",
+        "models imports cache",
+    ),
+    "a layer as a name": (
+        "jfp8kv/sampling/params.py",
+        "from jfp8kv import engine",
+        "sampling imports engine",
+    ),
+    "a relative import": (
+        "jfp8kv/models/layers.py",
+        "from ..attention import xla",
+        "models imports attention",
+    ),
+    "a relative parent": (
+        "jfp8kv/models/layers.py",
+        "from .. import engine",
+        "models imports engine",
+    ),
+    "inside a function": (
+        "jfp8kv/core/fp8.py",
+        "def f():\n    import jfp8kv.cache",
+        "core imports cache",
+    ),
     "for types alone": (
         "jfp8kv/core/fp8.py",
         "if TYPE_CHECKING:\n    from jfp8kv.cache import pages",
         "core imports cache",
     ),
-    "by name": ("jfp8kv/core/fp8.py", "importlib.import_module('jfp8kv.engine')", "core imports engine"),
-    "by relative name": ("jfp8kv/core/fp8.py", "import_module('..engine', __package__)", "core imports engine"),
+    "by name": (
+        "jfp8kv/core/fp8.py",
+        "importlib.import_module('jfp8kv.engine')",
+        "core imports engine",
+    ),
+    "by relative name": (
+        "jfp8kv/core/fp8.py",
+        "import_module('..engine', __package__)",
+        "core imports engine",
+    ),
     "the front door": ("jfp8kv/engine/loop.py", "from jfp8kv import LLM", "engine imports jfp8kv"),
-    "in an __init__": ("jfp8kv/cache/__init__.py", "from ..engine import loop", "cache imports engine"),
-    "a kernel in a model": ("jfp8kv/models/layers.py", "import pallas_kernels", "only jfp8kv/attention/dispatch.py"),
+    "in an __init__": (
+        "jfp8kv/cache/__init__.py",
+        "from ..engine import loop",
+        "cache imports engine",
+    ),
+    "a kernel in a model": (
+        "jfp8kv/models/layers.py",
+        "import pallas_kernels",
+        "only jfp8kv/attention/dispatch.py",
+    ),
     "a kernel in xla": (
         "jfp8kv/attention/xla.py",
         "from pallas_kernels import kv_write",
         "only jfp8kv/attention/dispatch.py",
     ),
-    "the library in a kernel": ("pallas_kernels/kv_write.py", "from jfp8kv.core import fp8", "nothing of jfp8kv"),
+    "the library in a kernel": (
+        "pallas_kernels/kv_write.py",
+        "from jfp8kv.core import fp8",
+        "nothing of jfp8kv",
+    ),
     "torch": ("jfp8kv/checkpoint/bin.py", "import torch.nn", "pure JAX"),
     "torch in a kernel": ("pallas_kernels/paged_decode.py", "from torch import Tensor", "pure JAX"),
     "pickle": ("jfp8kv/checkpoint/bin.py", "def f():\n    from pickle import load", "runs code"),
@@ -182,15 +249,15 @@ PLANTED = {
 }
 
 ALLOWED = {
-    "jfp8kv/__init__.py": "from jfp8kv.api import LLM\nfrom .core import errors",
+    "jfp8kv/__init__.py": "from jfp8kv.functional import LLM\nfrom .core import errors",
     "jfp8kv/__main__.py": "from jfp8kv.cli import main",
-    "jfp8kv/api.py": "from jfp8kv.engine import loop\nimport jfp8kv.checkpoint",
-    "jfp8kv/cli.py": "from .api import LLM\nfrom jfp8kv.core.errors import Jfp8kvError",
+    "jfp8kv/functional.py": "from jfp8kv.engine import loop\nimport jfp8kv.checkpoint",
+    "jfp8kv/cli.py": "from .functional import LLM\nfrom jfp8kv.core.errors import Jfp8kvError",
     "jfp8kv/core/__init__.py": "",
     "jfp8kv/cache/write.py": "from pallas_kernels import kv_write",
-    "jfp8kv/engine/products.py": "from pallas_kernels import layer_matmul",
+    "jfp8kv/engine/matmul.py": "from pallas_kernels import layer_matmul",
     "jfp8kv/attention/dispatch.py": "import pallas_kernels.paged_decode\nfrom . import xla\nimport jax, numpy",
-    "jfp8kv/engine/loop.py": "from jfp8kv.engine import step\nfrom ..cache.pages import KVPages",
+    "jfp8kv/engine/loop.py": "from jfp8kv.engine import step\nfrom ..cache.pages import KVPool",
     "jfp8kv/checkpoint/gguf.py": "import gguf  # a file may share its name with the library it reads through",
     "pallas_kernels/__init__.py": "from pallas_kernels import kv_write",
 }

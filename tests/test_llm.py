@@ -22,12 +22,24 @@ def params() -> jfp8kv.Params:
 
 @pytest.fixture(scope="module")
 def llm(params) -> jfp8kv.LLM:
-    return jfp8kv.LLM(model=params, kv_cache_dtype="fp8", max_num_batched_tokens=64, max_num_seqs=4, kv_cache_memory="1MB")
+    return jfp8kv.LLM(
+        model=params,
+        kv_cache_dtype="fp8",
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+        kv_cache_memory="1MB",
+    )
 
 
 def test_the_fields_seed_example_runs() -> None:
     llm = jfp8kv.LLM(model=str(FOLDER), kv_cache_dtype="fp8", max_num_batched_tokens=64)
-    text = llm.generate("Once upon a time", SamplingParams(temperature=0.7, top_p=0.8, max_tokens=8))[0].outputs[0].text
+    text = (
+        llm.generate("Once upon a time", SamplingParams(temperature=0.7, top_p=0.8, max_tokens=8))[
+            0
+        ]
+        .outputs[0]
+        .text
+    )
     assert isinstance(text, str)
 
 
@@ -46,8 +58,13 @@ def test_prompts_come_in_every_form_and_results_in_their_order(llm) -> None:
         assert len(outs) == count and all(len(out.outputs) == 1 for out in outs)
     outs = llm.generate(["hello", ids], max_tokens=3, temperature=0.0)
     assert outs[0].prompt == "hello" and outs[1].prompt is None
-    assert outs[0].prompt_token_ids == outs[1].prompt_token_ids == ids and outs[0].token_ids == outs[1].token_ids
-    assert llm.chat(chat, max_tokens=3, temperature=0.0)[0].prompt_token_ids == llm.tokenizer.chat(chat)
+    assert (
+        outs[0].prompt_token_ids == outs[1].prompt_token_ids == ids
+        and outs[0].token_ids == outs[1].token_ids
+    )
+    assert llm.chat(chat, max_tokens=3, temperature=0.0)[0].prompt_token_ids == llm.tokenizer.chat(
+        chat
+    )
 
 
 def test_the_stream_is_the_text(llm) -> None:
@@ -65,7 +82,9 @@ def test_streams_and_calls_share_an_engine_and_nothing_is_lost(llm) -> None:
     pieces = [next(stream)]
     assert llm.generate("hello", sampling, seed=6)[0].text == want[1]
     assert "".join([*pieces, *stream]) == want[0]
-    both = list(zip_longest(*(llm.stream("hello", sampling, seed=seed) for seed in (5, 6)), fillvalue=""))
+    both = list(
+        zip_longest(*(llm.stream("hello", sampling, seed=seed) for seed in (5, 6)), fillvalue="")
+    )
     assert ["".join(pieces) for pieces in zip(*both, strict=True)] == want
 
 
@@ -85,10 +104,19 @@ def test_a_stream_that_is_not_read_holds_nobody_up(llm) -> None:
 
 
 def test_the_samples_that_the_model_finds_likeliest_come_first(llm) -> None:
-    sampling = {"max_tokens": 12, "seed": 5, "temperature": 1.3, "stop_token_ids": list(range(5, 30))}
+    sampling = {
+        "max_tokens": 12,
+        "seed": 5,
+        "temperature": 1.3,
+        "stop_token_ids": list(range(5, 30)),
+    }
     every = llm.generate("hello you", n=6, **sampling)[0].outputs
-    assert len({len(out.token_ids) for out in every}) > 1, "of different lengths: the mean decides, not the sum"
-    ranked = sorted(every, key=lambda out: out.cumulative_logprob / len(out.token_ids), reverse=True)
+    assert len({len(out.token_ids) for out in every}) > 1, (
+        "of different lengths: the mean decides, not the sum"
+    )
+    ranked = sorted(
+        every, key=lambda out: out.cumulative_logprob / len(out.token_ids), reverse=True
+    )
     for n in (1, 2, 6):
         best = llm.generate("hello you", n=n, best_of=6, **sampling)[0].outputs
         assert [out.token_ids for out in best] == [out.token_ids for out in ranked[:n]]
@@ -98,22 +126,38 @@ def test_the_samples_that_the_model_finds_likeliest_come_first(llm) -> None:
 def test_a_deadline_ends_a_text_with_what_there_is(llm, monkeypatch) -> None:
     sampling = {"max_tokens": 40, "temperature": 0.0, "ignore_eos": True}
     whole = llm.generate("hello", **sampling)[0]
-    late, other = llm.generate(["hello", "you"], [SamplingParams(deadline_s=1e-9, **sampling), SamplingParams(**sampling)])
-    assert (late.text, late.token_ids, late.outputs[0].finish_reason) == ("", [], "deadline") and late.total_s > 0
+    late, other = llm.generate(
+        ["hello", "you"], [SamplingParams(deadline_s=1e-9, **sampling), SamplingParams(**sampling)]
+    )
+    assert (late.text, late.token_ids, late.outputs[0].finish_reason) == (
+        "",
+        [],
+        "deadline",
+    ) and late.total_s > 0
     assert len(other.token_ids) == 40 and list(llm.stream("hello", deadline_s=1e-9)) == []
     steps, clock = llm.stats.decode_steps, llm._service.clock
-    monkeypatch.setattr(llm._service, "clock", lambda: clock() + 1e6 * (llm.stats.decode_steps > steps + 10))
+    monkeypatch.setattr(
+        llm._service, "clock", lambda: clock() + 1e6 * (llm.stats.decode_steps > steps + 10)
+    )
     cut = llm.generate("hello", deadline_s=1e5, **sampling)[0]
     assert 10 <= len(cut.token_ids) < 40 and cut.outputs[0].finish_reason == "deadline"
-    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)] and whole.text.startswith(cut.text.rstrip("\ufffd"))
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)] and whole.text.startswith(
+        cut.text.rstrip("\ufffd")
+    )
     assert llm.stats.kv_tokens_used == 0 == llm.stats.kv_bytes_used
 
 
 def test_a_stop_string_ends_the_text_before_it(llm) -> None:
     whole = llm.generate("hello", max_tokens=40, temperature=1.0, seed=3, ignore_eos=True)[0].text
     stop = whole[10:13]
-    out = llm.generate("hello", max_tokens=40, temperature=1.0, seed=3, ignore_eos=True, stop=stop)[0].outputs[0]
-    assert out.text == whole[: whole.index(stop)] and out.finish_reason == "stop" and out.stop_reason == stop
+    out = llm.generate("hello", max_tokens=40, temperature=1.0, seed=3, ignore_eos=True, stop=stop)[
+        0
+    ].outputs[0]
+    assert (
+        out.text == whole[: whole.index(stop)]
+        and out.finish_reason == "stop"
+        and out.stop_reason == stop
+    )
     assert len(out.token_ids) < 40
     fields = {"max_tokens": 40, "temperature": 1.0, "seed": 3, "ignore_eos": True, "stop": stop}
     kept = llm.generate("hello", include_stop_str_in_output=True, **fields)[0].outputs[0]
@@ -121,21 +165,33 @@ def test_a_stop_string_ends_the_text_before_it(llm) -> None:
 
 
 def test_a_stop_token_ends_it_at_the_token(llm) -> None:
-    made = llm.generate("hello", max_tokens=20, temperature=1.0, seed=3, ignore_eos=True)[0].token_ids
-    out = llm.generate("hello", max_tokens=20, temperature=1.0, seed=3, ignore_eos=True, stop_token_ids=[made[6]])[0].outputs[0]
+    made = llm.generate("hello", max_tokens=20, temperature=1.0, seed=3, ignore_eos=True)[
+        0
+    ].token_ids
+    out = llm.generate(
+        "hello", max_tokens=20, temperature=1.0, seed=3, ignore_eos=True, stop_token_ids=[made[6]]
+    )[0].outputs[0]
     assert out.token_ids == made[: made.index(made[6]) + 1] and out.stop_reason == made[6]
 
 
 def test_logprobs_hold_the_sampled_token_and_the_likeliest(llm) -> None:
-    out = llm.generate("hello", max_tokens=5, temperature=1.0, seed=1, logprobs=3, ignore_eos=True)[0].outputs[0]
+    out = llm.generate("hello", max_tokens=5, temperature=1.0, seed=1, logprobs=3, ignore_eos=True)[
+        0
+    ].outputs[0]
     ids = llm.tokenizer.encode("hello")
     logits = llm.logits(ids + out.token_ids[:-1])[len(ids) - 1 :].astype(np.float64)
     want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert len(out.logprobs) == 5
     for step, token, row in zip(out.logprobs, out.token_ids, want, strict=True):
-        assert token in step and set(np.argsort(-row)[:3].tolist()) <= set(step) and len(step) in (3, 4)
+        assert (
+            token in step
+            and set(np.argsort(-row)[:3].tolist()) <= set(step)
+            and len(step) in (3, 4)
+        )
         assert all(abs(value - row[t]) < 1e-4 for t, value in step.items())
-    assert out.cumulative_logprob == pytest.approx(sum(s[t] for s, t in zip(out.logprobs, out.token_ids, strict=True)))
+    assert out.cumulative_logprob == pytest.approx(
+        sum(s[t] for s, t in zip(out.logprobs, out.token_ids, strict=True))
+    )
     assert llm.generate("hello", max_tokens=2)[0].outputs[0].logprobs is None
 
 
@@ -143,17 +199,31 @@ def test_prompt_logprobs_are_scores_with_the_likeliest(llm) -> None:
     ids = llm.tokenizer.encode("hello you")
     (out,) = llm.generate([ids], max_tokens=1, prompt_logprobs=2)
     assert out.prompt_logprobs[0] is None and len(out.prompt_logprobs) == len(ids)
-    np.testing.assert_allclose([d[t] for d, t in zip(out.prompt_logprobs[1:], ids[1:], strict=True)], llm.score(ids), atol=1e-6)
-    assert all(len(d) in (2, 3) and max(d.values()) >= d[t] for d, t in zip(out.prompt_logprobs[1:], ids[1:], strict=True))
+    np.testing.assert_allclose(
+        [d[t] for d, t in zip(out.prompt_logprobs[1:], ids[1:], strict=True)],
+        llm.score(ids),
+        atol=1e-6,
+    )
+    assert all(
+        len(d) in (2, 3) and max(d.values()) >= d[t]
+        for d, t in zip(out.prompt_logprobs[1:], ids[1:], strict=True)
+    )
 
 
 def test_penalties_bias_and_min_tokens_act(llm) -> None:
     base = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
     plain = llm.generate("hello", **base)[0].token_ids
-    assert llm.generate("hello", logit_bias={plain[0]: float("-inf")}, **base)[0].token_ids[0] != plain[0]
-    once = llm.generate("hello", presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=5.0, **base)[0].token_ids
+    assert (
+        llm.generate("hello", logit_bias={plain[0]: float("-inf")}, **base)[0].token_ids[0]
+        != plain[0]
+    )
+    once = llm.generate(
+        "hello", presence_penalty=2.0, frequency_penalty=2.0, repetition_penalty=5.0, **base
+    )[0].token_ids
     assert len(set(once)) == 12
-    stopped = llm.generate("hello", max_tokens=12, temperature=0.0, stop_token_ids=[plain[2]], min_tokens=6)[0].token_ids
+    stopped = llm.generate(
+        "hello", max_tokens=12, temperature=0.0, stop_token_ids=[plain[2]], min_tokens=6
+    )[0].token_ids
     assert len(stopped) >= 6
 
 
@@ -168,13 +238,25 @@ def test_scores_are_log_probabilities_of_the_logits(params) -> None:
 
 
 def test_generate_keeps_its_engine_warm_until_the_cache_changes(params) -> None:
-    from jfp8kv.api import _llm
+    from jfp8kv.functional import _llm
 
     first = _llm(params, "fp8_e4m3", "auto")
-    assert _llm(params, "fp8_e4m3", "auto") is first and _llm(params, "fp8_e5m2", "auto") is not first
+    assert (
+        _llm(params, "fp8_e4m3", "auto") is first and _llm(params, "fp8_e5m2", "auto") is not first
+    )
     drafting = _llm(params, "fp8_e5m2", "auto", 2)
-    assert _llm(params, "fp8_e5m2", "auto") is drafting and _llm(params, "fp8_e5m2", "auto", 0) is not drafting
-    outs = jfp8kv.generate(params, ["hello"], kv_dtype="fp8_e4m3", kv_scales="token_head", max_tokens=4, temperature=0.0)
+    assert (
+        _llm(params, "fp8_e5m2", "auto") is drafting
+        and _llm(params, "fp8_e5m2", "auto", 0) is not drafting
+    )
+    outs = jfp8kv.generate(
+        params,
+        ["hello"],
+        kv_dtype="fp8_e4m3",
+        kv_scales="token_head",
+        max_tokens=4,
+        temperature=0.0,
+    )
     assert outs[0].text == outs[0].outputs[0].text
 
 
@@ -206,8 +288,12 @@ def test_weights_of_mixed_types_compute_like_float32(params) -> None:
 def test_a_tokenizer_ends_a_text_where_the_config_names_no_end(params) -> None:
     import dataclasses
 
-    made = jfp8kv.generate(params, "hello", max_tokens=8, temperature=0.0, ignore_eos=True)[0].token_ids
-    tokenizer = dataclasses.replace(params, config=dataclasses.replace(params.config, eos_ids=())).tokenizer
+    made = jfp8kv.generate(params, "hello", max_tokens=8, temperature=0.0, ignore_eos=True)[
+        0
+    ].token_ids
+    tokenizer = dataclasses.replace(
+        params, config=dataclasses.replace(params.config, eos_ids=())
+    ).tokenizer
     before, tokenizer.eos_ids = tokenizer.eos_ids, (made[3],)
     try:
         bare = jfp8kv.Params(params.tree, dataclasses.replace(params.config, eos_ids=()), tokenizer)
@@ -244,10 +330,14 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("given", "error", "message"), MISTAKES, ids=[str(m[0])[:40] for m in MISTAKES])
+@pytest.mark.parametrize(
+    ("given", "error", "message"), MISTAKES, ids=[str(m[0])[:40] for m in MISTAKES]
+)
 def test_a_mistake_is_named_before_anything_runs(params, given, error, message) -> None:
     with pytest.raises(error, match=message) as raised:
-        jfp8kv.generate(params, given.pop("prompts", ["hello"]) if "prompts" in given else ["hello"], **given)
+        jfp8kv.generate(
+            params, given.pop("prompts", ["hello"]) if "prompts" in given else ["hello"], **given
+        )
     assert isinstance(raised.value, jfp8kv.Jfp8kvError)
 
 
@@ -282,7 +372,10 @@ def test_an_engine_that_cannot_be_is_refused(params, options, message) -> None:
 
 def test_a_broken_scale_is_refused_unless_loading_is_not_strict(tmp_path) -> None:
     folder = write_sidecar(shutil.copytree(FOLDER, tmp_path / "model"), [[0.5, 0.0]])
-    with pytest.raises(jfp8kv.CheckpointError, match="layer 1 is 0.*strict=False, or give --lenient on the command line"):
+    with pytest.raises(
+        jfp8kv.CheckpointError,
+        match="layer 1 is 0.*strict=False, or give --lenient on the command line",
+    ):
         jfp8kv.LLM(str(folder))
     with pytest.warns(UserWarning, match="layer 1 is 0.*: scale 1 is used there"):
         llm = jfp8kv.LLM(str(folder), strict=False)
@@ -310,7 +403,10 @@ def test_threads_run_together_rather_than_one_after_another(llm) -> None:
     from concurrent.futures import ThreadPoolExecutor
     from threading import Barrier
 
-    prompts, sampling = ["hello", "you", "abc", "x"], {"max_tokens": 64, "temperature": 0.0, "ignore_eos": True}
+    prompts, sampling = (
+        ["hello", "you", "abc", "x"],
+        {"max_tokens": 64, "temperature": 0.0, "ignore_eos": True},
+    )
     want = [llm.generate(prompt, **sampling)[0].token_ids for prompt in prompts]
     before, all_there = llm.stats.decode_steps, Barrier(4)
 
@@ -326,4 +422,6 @@ def test_threads_run_together_rather_than_one_after_another(llm) -> None:
     with ThreadPoolExecutor(4) as pool:
         runs = [*(pool.submit(call, prompt) for prompt in prompts[:3]), pool.submit(branch)]
         assert [run.result(timeout=60) for run in runs] == want
-    assert llm.stats.decode_steps - before < 3 * 64, "one after another they would take four times 64"
+    assert llm.stats.decode_steps - before < 3 * 64, (
+        "one after another they would take four times 64"
+    )

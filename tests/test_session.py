@@ -48,7 +48,10 @@ TREES = {
 
 @pytest.mark.parametrize("kind", TREES.values(), ids=TREES)
 def test_any_tree_of_texts_has_the_logits_of_each_text_run_anew(kind) -> None:
-    llm, oracle = (engine(**{"kv_cache_memory": "2MB"} | kind | apart) for apart in ({}, {"prefix_caching": False}))
+    llm, oracle = (
+        engine(**{"kv_cache_memory": "2MB"} | kind | apart)
+        for apart in ({}, {"prefix_caching": False})
+    )
     rng = np.random.default_rng(0)
     vocab, most = llm.params.config.vocab, llm.max_model_len - 26
 
@@ -58,7 +61,9 @@ def test_any_tree_of_texts_has_the_logits_of_each_text_run_anew(kind) -> None:
     sessions = [llm.session(some(21))]
     for _ in range(18):
         session = sessions[rng.integers(len(sessions))]
-        move = rng.choice(["extend", "all", "rollback", "fork", "generate"], p=[0.25, 0.25, 0.2, 0.2, 0.1])
+        move = rng.choice(
+            ["extend", "all", "rollback", "fork", "generate"], p=[0.25, 0.25, 0.2, 0.2, 0.1]
+        )
         if move == "extend" and len(session) < most:
             new = some(rng.integers(1, 20))
             got = session.extend(new)
@@ -66,7 +71,7 @@ def test_any_tree_of_texts_has_the_logits_of_each_text_run_anew(kind) -> None:
             np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
         elif move == "all" and (chosen := [each for each in sessions if len(each) < most]):
             longest = int(rng.choice([1, 20]))
-            got = jfp8kv.extend_all(chosen, [some(rng.integers(1, longest + 1)) for _ in chosen])
+            got = jfp8kv.extend_batch(chosen, [some(rng.integers(1, longest + 1)) for _ in chosen])
             want = [oracle.logits(each.token_ids)[-1] for each in chosen]
             np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
         elif move == "rollback":
@@ -75,12 +80,19 @@ def test_any_tree_of_texts_has_the_logits_of_each_text_run_anew(kind) -> None:
             assert session.token_ids == before[: len(before) - back]
         elif move == "fork":
             sessions.append(session.fork())
-            assert sessions[-1].token_ids == session.token_ids and sessions[-1].pages == session.pages
+            assert (
+                sessions[-1].token_ids == session.token_ids and sessions[-1].pages == session.pages
+            )
         elif move == "generate" and 0 < len(session) < most:
             before = session.token_ids
             out = session.generate(max_tokens=6, temperature=0.0, ignore_eos=True)
             assert session.token_ids == before + out.token_ids
-            assert out.token_ids == oracle.generate([before], max_tokens=6, temperature=0.0, ignore_eos=True)[0].token_ids
+            assert (
+                out.token_ids
+                == oracle.generate([before], max_tokens=6, temperature=0.0, ignore_eos=True)[
+                    0
+                ].token_ids
+            )
     for session in sessions:
         session.close()
     assert pages(llm) == 0
@@ -99,7 +111,9 @@ def ran(llm, monkeypatch) -> list[str]:
     return names
 
 
-def test_a_fork_runs_and_copies_nothing_and_whoever_goes_on_first_copies_the_last_page(llm, ran) -> None:
+def test_a_fork_runs_and_copies_nothing_and_whoever_goes_on_first_copies_the_last_page(
+    llm, ran
+) -> None:
     stem = llm.session(list(range(3, 3 + 3 * PAGE + 2)))
     assert pages(llm) == 4
     ran.clear()
@@ -133,7 +147,9 @@ def test_a_text_taken_back_goes_on_without_copy_or_anything_run_again(llm, ran) 
         assert ran == ["score"] and len(session) == 2 * PAGE - 8 and session.pages[0] == held[0][:1]
 
 
-def test_what_others_have_of_a_text_is_not_run_again_but_where_its_logits_are_asked_for(llm, ran) -> None:
+def test_what_others_have_of_a_text_is_not_run_again_but_where_its_logits_are_asked_for(
+    llm, ran
+) -> None:
     ids = list(range(60, 60 + 3 * PAGE))
     with llm.session(ids) as stem, llm.session([9]) as other, llm.session(ids[:PAGE]) as third:
         want = llm.logits(ids)
@@ -142,18 +158,26 @@ def test_what_others_have_of_a_text_is_not_run_again_but_where_its_logits_are_as
         np.testing.assert_allclose(other.extend(ids), want, rtol=0, atol=2e-5)
         assert ran == ["score", "score"]
         ran.clear()
-        np.testing.assert_allclose(jfp8kv.extend_all([third], [ids[PAGE:]])[0], want[-1], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(
+            jfp8kv.extend_batch([third], [ids[PAGE:]])[0], want[-1], rtol=0, atol=2e-5
+        )
         assert ran == ["copy", "score_last"] and third.pages[0][:2] == stem.pages[0][:2]
         out = third.generate(max_tokens=2 * PAGE + 2, temperature=0.0, ignore_eos=True)
-        assert ran[-1] == "prefill" and ran.count("prefill") == 1, "of what it made, the end that fills no page"
-        np.testing.assert_allclose(third.extend([5])[0], llm.logits([*ids, *out.token_ids, 5])[-1], rtol=0, atol=2e-5)
+        assert ran[-1] == "prefill" and ran.count("prefill") == 1, (
+            "of what it made, the end that fills no page"
+        )
+        np.testing.assert_allclose(
+            third.extend([5])[0], llm.logits([*ids, *out.token_ids, 5])[-1], rtol=0, atol=2e-5
+        )
 
 
 def test_several_sessions_go_on_in_one_dispatch(llm, ran) -> None:
     with llm.session([9] * 20) as stem, stem.fork() as branch:
         ran.clear()
-        jfp8kv.extend_all([stem, branch], [1, [2]])
-        assert ran == ["copy", "score_last"] and stem.token_ids[-1] == 1 and branch.token_ids[-1] == 2
+        jfp8kv.extend_batch([stem, branch], [1, [2]])
+        assert (
+            ran == ["copy", "score_last"] and stem.token_ids[-1] == 1 and branch.token_ids[-1] == 2
+        )
         for sessions, new, says in (
             ([], [], "0 sessions"),
             ([stem], [1, 2], "2 tokens for 1 sessions"),
@@ -162,12 +186,12 @@ def test_several_sessions_go_on_in_one_dispatch(llm, ran) -> None:
             ([stem, branch], [1, 10_000], "ids must be from 0"),
         ):
             with pytest.raises(ConfigError, match=says):
-                jfp8kv.extend_all(sessions, new)
+                jfp8kv.extend_batch(sessions, new)
         assert len(stem) == len(branch) == 21
 
 
 def test_a_fork_in_a_full_pool_goes_on_once_there_is_room_and_nothing_is_lost_before() -> None:
-    llm = engine(kv_cache_memory=7 * engine()._engine.kv.page_bytes)
+    llm = engine(kv_cache_memory=7 * engine()._engine.cache_config.page_bytes)
     with llm.session([7] * 24) as other, llm.session([9] * 17) as stem:
         branches = [stem.fork() for _ in range(3)]
         assert pages(llm) == 6
@@ -175,30 +199,34 @@ def test_a_fork_in_a_full_pool_goes_on_once_there_is_room_and_nothing_is_lost_be
         with pytest.raises(CapacityError, match="while sessions hold the rest"):
             branches[0].extend([1])
         with pytest.raises(CapacityError, match="while sessions hold the rest"):
-            jfp8kv.extend_all(branches, [1, 1, 1])
+            jfp8kv.extend_batch(branches, [1, 1, 1])
         assert {len(branch) for branch in branches} == {17} and pages(llm) == 7
         other.close()
-        np.testing.assert_allclose(jfp8kv.extend_all(branches, [1, 1, 1]), np.tile(want[-1], (3, 1)), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(
+            jfp8kv.extend_batch(branches, [1, 1, 1]), np.tile(want[-1], (3, 1)), rtol=0, atol=2e-5
+        )
         for branch in branches:
             branch.close()
 
 
 def test_what_a_text_took_to_go_on_is_given_back_when_others_find_no_room() -> None:
-    llm = engine(kv_cache_memory=6 * engine()._engine.kv.page_bytes)
+    llm = engine(kv_cache_memory=6 * engine()._engine.cache_config.page_bytes)
     with llm.session([7] * 24), llm.session([9] * 16) as stem, stem.fork() as branch:
         assert pages(llm) == 5
         with pytest.raises(CapacityError, match="while sessions hold the rest"):
-            jfp8kv.extend_all([stem, branch], [1, 2])
+            jfp8kv.extend_batch([stem, branch], [1, 2])
         assert pages(llm) == 5 and stem.pages == branch.pages
         assert stem.extend([1]).shape[0] == 1 and pages(llm) == 6
 
 
-def test_threads_that_take_the_same_sessions_on_in_any_order_wait_for_each_other_and_never_in_a_circle(llm) -> None:
+def test_threads_that_take_the_same_sessions_on_in_any_order_wait_for_each_other_and_never_in_a_circle(
+    llm,
+) -> None:
     with llm.session([9] * 20) as one, one.fork() as other:
 
         def go_on(sessions: list[jfp8kv.Session]) -> None:
             for _ in range(5):
-                jfp8kv.extend_all(sessions, [1, 1])
+                jfp8kv.extend_batch(sessions, [1, 1])
 
         with ThreadPoolExecutor() as threads:
             list(threads.map(go_on, [[one, other], [other, one], [one, other]]))
@@ -211,7 +239,10 @@ def test_continuations_of_one_prompt_run_it_once(llm, ran, prompt) -> None:
     sampling = {"max_tokens": 6, "temperature": 1.0, "seed": 5, "ignore_eos": True}
     ran.clear()
     out = llm.generate([ids], n=2, **sampling)[0]
-    assert ran.count("prefill") == -(-(prompt - 1) // llm._engine.buckets.widest) and ran.count("copy") == 1
+    assert (
+        ran.count("prefill") == -(-(prompt - 1) // llm._engine.buckets.max_prefill_chunk)
+        and ran.count("copy") == 1
+    )
     apart = engine(prefix_caching=False).generate([ids], n=2, **sampling)[0]
     assert [each.token_ids for each in out.outputs] == [each.token_ids for each in apart.outputs]
     assert pages(llm) == 0
@@ -229,7 +260,9 @@ def test_a_session_is_freed_at_the_end_of_a_with_and_then_refuses_everything(llm
         session.generate,
         lambda: len(session),
     ):
-        with pytest.raises(ConfigError, match="this session is closed: make another with llm.session"):
+        with pytest.raises(
+            ConfigError, match="this session is closed: make another with llm.session"
+        ):
             call()
 
 
@@ -249,7 +282,10 @@ def test_what_cannot_be_added_leaves_the_text_as_it_was(llm) -> None:
         ):
             with pytest.raises(ConfigError, match=says):
                 session.extend(wrong)
-        for fields, says in (({"n": 2}, "fork it for several"), ({"prompt_logprobs": 1}, "try llm.score")):
+        for fields, says in (
+            ({"n": 2}, "fork it for several"),
+            ({"prompt_logprobs": 1}, "try llm.score"),
+        ):
             with pytest.raises(ConfigError, match=says):
                 session.generate(**fields)
         assert session.token_ids == [5, 6, 7]
@@ -262,8 +298,10 @@ def test_a_prompt_that_others_ask_for_is_shared_with_a_session(llm) -> None:
         assert llm.stats.prefix_hit_tokens == before + 40
 
 
-def test_sessions_that_hold_all_memory_are_named_in_the_refusal_and_the_next_call_is_served() -> None:
-    llm = engine(kv_cache_memory=6 * engine()._engine.kv.page_bytes)
+def test_sessions_that_hold_all_memory_are_named_in_the_refusal_and_the_next_call_is_served() -> (
+    None
+):
+    llm = engine(kv_cache_memory=6 * engine()._engine.cache_config.page_bytes)
     with llm.session([7] * 24), llm.session([9] * 17) as session:
         with pytest.raises(CapacityError, match="while sessions hold the rest: close some"):
             llm.generate([[8] * 20], max_tokens=4)
@@ -281,11 +319,14 @@ def test_a_text_that_just_ended_is_not_refused_for_want_of_room() -> None:
     with contextlib.closing(llm.stream("abc", **sampling)) as stream:
         first, second = next(stream), next(stream)
     stop = second[2:5]
-    tight = jfp8kv.LLM(params, **SIZES, kv_cache_memory=8 * llm._engine.kv.page_bytes)
+    tight = jfp8kv.LLM(params, **SIZES, kv_cache_memory=8 * llm._engine.cache_config.page_bytes)
     with tight.session([7] * 41):
         with pytest.raises(CapacityError, match="while sessions hold the rest"):
             tight.generate("abc", **sampling)
-        assert tight.generate("abc", stop=stop, **sampling)[0].text == (first + second)[: (first + second).index(stop)]
+        assert (
+            tight.generate("abc", stop=stop, **sampling)[0].text
+            == (first + second)[: (first + second).index(stop)]
+        )
     assert tight.stats.preemptions == 2
 
 
@@ -295,7 +336,7 @@ def test_others_take_room_from_requests_that_run_and_those_lose_nothing(taken_by
     sampling = {"max_tokens": 30, "temperature": 1.0, "seed": 1, "ignore_eos": True}
     llm = jfp8kv.LLM(params, **SIZES | MEMORY)
     alone = llm.generate("abc", **sampling)[0].text
-    tight = jfp8kv.LLM(params, kv_cache_memory=8 * llm._engine.kv.page_bytes, **SIZES)
+    tight = jfp8kv.LLM(params, kv_cache_memory=8 * llm._engine.cache_config.page_bytes, **SIZES)
     stream = tight.stream("abc", **sampling)
     text = next(stream)
     taken = getattr(tight, taken_by)([7] * 60)

@@ -16,7 +16,9 @@ def problems(session: Session, config: dict[str, Any], part: str) -> Iterator[At
     for shape in Shape.all(config, part):
         for element in config["elements"]:
             for scales in (TENSOR, TOKEN_HEAD) if element != "bf16" else (NONE,):
-                one = Attention(shape, element, scales, part == "prefill", config["rotation"], session.dry_run)
+                one = Attention(
+                    shape, element, scales, part == "prefill", config["rotation"], session.dry_run
+                )
                 yield replace(one, blocks=session.blocks.get((one.kernel, one.block_class)))
 
 
@@ -62,4 +64,6 @@ def time_one(session: Session, one: Attention, program: Any) -> Row:
     else:
         rate = one.shape.cache_bytes(one.element, one.scales) / taken.median
         figures |= {"gb_s": rate / 1e9, "share_of_copy": rate / session.facts["copy_bytes_s"]}
-    return session.row(one.kernel, **labels(one), **figures, blocks=None if one.blocks is None else str(one.blocks))
+    return session.row(
+        one.kernel, **labels(one), **figures, blocks=None if one.blocks is None else str(one.blocks)
+    )

@@ -67,7 +67,10 @@ class Batch:
         size = (2 * rows, s.kv_heads, s.page_size, s.head_dim)
         live = _live(table, lengths, rows, s.page_size)
         values = [rng.normal(size=size).astype(self.dtype) for _ in "kv"]
-        starts, gaps = np.cumsum([2, *queries[:-1] + 1]).astype(np.int32), int(queries.sum()) + len(queries) + 2
+        starts, gaps = (
+            np.cumsum([2, *queries[:-1] + 1]).astype(np.int32),
+            int(queries.sum()) + len(queries) + 2,
+        )
         tokens = gaps if case.kernel == "paged_prefill" else len(used)
         self.first_row = rows
 
@@ -86,10 +89,15 @@ class Batch:
         self.static: dict[str, Any] = {"softcap": 5.0} if "softcap" in case.options else {}
         self.arrays |= self._options(rng, live, tokens)
 
-    def _options(self, rng: np.random.Generator, live: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
+    def _options(
+        self, rng: np.random.Generator, live: np.ndarray, tokens: int
+    ) -> dict[str, np.ndarray]:
         s, asked, made = self.case.sizes, self.case.options, {}
         if "channel scales" in asked:
-            made |= {f"{name}_scale": rng.uniform(0.25, 2, (s.kv_heads, s.head_dim)).astype(np.float32) for name in "kv"}
+            made |= {
+                f"{name}_scale": rng.uniform(0.25, 2, (s.kv_heads, s.head_dim)).astype(np.float32)
+                for name in "kv"
+            }
         if "token and head scales" in asked:
             for name in "kv":
                 exponents = rng.integers(122, 131, (live.shape[0], s.kv_heads, s.page_size))
@@ -104,7 +112,11 @@ class Batch:
 
     def error(self, got: Any) -> float:
         """The worst error, as a share of what `pallas_kernels/precision.py` allows: at most 1 if right."""
-        reference = paged_prefill_reference if self.case.kernel == "paged_prefill" else paged_decode_reference
+        reference = (
+            paged_prefill_reference
+            if self.case.kernel == "paged_prefill"
+            else paged_decode_reference
+        )
         return share_of_bound(got, *reference(**self.arrays, **self.static, element=self.dtype))
 
 

@@ -37,19 +37,26 @@ def clocks(counts: Counter[str], warps: int, target: Target) -> dict[str, float]
     def of(kind: re.Pattern[str]) -> int:
         return sum(n for op, n in counts.items() if kind.match(op))
 
-    tensor = sum(n * multiply_adds(op) / _rate(op, target) for op, n in counts.items() if op.startswith(TENSOR))
+    tensor = sum(
+        n * multiply_adds(op) / _rate(op, target)
+        for op, n in counts.items()
+        if op.startswith(TENSOR)
+    )
     return {
         "issue": counts.total() * warps / 4,
         "float": of(FLOAT) * warps / target.fma,
         "integer multiply": of(INTEGER_MULTIPLY) * warps / 2,
         "logic": of(LOGIC) * warps / 2,
         "special functions": of(SPECIAL) * warps * 2,
-        "shared memory": sum(n * _beats(op) for op, n in counts.items() if MEMORY.match(op)) * warps,
+        "shared memory": sum(n * _beats(op) for op, n in counts.items() if MEMORY.match(op))
+        * warps,
         "tensor": tensor * warps,
     }
 
 
-def streaming(counts: Counter[str], warps: int, target: Target, *, used: float = 1.0) -> Bound | None:
+def streaming(
+    counts: Counter[str], warps: int, target: Target, *, used: float = 1.0
+) -> Bound | None:
     """The share of memory bandwidth at which a loop can stream the cache: what it copies in, over the clocks it needs.
 
     `used` is the part of its copies that are not masked: of channels that pad `head_dim` to a power of two nothing is read.
@@ -62,12 +69,18 @@ def streaming(counts: Counter[str], warps: int, target: Target, *, used: float =
     return Bound(bytes_s / target.figure("memory_bandwidth"), "HBM", limit)
 
 
-def multiplying(counts: Counter[str], warps: int, target: Target, *, used: float = 1.0) -> Bound | None:
+def multiplying(
+    counts: Counter[str], warps: int, target: Target, *, used: float = 1.0
+) -> Bound | None:
     """The share of the tensor cores' peak in 16-bit floating point; `used` is the part of the products that is no padding.
 
     Float32 queries take three products for one.
     """
-    done = sum(n * multiply_adds(op) / (3 if "TF32" in op else 1) for op, n in counts.items() if op.startswith(TENSOR))
+    done = sum(
+        n * multiply_adds(op) / (3 if "TF32" in op else 1)
+        for op, n in counts.items()
+        if op.startswith(TENSOR)
+    )
     done *= warps * used
     if not done:
         return None

@@ -20,7 +20,11 @@ from benchmarks._gpu.products import products
 from benchmarks._gpu.topology import Target
 from pallas_kernels import kv_write, paged_decode, paged_prefill
 
-SHAPES = yaml.safe_load((Path(__file__).parent.parent.parent / "configs" / "bench" / "gpu.yaml").read_text(encoding="utf-8"))
+SHAPES = yaml.safe_load(
+    (Path(__file__).parent.parent.parent / "configs" / "bench" / "gpu.yaml").read_text(
+        encoding="utf-8"
+    )
+)
 
 ELEMENTS = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2, "bf16": jnp.bfloat16}
 FP8 = ("e4m3", "e5m2")
@@ -37,11 +41,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 WRITES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "channel scales": {"k_inverse": ("kv_heads", "head_dim"), "v_inverse": ("kv_heads", "head_dim")},
+    "channel scales": {
+        "k_inverse": ("kv_heads", "head_dim"),
+        "v_inverse": ("kv_heads", "head_dim"),
+    },
     "offset": {"k_offset": ("kv_heads", "head_dim")},
 }
 EXPONENTS = {name: ("rows", "kv_heads", "page_size") for name in ("k_exponent", "v_exponent")}
-DTYPES = {"window": jnp.int32, "first_row": jnp.int32, "k_exponent": jnp.uint8, "v_exponent": jnp.uint8}
+DTYPES = {
+    "window": jnp.int32,
+    "first_row": jnp.int32,
+    "k_exponent": jnp.uint8,
+    "v_exponent": jnp.uint8,
+}
 # Sizes that change what a kernel is made of, against the ones in configs/bench/gpu.yaml.
 SIZES: dict[str, dict[str, int]] = {
     "head_dim 64": {"head_dim": 64},
@@ -64,15 +76,24 @@ def cases() -> list[Case]:
         for target in targets
         for element in ELEMENTS
         for case in [
-            *attending(decode, target, element, sizes=SIZES | {"one request": {"requests": 1, "queries": 1}}),
+            *attending(
+                decode,
+                target,
+                element,
+                sizes=SIZES | {"one request": {"requests": 1, "queries": 1}},
+            ),
             *attending(prefill, target, element, sizes=SIZES),
             *writing(target, element),
         ]
     ]
-    return about_caches + [case for target in targets for case in products(target, SHAPES["product"])]
+    return about_caches + [
+        case for target in targets for case in products(target, SHAPES["product"])
+    ]
 
 
-def attending(make: Make, target: Target, element: str, *, sizes: dict[str, dict[str, int]]) -> list[Case]:
+def attending(
+    make: Make, target: Target, element: str, *, sizes: dict[str, dict[str, int]]
+) -> list[Case]:
     """An attention kernel with each option, and with each size in one FP8 format and one other: both FP8 ones are a byte."""
     options = OPTIONS | ({"token and head scales": EXPONENTS} if element in FP8 else {})
     by_option = [make(target, element, name, options=asked) for name, asked in options.items()]
@@ -87,20 +108,35 @@ def writing(target: Target, element: str) -> list[Case]:
     scaled = WRITES | ({"token and head scales": EXPONENTS} if element in FP8 else {})
     sizes = {"decode": SHAPES["write-decode"], "prefill": SHAPES["write-prefill"]}
     return [
-        write(target, element, f"{of}, {name}", size, asked) for of, size in sizes.items() for name, asked in scaled.items()
+        write(target, element, f"{of}, {name}", size, asked)
+        for of, size in sizes.items()
+        for name, asked in scaled.items()
     ]
 
 
-def decode(target: Target, element: str, name: str, *, query: Any = jnp.bfloat16, **asked: Any) -> Case:
+def decode(
+    target: Target, element: str, name: str, *, query: Any = jnp.bfloat16, **asked: Any
+) -> Case:
     """`paged_decode` with what was asked: `options` and `sizes` that are not the usual ones."""
     size, pools, arrays, constants = _attention("decode", element, query, **asked)
     call = functools.partial(paged_decode, **constants, capability=target.capability)
     wants = _wants(query, arrays)
     against = functools.partial(streaming, used=_used(size))
-    return Case(f"decode, {element}, {name}", "paged_decode", call, pools, arrays, target, wants=wants, against=against)
+    return Case(
+        f"decode, {element}, {name}",
+        "paged_decode",
+        call,
+        pools,
+        arrays,
+        target,
+        wants=wants,
+        against=against,
+    )
 
 
-def prefill(target: Target, element: str, name: str, *, query: Any = jnp.bfloat16, **asked: Any) -> Case:
+def prefill(
+    target: Target, element: str, name: str, *, query: Any = jnp.bfloat16, **asked: Any
+) -> Case:
     """`paged_prefill` with what was asked."""
     size, pools, arrays, constants = _attention("prefill", element, query, **asked)
     arrays |= {"first_query": _array(size, "requests"), "queries": _array(size, "requests")}
@@ -108,10 +144,21 @@ def prefill(target: Target, element: str, name: str, *, query: Any = jnp.bfloat1
     # Blocks that fill the registers and a little more were faster on an H200 than any that spill nothing (docs/log.md).
     wants = _wants(query, arrays, spilled_bytes=256, spill_moves=12)
     against = functools.partial(multiplying, used=_used(size))
-    return Case(f"prefill, {element}, {name}", "paged_prefill", call, pools, arrays, target, wants=wants, against=against)
+    return Case(
+        f"prefill, {element}, {name}",
+        "paged_prefill",
+        call,
+        pools,
+        arrays,
+        target,
+        wants=wants,
+        against=against,
+    )
 
 
-def write(target: Target, element: str, name: str, size: dict[str, int], asked: dict[str, Any]) -> Case:
+def write(
+    target: Target, element: str, name: str, size: dict[str, int], asked: dict[str, Any]
+) -> Case:
     """`kv_write` of bfloat16 keys and values into pools that are given up, and exponents with them."""
     arrays = _arrays(size, {"first_row": ()} | asked)
     exponents = {name: arrays.pop(name) for name in EXPONENTS if name in arrays}
@@ -120,10 +167,21 @@ def write(target: Target, element: str, name: str, size: dict[str, int], asked: 
     arrays |= {"start": _array(size, "requests"), "lengths": _array(size, "requests")}
     # An exponent crosses shared memory and is stored: a byte each, for K and V. A bfloat16 is converted on the slow pipe, which
     # four bytes moved for each leave time for.
-    wants = Wants(attends=False, narrow=4 if exponents else 0, slow_conversions=16 if element == "bf16" else 0)
+    wants = Wants(
+        attends=False, narrow=4 if exponents else 0, slow_conversions=16 if element == "bf16" else 0
+    )
     call = functools.partial(kv_write, element=ELEMENTS[element])
     pools = _pools(size, element) | exponents
-    return Case(f"write, {element}, {name}", "kv_write", call, pools, arrays, target, written=True, wants=wants)
+    return Case(
+        f"write, {element}, {name}",
+        "kv_write",
+        call,
+        pools,
+        arrays,
+        target,
+        written=True,
+        wants=wants,
+    )
 
 
 def _attention(
@@ -138,7 +196,9 @@ def _attention(
     size = SHAPES[kernel] | (sizes or {})
     given = {"first_row": ()} | (options or {})
     arrays = _arrays(size, given)
-    constants = {name: value for name, value in given.items() if name not in arrays} | {"element": ELEMENTS[element]}
+    constants = {name: value for name, value in given.items() if name not in arrays} | {
+        "element": ELEMENTS[element]
+    }
     arrays |= {"q": _array(size, "queries", "q_heads", "head_dim", dtype=query)}
     arrays |= {"page_table": _array(size, "requests", "pages"), "lengths": _array(size, "requests")}
     return size, _pools(size, element), arrays, constants
@@ -166,7 +226,9 @@ def _pools(size: dict[str, int], element: str) -> dict[str, Any]:
 def _arrays(size: dict[str, int], given: dict[str, Any]) -> dict[str, Any]:
     """Options that are arrays, float32 unless `DTYPES` says otherwise."""
     axes = {name: value for name, value in given.items() if isinstance(value, tuple)}
-    return {name: _array(size, *of, dtype=DTYPES.get(name, jnp.float32)) for name, of in axes.items()}
+    return {
+        name: _array(size, *of, dtype=DTYPES.get(name, jnp.float32)) for name, of in axes.items()
+    }
 
 
 def _array(size: dict[str, int], *axes: str, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:

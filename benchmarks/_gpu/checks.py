@@ -40,26 +40,44 @@ SIZES = {
     "one program a request": {"split": 1, "page_size": 64},
     "long": {"lengths": (3000, 700), "queries": (9, 40), "page_size": 64},
 }
-DRY = Sizes(lengths=(0, 1, 21), queries=(0, 1, 9), q_heads=4, kv_heads=2, head_dim=16, page_size=8, split=2)
+DRY = Sizes(
+    lengths=(0, 1, 21), queries=(0, 1, 9), q_heads=4, kv_heads=2, head_dim=16, page_size=8, split=2
+)
 
 
 def cases(elements: list[str], dry_run: bool) -> Iterator[Case]:
     """Plain ones first, so that what there is no time for is not what the timing waits for."""
     if dry_run:
-        yield Case("all of them, dynamic", "paged_decode", elements[0], DRY, OPTIONS["all of them, dynamic"])
+        yield Case(
+            "all of them, dynamic",
+            "paged_decode",
+            elements[0],
+            DRY,
+            OPTIONS["all of them, dynamic"],
+        )
         yield Case("all of them", "paged_prefill", elements[0], DRY, OPTIONS["all of them"])
-        yield from (Case("plain", kernel, element, DRY) for kernel in KERNELS for element in elements[1:])
+        yield from (
+            Case("plain", kernel, element, DRY) for kernel in KERNELS for element in elements[1:]
+        )
         return
     for element in elements:
         yield from (Case("plain", kernel, element) for kernel in KERNELS)
     for kernel in KERNELS:
         for name, options in list(OPTIONS.items())[1:]:
-            fits = [e for e in elements if "token and head scales" not in options or e in ("e4m3", "e5m2")]
+            fits = [
+                e
+                for e in elements
+                if "token and head scales" not in options or e in ("e4m3", "e5m2")
+            ]
             yield from (Case(name, kernel, element, Sizes(), options) for element in fits)
         for name, sizes in SIZES.items():
-            yield from (Case(name, kernel, element, replace(Sizes(), **sizes)) for element in elements)
+            yield from (
+                Case(name, kernel, element, replace(Sizes(), **sizes)) for element in elements
+            )
         for element in ("e4m3", "f32"):
-            yield Case("float32 queries", kernel, element, Sizes(), OPTIONS["channel scales"], np.float32)
+            yield Case(
+                "float32 queries", kernel, element, Sizes(), OPTIONS["channel scales"], np.float32
+            )
         yield Case("plain", kernel, "f16", Sizes(), (), np.float16)
 
 
@@ -71,7 +89,10 @@ def run(session: Session, config: dict[str, Any]) -> None:
     while left and session.left() > 0:
         some, left = left[: 2 * config["compilers"]], left[2 * config["compilers"] :]
         batches = {case: case.batch(seed + i) for i, case in enumerate(some)}
-        jobs = ((case, functools.partial(lower, batch, session.dry_run)) for case, batch in batches.items())
+        jobs = (
+            (case, functools.partial(lower, batch, session.dry_run))
+            for case, batch in batches.items()
+        )
         for case, program in compiled(jobs, workers=config["compilers"]).items():
             check(session, batches[case], program)
     for case in left:

@@ -85,7 +85,9 @@ def compile_case(case: Case, keep: Path | None = None) -> Report:
             written=case.written,
         ),
     ]
-    bounds = [b for counts in hot if case.against and (b := case.against(counts, warps, case.target))]
+    bounds = [
+        b for counts in hot if case.against and (b := case.against(counts, warps, case.target))
+    ]
     return Report(
         case,
         registers,
@@ -102,17 +104,28 @@ def _compile(case: Case, folder: Path) -> jax.stages.Compiled:
     """XLA's program for the case's target; the PTX of its kernels lies in `folder`."""
     sharding = case.target.sharding
     pools, arrays = (
-        {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in some.items()}
+        {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            for name, x in some.items()
+        }
         for some in (case.pools, case.arrays)
     )
-    call = jax.jit(lambda pools, arrays: case.call(**pools, **arrays), donate_argnums=0 if case.written else ())
+    call = jax.jit(
+        lambda pools, arrays: case.call(**pools, **arrays), donate_argnums=0 if case.written else ()
+    )
     with case.target.tracing():
         lowered = call.trace(pools, arrays).lower()
-    return lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_emitter_re": "ptx"})
+    return lowered.compile(
+        compiler_options={"xla_dump_to": str(folder), "xla_dump_emitter_re": "ptx"}
+    )
 
 
 def _ptx_of(kernel: str, folder: Path) -> Path:
-    found = [path for path in sorted(folder.glob("*.ptx")) if _entry(path.read_text(encoding="utf-8"), kernel)]
+    found = [
+        path
+        for path in sorted(folder.glob("*.ptx"))
+        if _entry(path.read_text(encoding="utf-8"), kernel)
+    ]
     assert found, f"XLA made no kernel {kernel!r}: is it the name that pallas_call was given?"
     return found[0]
 
@@ -127,7 +140,8 @@ def _launch(folder: Path, entry: str) -> tuple[int, int]:
     """Threads of a block, and bytes of its shared memory."""
     for path in folder.glob("*thunk_sequence.txt"):
         found = re.search(
-            rf"\b{entry} grid: .*? threads: \[(\d+), (\d+), (\d+)\] +shared_memory: (\d+)", path.read_text(encoding="utf-8")
+            rf"\b{entry} grid: .*? threads: \[(\d+), (\d+), (\d+)\] +shared_memory: (\d+)",
+            path.read_text(encoding="utf-8"),
         )
         if found:
             x, y, z, shared = (int(n) for n in found.groups())

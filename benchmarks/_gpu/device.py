@@ -31,7 +31,9 @@ def copy_bandwidth(session: Session, config: dict[str, Any]) -> None:
     """Bytes read and written a second by a copy that changes each word a little, so that it cannot be left out."""
     size = config["copy"]
     work = Work(lambda words, rest, turn: words ^ (jnp.asarray(turn, jnp.uint32) + jnp.uint32(1)))
-    words = jax.jit(lambda: jax.random.bits(jax.random.key(0, impl="rbg"), (size // 4,), jnp.uint32))()
+    words = jax.jit(
+        lambda: jax.random.bits(jax.random.key(0, impl="rbg"), (size // 4,), jnp.uint32)
+    )()
     taken = session.clock.time(work, session.clock.lower(work, words, None).compile(), words, None)
     session.facts["copy_bytes_s"] = rate = 2 * size / taken.median
     session.row("copy", bytes=size, us=taken.median * 1e6, gb_s=rate / 1e9, by=taken.by)

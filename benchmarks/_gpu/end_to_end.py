@@ -17,17 +17,17 @@ from benchmarks._common import median
 from benchmarks._gpu.problems import random_bits
 from benchmarks._gpu.session import Session
 from jfp8kv.cache.capacity import parse_bytes
-from jfp8kv.cache.pages import KVPages
+from jfp8kv.cache.config import resolve_cache
+from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.errors import NotSupported
 from jfp8kv.core.formats import FORMATS
 from jfp8kv.engine.buckets import DECODE_STEPS
-from jfp8kv.engine.kv import setup
 from jfp8kv.engine.request import Request, Status
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
 from jfp8kv.models.names import expected_shapes, nest
-from jfp8kv.sampling.keys import request_key
 from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.sampling.rng import request_key
 
 KV_DTYPES = ("bfloat16", "fp8_e4m3")
 MOST_KERNELS = 12  # shown of those that a step runs
@@ -54,14 +54,24 @@ def random_params(config: ModelConfig) -> jfp8kv.Params:
         scale = jnp.bfloat16(shape[-1] ** -0.5)
         return jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16) * scale)(next(keys))
 
-    return jfp8kv.Params.from_pytree(nest({name: made(name, s) for name, s in expected_shapes(config).items()}), config)
+    return jfp8kv.Params.from_pytree(
+        nest({name: made(name, s) for name, s in expected_shapes(config).items()}), config
+    )
 
 
-def time_decode(session: Session, params: jfp8kv.Params, kv_dtype: str, asked: dict[str, Any]) -> None:
+def time_decode(
+    session: Session, params: jfp8kv.Params, kv_dtype: str, asked: dict[str, Any]
+) -> None:
     """Time dispatches of several tokens for every request that fits."""
     context, memory, rounds = asked["context"], asked["kv_cache_memory"], asked["rounds"]
     new = DECODE_STEPS * (rounds + 3)
-    kv = setup(params, kv_dtype, "unit" if kv_dtype != "bfloat16" else "auto", page_size=64, span=1)
+    kv = resolve_cache(
+        params,
+        kv_dtype,
+        "unit" if kv_dtype != "bfloat16" else "auto",
+        page_size=64,
+        max_tokens_per_dispatch=1,
+    )
     requests = max(1, int(parse_bytes(memory) // kv.text_bytes(context + new)))
     engine, attention = open_engine(
         params, asked["attention"], kv_cache_dtype=kv_dtype, kv_cache_memory=memory, max_model_len=context + new,
@@ -75,8 +85,13 @@ def time_decode(session: Session, params: jfp8kv.Params, kv_dtype: str, asked: d
         prompt = rng.integers(0, params.config.vocab, context).tolist()
         key = request_key(None, index=0, engine_seed=0, number=number)
         request = Request(prompt, sampling, key, max_tokens=new)
-        assert engine.scheduler.paging.grow(request, context), "the pool is smaller than was planned"
-        request.cached, request.status = context - 1, Status.RUNNING  # as if its prompt had been run: the pool is random
+        assert engine.scheduler.kv_manager.allocate(request, context), (
+            "the pool is smaller than was planned"
+        )
+        request.cached, request.status = (
+            context - 1,
+            Status.RUNNING,
+        )  # as if its prompt had been run: the pool is random
         engine.scheduler.running.append(request)
 
     def dispatch() -> None:
@@ -89,7 +104,9 @@ def time_decode(session: Session, params: jfp8kv.Params, kv_dtype: str, asked: d
         before = engine.stats.generated_tokens
         dispatch()
         if turn > 1:
-            assert engine.stats.generated_tokens - before == DECODE_STEPS * requests, "not every request decoded"
+            assert engine.stats.generated_tokens - before == DECODE_STEPS * requests, (
+                "not every request decoded"
+            )
             seconds.append((time.perf_counter() - began) / DECODE_STEPS)
     step = median(seconds)
     embeddings = 0 if params.config.tied_embeddings else params.tree["embed"]["weight"].nbytes
@@ -100,7 +117,9 @@ def time_decode(session: Session, params: jfp8kv.Params, kv_dtype: str, asked: d
         tokens_s=requests / step, step_ms=1e3 * step, floor_ms=1e3 * floor, share_of_floor=floor / step,
     )  # fmt: skip
     for name, (count, spent) in list(session.clock.kernels(dispatch).items())[:MOST_KERNELS]:
-        session.row(f"{kv_dtype}: {name}", times=count / DECODE_STEPS, ms=1e3 * spent / DECODE_STEPS)
+        session.row(
+            f"{kv_dtype}: {name}", times=count / DECODE_STEPS, ms=1e3 * spent / DECODE_STEPS
+        )
 
 
 def open_engine(params: jfp8kv.Params, attention: str | None, **sizes: Any) -> tuple[Any, str]:
@@ -112,14 +131,16 @@ def open_engine(params: jfp8kv.Params, attention: str | None, **sizes: Any) -> t
     return engine, engine.attention.name
 
 
-def filled(pages: KVPages, dtype: np.dtype) -> KVPages:
+def filled(pages: KVPool, dtype: np.dtype) -> KVPool:
     """The pool with random numbers in it: a few pages, over and over."""
 
     def fill(pool: jax.Array, seed: int) -> jax.Array:
         rows = pool.shape[0]
-        some = random_bits(jax.random.key(seed, impl="rbg"), (min(rows, BLOCK_ROWS), *pool.shape[1:]), dtype)
+        some = random_bits(
+            jax.random.key(seed, impl="rbg"), (min(rows, BLOCK_ROWS), *pool.shape[1:]), dtype
+        )
         return jnp.tile(some, (-(-rows // some.shape[0]), 1, 1, 1))[:rows]
 
     fill = jax.jit(fill, static_argnums=1, donate_argnums=0)
     k, v = fill(pages.k_bits, 0), fill(pages.v_bits, 1)
-    return KVPages(k, v, pages.k_exponent, pages.v_exponent, layout=pages.layout)
+    return KVPool(k, v, pages.k_exponent, pages.v_exponent, layout=pages.layout)

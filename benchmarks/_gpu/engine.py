@@ -15,7 +15,9 @@ from benchmarks._gpu.end_to_end import random_params
 from benchmarks._gpu.session import Session
 from jfp8kv.models.families import config_from_hf
 
-ALIKE = 2.0**-6  # of the norm of logits: three products of TF32 or bfloat16 a layer, and roundings to FP8 that fall elsewhere
+ALIKE = (
+    2.0**-6
+)  # of the norm of logits: three products of TF32 or bfloat16 a layer, and roundings to FP8 that fall elsewhere
 CACHES = {
     "bf16": {"kv_cache_dtype": "bfloat16"},
     "e4m3": {"kv_cache_dtype": "fp8_e4m3", "kv_scales": "unit"},
@@ -28,20 +30,34 @@ def run(session: Session, config: dict[str, Any]) -> None:
     """Two rows for each format of the cache; the run fails where one is wrong."""
     asked = config["engine"]
     params = random_params(config_from_hf(asked["model"]))
-    sizes = {"max_num_seqs": 8, "kv_cache_memory": "64MiB", "max_model_len": asked["prompt"] + asked["output"]}
+    sizes = {
+        "max_num_seqs": 8,
+        "kv_cache_memory": "64MiB",
+        "max_model_len": asked["prompt"] + asked["output"],
+    }
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, params.config.vocab, n).tolist() for n in (1, asked["prompt"] // 3, asked["prompt"])]
+    prompts = [
+        rng.integers(0, params.config.vocab, n).tolist()
+        for n in (1, asked["prompt"] // 3, asked["prompt"])
+    ]
     for name in session.each(asked["caches"]):
         with session.guarded("engine", cache=name):
             kernels = jfp8kv.LLM(params, attention=asked["attention"], **CACHES[name], **sizes)
-            outputs = kernels.generate(prompts, max_tokens=asked["output"], temperature=0.0, ignore_eos=True)
+            outputs = kernels.generate(
+                prompts, max_tokens=asked["output"], temperature=0.0, ignore_eos=True
+            )
             texts = [[*out.prompt_token_ids, *out.token_ids] for out in outputs]
             logits = [kernels.logits(text) for text in texts]
             theirs = jfp8kv.LLM(params, attention="xla", **CACHES[name], **sizes).logits(texts[-1])
             apart = np.linalg.norm(logits[-1] - theirs) / np.linalg.norm(theirs)
             session.judge("engine", name, f"logits by kernels and by XLA, {name}", apart / ALIKE)
-            worst = max(behind(rows, text, len(p)) for rows, text, p in zip(logits, texts, prompts, strict=True))
-            session.judge("engine", name, f"texts and the engine's own logits, {name}", worst / ALIKE)
+            worst = max(
+                behind(rows, text, len(p))
+                for rows, text, p in zip(logits, texts, prompts, strict=True)
+            )
+            session.judge(
+                "engine", name, f"texts and the engine's own logits, {name}", worst / ALIKE
+            )
 
 
 def behind(logits: np.ndarray, text: list[int], prompt: int) -> float:

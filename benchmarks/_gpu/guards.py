@@ -55,7 +55,9 @@ def in_registers(spill_stores: int, spill_loads: int, wants: Wants) -> Iterator[
         yield f"spills {spill_stores} bytes, reloads {spill_loads}; {wants.spilled_bytes} allowed"
 
 
-def in_memory(hlo: str, *, temporary_bytes: int, aliased_bytes: int, pool_bytes: list[int], written: bool) -> Iterator[str]:
+def in_memory(
+    hlo: str, *, temporary_bytes: int, aliased_bytes: int, pool_bytes: list[int], written: bool
+) -> Iterator[str]:
     """Faults in the program around the kernel: no other step may write as much as a pool (a copy, or a conversion of every
     element), and a pool that is written is updated in place."""
     for step in STEP.finditer(hlo[hlo.index("ENTRY ") :]):
@@ -70,7 +72,9 @@ def in_memory(hlo: str, *, temporary_bytes: int, aliased_bytes: int, pool_bytes:
 
 def array_bytes(array: re.Match[str]) -> int:
     """Size of an array by its type in HLO, as in `f8e4m3fn[2048,8]`."""
-    return math.prod(int(size) for size in array["shape"].split(",") if size) * int(array["bits"]) // 8
+    return (
+        math.prod(int(size) for size in array["shape"].split(",") if size) * int(array["bits"]) // 8
+    )
 
 
 def _count(counts: Counter[str], kind: re.Pattern[str]) -> int:

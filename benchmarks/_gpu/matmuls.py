@@ -77,7 +77,15 @@ def run(session: Session, config: dict[str, Any]) -> None:
     ]
     check(session, [product for products in todo for product in products if product.by_kernel])
     for products in session.each(todo, lambda products: products[0].matrix):
-        jobs = ((p, lambda p=p: session.clock.lower(p.work, jax.eval_shape(p.carry), jax.eval_shape(p.rest))) for p in products)
+        jobs = (
+            (
+                p,
+                lambda p=p: session.clock.lower(
+                    p.work, jax.eval_shape(p.carry), jax.eval_shape(p.rest)
+                ),
+            )
+            for p in products
+        )
         programs = compiled(jobs, workers=config["compilers"])
         for product in products:
             time_one(session, product, programs[product])
@@ -91,7 +99,9 @@ def check(session: Session, products: list[Product]) -> None:
         with session.guarded(what):
             x, weights = product.rest()
             last = product.layers - 1
-            got = np.asarray(jax.jit(product.work.step)(product.carry(), (x, weights), jnp.int32(last)))
+            got = np.asarray(
+                jax.jit(product.work.step)(product.carry(), (x, weights), jnp.int32(last))
+            )
             want, bound = layer_matmul_reference(np.asarray(x), np.asarray(weights), last)
             error = float(np.max(np.abs(got - want) / bound))
         session.judge(KERNEL, "bf16", what, error)
@@ -104,6 +114,8 @@ def time_one(session: Session, product: Product, program: Any) -> None:
     with session.guarded(product.name, **what):
         if isinstance(program, Exception):
             raise program
-        taken: Timing = session.clock.time(product.work, program, product.carry(), jax.jit(product.rest)())
+        taken: Timing = session.clock.time(
+            product.work, program, product.carry(), jax.jit(product.rest)()
+        )
         share = product.matrix_bytes / taken.median / session.facts["copy_bytes_s"]
         session.row(product.name, **what, **taken.row, share_of_copy=share)

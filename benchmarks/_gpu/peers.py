@@ -27,7 +27,12 @@ from benchmarks._gpu.timing import Work
 # Pages of a block, parts of a text, and warps.
 THEIR_BLOCKS = ((8, 16, 8), (2, 16, 4), (1, 8, 4), (2, 4, 4), (1, 1, 4), (2, 1, 4), (4, 1, 8))
 TORCH = ("sdpa", "flex", "fa3", "flashinfer")
-PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+PIPES: dict[str, Any] = {
+    "stdin": subprocess.PIPE,
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.DEVNULL,
+    "text": True,
+}
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -39,15 +44,24 @@ def shape_of(config: dict[str, Any]) -> Shape:
 def start(session: Session, config: dict[str, Any]) -> None:
     """A process for each of PyTorch's kernels, which says `ready` when it is."""
     s = shape_of(config)
-    sizes = {name: getattr(s, name) for name in ("requests", "length", "q_heads", "kv_heads", "head_dim", "page_size")}
-    given = json.dumps(sizes | {"rotation": config["rotation"], "dry_run": session.dry_run, **config["clock"]})
+    sizes = {
+        name: getattr(s, name)
+        for name in ("requests", "length", "q_heads", "kv_heads", "head_dim", "page_size")
+    }
+    given = json.dumps(
+        sizes | {"rotation": config["rotation"], "dry_run": session.dry_run, **config["clock"]}
+    )
     command = [sys.executable, "-m", "benchmarks._gpu.torch_peers"]
-    session.processes |= {name: subprocess.Popen([*command, name, given], **PIPES, cwd=ROOT) for name in TORCH}
+    session.processes |= {
+        name: subprocess.Popen([*command, name, given], **PIPES, cwd=ROOT) for name in TORCH
+    }
 
 
 def run(session: Session, config: dict[str, Any]) -> None:
     """A row for each peer."""
-    for what, call in session.each(jax_peers(shape_of(config), session.dry_run).items(), name=lambda peer: peer[0]):
+    for what, call in session.each(
+        jax_peers(shape_of(config), session.dry_run).items(), name=lambda peer: peer[0]
+    ):
         with session.guarded(what, ours=False):
             call(session, what)
     for name, process in session.each(list(session.processes.items()), name=lambda peer: peer[0]):
@@ -64,33 +78,49 @@ def jax_peers(s: Shape, dry_run: bool) -> dict[str, Callable[..., None]]:
         f"jax paged_attention, {name}": functools.partial(paged_attention, shape=s, element=element)
         for element, name in elements.items()
     }
-    return paged | {f"jax dot_product_attention ({by}), bfloat16": functools.partial(dense, shape=s, by=by)}
+    return paged | {
+        f"jax dot_product_attention ({by}), bfloat16": functools.partial(dense, shape=s, by=by)
+    }
 
 
 def paged_attention(session: Session, what: str, *, shape: Shape, element: str) -> None:
     """jax.experimental's kernel, the best of several block sizes. It takes one layer at a time, KV heads first."""
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as theirs
 
-    one = Attention(shape, element, TOKEN_HEAD if element == "e4m3" else "none", False, 1, session.dry_run)
+    one = Attention(
+        shape, element, TOKEN_HEAD if element == "e4m3" else "none", False, 1, session.dry_run
+    )
     q, rest = one.arrays()
 
     @jax.jit
     def arranged(rest: dict[str, Any]) -> dict[str, Any]:
-        bits = {name: lax.bitcast_convert_type(rest[name], one.dtype).swapaxes(0, 1) for name in ("k_pages", "v_pages")}
+        bits = {
+            name: lax.bitcast_convert_type(rest[name], one.dtype).swapaxes(0, 1)
+            for name in ("k_pages", "v_pages")
+        }
         scales = {}
         if element == "e4m3":
             exponents = (rest[f"{name}_exponent"].astype(jnp.float32) - 127 for name in "kv")
-            scales = {f"{name}_scales_pages": jnp.exp2(e).swapaxes(0, 1) for name, e in zip("kv", exponents, strict=True)}
+            scales = {
+                f"{name}_scales_pages": jnp.exp2(e).swapaxes(0, 1)
+                for name, e in zip("kv", exponents, strict=True)
+            }
         return bits | scales | {"block_tables": rest["page_table"], "lengths": rest["lengths"]}
 
     want, given = jax.jit(one.work.step)(q, rest, jnp.int32(0)), arranged(rest)
     fastest: dict[str, Any] = {}
     for pages, splits, warps in THEIR_BLOCKS[-1:] if session.dry_run else THEIR_BLOCKS:
-        blocks = {"pages_per_compute_block": min(pages, shape.pages), "k_splits": splits, "num_warps": warps}
+        blocks = {
+            "pages_per_compute_block": min(pages, shape.pages),
+            "k_splits": splits,
+            "num_warps": warps,
+        }
         if shape.pages % (splits * blocks["pages_per_compute_block"]) or session.left() <= 0:
             continue
 
-        def step(q: jax.Array, rest: Any, turn: jax.Array, blocks: dict[str, int] = blocks) -> jax.Array:
+        def step(
+            q: jax.Array, rest: Any, turn: jax.Array, blocks: dict[str, int] = blocks
+        ) -> jax.Array:
             scaled = q * jnp.asarray(shape.head_dim**-0.5, q.dtype)
             return theirs(scaled, **rest, **blocks, interpret=session.dry_run).astype(q.dtype)
 
@@ -118,7 +148,9 @@ def dense(session: Session, what: str, *, shape: Shape, by: str) -> None:
 
 def timed(session: Session, work: Work, carry: Any, rest: Any, want: jax.Array) -> dict[str, Any]:
     """Time, and how far the first call's result is from `want`, by its norm."""
-    got, want = (np.asarray(x, np.float64) for x in (jax.jit(work.step)(carry, rest, jnp.int32(0)), want))
+    got, want = (
+        np.asarray(x, np.float64) for x in (jax.jit(work.step)(carry, rest, jnp.int32(0)), want)
+    )
     error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
     assert error < 0.1, f"it is off by {error:.2g}: not timed"
     taken = session.clock.time(work, session.clock.lower(work, carry, rest).compile(), carry, rest)

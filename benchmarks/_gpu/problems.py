@@ -18,7 +18,11 @@ from pallas_kernels.options import HOPPER
 from pallas_kernels.paged_decode.blocks import problem_class as decode_class
 from pallas_kernels.paged_prefill.blocks import problem_class as prefill_class
 
-ELEMENTS = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "bf16": ml_dtypes.bfloat16}
+ELEMENTS = {
+    "e4m3": ml_dtypes.float8_e4m3fn,
+    "e5m2": ml_dtypes.float8_e5m2,
+    "bf16": ml_dtypes.bfloat16,
+}
 BITS = {1: jnp.uint8, 2: jnp.uint16}
 TENSOR, TOKEN_HEAD, NONE = "tensor", "token_head", "none"  # scales
 
@@ -57,11 +61,21 @@ class Shape:
     def cache_bytes(self, element: str, scales: str = NONE) -> int:
         """Bytes of keys and values that a decode must read, exponents included."""
         token_heads = self.requests * self.length * self.kv_heads
-        return 2 * token_heads * (self.head_dim * np.dtype(ELEMENTS[element]).itemsize + (scales == TOKEN_HEAD))
+        return (
+            2
+            * token_heads
+            * (self.head_dim * np.dtype(ELEMENTS[element]).itemsize + (scales == TOKEN_HEAD))
+        )
 
     def prefill_flop(self) -> int:
         """Floating-point operations of causal attention of every token: two products, a multiply and an add each."""
-        return 4 * self.requests * self.q_heads * self.head_dim * (self.length * (self.length + 1) // 2)
+        return (
+            4
+            * self.requests
+            * self.q_heads
+            * self.head_dim
+            * (self.length * (self.length + 1) // 2)
+        )
 
 
 @dataclass(frozen=True)
@@ -83,13 +97,24 @@ class Attention:
 
     @property
     def kernel(self) -> str:
-        return "paged_decode_mosaic" if self.mosaic else "paged_prefill" if self.prefill else "paged_decode"
+        return (
+            "paged_decode_mosaic"
+            if self.mosaic
+            else "paged_prefill"
+            if self.prefill
+            else "paged_decode"
+        )
 
     @property
     def block_class(self) -> str:
         """What blocks are tuned for."""
         s = self.shape
-        heads = {"kv_heads": s.kv_heads, "group": s.group, "head_dim": s.head_dim, "element": self.dtype}
+        heads = {
+            "kv_heads": s.kv_heads,
+            "group": s.group,
+            "head_dim": s.head_dim,
+            "element": self.dtype,
+        }
         return (
             prefill_class(queries=s.requests * s.length, **heads)
             if self.prefill
@@ -119,26 +144,40 @@ class Attention:
         rest = {
             "k_pages": random_bits(keys[0], size, self.dtype),
             "v_pages": random_bits(keys[1], size, self.dtype),
-            "page_table": jax.random.permutation(keys[2], jnp.arange(s.rows, dtype=jnp.int32)).reshape(s.requests, s.pages),
+            "page_table": jax.random.permutation(
+                keys[2], jnp.arange(s.rows, dtype=jnp.int32)
+            ).reshape(s.requests, s.pages),
             "lengths": jnp.full(s.requests, s.length, jnp.int32),
         }
         if self.prefill:
             rest["first_query"] = s.length * jnp.arange(s.requests, dtype=jnp.int32)
             rest["queries"] = rest["lengths"]
         if self.scales == TENSOR:
-            rest |= {name: jnp.full((s.kv_heads, s.head_dim), 0.75) for name in ("k_scale", "v_scale")}
+            rest |= {
+                name: jnp.full((s.kv_heads, s.head_dim), 0.75) for name in ("k_scale", "v_scale")
+            }
         if self.scales == TOKEN_HEAD:
             exponents = (jax.random.randint(key, size[:3], 124, 130, jnp.int32) for key in keys[3:])
-            rest |= {f"{name}_exponent": e.astype(jnp.uint8) for name, e in zip("kv", exponents, strict=True)}
+            rest |= {
+                f"{name}_exponent": e.astype(jnp.uint8)
+                for name, e in zip("kv", exponents, strict=True)
+            }
         return rest
 
     def _step(self, q: jax.Array, rest: dict[str, Any], turn: jax.Array) -> jax.Array:
         if self.mosaic:
             first_row = jnp.asarray(turn, jnp.int32) * self.shape.rows
-            return paged_decode_mosaic(q, **rest, element=self.dtype, first_row=first_row, interpret=self.interpret)
+            return paged_decode_mosaic(
+                q, **rest, element=self.dtype, first_row=first_row, interpret=self.interpret
+            )
         attend = paged_prefill if self.prefill else paged_decode
         first_row = jnp.asarray(turn, jnp.int32) * self.shape.rows
-        how = {"element": self.dtype, "capability": capability(), "blocks": self.blocks, "interpret": self.interpret}
+        how = {
+            "element": self.dtype,
+            "capability": capability(),
+            "blocks": self.blocks,
+            "interpret": self.interpret,
+        }
         return attend(q, **rest, first_row=first_row, **how)
 
 
@@ -161,4 +200,6 @@ def capability() -> tuple[int, int]:
 
 def random_bits(key: jax.Array, size: tuple[int, ...], dtype: np.dtype) -> jax.Array:
     """Stored bits of normal numbers."""
-    return lax.bitcast_convert_type(jax.random.normal(key, size, jnp.bfloat16).astype(dtype), BITS[dtype.itemsize])
+    return lax.bitcast_convert_type(
+        jax.random.normal(key, size, jnp.bfloat16).astype(dtype), BITS[dtype.itemsize]
+    )

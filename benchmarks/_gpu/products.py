@@ -20,9 +20,16 @@ def products(target: Target, shapes: dict[str, Any]) -> list[Case]:
     """One matrix by every number of rows, and in every type; others by one number of rows."""
     first, *others = shapes["matrices"]
     asked = [("bf16", rows, first) for rows in shapes["rows"]]
-    asked += [("f16", shapes["usual"], first), ("f32", shapes["usual"], first), ("f32", shapes["rows"][-1], first)]
+    asked += [
+        ("f16", shapes["usual"], first),
+        ("f32", shapes["usual"], first),
+        ("f32", shapes["rows"][-1], first),
+    ]
     asked += [("bf16", shapes["usual"], matrix) for matrix in others]
-    return [product(target, name, rows, matrix, shapes["matrices"][matrix]) for name, rows, matrix in asked]
+    return [
+        product(target, name, rows, matrix, shapes["matrices"][matrix])
+        for name, rows, matrix in asked
+    ]
 
 
 def product(target: Target, name: str, rows: int, matrix: str, shape: tuple[int, int, int]) -> Case:
@@ -36,7 +43,10 @@ def product(target: Target, name: str, rows: int, matrix: str, shape: tuple[int,
         "layer_matmul",
         functools.partial(layer_matmul, blocks=blocks),
         {"weights": jax.ShapeDtypeStruct(tuple(shape), dtype)},
-        {"x": jax.ShapeDtypeStruct((rows, shape[2]), dtype), "layer": jax.ShapeDtypeStruct((), jnp.int32)},
+        {
+            "x": jax.ShapeDtypeStruct((rows, shape[2]), dtype),
+            "layer": jax.ShapeDtypeStruct((), jnp.int32),
+        },
         target,
         against=functools.partial(streaming, used=used),
     )

@@ -13,7 +13,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 LABEL = re.compile(r"^(\.L_\w+):")
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<op>[A-Z][A-Za-z0-9_.]*)\s*(?P<operands>[^;]*)")
+INSTRUCTION = re.compile(
+    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<op>[A-Z][A-Za-z0-9_.]*)\s*(?P<operands>[^;]*)"
+)
 JUMPS, ENDS = ("BRA", "JMP", "CALL"), ("EXIT", "RET", "BRX", "JMX")
 
 
@@ -59,7 +61,11 @@ class Kernel:
 
         Where no loop has any: the longest innermost loop, and the whole kernel if it has no loop.
         """
-        having = [x for x in self.loops if any(self.instructions[place].base in among for place in x.places)]
+        having = [
+            x
+            for x in self.loops
+            if any(self.instructions[place].base in among for place in x.places)
+        ]
         candidates = having or list(self.loops)
         inner = [self.counts(x) for x in candidates if not any(x.contains(y) for y in candidates)]
         if not inner:
@@ -86,7 +92,9 @@ def _instruction(found: re.Match[str]) -> Instruction:
     target = re.search(r"`\((\.L_\w+)\)", operands) if found["op"].split(".")[0] in JUMPS else None
     # `BRA P1, ...` and `BRA.U !UP0, ...` have their predicate among the operands; a call comes back.
     conditional = (
-        bool(found["guard"]) or found["op"].startswith("CALL") or (target is not None and not operands.startswith("`("))
+        bool(found["guard"])
+        or found["op"].startswith("CALL")
+        or (target is not None and not operands.startswith("`("))
     )
     return Instruction(found["op"], conditional, target[1] if target else None)
 
@@ -114,7 +122,9 @@ def _loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Loop
     for place in sorted(reached):
         for header in after[place]:
             if header <= place and place not in _reach([0], after, stop=header):
-                bodies.setdefault(header, {header}).update(_reach([place], before, stop=header) & reached)
+                bodies.setdefault(header, {header}).update(
+                    _reach([place], before, stop=header) & reached
+                )
     return [Loop(header, frozenset(body)) for header, body in sorted(bodies.items())]
 
 

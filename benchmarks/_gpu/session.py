@@ -65,14 +65,22 @@ class Session:
         """Keep a row and print it."""
         row = {"part": self.part, "what": what} | figures
         self.facts.setdefault("rows", []).append(row)
-        shown = ", ".join(f"{name} {_short(value)}" for name, value in figures.items() if value is not None)
+        shown = ", ".join(
+            f"{name} {_short(value)}" for name, value in figures.items() if value is not None
+        )
         console.print(f"  {what}: {shown}", highlight=False, soft_wrap=True, markup=False)
         return row
 
     def rows(self, part: str, **wanted: Any) -> list[Row]:
         """The rows of a part that have these values, and a time or rate of their own."""
-        found = [row for row in self.facts.get("rows", []) if row["part"] == part and "skipped" not in row]
-        return [row for row in found if all(row.get(name) == value for name, value in wanted.items())]
+        found = [
+            row
+            for row in self.facts.get("rows", [])
+            if row["part"] == part and "skipped" not in row
+        ]
+        return [
+            row for row in found if all(row.get(name) == value for name, value in wanted.items())
+        ]
 
     def each(self, items: Iterable[Any], name: Callable[[Any], str] = str) -> Iterator[Any]:
         """The items that the part has time for, if one takes as long as the longest so far; the others become rows."""
@@ -97,7 +105,9 @@ class Session:
                 self.failed = True
                 console.print(escape(traceback.format_exc(limit=-4)), style="dim")
 
-    def judge(self, kernel: str, element: str, what: str, error: float, *, ours: bool = True) -> None:
+    def judge(
+        self, kernel: str, element: str, what: str, error: float, *, ours: bool = True
+    ) -> None:
         """Book an error, a share of what is allowed: wrong once is wrong for good, and with `ours` the run has failed."""
         right = error <= 1
         self.right[kernel, element] = self.right.get((kernel, element), True) and right
@@ -108,7 +118,9 @@ class Session:
         """Whether the kernel was found right; a row says why not."""
         right = self.right.get((kernel, element))
         if not right:
-            self.row(what, **figures, skipped="not checked" if right is None else "wrong: not timed")
+            self.row(
+                what, **figures, skipped="not checked" if right is None else "wrong: not timed"
+            )
         return bool(right)
 
     def end_processes(self) -> None:

@@ -19,17 +19,17 @@ import numpy as np
 from benchmarks._gpu.guards import array_bytes
 from benchmarks._gpu.topology import Target
 from jfp8kv.attention.pallas import PallasAttention
+from jfp8kv.cache.config import CacheConfig
 from jfp8kv.cache.kernel_write import KernelWrite
-from jfp8kv.cache.layout import LayerKind
+from jfp8kv.cache.layout import LayerCacheSpec
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import E4M3, E5M2
 from jfp8kv.engine import step
-from jfp8kv.engine.batch import Batch, Batcher
-from jfp8kv.engine.buckets import Buckets, turn_tokens
-from jfp8kv.engine.kv import KVSetup
-from jfp8kv.engine.products import KernelMatmul
+from jfp8kv.engine.batch import Batch, BatchBuilder
+from jfp8kv.engine.buckets import Buckets, step_token_budget
+from jfp8kv.engine.matmul import KernelMatmul
 from jfp8kv.engine.request import Request
-from jfp8kv.engine.scheduler import Decode, Prefill
+from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 from jfp8kv.models.config import ModelConfig, RopeConfig
 from jfp8kv.models.names import expected_shapes, nest
 from jfp8kv.sampling.params import SamplingParams
@@ -40,11 +40,19 @@ LLAMA_8B = ModelConfig(
     max_len=8192, ropes=(RopeConfig(theta=500_000.0),), dtype="bfloat16",
 )  # fmt: skip
 REQUESTS, CHUNK = 64, 1024
-POOL_BYTES = (3 * 2**30, 36 * 2**30)  # K and V together: within and beyond the offsets that 32 bits reach
-MATRIX_BYTES = 2 * LLAMA_8B.hidden * LLAMA_8B.kv_heads * LLAMA_8B.head_dim  # of the smallest matrix of a layer
+POOL_BYTES = (
+    3 * 2**30,
+    36 * 2**30,
+)  # K and V together: within and beyond the offsets that 32 bits reach
+MATRIX_BYTES = (
+    2 * LLAMA_8B.hidden * LLAMA_8B.kv_heads * LLAMA_8B.head_dim
+)  # of the smallest matrix of a layer
 KERNELS = {
     "decode": ("kv_write", "layer_matmul", "paged_decode"),
-    "prefill": ("kv_write", "paged_prefill"),  # so many rows are left to XLA, which copies each matrix first
+    "prefill": (
+        "kv_write",
+        "paged_prefill",
+    ),  # so many rows are left to XLA, which copies each matrix first
 }
 ARRAY = re.compile(r"= \(?(?P<dtype>[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\]")
 
@@ -54,7 +62,7 @@ class StepCase:
     """A step of the engine: `decode` or `prefill`, over a cache of this kind."""
 
     step: str
-    kind: LayerKind
+    kind: LayerCacheSpec
     target: Target
 
     @property
@@ -76,7 +84,7 @@ class StepReport:
 
 def step_cases(target: Target) -> list[StepCase]:
     """Both steps over FP8 with static and with dynamic scales."""
-    kinds = (LayerKind(E4M3), LayerKind(E5M2, dynamic=True))
+    kinds = (LayerCacheSpec(E4M3), LayerCacheSpec(E5M2, dynamic=True))
     return [StepCase(name, kind, target) for kind in kinds for name in ("decode", "prefill")]
 
 
@@ -84,16 +92,27 @@ def compile_step(case: StepCase) -> StepReport:
     """Compile the step for a small and for a large pool."""
     reports = [_compile(case, size) for size in POOL_BYTES]
     needed = [memory.temp_size_in_bytes for memory, _, _ in reports]
-    faults = [fault for memory, text, pool_bytes in reports for fault in _faults(memory, text, pool_bytes)]
+    faults = [
+        fault for memory, text, pool_bytes in reports for fault in _faults(memory, text, pool_bytes)
+    ]
     if needed[0] != needed[1]:
-        faults.append(f"needs {needed[0]} bytes beside its arguments with the small pool, {needed[1]} with the large one")
+        faults.append(
+            f"needs {needed[0]} bytes beside its arguments with the small pool, {needed[1]} with the large one"
+        )
     memory, text, pool_bytes = reports[0]
     kernels = tuple(name for name in KERNELS[case.step] if name in text)
     if missing := set(KERNELS[case.step]) - set(kernels):
         faults.append(f"runs without {', '.join(sorted(missing))}")
     if case.step == "decode":
         faults.extend(_copied_matrices(text))
-    return StepReport(case, needed[0], memory.alias_size_in_bytes, pool_bytes, kernels, tuple(dict.fromkeys(faults)))
+    return StepReport(
+        case,
+        needed[0],
+        memory.alias_size_in_bytes,
+        pool_bytes,
+        kernels,
+        tuple(dict.fromkeys(faults)),
+    )
 
 
 def _faults(memory: Any, text: str, pool_bytes: int) -> Iterator[str]:
@@ -101,7 +120,9 @@ def _faults(memory: Any, text: str, pool_bytes: int) -> Iterator[str]:
     if memory.alias_size_in_bytes < pool_bytes:
         yield f"updates {memory.alias_size_in_bytes} of {pool_bytes} bytes in place"
     one_bytes = pool_bytes // 2 - pool_bytes // 64  # K or V, its exponents put aside
-    for found in re.finditer(rf"{ARRAY.pattern}[^=\n]*? (?P<op>copy|convert|fusion|bitcast-convert)\(", text):
+    for found in re.finditer(
+        rf"{ARRAY.pattern}[^=\n]*? (?P<op>copy|convert|fusion|bitcast-convert)\(", text
+    ):
         if array_bytes(found) >= one_bytes:
             yield f"makes {found['dtype']}[{found['shape']}] by {found['op']}"
 
@@ -115,35 +136,60 @@ def _copied_matrices(text: str) -> Iterator[str]:
 
 def _compile(case: StepCase, size: int) -> tuple[Any, str, int]:
     """Memory and text of the program, and the bytes of its pool."""
-    kv = KVSetup((case.kind,) * LLAMA_8B.layers, None, LLAMA_8B, page_size=64, span=CHUNK, keys_transposed=False)
+    kv = CacheConfig(
+        (case.kind,) * LLAMA_8B.layers,
+        None,
+        LLAMA_8B,
+        page_size=64,
+        max_tokens_per_dispatch=CHUNK,
+        keys_transposed=False,
+    )
     if not case.kind.dynamic:
         kv = dataclasses.replace(kv, scales=KVScales.unit(LLAMA_8B.layers))
     num_pages = size // kv.page_bytes
     pool = jax.eval_shape(lambda: kv.pool(num_pages))
-    attend = PallasAttention(paged_decode, paged_prefill, capability=case.target.capability, interpret=False)
+    attend = PallasAttention(
+        paged_decode, paged_prefill, capability=case.target.capability, interpret=False
+    )
     dtype = np.dtype(jnp.bfloat16)
-    model = step.Model(LLAMA_8B, dtype, attend, kv.groups, KernelWrite(), KernelMatmul())
-    weights = nest({name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in expected_shapes(LLAMA_8B).items()})
+    model = step.StepModel(LLAMA_8B, dtype, attend, kv.groups, KernelWrite(), KernelMatmul())
+    weights = nest(
+        {
+            name: jax.ShapeDtypeStruct(shape, dtype)
+            for name, shape in expected_shapes(LLAMA_8B).items()
+        }
+    )
     scales = jax.eval_shape(kv.layer_scales)
     arguments = (weights, scales, _batch(case.step, kv, num_pages), pool)
-    on_target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=case.target.sharding), arguments)
+    on_target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=case.target.sharding), arguments
+    )
     static = {"most_steps": 8} if case.step == "decode" else {}
-    function = jax.jit(functools.partial(getattr(step, case.step), model, **static), donate_argnums=3)
+    function = jax.jit(
+        functools.partial(getattr(step, case.step), model, **static), donate_argnums=3
+    )
     with case.target.tracing(), mock.patch.object(jax, "default_backend", lambda: "gpu"):
         lowered = function.trace(*on_target).lower()
     program = lowered.compile()
-    return program.memory_analysis(), program.as_text(), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool))
+    return (
+        program.memory_analysis(),
+        program.as_text(),
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pool)),
+    )
 
 
-def _batch(name: str, kv: KVSetup, num_pages: int) -> Batch:
+def _batch(name: str, kv: CacheConfig, num_pages: int) -> Batch:
     """A batch as the engine builds it; which tokens and pages it names does not matter."""
     pages = LLAMA_8B.max_len // kv.page_size
-    batcher = Batcher(
-        buckets=Buckets(REQUESTS, turn_tokens(CHUNK, REQUESTS)), vocab=LLAMA_8B.vocab, needs=kv.needs, pages=pages,
+    batcher = BatchBuilder(
+        buckets=Buckets(REQUESTS, step_token_budget(CHUNK, REQUESTS)), vocab=LLAMA_8B.vocab, requirements=kv.requirements, pages=pages,
         num_pages=num_pages, max_model_len=LLAMA_8B.max_len, eos_ids=(),
     )  # fmt: skip
     count = REQUESTS if name == "decode" else 4
-    requests = [Request([1] * CHUNK, SamplingParams(), np.zeros(2, np.uint32), max_tokens=8) for _ in range(count)]
+    requests = [
+        Request([1] * CHUNK, SamplingParams(), np.zeros(2, np.uint32), max_tokens=8)
+        for _ in range(count)
+    ]
     if name == "decode":
-        return batcher.decode(Decode(requests, 8))[0]
-    return batcher.prefill(Prefill(requests, [CHUNK // 4] * count, CHUNK // 4))
+        return batcher.decode(ScheduledDecode(requests, 8))[0]
+    return batcher.prefill(ScheduledPrefill(requests, [CHUNK // 4] * count, CHUNK // 4))

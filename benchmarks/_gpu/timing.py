@@ -77,10 +77,14 @@ class Clock:
         """The program that `time` runs; shapes suffice."""
         if self._cupti is not None:
             turn = jax.ShapeDtypeStruct((), jnp.int32)
-            return jax.jit(work.step, donate_argnums=0 if work.writes else ()).lower(carry, rest, turn)
+            return jax.jit(work.step, donate_argnums=0 if work.writes else ()).lower(
+                carry, rest, turn
+            )
 
         def loop(carry: Any, rest: Any) -> Any:
-            return lax.fori_loop(0, self.calls, lambda i, now: work.step(now, rest, i % work.turns), carry)
+            return lax.fori_loop(
+                0, self.calls, lambda i, now: work.step(now, rest, i % work.turns), carry
+            )
 
         return jax.jit(loop, donate_argnums=0 if work.writes else ()).lower(carry, rest)
 
@@ -129,7 +133,9 @@ class Clock:
             kernels = self._cupti._cupti_get_timings(True)
         each, left = divmod(len(kernels), calls)
         assert each and not left, f"{len(kernels)} kernels in {calls} calls"
-        return [sum(ms for _, ms in kernels[i : i + each]) / 1e3 for i in range(0, len(kernels), each)], each
+        return [
+            sum(ms for _, ms in kernels[i : i + each]) / 1e3 for i in range(0, len(kernels), each)
+        ], each
 
     def _loops(self, program: Any, carry: Any, rest: Any) -> list[float]:
         """Seconds by the wall of each call, by the mean of a loop."""
@@ -159,12 +165,18 @@ def cupti() -> Any:
     try:
         from jax._src.lib import mosaic_gpu
 
-        return mosaic_gpu._mosaic_gpu_ext if hasattr(mosaic_gpu._mosaic_gpu_ext, "_cupti_init") else None
+        return (
+            mosaic_gpu._mosaic_gpu_ext
+            if hasattr(mosaic_gpu._mosaic_gpu_ext, "_cupti_init")
+            else None
+        )
     except (ImportError, AttributeError):
         return None
 
 
-def compiled(jobs: Iterable[tuple[Any, Callable[[], jax.stages.Lowered]]], *, workers: int) -> Mapping[Any, Any]:
+def compiled(
+    jobs: Iterable[tuple[Any, Callable[[], jax.stages.Lowered]]], *, workers: int
+) -> Mapping[Any, Any]:
     """Every job compiled, several at once: the program under the job's name, or what went wrong."""
 
     def made(lowered: Any) -> Any:

@@ -37,11 +37,19 @@ class Target:
     @classmethod
     def h100(cls) -> "Target":
         tensor = {"HMMA": 1024.0, "HGMMA": 2048.0}
-        return cls("h100", (CONFIGS / "h100.txtpb").read_text(encoding="utf-8"), 1.755e9, 4.0, tensor)
+        return cls(
+            "h100", (CONFIGS / "h100.txtpb").read_text(encoding="utf-8"), 1.755e9, 4.0, tensor
+        )
 
     @classmethod
     def a100(cls) -> "Target":
-        return cls("a100", (CONFIGS / "a100.txtpb").read_text(encoding="utf-8"), 1.41e9, 2.0, {"HMMA": 1024.0})
+        return cls(
+            "a100",
+            (CONFIGS / "a100.txtpb").read_text(encoding="utf-8"),
+            1.41e9,
+            2.0,
+            {"HMMA": 1024.0},
+        )
 
     def figure(self, field: str) -> int:
         """The first number of that name in the config."""
@@ -70,7 +78,9 @@ class Target:
     @cached_property
     def sharding(self) -> NamedSharding:
         """Where arrays lie that exist only on this GPU, which need not exist."""
-        topology = topologies.get_topology_desc(platform="cuda", target_config=self.config, topology="1x1x1")
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=self.config, topology="1x1x1"
+        )
         mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("device",))
         return NamedSharding(mesh, PartitionSpec())
 
@@ -86,8 +96,14 @@ class Target:
 
 def without_a_gpu() -> None:
     """Set JAX up to compile for CUDA on a machine that has no CUDA; leaves with what to do if the plugin is missing."""
-    plugin = {name.lower().replace("_", "-") for found in metadata.distributions() if (name := found.metadata["Name"])}
+    plugin = {
+        name.lower().replace("_", "-")
+        for found in metadata.distributions()
+        if (name := found.metadata["Name"])
+    }
     if not any(name.startswith("jax-cuda") for name in plugin):
-        sys.exit("JAX's CUDA plugin is not on the path: `make gpu-compile` brings it, beside .venv's packages.")
+        sys.exit(
+            "JAX's CUDA plugin is not on the path: `make gpu-compile` brings it, beside .venv's packages."
+        )
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     jax.config.update("jax_platforms", "cpu")

@@ -23,7 +23,10 @@ def main() -> None:
         torch.manual_seed(0)
         peers = list(PEERS[name](torch, given, device))
         sets = data(torch, given, device)
-        made = [(what, prepare, call, warm(torch, given, sets, prepare, call)) for what, prepare, call in peers]
+        made = [
+            (what, prepare, call, warm(torch, given, sets, prepare, call))
+            for what, prepare, call in peers
+        ]
     except Exception as error:
         say({"what": name, "skipped": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
         return
@@ -31,9 +34,21 @@ def main() -> None:
     sys.stdin.readline()
     for what, prepare, call, error in made:
         try:
-            say({"what": what, "shape": "peers", **timed(torch, given, [prepare(one) for one in sets], call), "error": error})
+            say(
+                {
+                    "what": what,
+                    "shape": "peers",
+                    **timed(torch, given, [prepare(one) for one in sets], call),
+                    "error": error,
+                }
+            )
         except Exception as failed:
-            say({"what": what, "skipped": f"{type(failed).__name__}: {failed}".splitlines()[0][:300]})
+            say(
+                {
+                    "what": what,
+                    "skipped": f"{type(failed).__name__}: {failed}".splitlines()[0][:300],
+                }
+            )
 
 
 def say(row: dict[str, Any]) -> None:
@@ -49,10 +64,15 @@ def data(torch: Any, s: dict[str, Any], device: str) -> list[dict[str, Any]]:
 
     kv = (s["requests"], s["length"], s["kv_heads"], s["head_dim"])
     q = normal(s["requests"], s["q_heads"], s["head_dim"])
-    return [{"q": q, "k": normal(*kv), "v": normal(*kv)} for _ in range(max(1, -(-s["rotation"] // size)))]
+    return [
+        {"q": q, "k": normal(*kv), "v": normal(*kv)}
+        for _ in range(max(1, -(-s["rotation"] // size)))
+    ]
 
 
-def warm(torch: Any, s: dict[str, Any], sets: list[dict[str, Any]], prepare: Call, call: Call) -> float:
+def warm(
+    torch: Any, s: dict[str, Any], sets: list[dict[str, Any]], prepare: Call, call: Call
+) -> float:
     """Run once; the error of one request by its norm."""
     got = call(prepare(sets[0]))[0].reshape(s["q_heads"], s["head_dim"]).float()
     q, k, v = (sets[0][name][0].float() for name in "qkv")
@@ -91,7 +111,11 @@ def timed(torch: Any, s: dict[str, Any], sets: list[Any], call: Call) -> dict[st
 def sdpa(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str, Call, Call]]:
     """PyTorch's own, over keys and values side by side."""
     attend = torch.nn.functional.scaled_dot_product_attention
-    yield "torch SDPA, bfloat16", heads_first, lambda x: attend(x["q"], x["k"], x["v"], enable_gqa=True)
+    yield (
+        "torch SDPA, bfloat16",
+        heads_first,
+        lambda x: attend(x["q"], x["k"], x["v"], enable_gqa=True),
+    )
 
 
 def flex(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str, Call, Call]]:
@@ -99,11 +123,19 @@ def flex(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str, Call
     from torch.nn.attention.flex_attention import flex_attention
 
     attend = flex_attention if s["dry_run"] else torch.compile(flex_attention, dynamic=False)
-    yield "torch flex attention, bfloat16", heads_first, lambda x: attend(x["q"], x["k"], x["v"], enable_gqa=True)
+    yield (
+        "torch flex attention, bfloat16",
+        heads_first,
+        lambda x: attend(x["q"], x["k"], x["v"], enable_gqa=True),
+    )
 
 
 def heads_first(x: dict[str, Any]) -> dict[str, Any]:
-    return {"q": x["q"][:, :, None], "k": x["k"].transpose(1, 2).contiguous(), "v": x["v"].transpose(1, 2).contiguous()}
+    return {
+        "q": x["q"][:, :, None],
+        "k": x["k"].transpose(1, 2).contiguous(),
+        "v": x["v"].transpose(1, 2).contiguous(),
+    }
 
 
 def fa3(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str, Call, Call]]:
@@ -133,10 +165,17 @@ def flashinfer(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str
 
     def planned(kv_type: Any) -> Any:
         workspace = torch.empty(256 * 2**20, dtype=torch.uint8, device=device)
-        wrapper = library.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+        wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "NHD", use_tensor_cores=True
+        )
         indptr = torch.arange(0, s["requests"] * pages + 1, pages, dtype=torch.int32, device=device)
         order = torch.arange(s["requests"] * pages, dtype=torch.int32, device=device)
-        last = torch.full((s["requests"],), s["length"] - (pages - 1) * s["page_size"], dtype=torch.int32, device=device)
+        last = torch.full(
+            (s["requests"],),
+            s["length"] - (pages - 1) * s["page_size"],
+            dtype=torch.int32,
+            device=device,
+        )
         wrapper.plan(
             indptr, order, last, s["q_heads"], s["kv_heads"], s["head_dim"], s["page_size"], q_data_type=torch.bfloat16,
             kv_data_type=kv_type,

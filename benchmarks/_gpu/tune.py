@@ -33,7 +33,9 @@ def choices(options: dict[str, list[int]]) -> list[dict[str, int]]:
     names = list(options)
     places = itertools.product(*(range(len(options[name])) for name in names))
     ordered = sorted(places, key=lambda place: (sum(place), place))
-    return [{name: options[name][i] for name, i in zip(names, place, strict=True)} for place in ordered]
+    return [
+        {name: options[name][i] for name, i in zip(names, place, strict=True)} for place in ordered
+    ]
 
 
 def candidates(one: Attention, config: dict[str, Any]) -> Iterator[Any]:
@@ -46,7 +48,9 @@ def candidates(one: Attention, config: dict[str, Any]) -> Iterator[Any]:
         else:
             cores = getattr(jax.devices()[0], "core_count", USUAL_CORES)
             splits = splits_for(s.requests * s.kv_heads, a_core=choice.pop("programs"), cores=cores)
-            blocks = DecodeBlocks(**choice, splits=max(1, min(splits, cdiv(s.length, choice["block_k"]))))
+            blocks = DecodeBlocks(
+                **choice, splits=max(1, min(splits, cdiv(s.length, choice["block_k"])))
+            )
         if blocks not in seen:
             seen.add(blocks)
             yield blocks
@@ -55,16 +59,29 @@ def candidates(one: Attention, config: dict[str, Any]) -> Iterator[Any]:
 def run(session: Session, config: dict[str, Any]) -> None:
     """Rows with the best of every problem; the table of each kernel goes to `session.facts` and to `session.blocks`."""
     todo = [
-        Attention(shape, element, TENSOR if element != "bf16" else NONE, part == "prefill", config["rotation"], session.dry_run)
+        Attention(
+            shape,
+            element,
+            TENSOR if element != "bf16" else NONE,
+            part == "prefill",
+            config["rotation"],
+            session.dry_run,
+        )
         for part in ("decode", "prefill")
         for shape in Shape.all(config, part)
         for element in config["tuned_elements"]
     ]
     seconds: dict[tuple[str, str], dict[str, dict[Any, float]]] = defaultdict(dict)
     for place, one in enumerate(todo):
-        name, what = f"{one.shape.name}, {one.element}", {"shape": one.shape.name, "element": one.element}
+        name, what = (
+            f"{one.shape.name}, {one.element}",
+            {"shape": one.shape.name, "element": one.element},
+        )
         # What is left is shared evenly among the problems to come.
-        with session.within(1 / (len(todo) - place)), session.guarded(f"tuning {one.kernel}", **what):
+        with (
+            session.within(1 / (len(todo) - place)),
+            session.guarded(f"tuning {one.kernel}", **what),
+        ):
             if session.may_time(one.kernel, one.element, f"tuning {one.kernel}", **what):
                 seconds[one.kernel, one.block_class][name] = tried(session, one, config)
     device, tables = jax.devices()[0].device_kind, defaultdict(dict)
@@ -90,10 +107,17 @@ def tried(session: Session, one: Attention, config: dict[str, Any]) -> dict[Any,
             got = session.clock.result(program, carry, rest)
             usual = got if usual is None else usual
             if (error := distance(got, usual)) < ALIKE:
-                found[variant.blocks] = session.clock.time(variant.work, program, carry, rest).median
+                found[variant.blocks] = session.clock.time(
+                    variant.work, program, carry, rest
+                ).median
             else:
                 session.failed = True
-                session.row(f"tuning {one.kernel}", **labels(one), skipped=f"wrong by {error:.2g}", blocks=str(variant.blocks))
+                session.row(
+                    f"tuning {one.kernel}",
+                    **labels(one),
+                    skipped=f"wrong by {error:.2g}",
+                    blocks=str(variant.blocks),
+                )
     best, own = min(found, key=lambda blocks: found[blocks]), found.get(None)
     session.row(
         f"tuning {one.kernel}", **labels(one), tried=len(found), of=len(some),
@@ -112,7 +136,10 @@ def fairest(times: dict[str, dict[Any, float]]) -> Any:
     """The blocks whose worst time, as a multiple of each problem's best, is least; None is the kernel's own choice."""
     common = set.intersection(*(set(found) for found in times.values())) if times else set()
     best = {name: min(found.values()) for name, found in times.items()}
-    worst = {blocks: max(found[blocks] / best[name] for name, found in times.items()) for blocks in common}
+    worst = {
+        blocks: max(found[blocks] / best[name] for name, found in times.items())
+        for blocks in common
+    }
     return min(worst, key=lambda blocks: (worst[blocks], blocks is not None), default=None)
 
 
@@ -120,11 +147,11 @@ def publish(tables: dict[str, Any], path: Callable[[str], Path] = path_of) -> li
     """Put what was found into the tables that the kernels read; what they have of other devices and classes stays."""
     written = []
     for kernel, devices in tables.items():
-        where = path(kernel)
-        table = json.loads(where.read_text(encoding="utf-8")) if where.exists() else {}
+        metadata = path(kernel)
+        table = json.loads(metadata.read_text(encoding="utf-8")) if metadata.exists() else {}
         for device, problems in devices.items():
             table[device] = table.get(device, {}) | problems
-        where.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        written.append(where)
+        metadata.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        written.append(metadata)
     read.cache_clear()
     return written

@@ -14,7 +14,7 @@ from benchmarks._gpu.problems import NONE, TENSOR, TOKEN_HEAD, Shape, turns
 from benchmarks._gpu.session import Session
 from benchmarks._gpu.timing import Timing, Work, compiled
 from jfp8kv.cache.layout import PoolLayout
-from jfp8kv.cache.pages import KVPages, LayerScales, new_pages, write
+from jfp8kv.cache.pool import KVPool, LayerScales, new_pool, write
 from jfp8kv.cache.scales import KVScales
 from pallas_kernels import kv_write
 from pallas_kernels.kv_write.reference import kv_write_reference
@@ -61,8 +61,16 @@ class Writing:
         s, fmt = self.shape, FORMATS[self.element]
         rows = s.requests * self.pages
         if not self.fused:
-            layout = PoolLayout.alike(fmt, self.layers, dynamic=self.scales == TOKEN_HEAD, keys_transposed=False)
-            return new_pages(layout, num_pages=rows, page_size=s.page_size, kv_heads=s.kv_heads, head_dim=s.head_dim)
+            layout = PoolLayout.alike(
+                fmt, self.layers, dynamic=self.scales == TOKEN_HEAD, keys_transposed=False
+            )
+            return new_pool(
+                layout,
+                num_pages=rows,
+                page_size=s.page_size,
+                kv_heads=s.kv_heads,
+                head_dim=s.head_dim,
+            )
         size = (self.layers * rows, s.kv_heads, s.page_size, s.head_dim)
         pools = {name: jnp.zeros(size, fmt.stored) for name in ("k_pages", "v_pages")}
         if self.scales == TOKEN_HEAD:
@@ -73,8 +81,13 @@ class Writing:
         """New keys and values, and where they go: pages in any order."""
         s = self.shape
         keys = jax.random.split(jax.random.key(3, impl="rbg"), 3)
-        k, v = (jax.random.normal(key, (s.requests, s.length, s.kv_heads, s.head_dim), jnp.bfloat16) for key in keys[:2])
-        table = jax.random.permutation(keys[2], jnp.arange(s.requests * self.pages, dtype=jnp.int32))
+        k, v = (
+            jax.random.normal(key, (s.requests, s.length, s.kv_heads, s.head_dim), jnp.bfloat16)
+            for key in keys[:2]
+        )
+        table = jax.random.permutation(
+            keys[2], jnp.arange(s.requests * self.pages, dtype=jnp.int32)
+        )
         start = jnp.full(s.requests, self._start, jnp.int32)
         rest = {
             "k": k,
@@ -87,7 +100,9 @@ class Writing:
             rest["inverse"] = jnp.full((s.kv_heads, s.head_dim), 1.25)
         return rest
 
-    def _fused(self, pools: dict[str, Any], rest: dict[str, Any], layer: jax.Array) -> dict[str, Any]:
+    def _fused(
+        self, pools: dict[str, Any], rest: dict[str, Any], layer: jax.Array
+    ) -> dict[str, Any]:
         rest = dict(rest)
         inverse = rest.pop("inverse", None)
         first_row = jnp.asarray(layer, jnp.int32) * (self.shape.requests * self.pages)
@@ -97,16 +112,31 @@ class Writing:
         )  # fmt: skip
         return {name: pool for name, pool in made._asdict().items() if pool is not None}
 
-    def _unfused(self, pages: KVPages, rest: dict[str, Any], layer: jax.Array) -> KVPages:
+    def _unfused(self, pages: KVPool, rest: dict[str, Any], layer: jax.Array) -> KVPool:
         scales = None
         if self.scales != TOKEN_HEAD:
-            sizes = {"layers": self.layers, "kv_heads": self.shape.kv_heads, "head_dim": self.shape.head_dim}
+            sizes = {
+                "layers": self.layers,
+                "kv_heads": self.shape.kv_heads,
+                "head_dim": self.shape.head_dim,
+            }
             scales = LayerScales.of(KVScales.unit(self.layers), **sizes)
 
-        def one(k: Any, v: Any, table: Any, start: Any, length: Any) -> KVPages:
-            return write(pages, scales, k, v, layer=jnp.int32(layer), page_table=table, start=start, length=length)
+        def one(k: Any, v: Any, table: Any, start: Any, length: Any) -> KVPool:
+            return write(
+                pages,
+                scales,
+                k,
+                v,
+                layer=jnp.int32(layer),
+                page_table=table,
+                start=start,
+                length=length,
+            )
 
-        return jax.vmap(one, out_axes=None)(*(rest[name] for name in ("k", "v", "page_table", "start", "lengths")))
+        return jax.vmap(one, out_axes=None)(
+            *(rest[name] for name in ("k", "v", "page_table", "start", "lengths"))
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -119,9 +149,14 @@ def check(session: Session, config: dict[str, Any], seed: int) -> None:
     """The kernel's pools, bit by bit: what NumPy makes of them, where it belongs, and nothing anywhere else."""
     for element in config["elements"]:
         for dynamic in (False, True)[: 1 + FORMATS[element].is_fp8]:
-            what, error = f"{FUSED}, {element}, {'token and head' if dynamic else 'channel'} scales", np.inf
+            what, error = (
+                f"{FUSED}, {element}, {'token and head' if dynamic else 'channel'} scales",
+                np.inf,
+            )
             with session.guarded(what):
-                error = 2.0 * _wrong_elements(element, dynamic, session.dry_run, np.random.default_rng(seed))
+                error = 2.0 * _wrong_elements(
+                    element, dynamic, session.dry_run, np.random.default_rng(seed)
+                )
             session.judge(FUSED, element, what, error)
 
 
@@ -130,17 +165,32 @@ def _wrong_elements(element: str, dynamic: bool, interpret: bool, rng: np.random
     fmt, heads, channels, page_size, rows = FORMATS[element], 2, 48, 16, 12
     new = (4, 20, heads, channels)
     given: dict[str, Any] = {name: rng.normal(0, 200, new).astype(np.float32) for name in "kv"}
-    given |= {f"{name}_pages": np.full((2 * rows, heads, page_size, channels), fmt.nan_code, fmt.stored) for name in "kv"}
+    given |= {
+        f"{name}_pages": np.full((2 * rows, heads, page_size, channels), fmt.nan_code, fmt.stored)
+        for name in "kv"
+    }
     given["page_table"] = rng.permutation(rows).reshape(4, 3).astype(np.int32)
-    given |= {"start": np.int32([0, 30, 7, 0]), "lengths": np.int32([5, 31, 27, 0]), "first_row": np.int32(rows)}
+    given |= {
+        "start": np.int32([0, 30, 7, 0]),
+        "lengths": np.int32([5, 31, 27, 0]),
+        "first_row": np.int32(rows),
+    }
     given["k_offset"] = rng.normal(0, 50, (heads, channels)).astype(np.float32)
     if dynamic:
-        given |= {f"{name}_exponent": np.full((2 * rows, heads, page_size), 255, np.uint8) for name in "kv"}
+        given |= {
+            f"{name}_exponent": np.full((2 * rows, heads, page_size), 255, np.uint8)
+            for name in "kv"
+        }
     else:
-        given |= {f"{name}_inverse": rng.uniform(0.5, 4, (heads, channels)).astype(np.float32) for name in "kv"}
+        given |= {
+            f"{name}_inverse": rng.uniform(0.5, 4, (heads, channels)).astype(np.float32)
+            for name in "kv"
+        }
     call = jax.jit(lambda given: kv_write(**given, element=fmt.dtype, interpret=interpret))
     got, want = call(given), kv_write_reference(**given, element=fmt.dtype)
-    return sum(int((np.asarray(a) != b).sum()) for a, b in zip(got, want, strict=True) if a is not None)
+    return sum(
+        int((np.asarray(a) != b).sum()) for a, b in zip(got, want, strict=True) if a is not None
+    )
 
 
 def run(session: Session, config: dict[str, Any]) -> None:
@@ -154,7 +204,15 @@ def run(session: Session, config: dict[str, Any]) -> None:
     ]
     size = config["compilers"]
     for some in (todo[i : i + size] for i in range(0, len(todo), size)):
-        jobs = ((w, lambda w=w: session.clock.lower(w.work, jax.eval_shape(w.carry), jax.eval_shape(w.rest))) for w in some)
+        jobs = (
+            (
+                w,
+                lambda w=w: session.clock.lower(
+                    w.work, jax.eval_shape(w.carry), jax.eval_shape(w.rest)
+                ),
+            )
+            for w in some
+        )
         programs = compiled(jobs, workers=size) if session.left() > 0 else {}
         for writing in session.each(some, lambda w: f"{w.shape.name}, {w.element}"):
             time_one(session, writing, programs.get(writing))
@@ -167,5 +225,7 @@ def time_one(session: Session, writing: Writing, program: Any) -> None:
     with session.guarded(writing.name, **what):
         if isinstance(program, Exception):
             raise program
-        taken: Timing = session.clock.time(writing.work, program, jax.jit(writing.carry)(), _rest(replace(writing, fused=True)))
+        taken: Timing = session.clock.time(
+            writing.work, program, jax.jit(writing.carry)(), _rest(replace(writing, fused=True))
+        )
         session.row(writing.name, **what, **taken.row)

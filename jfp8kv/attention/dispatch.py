@@ -11,20 +11,20 @@ from typing import Any
 import jax
 
 from jfp8kv.attention import reference, xla
-from jfp8kv.attention.contract import KVPages, Query
+from jfp8kv.attention.interface import KVPool, Query
 from jfp8kv.attention.pallas import PallasAttention
 from jfp8kv.cache.kernel_write import KernelWrite
-from jfp8kv.cache.pages import write
-from jfp8kv.core.errors import NotSupported, one_of
+from jfp8kv.cache.pool import write
+from jfp8kv.core.errors import NotSupported, invalid_choice
 
 Attention = Callable[..., Query]
-Write = Callable[..., KVPages]
+Write = Callable[..., KVPool]
 IMPLEMENTATIONS = ("reference", "xla", "pallas", "pallas_interpret")
 LEAST_CAPABILITY = (8, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class AttentionBackend:
     """An implementation and the reason it was chosen: how it attends, how tokens are stored, and how keys lie in a page."""
 
     name: str
@@ -34,29 +34,31 @@ class Choice:
     keys_transposed: bool = True
 
 
-def choose(implementation: Any = None, pool: KVPages | None = None) -> Choice:
+def select_backend(implementation: Any = None, pool: KVPool | None = None) -> AttentionBackend:
     """The implementation asked for, or the fastest this machine can run; on `pool` (shapes suffice) if given.
 
     Raises `NotSupported` when the one asked for cannot run here or on this pool, `ConfigError` for an unknown name.
     """
     if implementation == "reference":
-        return Choice("reference", reference.attention, "asked for")
+        return AttentionBackend("reference", reference.attention, "asked for")
     if implementation == "xla":
-        return Choice("xla", xla.attention, "asked for")
+        return AttentionBackend("xla", xla.attention, "asked for")
     if implementation == "pallas":
         return _kernels("pallas", "asked for", pool, _capability())
     if implementation == "pallas_interpret":
-        return _kernels("pallas_interpret", "asked for; interpreted, for tests", pool, (9, 0), interpret=True)
+        return _kernels(
+            "pallas_interpret", "asked for; interpreted, for tests", pool, (9, 0), interpret=True
+        )
     if implementation is not None:
-        raise one_of("attention", implementation, IMPLEMENTATIONS)
+        raise invalid_choice("attention", implementation, IMPLEMENTATIONS)
     if jax.default_backend() == "cpu":
-        return Choice("xla", xla.attention, "the fast one for cpu")
+        return AttentionBackend("xla", xla.attention, "the fast one for cpu")
     try:
         capability = _capability()
         why = f"fused kernels for compute capability {capability[0]}.{capability[1]}"
         return _kernels("pallas", why, pool, capability)
     except NotSupported as error:
-        return Choice("xla", xla.attention, str(error))
+        return AttentionBackend("xla", xla.attention, str(error))
 
 
 def _capability() -> tuple[int, int]:
@@ -70,25 +72,39 @@ def _capability() -> tuple[int, int]:
             f"{device.device_kind!r} ({device.platform}); use 'xla', which runs on every backend."
         )
     if (int(major), int(minor)) < LEAST_CAPABILITY:
-        raise NotSupported(f"attention='pallas': needs compute capability 8.0, and this GPU has {found}; use 'xla'.")
+        raise NotSupported(
+            f"attention='pallas': needs compute capability 8.0, and this GPU has {found}; use 'xla'."
+        )
     return int(major), int(minor)
 
 
-def _kernels(name: str, why: str, pool: KVPages | None, capability: tuple[int, int], *, interpret: bool = False) -> Choice:
+def _kernels(
+    name: str,
+    why: str,
+    pool: KVPool | None,
+    capability: tuple[int, int],
+    *,
+    interpret: bool = False,
+) -> AttentionBackend:
     """The GPU kernels, if they read this pool."""
     import pallas_kernels  # here: it takes as long as the rest of the library, and a CPU never needs it
 
     if pool is not None and (left := _refused(pool, interpret)):
         if len(left) == len(pool.layout.distinct):
             raise NotSupported(f"attention={name!r}: {next(iter(left.values()))} Use 'xla'.")
-        why += "; 'xla' for layers of " + "; ".join(f"{kind}: {reason}" for kind, reason in left.items())
+        why += "; 'xla' for layers of " + "; ".join(
+            f"{kind}: {reason}" for kind, reason in left.items()
+        )
     attend = PallasAttention(
-        pallas_kernels.paged_decode, pallas_kernels.paged_prefill, capability=capability, interpret=interpret
+        pallas_kernels.paged_decode,
+        pallas_kernels.paged_prefill,
+        capability=capability,
+        interpret=interpret,
     )
-    return Choice(name, attend, why, write=KernelWrite(interpret), keys_transposed=False)
+    return AttentionBackend(name, attend, why, write=KernelWrite(interpret), keys_transposed=False)
 
 
-def _refused(pool: KVPages, interpret: bool) -> dict[str, str]:
+def _refused(pool: KVPool, interpret: bool) -> dict[str, str]:
     """The kinds of layers whose pages the kernels do not read, and why."""
     import pallas_kernels
 
@@ -96,7 +112,9 @@ def _refused(pool: KVPages, interpret: bool) -> dict[str, str]:
     for kind in pool.layout.distinct:
         exponents = pool.k_exponent if kind.dynamic else None
         try:
-            pallas_kernels.check_pool(pool.v_bits, element=kind.fmt.dtype, exponents=exponents, interpret=interpret)
+            pallas_kernels.check_pool(
+                pool.v_bits, element=kind.fmt.dtype, exponents=exponents, interpret=interpret
+            )
         except pallas_kernels.NotSupported as error:
             refused[str(kind)] = str(error)
     return refused

@@ -29,6 +29,8 @@ def first_visible(start: Int[Array, ""], window: Int[Array, ""] | None) -> Int[A
     return jnp.where(window == 0, 0, jnp.maximum(start - window + 1, 0))
 
 
-def live(key: Int[Array, " keys"], *, first: Int[Array, ""], length: Int[Array, ""]) -> Bool[Array, " keys"]:
+def live(
+    key: Int[Array, " keys"], *, first: Int[Array, ""], length: Int[Array, ""]
+) -> Bool[Array, " keys"]:
     """Positions that hold what some query sees. Others may hold anything, NaN codes too: they are cleared, not just masked."""
     return (key >= first) & (key < length)

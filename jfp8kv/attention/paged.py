@@ -9,28 +9,48 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
-from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
 from jfp8kv.attention.dispatch import Attention, Write
-from jfp8kv.cache.pages import by_kind, write
+from jfp8kv.attention.interface import (
+    AttentionMetadata,
+    AttentionOptions,
+    KVPool,
+    Layer,
+    LayerScales,
+    Query,
+)
+from jfp8kv.cache.pool import switch_on_spec, write
 
 KV = Float[Array, "tokens kv_heads head_dim"]
-Attend = Callable[[Layer, Query, KV, KV, KVPages], tuple[Query, KVPages]]
+Attend = Callable[[Layer, Query, KV, KV, KVPool], tuple[Query, KVPool]]
 
 
 def paged(
     attention: Attention,
     scales: LayerScales | None,
     options: AttentionOptions,
-    where: Callable[[Layer], Where],
+    metadata: Callable[[Layer], AttentionMetadata],
     *,
     write: Write = write,
 ) -> Attend:
     """`attend(layer, q, k, v, pages) -> (out, pages)` for the request that is, in each layer, at `where(layer)`."""
 
-    def attend(layer: Layer, q: Query, k: KV, v: KV, pages: KVPages) -> tuple[Query, KVPages]:
-        at = where(layer)
-        pages = write(pages, scales, k, v, layer=layer, page_table=at.page_table, start=at.start, length=at.length)
-        out = by_kind(layer, pages.layout, lambda kind: attention(q, pages.only(kind), scales, options, at, layer=layer))
+    def attend(layer: Layer, q: Query, k: KV, v: KV, pages: KVPool) -> tuple[Query, KVPool]:
+        at = metadata(layer)
+        pages = write(
+            pages,
+            scales,
+            k,
+            v,
+            layer=layer,
+            page_table=at.page_table,
+            start=at.start,
+            length=at.length,
+        )
+        out = switch_on_spec(
+            layer,
+            pages.layout,
+            lambda kind: attention(q, pages.only(kind), scales, options, at, layer=layer),
+        )
         return out, pages
 
     return attend

@@ -15,7 +15,14 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from jfp8kv.attention import xla
-from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
+from jfp8kv.attention.interface import (
+    AttentionMetadata,
+    AttentionOptions,
+    KVPool,
+    Layer,
+    LayerScales,
+    Query,
+)
 from jfp8kv.core.batching import with_axis
 
 Shared = dict[str, Any]  # by the kernels' names
@@ -31,7 +38,14 @@ class PallasAttention:
     interpret: bool
 
     def __call__(
-        self, q: Query, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, at: Where, *, layer: Layer
+        self,
+        q: Query,
+        pages: KVPool,
+        scales: LayerScales | None,
+        options: AttentionOptions,
+        at: AttentionMetadata,
+        *,
+        layer: Layer,
     ) -> Query:
         """`softmax(q k^T) v` for one request; rows that see no key give zeros, and so does padding."""
         if in_planes(pages):
@@ -39,7 +53,9 @@ class PallasAttention:
         shared = self._shared(pages, scales, options, layer)
         return self._requests(pages, options)(q, at.page_table, at.start, at.length, shared)
 
-    def _shared(self, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, layer: Layer) -> Shared:
+    def _shared(
+        self, pages: KVPool, scales: LayerScales | None, options: AttentionOptions, layer: Layer
+    ) -> Shared:
         """What all requests of a batch share."""
         shared = {
             "k_pages": pages.k_bits,
@@ -58,14 +74,20 @@ class PallasAttention:
         else:
             assert scales is not None, "static pages need scales"
             shared |= {"k_scale": scales.k, "v_scale": scales.v}
-        if scales is not None and scales.k_offset is not None and (options.softcap is not None or options.sinks is not None):
+        if (
+            scales is not None
+            and scales.k_offset is not None
+            and (options.softcap is not None or options.sinks is not None)
+        ):
             shared["k_offset"] = scales.k_offset[layer]
         return shared
 
-    def _requests(self, pages: KVPages, options: AttentionOptions) -> Callable[..., Array]:
+    def _requests(self, pages: KVPool, options: AttentionOptions) -> Callable[..., Array]:
         """One request's attention; under `vmap` one kernel for all."""
 
-        def batch(q: Array, page_table: Array, start: Array, length: Array, shared: Shared) -> Array:
+        def batch(
+            q: Array, page_table: Array, start: Array, length: Array, shared: Shared
+        ) -> Array:
             shared = dict(shared)
             requests, tokens, q_heads, head_dim = q.shape
             flat = q.reshape(-1, q_heads, head_dim)
@@ -84,7 +106,9 @@ class PallasAttention:
                 out = self.decode(flat, k_pages, v_pages, page_table, length, **shared, **more)
             else:
                 first = jnp.arange(requests, dtype=jnp.int32) * tokens
-                out = self.prefill(flat, k_pages, v_pages, page_table, length, first, queries, **shared, **more)
+                out = self.prefill(
+                    flat, k_pages, v_pages, page_table, length, first, queries, **shared, **more
+                )
             return out.reshape(q.shape)
 
         @custom_vmap
@@ -94,13 +118,15 @@ class PallasAttention:
         @one.def_vmap
         def many(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[Array, bool]:
             *own, shared = args
-            assert not any(jax.tree.leaves(in_batched[-1])), "requests share the pool and the layer: vmap with in_axes=None"
+            assert not any(jax.tree.leaves(in_batched[-1])), (
+                "requests share the pool and the layer: vmap with in_axes=None"
+            )
             return batch(*with_axis(axis_size, in_batched[:-1], own), shared), True
 
         return one
 
 
-def in_planes(pages: KVPages) -> bool:
+def in_planes(pages: KVPool) -> bool:
     """Whether an element's bytes lie apart, which kernels do not put together."""
     return pages.fmt.stored.itemsize > pages.k_bits.dtype.itemsize
 
@@ -111,4 +137,7 @@ def _score_offset(q: Array, k_offset: Array | None, options: AttentionOptions) -
         return None
     kv_heads, head_dim = k_offset.shape
     grouped = q.astype(jnp.float32).reshape(q.shape[0], kv_heads, -1, head_dim)
-    return jnp.einsum("thgd,hd->thg", grouped, k_offset, precision="highest").reshape(q.shape[:2]) * options.sm_scale
+    return (
+        jnp.einsum("thgd,hd->thg", grouped, k_offset, precision="highest").reshape(q.shape[:2])
+        * options.sm_scale
+    )

@@ -5,13 +5,26 @@ The oracle the fast implementations are tested against. Needs memory for the who
 
 import jax.numpy as jnp
 
-from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
+from jfp8kv.attention.interface import (
+    AttentionMetadata,
+    AttentionOptions,
+    KVPool,
+    Layer,
+    LayerScales,
+    Query,
+)
 from jfp8kv.attention.masks import first_visible, live, visible
-from jfp8kv.cache.pages import read
+from jfp8kv.cache.pool import read
 
 
 def attention(
-    q: Query, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, at: Where, *, layer: Layer
+    q: Query,
+    pages: KVPool,
+    scales: LayerScales | None,
+    options: AttentionOptions,
+    at: AttentionMetadata,
+    *,
+    layer: Layer,
 ) -> Query:
     """`softmax(q k^T) v` in float32 for one request; rows that see no key give zeros."""
     tokens, q_heads, head_dim = q.shape

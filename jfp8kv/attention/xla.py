@@ -11,7 +11,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jfp8kv.attention.contract import AttentionOptions, KVPages, Layer, LayerScales, Query, Where
+from jfp8kv.attention.interface import (
+    AttentionMetadata,
+    AttentionOptions,
+    KVPool,
+    Layer,
+    LayerScales,
+    Query,
+)
 from jfp8kv.attention.masks import first_visible, live, visible
 from jfp8kv.cache.scales import exponent_scale
 from jfp8kv.core.formats import decode_tile
@@ -23,14 +30,22 @@ LOWEST = -1e20  # where the running maximum starts: exp(MASKED - LOWEST) is 0, s
 
 
 def attention(
-    q: Query, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, at: Where, *, layer: Layer
+    q: Query,
+    pages: KVPool,
+    scales: LayerScales | None,
+    options: AttentionOptions,
+    at: AttentionMetadata,
+    *,
+    layer: Layer,
 ) -> Query:
     """`softmax(q k^T) v` for one request, accumulated in float32; rows that see no key give zeros."""
     tokens, q_heads, head_dim = q.shape
     window = None if options.window is None else options.window[layer]
     kv_heads = pages.k_bits.shape[1]
     group = q_heads // kv_heads
-    tile_pages = max(1, (DECODE_TILE_TOKENS if tokens <= 2 else PREFILL_TILE_TOKENS) // pages.page_size)
+    tile_pages = max(
+        1, (DECODE_TILE_TOKENS if tokens <= 2 else PREFILL_TILE_TOKENS) // pages.page_size
+    )
     tile = tile_pages * pages.page_size
     rows = _query_rows(q, pages, scales, options, layer)
     shift = _shift(q, kv_heads, scales, options, layer)
@@ -43,7 +58,10 @@ def attention(
         peak, total, out = carry
         i = first_tile + i
         entries = lax.dynamic_slice(table, (i * tile_pages,), (tile_pages,))
-        here = pages.rows(layer, entries), pages.exponent_rows(layer, entries) if pages.dynamic else None
+        here = (
+            pages.rows(layer, entries),
+            pages.exponent_rows(layer, entries) if pages.dynamic else None,
+        )
         position = i * tile + jnp.arange(tile, dtype=jnp.int32)
 
         scores = _scores(rows, shift, pages, here, options)
@@ -58,7 +76,9 @@ def attention(
 
     peak, total = _initial(options, layer, kv_heads, tokens, group)
     out = jnp.zeros((kv_heads, tokens * group, head_dim), jnp.float32)
-    _, total, out = lax.fori_loop(0, _tiles(at.most_tokens, window, tokens, tile), body, (peak, total, out))
+    _, total, out = lax.fori_loop(
+        0, _tiles(at.most_tokens, window, tokens, tile), body, (peak, total, out)
+    )
 
     out = out * (pages.fmt.tile_factor / jnp.where(total == 0, 1.0, total))[..., None]
     if not pages.dynamic:
@@ -68,14 +88,18 @@ def attention(
 
 
 def _query_rows(
-    q: Query, pages: KVPages, scales: LayerScales | None, options: AttentionOptions, layer: Layer
+    q: Query, pages: KVPool, scales: LayerScales | None, options: AttentionOptions, layer: Layer
 ) -> Float[Array, "kv_heads rows head_dim"]:
     """The queries of each KV head, token by token, with every static factor on the scores in them."""
     tokens, q_heads, head_dim = q.shape
     kv_heads = pages.k_bits.shape[1]
     # Prefill in bfloat16 multiplies in it. float16 would overflow with the factors in.
     dtype = q.dtype if tokens > 2 and q.dtype == jnp.bfloat16 else jnp.float32
-    rows = q.astype(jnp.float32).reshape(tokens, kv_heads, q_heads // kv_heads, head_dim).transpose(1, 0, 2, 3)
+    rows = (
+        q.astype(jnp.float32)
+        .reshape(tokens, kv_heads, q_heads // kv_heads, head_dim)
+        .transpose(1, 0, 2, 3)
+    )
     rows = rows * (options.sm_scale * pages.fmt.tile_factor)
     if not pages.dynamic:
         rows = rows * scales.k[layer][:, None, None, :]
@@ -87,27 +111,43 @@ def _shift(
 ) -> Float[Array, "kv_heads rows"] | None:
     """What the K offset adds to each query's scores. All of a row's scores alike, which a softmax does not see: so only where
     a cap or a sink does. Float32: the offset is what is large about such keys."""
-    if scales is None or scales.k_offset is None or (options.softcap is None and options.sinks is None):
+    if (
+        scales is None
+        or scales.k_offset is None
+        or (options.softcap is None and options.sinks is None)
+    ):
         return None
     grouped = q.astype(jnp.float32).reshape(q.shape[0], kv_heads, -1, q.shape[2])
-    shift = jnp.einsum("thgd,hd->htg", grouped, scales.k_offset[layer], precision="highest") * options.sm_scale
+    shift = (
+        jnp.einsum("thgd,hd->htg", grouped, scales.k_offset[layer], precision="highest")
+        * options.sm_scale
+    )
     return shift.reshape(kv_heads, -1)
 
 
 def _tiles(most_tokens: Array, window: Array | None, tokens: int, tile: int) -> Array:
     """Tiles to go through, the same for all requests: up to the longest text, or as many as a window's keys can touch."""
     tiles = (most_tokens + (tile - 1)) // tile
-    return tiles if window is None else jnp.where(window == 0, tiles, jnp.minimum(tiles, (window + tokens - 3) // tile + 2))
+    return (
+        tiles
+        if window is None
+        else jnp.where(window == 0, tiles, jnp.minimum(tiles, (window + tokens - 3) // tile + 2))
+    )
 
 
 def _scores(
-    rows: Array, shift: Array | None, pages: KVPages, here: Here, options: AttentionOptions
+    rows: Array, shift: Array | None, pages: KVPool, here: Here, options: AttentionOptions
 ) -> Float[Array, "kv_heads rows tile"]:
     axis, product = (3, "hqd,hdn->hqn") if pages.layout.keys_transposed else (2, "hqd,hnd->hqn")
-    k = decode_tile(_tile(pages.stored(pages.k_bits, here[0]), axis=axis), pages.fmt).astype(rows.dtype)
+    k = decode_tile(_tile(pages.stored(pages.k_bits, here[0]), axis=axis), pages.fmt).astype(
+        rows.dtype
+    )
     scores = _dot(product, rows, k)
     if pages.dynamic:
-        scores = scores * exponent_scale(_tile(pages.exponents(pages.k_exponent, here[1]), axis=2))[:, None, :]
+        scores = (
+            scores
+            * exponent_scale(_tile(pages.exponents(pages.k_exponent, here[1]), axis=2))[:, None, :]
+        )
     if shift is not None:
         scores = scores + shift[..., None]
     if options.softcap is not None:
@@ -115,14 +155,16 @@ def _scores(
     return scores
 
 
-def _seen(at: Where, position: Array, window: Array | None, tokens: int, group: int) -> Bool[Array, "rows tile"]:
+def _seen(
+    at: AttentionMetadata, position: Array, window: Array | None, tokens: int, group: int
+) -> Bool[Array, "rows tile"]:
     """Which keys each row of queries sees."""
     query = at.start + jnp.arange(tokens, dtype=jnp.int32)
     return jnp.repeat(visible(query, position, length=at.length, window=window), group, axis=0)
 
 
 def _weighted_values(
-    weights: Array, pages: KVPages, here: Here, known: Array, dtype: jnp.dtype
+    weights: Array, pages: KVPool, here: Here, known: Array, dtype: jnp.dtype
 ) -> Float[Array, "kv_heads rows head_dim"]:
     # Unwritten slots may hold NaN codes, and 0 * NaN is NaN: their bits are cleared before anything is multiplied.
     v_bits = _tile(pages.stored(pages.v_bits, here[0]), axis=2)
@@ -133,7 +175,9 @@ def _weighted_values(
     return _dot("hqn,hnd->hqd", weights.astype(dtype), decode_tile(v_bits, pages.fmt).astype(dtype))
 
 
-def _initial(options: AttentionOptions, layer: Layer, kv_heads: int, tokens: int, group: int) -> tuple[Array, Array]:
+def _initial(
+    options: AttentionOptions, layer: Layer, kv_heads: int, tokens: int, group: int
+) -> tuple[Array, Array]:
     """Running maximum and sum before any key: empty, or the sink alone, whose weight at its own maximum is 1."""
     shape = (kv_heads, tokens, group)
     if options.sinks is None:

@@ -23,10 +23,16 @@ class EngineFailed(Jfp8kvError):
 
 def form_of(config: Config, token_text: Callable[[int], str], created: int) -> Plain | OpenAI:
     """What makes requests of rows and records of results: in OpenAI's form for OpenAI's requests, else as the config says."""
-    return OpenAI(config, token_text, created) if format_of(config.input) == "openai" else Plain(config, token_text)
+    return (
+        OpenAI(config, token_text, created)
+        if format_of(config.input) == "openai"
+        else Plain(config, token_text)
+    )
 
 
-def answer(task: str, form: Plain | OpenAI, engine: Engine, rows: Iterable[Row], book: Book) -> None:
+def answer(
+    task: str, form: Plain | OpenAI, engine: Engine, rows: Iterable[Row], book: Book
+) -> None:
     """Have every row answered and booked, those that cannot be as failed. Raises `EngineFailed`; what `book` raises ends it.
 
     Rows on which the engine fails are booked once it has served another: if it serves none any more they are not finished.
@@ -34,7 +40,10 @@ def answer(task: str, form: Plain | OpenAI, engine: Engine, rows: Iterable[Row],
     flying: dict[int, tuple[Row, dict[str, Any]]] = {}
     faults: list[tuple[Row, Record]] = []
     work = engine.score if task == "score" else engine.generate
-    with closing(_requests(form, rows, book, flying)) as requests, closing(work(requests)) as results:
+    with (
+        closing(_requests(form, rows, book, flying)) as requests,
+        closing(work(requests)) as results,
+    ):
         for number, result in results:
             row, fields = flying.pop(number)
             record = _record(form, row, fields, result)
@@ -48,7 +57,9 @@ def answer(task: str, form: Plain | OpenAI, engine: Engine, rows: Iterable[Row],
     _book_all(faults, book)
 
 
-def _requests(form: Any, rows: Iterable[Row], book: Book, flying: dict[int, tuple[Row, dict[str, Any]]]) -> Iterator[Request]:
+def _requests(
+    form: Any, rows: Iterable[Row], book: Book, flying: dict[int, tuple[Row, dict[str, Any]]]
+) -> Iterator[Request]:
     """What the rows ask; those that ask nothing that can be served are booked as failed."""
     numbers = itertools.count()
     for row in rows:

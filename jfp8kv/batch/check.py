@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from jfp8kv.batch import inputs, on_ray, outputs, templates, whole
 from jfp8kv.batch.config import CalibrateFirst, Config, Observed, Section
 from jfp8kv.batch.source import Source, read
-from jfp8kv.core.errors import ConfigError, Jfp8kvError, nearest
+from jfp8kv.core.errors import ConfigError, Jfp8kvError, did_you_mean
 
 SCALES = ("auto", "checkpoint", "unit", "token_head")  # that have names
 # Keys that belong to some tasks alone: given for another task they would be ignored, so they are refused.
@@ -37,9 +37,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(source.data)
     except ValidationError as error:
-        each = {_keys(source.data, one): one for one in reversed(error.errors())}  # of alternatives the first speaks
+        each = {
+            _keys(source.data, one): one for one in reversed(error.errors())
+        }  # of alternatives the first speaks
         found = sorted(_placed(source, keys, one) for keys, one in each.items())
-        more = "" if len(found) == 1 else f" (And {len(found) - 1} more mistake{'s' if len(found) > 2 else ''}.)"
+        more = (
+            ""
+            if len(found) == 1
+            else f" (And {len(found) - 1} more mistake{'s' if len(found) > 2 else ''}.)"
+        )
         raise ConfigError(found[0][1] + more) from None
     _check(source, config)
     return config
@@ -47,7 +53,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def schema() -> dict[str, Any]:
     """JSON Schema of a config, for editors to complete from."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Config.model_json_schema() | {"title": "jfp8kv batch"}
+    return (
+        {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+        | Config.model_json_schema()
+        | {"title": "jfp8kv batch"}
+    )
 
 
 # -- what pydantic found, in words ------------------------------------------------------------------------------------------
@@ -78,12 +88,14 @@ def _words(error: Any, keys: tuple[str | int, ...]) -> str:
     match error["type"]:
         case "extra_forbidden":
             known = list(_section(error["loc"][:-1]).model_fields)
-            return f"no such key.{nearest(keys[-1], known)} There are {', '.join(known)}."
+            return f"no such key.{did_you_mean(keys[-1], known)} There are {', '.join(known)}."
         case "missing":
             return "is missing; every config needs it." if len(keys) == 1 else "is missing."
         case "literal_error":
             allowed = context["expected"]
-            close = nearest(given, [word for word in allowed.replace("'", "").replace(" or ", ", ").split(", ")])
+            close = did_you_mean(
+                given, [word for word in allowed.replace("'", "").replace(" or ", ", ").split(", ")]
+            )
             return f"{given!r} is not allowed: must be {allowed}.{close}"
         case "greater_than_equal":
             return f"{given!r}: must be at least {context['ge']}."
@@ -134,10 +146,13 @@ def _check(source: Source, config: Config) -> None:
     """Everything that can be known without the model and without reading rows."""
     for key, tasks in BELONGS.items():
         if key in config.model_fields_set and config.task not in tasks:
-            raise source.mistake((key,), f"belongs to task {' or '.join(tasks)}, and this one is {config.task!r}.")
+            raise source.mistake(
+                (key,), f"belongs to task {' or '.join(tasks)}, and this one is {config.task!r}."
+            )
     if config.task in whole.TASKS and (more := config.output.model_fields_set - {"path"}):
         raise source.mistake(
-            ("output", min(more)), f"belongs to outputs of rows, and task {config.task!r} makes one thing of all."
+            ("output", min(more)),
+            f"belongs to outputs of rows, and task {config.task!r} makes one thing of all.",
         )
     if config.prompt is not None and config.messages is not None:
         raise source.mistake(("messages",), "give either prompt or messages.")
@@ -173,13 +188,17 @@ def _check_templates(source: Source, config: Config) -> None:
         if (text := getattr(config, key)) is not None:
             _asking(source, (key,), lambda text=text: templates.compiled(text))
     for number, message in enumerate(config.messages or ()):
-        _asking(source, ("messages", number, "content"), lambda text=message.content: templates.compiled(text))
+        _asking(
+            source,
+            ("messages", number, "content"),
+            lambda text=message.content: templates.compiled(text),
+        )
 
 
 def _check_sampling(source: Source, config: Config) -> None:
     if (fields := config.sampling.given()) == {}:
         return
-    from jfp8kv.api import SamplingParams
+    from jfp8kv.functional import SamplingParams
 
     try:
         held = SamplingParams(**fields).constraint
@@ -188,7 +207,8 @@ def _check_sampling(source: Source, config: Config) -> None:
         raise ConfigError(f"{source.place(('sampling', name))}: sampling.{error}") from None
     if held is not None and importlib.util.find_spec("llguidance") is None:
         raise source.mistake(
-            ("sampling", held.field), "needs llguidance, which is not installed: pip install 'jfp8kv[structured]'."
+            ("sampling", held.field),
+            "needs llguidance, which is not installed: pip install 'jfp8kv[structured]'.",
         )
 
 
@@ -200,14 +220,17 @@ def _check_cache(source: Source, config: Config) -> None:
         case [*each]:
             names |= {("kv_dtype", number): name for number, name in enumerate(each)}
         case by_layer:
-            names |= {("kv_dtype", key): getattr(by_layer, key) for key in ("default", "skip_dtype")}
+            names |= {
+                ("kv_dtype", key): getattr(by_layer, key) for key in ("default", "skip_dtype")
+            }
     for keys, name in names.items():
         if name != "auto" and not Path(name).is_file():
             _asking(source, keys, lambda name=name: _check_format(name))
     scales, memory = config.kv_scales, config.engine.kv_cache_memory
     if isinstance(scales, str) and scales not in SCALES and not Path(scales).is_file():
         raise source.mistake(
-            ("kv_scales",), f"{scales!r}: must be one of {', '.join(SCALES)}, or a file.{nearest(scales, SCALES)}"
+            ("kv_scales",),
+            f"{scales!r}: must be one of {', '.join(SCALES)}, or a file.{did_you_mean(scales, SCALES)}",
         )
     if memory is not None:
         _asking(source, ("engine", "kv_cache_memory"), lambda: _check_bytes(memory))
@@ -231,12 +254,13 @@ def _check_calibrations(source: Source, config: Config) -> None:
         _asking(source, ("comparison", "calibration"), lambda: inputs.check(texts))
     elif wanting := {"tensor", "head", "channel"} & {*config.comparison.kv_scales}:
         raise source.mistake(
-            ("comparison", "kv_scales"), f"{min(wanting)!r} scales are found on texts: give them as comparison.calibration."
+            ("comparison", "kv_scales"),
+            f"{min(wanting)!r} scales are found on texts: give them as comparison.calibration.",
         )
 
 
 def _check_bytes(memory: int | str) -> None:
-    from jfp8kv.api import parse_bytes
+    from jfp8kv.functional import parse_bytes
 
     parse_bytes(memory)
 

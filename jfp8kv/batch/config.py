@@ -7,7 +7,15 @@ Each key's sentence is here and nowhere else. Values that the library checks its
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+)
 
 TASKS = ("generate", "score", "calibrate", "compare")
 
@@ -15,7 +23,9 @@ TASKS = ("generate", "score", "calibrate", "compare")
 class Section(BaseModel):
     """A mapping that takes no key it does not know and no value of another type."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
 
 
 Name = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -28,7 +38,13 @@ def _as_path(given: Any) -> Any:
 
 def _kind(given: Any) -> str | None:
     """Which of its forms a value has."""
-    known = {str: "name", list: "list", dict: "mapping", KVByLayer: "mapping", CalibrateFirst: "mapping"}
+    known = {
+        str: "name",
+        list: "list",
+        dict: "mapping",
+        KVByLayer: "mapping",
+        CalibrateFirst: "mapping",
+    }
     return known.get(type(given))
 
 
@@ -212,9 +228,14 @@ class Ray(Section):
 
 
 KVDtype = Annotated[
-    Annotated[str, Tag("name")] | Annotated[list[str], Tag("list")] | Annotated[KVByLayer, Tag("mapping")], Discriminator(_kind)
+    Annotated[str, Tag("name")]
+    | Annotated[list[str], Tag("list")]
+    | Annotated[KVByLayer, Tag("mapping")],
+    Discriminator(_kind),
 ]
-KVScales = Annotated[Annotated[str, Tag("name")] | Annotated[CalibrateFirst, Tag("mapping")], Discriminator(_kind)]
+KVScales = Annotated[
+    Annotated[str, Tag("name")] | Annotated[CalibrateFirst, Tag("mapping")], Discriminator(_kind)
+]
 
 
 class Config(Section):

@@ -78,7 +78,7 @@ def dry_run(config: Config) -> DryRun:
     """Look at everything a run would meet. Raises `ConfigError` or `CheckpointError` for what would keep it from starting."""
     import jax
 
-    from jfp8kv.api import Buckets, default_bytes, describe, inspect, parse_bytes
+    from jfp8kv.functional import Buckets, default_bytes, describe, inspect, parse_bytes
 
     shapes = describe(config.model, weights=False).shapes()
     scales = "unit" if isinstance(config.kv_scales, CalibrateFirst) else config.kv_scales
@@ -92,8 +92,14 @@ def dry_run(config: Config) -> DryRun:
             pass  # a row without a prompt raises
 
     device = jax.devices()[0]
-    room = default_bytes(device) - (0 if device.platform == "cpu" else found.weights.bytes_in_memory)
-    budget = room if config.engine.kv_cache_memory is None else parse_bytes(config.engine.kv_cache_memory)
+    room = default_bytes(device) - (
+        0 if device.platform == "cpu" else found.weights.bytes_in_memory
+    )
+    budget = (
+        room
+        if config.engine.kv_cache_memory is None
+        else parse_bytes(config.engine.kv_cache_memory)
+    )
     page, most = config.engine.page_size, buckets.max_requests
     mean = (counts.prompt_tokens + counts.completion_tokens) / max(1, counts.texts)
     fit = int(max(0, budget) // max(1, cache.bytes_per_token * page * -(-mean // page)))
@@ -110,7 +116,7 @@ def dry_run(config: Config) -> DryRun:
         texts_at_once=min(fit, most),
         most_at_once=most,
         device=f"{device.platform}: {device.device_kind}",
-        seconds=_seconds(found.weights, counts, at_once, buckets.widest),
+        seconds=_seconds(found.weights, counts, at_once, buckets.max_prefill_chunk),
     )
 
 
@@ -124,7 +130,7 @@ def _others(config: Config) -> Iterator[File]:
 
 def _counted(config: Config, model: Any, most: int) -> Counts:
     """Every row of the shard, as the run would ask it. Raises `ConfigError` where none of the first would do."""
-    from jfp8kv.api import Guides
+    from jfp8kv.functional import Guides
 
     reader, counts = Reader(config.input), Counts()
     guides = Guides(model.tokenizer, model.config.vocab, eos_ids=model.eos_ids)
@@ -139,7 +145,11 @@ def _counted(config: Config, model: Any, most: int) -> Counts:
             counts.rows += 1
             try:
                 request = ask(row, row.fields())
-                sampling = _sampling(request, model.config.vocab, guides) if config.task == "generate" else None
+                sampling = (
+                    _sampling(request, model.config.vocab, guides)
+                    if config.task == "generate"
+                    else None
+                )
                 _count(counts, request, sampling, model.tokenizer, most)
             except Jfp8kvError as error:
                 counts.failed += 1
@@ -158,7 +168,7 @@ def _asking(config: Config, form: str) -> Callable[[Row, dict[str, Any]], Reques
 
 def _sampling(request: Request, vocab: int, guides: Any) -> Any:
     """The `SamplingParams` of a request. Raises `ConfigError` for what the engine would not take."""
-    from jfp8kv.api import SamplingParams
+    from jfp8kv.functional import SamplingParams
 
     sampling = SamplingParams.from_fields(**request.sampling)
     sampling.check_vocab(vocab)
@@ -168,7 +178,7 @@ def _sampling(request: Request, vocab: int, guides: Any) -> Any:
 
 def _count(counts: Counts, request: Request, sampling: Any, tokenizer: Any, most: int) -> None:
     """Add a row; nothing is made of it without `sampling`. Raises `ConfigError` for one that the engine would refuse."""
-    from jfp8kv.api import text_of
+    from jfp8kv.functional import text_of
 
     prompt = len(text_of(request.prompt, request.completion, tokenizer).ids)
     if not 0 < prompt <= most - (sampling is not None):
@@ -185,7 +195,11 @@ def _seconds(weights: Any, counts: Counts, at_once: int, chunk: int) -> float:
     """Products of all weights: with chunks of the prompts, and with a token of each text that runs at once."""
     prefills, decodes = -(-counts.prompt_tokens // chunk), -(-counts.completion_tokens // at_once)
     each = [(prefills, chunk), (decodes, at_once)]
-    return sum(times * weights.parameters * _seconds_per_weight(rows, weights.dtype) for times, rows in each if times)
+    return sum(
+        times * weights.parameters * _seconds_per_weight(rows, weights.dtype)
+        for times, rows in each
+        if times
+    )
 
 
 def _seconds_per_weight(rows: int, dtype: str) -> float:
@@ -195,7 +209,11 @@ def _seconds_per_weight(rows: int, dtype: str) -> float:
 
     out, width = PROBE
     weights, x = jnp.ones((out, width), dtype), jnp.ones((max(2, rows), width), dtype)
-    product = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32))
+    product = jax.jit(
+        lambda x, w: jax.lax.dot_general(
+            x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+    )
     jax.block_until_ready(product(x, weights))
     calls, began = 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < PROBE_S:

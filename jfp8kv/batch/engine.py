@@ -13,7 +13,9 @@ from jfp8kv.batch.plain import Request
 from jfp8kv.batch.whole import scales_first
 from jfp8kv.core.errors import ConfigError
 
-Results = Iterator[tuple[int, Any]]  # which of the requests, counted from 0, and its result or the error that it met
+Results = Iterator[
+    tuple[int, Any]
+]  # which of the requests, counted from 0, and its result or the error that it met
 
 
 class Engine(Protocol):
@@ -34,18 +36,26 @@ class Local:
     """A `jfp8kv.LLM` in this process, as the config asks for it. `scales`: where those that it calibrates first are kept."""
 
     def __init__(self, config: Config, scales: Path):
-        from jfp8kv.api import LLM
+        from jfp8kv.functional import LLM
 
-        asked = {name: value for name, value in config.engine.model_dump().items() if value is not None}
+        asked = {
+            name: value for name, value in config.engine.model_dump().items() if value is not None
+        }
         if isinstance(config.kv_scales, CalibrateFirst):
             model, kv_scales = scales_first(config, scales)
         else:
             model, kv_scales = config.model, config.kv_scales
             asked |= {"dtype": config.dtype, "strict": config.strict}
-        self.llm = LLM(model, kv_cache_dtype=kv_dtype(config), kv_scales=kv_scales, seed=config.seed, **asked)
+        self.llm = LLM(
+            model, kv_cache_dtype=kv_dtype(config), kv_scales=kv_scales, seed=config.seed, **asked
+        )
         self.about = about(self.llm)
-        if config.task == "generate" and format_of(config.input) != "openai":  # where a body may say otherwise
-            self.llm.check([0], **config.sampling.given())  # what the shortest prompt cannot have is no row's fault
+        if (
+            config.task == "generate" and format_of(config.input) != "openai"
+        ):  # where a body may say otherwise
+            self.llm.check(
+                [0], **config.sampling.given()
+            )  # what the shortest prompt cannot have is no row's fault
 
     def generate(self, requests: Iterable[Request]) -> Results:
         """Results as they are made. Requests that were in a step that failed run again alone: one of them may be why."""
@@ -56,20 +66,28 @@ class Local:
                 flying[number] = request
                 yield request.prompt, request.sampling
 
-        for number, result in self.llm.generate_each(asked()):
+        for number, result in self.llm.generate_iter(asked()):
             request = flying.pop(number)
             if isinstance(result, Exception) and not isinstance(result, ConfigError):
-                result = _tried(lambda request=request: self.llm.generate([request.prompt], **request.sampling)[0])
+                result = _tried(
+                    lambda request=request: self.llm.generate([request.prompt], **request.sampling)[
+                        0
+                    ]
+                )
             yield number, result
 
     def score(self, requests: Iterable[Request]) -> Results:
         """Results, of texts of like length together."""
-        return self.llm.score_each((request.prompt, request.completion) for request in requests)
+        return self.llm.score_iter((request.prompt, request.completion) for request in requests)
 
     def token_text(self, token: int) -> str:
         """The text of one token id."""
         tokenizer = self.llm.tokenizer
-        return f"<{token}>" if tokenizer is None else tokenizer.decode([token], skip_special_tokens=False)
+        return (
+            f"<{token}>"
+            if tokenizer is None
+            else tokenizer.decode([token], skip_special_tokens=False)
+        )
 
     def counters(self) -> dict[str, float]:
         """`llm.stats` by name."""

@@ -19,7 +19,13 @@ from jfp8kv.batch.config import File
 from jfp8kv.batch.templates import RowError
 from jfp8kv.core.errors import ConfigError, NotSupported
 
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "lines"}
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "lines",
+}
 OPENAI_KEYS = frozenset(("custom_id", "method", "url", "body"))
 PARQUET_ROWS = 256  # read at a time
 
@@ -57,7 +63,11 @@ class Reader:
         with self.path.open("rb") as stream:
             size = max(1, os.fstat(stream.fileno()).st_size)
             self._share = lambda: min(1.0, _position(stream, size) / size)
-            yield from (_csv(stream) if self.format == "csv" else _by_line(stream, _LINE_READERS[self.format]))
+            yield from (
+                _csv(stream)
+                if self.format == "csv"
+                else _by_line(stream, _LINE_READERS[self.format])
+            )
 
     def _parquet(self) -> Iterator[Row]:
         from pyarrow import ArrowException
@@ -87,7 +97,9 @@ def check(file: File) -> None:
     """Raise unless the file is there, its format is known, and what reads it is installed."""
     path = Path(file.path)
     if not path.is_file():
-        raise ConfigError(f"{file.path}: {'must be a file, no folder or pipe' if path.exists() else 'no such file'}.")
+        raise ConfigError(
+            f"{file.path}: {'must be a file, no folder or pipe' if path.exists() else 'no such file'}."
+        )
     if format_of(file) == "parquet":
         need_pyarrow()
 
@@ -95,7 +107,9 @@ def check(file: File) -> None:
 def need_pyarrow() -> None:
     """Raise `NotSupported` unless Parquet can be read and written."""
     if importlib.util.find_spec("pyarrow") is None:
-        raise NotSupported("Parquet needs pyarrow, which is not installed: pip install 'jfp8kv[parquet]'.")
+        raise NotSupported(
+            "Parquet needs pyarrow, which is not installed: pip install 'jfp8kv[parquet]'."
+        )
 
 
 def format_of(file: File) -> str:
@@ -104,7 +118,9 @@ def format_of(file: File) -> str:
         return file.format
     suffix = Path(file.path).suffix.lower()
     if suffix not in FORMATS:
-        raise ConfigError(f"{file.path}: its name says no format: give `format:`, or a name in {', '.join(FORMATS)}.")
+        raise ConfigError(
+            f"{file.path}: its name says no format: give `format:`, or a name in {', '.join(FORMATS)}."
+        )
     found = FORMATS[suffix]
     return "openai" if found == "jsonl" and _is_openai(Path(file.path)) else found
 
@@ -145,7 +161,9 @@ def _json_object(content: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RowError(f"is no JSON: {error}.") from None
     if not isinstance(found, dict):
-        raise RowError(f"is JSON of type {type(found).__name__}: must be an object with the row's fields.")
+        raise RowError(
+            f"is JSON of type {type(found).__name__}: must be an object with the row's fields."
+        )
     return found
 
 
@@ -170,9 +188,13 @@ def _csv(stream: BinaryIO) -> Iterator[Row]:
         try:
             header = next(filter(None, records), [])
         except csv.Error as error:
-            raise ConfigError(f"{stream.name}:{records.line_num}: the header is no CSV: {error}.") from None
+            raise ConfigError(
+                f"{stream.name}:{records.line_num}: the header is no CSV: {error}."
+            ) from None
         if twice := {name for name in header if header.count(name) > 1}:
-            raise ConfigError(f"{stream.name}:{records.line_num}: the header names a field twice: {min(twice)!r}.")
+            raise ConfigError(
+                f"{stream.name}:{records.line_num}: the header names a field twice: {min(twice)!r}."
+            )
         for number, (line, read) in enumerate(_records(records, header)):
             yield Row(number, line, read)
 

@@ -36,7 +36,14 @@ class Totals:
         self.completion_tokens += completion_tokens
 
     def __sub__(self, before: "Totals") -> "Totals":
-        return Totals(*(now - then for now, then in zip(dataclasses.astuple(self), dataclasses.astuple(before), strict=True)))
+        return Totals(
+            *(
+                now - then
+                for now, then in zip(
+                    dataclasses.astuple(self), dataclasses.astuple(before), strict=True
+                )
+            )
+        )
 
 
 class Done:
@@ -79,13 +86,23 @@ class Journal:
         os.ftruncate(self._file, good)
         return good
 
-    def append(self, row: int, output: bytes, *, prompt_tokens: int = 0, completion_tokens: int = 0, ok: bool = True) -> None:
+    def append(
+        self,
+        row: int,
+        output: bytes,
+        *,
+        prompt_tokens: int = 0,
+        completion_tokens: int = 0,
+        ok: bool = True,
+    ) -> None:
         """Book a finished row: when this returns, it outlives the process.
 
         Raises `OSError` (the disk is full, say) with the journal as it was before.
         """
         state = "true" if ok else "false"
-        head = f'{{"row":{row},"in":{prompt_tokens},"out":{completion_tokens},"ok":{state},"output":'
+        head = (
+            f'{{"row":{row},"in":{prompt_tokens},"out":{completion_tokens},"ok":{state},"output":'
+        )
         line = head.encode() + output + _END
         try:
             written = os.write(self._file, line)

@@ -16,7 +16,9 @@ def locked(path: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:
-        raise NotSupported("batch runs need file locks (flock), which this system lacks: run them on Linux or macOS.") from None
+        raise NotSupported(
+            "batch runs need file locks (flock), which this system lacks: run them on Linux or macOS."
+        ) from None
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -24,13 +26,19 @@ def locked(path: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
             os.close(file)
-            raise ConfigError(f"{path}: {holder} is writing this output now: wait for it, or give another output.") from None
+            raise ConfigError(
+                f"{path}: {holder} is writing this output now: wait for it, or give another output."
+            ) from None
         except OSError as error:
             os.close(file)
-            raise NotSupported(f"{path}: cannot be locked ({error.strerror}): give an output on another file system.") from None
+            raise NotSupported(
+                f"{path}: cannot be locked ({error.strerror}): give an output on another file system."
+            ) from None
         if _is_file_at(file, path):
             break
-        os.close(file)  # whoever held it has just removed it: what is locked is no longer the file that others see
+        os.close(
+            file
+        )  # whoever held it has just removed it: what is locked is no longer the file that others see
     try:
         os.ftruncate(file, 0)
         with contextlib.suppress(OSError):  # the disk may be full; then others are not told who

@@ -36,10 +36,15 @@ def merge(config: Config, *, restart: bool = False) -> dict[str, int]:
         with ExitStack() as stack:
             parts = [stack.enter_context(closing(_rows(shard, form))) for shard in shards]
             outputs.write(output, _by_turns(parts), form, like=config.input)
-        totals = {name: sum(record["totals"][name] for record in records) for name in records[0]["totals"]}
+        totals = {
+            name: sum(record["totals"][name] for record in records) for name in records[0]["totals"]
+        }
         same = records[0]["same"] | {"config": records[0]["same"]["config"] | {"shard": None}}
         sessions = [each for record in records for each in record["sessions"]]
-        Record(Paths(output).record, records[0] | {"same": same, "sessions": sessions, "totals": totals}).save()
+        Record(
+            Paths(output).record,
+            records[0] | {"same": same, "sessions": sessions, "totals": totals},
+        ).save()
         return totals
 
 
@@ -52,11 +57,15 @@ def _shards(config: Config) -> list[Path]:
     if len(counts) != 1:
         several = f"are outputs of {' and of '.join(map(str, sorted(counts)))} shards: say which with --set shard=[0,N]"
         none = "is no output of a shard: run each with --set shard=[I,N] before"
-        raise ConfigError(f"{output.with_suffix('')}.I-of-N{output.suffix}: there {several if counts else none}.")
+        raise ConfigError(
+            f"{output.with_suffix('')}.I-of-N{output.suffix}: there {several if counts else none}."
+        )
     (count,) = counts
     shards = [outputs.shard_path(output, [i, count]) for i in range(count)]
     if missing := [shard for shard in shards if not shard.exists()]:
-        raise ConfigError(f"{missing[0]}: is not there; {count - len(missing)} of {count} shards are finished.")
+        raise ConfigError(
+            f"{missing[0]}: is not there; {count - len(missing)} of {count} shards are finished."
+        )
     return shards
 
 
@@ -65,7 +74,9 @@ def _record(shard: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ConfigError(f"{path}: cannot be read, so nobody knows whether {shard} is whole: run that shard again.") from None
+        raise ConfigError(
+            f"{path}: cannot be read, so nobody knows whether {shard} is whole: run that shard again."
+        ) from None
     if record["status"] != "complete":
         raise ConfigError(f"{shard}: is not complete: run that shard again.")
     return record
@@ -74,7 +85,9 @@ def _record(shard: Path) -> dict[str, Any]:
 def _rows(shard: Path, form: str) -> Iterator[bytes]:
     """The rows of one output, encoded."""
     if form == "parquet":
-        yield from (outputs.line(row.fields()) for row in Reader(File(path=str(shard), format="parquet")))
+        yield from (
+            outputs.line(row.fields()) for row in Reader(File(path=str(shard), format="parquet"))
+        )
         return
     with shard.open("rb") as lines:
         yield from (line.removesuffix(b"\n") for line in lines)

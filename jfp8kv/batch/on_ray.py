@@ -41,13 +41,17 @@ def answer_on_ray(
     import ray
     from ray.data import ActorPoolStrategy, DataContext, from_items
 
-    blocks = [{"block": json.dumps(numbers)} for numbers in _blocks(left, config.ray.rows_per_block)]
+    blocks = [
+        {"block": json.dumps(numbers)} for numbers in _blocks(left, config.ray.rows_per_block)
+    ]
     if not blocks:
         return
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     DataContext.get_current().enable_progress_bars = False  # the run shows its own
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what a worker fails with is raised here, too
+    logging.getLogger("ray.data").setLevel(
+        logging.CRITICAL
+    )  # what a worker fails with is raised here, too
     done = from_items(blocks, override_num_blocks=len(blocks)).map_batches(
         Worker,
         fn_constructor_args=(config, scales.resolve(), created, open_engine),
@@ -67,7 +71,10 @@ def answer_on_ray(
 
 def _last_line(error: BaseException) -> str:
     """What a worker's error says after its traceback."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return next(
+        (line.strip() for line in reversed(str(error).splitlines()) if line.strip()),
+        type(error).__name__,
+    )
 
 
 def _blocks(left: Iterable[Row], size: int) -> Iterator[list[tuple[int, int]]]:
@@ -91,7 +98,13 @@ def _ranges(numbers: list[int]) -> list[tuple[int, int]]:
 class Worker:
     """An engine on a machine of the cluster, and the input open beside it."""
 
-    def __init__(self, config: Config, scales: Path, created: int, open_engine: Callable[[Config, Path], Engine]):
+    def __init__(
+        self,
+        config: Config,
+        scales: Path,
+        created: int,
+        open_engine: Callable[[Config, Path], Engine],
+    ):
         self.config = config
         self.engine = open_engine(config, scales)
         self.form = form_of(config, self.engine.token_text, created)
@@ -103,7 +116,13 @@ class Worker:
         found: dict[str, list[Any]] = {"row": [], "output": [], "in": [], "out": [], "ok": []}
 
         def book(row: Row, record: Any) -> None:
-            values = (row.number, outputs.line(record.output), record.prompt_tokens, record.completion_tokens, record.ok)
+            values = (
+                row.number,
+                outputs.line(record.output),
+                record.prompt_tokens,
+                record.completion_tokens,
+                record.ok,
+            )
             for name, value in zip(found, values, strict=True):
                 found[name].append(value)
 

@@ -17,17 +17,44 @@ from jfp8kv.batch.config import Config
 from jfp8kv.batch.inputs import OPENAI_KEYS, Row
 from jfp8kv.batch.plain import Record, Request, row_seed
 from jfp8kv.batch.templates import Fields, RowError
-from jfp8kv.core.errors import nearest
+from jfp8kv.core.errors import did_you_mean
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 # What a body may ask of the sampler under the name that `SamplingParams` has for it; the second line is what vLLM adds.
 SAMPLING = frozenset(
-    ("temperature", "top_p", "n", "best_of", "stop", "seed", "max_tokens", "presence_penalty", "frequency_penalty")
-    + ("top_k", "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "include_stop_str_in_output")
+    (
+        "temperature",
+        "top_p",
+        "n",
+        "best_of",
+        "stop",
+        "seed",
+        "max_tokens",
+        "presence_penalty",
+        "frequency_penalty",
+    )
+    + (
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "min_tokens",
+        "stop_token_ids",
+        "ignore_eos",
+        "include_stop_str_in_output",
+    )
 )
 # Taken, and without effect here: who asks and how it is billed, cached or streamed.
 WITHOUT_EFFECT = frozenset(
-    ("model", "user", "metadata", "store", "service_tier", "stream_options", "prompt_cache_key", "prompt_cache_retention")
+    (
+        "model",
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "stream_options",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+    )
     + ("safety_identifier", "parallel_tool_calls")
 )
 STRUCTURE = ("json_schema", "regex", "choice", "grammar")  # of which a text can be held to one
@@ -61,7 +88,9 @@ class OpenAI:
     def request(self, row: Row, fields: Fields) -> Request:
         """What the row asks. Raises `RowError` for what cannot be served, naming it."""
         if missing := sorted(OPENAI_KEYS - fields.keys()):
-            raise RowError(f"has no {missing[0]!r}: a batch request has custom_id, method, url and body.")
+            raise RowError(
+                f"has no {missing[0]!r}: a batch request has custom_id, method, url and body."
+            )
         url, body = fields["url"], fields["body"]
         if not isinstance(fields["custom_id"], str):
             raise RowError(f"custom_id is {fields['custom_id']!r}: must be a text.")
@@ -70,17 +99,27 @@ class OpenAI:
         if not isinstance(body, Mapping):
             raise RowError("body: must be an object.")
         prompt = _messages(body) if url == CHAT else _prompt(body)
-        usual = {"max_tokens": NO_LIMIT if url == CHAT else USUAL_TEXT_TOKENS, "seed": row_seed(self._config.seed, row.number)}
+        usual = {
+            "max_tokens": NO_LIMIT if url == CHAT else USUAL_TEXT_TOKENS,
+            "seed": row_seed(self._config.seed, row.number),
+        }
         return Request(prompt, usual | self._usual | _sampling(body, url == CHAT))
 
     def record(self, row: Row, fields: Fields, result: Any) -> Record:
         """The answer to a request."""
         chat = fields["url"] == CHAT
         top = (self._usual | _sampling(fields["body"], chat)).get("logprobs") or 0
-        choices = [self._chat_choice(made, top) if chat else self._text_choice(made) for made in result.outputs]
+        choices = [
+            self._chat_choice(made, top) if chat else self._text_choice(made)
+            for made in result.outputs
+        ]
         prompt_tokens = len(result.prompt_token_ids)
         made = sum(len(one.token_ids) for one in result.outputs)
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": made, "total_tokens": prompt_tokens + made}
+        usage = {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": made,
+            "total_tokens": prompt_tokens + made,
+        }
         body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{self._id(row)}",
             "object": "chat.completion" if chat else "text_completion",
@@ -89,9 +128,13 @@ class OpenAI:
             "choices": choices,
             "usage": usage,
         }
-        return Record(self._line(row, fields, self._response(row, 200, body), None), prompt_tokens, made)
+        return Record(
+            self._line(row, fields, self._response(row, 200, body), None), prompt_tokens, made
+        )
 
-    def failed(self, row: Row, fields: Fields | None, message: str, *, fault: bool = False) -> Record:
+    def failed(
+        self, row: Row, fields: Fields | None, message: str, *, fault: bool = False
+    ) -> Record:
         """The answer to a request that was not served, or that is none; `fault`: the engine's, not the request's."""
         where = f"line {row.line}: {message}"
         if fields is None or not isinstance(fields.get("custom_id"), str):
@@ -99,7 +142,10 @@ class OpenAI:
             return Record(self._line(row, {"custom_id": None}, None, error), ok=False)
         kind = "server_error" if fault else "invalid_request_error"
         body = {"error": {"message": where, "type": kind, "param": None, "code": None}}
-        return Record(self._line(row, fields, self._response(row, 500 if fault else 400, body), None), ok=False)
+        return Record(
+            self._line(row, fields, self._response(row, 500 if fault else 400, body), None),
+            ok=False,
+        )
 
     def _line(self, row: Row, fields: Fields, response: Any, error: Any) -> dict[str, Any]:
         line = {"id": f"batch_req_{self._id(row)}", "custom_id": fields["custom_id"]}
@@ -115,24 +161,44 @@ class OpenAI:
 
     def _chat_choice(self, made: Any, top: int) -> dict[str, Any]:
         message = {"role": "assistant", "content": made.text, "refusal": None}
-        logprobs = None if made.logprobs is None else {"content": self._chat_logprobs(made, top), "refusal": None}
-        return {"index": made.index, "message": message, "logprobs": logprobs, "finish_reason": _finish_reason(made)}
+        logprobs = (
+            None
+            if made.logprobs is None
+            else {"content": self._chat_logprobs(made, top), "refusal": None}
+        )
+        return {
+            "index": made.index,
+            "message": message,
+            "logprobs": logprobs,
+            "finish_reason": _finish_reason(made),
+        }
 
     def _chat_logprobs(self, made: Any, top: int) -> list[dict[str, Any]]:
         """Each token made, and beside it the `top` likeliest, whether it is one of them or not."""
 
         def named(token: int, logprob: float) -> dict[str, Any]:
             text = self._token_text(token)
-            return {"token": text, "logprob": logprob, "bytes": None if BROKEN in text else list(text.encode())}
+            return {
+                "token": text,
+                "logprob": logprob,
+                "bytes": None if BROKEN in text else list(text.encode()),
+            }
 
         def likeliest(step: dict[int, float]) -> list[dict[str, Any]]:
             return [named(*each) for each in itertools.islice(step.items(), top)]
 
         steps = zip(made.token_ids, made.logprobs, strict=True)
-        return [named(token, step[token]) | {"top_logprobs": likeliest(step)} for token, step in steps]
+        return [
+            named(token, step[token]) | {"top_logprobs": likeliest(step)} for token, step in steps
+        ]
 
     def _text_choice(self, made: Any) -> dict[str, Any]:
-        choice = {"index": made.index, "text": made.text, "finish_reason": _finish_reason(made), "logprobs": None}
+        choice = {
+            "index": made.index,
+            "text": made.text,
+            "finish_reason": _finish_reason(made),
+            "logprobs": None,
+        }
         if made.logprobs is None:
             return choice
         steps = list(zip(made.token_ids, made.logprobs, strict=True))
@@ -141,7 +207,10 @@ class OpenAI:
             "logprobs": {
                 "tokens": tokens,
                 "token_logprobs": [step[token] for token, step in steps],
-                "top_logprobs": [{self._token_text(each): value for each, value in step.items()} for _, step in steps],
+                "top_logprobs": [
+                    {self._token_text(each): value for each, value in step.items()}
+                    for _, step in steps
+                ],
                 "text_offset": list(itertools.accumulate(map(len, tokens), initial=0))[:-1],
             }
         }
@@ -170,7 +239,9 @@ def _content(content: Any) -> Any:
                 texts.append(text)
             case _:
                 kind = part.get("type") if isinstance(part, dict) else part
-                raise RowError(f"body.messages has a part of type {kind!r}: only text can be read, under 'text'.")
+                raise RowError(
+                    f"body.messages has a part of type {kind!r}: only text can be read, under 'text'."
+                )
     return "".join(texts)
 
 
@@ -179,7 +250,9 @@ def _prompt(body: Mapping[str, Any]) -> Any:
     prompt = body.get("prompt")
     if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt):
         if len(prompt) != 1:
-            raise RowError(f"body.prompt is a list of {len(prompt)}: give each prompt a line of its own.")
+            raise RowError(
+                f"body.prompt is a list of {len(prompt)}: give each prompt a line of its own."
+            )
         return prompt[0]
     return prompt
 
@@ -191,7 +264,7 @@ def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
         if name not in known and value not in ASKS_NOTHING.get(name, ()):
-            raise RowError(f"body.{name} is not served here.{nearest(name, known)}")
+            raise RowError(f"body.{name} is not served here.{did_you_mean(name, known)}")
     found = {name: given[name] for name in SAMPLING & given.keys()}
     if chat and "max_completion_tokens" in given:
         found["max_tokens"] = given["max_completion_tokens"]
@@ -219,7 +292,9 @@ def _structure(asked: Any) -> dict[str, Any]:
             return {"json_schema": {"type": "object"}}
         case {"type": "json_schema", "json_schema": {"schema": schema}}:
             return {"json_schema": schema}
-    raise RowError(f"body.response_format is {asked!r}: must be of type text, json_object, or json_schema with a schema.")
+    raise RowError(
+        f"body.response_format is {asked!r}: must be of type text, json_object, or json_schema with a schema."
+    )
 
 
 def _bias(given: Any) -> dict[int, Any]:

@@ -25,7 +25,9 @@ def line(record: dict[str, Any]) -> bytes:
         text = _JSON.encode(record)
     except ValueError:
         text = _JSON.encode(_finite(record))
-    return text.encode("utf-8", "backslashreplace")  # half a surrogate pair: JSON can escape it, UTF-8 cannot hold it
+    return text.encode(
+        "utf-8", "backslashreplace"
+    )  # half a surrogate pair: JSON can escape it, UTF-8 cannot hold it
 
 
 def _finite(value: Any) -> Any:
@@ -45,14 +47,18 @@ def format_of(config: Config) -> str:
     if inputs.format_of(config.input) == "openai":
         if asked in ("auto", "openai") and suffix != ".parquet":
             return "openai"
-        raise ConfigError("OpenAI batch requests get OpenAI's output format: give a name that ends in .jsonl.")
+        raise ConfigError(
+            "OpenAI batch requests get OpenAI's output format: give a name that ends in .jsonl."
+        )
     if asked == "openai":
         raise ConfigError("format openai is for OpenAI batch requests, and the input is none.")
     if asked != "auto":
         return asked
     if suffix in (".jsonl", ".ndjson", ".parquet"):
         return "parquet" if suffix == ".parquet" else "jsonl"
-    raise ConfigError(f"{config.output.path}: its name says no format: give `format:`, or a name in .jsonl or .parquet.")
+    raise ConfigError(
+        f"{config.output.path}: its name says no format: give `format:`, or a name in .jsonl or .parquet."
+    )
 
 
 def check(config: Config) -> None:
@@ -65,21 +71,32 @@ def check_place(config: Config) -> None:
     """Raise unless a file can be written there: sooner than after the work."""
     path = Path(config.output.path)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{path}: no file can be written there; give one in a folder that exists.")
+        raise ConfigError(
+            f"{path}: no file can be written there; give one in a folder that exists."
+        )
     if path.exists() and path.samefile(config.input.path):
         raise ConfigError(f"{path}: is the input, too: give the output another name.")
 
 
 def shard_path(output: Path, shard: list[int] | None) -> Path:
     """Where a shard's output goes: `out.0-of-4.jsonl` for `out.jsonl`, so that one config serves all shards."""
-    return output.with_name(f"{output.stem}.{shard[0]}-of-{shard[1]}{output.suffix}") if shard else output
+    return (
+        output.with_name(f"{output.stem}.{shard[0]}-of-{shard[1]}{output.suffix}")
+        if shard
+        else output
+    )
 
 
 def finish(config: Config, partial: Path) -> None:
     """Write the output of a finished journal: all of it is there, or what was there before."""
     shard = tuple(config.shard) if config.shard else (0, 1)
     rows = journal.outputs(partial) if config.output.unordered else journal.ordered(partial, shard)
-    write(shard_path(Path(config.output.path), config.shard), rows, format_of(config), like=config.input)
+    write(
+        shard_path(Path(config.output.path), config.shard),
+        rows,
+        format_of(config),
+        like=config.input,
+    )
 
 
 def write(path: Path, rows: Iterable[bytes], form: str, *, like: File) -> None:

@@ -16,12 +16,20 @@ def types_of(path: Path) -> dict[str, Any]:
     import pyarrow as pa
     from pyarrow import parquet, types
 
-    kinds = (types.is_boolean, types.is_integer, types.is_float32, types.is_float64, types.is_string, types.is_large_string)
+    kinds = (
+        types.is_boolean,
+        types.is_integer,
+        types.is_float32,
+        types.is_float64,
+        types.is_string,
+        types.is_large_string,
+    )
     kinds += (types.is_decimal, types.is_date, types.is_timestamp, *_binary())
     return {
         field.name: field.type
         for field in parquet.read_schema(path)
-        if any(is_kind(field.type) for is_kind in kinds) or field.type == pa.dictionary(pa.int32(), pa.string())
+        if any(is_kind(field.type) for is_kind in kinds)
+        or field.type == pa.dictionary(pa.int32(), pa.string())
     }
 
 
@@ -40,8 +48,12 @@ def write(path: Path, rows: Iterable[bytes], types: Mapping[str, Any]) -> None:
         with kept.open("wb") as file:
             for group in _groups(rows):
                 file.write(b"".join(row + b"\n" for row in group))
-                schema = pa.unify_schemas([schema, _table(group, types).schema], promote_options="permissive")
-        schema = pa.schema([field if field.type != pa.null() else field.with_type(pa.string()) for field in schema])
+                schema = pa.unify_schemas(
+                    [schema, _table(group, types).schema], promote_options="permissive"
+                )
+        schema = pa.schema(
+            [field if field.type != pa.null() else field.with_type(pa.string()) for field in schema]
+        )
         final = dict(zip(schema.names, schema.types, strict=True))
         with kept.open("rb") as lines, ParquetWriter(path, schema) as writer:
             for group in _groups(lines):
@@ -54,13 +66,17 @@ def write(path: Path, rows: Iterable[bytes], types: Mapping[str, Any]) -> None:
         kept.unlink(missing_ok=True)
 
 
-def _table(rows: Iterable[bytes], types: Mapping[str, Any], names: Iterable[str] | None = None) -> Any:
+def _table(
+    rows: Iterable[bytes], types: Mapping[str, Any], names: Iterable[str] | None = None
+) -> Any:
     """Encoded rows as a table of these columns (None: all that they have), of the types that are known."""
     import pyarrow as pa
 
     read = [json.loads(row) for row in rows]
     names = dict.fromkeys(name for row in read for name in row) if names is None else names
-    return pa.table({name: _column([row.get(name) for row in read], types.get(name)) for name in names})
+    return pa.table(
+        {name: _column([row.get(name) for row in read], types.get(name)) for name in names}
+    )
 
 
 def _column(values: list[Any], kind: Any) -> Any:

@@ -10,7 +10,14 @@ from jfp8kv.batch.inputs import Row
 from jfp8kv.batch.templates import Fields, RowError, compiled, prompter, render
 
 RESULTS = {
-    "generate": ("text", "prompt_tokens", "completion_tokens", "finish_reason", "logprobs", "error"),
+    "generate": (
+        "text",
+        "prompt_tokens",
+        "completion_tokens",
+        "finish_reason",
+        "logprobs",
+        "error",
+    ),
     "score": ("prompt_tokens", "completion_tokens", "logprob", "logprobs", "error"),
 }
 
@@ -60,11 +67,15 @@ class Plain:
     def request(self, row: Row, fields: Fields) -> Request:
         """What the row asks. Raises `RowError` if it lacks what that takes, or has a field that a result is named after."""
         if taken := self._taken & fields.keys():
-            raise RowError(f"has a field {min(taken)!r}, as the results do: give `output.prefix`, such as 'new_'.")
+            raise RowError(
+                f"has a field {min(taken)!r}, as the results do: give `output.prefix`, such as 'new_'."
+            )
         if self._task == "score":
             completion = None if self._completion is None else render(self._completion, fields)
             return Request(self._prompt(fields), completion=completion)
-        return Request(self._prompt(fields), self._sampling | {"seed": row_seed(self._seed, row.number)})
+        return Request(
+            self._prompt(fields), self._sampling | {"seed": row_seed(self._seed, row.number)}
+        )
 
     def record(self, row: Row, fields: Fields, result: Any) -> Record:
         """The row and what the engine made of it."""
@@ -74,11 +85,17 @@ class Plain:
         made = sum(total) if isinstance(total, list) else total
         return Record({**fields, **named}, found["prompt_tokens"], made)
 
-    def failed(self, row: Row, fields: Fields | None, message: str, *, fault: bool = False) -> Record:
+    def failed(
+        self, row: Row, fields: Fields | None, message: str, *, fault: bool = False
+    ) -> Record:
         """The row and why it has no result; `fault`: the engine's, not the row's, which makes no difference here."""
         error = {"line": row.line, "message": message}
         kept = {name: value for name, value in (fields or {}).items() if name not in self._taken}
-        nothing = {self._names[name]: None for name in RESULTS[self._task] if name not in ("error", "logprobs")}
+        nothing = {
+            self._names[name]: None
+            for name in RESULTS[self._task]
+            if name not in ("error", "logprobs")
+        }
         return Record({**kept, **nothing, self._names["error"]: error}, ok=False)
 
     def _generated(self, result: Any) -> dict[str, Any]:
@@ -91,7 +108,9 @@ class Plain:
             }
             for made in result.outputs
         ]
-        found = each[0] if len(each) == 1 else {name: [one[name] for one in each] for name in each[0]}
+        found = (
+            each[0] if len(each) == 1 else {name: [one[name] for one in each] for name in each[0]}
+        )
         return {"text": found.pop("text"), "prompt_tokens": len(result.prompt_token_ids)} | found
 
     def _logprobs(self, made: Any) -> list[dict[str, Any]]:
@@ -101,7 +120,10 @@ class Plain:
             return {"token_id": token, "token": self._token_text(token), "logprob": logprob}
 
         steps = zip(made.token_ids, made.logprobs, strict=True)
-        return [named(token, step[token]) | {"top": [named(*each) for each in step.items()]} for token, step in steps]
+        return [
+            named(token, step[token]) | {"top": [named(*each) for each in step.items()]}
+            for token, step in steps
+        ]
 
     def _scored(self, result: Any) -> dict[str, Any]:
         return {

@@ -22,13 +22,21 @@ from jfp8kv.core.errors import ConfigError
 # What may differ when a run goes on, as no text depends on it: limits, names of files (an input is compared by its bytes, and
 # the record lies beside the output), who runs it, and what the output is made like in the end.
 MAY_DIFFER = (
-    *("engine.kv_cache_memory", "engine.max_num_seqs", "engine.max_num_batched_tokens", "engine.prefix_caching"),
+    *(
+        "engine.kv_cache_memory",
+        "engine.max_num_seqs",
+        "engine.max_num_batched_tokens",
+        "engine.prefix_caching",
+    ),
     *("input.path", "output.path", "runner", "ray"),
 )
 IN_THE_END = ("output.format", "output.unordered")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pydantic")
 SHOWN = 5  # changes named in an error
-PIECE, PIECES = 2**16, 64  # bytes, and how many of them tell a model's file from another of its size
+PIECE, PIECES = (
+    2**16,
+    64,
+)  # bytes, and how many of them tell a model's file from another of its size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +110,9 @@ def begin(config: Config, paths: Paths, *, restart: bool = False) -> Record:
             _check_same(paths, before, same)
             return before
     elif not restart and paths.output.exists():
-        raise ConfigError(f"{paths.output}: is there already, and no run made it: --restart replaces it.")
+        raise ConfigError(
+            f"{paths.output}: is there already, and no run made it: --restart replaces it."
+        )
     for path in (paths.partial, paths.record, paths.scales):
         path.unlink(missing_ok=True)
     now = time.time()
@@ -142,7 +152,9 @@ def _bytes(path: Path) -> int:
 def _check_same(paths: Paths, before: Record, now: dict[str, Any]) -> None:
     """Raise unless a run may go on as it is now, or is complete."""
     if before.complete and not paths.output.exists():
-        raise ConfigError(f"{paths.output}: is not there, and was complete: put it back, or make it anew with --restart.")
+        raise ConfigError(
+            f"{paths.output}: is not there, and was complete: put it back, or make it anew with --restart."
+        )
     if changed := differences(before.data["same"], now, but=() if before.complete else IN_THE_END):
         raise ConfigError(
             f"{paths.output}: belongs to a run that was not the same: {changed}. Undo that, give another output, or begin anew "
@@ -157,13 +169,20 @@ def differences(before: dict[str, Any], now: dict[str, Any], *, but: tuple[str, 
         for key, old, new in _changes(before, now)
         if not {name := key.removeprefix("config."), name.split(".")[0]} & {*MAY_DIFFER, *but}
     ]
-    return "; ".join(changes[:SHOWN]) + (f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else "")
+    return "; ".join(changes[:SHOWN]) + (
+        f"; and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    )
 
 
 def session() -> dict[str, Any]:
     """This process's part in a run."""
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"started": started, "host": socket.gethostname(), "process": os.getpid(), "command": sys.argv}
+    return {
+        "started": started,
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "command": sys.argv,
+    }
 
 
 # -- what a run must be the same in ------------------------------------------------------------------------------------------
@@ -172,7 +191,12 @@ def session() -> dict[str, Any]:
 def fingerprint(config: Config, paths: Paths) -> dict[str, Any]:
     """All that texts depend on: the config, the bytes of the input and of files that it names, pieces of the model's; as JSON
     gives it back."""
-    named = [config.kv_dtype, config.kv_scales, *config.comparison.kv_scales, *config.comparison.kv_dtypes]
+    named = [
+        config.kv_dtype,
+        config.kv_scales,
+        *config.comparison.kv_scales,
+        *config.comparison.kv_dtypes,
+    ]
     others = [getattr(config.comparison.calibration, "path", None)]
     if not isinstance(config.kv_scales, str):
         others.append(config.kv_scales.calibrate.input.path)
@@ -189,7 +213,10 @@ def fingerprint(config: Config, paths: Paths) -> dict[str, Any]:
 def _content(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
-            return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            return {
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
 
@@ -237,10 +264,14 @@ def _commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
     try:
         run = {"capture_output": True, "text": True, "timeout": 10}
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel", "HEAD"], **run, check=True).stdout.split("\n")
+        top = subprocess.run(
+            [*git, "rev-parse", "--show-toplevel", "HEAD"], **run, check=True
+        ).stdout.split("\n")
         if Path(top[0]) != Path(git[2]):
             return None
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **run, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], **run, check=True
+        ).stdout.strip()
         return top[1] + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None

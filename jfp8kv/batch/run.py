@@ -64,7 +64,10 @@ def run(
       ConfigError: a mistake, another process at work on the output, or an output of another run.
       RunStopped: the input could not be read further, the disk is full, or the engine fails on every row.
     """
-    paths, view = Paths(outputs.shard_path(Path(config.output.path), config.shard)), view or View(quiet=True)
+    paths, view = (
+        Paths(outputs.shard_path(Path(config.output.path), config.shard)),
+        view or View(quiet=True),
+    )
     with locked(paths.lock):
         record = begin(config, paths, restart=restart)
         if record.complete:
@@ -76,7 +79,11 @@ def run(
             began = time.monotonic()
             totals, shown = task(config, progress=None if view.shown else False)
             seconds = time.monotonic() - began
-            record.save(status="complete", sessions=[session() | {"seconds": round(seconds, 3)}], totals=totals)
+            record.save(
+                status="complete",
+                sessions=[session() | {"seconds": round(seconds, 3)}],
+                totals=totals,
+            )
             return Outcome(paths.output, totals, seconds, shown=shown)
 
 
@@ -103,7 +110,10 @@ def peek(file: File, ask: Callable[[Row, dict[str, Any]], Any]) -> None:
             except RowError as error:
                 errors.append(f"{file.path}:{row.line}: {error}")
     if errors:
-        raise ConfigError(errors[0] + (f" None of the first {len(errors)} rows will do." if len(errors) > 1 else ""))
+        raise ConfigError(
+            errors[0]
+            + (f" None of the first {len(errors)} rows will do." if len(errors) > 1 else "")
+        )
 
 
 class _Run:
@@ -117,7 +127,9 @@ class _Run:
         self.engine: Engine | None = None
         self.before = Totals()  # of earlier sessions
         self.unreadable: Exception | None = None
-        self.seen = self.skipped = 0  # rows of the shard that were read, and those of them that were done before
+        self.seen = self.skipped = (
+            0  # rows of the shard that were read, and those of them that were done before
+        )
         self.form = form_of(config, self._token_text, record.created)
 
     def _token_text(self, token: int) -> str:
@@ -147,9 +159,13 @@ class _Run:
             except EngineFailed as error:
                 raise self._stopped(journal, str(error)) from error
             except OSError as error:
-                raise self._stopped(journal, f"{error.filename or self.paths.partial}: {error.strerror or error}") from error
+                raise self._stopped(
+                    journal, f"{error.filename or self.paths.partial}: {error.strerror or error}"
+                ) from error
             if self.unreadable is not None:
-                raise self._stopped(journal, f"{self.config.input.path}: cannot be read further: {self.unreadable}")
+                raise self._stopped(
+                    journal, f"{self.config.input.path}: cannot be read further: {self.unreadable}"
+                )
             totals = asdict(journal.totals)
         try:
             outputs.finish(self.config, self.paths.partial)
@@ -179,12 +195,20 @@ class _Run:
         if self.config.runner == "ray":
             created = self.record.created
             answer_on_ray(
-                self.config, self._left(journal), journal, open_engine=open_engine, scales=self.paths.scales, created=created
+                self.config,
+                self._left(journal),
+                journal,
+                open_engine=open_engine,
+                scales=self.paths.scales,
+                created=created,
             )
             return
 
         def book(row: Row, record: Record) -> None:
-            tokens = {"prompt_tokens": record.prompt_tokens, "completion_tokens": record.completion_tokens}
+            tokens = {
+                "prompt_tokens": record.prompt_tokens,
+                "completion_tokens": record.completion_tokens,
+            }
             journal.append(row.number, outputs.line(record.output), **tokens, ok=record.ok)
 
         assert self.engine is not None
@@ -211,7 +235,9 @@ class _Run:
                     yield row
 
     def _progress(self, journal: Journal) -> Progress:
-        each = self.reader.share / max(1, self.seen)  # what a row is of all, if the rest are like those read
+        each = self.reader.share / max(
+            1, self.seen
+        )  # what a row is of all, if the rest are like those read
         totals, counters = journal.totals, self.engine.counters() if self.engine else {}
         # The engine counts what is not finished, too, but not what it scores, nor is that of a cluster's workers here.
         made = totals - self.before

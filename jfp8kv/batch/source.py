@@ -35,15 +35,23 @@ class Source:
 
     def mistake(self, keys: Sequence[str | int], message: str) -> ConfigError:
         """The error for the value at `keys`: place, keys, message."""
-        return ConfigError(f"{self.place(keys)}: {dotted(keys)}: {message}" if keys else f"{self.place(keys)}: {message}")
+        return ConfigError(
+            f"{self.place(keys)}: {dotted(keys)}: {message}"
+            if keys
+            else f"{self.place(keys)}: {message}"
+        )
 
 
 def dotted(keys: Sequence[str | int]) -> str:
     """`a.b[0]`, as users write it."""
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(".")
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys).removeprefix(
+        "."
+    )
 
 
-def read(path: Path, overrides: Sequence[str] = (), *, short: Mapping[str, str] = MappingProxyType({})) -> Source:
+def read(
+    path: Path, overrides: Sequence[str] = (), *, short: Mapping[str, str] = MappingProxyType({})
+) -> Source:
     """The config in the file at `path`, with each override `a.b=value` (its value is YAML) in place of what it says.
 
     A key in `short` may be given as a text, which stands for a mapping with that text under the name that `short` has for it.
@@ -56,7 +64,9 @@ def read(path: Path, overrides: Sequence[str] = (), *, short: Mapping[str, str] 
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is no UTF-8 text: {error.reason}.") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}. Give the path of a YAML file.") from None
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror}. Give the path of a YAML file."
+        ) from None
     places: dict[Keys, str] = {(): str(path)}
     data = _parsed(text, str(path), places)
     if not isinstance(data, dict):
@@ -77,10 +87,16 @@ for _tag, _pattern, _first in (
     ("bool", r"true|false|True|False", "tfTF"),
     ("null", r"~|null|Null|", ["~", "n", "N", ""]),
     ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
-    ("float", r"[-+]?((0|[1-9][0-9_]*)?\.[0-9]+|(0|[1-9][0-9_]*)\.?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+    (
+        "float",
+        r"[-+]?((0|[1-9][0-9_]*)?\.[0-9]+|(0|[1-9][0-9_]*)\.?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+        "-+.0123456789",
+    ),
     ("merge", r"<<", "<"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
 
 
 def _parsed(text: str, name: str, places: dict[Keys, str]) -> Any:
@@ -97,10 +113,16 @@ def _parsed(text: str, name: str, places: dict[Keys, str]) -> Any:
         return data
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{name}:{line}: is no valid YAML: {error.problem or error.context}.") from None
+        raise ConfigError(
+            f"{name}:{line}: is no valid YAML: {error.problem or error.context}."
+        ) from None
     except ConfigError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a list may name itself as its part
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # a list may name itself as its part
         raise ConfigError(f"{name}: is no valid YAML: {error}.") from None
     finally:
         loader.dispose()
@@ -113,7 +135,9 @@ def _refuse_twice(node: yaml.Node, name: str) -> None:
             if not isinstance(key, yaml.ScalarNode):
                 raise ConfigError(f"{name}:{key.start_mark.line + 1}: a key must be a name.")
             if key.value in seen and key.value != "<<":
-                raise ConfigError(f"{name}:{key.start_mark.line + 1}: {key.value} is given twice: keep one of them.")
+                raise ConfigError(
+                    f"{name}:{key.start_mark.line + 1}: {key.value} is given twice: keep one of them."
+                )
             seen.add(key.value)
             _refuse_twice(value, name)
     elif isinstance(node, yaml.SequenceNode):
@@ -146,7 +170,9 @@ def _override(source: Source, override: str, short: Mapping[str, str]) -> None:
             inside[key] = {short[key]: inside[key]}
         inside = inside.setdefault(key, {})
         if not isinstance(inside, dict):
-            raise ConfigError(f"{where}: {key} is no mapping in {source.name}, so nothing can be set in it.")
+            raise ConfigError(
+                f"{where}: {key} is no mapping in {source.name}, so nothing can be set in it."
+            )
     places: dict[Keys, str] = {}
     inside[keys[-1]] = _parsed(text, where, places)
     for stale in [at for at in source._places if at[: len(keys)] == keys]:

@@ -12,7 +12,7 @@ from jinja2 import StrictUndefined, Template, TemplateSyntaxError, UndefinedErro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jfp8kv.batch.config import Config
-from jfp8kv.core.errors import ConfigError, nearest
+from jfp8kv.core.errors import ConfigError, did_you_mean
 
 FIELDS = ("prompt", "messages", "text")  # of a row without a template, the first there is
 Fields = Mapping[str, Any]
@@ -24,13 +24,17 @@ class RowError(ConfigError):
 
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, finalize=_shown)
+    return ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, keep_trailing_newline=True, finalize=_shown
+    )
 
 
 def _shown(value: Any) -> Any:
     """What an expression puts into the text. Nobody wants the word None in a prompt."""
     if value is None:
-        raise RowError("the template meets a null, which is no text: say {{ field or '' }} where there may be one.")
+        raise RowError(
+            "the template meets a null, which is no text: say {{ field or '' }} where there may be one."
+        )
     return value
 
 
@@ -40,7 +44,9 @@ def compiled(text: str) -> Template:
     try:
         return _environment().from_string(text)
     except TemplateSyntaxError as error:
-        raise ConfigError(f"is no valid template, line {error.lineno} of it: {error.message}.") from None
+        raise ConfigError(
+            f"is no valid template, line {error.lineno} of it: {error.message}."
+        ) from None
 
 
 def render(template: Template, fields: Fields) -> str:
@@ -48,9 +54,13 @@ def render(template: Template, fields: Fields) -> str:
     try:
         return template.render(fields)
     except UndefinedError as error:
-        missing = re.findall("'([^']*)'", str(error))[-1:] or [str(error)]  # "'dict object' has no attribute 'x'"
+        missing = re.findall("'([^']*)'", str(error))[-1:] or [
+            str(error)
+        ]  # "'dict object' has no attribute 'x'"
         known = ", ".join(map(str, fields))
-        raise RowError(f"the template wants {missing[0]!r}: {error}.{nearest(missing[0], fields)} There are {known}.") from None
+        raise RowError(
+            f"the template wants {missing[0]!r}: {error}.{did_you_mean(missing[0], fields)} There are {known}."
+        ) from None
     except RowError:
         raise
     except Exception as error:  # a template may do anything
@@ -64,7 +74,9 @@ def prompter(config: Config) -> Callable[[Fields], Any]:
         return lambda fields: render(template, fields)
     if config.messages is not None:
         parts = [(message.role, compiled(message.content)) for message in config.messages]
-        return lambda fields: [{"role": role, "content": render(content, fields)} for role, content in parts]
+        return lambda fields: [
+            {"role": role, "content": render(content, fields)} for role, content in parts
+        ]
     return _own
 
 
@@ -74,5 +86,7 @@ def _own(fields: Fields) -> Any:
     if found is None:
         there = ", ".join(map(repr, fields)) or "none"
         wanted = " or ".join(map(repr, FIELDS))
-        raise RowError(f"has no {wanted}, but {there}: give `prompt:` in the config, such as '{{{{ field }}}}'.")
+        raise RowError(
+            f"has no {wanted}, but {there}: give `prompt:` in the config, such as '{{{{ field }}}}'."
+        )
     return fields[found]

@@ -35,12 +35,17 @@ class Progress:
         seconds, counters = max(self.seconds, 1e-9), self.counters
         failed = f", {self.failed:,} failed" if self.failed else ""
         into, out = self.prompt_tokens / seconds, self.completion_tokens / seconds
-        shown = {"rows": f"{self.done:,} done ({self.share:.0%}){failed}", "tokens/s": f"{into:,.0f} in, {out:,.0f} out"}
+        shown = {
+            "rows": f"{self.done:,} done ({self.share:.0%}){failed}",
+            "tokens/s": f"{into:,.0f} in, {out:,.0f} out",
+        }
         if capacity := counters.get("kv_bytes_capacity"):
             shown["cache"] = f"{counters['kv_bytes_used'] / capacity:.0%} used"
             shown["prefix hits"] = f"{counters['prefix_hit_tokens']:,.0f} tokens"
             shown["preemptions"] = f"{counters['preemptions']:,.0f}"
-        return shown | {"time": f"{_clock(self.seconds)}, {'?' if self.left_s is None else _clock(self.left_s)} left"}
+        return shown | {
+            "time": f"{_clock(self.seconds)}, {'?' if self.left_s is None else _clock(self.left_s)} left"
+        }
 
 
 class View:
@@ -65,7 +70,11 @@ class View:
             from rich.console import Console
             from rich.live import Live
 
-            with Live(console=Console(stderr=True), get_renderable=lambda: _table(progress()), transient=True):
+            with Live(
+                console=Console(stderr=True),
+                get_renderable=lambda: _table(progress()),
+                transient=True,
+            ):
                 yield
         else:
             over = threading.Event()
@@ -93,4 +102,8 @@ def _table(progress: Progress) -> Any:
 
 def _clock(seconds: float) -> str:
     whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
+    return (
+        f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+        if whole >= 3600
+        else f"{whole // 60}:{whole % 60:02}"
+    )

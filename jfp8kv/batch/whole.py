@@ -32,31 +32,43 @@ def prompts(config: Config, file: File) -> Iterator[Any]:
 def fp8_of(config: Config) -> str:
     """The one FP8 format of the config's cache. Raises `ConfigError` if there is none, or two."""
     given = config.kv_dtype
-    names = given if isinstance(given, list) else [given.default if isinstance(given, KVByLayer) else given]
+    names = (
+        given
+        if isinstance(given, list)
+        else [given.default if isinstance(given, KVByLayer) else given]
+    )
     found = {name for name in names if name in FP8}
     if len(found) != 1:
-        raise ConfigError(f"kv_dtype is {' and '.join(sorted(found or names))}: scales are found for one of {', '.join(FP8)}.")
+        raise ConfigError(
+            f"kv_dtype is {' and '.join(sorted(found or names))}: scales are found for one of {', '.join(FP8)}."
+        )
     return found.pop()
 
 
-def calibrated(config: Config, params: Any, file: File, how: Observed, *, progress: bool | None = False) -> Any:
+def calibrated(
+    config: Config, params: Any, file: File, how: Observed, *, progress: bool | None = False
+) -> Any:
     """Scales for the config's cache from the prompts of a file, and how much they were made from (`Calibration`)."""
-    from jfp8kv.api import calibration
+    from jfp8kv.functional import calibration
 
-    return calibration(params, prompts(config, file), calibration_asked(config, how), progress=progress)
+    return calibration(
+        params, prompts(config, file), calibration_asked(config, how), progress=progress
+    )
 
 
 def calibration_asked(config: Config, how: Observed) -> Any:
     """A calibration, checked as far as that goes without a model (`CalibrationPlan`). Raises `ConfigError`."""
-    from jfp8kv.api import calibration_plan
+    from jfp8kv.functional import calibration_plan
 
     asked = how.model_dump(include=set(Observed.model_fields))
-    return calibration_plan(kv_dtype=fp8_of(config), max_model_len=config.engine.max_model_len, **asked)
+    return calibration_plan(
+        kv_dtype=fp8_of(config), max_model_len=config.engine.max_model_len, **asked
+    )
 
 
 def comparison_asked(config: Config) -> dict[str, Any]:
     """What `jfp8kv.compare` is asked, checked likewise. Raises `ConfigError`."""
-    from jfp8kv.api import comparison_plan
+    from jfp8kv.functional import comparison_plan
 
     given = config.comparison.model_dump(exclude={"calibration"}, exclude_none=True)
     comparison_plan(**given)
@@ -65,7 +77,7 @@ def comparison_asked(config: Config) -> dict[str, Any]:
 
 def scales_first(config: Config, path: Path) -> tuple[Any, Any]:
     """The model, and the scales that the config has it find for itself: those in the file at `path`, or made and kept there."""
-    from jfp8kv.api import KVScales, load
+    from jfp8kv.functional import KVScales, load
 
     assert isinstance(config.kv_scales, CalibrateFirst)
     params = load(config.model, dtype=config.dtype, strict=config.strict)
@@ -77,7 +89,7 @@ def scales_first(config: Config, path: Path) -> tuple[Any, Any]:
 
 def calibrate(config: Config, *, progress: bool | None) -> tuple[dict[str, int], None]:
     """Write the scales; what they were made from."""
-    from jfp8kv.api import load
+    from jfp8kv.functional import load
 
     params = load(config.model, dtype=config.dtype, strict=config.strict)
     done = calibrated(config, params, config.input, config.calibration, progress=progress)
@@ -87,7 +99,7 @@ def calibrate(config: Config, *, progress: bool | None) -> tuple[dict[str, int],
 
 def compare(config: Config, *, progress: bool | None) -> tuple[dict[str, int], Any]:
     """Write the comparison as JSON; what it was made from, and the comparison."""
-    from jfp8kv.api import compare, load
+    from jfp8kv.functional import compare, load
 
     params = load(config.model, dtype=config.dtype, strict=config.strict)
     file = config.comparison.calibration
@@ -109,9 +121,14 @@ def _totals(rows: int, tokens: int) -> dict[str, int]:
 
 def _placed(path: Path, write: Callable[[Path], Any]) -> None:
     """Have a file written beside `path`, and put in its place once it is whole."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")  # workers may find the same scales at once
+    beside = path.with_name(
+        f"{path.name}.{os.getpid()}.new"
+    )  # workers may find the same scales at once
     write(beside)
     beside.replace(path)
 
 
-TASKS: dict[str, Callable[..., tuple[dict[str, int], Any]]] = {"calibrate": calibrate, "compare": compare}
+TASKS: dict[str, Callable[..., tuple[dict[str, int], Any]]] = {
+    "calibrate": calibrate,
+    "compare": compare,
+}

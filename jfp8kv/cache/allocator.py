@@ -18,10 +18,14 @@ class PageAllocator:
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
         self._free = deque(range(num_pages))
-        self._idle: OrderedDict[int, None] = OrderedDict()  # kept pages that nobody holds, the longest idle first
+        self._idle: OrderedDict[int, None] = (
+            OrderedDict()
+        )  # kept pages that nobody holds, the longest idle first
         self._holders = [0] * num_pages
         self._pages: dict[Hashable, int] = {}
-        self._keys: dict[int, dict[Hashable, int]] = {}  # of each kept page, with how many slots they speak of
+        self._keys: dict[
+            int, dict[Hashable, int]
+        ] = {}  # of each kept page, with how many slots they speak of
 
     @property
     def free_pages(self) -> int:
@@ -33,15 +37,17 @@ class PageAllocator:
         """Pages somebody holds, each counted once."""
         return self.num_pages - self.free_pages
 
-    def holders(self, page: int) -> int:
+    def ref_count(self, page: int) -> int:
         """How many hold `page`."""
         return self._holders[page]
 
     def allocate(self, count: int) -> list[int]:
         """`count` free pages, now held once each. Raises `CapacityError`, taking none, when fewer are free."""
         if count > self.free_pages:
-            raise CapacityError(f"{count} pages asked for, {self.free_pages} of {self.num_pages} are free.")
-        pages = [self._free.popleft() if self._free else self._forget() for _ in range(count)]
+            raise CapacityError(
+                f"{count} pages asked for, {self.free_pages} of {self.num_pages} are free."
+            )
+        pages = [self._free.popleft() if self._free else self._evict() for _ in range(count)]
         for page in pages:
             self._holders[page] = 1
         return pages
@@ -49,7 +55,9 @@ class PageAllocator:
     def share(self, pages: Iterable[int]) -> None:
         """One more holder for each of `pages`, all of which are held already, or kept."""
         for page in pages:
-            assert self._holders[page] > 0 or page in self._idle, f"page {page} is free and cannot be shared"
+            assert self._holders[page] > 0 or page in self._idle, (
+                f"page {page} is free and cannot be shared"
+            )
             self._idle.pop(page, None)
             self._holders[page] += 1
 
@@ -64,7 +72,7 @@ class PageAllocator:
                 else:
                     self._free.append(page)
 
-    def keep(self, page: int, key: Hashable, slots: int) -> None:
+    def register(self, page: int, key: Hashable, slots: int) -> None:
         """The first `slots` slots of `page`, which is held, have what `key` says. A key that another page has stays with that
         page."""
         assert self._holders[page] > 0, f"page {page} is free and holds nothing to keep"
@@ -72,9 +80,11 @@ class PageAllocator:
             self._pages[key] = page
             self._keys.setdefault(page, {})[key] = slots
 
-    def overwrite(self, page: int, slot: int) -> None:
+    def invalidate_from(self, page: int, slot: int) -> None:
         """`page`, which one holds, will be written from `slot` on: keys that speak of more than what lies before are gone."""
-        assert self._holders[page] == 1, f"page {page} is written to, and {self._holders[page]} hold it"
+        assert self._holders[page] == 1, (
+            f"page {page} is written to, and {self._holders[page]} hold it"
+        )
         keys = self._keys.get(page, {})
         for key in [key for key, slots in keys.items() if slots > slot]:
             del self._pages[key], keys[key]
@@ -85,7 +95,7 @@ class PageAllocator:
         """The page that has what `key` says, held or kept; None when there is none any more."""
         return self._pages.get(key)
 
-    def _forget(self) -> int:
+    def _evict(self) -> int:
         page, _ = self._idle.popitem(last=False)
         for key in self._keys.pop(page):
             del self._pages[key]

@@ -11,16 +11,29 @@ from jfp8kv.core.errors import CapacityError, ConfigError
 DEVICE_SHARE = 0.85  # of what is free on an accelerator once the weights are there
 HOST_SHARE = 0.10  # of what is free in a computer's memory, which others use too
 
-_UNITS = {"": 1, "b": 1} | {f"{p}{b}": base**i for b, base in (("b", 1000), ("ib", 1024)) for i, p in enumerate("kmgt", 1)}
+_UNITS = {"": 1, "b": 1} | {
+    f"{p}{b}": base**i for b, base in (("b", 1000), ("ib", 1024)) for i, p in enumerate("kmgt", 1)
+}
 
 
 def parse_bytes(value: Any) -> int:
     """Bytes of `2_000_000`, "2GiB", "512 MB". Raises `ConfigError` for anything else, zero and negatives included."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", value.lower()) if isinstance(value, str) else None
+    match = (
+        re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", value.lower())
+        if isinstance(value, str)
+        else None
+    )
     if match and match[2] in _UNITS:
         value = float(match[1]) * _UNITS[match[2]]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1 or value == float("inf"):
-        raise ConfigError(f'kv_cache_memory={value!r}: must be a positive number of bytes, or text such as "512MiB" or "2GB".')
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not value >= 1
+        or value == float("inf")
+    ):
+        raise ConfigError(
+            f'kv_cache_memory={value!r}: must be a positive number of bytes, or text such as "512MiB" or "2GB".'
+        )
     return int(value)
 
 
@@ -36,7 +49,9 @@ def _host_free_bytes() -> int:
     free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     try:
         with open("/proc/meminfo") as lines:
-            free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")] or free
+            free = [
+                int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+            ] or free
     except OSError:
         pass  # not Linux: all of the memory stands in for what is free of it
     return free[0]

@@ -4,10 +4,15 @@ import jax
 from jax import lax
 from jaxtyping import Array, Int
 
-from jfp8kv.cache.pages import KVPages
+from jfp8kv.cache.pool import KVPool
 
 
-def copy_pages(pages: KVPages, source: Int[Array, " copies"], target: Int[Array, " copies"], count: Int[Array, ""]) -> KVPages:
+def copy_pages(
+    pages: KVPool,
+    source: Int[Array, " copies"],
+    target: Int[Array, " copies"],
+    count: Int[Array, ""],
+) -> KVPool:
     """Page number `target[i]` has what `source[i]` has, in all its slots and with its scales, for each `i` below `count`, one
     after another: a page may be copied again.
 
@@ -15,8 +20,10 @@ def copy_pages(pages: KVPages, source: Int[Array, " copies"], target: Int[Array,
     (A gather and a scatter of all rows at once took that of all the copies, and on a CPU longer for few.)
     """
 
-    def put(index: Array, pages: KVPages) -> KVPages:
-        return jax.tree.map(lambda pool: _copied(pool, pages.num_pages, source[index], target[index]), pages)
+    def put(index: Array, pages: KVPool) -> KVPool:
+        return jax.tree.map(
+            lambda pool: _copied(pool, pages.num_pages, source[index], target[index]), pages
+        )
 
     return lax.fori_loop(0, count, put, pages)
 

@@ -36,7 +36,10 @@ class LayerGroups:
     def of(cls, windows: Sequence[int], widths: Sequence[int] | None = None) -> "LayerGroups":
         """The groups of layers with these windows, each so many slots wide (1): as deep as can be with little lying idle."""
         widths = widths or [1] * len(windows)
-        kinds = {window: [i for i, w in enumerate(windows) if w == window] for window in dict.fromkeys(windows)}
+        kinds = {
+            window: [i for i, w in enumerate(windows) if w == window]
+            for window in dict.fromkeys(windows)
+        }
         sizes = [[widths[layer] for layer in layers] for layers in kinds.values()]
         least = max(widths)
         depths = [d for d in range(max(map(sum, sizes)), least - 1, -1)]
@@ -75,36 +78,39 @@ def _idle(widths: Sequence[int], depth: int) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class PageNeeds:
+class PageRequirements:
     """How many pages requests need of each group, when one dispatch adds at most `span` tokens to a text."""
 
     groups: LayerGroups
     page_size: int
-    span: int
+    max_tokens_per_dispatch: int
 
     def of(self, tokens: int) -> list[int]:
         """Pages of each group that a text of up to `tokens` tokens needs at any one time."""
-        return [self.between(group, 0, tokens) for group in range(len(self.groups.windows))]
+        return [self.pages_between(group, 0, tokens) for group in range(len(self.groups.windows))]
 
-    def total(self, tokens: int) -> int:
+    def total_pages(self, tokens: int) -> int:
         """Pages of all groups together."""
         return sum(self.of(tokens))
 
-    def first(self, group: int, start: int) -> int:
+    def first_page(self, group: int, start: int) -> int:
         """The first page of a text that queries from position `start` on see in this group."""
         window = self.groups.windows[group]
         return max(0, start - window + 1) // self.page_size if window else 0
 
-    def holding(self, tokens: int) -> int:
+    def end_page(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_size)
 
-    def between(self, group: int, start: int, stop: int) -> int:
+    def pages_between(self, group: int, start: int, stop: int) -> int:
         """Pages of this group that are held at the most, on the way from queries at `start` to tokens up to `stop`."""
-        return min(self.holding(stop) - self.first(group, start), self._most(self.groups.windows[group]))
+        return min(
+            self.end_page(stop) - self.first_page(group, start),
+            self._most(self.groups.windows[group]),
+        )
 
     def _most(self, window: int) -> int:
         """Pages that any `window - 1 + span` tokens in a row can touch: the span and what its first token sees."""
         if not window:
             return sys.maxsize
-        return (window + self.span - 3) // self.page_size + 2
+        return (window + self.max_tokens_per_dispatch - 3) // self.page_size + 2

@@ -1,4 +1,4 @@
-"""`write` of cache/pages.py by the GPU kernel: quantized and scattered in one launch, in place.
+"""`write` of cache/pool.py by the GPU kernel: quantized and scattered in one launch, in place.
 
 Pools that the kernel does not know (layers of several kinds, keys transposed) are left to `write`.
 """
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Int
 
-from jfp8kv.cache.pages import KV, KVPages, Layer, LayerScales, write
+from jfp8kv.cache.pool import KV, KVPool, Layer, LayerScales, write
 from jfp8kv.core.batching import with_axis
 
 
@@ -23,7 +23,7 @@ class KernelWrite:
 
     def __call__(
         self,
-        pages: KVPages,
+        pages: KVPool,
         scales: LayerScales | None,
         k: KV,
         v: KV,
@@ -32,11 +32,16 @@ class KernelWrite:
         page_table: Int[Array, " pages"],
         start: Int[Array, ""],
         length: Int[Array, ""],
-    ) -> KVPages:
+    ) -> KVPool:
         """Store tokens `start .. length-1` of one request in `layer`; rows past `length` are padding, dropped."""
         if len(pages.layout.distinct) > 1 or pages.layout.keys_transposed:
-            return write(pages, scales, k, v, layer=layer, page_table=page_table, start=start, length=length)
-        of_layer: dict[str, Any] = {"layer": jnp.asarray(layer, jnp.int32), "first_row": pages.first_rows}
+            return write(
+                pages, scales, k, v, layer=layer, page_table=page_table, start=start, length=length
+            )
+        of_layer: dict[str, Any] = {
+            "layer": jnp.asarray(layer, jnp.int32),
+            "first_row": pages.first_rows,
+        }
         if pages.dynamic:
             of_layer["first_exponent_row"] = pages.first_exponent_rows
         else:
@@ -50,8 +55,14 @@ class KernelWrite:
         from pallas_kernels import kv_write  # here: it takes as long as the rest of the library
 
         def batch(
-            k: Array, v: Array, page_table: Array, start: Array, length: Array, pages: KVPages, of_layer: dict[str, Any]
-        ) -> KVPages:
+            k: Array,
+            v: Array,
+            page_table: Array,
+            start: Array,
+            length: Array,
+            pages: KVPool,
+            of_layer: dict[str, Any],
+        ) -> KVPool:
             new = kv_write(
                 k,
                 v,
@@ -67,16 +78,20 @@ class KernelWrite:
                 interpret=self.interpret,
                 **of_layer,
             )
-            return KVPages(*new, layout=pages.layout)
+            return KVPool(*new, layout=pages.layout)
 
         @custom_vmap
-        def one(k: Array, v: Array, page_table: Array, start: Array, length: Array, *shared: Any) -> KVPages:
+        def one(
+            k: Array, v: Array, page_table: Array, start: Array, length: Array, *shared: Any
+        ) -> KVPool:
             return batch(*(x[None] for x in (k, v, page_table, start, length)), *shared)
 
         @one.def_vmap
-        def many(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[KVPages, Any]:
+        def many(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[KVPool, Any]:
             own, shared = args[:5], args[5:]
-            assert not any(jax.tree.leaves(in_batched[5:])), "requests share the pool and the layer: vmap with in_axes=None"
+            assert not any(jax.tree.leaves(in_batched[5:])), (
+                "requests share the pool and the layer: vmap with in_axes=None"
+            )
             pages = batch(*with_axis(axis_size, in_batched[:5], own), *shared)
             return pages, jax.tree.map(lambda _: False, pages)
 

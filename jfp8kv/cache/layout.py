@@ -24,7 +24,7 @@ from jfp8kv.core.formats import KVFormat
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerKind:
+class LayerCacheSpec:
     """What a layer keeps: elements of `fmt`, with a scale for every token and head beside them if `dynamic`."""
 
     fmt: KVFormat
@@ -42,7 +42,7 @@ class PoolLayout:
     `keys_transposed`: a page's keys have channels before tokens.
     """
 
-    kinds: tuple[LayerKind, ...]
+    kinds: tuple[LayerCacheSpec, ...]
     slots: tuple[int, ...]
     depth: int
     exponent_slots: tuple[int, ...] = ()
@@ -50,7 +50,9 @@ class PoolLayout:
     keys_transposed: bool = True
 
     @classmethod
-    def of(cls, kinds: Sequence[LayerKind], groups: LayerGroups, *, keys_transposed: bool = True) -> "PoolLayout":
+    def of(
+        cls, kinds: Sequence[LayerCacheSpec], groups: LayerGroups, *, keys_transposed: bool = True
+    ) -> "PoolLayout":
         """The layout of layers of these kinds in `groups`, which were made for `widths(kinds)`."""
         used: Counter[int] = Counter()
         exponent_slots = []
@@ -58,16 +60,27 @@ class PoolLayout:
             exponent_slots.append(used[group] if kind.dynamic else 0)
             used[group] += kind.dynamic
         exponent_depth = max(used.values(), default=0)
-        return cls(tuple(kinds), groups.slot, groups.depth, tuple(exponent_slots), exponent_depth, keys_transposed)
+        return cls(
+            tuple(kinds),
+            groups.slot,
+            groups.depth,
+            tuple(exponent_slots),
+            exponent_depth,
+            keys_transposed,
+        )
 
     @classmethod
-    def alike(cls, fmt: KVFormat, layers: int, *, dynamic: bool = False, keys_transposed: bool = True) -> "PoolLayout":
+    def alike(
+        cls, fmt: KVFormat, layers: int, *, dynamic: bool = False, keys_transposed: bool = True
+    ) -> "PoolLayout":
         """Layers of one kind, in one group."""
-        kinds = (LayerKind(fmt, dynamic),) * layers
-        return cls.of(kinds, LayerGroups.of((0,) * layers, widths(kinds)), keys_transposed=keys_transposed)
+        kinds = (LayerCacheSpec(fmt, dynamic),) * layers
+        return cls.of(
+            kinds, LayerGroups.of((0,) * layers, widths(kinds)), keys_transposed=keys_transposed
+        )
 
     @property
-    def distinct(self) -> tuple[LayerKind, ...]:
+    def distinct(self) -> tuple[LayerCacheSpec, ...]:
         """The kinds there are, in the order of their first layers."""
         return tuple(dict.fromkeys(self.kinds))
 
@@ -76,18 +89,18 @@ class PoolLayout:
         """The type of the pool's arrays."""
         return stored_type(self.kinds)
 
-    def planes(self, kind: LayerKind) -> int:
+    def planes(self, kind: LayerCacheSpec) -> int:
         """Slots that a layer of this kind takes."""
         return kind.fmt.stored.itemsize // self.stored.itemsize
 
 
-def stored_type(kinds: Sequence[LayerKind]) -> np.dtype:
+def stored_type(kinds: Sequence[LayerCacheSpec]) -> np.dtype:
     """The elements of the one format there is, or bytes."""
     types = {kind.fmt.stored for kind in kinds}
     return types.pop() if len(types) == 1 else np.dtype(np.uint8)
 
 
-def widths(kinds: Sequence[LayerKind]) -> tuple[int, ...]:
+def widths(kinds: Sequence[LayerCacheSpec]) -> tuple[int, ...]:
     """Slots that each layer takes."""
     stored = stored_type(kinds)
     return tuple(kind.fmt.stored.itemsize // stored.itemsize for kind in kinds)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jfp8kv.cache.layout import LayerKind
+from jfp8kv.cache.layout import LayerCacheSpec
 from jfp8kv.cache.scales import TOKEN_HEAD, KVScales, read_own_file
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import kv_format
@@ -27,13 +27,17 @@ class LayerPlan:
     loss: float | None = None
 
     def __str__(self) -> str:
-        parts = [self.kv_dtype, self.scales and f"{self.scales} scales", self.k_offset and "K offset"]
+        parts = [
+            self.kv_dtype,
+            self.scales and f"{self.scales} scales",
+            self.k_offset and "K offset",
+        ]
         return ", ".join(part for part in parts if part)
 
     @property
-    def kind(self) -> LayerKind:
+    def kind(self) -> LayerCacheSpec:
         """As the pool knows it."""
-        return LayerKind(kv_format(self.kv_dtype), self.scales == TOKEN_HEAD)
+        return LayerCacheSpec(kv_format(self.kv_dtype), self.scales == TOKEN_HEAD)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,7 +62,11 @@ class KVPlan:
 
     def __str__(self) -> str:
         lines = [f"layers {runs(which)}: {kept}" for kept, which in self._alike().items()]
-        measured = "" if self.loss is None else f", KL {self.loss:.3g} nats/token from the unquantized cache"
+        measured = (
+            ""
+            if self.loss is None
+            else f", KL {self.loss:.3g} nats/token from the unquantized cache"
+        )
         return "\n".join([f"{self.bytes_per_token:,.0f} bytes/token{measured}", *lines])
 
     def _alike(self) -> dict[str, list[int]]:
@@ -89,4 +97,6 @@ class KVPlan:
     def check(self, layers: int) -> None:
         """Raise `ConfigError` unless this is a plan for a model of so many layers."""
         if len(self.layers) != layers:
-            raise ConfigError(f"kv_dtype is a plan for {len(self.layers)} layers, and this model has {layers}.")
+            raise ConfigError(
+                f"kv_dtype is a plan for {len(self.layers)} layers, and this model has {layers}."
+            )

@@ -25,7 +25,7 @@ from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.core.formats import KVFormat, kv_format
 
 UNIT, TOKEN_HEAD = "unit", "token_head"
-NAMED = ("auto", "checkpoint", UNIT, TOKEN_HEAD)
+SCALE_NAMES = ("auto", "checkpoint", UNIT, TOKEN_HEAD)
 
 
 class KVScales:
@@ -37,13 +37,21 @@ class KVScales:
     they are given to. Raises `ConfigError` for a scale that is not positive and finite, naming the layer. Compared by identity.
     """
 
-    def __init__(self, k: np.ndarray, v: np.ndarray, k_offset: np.ndarray | None = None, kv_dtype: str | None = None):
+    def __init__(
+        self,
+        k: np.ndarray,
+        v: np.ndarray,
+        k_offset: np.ndarray | None = None,
+        kv_dtype: str | None = None,
+    ):
         self.k = _positive("k", k)
         self.v = _positive("v", v)
         self.k_offset = None if k_offset is None else _finite("k_offset", k_offset)
         self.kv_dtype = None if kv_dtype is None else kv_format(kv_dtype).name
         if len(self.k) != len(self.v):
-            raise ConfigError(f"K scales for {len(self.k)} layers and V scales for {len(self.v)}: must be the same number.")
+            raise ConfigError(
+                f"K scales for {len(self.k)} layers and V scales for {len(self.v)}: must be the same number."
+            )
         if self.k_offset is not None and len(self.k) != len(self.k_offset):
             raise ConfigError(
                 f"K scales for {len(self.k)} layers and K offsets for {len(self.k_offset)}: must be the same number."
@@ -75,7 +83,13 @@ class KVScales:
         """Write `path` as a safetensors file holding `k`, `v`, `k_offset` if there is one, and what they are."""
         from safetensors.numpy import save  # `save_file` makes files that nobody else may read
 
-        about = json.dumps({"format": "jfp8kv.KVScales", "granularity": self.granularity, "kv_dtype": self.kv_dtype})
+        about = json.dumps(
+            {
+                "format": "jfp8kv.KVScales",
+                "granularity": self.granularity,
+                "kv_dtype": self.kv_dtype,
+            }
+        )
         Path(path).write_bytes(save(self.arrays, metadata={"jfp8kv": about}))
 
     @classmethod
@@ -90,12 +104,16 @@ class KVScales:
         return cls(arrays["k"], arrays["v"], arrays.get("k_offset"), kv_dtype)
 
 
-def read_own_file(path: str | os.PathLike, what: str, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_own_file(
+    path: str | os.PathLike, what: str, kind: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of a safetensors file that `kind.save` wrote, and what is said of them. Raises `CheckpointError`."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
-        raise CheckpointError(f"{what}={str(path)!r}: no such file. Write one with {kind}.save(path).")
+        raise CheckpointError(
+            f"{what}={str(path)!r}: no such file. Write one with {kind}.save(path)."
+        )
     try:
         with safe_open(str(path), framework="numpy") as file:
             about = json.loads((file.metadata() or {}).get("jfp8kv", "{}"))
@@ -103,14 +121,20 @@ def read_own_file(path: str | os.PathLike, what: str, kind: str) -> tuple[dict[s
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{what}={str(path)!r}: not a {kind} file ({error}).") from error
     if missing := [name for name in "kv" if name not in arrays]:
-        raise CheckpointError(f"{what}={str(path)!r}: not a {kind} file (it holds no {' and no '.join(map(repr, missing))}).")
+        raise CheckpointError(
+            f"{what}={str(path)!r}: not a {kind} file (it holds no {' and no '.join(map(repr, missing))})."
+        )
     if about.get("format", f"jfp8kv.{kind}") != f"jfp8kv.{kind}":
-        raise CheckpointError(f"{what}={str(path)!r}: a {about['format']} file, not a jfp8kv.{kind}.")
+        raise CheckpointError(
+            f"{what}={str(path)!r}: a {about['format']} file, not a jfp8kv.{kind}."
+        )
     return arrays, about
 
 
 jax.tree_util.register_pytree_node(
-    KVScales, lambda s: ((s.k, s.v, s.k_offset), s.kv_dtype), lambda kv_dtype, children: _unchecked(kv_dtype, *children)
+    KVScales,
+    lambda s: ((s.k, s.v, s.k_offset), s.kv_dtype),
+    lambda kv_dtype, children: _unchecked(kv_dtype, *children),
 )
 
 
@@ -133,7 +157,12 @@ def _shaped(name: str, value: object) -> np.ndarray:
 
 def _positive(name: str, value: object) -> np.ndarray:
     value = _shaped(name, value)
-    _refuse(~(np.isfinite(value) & (value > 0)), value, f"{name} scale", "scales must be positive and finite")
+    _refuse(
+        ~(np.isfinite(value) & (value > 0)),
+        value,
+        f"{name} scale",
+        "scales must be positive and finite",
+    )
     return value
 
 
@@ -160,7 +189,9 @@ def check_shape(scales: KVScales, *, layers: int, kv_heads: int, head_dim: int) 
             )
 
 
-def token_head_exponent(x: Float[Array, "*tokens head_dim"], fmt: KVFormat) -> UInt8[Array, "*tokens"]:
+def token_head_exponent(
+    x: Float[Array, "*tokens head_dim"], fmt: KVFormat
+) -> UInt8[Array, "*tokens"]:
     """Exponent (biased by 127) of the smallest power of two `s` with `amax(|x|) <= fmt.largest * s`.
 
     The amax runs over finite values: infinities saturate and NaN stays NaN, neither spoils its neighbours. Zero rows get the
@@ -169,8 +200,15 @@ def token_head_exponent(x: Float[Array, "*tokens head_dim"], fmt: KVFormat) -> U
     finite = jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.float32(0))
     amax = lax.bitcast_convert_type(jnp.max(finite, axis=-1), jnp.uint32)
     largest = np.float32(fmt.largest).view(np.uint32)
-    below = (amax & jnp.uint32(0x7FFFFF)) <= jnp.uint32(largest & 0x7FFFFF)  # mantissa fits under the largest value's
-    exponent = (amax >> 23).astype(jnp.int32) - int(largest >> 23) + 127 + jnp.where(below, 0, 1).astype(jnp.int32)
+    below = (amax & jnp.uint32(0x7FFFFF)) <= jnp.uint32(
+        largest & 0x7FFFFF
+    )  # mantissa fits under the largest value's
+    exponent = (
+        (amax >> 23).astype(jnp.int32)
+        - int(largest >> 23)
+        + 127
+        + jnp.where(below, 0, 1).astype(jnp.int32)
+    )
     return jnp.maximum(exponent, 1).astype(jnp.uint8)
 
 
@@ -181,4 +219,6 @@ def exponent_scale(exponent: UInt8[Array, "*dims"]) -> Float[Array, "*dims"]:
 
 def exponent_inverse(exponent: UInt8[Array, "*dims"]) -> Float[Array, "*dims"]:
     """One over `exponent_scale`, exactly."""
-    return lax.bitcast_convert_type((jnp.uint32(254) - exponent.astype(jnp.uint32)) << 23, jnp.float32)
+    return lax.bitcast_convert_type(
+        (jnp.uint32(254) - exponent.astype(jnp.uint32)) << 23, jnp.float32
+    )

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from jfp8kv.core.errors import CapacityError, ConfigError
-from jfp8kv.engine.prompts import FORMS, as_list, encode
 from jfp8kv.models.params import Params
+from jfp8kv.text.prompts import FORMS, as_list, encode
 
 SPOOL_BYTES = 32 * 2**20  # token ids kept in memory before they go to a temporary file
 
@@ -18,15 +18,24 @@ def stream(prompts: Any, what: str = "prompts") -> tuple[Iterable[Any], int | No
 
     What is no list is taken one by one and never kept. Raises `ConfigError` for what holds no prompts.
     """
-    if isinstance(prompts, bytes | Mapping) or not (hasattr(prompts, "__iter__") or hasattr(prompts, "__array__")):
-        raise ConfigError(f"{what} of type {type(prompts).__name__}: must be {FORMS}, or an iterable of prompts.")
+    if isinstance(prompts, bytes | Mapping) or not (
+        hasattr(prompts, "__iter__") or hasattr(prompts, "__array__")
+    ):
+        raise ConfigError(
+            f"{what} of type {type(prompts).__name__}: must be {FORMS}, or an iterable of prompts."
+        )
     if isinstance(prompts, Sequence) or hasattr(prompts, "__array__"):
         prompts = as_list(prompts)
     return prompts, len(prompts) if hasattr(prompts, "__len__") else None
 
 
 def pieces(
-    prompts: Iterable[Any], params: Params, *, max_model_len: int, window: int | None, what: str = "prompt"
+    prompts: Iterable[Any],
+    params: Params,
+    *,
+    max_model_len: int,
+    window: int | None,
+    what: str = "prompt",
 ) -> Iterator[list[list[int]]]:
     """The token ids of each prompt: whole, or cut into pieces of `window` tokens, the last perhaps shorter.
 
@@ -70,7 +79,9 @@ class Spool:
         """The same, remembered as they pass."""
         for prompt in prompts:
             self._file.write(np.array([len(prompt), *map(len, prompt)], np.int32).tobytes())
-            self._file.write(np.concatenate([np.asarray(piece, np.int32) for piece in prompt]).tobytes())
+            self._file.write(
+                np.concatenate([np.asarray(piece, np.int32) for piece in prompt]).tobytes()
+            )
             yield prompt
 
     def again(self) -> Iterator[list[list[int]]]:

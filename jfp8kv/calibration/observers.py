@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped, UInt32
 
-from jfp8kv.attention.contract import Layer
+from jfp8kv.attention.interface import Layer
 from jfp8kv.core.formats import KVFormat, decode, encode
 from jfp8kv.core.pytree import pytree, static
 
@@ -33,7 +33,9 @@ Each = Float32[Array | np.ndarray, "layers kinds heads channels"]
 EachCandidate = Float32[Array | np.ndarray, "candidates layers kinds heads channels"]
 S = TypeVar("S", bound="Peaks | Histogram | Errors")
 
-SMALLEST_NORMAL = 2.0**-126  # of float32: below it an inverse is infinite, and some processors take it for zero
+SMALLEST_NORMAL = (
+    2.0**-126
+)  # of float32: below it an inverse is infinite, and some processors take it for zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,9 @@ class Peaks:
     def update(self, layer: Layer, x: Block, real: Real) -> "Peaks":
         """With the keys and values `x` of `layer`; tokens that are not `real` are padding and never count."""
         magnitude = jnp.where(real[:, None, None], _magnitude_bits(x), jnp.uint32(0))
-        new = jnp.maximum(_magnitude_bits(self.amax[layer]), _over_units(jnp.max, magnitude, self.amax))
+        new = jnp.maximum(
+            _magnitude_bits(self.amax[layer]), _over_units(jnp.max, magnitude, self.amax)
+        )
         return Peaks(self.amax.at[layer].set(lax.bitcast_convert_type(new, jnp.float32)))
 
     def host(self) -> "Peaks":
@@ -119,7 +123,9 @@ class Peaks:
 
 # -- means --------------------------------------------------------------------------------------------------------------
 
-SUM_QUANTUM = 2.0**-24  # sums are kept as whole multiples of this: an error of at most 2**-25 per block, whatever the order
+SUM_QUANTUM = (
+    2.0**-24
+)  # sums are kept as whole multiples of this: an error of at most 2**-25 per block, whatever the order
 
 
 @pytree
@@ -134,12 +140,16 @@ class Sums:
         return cls(Peaks.empty(units), jnp.zeros(units.shape, jnp.float32))
 
     def update(self, layer: Layer, x: Block, real: Real) -> "Sums":
-        new = _over_units(jnp.sum, jnp.where(real[:, None, None], x.astype(jnp.float32), 0.0), self.sums)
+        new = _over_units(
+            jnp.sum, jnp.where(real[:, None, None], x.astype(jnp.float32), 0.0), self.sums
+        )
         return Sums(self.peaks.update(layer, x, real), self.sums.at[layer].add(new))
 
     def host(self) -> "Sums":
         peaks, sums = self.peaks.host(), np.asarray(self.sums, np.float64)
-        sums = np.where(np.isfinite(peaks.amax), sums, 0.0)  # what is not finite is refused by its peak
+        sums = np.where(
+            np.isfinite(peaks.amax), sums, 0.0
+        )  # what is not finite is refused by its peak
         return Sums(peaks, np.rint(sums / SUM_QUANTUM).astype(np.int64))
 
     def cleared(self) -> "Sums":
@@ -215,7 +225,9 @@ class Histogram:
         `2**-16 * 33/32`, and above it is the largest value seen, which `bound` never exceeds.
         """
         seen = np.cumsum(self.counts, axis=-1)
-        rank = math.ceil(Fraction(str(percent)) / 100 * int(seen.flat[-1]))  # the same for all units
+        rank = math.ceil(
+            Fraction(str(percent)) / 100 * int(seen.flat[-1])
+        )  # the same for all units
         bins = np.argmax(seen >= max(rank, 1), axis=-1)
         return np.minimum(upper_edges()[bins], self.peaks.amax)
 
@@ -225,8 +237,13 @@ class Histogram:
 
 # -- mse ----------------------------------------------------------------------------------------------------------------
 
-STEPS_PER_OCTAVE, CANDIDATES = 8, 25  # from amax / largest down by eighths of an octave to an eighth of it
-QUANTUM = 2.0**-30  # errors are added up as whole multiples of this share of the unit's squared peak
+STEPS_PER_OCTAVE, CANDIDATES = (
+    8,
+    25,
+)  # from amax / largest down by eighths of an octave to an eighth of it
+QUANTUM = (
+    2.0**-30
+)  # errors are added up as whole multiples of this share of the unit's squared peak
 
 
 @pytree
@@ -240,14 +257,19 @@ class Errors:
     candidates: EachCandidate
     inverses: EachCandidate
     per_peak: Each  # one over the unit's peak, which puts all units on one footing
-    sums: Float32[Array, "candidates layers kinds heads channels"] | Int[np.ndarray, "candidates layers kinds heads channels"]
+    sums: (
+        Float32[Array, "candidates layers kinds heads channels"]
+        | Int[np.ndarray, "candidates layers kinds heads channels"]
+    )
     fmt: KVFormat = static()
 
     @classmethod
     def of(cls, peaks: Peaks, fmt: KVFormat) -> "Errors":
         """Nothing seen yet, with candidates from what a first pass found."""
         finest = np.exp2(-np.arange(CANDIDATES) / STEPS_PER_OCTAVE).reshape(-1, 1, 1, 1, 1)
-        candidates = np.maximum(peaks.scales(fmt).astype(np.float64) * finest, SMALLEST_NORMAL).astype(np.float32)
+        candidates = np.maximum(
+            peaks.scales(fmt).astype(np.float64) * finest, SMALLEST_NORMAL
+        ).astype(np.float32)
         amax = np.asarray(peaks.amax)
         per_peak = 1 / np.where(amax < SMALLEST_NORMAL, np.float32(1), amax)
         arrays = (candidates, 1 / candidates, per_peak, np.zeros_like(candidates))
@@ -257,17 +279,23 @@ class Errors:
         x = x.astype(jnp.float32)
 
         def error(scale_inverse: tuple[Array, Array]) -> Array:
-            scale, inverse = (each[:, None] for each in scale_inverse)  # [kinds, 1, heads, channels]
+            scale, inverse = (
+                each[:, None] for each in scale_inverse
+            )  # [kinds, 1, heads, channels]
             stored = decode(encode(x * inverse, self.fmt), self.fmt) * scale
             relative = (x - stored) * self.per_peak[layer][:, None]
-            return _over_units(jnp.sum, jnp.where(real[:, None, None], relative * relative, 0.0), self.per_peak)
+            return _over_units(
+                jnp.sum, jnp.where(real[:, None, None], relative * relative, 0.0), self.per_peak
+            )
 
         new = lax.map(error, (self.candidates[:, layer], self.inverses[:, layer]))
         return dataclasses.replace(self, sums=self.sums.at[:, layer].add(new))
 
     def host(self) -> "Errors":
         sums = np.rint(np.asarray(self.sums, np.float64) / QUANTUM).astype(np.int64)
-        return Errors(*map(np.asarray, (self.candidates, self.inverses, self.per_peak)), sums, fmt=self.fmt)
+        return Errors(
+            *map(np.asarray, (self.candidates, self.inverses, self.per_peak)), sums, fmt=self.fmt
+        )
 
     def cleared(self) -> "Errors":
         return dataclasses.replace(self, sums=jnp.zeros_like(self.sums))
@@ -289,7 +317,9 @@ def _magnitude_bits(x: Float[Array, "*dims"]) -> UInt32[Array, "*dims"]:
     return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) & jnp.uint32(0x7FFFFFFF)
 
 
-def _over_units(reduce: Callable, x: Shaped[Array, "kinds tokens kv_heads head_dim"], like: Any) -> Array:
+def _over_units(
+    reduce: Callable, x: Shaped[Array, "kinds tokens kv_heads head_dim"], like: Any
+) -> Array:
     """`reduce` over tokens and over whatever shares a scale: `[kinds, heads, channels]` for units of the shape of `like`."""
     over = [1, *(axis for axis in (2, 3) if like.shape[axis] == 1)]
     return jnp.squeeze(reduce(x, axis=tuple(over), keepdims=True), axis=1)

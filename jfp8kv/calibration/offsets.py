@@ -6,7 +6,7 @@ common: the biases of Qwen2 and Qwen2.5 reach hundreds, and a float that spends 
 for the rest.
 
 RoPE turns such a part with the position, and what is turned is not constant. Two things follow. The mean is taken of keys
-*before* they are rotated, and `c` is what is constant of it afterwards (models/constant_keys.py). And the scale must allow for
+*before* they are rotated, and `c` is what is constant of it afterwards (models/key_bias.py). And the scale must allow for
 what is left at positions that no prompt reached: the largest deviation from the *turning* mean that was seen, plus the farthest
 that the turning mean gets from `c`.
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jfp8kv.attention.contract import Layer
+from jfp8kv.attention.interface import Layer
 from jfp8kv.attention.paged import KV
 from jfp8kv.calibration.observers import Block
 from jfp8kv.core.pytree import pytree
@@ -45,7 +45,9 @@ class BeforeRope:
     def of(self, config: ModelConfig, rotations: AllAngles | None) -> Seen:
         def seen(layer: Layer, k: KV, v: KV) -> Block:
             k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-            return jnp.stack([k if rotations is None else unrotate(k, layer_angles(config, rotations, layer)), v])
+            return jnp.stack(
+                [k if rotations is None else unrotate(k, layer_angles(config, rotations, layer)), v]
+            )
 
         return seen
 
@@ -59,7 +61,9 @@ class AroundMean:
     def of(self, config: ModelConfig, rotations: AllAngles | None) -> Seen:
         def seen(layer: Layer, k: KV, v: KV) -> Block:
             mean = jnp.broadcast_to(jnp.asarray(self.mean)[layer], k.shape)
-            turned = mean if rotations is None else rotate(mean, layer_angles(config, rotations, layer))
+            turned = (
+                mean if rotations is None else rotate(mean, layer_angles(config, rotations, layer))
+            )
             return jnp.stack([k.astype(jnp.float32) - turned, v.astype(jnp.float32)])
 
         return seen

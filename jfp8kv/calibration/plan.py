@@ -4,10 +4,10 @@ import dataclasses
 import math
 from typing import Any
 
+from jfp8kv.cache.config import context_length, positive
 from jfp8kv.calibration.observers import GRANULARITIES
-from jfp8kv.core.errors import ConfigError, one_of
+from jfp8kv.core.errors import ConfigError, invalid_choice
 from jfp8kv.core.formats import FORMATS, KVFormat, kv_format
-from jfp8kv.engine.kv import context_length, positive
 from jfp8kv.models.config import ModelConfig
 
 OBSERVERS = ("amax", "percentile", "mse")
@@ -30,7 +30,9 @@ class Plan:
     def most_tokens(self, config: ModelConfig) -> int:
         """Most tokens of one text. Raises `ConfigError` for more than the model takes."""
         if self.window is not None and self.window > config.max_len:
-            raise ConfigError(f"window={self.window}: this model was trained for at most {config.max_len} tokens.")
+            raise ConfigError(
+                f"window={self.window}: this model was trained for at most {config.max_len} tokens."
+            )
         return context_length(config, self.max_model_len)
 
 
@@ -47,9 +49,9 @@ def plan(
 ) -> Plan:
     """The arguments of `jfp8kv.calibrate`, each checked. Raises `ConfigError`."""
     if not _is_one_of(granularity, GRANULARITIES):
-        raise one_of("granularity", granularity, GRANULARITIES)
+        raise invalid_choice("granularity", granularity, GRANULARITIES)
     if not _is_one_of(observer, OBSERVERS):
-        raise one_of("observer", observer, OBSERVERS)
+        raise invalid_choice("observer", observer, OBSERVERS)
     if not isinstance(k_offset, bool):
         raise ConfigError(f"k_offset={k_offset!r}: must be True or False.")
     if k_offset and observer != "amax":
@@ -57,14 +59,27 @@ def plan(
     if not _is_number(headroom) or not 1 <= headroom < math.inf:
         raise ConfigError(f"headroom={headroom!r}: must be a number of at least 1, such as 2.")
     if headroom != 1 and observer != "amax":
-        raise ConfigError(f"headroom={headroom!r}: goes with observer='amax', and this one is {observer!r}.")
+        raise ConfigError(
+            f"headroom={headroom!r}: goes with observer='amax', and this one is {observer!r}."
+        )
     if percentile is not None and observer != "percentile":
-        raise ConfigError(f"percentile={percentile!r}: belongs to observer='percentile', and this one is {observer!r}.")
+        raise ConfigError(
+            f"percentile={percentile!r}: belongs to observer='percentile', and this one is {observer!r}."
+        )
     for name, value in (("window", window), ("max_model_len", max_model_len)):
         positive(name, value)
     if window is not None and max_model_len is not None and window > max_model_len:
         raise ConfigError(f"window={window}: must be at most max_model_len={max_model_len}.")
-    return Plan(_fp8(kv_dtype), granularity, observer, _percent(percentile), window, max_model_len, k_offset, float(headroom))
+    return Plan(
+        _fp8(kv_dtype),
+        granularity,
+        observer,
+        _percent(percentile),
+        window,
+        max_model_len,
+        k_offset,
+        float(headroom),
+    )
 
 
 def _is_one_of(given: Any, allowed: tuple[str, ...]) -> bool:
@@ -75,9 +90,11 @@ def _fp8(kv_dtype: Any) -> KVFormat:
     allowed = ("fp8", *(name for name, fmt in FORMATS.items() if fmt.is_fp8))
     if isinstance(kv_dtype, str) and kv_dtype in FORMATS and kv_dtype not in allowed:
         known = ", ".join(map(repr, allowed))
-        raise ConfigError(f"kv_dtype={kv_dtype!r}: scales belong to an FP8 cache, of kv_dtype {known}.")
+        raise ConfigError(
+            f"kv_dtype={kv_dtype!r}: scales belong to an FP8 cache, of kv_dtype {known}."
+        )
     if not _is_one_of(kv_dtype, allowed):
-        raise one_of("kv_dtype", kv_dtype, allowed)
+        raise invalid_choice("kv_dtype", kv_dtype, allowed)
     return kv_format(kv_dtype)
 
 
@@ -89,5 +106,7 @@ def _percent(percentile: Any) -> float:
     if percentile is None:
         return PERCENTILE
     if not _is_number(percentile) or not math.isfinite(percentile) or not 0 < percentile <= 100:
-        raise ConfigError(f"percentile={percentile!r}: must be a number above 0 and up to 100, such as {PERCENTILE}.")
+        raise ConfigError(
+            f"percentile={percentile!r}: must be a number above 0 and up to 100, such as {PERCENTILE}."
+        )
     return float(percentile)

@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jfp8kv.attention import xla
-from jfp8kv.attention.contract import Layer, Query, Where
+from jfp8kv.attention.interface import AttentionMetadata, Layer, Query
 from jfp8kv.attention.paged import KV, Attend, paged
 from jfp8kv.cache.layout import PoolLayout
-from jfp8kv.cache.pages import KVPages, LayerScales, new_pages
+from jfp8kv.cache.pool import KVPool, LayerScales, new_pool
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.calibration.data import Spool, pieces, stream
 from jfp8kv.calibration.observers import Errors, Histogram, Peaks, Real, Sums, Units
@@ -28,18 +28,21 @@ from jfp8kv.calibration.plan import Plan
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import FLOAT32
 from jfp8kv.core.pytree import pytree
-from jfp8kv.engine.buckets import Buckets, default_chunk, turn_tokens
-from jfp8kv.engine.step import Model, Weights
+from jfp8kv.engine.buckets import Buckets, default_prefill_chunk, step_token_budget
+from jfp8kv.engine.step import StepModel, Weights
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.constant_keys import turned
 from jfp8kv.models.decoder import bind
+from jfp8kv.models.key_bias import turned
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import angles
 
 Statistics = Any  # Peaks, Histogram or Errors
-Carry = tuple[KVPages, Statistics]
-PAGE_TOKENS, POOL_TOKENS = 64, 512  # the cache for one prompt: so many tokens, or 4, 16, ... times as many
+Carry = tuple[KVPool, Statistics]
+PAGE_TOKENS, POOL_TOKENS = (
+    64,
+    512,
+)  # the cache for one prompt: so many tokens, or 4, 16, ... times as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +54,9 @@ class Calibration:
     tokens: int
 
 
-def calibration(params: Params, prompts: Any, plan: Plan, *, progress: bool | None = None) -> Calibration:
+def calibration(
+    params: Params, prompts: Any, plan: Plan, *, progress: bool | None = None
+) -> Calibration:
     """Choose scales for `params` from all of `prompts`. Errors as for `jfp8kv.calibrate`."""
     c = params.config
     units = Units(c.layers, c.kv_heads, c.head_dim, plan.granularity)
@@ -61,22 +66,36 @@ def calibration(params: Params, prompts: Any, plan: Plan, *, progress: bool | No
     watch = Watch(params, units)
     with Spool() as spool:
         if plan.k_offset:
-            scales = _with_offsets(watch, todo, spool, plan, most, partial(_bar, progress=progress), count)
+            scales = _with_offsets(
+                watch, todo, spool, plan, most, partial(_bar, progress=progress), count
+            )
             return Calibration(scales, watch.prompts, watch.tokens)
         if plan.observer == "percentile":
             first = watch.over(_bar(todo, count, progress), Histogram.empty(units))
             chosen = first.scales(plan.fmt, plan.percentile)
         elif plan.observer == "mse":
-            first = watch.over(_bar(spool.keep(todo), count, progress, "largest values"), Peaks.empty(units))
+            first = watch.over(
+                _bar(spool.keep(todo), count, progress, "largest values"), Peaks.empty(units)
+            )
             again = _bar(spool.again(), watch.prompts, progress, "errors")
             chosen = watch.over(again, Errors.of(first, plan.fmt)).scales()
         else:
-            chosen = watch.over(_bar(todo, count, progress), Peaks.empty(units)).scales(plan.fmt, plan.headroom)
-    return Calibration(KVScales(chosen[:, 0], chosen[:, 1], kv_dtype=plan.fmt.name), watch.prompts, watch.tokens)
+            chosen = watch.over(_bar(todo, count, progress), Peaks.empty(units)).scales(
+                plan.fmt, plan.headroom
+            )
+    return Calibration(
+        KVScales(chosen[:, 0], chosen[:, 1], kv_dtype=plan.fmt.name), watch.prompts, watch.tokens
+    )
 
 
 def _with_offsets(
-    watch: "Watch", todo: Iterable, spool: Spool, plan: Plan, most: int, bar: Callable[..., Iterable], count: int | None
+    watch: "Watch",
+    todo: Iterable,
+    spool: Spool,
+    plan: Plan,
+    most: int,
+    bar: Callable[..., Iterable],
+    count: int | None,
 ) -> KVScales:
     """K offsets, from a first pass over the prompts, and the scales of what is left, from a second."""
     c = watch.model.config
@@ -84,7 +103,11 @@ def _with_offsets(
     sums = watch.over(bar(spool.keep(todo), count, what="means"), Sums.empty(each), BeforeRope())
     mean = sums.mean(watch.tokens)
     offset, swing = turned(c, mean, most)
-    around = watch.over(bar(spool.again(), watch.prompts, what="largest values"), Peaks.empty(each), AroundMean(mean))
+    around = watch.over(
+        bar(spool.again(), watch.prompts, what="largest values"),
+        Peaks.empty(each),
+        AroundMean(mean),
+    )
     chosen = around.wider(swing).shared(watch.units).scales(plan.fmt, plan.headroom)
     return KVScales(chosen[:, 0], chosen[:, 1], k_offset=offset, kv_dtype=plan.fmt.name)
 
@@ -94,13 +117,17 @@ class Watch:
 
     def __init__(self, params: Params, units: Units):
         cpu = jax.default_backend() == "cpu"
-        self.model = Model(params.config, params.dtype, xla.attention)
-        self.weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
-        self.units, self.buckets = units, Buckets(1, turn_tokens(default_chunk(), 1))
+        self.model = StepModel(params.config, params.dtype, xla.attention)
+        self.weights = (
+            jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
+        )
+        self.units, self.buckets = units, Buckets(1, step_token_budget(default_prefill_chunk(), 1))
         self.prompts = self.tokens = 0
-        self._pages: KVPages | None = None
+        self._pages: KVPool | None = None
 
-    def over(self, prompts: Iterable[Any], statistics: Statistics, view: View | None = None) -> Statistics:
+    def over(
+        self, prompts: Iterable[Any], statistics: Statistics, view: View | None = None
+    ) -> Statistics:
         """The statistics of all prompts, each a list of texts (token ids), on the host: of keys and values as the cache gets
         them, or as `view` turns them.
 
@@ -118,7 +145,9 @@ class Watch:
                 for chunk in self._chunks(ids):
                     if held and held + len(chunk.tokens) > room:
                         total, statistics, held = taken(statistics), statistics.cleared(), 0
-                    self._pages, statistics = observe(self.model, self.weights, chunk, view, (self._pages, statistics))
+                    self._pages, statistics = observe(
+                        self.model, self.weights, chunk, view, (self._pages, statistics)
+                    )
                     held += len(chunk.tokens)
             _require_finite(statistics, number)
             self.prompts, self.tokens = number + 1, self.tokens + sum(map(len, prompt))
@@ -140,7 +169,9 @@ class Watch:
             tokens = np.full(width, self.model.config.vocab, np.int32)
             real = ids[start : start + width]
             tokens[: len(real)] = real
-            yield Chunk(tokens, *(np.array(n, np.int32) for n in (start, start + len(real), len(ids))))
+            yield Chunk(
+                tokens, *(np.array(n, np.int32) for n in (start, start + len(real), len(ids)))
+            )
             start += len(real)
 
 
@@ -154,16 +185,22 @@ class Chunk:
     context: Int[Array | np.ndarray, ""]
 
 
-def observe_chunk(model: Model, weights: Weights, chunk: Chunk, view: View, carry: Carry) -> Carry:
+def observe_chunk(
+    model: StepModel, weights: Weights, chunk: Chunk, view: View, carry: Carry
+) -> Carry:
     """The cache and the statistics after this chunk. Compiled as `observe`, which updates both in place."""
     decoder = bind(model.config, weights, model.dtype)
     pages = carry[0]
-    where = Where(jnp.arange(pages.num_pages, dtype=jnp.int32), chunk.start, chunk.length, chunk.length)
+    metadata = AttentionMetadata(
+        jnp.arange(pages.num_pages, dtype=jnp.int32), chunk.start, chunk.length, chunk.length
+    )
     c = model.config
-    unit = LayerScales.of(KVScales.unit(c.layers), layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim)
+    unit = LayerScales.of(
+        KVScales.unit(c.layers), layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim
+    )
     positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
     seen = view.of(c, angles(c, positions, chunk.context) if c.ropes else None)
-    cached = paged(model.attention, unit, model.options(decoder), lambda layer: where)
+    cached = paged(model.attention, unit, model.options(decoder), lambda layer: metadata)
     attend = observing(cached, seen, positions < chunk.length)
     return decoder(chunk.tokens, positions, attend=attend, carry=carry, context=chunk.context)[1]
 
@@ -185,10 +222,12 @@ def observing(attend: Attend, seen: Seen, real: Real) -> Callable[..., tuple[Que
     return watched
 
 
-def new_float32_pages(config: ModelConfig, tokens: int) -> KVPages:
+def new_float32_pages(config: ModelConfig, tokens: int) -> KVPool:
     """A cache that keeps `tokens` tokens of one text as they are, in every layer."""
     sizes = {"kv_heads": config.kv_heads, "head_dim": config.head_dim, "page_size": PAGE_TOKENS}
-    return new_pages(PoolLayout.alike(FLOAT32, config.layers), num_pages=tokens // PAGE_TOKENS, **sizes)
+    return new_pool(
+        PoolLayout.alike(FLOAT32, config.layers), num_pages=tokens // PAGE_TOKENS, **sizes
+    )
 
 
 def _require_finite(statistics: Statistics, prompt: int) -> None:
@@ -206,9 +245,13 @@ def _require_finite(statistics: Statistics, prompt: int) -> None:
         )
 
 
-def _bar(prompts: Iterable, count: int | None, progress: bool | None, what: str | None = None) -> Iterable:
+def _bar(
+    prompts: Iterable, count: int | None, progress: bool | None, what: str | None = None
+) -> Iterable:
     """The prompts with a progress bar; None shows one on a terminal, unless they are known to be few."""
     from tqdm import tqdm
 
-    hidden = not progress if progress is not None else (None if count is None or count > 8 else True)
+    hidden = (
+        not progress if progress is not None else (None if count is None or count > 8 else True)
+    )
     return tqdm(prompts, total=count, desc=what, unit="prompt", disable=hidden)

@@ -3,6 +3,6 @@ writing them: `save` in a form of our own, `export` (in its module) as a Hugging
 
 from jfp8kv.checkpoint.load import load
 from jfp8kv.checkpoint.orbax import save
-from jfp8kv.models.tokenizer import Tokenizer
+from jfp8kv.text.tokenizer import Tokenizer
 
 __all__ = ["Tokenizer", "load", "save"]

@@ -39,7 +39,7 @@ from jfp8kv.checkpoint.load import load_kv_scales
 from jfp8kv.checkpoint.safetensors import NewTensor, write_safetensors
 from jfp8kv.checkpoint.tokenizer import require_written_form, write_tokenizer
 from jfp8kv.checkpoint.whole import is_free, written_whole
-from jfp8kv.core.errors import CheckpointError, ConfigError, one_of
+from jfp8kv.core.errors import CheckpointError, ConfigError, invalid_choice
 from jfp8kv.core.formats import E4M3
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families.to_hf import config_to_hf
@@ -51,7 +51,13 @@ _SHARD_BYTES = 5 * 10**9
 _METADATA = {"format": "pt"}  # what transformers asks of a file before it reads it
 
 
-def export(params: Params, folder: str | os.PathLike[str], *, kv_scales: Any = None, layout: str = COMPRESSED_TENSORS) -> None:
+def export(
+    params: Params,
+    folder: str | os.PathLike[str],
+    *,
+    kv_scales: Any = None,
+    layout: str = COMPRESSED_TENSORS,
+) -> None:
     """Write a model as a Hugging Face folder: weights, config, tokenizer, and scales for an FP8 cache where vLLM and others
     look for them. `load` gives the same model back.
 
@@ -70,9 +76,11 @@ def export(params: Params, folder: str | os.PathLike[str], *, kv_scales: Any = N
         that cannot be written, a `KVPlan`, scales of another model or too small or large to be loaded.
     """
     if not isinstance(params, Params):
-        raise ConfigError(f"params of type {type(params).__name__}: must be a Params, as from load or Params.from_pytree.")
+        raise ConfigError(
+            f"params of type {type(params).__name__}: must be a Params, as from load or Params.from_pytree."
+        )
     if layout not in LAYOUTS:
-        raise one_of("layout", layout, LAYOUTS)
+        raise invalid_choice("layout", layout, LAYOUTS)
     path = Path(os.path.expanduser(folder)).resolve()
     require_written_form(params.tokenizer)
     tensors = hf_weights(params)
@@ -87,7 +95,9 @@ def export(params: Params, folder: str | os.PathLike[str], *, kv_scales: Any = N
             written["quantization_config"] = quantization_config(published(scales))
         _write_json(beside / CONFIG, written)
         _write_json(beside / "generation_config.json", _generation(params))
-        _write_weights(beside, tensors if scales is None else tensors + _scales(config, scales, beside))
+        _write_weights(
+            beside, tensors if scales is None else tensors + _scales(config, scales, beside)
+        )
         if params.tokenizer is not None:
             write_tokenizer(params.tokenizer, beside, max_len=config.max_len)
         if scales is not None:
@@ -107,7 +117,9 @@ def _asked(params: Params, kv_scales: Any) -> KVScales | None:
             "Export with kv_scales=None, keep the plan beside it with plan.save(path), and give that path as kv_dtype."
         )
     if not isinstance(given, KVScales):
-        raise ConfigError(f"kv_scales={given!r}: must be a KVScales, a path to one, or None for those of params.")
+        raise ConfigError(
+            f"kv_scales={given!r}: must be a KVScales, a path to one, or None for those of params."
+        )
     c = params.config
     check_shape(given, layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim)
     return _for_the_layout(given)
@@ -129,10 +141,14 @@ def _say_what_is_declared(config: ModelConfig, scales: KVScales | None) -> None:
     declared = config.kv_cache_dtype
     if declared and scales is None:
         warnings.warn(
-            f"The model declares an {declared} cache and has no scales for it: the folder declares none.", stacklevel=3
+            f"The model declares an {declared} cache and has no scales for it: the folder declares none.",
+            stacklevel=3,
         )
     elif declared and declared != E4M3.name:
-        warnings.warn(f"The model declares an {declared} cache: the folder, as its layout has it, {E4M3.name}.", stacklevel=3)
+        warnings.warn(
+            f"The model declares an {declared} cache: the folder, as its layout has it, {E4M3.name}.",
+            stacklevel=3,
+        )
 
 
 def _scales(config: ModelConfig, scales: KVScales, folder: Path) -> list[NewTensor]:
@@ -140,9 +156,13 @@ def _scales(config: ModelConfig, scales: KVScales, folder: Path) -> list[NewTens
     public = published(scales)
     if not same_arrays(public, scales):
         scales.save(folder / KV_FILE)
-        shutil.copymode(folder / CONFIG, folder / KV_FILE)  # safetensors lets nobody but the owner read its files
+        shutil.copymode(
+            folder / CONFIG, folder / KV_FILE
+        )  # safetensors lets nobody but the owner read its files
     if not same_numbers(public, scales):
-        kinds = ["channel scales"] * (scales.granularity == "channel") + ["K offsets"] * (scales.k_offset is not None)
+        kinds = ["channel scales"] * (scales.granularity == "channel") + ["K offsets"] * (
+            scales.k_offset is not None
+        )
         warnings.warn(
             f"The layout {COMPRESSED_TENSORS!r} has no place for {' and '.join(kinds)}: they are in {KV_FILE}, which jfp8kv "
             f"alone reads. Other engines see one scale per {public.granularity}, under which the same values fit, and small "
@@ -150,7 +170,10 @@ def _scales(config: ModelConfig, scales: KVScales, folder: Path) -> list[NewTens
             stacklevel=3,
         )
     arrays = scale_tensors(config, public)
-    return [NewTensor(name, array.shape, array.dtype, partial(np.asarray, array)) for name, array in arrays.items()]
+    return [
+        NewTensor(name, array.shape, array.dtype, partial(np.asarray, array))
+        for name, array in arrays.items()
+    ]
 
 
 def _pad_id(tokenizer: Any) -> int | None:

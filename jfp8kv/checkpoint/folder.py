@@ -18,7 +18,10 @@ PICKLE_ADVICE = (
     "pickle files can run code when read, so they never are. Convert them where you trust them: "
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) of transformers writes safetensors."
 )
-_VISION = ("vision_tower.", "multi_modal_projector.")  # bare names of what turns images into embeddings
+_VISION = (
+    "vision_tower.",
+    "multi_modal_projector.",
+)  # bare names of what turns images into embeddings
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,7 +49,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: no config.json, so not a Hugging Face folder, and no jfp8kv.json, so not one of jfp8kv.save.{hint}"
         )
     config = read_json(path)
-    if "quantization_config" not in config and "compression_config" in config:  # compressed-tensors' first name for it
+    if (
+        "quantization_config" not in config and "compression_config" in config
+    ):  # compressed-tensors' first name for it
         config["quantization_config"] = config["compression_config"]
     modelopt = folder / "hf_quant_config.json"
     if "quantization_config" not in config and modelopt.is_file():
@@ -83,13 +88,17 @@ def _weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: has no weight_map.")
-        return [_shard(folder, name) for name in sorted({str(file) for file in weight_map.values()})]
+        return [
+            _shard(folder, name) for name in sorted({str(file) for file in weight_map.values()})
+        ]
     if found := sorted(folder.glob("*.safetensors")):
         return found
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise CheckpointError(f"{folder}: its weights are only in {pickles[0]}: {PICKLE_ADVICE}")
-    raise CheckpointError(f"{folder}: no weights: expected model.safetensors, or {INDEX} and its shards.")
+    raise CheckpointError(
+        f"{folder}: no weights: expected model.safetensors, or {INDEX} and its shards."
+    )
 
 
 def _shard(folder: Path, name: str) -> Path:
@@ -97,7 +106,9 @@ def _shard(folder: Path, name: str) -> Path:
     if path.parent != folder:
         raise CheckpointError(f"{folder / INDEX}: the shard {name!r} lies outside the folder.")
     if not path.is_file():
-        raise CheckpointError(f"{folder}: the shard {name} that {INDEX} lists is missing: fetch it again.")
+        raise CheckpointError(
+            f"{folder}: the shard {name} that {INDEX} lists is missing: fetch it again."
+        )
     return path
 
 
@@ -107,13 +118,21 @@ def open_sidecar(folder: Path) -> Sidecar | None:
     return read_sidecar(read_json(path), where=path) if path.is_file() else None
 
 
-def split_scales(tensors: dict[str, StoredTensor]) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+def split_scales(
+    tensors: dict[str, StoredTensor],
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """The weights under their bare names (models/layouts.py), and the KV-cache scale tensors under their full names.
 
     Known buffers that are neither are dropped. A vision part's scales stay with its weights.
     """
-    scales = {name: t for name, t in tensors.items() if is_kv_scale(name) and not bare(name).startswith(_VISION)}
-    weights = {bare(name): t for name, t in tensors.items() if name not in scales and not is_buffer(name)}
+    scales = {
+        name: t
+        for name, t in tensors.items()
+        if is_kv_scale(name) and not bare(name).startswith(_VISION)
+    }
+    weights = {
+        bare(name): t for name, t in tensors.items() if name not in scales and not is_buffer(name)
+    }
     return weights, scales
 
 
@@ -134,4 +153,7 @@ def without_vision(weights: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
 def warn_without_vision(folder: Path, count: int) -> None:
     """Say that a vision part of `count` tensors is not loaded, if there is one."""
     if count:
-        warnings.warn(f"{folder}: only text is served: {count} tensors of its vision part are left out.", stacklevel=4)
+        warnings.warn(
+            f"{folder}: only text is served: {count} tensors of its vision part are left out.",
+            stacklevel=4,
+        )

@@ -22,7 +22,7 @@ from jfp8kv.checkpoint.tensors import BFLOAT16, StoredTensor, chunks, read_exact
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families.gguf import config_from_gguf
-from jfp8kv.models.tokenizer import Tokenizer
+from jfp8kv.text.tokenizer import Tokenizer
 
 _SCALARS = {
     gguf.GGUFValueType.UINT8: "<B",
@@ -69,7 +69,9 @@ def open_gguf(path: Path) -> GGUFFile:
     fields, tensors = read_header(path)
     factors = tensors.pop(_ROPE_FACTORS, None)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config = config_from_gguf(fields, tensors=shapes, rope_factors=None if factors is None else _values(factors))
+    config = config_from_gguf(
+        fields, tensors=shapes, rope_factors=None if factors is None else _values(factors)
+    )
     return GGUFFile(path, fields, config, tensors)
 
 
@@ -88,13 +90,19 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
             raise CheckpointError(f"{path}: not a GGUF file (it does not begin with 'GGUF').")
         version = header.number("<I")
         if version not in (2, 3):
-            raise CheckpointError(f"{path}: GGUF version {version} is not read; versions 2 and 3, little-endian, are.")
+            raise CheckpointError(
+                f"{path}: GGUF version {version} is not read; versions 2 and 3, little-endian, are."
+            )
         tensor_count, field_count = header.number("<Q"), header.number("<Q")
         fields = {header.string(): header.value() for _ in range(field_count)}
         if (parts := _integer(path, fields, "split.count", 0)) > 1:
-            raise CheckpointError(f"{path}: one of {parts} parts; merge them with llama-gguf-split --merge.")
+            raise CheckpointError(
+                f"{path}: one of {parts} parts; merge them with llama-gguf-split --merge."
+            )
         infos = [header.tensor_info() for _ in range(tensor_count)]
-        alignment = _integer(path, fields, "general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT, least=1)
+        alignment = _integer(
+            path, fields, "general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT, least=1
+        )
         data_start = -(-file.tell() // alignment) * alignment
     return fields, {name: _tensor(path, name, *info, data_start) for name, *info in infos}
 
@@ -102,7 +110,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
 def _integer(path: Path, fields: Mapping[str, Any], key: str, default: int, least: int = 0) -> int:
     value = fields.get(key, default)
     if type(value) is not int or value < least:
-        raise CheckpointError(f"{path}: {key}={value!r}: must be an integer, {least} or more: damaged header.")
+        raise CheckpointError(
+            f"{path}: {key}={value!r}: must be an integer, {least} or more: damaged header."
+        )
     return value
 
 
@@ -115,7 +125,9 @@ class _Header:
     def take(self, count: int) -> bytes:
         data = self._file.read(count) if count <= self._size else b""
         if len(data) < count:
-            raise CheckpointError(f"{self._path}: truncated or damaged: its header asks for bytes past the end of the file.")
+            raise CheckpointError(
+                f"{self._path}: truncated or damaged: its header asks for bytes past the end of the file."
+            )
         return data
 
     def number(self, form: str) -> Any:
@@ -148,11 +160,18 @@ class _Header:
         try:
             return kind(number)
         except ValueError as error:
-            raise CheckpointError(f"{self._path}: unknown {kind.__name__} {number}: damaged, or newer than gguf.") from error
+            raise CheckpointError(
+                f"{self._path}: unknown {kind.__name__} {number}: damaged, or newer than gguf."
+            ) from error
 
 
 def _tensor(
-    path: Path, name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, offset: int, data_start: int
+    path: Path,
+    name: str,
+    shape: tuple[int, ...],
+    kind: gguf.GGMLQuantizationType,
+    offset: int,
+    data_start: int,
 ) -> StoredTensor:
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     if not shape or shape[-1] % block:
@@ -165,7 +184,9 @@ def _tensor(
             f"{path}: truncated: {name} ends at byte {end}, the file has {path.stat().st_size}: fetch it again."
         )
     dtype = _PLAIN.get(kind) or (BFLOAT16 if _dequantizes(kind) else None)
-    return StoredTensor(name, shape, kind.name, dtype, path, partial(_read, path, start, kind, shape))
+    return StoredTensor(
+        name, shape, kind.name, dtype, path, partial(_read, path, start, kind, shape)
+    )
 
 
 @lru_cache
@@ -178,7 +199,9 @@ def _dequantizes(kind: gguf.GGMLQuantizationType) -> bool:
     return True
 
 
-def _read(path: Path, start: int, kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], out: np.ndarray) -> None:
+def _read(
+    path: Path, start: int, kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], out: np.ndarray
+) -> None:
     if _PLAIN.get(kind) == out.dtype:
         return read_exactly(path, start, out)
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -188,7 +211,9 @@ def _read(path: Path, start: int, kind: gguf.GGMLQuantizationType, shape: tuple[
         raw = np.empty((part.stop - part.start, row_bytes), np.uint8)
         read_exactly(path, start + part.start * row_bytes, raw)
         with np.errstate(over="ignore"):  # read_into reports values that do not fit
-            rows[part] = (raw.view(_PLAIN[kind]) if kind in _PLAIN else gguf.quants.dequantize(raw, kind)).astype(out.dtype)
+            rows[part] = (
+                raw.view(_PLAIN[kind]) if kind in _PLAIN else gguf.quants.dequantize(raw, kind)
+            ).astype(out.dtype)
     return None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jfp8kv.models.tokenizer import Tokenizer
+from jfp8kv.text.tokenizer import Tokenizer
 
 # Token types of the GGUF specification.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
@@ -23,7 +23,9 @@ _LLAMA3 = (
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
-def tokenizer_from_gguf(fields: Mapping[str, Any], *, eos_ids: Iterable[int], where: Path) -> Tokenizer | None:
+def tokenizer_from_gguf(
+    fields: Mapping[str, Any], *, eos_ids: Iterable[int], where: Path
+) -> Tokenizer | None:
     """A `Tokenizer` from GGUF metadata; None, with a warning, when the file has none that is read here."""
     build = _MODELS.get(fields.get("tokenizer.ggml.model", ""))
     fields = _with_spaces_marked(fields)
@@ -42,7 +44,12 @@ def tokenizer_from_gguf(fields: Mapping[str, Any], *, eos_ids: Iterable[int], wh
     eos = special.get("eos_token") if fields.get("tokenizer.ggml.add_eos_token") else None
     if bos or eos:
         _surround(backend, bos, eos)
-    return Tokenizer(backend, chat_template=fields.get("tokenizer.chat_template"), special_tokens=special, eos_ids=eos_ids)
+    return Tokenizer(
+        backend,
+        chat_template=fields.get("tokenizer.chat_template"),
+        special_tokens=special,
+        eos_ids=eos_ids,
+    )
 
 
 def _with_spaces_marked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -59,7 +66,10 @@ def _with_spaces_marked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _adds_bos(fields: Mapping[str, Any]) -> bool:
     """The file's word, or llama.cpp's default: sentencepiece vocabularies and Llama 3's add BOS, the rest do not."""
-    default = fields["tokenizer.ggml.model"] == "llama" or fields.get("tokenizer.ggml.pre") in _LLAMA3_NAMES
+    default = (
+        fields["tokenizer.ggml.model"] == "llama"
+        or fields.get("tokenizer.ggml.pre") in _LLAMA3_NAMES
+    )
     return bool(fields.get("tokenizer.ggml.add_bos_token", default))
 
 
@@ -88,9 +98,21 @@ def _mark_special(backend: Any, fields: Mapping[str, Any]) -> None:
     """Control tokens are found in text and left out of it again; user-defined ones are found and kept."""
     from tokenizers import AddedToken
 
-    typed = list(zip(fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.token_type", ()), strict=False))
-    control = [AddedToken(t, normalized=False, special=True) for t, kind in typed if kind in (_CONTROL, _UNKNOWN)]
-    kept = [AddedToken(t, normalized=False, special=False) for t, kind in typed if kind == _USER_DEFINED]
+    typed = list(
+        zip(
+            fields["tokenizer.ggml.tokens"],
+            fields.get("tokenizer.ggml.token_type", ()),
+            strict=False,
+        )
+    )
+    control = [
+        AddedToken(t, normalized=False, special=True)
+        for t, kind in typed
+        if kind in (_CONTROL, _UNKNOWN)
+    ]
+    kept = [
+        AddedToken(t, normalized=False, special=False) for t, kind in typed if kind == _USER_DEFINED
+    ]
     backend.add_special_tokens(control)
     backend.add_tokens(kept)
 
@@ -159,33 +181,57 @@ def _sentencepiece(fields: Mapping[str, Any]) -> Any | None:
         return None
     vocab = {token: number for number, token in enumerate(tokens)}
     kinds = fields.get("tokenizer.ggml.token_type", ())
-    kept = dict.fromkeys(token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED)
+    kept = dict.fromkeys(
+        token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED
+    )
     unknown = _special_tokens(fields).get("unk_token")
-    model = models.BPE(vocab, _merges(vocab, scores, kept), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model = models.BPE(
+        vocab, _merges(vocab, scores, kept), unk_token=unknown, fuse_unk=True, byte_fallback=True
+    )
     backend = Backend(model)
     prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
     space = normalizers.Replace(" ", "▁")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if prefix else space
+    backend.normalizer = (
+        normalizers.Sequence([normalizers.Prepend("▁"), space]) if prefix else space
+    )
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     return backend
 
 
-def _merges(vocab: Mapping[str, int], scores: Sequence[float], kept: Collection[str]) -> list[tuple[str, str]]:
+def _merges(
+    vocab: Mapping[str, int], scores: Sequence[float], kept: Collection[str]
+) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, best score of the third first, then in order of ids, as in Llama 2's own file.
 
     User-defined pieces (`kept`) go before all, the longest left part first, so that a run of spaces is one token for as long
     as there is one. Their scores in the file mean nothing.
     """
-    first = sorted((pair for piece in kept for pair in _splits(piece, vocab)), key=lambda pair: (-len(pair[0]), -len(pair[1])))
-    ranked = sorted((piece for piece in vocab if piece not in kept), key=lambda piece: -scores[vocab[piece]])
+    first = sorted(
+        (pair for piece in kept for pair in _splits(piece, vocab)),
+        key=lambda pair: (-len(pair[0]), -len(pair[1])),
+    )
+    ranked = sorted(
+        (piece for piece in vocab if piece not in kept), key=lambda piece: -scores[vocab[piece]]
+    )
     return first + [pair for piece in ranked for pair in _splits(piece, vocab)]
 
 
 def _splits(piece: str, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     cuts = range(1, len(piece))
-    found = [(left, right) for cut in cuts if (left := piece[:cut]) in vocab and (right := piece[cut:]) in vocab]
-    return sorted(found, key=lambda pair: (vocab[pair[0]], vocab[pair[1]])) if len(found) > 1 else found
+    found = [
+        (left, right)
+        for cut in cuts
+        if (left := piece[:cut]) in vocab and (right := piece[cut:]) in vocab
+    ]
+    return (
+        sorted(found, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        if len(found) > 1
+        else found
+    )
 
 
-_MODELS: dict[str, Callable[[Mapping[str, Any]], Any | None]] = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}
+_MODELS: dict[str, Callable[[Mapping[str, Any]], Any | None]] = {
+    "gpt2": _byte_level_bpe,
+    "llama": _sentencepiece,
+}

@@ -17,7 +17,14 @@ from jfp8kv.checkpoint.safetensors import NewTensor
 from jfp8kv.checkpoint.tensors import FLOATS
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.models.layouts import full_name, hf_modules
-from jfp8kv.models.names import Shape, Source, expected_shapes, require_names, require_shape, sources
+from jfp8kv.models.names import (
+    Shape,
+    Source,
+    expected_shapes,
+    require_names,
+    require_shape,
+    sources,
+)
 from jfp8kv.models.params import Params
 
 _WHERE = "params"
@@ -32,7 +39,9 @@ class _Part:
     source: Source
 
     def values(self) -> np.ndarray:
-        on_host = isinstance(self.leaf, np.ndarray) or all(device.platform == "cpu" for device in self.leaf.devices())
+        on_host = isinstance(self.leaf, np.ndarray) or all(
+            device.platform == "cpu" for device in self.leaf.devices()
+        )
         return np.asarray(self.leaf)[self.at] if on_host else np.asarray(self.leaf[self.at])
 
 
@@ -62,14 +71,20 @@ def _leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _require_array(name: str, leaf: Any, shape: Shape) -> None:
     if not isinstance(leaf, jax.Array | np.ndarray) or leaf.dtype not in FLOATS.values():
-        kind = f"of dtype {leaf.dtype}" if isinstance(leaf, jax.Array | np.ndarray) else f"a {type(leaf).__name__}"
+        kind = (
+            f"of dtype {leaf.dtype}"
+            if isinstance(leaf, jax.Array | np.ndarray)
+            else f"a {type(leaf).__name__}"
+        )
         raise ConfigError(f"{_WHERE}: {name} is {kind}: must be an array of {', '.join(FLOATS)}.")
     require_shape(name, leaf.shape, shape, where=_WHERE)
 
 
 def _tensor(name: str, parts: Sequence[_Part]) -> NewTensor:
     dtypes = {np.dtype(part.leaf.dtype) for part in parts}
-    dtype = dtypes.pop() if len(dtypes) == 1 else FLOATS["float32"]  # fused ones of several types: what holds them all
+    dtype = (
+        dtypes.pop() if len(dtypes) == 1 else FLOATS["float32"]
+    )  # fused ones of several types: what holds them all
     return NewTensor(name, parts[0].source.shape, dtype, partial(_joined, parts, dtype))
 
 

@@ -19,8 +19,14 @@ def fetch(repo: str, *, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=FILES if weights else SMALL, ignore_patterns=NOT_THESE))
-    except Exception as error:  # it lets through those of its HTTP library, which differs between its versions
+        return Path(
+            snapshot_download(
+                repo, allow_patterns=FILES if weights else SMALL, ignore_patterns=NOT_THESE
+            )
+        )
+    except (
+        Exception
+    ) as error:  # it lets through those of its HTTP library, which differs between its versions
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{repo}: no such folder here, and the Hugging Face hub did not give a model of that name ({reason}). "

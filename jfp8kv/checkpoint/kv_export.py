@@ -35,7 +35,11 @@ def published(scales: KVScales) -> KVScales:
 
     Of several channels it is the largest; keys stored less an offset `o` need `scale + |o| / 448` without it.
     """
-    k = scales.k if scales.k_offset is None else scales.k + np.abs(scales.k_offset) / np.float32(E4M3.largest)
+    k = (
+        scales.k
+        if scales.k_offset is None
+        else scales.k + np.abs(scales.k_offset) / np.float32(E4M3.largest)
+    )
     k, v = (value.max(axis=2, keepdims=True) for value in (k, scales.v))
     shape = np.broadcast_shapes(k.shape, v.shape)
     return KVScales(np.broadcast_to(k, shape), np.broadcast_to(v, shape), kv_dtype=E4M3.name)

@@ -25,10 +25,14 @@ def with_own_file(found: FoundScales, folder: Path, config: ModelConfig) -> Foun
         return found
     own, problem = _read(path, found, config)
     if own is None:
-        fallback = "the scales in the weights are used" if found.scales is not None else "it is left out"
+        fallback = (
+            "the scales in the weights are used" if found.scales is not None else "it is left out"
+        )
         told = Problem(None, KV_FILE, problem, fallback)
         return dataclasses.replace(found, problems=(*found.problems, told))
-    return dataclasses.replace(found, layers=FoundScales.of(own, source=KV_FILE).layers, file=KV_FILE, scales=own)
+    return dataclasses.replace(
+        found, layers=FoundScales.of(own, source=KV_FILE).layers, file=KV_FILE, scales=own
+    )
 
 
 def _read(path: Path, found: FoundScales, config: ModelConfig) -> tuple[KVScales | None, str]:

@@ -24,7 +24,9 @@ _TABLE = {
     "cache module": rf"(?P<part>[kv])_cache\.{_ENTRY}",
     "module": rf"(?P<part>[qkv])\.{_ENTRY}",
 }
-_LAYOUTS = {layout: re.compile(rf"{_LAYER}\.{_ATTENTION}\.{rest}") for layout, rest in _TABLE.items()}
+_LAYOUTS = {
+    layout: re.compile(rf"{_LAYER}\.{_ATTENTION}\.{rest}") for layout, rest in _TABLE.items()
+}
 # What nobody has published, but can only be meant as one: reported by name rather than taken for a weight.
 _LOOKS_LIKE = re.compile(
     r"(^|\.)((q|k|v|kv|qkv|key|value|query|prob)(_cache)?(_output)?_(scale|scales|scale_inv|zero_point|scale_zero_point)"
@@ -59,4 +61,6 @@ def scale_name(name: str) -> ScaleName | None:
 
 def of_layer(source: str, layer: int) -> str:
     """The name of the same tensor in another layer, or the place in the side-car."""
-    return re.sub(r"((?:^|\.)(?:layers|h)\.|: layer )\d+(?=\.|$)", rf"\g<1>{layer}", source, count=1)
+    return re.sub(
+        r"((?:^|\.)(?:layers|h)\.|: layer )\d+(?=\.|$)", rf"\g<1>{layer}", source, count=1
+    )

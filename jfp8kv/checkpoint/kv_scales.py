@@ -82,7 +82,9 @@ class Problem(NamedTuple):
     fallback: str
 
     def __str__(self) -> str:
-        return ("" if self.layer is None else f"layer {self.layer}: ") + f"{self.source} {self.what}"
+        return (
+            "" if self.layer is None else f"layer {self.layer}: "
+        ) + f"{self.source} {self.what}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,9 @@ class LayerFound:
     @property
     def granularity(self) -> str | None:
         """The finest of the scales used, None if none is."""
-        return max((scale.granularity for scale in self.used), key=GRANULARITIES.index, default=None)
+        return max(
+            (scale.granularity for scale in self.used), key=GRANULARITIES.index, default=None
+        )
 
     @property
     def made_for(self) -> tuple[str, ...]:
@@ -145,14 +149,18 @@ class FoundScales:
         for layer in range(len(scales.k)):
             own = {name: _trimmed(value[layer]) for name, value in scales.arrays.items()}
             used = tuple(ReadScale(layer, part, own[part], source, "F32") for part in "kv")
-            layers.append(LayerFound(layer, own["k"], own["v"], used, used, k_offset=own.get("k_offset")))
+            layers.append(
+                LayerFound(layer, own["k"], own["v"], used, used, k_offset=own.get("k_offset"))
+            )
         return cls(layers=tuple(layers), scales=scales)
 
     def say(self, where: Path, *, strict: bool, stacklevel: int = 2) -> None:
         """Warn of `notes`; of problems too, or raise a `CheckpointError`, if strict. Layers and tensors are named."""
         if strict and self.problems:
             shown = "; ".join(map(str, self.problems[:_SHOWN]))
-            more = f"; and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
+            more = (
+                f"; and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
+            )
             raise CheckpointError(
                 f"{where}: its KV-cache scales cannot be used as they are. At fault: {shown}{more}. `jfp8kv inspect` shows "
                 "all layers. Fix them; or have scale 1 stand in for what is missing or broken, and what belongs nowhere left "
@@ -187,9 +195,7 @@ def find_scales(
     """
     made_for = scales_made_for(quantization)
     if made_for not in FACTORS and tensors:
-        note = (
-            f"{len(tensors)} KV-cache scale tensors (such as {next(iter(tensors))}) are left out: they are made for {made_for}."
-        )
+        note = f"{len(tensors)} KV-cache scale tensors (such as {next(iter(tensors))}) are left out: they are made for {made_for}."
         return FoundScales(notes=(note,))
     read, problems = _read_tensors(config, tensors, made_for) if tensors else ([], [])
     if sidecar is not None:
@@ -199,7 +205,11 @@ def find_scales(
             what = f"is made for model_type {sidecar.model_type!r}, and this model is {theirs}"
             problems.append(Problem(None, SIDECAR, what, "it is used all the same"))
     others = tuple(scale for scale in read if scale.part in ("q", "prob"))
-    problems += [Problem(scale.layer, scale.source, scale.problem, _NOT_USED) for scale in others if scale.problem is not None]
+    problems += [
+        Problem(scale.layer, scale.source, scale.problem, _NOT_USED)
+        for scale in others
+        if scale.problem is not None
+    ]
     problems += [_no_such_layer(scale, config) for scale in read if scale.layer >= config.layers]
     by_place = _by_place(read, config)
     found = tuple(_judge(layer, by_place) for layer in range(config.layers)) if by_place else ()
@@ -230,24 +240,43 @@ def _read_tensors(
             if np.any(_values(tensor)):
                 # It stands for the scale beside it, which is no good without it.
                 what = "is not zero: a cache that is not symmetric is not supported"
-                read.append(ReadScale(name.layer, name.part, None, tensor.name, tensor.stored, made_for, what))
+                read.append(
+                    ReadScale(
+                        name.layer, name.part, None, tensor.name, tensor.stored, made_for, what
+                    )
+                )
         else:
             heads = {"q": config.q_heads, "prob": 1}.get(name.part, config.kv_heads)
             value, problem = _checked(tensor, heads, FACTORS[made_for])
-            read.append(ReadScale(name.layer, name.part, value, tensor.name, tensor.stored, made_for, problem))
+            read.append(
+                ReadScale(
+                    name.layer, name.part, value, tensor.name, tensor.stored, made_for, problem
+                )
+            )
     return sorted(read, key=lambda scale: scale.layer), problems
 
 
-def _checked(tensor: StoredTensor, heads: int, factor: float) -> tuple[np.ndarray | None, str | None]:
+def _checked(
+    tensor: StoredTensor, heads: int, factor: float
+) -> tuple[np.ndarray | None, str | None]:
     """The scale, `[]` or `[heads]`, or what is wrong with it."""
     if tensor.stored not in _FLOATS:
         return None, f"is stored as {tensor.stored}: must be one of {', '.join(_FLOATS)}"
     sizes = [size for size in tensor.shape if size != 1]
     if sizes not in ([], [heads]):
-        per_head = f", or [{heads}] or [{heads}, 1, 1], one for each of its heads" if heads > 1 else ""
-        return None, f"has shape {list(tensor.shape)}: must be [] or [1], one for the layer{per_head}"
+        per_head = (
+            f", or [{heads}] or [{heads}, 1, 1], one for each of its heads" if heads > 1 else ""
+        )
+        return (
+            None,
+            f"has shape {list(tensor.shape)}: must be [] or [1], one for the layer{per_head}",
+        )
     value = _values(tensor).reshape(sizes)
-    return (None, problem) if (problem := _broken(value)) else (np.asarray(value * np.float32(factor)), None)
+    return (
+        (None, problem)
+        if (problem := _broken(value))
+        else (np.asarray(value * np.float32(factor)), None)
+    )
 
 
 def _values(tensor: StoredTensor) -> np.ndarray:
@@ -272,11 +301,20 @@ def _read_sidecar(sidecar: Sidecar) -> list[ReadScale]:
     """One scale a layer: the largest of its ranks'."""
     read = []
     for layer, ranks in sidecar.layers.items():
-        problem = next((told for rank, scale in enumerate(ranks) if (told := _broken_rank(rank, scale))), None)
+        problem = next(
+            (told for rank, scale in enumerate(ranks) if (told := _broken_rank(rank, scale))), None
+        )
         value = None
         if problem is None:
-            value = np.array(max(scale for scale in ranks if scale is not None) * FACTORS[sidecar.made_for], np.float32)
-        read.append(ReadScale(layer, "kv", value, f"{SIDECAR}: layer {layer}", "JSON", sidecar.made_for, problem))
+            value = np.array(
+                max(scale for scale in ranks if scale is not None) * FACTORS[sidecar.made_for],
+                np.float32,
+            )
+        read.append(
+            ReadScale(
+                layer, "kv", value, f"{SIDECAR}: layer {layer}", "JSON", sidecar.made_for, problem
+            )
+        )
     return read
 
 
@@ -305,7 +343,9 @@ def _judge(layer: int, by_place: Mapping[Place, list[ReadScale]]) -> LayerFound:
         read += by_place.get((layer, part), [])
         used += behind
         problems += wrong
-    once = [tuple(dict.fromkeys(each)) for each in (read, used, problems)]  # one scale for both is read, and wrong, once
+    once = [
+        tuple(dict.fromkeys(each)) for each in (read, used, problems)
+    ]  # one scale for both is read, and wrong, once
     return LayerFound(layer, values["k"], values["v"], *once)
 
 
@@ -314,7 +354,11 @@ def _choose(
 ) -> tuple[np.ndarray, list[ReadScale], list[Problem]]:
     """The value for K or V of a layer, the scales it comes from, and why it is not simply what the file says."""
     there = by_place.get((layer, part), [])
-    broken = [Problem(layer, scale.source, scale.problem, _FALLBACK) for scale in there if scale.problem is not None]
+    broken = [
+        Problem(layer, scale.source, scale.problem, _FALLBACK)
+        for scale in there
+        if scale.problem is not None
+    ]
     if not there:
         broken = [_missing(layer, part, by_place)]
     if broken:
@@ -324,18 +368,39 @@ def _choose(
         return values[0], there, []
     others = " and ".join(scale.source for scale in there[1:])
     what = f"and {others} differ, and only one of them can be the scale of {part.upper()}"
-    return functools.reduce(np.maximum, values), there, [Problem(layer, there[0].source, what, "the larger is used")]
+    return (
+        functools.reduce(np.maximum, values),
+        there,
+        [Problem(layer, there[0].source, what, "the larger is used")],
+    )
 
 
 def _missing(layer: int, part: str, by_place: Mapping[Place, list[ReadScale]]) -> Problem:
     """Named after the same part's scale in another layer, or where none has it, after the half of the pair that is there."""
-    named = {place: [s.source for s in there if not s.source.endswith("zero_point")] for place, there in by_place.items()}
+    named = {
+        place: [s.source for s in there if not s.source.endswith("zero_point")]
+        for place, there in by_place.items()
+    }
     half = (named.get((layer, "v" if part == "k" else "k")) or [""])[0]
-    alike = next((sources[0] for (_, other), sources in named.items() if other == part and sources), None)
+    alike = next(
+        (sources[0] for (_, other), sources in named.items() if other == part and sources), None
+    )
     if alike is None:
-        anyone = half or next((sources[0] for sources in named.values() if sources), f"{part}_scale")
-        return Problem(layer, of_layer(anyone, layer), f"has no {part.upper()} scale beside it: half a pair", _FALLBACK)
-    return Problem(layer, of_layer(alike, layer), f"is missing{half and f' beside {half}: half a pair'}", _FALLBACK)
+        anyone = half or next(
+            (sources[0] for sources in named.values() if sources), f"{part}_scale"
+        )
+        return Problem(
+            layer,
+            of_layer(anyone, layer),
+            f"has no {part.upper()} scale beside it: half a pair",
+            _FALLBACK,
+        )
+    return Problem(
+        layer,
+        of_layer(alike, layer),
+        f"is missing{half and f' beside {half}: half a pair'}",
+        _FALLBACK,
+    )
 
 
 def _no_such_layer(scale: ReadScale, config: ModelConfig) -> Problem:
@@ -348,7 +413,11 @@ def _stacked(found: Iterable[LayerFound]) -> KVScales:
         heads = max(value.size for value in values)
         return np.stack([np.broadcast_to(value, heads) for value in values])[..., None]
 
-    return KVScales(stack([layer.k for layer in found]), stack([layer.v for layer in found]), kv_dtype="fp8_e4m3")
+    return KVScales(
+        stack([layer.k for layer in found]),
+        stack([layer.v for layer in found]),
+        kv_dtype="fp8_e4m3",
+    )
 
 
 def _trimmed(value: np.ndarray) -> np.ndarray:
@@ -361,10 +430,14 @@ def _trimmed(value: np.ndarray) -> np.ndarray:
 # Telling
 
 
-def _notes(config: ModelConfig, found: tuple[LayerFound, ...], quantization: Any, sidecar: Sidecar | None) -> Iterator[str]:
+def _notes(
+    config: ModelConfig, found: tuple[LayerFound, ...], quantization: Any, sidecar: Sidecar | None
+) -> Iterator[str]:
     for made_for in sorted({made_for for layer in found for made_for in layer.made_for}):
         yield f"its KV-cache scales are made for {made_for}: {_CONVERTED[made_for]}."
-    if sidecar is not None and (uneven := [layer for layer, ranks in sidecar.layers.items() if len(set(ranks)) > 1]):
+    if sidecar is not None and (
+        uneven := [layer for layer, ranks in sidecar.layers.items() if len(set(ranks)) > 1]
+    ):
         yield (
             f"{SIDECAR} has scales of {len(sidecar.layers[uneven[0]])} tensor-parallel ranks that differ (in {len(uneven)} "
             f"layers, first in layer {uneven[0]}): the largest is used, which clips nothing."

@@ -45,13 +45,26 @@ def read_sidecar(content: Mapping[str, Any], *, where: Path) -> Sidecar:
     """Check the file's form; the numbers are left as they are. Raises `CheckpointError` naming the file and the entry."""
     cache = content.get("kv_cache")
     if not isinstance(cache, Mapping):
-        raise CheckpointError(f"{where}: kv_cache={cache!r}: must be an object with dtype and scaling_factor.")
+        raise CheckpointError(
+            f"{where}: kv_cache={cache!r}: must be an object with dtype and scaling_factor."
+        )
     dtype, ranks = cache.get("dtype"), cache.get("scaling_factor")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(f"{where}: kv_cache.dtype={dtype!r}: must be one of {', '.join(_DTYPES)}.")
-    if not isinstance(ranks, Mapping) or not ranks or not all(isinstance(layers, Mapping) for layers in ranks.values()):
-        raise CheckpointError(f"{where}: kv_cache.scaling_factor must be an object of ranks, each an object of layers.")
-    by_rank = [{_index(layer, where): _number(scale, where) for layer, scale in layers.items()} for layers in ranks.values()]
+        raise CheckpointError(
+            f"{where}: kv_cache.dtype={dtype!r}: must be one of {', '.join(_DTYPES)}."
+        )
+    if (
+        not isinstance(ranks, Mapping)
+        or not ranks
+        or not all(isinstance(layers, Mapping) for layers in ranks.values())
+    ):
+        raise CheckpointError(
+            f"{where}: kv_cache.scaling_factor must be an object of ranks, each an object of layers."
+        )
+    by_rank = [
+        {_index(layer, where): _number(scale, where) for layer, scale in layers.items()}
+        for layers in ranks.values()
+    ]
     every = sorted(set().union(*by_rank))
     model_type = content.get("model_type")
     return Sidecar(
@@ -63,11 +76,17 @@ def read_sidecar(content: Mapping[str, Any], *, where: Path) -> Sidecar:
 
 def _index(layer: str, where: Path) -> int:
     if not layer.isdecimal():
-        raise CheckpointError(f"{where}: the layer {layer!r} in kv_cache.scaling_factor must be a number.")
+        raise CheckpointError(
+            f"{where}: the layer {layer!r} in kv_cache.scaling_factor must be a number."
+        )
     return int(layer)
 
 
 def _number(scale: Any, where: Path) -> float:
     if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise CheckpointError(f"{where}: the scale {scale!r} in kv_cache.scaling_factor must be a number.")
-    return float(repr(scale))  # an integer beyond float64 is infinite, where float(scale) would raise
+        raise CheckpointError(
+            f"{where}: the scale {scale!r} in kv_cache.scaling_factor must be a number."
+        )
+    return float(
+        repr(scale)
+    )  # an integer beyond float64 is infinite, where float(scale) would raise

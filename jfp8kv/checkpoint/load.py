@@ -24,7 +24,7 @@ from jfp8kv.checkpoint.orbax import KV_SCALES, describe_saved, is_saved, load_sa
 from jfp8kv.checkpoint.quantized import dequantized, warn_dequantized
 from jfp8kv.checkpoint.tensors import FLOATS, StoredTensor, assemble, same_values, weights_dtype
 from jfp8kv.checkpoint.tokenizer import read_tokenizer
-from jfp8kv.core.errors import CheckpointError, ConfigError, one_of
+from jfp8kv.core.errors import CheckpointError, ConfigError, invalid_choice
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
 from jfp8kv.models.families.fields import ids, mapping
@@ -32,7 +32,7 @@ from jfp8kv.models.layouts import gguf_modules, hf_modules
 from jfp8kv.models.names import Module, expected_shapes, nest
 from jfp8kv.models.params import Params
 from jfp8kv.models.quantization import WeightScheme, weight_scheme
-from jfp8kv.models.tokenizer import Tokenizer
+from jfp8kv.text.tokenizer import Tokenizer
 
 _HEAD = "lm_head.weight"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -98,9 +98,13 @@ class Described:
     def shapes(self) -> Params:
         """The `Params` that `load` gives, with a `jax.ShapeDtypeStruct` in the place of every array."""
         usual = FLOATS[self.config.dtype]
-        dtypes = {} if self.modules else {name: tensor.dtype for name, tensor in self.weights.items()}
+        dtypes = (
+            {} if self.modules else {name: tensor.dtype for name, tensor in self.weights.items()}
+        )
         shapes = expected_shapes(self.config).items()
-        tree = nest({name: jax.ShapeDtypeStruct(shape, dtypes.get(name, usual)) for name, shape in shapes})
+        tree = nest(
+            {name: jax.ShapeDtypeStruct(shape, dtypes.get(name, usual)) for name, shape in shapes}
+        )
         return Params(tree, self.config, self.tokenizer(), self.found.scales)
 
 
@@ -133,7 +137,7 @@ def resolve_dtype(dtype: Any) -> np.dtype | None:
     except TypeError:
         name = str(dtype)
     if name not in FLOATS:
-        raise one_of("dtype", name, FLOATS)
+        raise invalid_choice("dtype", name, FLOATS)
     return FLOATS[name]
 
 
@@ -141,7 +145,9 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
     """The folder or .gguf file that `source` means; a hub id that nothing here is named after is fetched, with its weights
     or without."""
     if not isinstance(source, str | os.PathLike) or not str(source).strip():
-        raise ConfigError(f"source={source!r}: must be a folder, a .gguf file or a hub id such as 'owner/name'.")
+        raise ConfigError(
+            f"source={source!r}: must be a folder, a .gguf file or a hub id such as 'owner/name'."
+        )
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         return path
@@ -156,7 +162,9 @@ def _readable_file(path: Path) -> Path:
     if path.suffix in hf.PICKLES:
         raise CheckpointError(f"{path}: {hf.PICKLE_ADVICE}")
     if path.suffix == ".safetensors":
-        raise CheckpointError(f"{path}: give the folder that holds it and its config.json: {path.parent}")
+        raise CheckpointError(
+            f"{path}: give the folder that holds it and its config.json: {path.parent}"
+        )
     if path.suffix != ".gguf":
         raise CheckpointError(f"{path}: neither a folder nor a .gguf file.")
     return path
@@ -178,14 +186,19 @@ def load_kv_scales(source: str | os.PathLike[str]) -> FoundScales:
 
 
 def _found_scales(
-    folder: Path, described: Mapping[str, Any], config: ModelConfig, scales: Mapping[str, StoredTensor]
+    folder: Path,
+    described: Mapping[str, Any],
+    config: ModelConfig,
+    scales: Mapping[str, StoredTensor],
 ) -> FoundScales:
     found = find_scales(
         config,
         scales,
         quantization=described.get("quantization_config"),
         sidecar=hf.open_sidecar(folder),
-        model_types={part.get("model_type") for part in (described, described.get("text_config") or {})},
+        model_types={
+            part.get("model_type") for part in (described, described.get("text_config") or {})
+        },
     )
     return with_own_file(found, folder, config)
 
@@ -199,7 +212,9 @@ def _describe_folder(folder: Path, needs_weights: bool) -> Described:
     text = dequantized(seen, scheme, FLOATS[config.dtype])
     found = _found_scales(folder, declared, config, scales)
     if not tensors:  # what is missing among them cannot be told
-        found = dataclasses.replace(found, notes=(*(found.notes if found.layers else ()), hf.unread_scales(folder)))
+        found = dataclasses.replace(
+            found, notes=(*(found.notes if found.layers else ()), hf.unread_scales(folder))
+        )
     config = dataclasses.replace(
         config,
         kv_cache_dtype=config.kv_cache_dtype or found.declares,
@@ -231,8 +246,14 @@ def _describe_gguf(path: Path) -> Described:
 
 def _describe_saved(folder: Path) -> Described:
     config, tokenizer, scales, weights = describe_saved(folder)
-    found = FoundScales() if scales is None else dataclasses.replace(FoundScales.of(scales, source=KV_SCALES), file=KV_SCALES)
-    return Described(folder, "folder of jfp8kv.save", config, weights, {}, lambda: tokenizer, found=found)
+    found = (
+        FoundScales()
+        if scales is None
+        else dataclasses.replace(FoundScales.of(scales, source=KV_SCALES), file=KV_SCALES)
+    )
+    return Described(
+        folder, "folder of jfp8kv.save", config, weights, {}, lambda: tokenizer, found=found
+    )
 
 
 def _read(found: Described, dtype: np.dtype | None, strict: bool) -> Params:

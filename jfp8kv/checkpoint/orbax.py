@@ -30,7 +30,7 @@ from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.names import Shape, Source, expected_shapes, nest, require_names, require_shape
 from jfp8kv.models.params import Params
-from jfp8kv.models.tokenizer import Tokenizer
+from jfp8kv.text.tokenizer import Tokenizer
 
 FORMAT, VERSION = "jfp8kv.Params", 1
 ABOUT, WEIGHTS, KV_SCALES = "jfp8kv.json", "weights", "kv_scales.safetensors"
@@ -51,9 +51,16 @@ def save(params: Params, folder: str | os.PathLike[str], *, overwrite: bool = Fa
       ConfigError: something that is not `Params`, or whose tokenizer or scales have no written form.
     """
     if not isinstance(params, Params):
-        raise ConfigError(f"params of type {type(params).__name__}: must be a Params, as from load or Params.from_pytree.")
+        raise ConfigError(
+            f"params of type {type(params).__name__}: must be a Params, as from load or Params.from_pytree."
+        )
     path = Path(os.path.expanduser(folder)).resolve()
-    about = {"format": FORMAT, "version": VERSION, "config": to_plain(params.config), **_described(params)}
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": to_plain(params.config),
+        **_described(params),
+    }
     with written_whole(path) as beside:
         _require_free(path, overwrite)
         _write(params, about, beside)
@@ -63,7 +70,9 @@ def _described(params: Params) -> dict[str, Any]:
     tokenizer, scales = params.tokenizer, params.kv_scales
     require_written_form(tokenizer)
     if scales is not None and not isinstance(scales, KVScales):
-        raise ConfigError(f"kv_scales of type {type(scales).__name__}: must be a KVScales, or None.")
+        raise ConfigError(
+            f"kv_scales of type {type(scales).__name__}: must be a KVScales, or None."
+        )
     about: dict[str, Any] = {"tokenizer": None, "kv_scales": scales is not None}
     if tokenizer is not None:
         about["tokenizer"] = {
@@ -78,9 +87,13 @@ def _require_free(path: Path, overwrite: bool) -> None:
     if is_free(path):
         return
     if not (path / ABOUT).is_file():
-        raise CheckpointError(f"{path}: exists and was not written by jfp8kv.save: give another folder.")
+        raise CheckpointError(
+            f"{path}: exists and was not written by jfp8kv.save: give another folder."
+        )
     if not overwrite:
-        raise CheckpointError(f"{path}: holds a saved model already: give another folder, or overwrite=True.")
+        raise CheckpointError(
+            f"{path}: holds a saved model already: give another folder, or overwrite=True."
+        )
 
 
 def _write(params: Params, about: Mapping[str, Any], folder: Path) -> None:
@@ -89,14 +102,20 @@ def _write(params: Params, about: Mapping[str, Any], folder: Path) -> None:
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params.tree)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(folder / WEIGHTS, args=ocp.args.PyTreeSave(params.tree, save_args=save_args))
+            checkpointer.save(
+                folder / WEIGHTS, args=ocp.args.PyTreeSave(params.tree, save_args=save_args)
+            )
     except Exception as error:  # Orbax lets through those of its writers and of TensorStore
-        raise CheckpointError(f"{folder.parent}: the weights cannot be written ({_first_line(error)}).") from error
+        raise CheckpointError(
+            f"{folder.parent}: the weights cannot be written ({_first_line(error)})."
+        ) from error
     if params.tokenizer is not None:
         (folder / TOKENIZER).write_text(params.tokenizer.backend.to_str(), encoding="utf-8")
     if params.kv_scales is not None:
         params.kv_scales.save(folder / KV_SCALES)
-    (folder / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / ABOUT).write_text(
+        json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def is_saved(folder: Path) -> bool:
@@ -112,7 +131,9 @@ def is_saved(folder: Path) -> bool:
                 f"{folder}: holds both {ABOUT} of a saved model and {theirs} of a Hugging Face one: keep one of them there."
             )
         return True
-    if theirs is None and (found := next((name for name in _ORBAX if (folder / name).exists()), None)):
+    if theirs is None and (
+        found := next((name for name in _ORBAX if (folder / name).exists()), None)
+    ):
         raise CheckpointError(
             f"{folder}: an Orbax checkpoint ({found}) without {ABOUT}, so not written by jfp8kv.save. If it is the weights of "
             "one that was, give the folder above; else restore it with Orbax and use Params.from_pytree(tree, config)."
@@ -132,15 +153,25 @@ def load_saved(folder: Path, dtype: np.dtype | None) -> Params:
         found = _checked(path, expected, checkpointer)
         largest_first = sorted(expected, key=lambda name: math.prod(expected[name]), reverse=True)
         whole = {name: [Source(name, shape, shape)] for name, shape in expected.items()}
-        read = {name: parameter(expected[name], whole[name], found, dtype or found[name].dtype) for name in largest_first}
+        read = {
+            name: parameter(expected[name], whole[name], found, dtype or found[name].dtype)
+            for name in largest_first
+        }
     return Params(nest({name: read[name] for name in expected}), config, tokenizer, scales)
 
 
-def describe_saved(folder: Path) -> tuple[ModelConfig, Tokenizer | None, KVScales | None, dict[str, StoredTensor]]:
+def describe_saved(
+    folder: Path,
+) -> tuple[ModelConfig, Tokenizer | None, KVScales | None, dict[str, StoredTensor]]:
     """What `load_saved` would load: config, tokenizer, KV scales, and the weights by name, unread. Errors as there."""
     config, tokenizer, scales = _about(folder)
     with _checkpointer() as checkpointer:
-        return config, tokenizer, scales, _checked(folder / WEIGHTS, expected_shapes(config), checkpointer)
+        return (
+            config,
+            tokenizer,
+            scales,
+            _checked(folder / WEIGHTS, expected_shapes(config), checkpointer),
+        )
 
 
 def _about(folder: Path) -> tuple[ModelConfig, Tokenizer | None, KVScales | None]:
@@ -157,7 +188,9 @@ def _about(folder: Path) -> tuple[ModelConfig, Tokenizer | None, KVScales | None
     except CheckpointError:
         raise
     except Exception as error:  # whatever a field of the wrong type leads to
-        raise CheckpointError(f"{folder / ABOUT}: damaged ({type(error).__name__}: {error}).") from error
+        raise CheckpointError(
+            f"{folder / ABOUT}: damaged ({type(error).__name__}: {error})."
+        ) from error
     return config, tokenizer, _scales(folder / KV_SCALES, config) if has_scales else None
 
 
@@ -165,7 +198,9 @@ def _scales(path: Path, config: ModelConfig) -> KVScales:
     """Scales from a file of ours, which belong to a model of this config."""
     try:
         scales = KVScales.load(path)
-        check_shape(scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
+        check_shape(
+            scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim
+        )
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return scales
@@ -174,7 +209,9 @@ def _scales(path: Path, config: ModelConfig) -> KVScales:
 def _require_version(folder: Path, about: Mapping[str, Any]) -> None:
     version = about.get("version")
     if about.get("format") != FORMAT or type(version) is not int or version < 1:
-        raise CheckpointError(f"{folder / ABOUT}: damaged: format {about.get('format')!r}, version {version!r}.")
+        raise CheckpointError(
+            f"{folder / ABOUT}: damaged: format {about.get('format')!r}, version {version!r}."
+        )
     if version > VERSION:
         raise CheckpointError(
             f"{folder}: saved in version {version} of the format by a newer jfp8kv; this one reads up to {VERSION}: upgrade it."
@@ -189,7 +226,9 @@ def _tokenizer(folder: Path, about: Mapping[str, Any] | None) -> Tokenizer | Non
     try:
         backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
     except Exception as error:  # the library raises bare Exception for what it cannot parse
-        raise CheckpointError(f"{folder / TOKENIZER}: not a readable tokenizer: {error}.") from error
+        raise CheckpointError(
+            f"{folder / TOKENIZER}: not a readable tokenizer: {error}."
+        ) from error
     return Tokenizer(
         backend,
         chat_template=about["chat_template"],
@@ -204,7 +243,9 @@ def _checkpointer() -> Any:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
-def _checked(path: Path, expected: Mapping[str, Shape], checkpointer: Any) -> dict[str, StoredTensor]:
+def _checked(
+    path: Path, expected: Mapping[str, Shape], checkpointer: Any
+) -> dict[str, StoredTensor]:
     """Every array of the weights by its dotted name, once names and shapes are those expected."""
     found = _stored(path, checkpointer)
     require_names(found, expected, where=str(path))
@@ -220,14 +261,23 @@ def _stored(path: Path, checkpointer: Any) -> dict[str, StoredTensor]:
         if described is None:
             raise ValueError("the list of its arrays is missing or damaged")
         leaves = jax.tree_util.tree_leaves_with_path(described.tree)
-        found = {jax.tree_util.keystr(keys, simple=True, separator="."): leaf for keys, leaf in leaves}
+        found = {
+            jax.tree_util.keystr(keys, simple=True, separator="."): leaf for keys, leaf in leaves
+        }
         return {
             name: StoredTensor(
-                name, tuple(leaf.shape), str(leaf.dtype), np.dtype(leaf.dtype), path, partial(_read, path, checkpointer, name)
+                name,
+                tuple(leaf.shape),
+                str(leaf.dtype),
+                np.dtype(leaf.dtype),
+                path,
+                partial(_read, path, checkpointer, name),
             )
             for name, leaf in found.items()
         }
-    except Exception as error:  # Orbax lets through those of its readers, of JSON and of TensorStore
+    except (
+        Exception
+    ) as error:  # Orbax lets through those of its readers, of JSON and of TensorStore
         raise CheckpointError(
             f"{path}: not a readable Orbax checkpoint ({_first_line(error)}): fetch or save it again."
         ) from error
@@ -242,7 +292,9 @@ def _read(path: Path, checkpointer: Any, name: str, out: np.ndarray) -> None:
     try:
         (array,) = jax.tree.leaves(checkpointer.restore(path, args=restore))
     except Exception as error:  # as above
-        raise CheckpointError(f"{path}: {name} cannot be read ({_first_line(error)}): fetch or save it again.") from error
+        raise CheckpointError(
+            f"{path}: {name} cannot be read ({_first_line(error)}): fetch or save it again."
+        ) from error
     flat, source = out.reshape(-1), np.asarray(array).reshape(-1)
     for part in chunks(flat.size, source.dtype.itemsize):
         with np.errstate(over="ignore"):  # read_into reports values that do not fit

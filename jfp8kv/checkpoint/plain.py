@@ -18,14 +18,18 @@ _TAG = "type"
 def to_plain(value: Any) -> Any:
     """The same in dicts, lists, strings, numbers, booleans and None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {
+            field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
         assert _TAG not in fields, f"{_TAG!r} tells dataclasses apart and cannot name a field"
         return {_TAG: type(value).__name__, **fields}
     if isinstance(value, tuple):
         return [to_plain(item) for item in value]
     if isinstance(value, np.generic):
         return value.item()
-    assert value is None or isinstance(value, str | bool | int | float), f"{value!r} has no written form"
+    assert value is None or isinstance(value, str | bool | int | float), (
+        f"{value!r} has no written form"
+    )
     return value
 
 

@@ -28,18 +28,27 @@ MXFP4 = "MXFP4"
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _SCALES = ("_scale", "_scale_inv")
 # What every code means, by code.
-_FP8_VALUES = {stored: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) for stored, dtype in FP8.items()}
+_FP8_VALUES = {
+    stored: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
+    for stored, dtype in FP8.items()
+}
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _E2M1_VALUES = np.concatenate([_E2M1, -_E2M1])
-_E2M1_PAIRS = np.stack([np.tile(_E2M1_VALUES, 16), np.repeat(_E2M1_VALUES, 16)], axis=1)  # byte -> low half, high half
+_E2M1_PAIRS = np.stack(
+    [np.tile(_E2M1_VALUES, 16), np.repeat(_E2M1_VALUES, 16)], axis=1
+)  # byte -> low half, high half
 _MX_GROUP_BYTES = 16
 
 # Scales of activations, which stay unquantized here.
-_ACTIVATIONS = re.compile(r"(\.|_proj_)(input_scale|input_zero_point|input_scale_ub|activation_scale)$")
+_ACTIVATIONS = re.compile(
+    r"(\.|_proj_)(input_scale|input_zero_point|input_scale_ub|activation_scale)$"
+)
 _ORPHANS = re.compile(r"(\.weight|_proj)_(scale|scale_inv|zero_point)$")
 
 
-def dequantized(tensors: Mapping[str, StoredTensor], scheme: WeightScheme | None, dtype: np.dtype) -> dict[str, StoredTensor]:
+def dequantized(
+    tensors: Mapping[str, StoredTensor], scheme: WeightScheme | None, dtype: np.dtype
+) -> dict[str, StoredTensor]:
     """The same weights with every quantized one as a plain weight of `dtype`; its scales, and activations', are gone.
 
     Names, shapes and dtypes are checked here, the values when they are read: then too a `CheckpointError` names the
@@ -51,14 +60,20 @@ def dequantized(tensors: Mapping[str, StoredTensor], scheme: WeightScheme | None
     if scheme is None:
         return dict(tensors)
     left = {name: tensor for name, tensor in tensors.items() if not _ACTIVATIONS.search(name)}
-    plain = _mxfp4_weights(left, dtype) if scheme.kind == "mxfp4" else _fp8_weights(left, scheme, dtype)
+    plain = (
+        _mxfp4_weights(left, dtype) if scheme.kind == "mxfp4" else _fp8_weights(left, scheme, dtype)
+    )
     for name, tensor in left.items():
         if _ORPHANS.search(name):
-            raise CheckpointError(f"{tensor.file}: {tensor.name} is the scale of a weight that is not quantized, or not there.")
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.name} is the scale of a weight that is not quantized, or not there."
+            )
     return left | plain
 
 
-def warn_dequantized(folder: Path, scheme: WeightScheme | None, tensors: Mapping[str, StoredTensor], dtype: np.dtype) -> None:
+def warn_dequantized(
+    folder: Path, scheme: WeightScheme | None, tensors: Mapping[str, StoredTensor], dtype: np.dtype
+) -> None:
     """Say which weights were quantized, and what they have become."""
     if scheme is None:
         return
@@ -70,17 +85,23 @@ def warn_dequantized(folder: Path, scheme: WeightScheme | None, tensors: Mapping
     warnings.warn(f"{folder}: {told}", stacklevel=4)
 
 
-def _fp8_weights(left: dict[str, StoredTensor], scheme: WeightScheme, dtype: np.dtype) -> dict[str, StoredTensor]:
+def _fp8_weights(
+    left: dict[str, StoredTensor], scheme: WeightScheme, dtype: np.dtype
+) -> dict[str, StoredTensor]:
     """The float8 weights of `left`, which loses their scales."""
     _drop_zero_points(left)
     found = {}
-    for name in [name for name, tensor in left.items() if tensor.stored in FP8 and not name.endswith(_SCALES)]:
+    for name in [
+        name for name, tensor in left.items() if tensor.stored in FP8 and not name.endswith(_SCALES)
+    ]:
         weight = left[name]
         scales = [left.pop(name + end) for end in _SCALES if name + end in left]
         if len(scales) != 1:
             names = " and ".join(weight.name + end for end in _SCALES)
             problem = "has two scales" if scales else "has no scale"
-            raise CheckpointError(f"{weight.file}: {weight.name} is {weight.stored} and {problem}: one of {names} is needed.")
+            raise CheckpointError(
+                f"{weight.file}: {weight.name} is {weight.stored} and {problem}: one of {names} is needed."
+            )
         read = partial(_read_fp8, weight, scales[0], _block(weight, scales[0], scheme))
         found[name] = dataclasses.replace(weight, dtype=dtype, read=read, offset=None)
     return found
@@ -93,7 +114,9 @@ def _drop_zero_points(left: dict[str, StoredTensor]) -> None:
         values = np.empty(tensor.shape, np.float32)
         tensor.read(values)
         if values.any():
-            raise CheckpointError(f"{tensor.file}: {tensor.name} is not zero: asymmetric float8 weights are not read.")
+            raise CheckpointError(
+                f"{tensor.file}: {tensor.name} is not zero: asymmetric float8 weights are not read."
+            )
 
 
 def _block(weight: StoredTensor, scale: StoredTensor, scheme: WeightScheme) -> Block:
@@ -111,7 +134,11 @@ def _block(weight: StoredTensor, scale: StoredTensor, scheme: WeightScheme) -> B
         if scale.shape in shapes:
             fits.add(block)
     if len(fits) != 1:
-        problem = "fits more than one of its blocks" if fits else "must be " + " or ".join(str(list(s)) for s in allowed)
+        problem = (
+            "fits more than one of its blocks"
+            if fits
+            else "must be " + " or ".join(str(list(s)) for s in allowed)
+        )
         raise CheckpointError(
             f"{scale.file}: {scale.name} has shape {list(scale.shape)}, for a weight {list(weight.shape)} and {scheme} "
             f"it {problem}."
@@ -134,7 +161,9 @@ def _scale_shapes(weight: Shape, block: Block) -> list[Shape]:
 
 def _read_fp8(weight: StoredTensor, scale: StoredTensor, block: Block, out: np.ndarray) -> None:
     rows, columns = (1, *weight.shape)[-2:]
-    grid = _read_scales(scale).reshape(-1, -(-columns // block[1]))  # leading axes and blocks of rows on one axis
+    grid = _read_scales(scale).reshape(
+        -1, -(-columns // block[1])
+    )  # leading axes and blocks of rows on one axis
     blocks = -(-rows // block[0])
     flat = _rows(out, columns)
     for part in chunks(len(flat), 4 * columns):
@@ -156,7 +185,9 @@ def _read_scales(scale: StoredTensor) -> np.ndarray:
     bad = ~(np.isfinite(values) & (values > 0))
     if bad.any():
         at = np.argwhere(bad)[0].tolist()
-        raise CheckpointError(f"{scale.file}: {scale.name} is {values[tuple(at)]} at {at}: scales must be positive and finite.")
+        raise CheckpointError(
+            f"{scale.file}: {scale.name} is {values[tuple(at)]} at {at}: scales must be positive and finite."
+        )
     return values
 
 
@@ -164,7 +195,9 @@ def _require_finite(weight: StoredTensor, values: np.ndarray, out: np.ndarray) -
     if np.isfinite(out).all():
         return
     if not np.isfinite(values).all():
-        raise CheckpointError(f"{weight.file}: {weight.name} holds NaN or infinity in its {weight.stored} codes: damaged.")
+        raise CheckpointError(
+            f"{weight.file}: {weight.name} holds NaN or infinity in its {weight.stored} codes: damaged."
+        )
     raise CheckpointError(
         f"{weight.file}: {weight.name}, multiplied by its scales, has values beyond {out.dtype.name}'s largest, "
         f"{float(ml_dtypes.finfo(out.dtype).max):g}; load with a dtype of more range, 'bfloat16' or 'float32'."
@@ -180,7 +213,14 @@ def _rows(out: np.ndarray, columns: int) -> np.ndarray:
 def _mxfp4_weights(left: dict[str, StoredTensor], dtype: np.dtype) -> dict[str, StoredTensor]:
     """The MXFP4 weights of `left`, which loses their blocks and scales. `[experts, in, out]`, as gpt-oss in bfloat16 is."""
     found = {}
-    for name in sorted({name.removesuffix(end) for name in left for end in ("_blocks", "_scales") if name.endswith(end)}):
+    for name in sorted(
+        {
+            name.removesuffix(end)
+            for name in left
+            for end in ("_blocks", "_scales")
+            if name.endswith(end)
+        }
+    ):
         blocks, scales = left.pop(name + "_blocks", None), left.pop(name + "_scales", None)
         if blocks is None or scales is None:
             there = blocks or scales
@@ -197,21 +237,30 @@ def _mxfp4_weights(left: dict[str, StoredTensor], dtype: np.dtype) -> dict[str, 
                 "one exponent a group of its blocks."
             )
         experts, rows, groups, _ = blocks.shape
-        shape, read = (experts, 2 * _MX_GROUP_BYTES * groups, rows), partial(_read_mxfp4, blocks, scales)
-        found[name] = StoredTensor(blocks.name.removesuffix("_blocks"), shape, MXFP4, dtype, blocks.file, read)
+        shape, read = (
+            (experts, 2 * _MX_GROUP_BYTES * groups, rows),
+            partial(_read_mxfp4, blocks, scales),
+        )
+        found[name] = StoredTensor(
+            blocks.name.removesuffix("_blocks"), shape, MXFP4, dtype, blocks.file, read
+        )
     return found
 
 
 def _read_mxfp4(blocks: StoredTensor, scales: StoredTensor, out: np.ndarray) -> None:
     experts, rows, groups, _ = blocks.shape
-    for expert, part in itertools.product(range(experts), chunks(rows, 4 * 2 * _MX_GROUP_BYTES * groups)):
+    for expert, part in itertools.product(
+        range(experts), chunks(rows, 4 * 2 * _MX_GROUP_BYTES * groups)
+    ):
         codes = np.empty((part.stop - part.start, groups, _MX_GROUP_BYTES), np.uint8)
         exponents = np.empty((part.stop - part.start, groups, 1), np.uint8)
         first = (expert * rows + part.start) * groups
         read_exactly(blocks.file, blocks.offset + first * _MX_GROUP_BYTES, codes)
         read_exactly(scales.file, scales.offset + first, exponents)
         if (exponents == 255).any():
-            raise CheckpointError(f"{scales.file}: {scales.name} holds 255, the exponent that means NaN: damaged.")
+            raise CheckpointError(
+                f"{scales.file}: {scales.name} holds 255, the exponent that means NaN: damaged."
+            )
         values = _E2M1_PAIRS[codes].reshape(len(codes), groups, -1)
         with np.errstate(over="ignore"):  # checked below
             real = np.ldexp(values, exponents.astype(np.int32) - 127).reshape(len(codes), -1)

@@ -39,7 +39,12 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WEIGHTS = {"F64": np.dtype(np.float32), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
+WEIGHTS = {
+    "F64": np.dtype(np.float32),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+}
 _ALIGNMENT = 8  # bytes, of where the data begins
 _MAX_HEADER = 100 << 20  # the format's own limit
 
@@ -56,21 +61,29 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     header.pop("__metadata__", None)
-    return {name: _tensor(path, name, entry, data_start, data_bytes) for name, entry in header.items()}
+    return {
+        name: _tensor(path, name, entry, data_start, data_bytes) for name, entry in header.items()
+    }
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= _MAX_HEADER:
-            raise CheckpointError(f"{path}: not a safetensors file (its header would take {length} bytes).")
+            raise CheckpointError(
+                f"{path}: not a safetensors file (its header would take {length} bytes)."
+            )
         text = file.read(length)
     if len(text) < length:
-        raise CheckpointError(f"{path}: truncated in its header ({len(text)} of {length} bytes): fetch it again.")
+        raise CheckpointError(
+            f"{path}: truncated in its header ({len(text)} of {length} bytes): fetch it again."
+        )
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file (its header is not JSON: {error}).") from error
+        raise CheckpointError(
+            f"{path}: not a safetensors file (its header is not JSON: {error})."
+        ) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: not a safetensors file (its header is not a JSON object).")
     return header, 8 + length
@@ -82,11 +95,15 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, data_bytes: int)
         stored, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise damaged from error
-    if not isinstance(stored, str) or not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+    if not isinstance(stored, str) or not all(
+        type(number) is int and number >= 0 for number in (*shape, start, end)
+    ):
         raise damaged
     dtype = DTYPES.get(stored)
     if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
-        raise CheckpointError(f"{path}: {name} {stored} {list(shape)} does not fit its {end - start} bytes: damaged header.")
+        raise CheckpointError(
+            f"{path}: {name} {stored} {list(shape)} does not fit its {end - start} bytes: damaged header."
+        )
     if end > data_bytes:
         raise CheckpointError(
             f"{path}: truncated: {name} ends at byte {data_start + end}, the file has {data_start + data_bytes}: fetch "
@@ -132,7 +149,11 @@ def write_safetensors(path: Path, tensors: Iterable[NewTensor], metadata: dict[s
     end = 0
     for tensor in ordered:
         start, end = end, end + tensor.nbytes
-        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with open(path, "wb") as file:

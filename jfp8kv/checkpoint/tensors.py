@@ -16,7 +16,17 @@ import numpy as np
 
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.names import Module, Shape, Source, each_source, expected_shapes, nest, require_names, require_shape, sources
+from jfp8kv.models.names import (
+    Module,
+    Shape,
+    Source,
+    each_source,
+    expected_shapes,
+    nest,
+    require_names,
+    require_shape,
+    sources,
+)
 
 CHUNK_BYTES = 4 << 20
 ALIGNMENT = 64  # bytes; what XLA:CPU asks of memory it is to use without a copy
@@ -85,10 +95,14 @@ def assemble(
     for name, shape in each.items():
         tensor = tensors[name]
         require_shape(tensor.name, tensor.shape, shape, where=str(tensor.file))
-    return nest({ours: parameter(shapes[ours], parts, tensors, dtype) for ours, parts in found.items()})
+    return nest(
+        {ours: parameter(shapes[ours], parts, tensors, dtype) for ours, parts in found.items()}
+    )
 
 
-def parameter(shape: Shape, parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: np.dtype) -> jax.Array:
+def parameter(
+    shape: Shape, parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: np.dtype
+) -> jax.Array:
     """One parameter on the default device, its parts read one after another."""
     host = aligned_empty(shape, dtype)
     rows = host.reshape(len(parts), *parts[0].part)
@@ -140,7 +154,9 @@ def read_exactly(path: Path, offset: int, out: np.ndarray) -> None:
         while view:
             count = file.readinto(view)
             if not count:
-                raise CheckpointError(f"{path}: the file ends {len(view)} bytes early; it is truncated: fetch it again.")
+                raise CheckpointError(
+                    f"{path}: the file ends {len(view)} bytes early; it is truncated: fetch it again."
+                )
             view = view[count:]
 
 

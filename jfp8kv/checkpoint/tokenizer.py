@@ -15,7 +15,7 @@ from typing import Any
 
 from jfp8kv.checkpoint.folder import read_json
 from jfp8kv.core.errors import CheckpointError, ConfigError
-from jfp8kv.models.tokenizer import Tokenizer, pick_template
+from jfp8kv.text.tokenizer import Tokenizer, pick_template
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _OTHER_FORMS = ("tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
@@ -59,7 +59,15 @@ def read_tokenizer(folder: Path, *, eos_ids: Iterable[int] = ()) -> Tokenizer | 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """`{"bos_token": "<s>", ...}`; a token may be spelled as a string or as an object with `content`."""
     found = {}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+    for key in (
+        "bos_token",
+        "eos_token",
+        "unk_token",
+        "pad_token",
+        "sep_token",
+        "cls_token",
+        "mask_token",
+    ):
         value = settings.get(key)
         value = value.get("content") if isinstance(value, Mapping) else value
         if isinstance(value, str):
@@ -67,23 +75,36 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _add_missing_tokens(backend: Any, settings: Mapping[str, Any], special: Mapping[str, str]) -> None:
+def _add_missing_tokens(
+    backend: Any, settings: Mapping[str, Any], special: Mapping[str, str]
+) -> None:
     from tokenizers import AddedToken
 
     listed = settings.get("added_tokens_decoder") or {}
     try:
-        entries = sorted(((int(number), dict(entry)) for number, entry in listed.items()), key=lambda item: item[0])
+        entries = sorted(
+            ((int(number), dict(entry)) for number, entry in listed.items()),
+            key=lambda item: item[0],
+        )
     except (AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"tokenizer_config.json: added_tokens_decoder is malformed ({error}).") from error
+        raise CheckpointError(
+            f"tokenizer_config.json: added_tokens_decoder is malformed ({error})."
+        ) from error
     for number, entry in entries:
         if backend.token_to_id(entry["content"]) is None:
-            flags = {k: entry[k] for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in entry}
+            flags = {
+                k: entry[k]
+                for k in ("single_word", "lstrip", "rstrip", "normalized", "special")
+                if k in entry
+            }
             backend.add_tokens([AddedToken(entry["content"], **flags)])
             if (got := backend.token_to_id(entry["content"])) != number:
                 raise CheckpointError(
                     f"tokenizer_config.json puts {entry['content']!r} at id {number}; beside tokenizer.json it would be {got}."
                 )
-    backend.add_special_tokens([token for token in special.values() if backend.token_to_id(token) is None])
+    backend.add_special_tokens(
+        [token for token in special.values() if backend.token_to_id(token) is None]
+    )
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -95,7 +116,9 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 def require_written_form(tokenizer: Any) -> None:
     """Raise `ConfigError` for a tokenizer, or what serves as one, that cannot be written to a file. None can."""
-    if tokenizer is None or (isinstance(tokenizer, Tokenizer) and hasattr(tokenizer.backend, "to_str")):
+    if tokenizer is None or (
+        isinstance(tokenizer, Tokenizer) and hasattr(tokenizer.backend, "to_str")
+    ):
         return
     kind = type(tokenizer.backend if isinstance(tokenizer, Tokenizer) else tokenizer).__name__
     raise ConfigError(
@@ -121,4 +144,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_len: int) -> None
     if tokenizer.chat_template is not None:
         settings["chat_template"] = tokenizer.chat_template
     (folder / TOKENIZER).write_text(tokenizer.backend.to_str(), encoding="utf-8")
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / SETTINGS).write_text(
+        json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -22,7 +22,9 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(check.schema(), indent=2))
         return 0
     if args.config is None:
-        raise ConfigError("no config: give the path of a YAML file, such as configs/batch/demo.yaml.")
+        raise ConfigError(
+            "no config: give the path of a YAML file, such as configs/batch/demo.yaml."
+        )
     config = check.load(Path(args.config), args.set)
     quiet_jax()
     if args.dry_run:
@@ -66,4 +68,6 @@ def _summary(outcome: "jfp8kv.batch.run.Outcome") -> str:
     tokens = f"{totals['prompt_tokens']:,} tokens in, {totals['completion_tokens']:,} out"
     if not outcome.worked:
         return f"{path} is complete: {totals['rows']:,} rows{failed}; nothing is left to do. --restart makes it anew."
-    return f"{path}: {totals['rows']:,} rows{failed}; {tokens}" + (f"; {outcome.seconds:.1f} s" if outcome.seconds else "")
+    return f"{path}: {totals['rows']:,} rows{failed}; {tokens}" + (
+        f"; {outcome.seconds:.1f} s" if outcome.seconds else ""
+    )

@@ -9,7 +9,7 @@ from jfp8kv.cli.output import show
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; the exit status."""
-    from jfp8kv.api import bench
+    from jfp8kv.functional import bench
 
     quiet_jax()
     report = bench(

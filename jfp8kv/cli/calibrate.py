@@ -11,7 +11,7 @@ from jfp8kv.cli.data import check, check_field, check_writable, texts
 from jfp8kv.cli.output import say
 
 if TYPE_CHECKING:
-    import jfp8kv.api
+    import jfp8kv.functional
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     check_field(args.field, data)
     check_writable(out, "--out", args.out)
     check(data, "DATA", args.data)
-    from jfp8kv.api import calibration, calibration_plan, load
+    from jfp8kv.functional import calibration, calibration_plan, load
 
     plan = calibration_plan(
         kv_dtype=args.kv_dtype,
@@ -36,17 +36,24 @@ def run(args: argparse.Namespace) -> int:
     params = load(args.model, dtype=args.dtype, strict=not args.lenient)
     began = time.perf_counter()
     done = calibration(
-        params, texts(data, field=args.field, whole=args.window is not None), plan, progress=False if args.quiet else None
+        params,
+        texts(data, field=args.field, whole=args.window is not None),
+        plan,
+        progress=False if args.quiet else None,
     )
     done.scales.save(out)
     summary = _summary(done, plan, args.out)
     print(json.dumps(summary) if args.json else _table(summary), flush=True)
     if not args.quiet:
-        say(f"{done.tokens:,} tokens of {done.prompts:,} prompts in {time.perf_counter() - began:.1f} s; wrote {args.out}")
+        say(
+            f"{done.tokens:,} tokens of {done.prompts:,} prompts in {time.perf_counter() - began:.1f} s; wrote {args.out}"
+        )
     return 0
 
 
-def _summary(done: "jfp8kv.api.Calibration", plan: "jfp8kv.api.CalibrationPlan", out: str) -> dict[str, Any]:
+def _summary(
+    done: "jfp8kv.functional.Calibration", plan: "jfp8kv.functional.CalibrationPlan", out: str
+) -> dict[str, Any]:
     """What was found, in numbers."""
     scales = done.scales
     about = {"kv_dtype": plan.fmt.name, "granularity": plan.granularity, "observer": plan.observer}
@@ -66,5 +73,8 @@ def _table(summary: dict[str, Any]) -> str:
     """Three lines for a reader."""
     kinds = {"K": summary["k"], "V": summary["v"]}
     head = f"{summary['observer']} scales per {summary['granularity']} for {summary['kv_dtype']}, {summary['layers']} layers"
-    shown = {kind: "  ".join(f"{what} {value:.3g}" for what, value in spread.items()) for kind, spread in kinds.items()}
+    shown = {
+        kind: "  ".join(f"{what} {value:.3g}" for what, value in spread.items())
+        for kind, spread in kinds.items()
+    }
     return "\n".join([head, *(f"  {kind}  {spread}" for kind, spread in shown.items())])

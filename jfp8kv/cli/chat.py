@@ -14,7 +14,7 @@ from jfp8kv.cli.output import print_stream, rate, say
 from jfp8kv.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    import jfp8kv.api
+    import jfp8kv.functional
 
 COMMANDS = "/reset and /exit"
 
@@ -26,7 +26,9 @@ def run(args: argparse.Namespace) -> int:
     params = sampling(args)
     llm = load(args)
     if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
-        raise ConfigError(f"{args.model}: has no chat template; try `jfp8kv generate` with plain prompts.")
+        raise ConfigError(
+            f"{args.model}: has no chat template; try `jfp8kv generate` with plain prompts."
+        )
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     context = min(llm.max_model_len, llm.stats.kv_tokens_capacity)
     conversation = Conversation(llm, params, system, context, quiet=args.quiet)
@@ -65,8 +67,8 @@ def _lines() -> Iterator[str]:
 class Conversation:
     """What was said so far, kept within `context` tokens. `turns` are the user's and the model's in turn."""
 
-    llm: "jfp8kv.api.LLM"
-    params: "jfp8kv.api.SamplingParams"
+    llm: "jfp8kv.functional.LLM"
+    params: "jfp8kv.functional.SamplingParams"
     system: list[Message]
     context: int
     quiet: bool
@@ -76,7 +78,9 @@ class Conversation:
         """Print the answer and remember both. Ctrl-C ends an answer; a message that can never fit is refused."""
         asked: Message = {"role": "user", "content": text}
         if self._room([], asked) < 1:
-            say(f"error: this message alone exceeds the context of {self.context} tokens: say it in fewer words")
+            say(
+                f"error: this message alone exceeds the context of {self.context} tokens: say it in fewer words"
+            )
             return
         self._forget(asked)
         began, before = time.perf_counter(), self.llm.stats.generated_tokens
@@ -103,4 +107,6 @@ class Conversation:
             forgotten += 1
         if forgotten:
             what = "message" if forgotten == 1 else f"{forgotten} messages"
-            say(f"the context of {self.context} tokens is full: forgot your oldest {what} and what came in answer")
+            say(
+                f"the context of {self.context} tokens is full: forgot your oldest {what} and what came in answer"
+            )

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from jfp8kv.cli.arguments import names, quiet_jax
 from jfp8kv.cli.data import check, check_field, check_writable, texts
 from jfp8kv.cli.output import say, show
-from jfp8kv.core.errors import ConfigError, NotSupported, one_of
+from jfp8kv.core.errors import ConfigError, NotSupported, invalid_choice
 
 if TYPE_CHECKING:
-    import jfp8kv.api
+    import jfp8kv.functional
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         _check_picture(args.plot)
     asked = _asked(args)
-    from jfp8kv.api import compare, comparison_plan, load
+    from jfp8kv.functional import compare, comparison_plan, load
 
     comparison_plan(**asked)  # a mistake is said before the model is loaded
     quiet_jax()
@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     report = compare(
         params,
         texts(data, field=args.field, whole=True),
-        calibration=None if calibration is None else texts(calibration, field=args.field, whole=True),
+        calibration=None
+        if calibration is None
+        else texts(calibration, field=args.field, whole=True),
         progress=False if args.quiet else None,
         **asked,
     )
@@ -42,13 +44,18 @@ def run(args: argparse.Namespace) -> int:
         report.plot().savefig(args.plot, dpi=150)
     if not args.quiet:
         wrote = "" if args.plot is None else f"; wrote {args.plot}"
-        say(f"{len(report.choices)} caches over {report.tokens:,} tokens in {time.perf_counter() - began:.1f} s{wrote}")
+        say(
+            f"{len(report.choices)} caches over {report.tokens:,} tokens in {time.perf_counter() - began:.1f} s{wrote}"
+        )
     return 0
 
 
 def _files(args: argparse.Namespace) -> tuple[Path, Path | None]:
     """The texts to compare on and those to calibrate on. Raises `ConfigError` for one that is not there."""
-    data, calibration = Path(args.text), None if args.calibration is None else Path(args.calibration)
+    data, calibration = (
+        Path(args.text),
+        None if args.calibration is None else Path(args.calibration),
+    )
     check(data, "TEXT", args.text)
     if calibration is not None:
         check(calibration, "--calibration", args.calibration)
@@ -69,7 +76,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _print(report: "jfp8kv.api.Comparison", args: argparse.Namespace) -> None:
+def _print(report: "jfp8kv.functional.Comparison", args: argparse.Namespace) -> None:
     if args.json:
         show(json.dumps(report.to_dict(), allow_nan=False))
         return
@@ -93,7 +100,9 @@ def _check_picture(given: str) -> None:
     """Raise unless a picture can be drawn and written there: sooner than after the work."""
     path = Path(given)
     if path.suffix.lower() not in PICTURES:
-        raise one_of("--plot", path.suffix, PICTURES)
+        raise invalid_choice("--plot", path.suffix, PICTURES)
     check_writable(path, "--plot", given)
     if importlib.util.find_spec("matplotlib") is None:
-        raise NotSupported("--plot needs matplotlib, which is not installed: pip install 'jfp8kv[notebooks]'.")
+        raise NotSupported(
+            "--plot needs matplotlib, which is not installed: pip install 'jfp8kv[notebooks]'."
+        )

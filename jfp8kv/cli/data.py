@@ -21,7 +21,9 @@ def check_writable(path: Path, name: str, given: str) -> None:
     """Raise `ConfigError` unless a file can be written at `path`, given as `given` for argument `name`: sooner than after the
     work."""
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"{name} {given}: no file can be written there; give one in a folder that exists.")
+        raise ConfigError(
+            f"{name} {given}: no file can be written there; give one in a folder that exists."
+        )
 
 
 def check_field(field: str | None, *paths: Path) -> None:
@@ -29,7 +31,9 @@ def check_field(field: str | None, *paths: Path) -> None:
     if field is not None and not any(map(is_jsonl, paths)):
         given = " and ".join(map(str, paths))
         verb = "is" if len(paths) == 1 else "are"
-        raise ConfigError(f"--field {field}: belongs to records, in a file that ends in .jsonl; {given} {verb} text.")
+        raise ConfigError(
+            f"--field {field}: belongs to records, in a file that ends in .jsonl; {given} {verb} text."
+        )
 
 
 def is_jsonl(path: Path) -> bool:
@@ -65,5 +69,7 @@ def _record(line: str, field: str | None, where: str) -> Any:
     found = next((name for name in wanted if isinstance(record, dict) and name in record), None)
     if found is None:
         there = ", ".join(map(repr, record)) if isinstance(record, dict) else "no object"
-        raise ConfigError(f"{where}: has no {' or '.join(map(repr, wanted))}, but {there}; name the field with --field.")
+        raise ConfigError(
+            f"{where}: has no {' or '.join(map(repr, wanted))}, but {there}; name the field with --field."
+        )
     return record[found]

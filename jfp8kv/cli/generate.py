@@ -13,7 +13,7 @@ from jfp8kv.cli.output import print_stream, rate, say
 from jfp8kv.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    import jfp8kv.api
+    import jfp8kv.functional
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,24 +45,28 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             lines = content.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"--file {args.file}: cannot be read as UTF-8 text: {reason}.") from error
+            raise ConfigError(
+                f"--file {args.file}: cannot be read as UTF-8 text: {reason}."
+            ) from error
         texts += [line for line in lines if line.strip()]
     if not texts:
-        raise ConfigError("no prompt: give --prompt TEXT, or --file PATH with a prompt on each line.")
+        raise ConfigError(
+            "no prompt: give --prompt TEXT, or --file PATH with a prompt on each line."
+        )
     for number, text in enumerate(texts):
         if not text:
             raise ConfigError(f"prompt {number} is empty: at least one character is needed.")
     return texts
 
 
-def _print_text(texts: list[str], outputs: "Sequence[jfp8kv.api.RequestOutput]") -> None:
+def _print_text(texts: list[str], outputs: "Sequence[jfp8kv.functional.RequestOutput]") -> None:
     for number, (text, output) in enumerate(zip(texts, outputs, strict=True)):
         for made in output.outputs:
             which = f"{number}.{made.index}" if len(output.outputs) > 1 else f"{number}"
             print(f"[{which}] {text}\n{made.text}\n", flush=True)
 
 
-def _print_json(texts: list[str], outputs: "Sequence[jfp8kv.api.RequestOutput]") -> None:
+def _print_json(texts: list[str], outputs: "Sequence[jfp8kv.functional.RequestOutput]") -> None:
     for number, (text, output) in enumerate(zip(texts, outputs, strict=True)):
         for made in output.outputs:
             record = {

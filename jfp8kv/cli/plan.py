@@ -18,9 +18,11 @@ def run(args: argparse.Namespace) -> int:
     check_writable(out, "--out", args.out)
     check(data, "TEXT", args.text)
     if (args.budget is None) == (args.max_loss is None):
-        raise ConfigError("give either --budget (bytes per token) or --max-loss (nats of KL divergence per token).")
-    from jfp8kv.api import load, plan_kv
+        raise ConfigError(
+            "give either --budget (bytes per token) or --max-loss (nats of KL divergence per token)."
+        )
     from jfp8kv.core.formats import kv_format
+    from jfp8kv.functional import load, plan_kv
 
     names = [kv_format(name.strip()).name for name in args.kv_dtypes.split(",")]
     quiet_jax()
@@ -39,5 +41,7 @@ def run(args: argparse.Namespace) -> int:
     plan.save(out)
     print(json.dumps(plan.to_dict() | {"out": args.out}) if args.json else plan, flush=True)
     if not args.quiet:
-        say(f"measured in {time.perf_counter() - began:.1f} s; wrote {args.out}, for --kv-dtype {args.out}")
+        say(
+            f"measured in {time.perf_counter() - began:.1f} s; wrote {args.out}, for --kv-dtype {args.out}"
+        )
     return 0

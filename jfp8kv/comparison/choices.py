@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from jfp8kv.cache.config import CacheConfig, resolve_cache
+from jfp8kv.cache.kv_dtype import layer_formats, plan_of
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import UNIT, KVScales
 from jfp8kv.calibration.observers import GRANULARITIES, Peaks, Units
 from jfp8kv.calibration.run import Watch
 from jfp8kv.comparison.plan import NAMED_SCALES, Entries
 from jfp8kv.core.formats import FLOAT32
-from jfp8kv.engine.kv import KVSetup, setup
-from jfp8kv.engine.kv_dtype import layer_formats, plan_of
 from jfp8kv.models.params import Params
 
 BASE, PLANNED = "float32", "planned"
@@ -42,13 +42,15 @@ def _to_calibrate(kv_scales: Any) -> bool:
     return isinstance(kv_scales, str) and kv_scales in GRANULARITIES
 
 
-def choices(params: Params, kv_dtypes: Entries, kv_scales: Entries, *, longest: int | None = None) -> list[Choice]:
+def choices(
+    params: Params, kv_dtypes: Entries, kv_scales: Entries, *, longest: int | None = None
+) -> list[Choice]:
     """The float32 cache, then each of `kv_dtypes` with each of `kv_scales`; what is not FP8 comes once, and so do plans, which
     bring their own scales; float32 never again.
 
     Raises `ConfigError` or `CheckpointError` for what an engine for texts of up to `longest` tokens would not take.
     """
-    check = partial(setup, params, page_size=64, span=1, longest=longest)
+    check = partial(resolve_cache, params, page_size=64, max_tokens_per_dispatch=1, longest=longest)
     found = [Choice(BASE, BASE, UNIT, BASE, "")]
     for label, kv_dtype in kv_dtypes:
         found += _of_dtype(params, label, kv_dtype, kv_scales, check)
@@ -56,7 +58,11 @@ def choices(params: Params, kv_dtypes: Entries, kv_scales: Entries, *, longest: 
 
 
 def _of_dtype(
-    params: Params, label: str | None, kv_dtype: Any, scales: Entries, check: Callable[..., KVSetup]
+    params: Params,
+    label: str | None,
+    kv_dtype: Any,
+    scales: Entries,
+    check: Callable[..., CacheConfig],
 ) -> Iterator[Choice]:
     """The caches of one format, or of one mixture of formats; `check` is what an engine makes of both, or raises."""
     plan = plan_of(kv_dtype)
@@ -78,7 +84,9 @@ def _of_dtype(
         yield Choice(f"{label} {scales_label}", kv_dtype, each, label, scales_label)
 
 
-def with_calibrated(params: Params, asked: Sequence[Choice], prompts: Iterable[list[list[int]]]) -> list[Choice]:
+def with_calibrated(
+    params: Params, asked: Sequence[Choice], prompts: Iterable[list[list[int]]]
+) -> list[Choice]:
     """`asked` with scales found from `prompts`, for each choice that wants some: those of `jfp8kv.calibrate`, bit for bit.
 
     The data is gone through once: the largest magnitude by channel says what it is by head and by tensor.
@@ -88,7 +96,10 @@ def with_calibrated(params: Params, asked: Sequence[Choice], prompts: Iterable[l
     c = params.config
     units = Units(c.layers, c.kv_heads, c.head_dim, "channel")
     seen = Watch(params, units).over(prompts, Peaks.empty(units))
-    return [_calibrated(params, choice, units, seen) if choice.calibrated else choice for choice in asked]
+    return [
+        _calibrated(params, choice, units, seen) if choice.calibrated else choice
+        for choice in asked
+    ]
 
 
 def _calibrated(params: Params, choice: Choice, units: Units, seen: Peaks) -> Choice:
@@ -100,7 +111,9 @@ def _calibrated(params: Params, choice: Choice, units: Units, seen: Peaks) -> Ch
         layers = [layer for layer, each in enumerate(formats) if each is fmt]
         scales[layers] = peaks.scales(fmt)[layers]
     made_for = formats[0].name if len(set(formats)) == 1 else None
-    return dataclasses.replace(choice, kv_scales=KVScales(scales[:, 0], scales[:, 1], kv_dtype=made_for))
+    return dataclasses.replace(
+        choice, kv_scales=KVScales(scales[:, 0], scales[:, 1], kv_dtype=made_for)
+    )
 
 
 def _scales_label(scales: Any) -> str:
@@ -116,7 +129,11 @@ def _told_apart(found: Iterable[Choice]) -> list[Choice]:
         seen: dict[str, int] = {}
         for choice in found:
             number = seen[choice.label] = seen.get(choice.label, 0) + 1
-            yield choice if number == 1 else dataclasses.replace(choice, label=f"{choice.label} ({number})")
+            yield (
+                choice
+                if number == 1
+                else dataclasses.replace(choice, label=f"{choice.label} ({number})")
+            )
 
     return list(numbered())
 

@@ -35,7 +35,9 @@ def excess(x: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
     return jnp.where(jnp.abs(x) < SERIES_BELOW, small * small / 2 * series, jnp.expm1(x) - x)
 
 
-def divergence(base: Float[Array, "tokens vocab"], other: Float[Array, "tokens vocab"]) -> Float[Array, " tokens"]:
+def divergence(
+    base: Float[Array, "tokens vocab"], other: Float[Array, "tokens vocab"]
+) -> Float[Array, " tokens"]:
     """KL(softmax(base) || softmax(other)), in nats; exactly 0 where the logits are the same.
 
     With p = softmax(base) and d = other - base, log p_i - log q_i = log(sum_j p_j exp d_j) - d_i, so that
@@ -58,9 +60,15 @@ def divergence(base: Float[Array, "tokens vocab"], other: Float[Array, "tokens v
     return lax.cond(jnp.any(is_far), with_far, lambda: near)
 
 
-def scores(base: Float[Array, "tokens vocab"], other: Float[Array, "tokens vocab"], following: Int[Array, " tokens"]) -> Scores:
+def scores(
+    base: Float[Array, "tokens vocab"],
+    other: Float[Array, "tokens vocab"],
+    following: Int[Array, " tokens"],
+) -> Scores:
     """How `other` does against `base`; `following` is the token after each, any id where there is none."""
     base, other = base.astype(jnp.float32), other.astype(jnp.float32)
     chosen = jnp.take_along_axis(other, following[:, None], axis=-1)[:, 0]
     nll = jax.nn.logsumexp(other, axis=-1) - chosen
-    return Scores(nll, divergence(base, other), jnp.argmax(base, axis=-1) == jnp.argmax(other, axis=-1))
+    return Scores(
+        nll, divergence(base, other), jnp.argmax(base, axis=-1) == jnp.argmax(other, axis=-1)
+    )

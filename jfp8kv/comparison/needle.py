@@ -42,11 +42,15 @@ def needles(text: np.ndarray, lengths: Sequence[int], depths: Sequence[float]) -
     """A needle for each length and depth, length by length, in `text` (token ids, repeated where it is too short)."""
     own = np.unique(text)
     made = []
-    for number, (length, depth) in enumerate((length, depth) for length in lengths for depth in depths):
+    for number, (length, depth) in enumerate(
+        (length, depth) for length in lengths for depth in depths
+    ):
         rng = np.random.default_rng([SEED, number])
         needle = rng.choice(own, NEEDLE_TOKENS, replace=len(own) < NEEDLE_TOKENS)
         hay = np.resize(text, length - 2 * NEEDLE_TOKENS)
-        made.append(_hidden(hay, needle, Needle([], length, depth, length - NEEDLE_TOKENS + CUE_TOKENS)))
+        made.append(
+            _hidden(hay, needle, Needle([], length, depth, length - NEEDLE_TOKENS + CUE_TOKENS))
+        )
     return made
 
 
@@ -58,10 +62,16 @@ def _hidden(hay: np.ndarray, needle: np.ndarray, at: Needle) -> Needle:
 def lengths_for(given: Any, most: int = sys.maxsize) -> tuple[int, ...]:
     """The lengths asked for, None being 256 and 1024 as far as `most` allows. Raises `ConfigError` for what cannot be."""
     if given is None:
-        return tuple(dict.fromkeys(min(length, most) for length in LENGTHS if min(length, most) >= SHORTEST))
+        return tuple(
+            dict.fromkeys(min(length, most) for length in LENGTHS if min(length, most) >= SHORTEST)
+        )
     lengths = _sequence("needle_lengths", given)
     for length in lengths:
-        if isinstance(length, bool) or not isinstance(length, int | np.integer) or not SHORTEST <= length <= most:
+        if (
+            isinstance(length, bool)
+            or not isinstance(length, int | np.integer)
+            or not SHORTEST <= length <= most
+        ):
             limit = "" if most == sys.maxsize else f", to {most}, the most that the model takes"
             raise ConfigError(
                 f"needle_lengths={given!r}: each must be from {SHORTEST} tokens, twice a needle and one more{limit}; () leaves "
@@ -74,8 +84,14 @@ def depths_for(given: Any) -> tuple[float, ...]:
     """The depths asked for. Raises `ConfigError` for one outside 0 to 1."""
     depths = _sequence("needle_depths", given)
     for depth in depths:
-        if isinstance(depth, bool) or not isinstance(depth, int | float | np.number) or not 0 <= depth <= 1:
-            raise ConfigError(f"needle_depths={given!r}: each must be from 0, the beginning of the text, to 1, its end.")
+        if (
+            isinstance(depth, bool)
+            or not isinstance(depth, int | float | np.number)
+            or not 0 <= depth <= 1
+        ):
+            raise ConfigError(
+                f"needle_depths={given!r}: each must be from 0, the beginning of the text, to 1, its end."
+            )
     return tuple(float(depth) for depth in depths)
 
 

@@ -6,18 +6,24 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jfp8kv.cache.plan import KVPlan
-from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, KVScales
+from jfp8kv.cache.scales import SCALE_NAMES, TOKEN_HEAD, KVScales
 from jfp8kv.calibration.observers import GRANULARITIES
 from jfp8kv.calibration.plan import plan as calibration_plan
 from jfp8kv.comparison.needle import DEPTHS, depths_for, lengths_for
-from jfp8kv.core.errors import ConfigError, one_of
+from jfp8kv.core.errors import ConfigError, invalid_choice
 from jfp8kv.core.formats import KV_DTYPES
 
 USUAL_DTYPES, USUAL_SCALES = ("bfloat16", "fp8_e4m3", "fp8_e5m2"), ("auto", TOKEN_HEAD)
-NAMED_SCALES = (*NAMED, *GRANULARITIES)
-_KEYS_BY_LAYER = {"default", "skip", "skip_dtype"}  # a mapping with one of these is a `kv_dtype`, not labels
+NAMED_SCALES = (*SCALE_NAMES, *GRANULARITIES)
+_KEYS_BY_LAYER = {
+    "default",
+    "skip",
+    "skip_dtype",
+}  # a mapping with one of these is a `kv_dtype`, not labels
 
-Entries = tuple[tuple[str | None, Any], ...]  # what was given, by label; None where it is to be called by what it is
+Entries = tuple[
+    tuple[str | None, Any], ...
+]  # what was given, by label; None where it is to be called by what it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +51,9 @@ def plan(
     dtypes, scales = _entries("kv_dtypes", kv_dtypes), _entries("kv_scales", kv_scales)
     _check_names("kv_dtype", dtypes, (*KV_DTYPES, "a path to a KVPlan"))
     _check_names("kv_scales", scales, (*NAMED_SCALES, "a KVScales", "a path to one"))
-    calibration_plan(window=window, max_model_len=max_model_len)  # raises for what is no number of tokens
+    calibration_plan(
+        window=window, max_model_len=max_model_len
+    )  # raises for what is no number of tokens
     lengths = None if needle_lengths is None else lengths_for(needle_lengths)
     return Plan(dtypes, scales, window, lengths, depths_for(needle_depths), max_model_len)
 
@@ -54,7 +62,7 @@ def _check_names(what: str, entries: Entries, allowed: tuple[str, ...]) -> None:
     """Raise `ConfigError` for a text that is neither a known name nor a file."""
     for _, given in entries:
         if isinstance(given, str) and given not in allowed and not os.path.isfile(given):
-            raise one_of(what, given, allowed)
+            raise invalid_choice(what, given, allowed)
 
 
 def _entries(name: str, given: Any) -> Entries:
@@ -65,7 +73,9 @@ def _entries(name: str, given: Any) -> Entries:
     elif isinstance(given, Iterable):
         found = tuple(map(_labelled, given))
     else:
-        raise ConfigError(f"{name}={given!r}: must be a list of choices, or a dict of them by label.")
+        raise ConfigError(
+            f"{name}={given!r}: must be a list of choices, or a dict of them by label."
+        )
     if not found:
         raise ConfigError(f"{name} is empty: give at least one.")
     return found
@@ -73,6 +83,11 @@ def _entries(name: str, given: Any) -> Entries:
 
 def _labelled(entry: Any) -> tuple[str | None, Any]:
     """A pair of a label and what is no text is named; anything else is itself (a tuple may be formats by layer)."""
-    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str) and not isinstance(entry[1], str):
+    if (
+        isinstance(entry, tuple)
+        and len(entry) == 2
+        and isinstance(entry[0], str)
+        and not isinstance(entry[1], str)
+    ):
         return entry
     return None, entry

@@ -42,9 +42,17 @@ def figure(found: Comparison) -> Any:
         _magnitudes(panels[row, 1], found, looks, kind)
     _quality(panels[0, 2], looks)
     _recall(panels[1, 2], found, looks)
-    handles = [plt.Line2D([], [], **look.line, marker=look.marker, label=look.choice.label) for look in looks]
+    handles = [
+        plt.Line2D([], [], **look.line, marker=look.marker, label=look.choice.label)
+        for look in looks
+    ]
     if handles:
-        shown.legend(handles=handles, loc="outside upper center", ncols=min(LEGEND_COLUMNS, len(handles)), handlelength=3)
+        shown.legend(
+            handles=handles,
+            loc="outside upper center",
+            ncols=min(LEGEND_COLUMNS, len(handles)),
+            handlelength=3,
+        )
     plt.close(shown)  # a notebook shows what a cell gives; open, it would be shown twice
     return shown
 
@@ -53,13 +61,19 @@ def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise NotSupported("plots need matplotlib, which is not installed: pip install 'jfp8kv[notebooks]'.") from error
+        raise NotSupported(
+            "plots need matplotlib, which is not installed: pip install 'jfp8kv[notebooks]'."
+        ) from error
     return plt
 
 
 def _errors(panel: Any, looks: list[Look], kind: str) -> None:
     """Signal to noise by layer, a line for each cache, and a dot for each head."""
-    panel.set(title=f"{NAMES[kind]}: what the cache keeps (dots: heads)", xlabel="layer", ylabel="signal to noise, dB")
+    panel.set(
+        title=f"{NAMES[kind]}: what the cache keeps (dots: heads)",
+        xlabel="layer",
+        ylabel="signal to noise, dB",
+    )
     for look in looks:
         kept: Kept = getattr(look.choice, kind)
         panel.plot(range(len(kept.snr_db)), _finite(kept.snr_db), **look.line)
@@ -84,20 +98,35 @@ def _magnitudes(panel: Any, found: Comparison, looks: list[Look], kind: str) -> 
     layers, bins = counts.shape
     low, high = seen.lowest, seen.lowest + bins / seen.parts
     extent = (low, high, -0.5, layers - 0.5)
-    panel.imshow(np.sqrt(share), aspect="auto", origin="lower", cmap="Greys", interpolation="nearest", extent=extent)
+    panel.imshow(
+        np.sqrt(share),
+        aspect="auto",
+        origin="lower",
+        cmap="Greys",
+        interpolation="nearest",
+        extent=extent,
+    )
     for look in looks:
         limits = [each or (np.nan, np.nan) for each in getattr(look.choice, kind).limits]
         for edge in np.log2(limits).T:
             edge = np.where((low - 2 < edge) & (edge < high), edge, np.nan)
             panel.step([*edge, edge[-1]], np.arange(layers + 1) - 0.5, **look.line)
-    panel.set(title=f"{NAMES[kind]}: how large (grey), and the range a cache has", xlabel="log2 of magnitude", ylabel="layer")
+    panel.set(
+        title=f"{NAMES[kind]}: how large (grey), and the range a cache has",
+        xlabel="log2 of magnitude",
+        ylabel="layer",
+    )
     panel.set_xlim(low - 2, high)
     panel.yaxis.get_major_locator().set_params(integer=True)
 
 
 def _quality(panel: Any, looks: list[Look]) -> None:
     """KL against bytes per token, with its standard error."""
-    panel.set(title="Quality against size", xlabel="cache, bytes per token", ylabel="KL from the float32 cache, nats per token")
+    panel.set(
+        title="Quality against size",
+        xlabel="cache, bytes per token",
+        ylabel="KL from the float32 cache, nats per token",
+    )
     lossy = [look for look in looks if look.choice.kl > 0]
     for look in lossy:
         at, error = look.choice.kl, look.choice.kl_stderr or 0.0
@@ -122,16 +151,28 @@ def _recall(panel: Any, found: Comparison, looks: list[Look]) -> None:
     if not found.needle_lengths:
         panel.set_axis_off()
         return
-    table = np.array([[recall for row in choice.needle_recall for recall in row] for choice in found.choices])
+    table = np.array(
+        [[recall for row in choice.needle_recall for recall in row] for choice in found.choices]
+    )
     panel.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=1.3)
     for (row, column), recall in np.ndenumerate(table):
         panel.text(column, row, f"{100 * recall:.0f}", ha="center", va="center", fontsize=8)
     depths = found.needle_depths
-    panel.set_xticks(range(table.shape[1]), [f"{depth:g}" for depth in depths] * len(found.needle_lengths), fontsize=8)
-    panel.set_yticks(range(len(found.choices)), [_short(choice.label) for choice in found.choices], fontsize=8)
+    panel.set_xticks(
+        range(table.shape[1]),
+        [f"{depth:g}" for depth in depths] * len(found.needle_lengths),
+        fontsize=8,
+    )
+    panel.set_yticks(
+        range(len(found.choices)), [_short(choice.label) for choice in found.choices], fontsize=8
+    )
     for label, look in zip(panel.get_yticklabels()[1:], looks, strict=True):
         label.set_color(look.colour)
-    panel.set_xlabel("depth, in texts of " + ", ".join(f"{length:,}" for length in found.needle_lengths) + " tokens")
+    panel.set_xlabel(
+        "depth, in texts of "
+        + ", ".join(f"{length:,}" for length in found.needle_lengths)
+        + " tokens"
+    )
     for i in range(1, len(found.needle_lengths)):
         panel.axvline(i * len(depths) - 0.5, color="white", linewidth=3)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jfp8kv.cache.config import context_length, resolve_cache
 from jfp8kv.calibration.data import pieces, stream
 from jfp8kv.comparison.choices import Choice, choices, with_calibrated
 from jfp8kv.comparison.metrics import Scores, scores
@@ -25,17 +26,18 @@ from jfp8kv.comparison.summary import magnitudes_of, summary
 from jfp8kv.comparison.totals import Totals
 from jfp8kv.comparison.watch import Seen, watched
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.engine.buckets import default_chunk, longest_span, turn_tokens
+from jfp8kv.engine.buckets import default_prefill_chunk, max_tokens_per_dispatch, step_token_budget
 from jfp8kv.engine.engine import Engine
-from jfp8kv.engine.kv import context_length, setup
-from jfp8kv.engine.texts import chunks
+from jfp8kv.engine.forward import run_chunks
 from jfp8kv.models.params import Params
 
 PAGE_SIZE = 64
 LOGITS_BYTES = 2**28  # of one chunk's logits, at most
 
 
-def comparison(params: Params, texts: Any, plan: Plan, *, calibration: Any = None, progress: bool | None = None) -> Comparison:
+def comparison(
+    params: Params, texts: Any, plan: Plan, *, calibration: Any = None, progress: bool | None = None
+) -> Comparison:
     """Compare caches; see `jfp8kv.compare`. All is checked, and scales are calibrated, before the first text is run."""
     most = context_length(params.config, plan.max_model_len)
     window = most if plan.window is None else context_length(params.config, plan.window)
@@ -43,11 +45,19 @@ def comparison(params: Params, texts: Any, plan: Plan, *, calibration: Any = Non
     lengths = lengths_for(plan.needle_lengths, most)
     cut = partial(pieces, params=params, max_model_len=most, window=window)
     prompts = _calibration_prompts(cut, asked, calibration)
-    whole = [piece for text in _at_least_one("texts", cut(stream(texts, what="texts")[0], what="text")) for piece in text]
+    whole = [
+        piece
+        for text in _at_least_one("texts", cut(stream(texts, what="texts")[0], what="text"))
+        for piece in text
+    ]
     used = [piece for piece in whole if len(piece) > 1]
     if not used:
         raise ConfigError("texts hold no two tokens in a row: there is nothing to predict.")
-    hidden = needles(np.concatenate([np.asarray(piece, np.int32) for piece in whole]), lengths, plan.needle_depths)
+    hidden = needles(
+        np.concatenate([np.asarray(piece, np.int32) for piece in whole]),
+        lengths,
+        plan.needle_depths,
+    )
     asked = with_calibrated(params, asked, prompts)
     longest = max(map(len, [*used, *(needle.ids for needle in hidden)]))
     sides = _sides(params, asked, longest=longest, most=most)
@@ -66,7 +76,17 @@ def comparison(params: Params, texts: Any, plan: Plan, *, calibration: Any = Non
         window=window,
         needle_lengths=lengths if hidden else (),
         needle_depths=plan.needle_depths if hidden else (),
-        choices=tuple(summary(each.choice, each.engine.kv, each.totals, base, len(plan.needle_depths), most) for each in sides),
+        choices=tuple(
+            summary(
+                each.choice,
+                each.engine.cache_config,
+                each.totals,
+                base,
+                len(plan.needle_depths),
+                most,
+            )
+            for each in sides
+        ),
         magnitudes=magnitudes_of(base),
     )
 
@@ -80,12 +100,14 @@ class Side:
     totals: Totals
     base: bool  # the float32 cache, which also sees how large keys and values are
 
-    def chunks(self, ids: list[int]) -> Iterator[tuple[range, tuple[Any, Seen]]]:
+    def run_chunks(self, ids: list[int]) -> Iterator[tuple[range, tuple[Any, Seen]]]:
         """Run a text: positions, their logits `[requests, tokens, vocab]`, what was seen."""
-        return chunks(self.engine, ids, watched, magnitudes=self.base)
+        return run_chunks(self.engine, ids, watched, magnitudes=self.base)
 
 
-def _calibration_prompts(cut: Any, asked: Sequence[Choice], calibration: Any) -> list[list[list[int]]]:
+def _calibration_prompts(
+    cut: Any, asked: Sequence[Choice], calibration: Any
+) -> list[list[list[int]]]:
     """The token ids of the prompts to calibrate on, none if no choice wants them. Raises `ConfigError` where they lack."""
     wanting = [choice.label for choice in asked if choice.calibrated]
     if wanting and calibration is None:
@@ -93,10 +115,14 @@ def _calibration_prompts(cut: Any, asked: Sequence[Choice], calibration: Any) ->
             f"{wanting[0]}: scales are to be calibrated, and calibration is None: give it prompts to find them on."
         )
     if calibration is not None and not wanting:
-        raise ConfigError("calibration was given and no choice uses it: add 'tensor', 'head' or 'channel' to kv_scales.")
+        raise ConfigError(
+            "calibration was given and no choice uses it: add 'tensor', 'head' or 'channel' to kv_scales."
+        )
     if not wanting:
         return []
-    return _at_least_one("calibration", cut(stream(calibration, what="calibration")[0], what="calibration prompt"))
+    return _at_least_one(
+        "calibration", cut(stream(calibration, what="calibration")[0], what="calibration prompt")
+    )
 
 
 def _at_least_one(name: str, prompts: Iterable[list[list[int]]]) -> list[list[list[int]]]:
@@ -108,13 +134,22 @@ def _at_least_one(name: str, prompts: Iterable[list[list[int]]]) -> list[list[li
 
 def _sides(params: Params, asked: Sequence[Choice], *, longest: int, most: int) -> list[Side]:
     """Engines that serve texts of up to `most` tokens, which some choose scales by, with room for one of `longest`."""
-    chunk = min(default_chunk(), max(16, LOGITS_BYTES // (4 * params.config.vocab)), longest)
-    budget = turn_tokens(chunk, 1)
+    chunk = min(
+        default_prefill_chunk(), max(16, LOGITS_BYTES // (4 * params.config.vocab)), longest
+    )
+    budget = step_token_budget(chunk, 1)
     sides: list[Side] = []
     for choice in asked:
         cache = {"kv_dtype": choice.kv_dtype, "kv_scales": choice.kv_scales, "page_size": PAGE_SIZE}
-        room = setup(params, **cache, span=longest_span(chunk), longest=most).text_bytes(longest)
-        sizes = {"max_model_len": most, "kv_cache_memory": room, "max_num_seqs": 1, "max_num_batched_tokens": budget}
+        room = resolve_cache(
+            params, **cache, max_tokens_per_dispatch=max_tokens_per_dispatch(chunk), longest=most
+        ).text_bytes(longest)
+        sizes = {
+            "max_model_len": most,
+            "kv_cache_memory": room,
+            "max_num_seqs": 1,
+            "max_num_batched_tokens": budget,
+        }
         engine = Engine(params, **cache, **sizes)
         if sides:
             engine.programs.weights = sides[0].engine.programs.weights
@@ -125,7 +160,7 @@ def _sides(params: Params, asked: Sequence[Choice], *, longest: int, most: int) 
 def _over_text(sides: Sequence[Side], ids: list[int]) -> None:
     """Run one text through every cache, chunk by chunk, and add what each chunk says to the totals."""
     with ExitStack() as stack:
-        runs = [stack.enter_context(closing(side.chunks(ids))) for side in sides]
+        runs = [stack.enter_context(closing(side.run_chunks(ids))) for side in sides]
         for side in sides:
             side.totals.begin()
         for chunk, (base, seen) in runs[0]:
@@ -136,7 +171,9 @@ def _over_text(sides: Sequence[Side], ids: list[int]) -> None:
                 logits, seen = (base, seen) if side.base else next(run)[1]
                 found = jax.device_get(_scores(base, logits, following))
                 _require_finite(found, predicted, side.base)
-                side.totals.add(found, jax.tree.map(lambda x: x[0], jax.device_get(seen)), predicted, len(chunk))
+                side.totals.add(
+                    found, jax.tree.map(lambda x: x[0], jax.device_get(seen)), predicted, len(chunk)
+                )
                 del logits
 
 
@@ -159,8 +196,13 @@ def _require_finite(found: Scores, count: int, base: bool) -> None:
 
 def _recall(side: Side, needle: Needle) -> float:
     """The share of the needle's tokens after the cue that were the likeliest."""
-    likeliest = [np.asarray(_likeliest(logits))[: len(chunk)] for chunk, (logits, _) in side.chunks(needle.ids)]
-    return float(np.mean(np.concatenate(likeliest)[needle.first - 1 : -1] == needle.ids[needle.first :]))
+    likeliest = [
+        np.asarray(_likeliest(logits))[: len(chunk)]
+        for chunk, (logits, _) in side.run_chunks(needle.ids)
+    ]
+    return float(
+        np.mean(np.concatenate(likeliest)[needle.first - 1 : -1] == needle.ids[needle.first :])
+    )
 
 
 def _bar(total: int, progress: bool | None) -> Any:

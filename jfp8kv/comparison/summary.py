@@ -5,25 +5,36 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jfp8kv.cache.config import CacheConfig
 from jfp8kv.calibration.observers import LOWEST_OCTAVE, OCTAVES
 from jfp8kv.comparison.choices import Choice
 from jfp8kv.comparison.report import CacheQuality, Kept, Magnitudes
 from jfp8kv.comparison.totals import Piece, Totals
-from jfp8kv.engine.buckets import default_chunk, longest_span
-from jfp8kv.engine.kv import KVSetup
+from jfp8kv.engine.buckets import default_prefill_chunk, max_tokens_per_dispatch
 
 PARTS = 4  # bins of magnitude to an octave
 
 
-def summary(choice: Choice, kv: KVSetup, totals: Totals, base: Totals, depths: int, longest: int) -> CacheQuality:
+def summary(
+    choice: Choice, kv: CacheConfig, totals: Totals, base: Totals, depths: int, longest: int
+) -> CacheQuality:
     """What is said of one cache; bytes are those of a text of `longest` tokens, as an engine for such texts counts them."""
     nll, _ = mean_and_error(totals.pieces, lambda piece: piece.nll)
-    changes = [dataclasses.replace(a, nll=a.nll - b.nll) for a, b in zip(totals.pieces, base.pieces, strict=True)]
+    changes = [
+        dataclasses.replace(a, nll=a.nll - b.nll)
+        for a, b in zip(totals.pieces, base.pieces, strict=True)
+    ]
     change, change_error = mean_and_error(changes, lambda piece: piece.nll)
     kl, kl_error = mean_and_error(totals.pieces, lambda piece: piece.kl)
     agreement, _ = mean_and_error(totals.pieces, lambda piece: piece.agreed)
-    rows = [totals.recall[i : i + depths] for i in range(0, len(totals.recall), depths)] if depths else []
-    served = dataclasses.replace(kv, span=longest_span(default_chunk()))
+    rows = (
+        [totals.recall[i : i + depths] for i in range(0, len(totals.recall), depths)]
+        if depths
+        else []
+    )
+    served = dataclasses.replace(
+        kv, max_tokens_per_dispatch=max_tokens_per_dispatch(default_prefill_chunk())
+    )
     return CacheQuality(
         label=choice.label,
         kv_dtype=choice.dtype_label,
@@ -44,7 +55,9 @@ def summary(choice: Choice, kv: KVSetup, totals: Totals, base: Totals, depths: i
     )
 
 
-def mean_and_error(pieces: Sequence[Piece], of: Callable[[Piece], float]) -> tuple[float, float | None]:
+def mean_and_error(
+    pieces: Sequence[Piece], of: Callable[[Piece], float]
+) -> tuple[float, float | None]:
     """The mean by token of a sum that each piece has, and its standard error; None for one piece.
 
     Tokens of a text depend on each other, so pieces are what is drawn. They differ in length: with s_i for the sums, n_i for
@@ -66,7 +79,7 @@ def _exp(x: float) -> float:
         return float(np.exp(x))
 
 
-def _kept(kv: KVSetup, totals: Totals, kind: int) -> Kept:
+def _kept(kv: CacheConfig, totals: Totals, kind: int) -> Kept:
     signal, noise, clipped, flushed = (
         totals.fidelity[name][:, kind] for name in ("signal", "noise", "clipped", "flushed")
     )  # [layers, kv_heads]
@@ -88,14 +101,16 @@ def decibels(signal: np.ndarray, noise: np.ndarray) -> np.ndarray:
         return np.where(noise == 0, np.inf, 10 * np.log10(signal / noise))
 
 
-def _limits(kv: KVSetup, kind: int) -> tuple[tuple[float, float] | None, ...]:
+def _limits(kv: CacheConfig, kind: int) -> tuple[tuple[float, float] | None, ...]:
     """The smallest and largest magnitude of each layer, the median of those that its scales give; None where it has no static
     ones, or stores keys less an offset, whose magnitudes are others."""
     if kv.scales is None or (kind == 0 and kv.scales.k_offset is not None):
         return (None,) * len(kv.kinds)
     medians = np.median((kv.scales.v if kind else kv.scales.k).astype(np.float64), axis=(1, 2))
     return tuple(
-        None if kind.dynamic else (float(kind.fmt.smallest_subnormal * scale), float(kind.fmt.largest * scale))
+        None
+        if kind.dynamic
+        else (float(kind.fmt.smallest_subnormal * scale), float(kind.fmt.largest * scale))
         for kind, scale in zip(kv.kinds, medians, strict=True)
     )
 
@@ -105,7 +120,11 @@ def magnitudes_of(base: Totals) -> Magnitudes:
     assert base.magnitudes is not None, "the first cache watches magnitudes"
     counts = base.magnitudes.counts[:, :, 0, 0]  # [layers, kinds, bins]
     coarse = counts.reshape(*counts.shape[:2], OCTAVES * PARTS, -1).sum(axis=-1)
-    return Magnitudes(LOWEST_OCTAVE, PARTS, *(tuple(tuple(row) for row in coarse[:, kind].tolist()) for kind in (0, 1)))
+    return Magnitudes(
+        LOWEST_OCTAVE,
+        PARTS,
+        *(tuple(tuple(row) for row in coarse[:, kind].tolist()) for kind in (0, 1)),
+    )
 
 
 def _tuple(values: np.ndarray) -> tuple[float, ...]:

@@ -24,13 +24,31 @@ def layout(found: Comparison, lines: box.Box | None = LINES) -> Group:
 def layers(found: Comparison, lines: box.Box | None = LINES) -> Group:
     """Tables of what each cache keeps in each layer, the float32 one left out."""
     tables: list[RenderableType] = []
-    columns = "layer", "keeps", "K SNR dB", "V SNR dB", "K clipped", "V clipped", "K flushed", "V flushed"
+    columns = (
+        "layer",
+        "keeps",
+        "K SNR dB",
+        "V SNR dB",
+        "K clipped",
+        "V clipped",
+        "K flushed",
+        "V flushed",
+    )
     for choice in found.choices[1:]:
         table = empty_table(lines, *columns, text=["keeps"])
         for layer in range(len(choice.k.snr_db)):
             each = (choice.k, choice.v)
-            shares = (_percent(getattr(kept, name)[layer]) for name in ("clipped", "flushed") for kept in each)
-            table.add_row(str(layer), choice.layers[layer], *(_decibels(kept.snr_db[layer]) for kept in each), *shares)
+            shares = (
+                _percent(getattr(kept, name)[layer])
+                for name in ("clipped", "flushed")
+                for kept in each
+            )
+            table.add_row(
+                str(layer),
+                choice.layers[layer],
+                *(_decibels(kept.snr_db[layer]) for kept in each),
+                *shares,
+            )
         tables += [Text(choice.label, style="bold"), table, *([] if lines else [""])]
     return Group(*tables)
 
@@ -40,7 +58,9 @@ def layers(found: Comparison, lines: box.Box | None = LINES) -> Group:
 
 def _quality(found: Comparison, lines: box.Box | None) -> Table:
     needle = ["needle"] if found.needle_lengths else []
-    table = empty_table(lines, "KV cache", "bytes/token", "perplexity", "change", "KL (nats)", "top-1", *needle)
+    table = empty_table(
+        lines, "KV cache", "bytes/token", "perplexity", "change", "KL (nats)", "top-1", *needle
+    )
     base = found.choices[0]
     for choice in found.choices:
         first = choice is base
@@ -59,7 +79,9 @@ def _quality(found: Comparison, lines: box.Box | None) -> Table:
 def _change(choice: CacheQuality) -> str:
     """`+1.02% ± 0.31%` of perplexity; to first order its error is that of the mean log-probability."""
     error = choice.nll_change_stderr
-    return f"{choice.perplexity_change:+.2%}" + ("" if error is None else f" ± {(1 + choice.perplexity_change) * error:.2%}")
+    return f"{choice.perplexity_change:+.2%}" + (
+        "" if error is None else f" ± {(1 + choice.perplexity_change) * error:.2%}"
+    )
 
 
 def _with_error(value: float, error: float | None) -> str:
@@ -72,13 +94,19 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def _notes(found: Comparison) -> Iterator[Text]:
-    error = "± is a standard error over pieces." if found.pieces > 1 else "One piece alone gives no standard error."
+    error = (
+        "± is a standard error over pieces."
+        if found.pieces > 1
+        else "One piece alone gives no standard error."
+    )
     yield Text(
         f"change: of perplexity. KL is from the float32 cache's predictions to this one's, by token. {error} top-1: the share "
         "of tokens after which both have the same likeliest one."
     )
     if found.needle_lengths:
-        yield Text("needle: the share of a hidden sequence that is recalled, over lengths and depths (0 is the beginning).")
+        yield Text(
+            "needle: the share of a hidden sequence that is recalled, over lengths and depths (0 is the beginning)."
+        )
 
 
 # -- keys and values ----------------------------------------------------------------------------------------------------
@@ -88,7 +116,13 @@ def _kept(found: Comparison, lines: box.Box | None) -> Table:
     snr = ("K SNR dB", "least (layer)", "V SNR dB", "least (layer)")
     table = empty_table(lines, "KV cache", *snr, "K, V clipped", "K, V flushed")
     for choice in found.choices[1:]:
-        table.add_row(choice.label, *_snr(choice.k), *_snr(choice.v), _shares(choice, "clipped"), _shares(choice, "flushed"))
+        table.add_row(
+            choice.label,
+            *_snr(choice.k),
+            *_snr(choice.v),
+            _shares(choice, "clipped"),
+            _shares(choice, "flushed"),
+        )
     return table
 
 
@@ -117,10 +151,16 @@ def _needles(found: Comparison, lines: box.Box | None) -> Iterator[RenderableTyp
     if not found.needle_lengths:
         return
     depths = [f"{depth:g}" for depth in found.needle_depths]
-    columns = [f"{length:,} at {depth}" if depth == depths[0] else depth for length in found.needle_lengths for depth in depths]
+    columns = [
+        f"{length:,} at {depth}" if depth == depths[0] else depth
+        for length in found.needle_lengths
+        for depth in depths
+    ]
     table = empty_table(lines, "needle recall", *columns)
     for choice in found.choices:
-        table.add_row(choice.label, *(f"{recall:.0%}" for row in choice.needle_recall for recall in row))
+        table.add_row(
+            choice.label, *(f"{recall:.0%}" for row in choice.needle_recall for recall in row)
+        )
     yield table
     if not lines:
         yield ""

@@ -25,7 +25,9 @@ class Totals:
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
         self.tokens = 0  # whose keys and values were stored
-        self.fidelity: dict[str, np.ndarray] = {}  # the fields of `Fidelity`, `[layers, kinds, kv_heads]`
+        self.fidelity: dict[
+            str, np.ndarray
+        ] = {}  # the fields of `Fidelity`, `[layers, kinds, kv_heads]`
         self.magnitudes: Histogram | None = None
         self.kl_largest = 0.0
         self.recall: list[float] = []  # by needle

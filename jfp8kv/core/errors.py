@@ -36,7 +36,7 @@ class NotSupported(Jfp8kvError):
     """This implementation, device or version cannot do that; the message says what can."""
 
 
-def nearest(given: object, allowed: Iterable[str]) -> str:
+def did_you_mean(given: object, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the allowed name closest to `given`, or an empty string when none is close."""
     close = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
@@ -45,10 +45,14 @@ def nearest(given: object, allowed: Iterable[str]) -> str:
 def unknown_keyword(name: str, allowed: Iterable[str], *, meant: str | None = None) -> ConfigError:
     """The error for a keyword nobody knows: names it, the one `meant` or else the nearest, and all there are."""
     allowed = list(allowed)
-    return ConfigError(f"{name}: no such keyword.{nearest(meant or name, allowed)} There are {', '.join(allowed)}.")
+    return ConfigError(
+        f"{name}: no such keyword.{did_you_mean(meant or name, allowed)} There are {', '.join(allowed)}."
+    )
 
 
-def one_of(what: str, given: object, allowed: Iterable[str]) -> ConfigError:
+def invalid_choice(what: str, given: object, allowed: Iterable[str]) -> ConfigError:
     """The error for a value outside a closed list: names the value, the list and the nearest entry."""
     allowed = list(allowed)
-    return ConfigError(f"{what}={given!r}: must be one of {', '.join(map(repr, allowed))}.{nearest(given, allowed)}")
+    return ConfigError(
+        f"{what}={given!r}: must be one of {', '.join(map(repr, allowed))}.{did_you_mean(given, allowed)}"
+    )

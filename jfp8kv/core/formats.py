@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jfp8kv.core.errors import one_of
+from jfp8kv.core.errors import invalid_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,9 @@ class KVFormat:
         return {1: 0x7F, 2: 0x7FFF}.get(self.itemsize, 0)
 
 
-def _format(name: str, dtype: object, stored: object, exponent_bits: int, mantissa_bits: int, **rest: float) -> KVFormat:
+def _format(
+    name: str, dtype: object, stored: object, exponent_bits: int, mantissa_bits: int, **rest: float
+) -> KVFormat:
     dtype = np.dtype(dtype)
     largest = float(ml_dtypes.finfo(dtype).max)
     return KVFormat(name, dtype, np.dtype(stored), exponent_bits, mantissa_bits, largest, **rest)
@@ -91,7 +93,7 @@ def kv_format(name: Any) -> KVFormat:
     if name == "fp8":
         return E4M3
     if not isinstance(name, str) or name not in FORMATS:
-        raise one_of("kv_dtype", name, KV_DTYPES)
+        raise invalid_choice("kv_dtype", name, KV_DTYPES)
     return FORMATS[name]
 
 
@@ -121,7 +123,9 @@ def _encode_fp8(x: Float[Array, "*dims"], fmt: KVFormat) -> Array:
 
     # Adding 2**23 smallest subnormals leaves their count, rounded by the adder, in the low mantissa bits.
     magic = np.float32(fmt.smallest_subnormal * 2.0**23)
-    subnormal = lax.bitcast_convert_type(magnitude + magic, jnp.uint32) - jnp.uint32(magic.view(np.uint32))
+    subnormal = lax.bitcast_convert_type(magnitude + magic, jnp.uint32) - jnp.uint32(
+        magic.view(np.uint32)
+    )
 
     code = jnp.where(magnitude < jnp.float32(fmt.smallest_normal), subnormal, normal)
     code = jnp.where(jnp.isnan(x), jnp.uint32(_nan_code(fmt)), code)
@@ -151,7 +155,9 @@ def decode_tile(bits: Array, fmt: KVFormat) -> Float[Array, "*dims"]:
     elif fmt is E4M3:
         # Widened as a signed number, the sign is in bits 15 and 14 and bit 14 has to go: fewer steps than moving it alone.
         wide = lax.bitcast_convert_type(bits, jnp.int8).astype(jnp.int16) << 7
-        nan = ((wide & jnp.int16(0x3F80)) + jnp.int16(0x80)) & jnp.int16(0x4000)  # set for code 0x7F alone: exponent all ones
+        nan = ((wide & jnp.int16(0x3F80)) + jnp.int16(0x80)) & jnp.int16(
+            0x4000
+        )  # set for code 0x7F alone: exponent all ones
         half = (wide & jnp.int16(~0x4000)) | nan
     return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32)
 
@@ -174,7 +180,9 @@ def join_planes(planes: Sequence[Array], fmt: KVFormat) -> Array:
     bits = planes[0].astype(jnp.uint32)
     for plane in planes[1:]:
         bits = (bits << 8) | plane.astype(jnp.uint32)
-    return lax.bitcast_convert_type(bits, jnp.float32) if fmt is FLOAT32 else bits.astype(fmt.stored)
+    return (
+        lax.bitcast_convert_type(bits, jnp.float32) if fmt is FLOAT32 else bits.astype(fmt.stored)
+    )
 
 
 def as_values(bits: Array, fmt: KVFormat) -> Array:

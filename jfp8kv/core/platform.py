@@ -38,7 +38,9 @@ def cache_folder() -> Path:
     """Where compiled programs are kept: `JFP8KV_CACHE_DIR`, else the user's cache folder."""
     import platformdirs
 
-    return Path(os.environ.get("JFP8KV_CACHE_DIR") or platformdirs.user_cache_dir("jfp8kv", appauthor=False))
+    return Path(
+        os.environ.get("JFP8KV_CACHE_DIR") or platformdirs.user_cache_dir("jfp8kv", appauthor=False)
+    )
 
 
 def describe() -> str:

@@ -58,7 +58,10 @@ def _part(shown: RenderableType) -> str:
 
     def row(tag: str, cells: list[str]) -> str:
         sides = [column.justify for column in shown.columns]
-        made = (f'<{tag} style="text-align: {side}">{html.escape(c)}</{tag}>' for c, side in zip(cells, sides, strict=True))
+        made = (
+            f'<{tag} style="text-align: {side}">{html.escape(c)}</{tag}>'
+            for c, side in zip(cells, sides, strict=True)
+        )
         return f"<tr>{''.join(made)}</tr>"
 
     head = row("th", [str(column.header) for column in shown.columns])

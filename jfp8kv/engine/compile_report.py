@@ -51,7 +51,15 @@ class CompileReport(Printed):
         return f"CompileReport({len(self.steps)} programs, {self.seconds:.1f} s)"
 
     def _layout(self, lines: box.Box | None) -> Group:
-        columns = "step", "requests x tokens", "variant", "seconds", "temporaries MiB", "code KiB", ""
+        columns = (
+            "step",
+            "requests x tokens",
+            "variant",
+            "seconds",
+            "temporaries MiB",
+            "code KiB",
+            "",
+        )
         table = empty_table(lines, *columns, text=["variant", ""])
         for each in self.steps:
             table.add_row(
@@ -64,4 +72,7 @@ class CompileReport(Printed):
                 "from another engine" if each.shared else "",
             )
         built = sum(not each.shared for each in self.steps)
-        return Group(Text(f"{len(self.steps)} programs, {built} compiled here in {self.seconds:.1f} s"), table)
+        return Group(
+            Text(f"{len(self.steps)} programs, {built} compiled here in {self.seconds:.1f} s"),
+            table,
+        )

@@ -1,4 +1,4 @@
-"""The step that copies pages: what copy on write asks of the device (engine/paging.py)."""
+"""The step that copies pages: what copy on write asks of the device (engine/kv_manager.py)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from jfp8kv.cache.copy import copy_pages
-from jfp8kv.cache.pages import KVPages
+from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.pytree import pytree
 
 AT_ONCE = 64  # copies in one dispatch: the loop ends with the last that there is, so that one program serves all
@@ -40,6 +40,8 @@ def dispatches(pairs: Sequence[tuple[int, int]]) -> Iterator[Copies]:
         yield Copies.of(pairs[first : first + AT_ONCE])
 
 
-def copy(model: Any, weights: Any, scales: Any, copies: Copies, pages: KVPages) -> tuple[None, KVPages]:
+def copy(
+    model: Any, weights: Any, scales: Any, copies: Copies, pages: KVPool
+) -> tuple[None, KVPool]:
     """A step like others, though it meets no model: the pool after these copies."""
     return None, copy_pages(pages, copies.source, copies.target, copies.count)

@@ -11,22 +11,22 @@ import jax
 
 from jfp8kv.attention import dispatch
 from jfp8kv.cache.allocator import PageAllocator
-from jfp8kv.cache.pages import KVPages
+from jfp8kv.cache.config import context_length, positive, resolve_cache
+from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError
 from jfp8kv.core.platform import activation_dtype
-from jfp8kv.engine import copies, faults, products, results, step
-from jfp8kv.engine.batch import Batch, Batcher, Made, StepOutput, read
+from jfp8kv.engine import copies, faults, matmul, postprocess, step
+from jfp8kv.engine.batch import Batch, BatchBuilder, NewTokens, StepOutput, read_new_tokens
 from jfp8kv.engine.buckets import Buckets
-from jfp8kv.engine.guides import Guides
-from jfp8kv.engine.kv import context_length, positive, setup
+from jfp8kv.engine.kv_manager import KVCacheManager, SequenceHandle
 from jfp8kv.engine.lookup import draft_tokens
-from jfp8kv.engine.metrics import Stats, Stopwatch
-from jfp8kv.engine.paging import Holding, Paging
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import CANCELLED, DEADLINE, Request, Status
-from jfp8kv.engine.scheduler import Decode, Prefill, Scheduler, Turn
-from jfp8kv.engine.speculate import decode_ahead
-from jfp8kv.engine.variants import PLAIN, Variant
+from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill, Scheduler, SchedulerOutput
+from jfp8kv.engine.speculative import decode_ahead
+from jfp8kv.engine.stats import Stats, Stopwatch
+from jfp8kv.engine.structured import StructuredOutput
+from jfp8kv.engine.variants import PLAIN, SamplerVariant
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import switch_length
@@ -38,7 +38,7 @@ class Flight:
     """A part of a turn that was given to the device, and what will come of it."""
 
     turn: int
-    plan: Decode | Prefill
+    plan: ScheduledDecode | ScheduledPrefill
     output: Any
 
 
@@ -64,66 +64,97 @@ class Engine:
         cpu = jax.default_backend() == "cpu"
         self.max_model_len = context_length(config, max_model_len)
         halves_on_cpu = cpu and activation_dtype(params.dtype).itemsize == 2
-        asked = positive("max_num_seqs", max_num_seqs), positive("max_num_batched_tokens", max_num_batched_tokens)
-        self.buckets = Buckets.of(*asked, fewest=2 if halves_on_cpu else 1, drafts=draft_tokens(prompt_lookup))
+        asked = (
+            positive("max_num_seqs", max_num_seqs),
+            positive("max_num_batched_tokens", max_num_batched_tokens),
+        )
+        self.buckets = Buckets.of(
+            *asked, min_decode_rows=2 if halves_on_cpu else 1, drafts=draft_tokens(prompt_lookup)
+        )
 
         self.params = params
-        sizes = {"page_size": page_size, "span": self.buckets.span, "longest": self.max_model_len}
-        self.kv = setup(params, kv_dtype, kv_scales, **sizes)
-        self.needs = self.kv.needs
-        longest = self.needs.total(self.max_model_len)
-        self.num_pages = self.kv.num_pages(kv_cache_memory, most=longest * self.buckets.max_requests)
-        self.attention = dispatch.choose(attention, jax.eval_shape(lambda: self.kv.pool(self.num_pages)))
-        self.kv = dataclasses.replace(self.kv, keys_transposed=self.attention.keys_transposed)
-        self.pages: KVPages | None = faults.new_pool(self.kv, self.num_pages)  # None once a failed step has taken it
+        sizes = {
+            "page_size": page_size,
+            "max_tokens_per_dispatch": self.buckets.max_tokens_per_dispatch,
+            "longest": self.max_model_len,
+        }
+        self.cache_config = resolve_cache(params, kv_dtype, kv_scales, **sizes)
+        self.requirements = self.cache_config.requirements
+        longest = self.requirements.total_pages(self.max_model_len)
+        self.num_pages = self.cache_config.num_pages(
+            kv_cache_memory, most=longest * self.buckets.max_requests
+        )
+        self.attention = dispatch.select_backend(
+            attention, jax.eval_shape(lambda: self.cache_config.pool(self.num_pages))
+        )
+        self.cache_config = dataclasses.replace(
+            self.cache_config, keys_transposed=self.attention.keys_transposed
+        )
+        self.pages: KVPool | None = faults.allocate_pool(
+            self.cache_config, self.num_pages
+        )  # None once a failed step has taken it
 
-        self.model = step.Model(
+        self.model = step.StepModel(
             config,
             params.dtype,
             self.attention.attend,
-            self.kv.groups,
+            self.cache_config.groups,
             self.attention.write,
-            products.beside(self.attention.name),
+            matmul.beside(self.attention.name),
         )
-        weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
-        self.programs = Programs(self.model, weights, self.kv.layer_scales())
+        weights = (
+            jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
+        )
+        self.programs = Programs(self.model, weights, self.cache_config.layer_scales())
 
         table_pages = -(-self.max_model_len // page_size)
-        self.batcher = Batcher(
+        self.batch_builder = BatchBuilder(
             buckets=self.buckets,
             vocab=config.vocab,
-            needs=self.needs,
+            requirements=self.requirements,
             pages=table_pages,
             num_pages=self.num_pages,
             max_model_len=self.max_model_len,
             eos_ids=params.eos_ids,
             switch_length=switch_length(config.ropes),
         )
-        self.guides = Guides(params.tokenizer, config.vocab, eos_ids=self.batcher.eos_ids)
-        self._paging = {
+        self.structured_output = StructuredOutput(
+            params.tokenizer, config.vocab, eos_ids=self.batch_builder.eos_ids
+        )
+        self._kv_manager_options = {
             "reuse": prefix_caching,
             "by_context": any(rope.kind in ("dynamic", "longrope") for rope in config.ropes),
         }
         self.stats = Stats(
             kv_tokens_capacity=self.num_pages * page_size * table_pages // longest,
-            kv_bytes_per_token=self.kv.bytes_per_token(self.max_model_len),
-            kv_bytes_per_token_without_windows=self.kv.without_windows.bytes_per_token(self.max_model_len),
-            kv_bytes_capacity=self.num_pages * self.kv.page_bytes,
+            kv_bytes_per_token=self.cache_config.bytes_per_token(self.max_model_len),
+            kv_bytes_per_token_without_windows=self.cache_config.without_windows.bytes_per_token(
+                self.max_model_len
+            ),
+            kv_bytes_capacity=self.num_pages * self.cache_config.page_bytes,
         )
         self.scheduler = self._new_scheduler()
-        self.dropped: deque[Holding] = deque()
+        self.dropped: deque[SequenceHandle] = deque()
         self._flying: deque[Flight] = deque()  # dispatched and not booked, in order
-        self._made: deque[Made] = deque()  # tokens that requests got and their users were not told of
+        self._made: deque[NewTokens] = (
+            deque()
+        )  # tokens that requests got and their users were not told of
         self._turn = 0
         self._watch, self._free_since = Stopwatch(), 0.0
 
     def _new_scheduler(self) -> Scheduler:
-        paging = Paging(PageAllocator(self.num_pages), self.needs, **self._paging)
-        return Scheduler(paging, self.buckets, self.stats, max_requests=self.buckets.max_requests)
+        kv_manager = KVCacheManager(
+            PageAllocator(self.num_pages), self.requirements, **self._kv_manager_options
+        )
+        return Scheduler(
+            kv_manager, self.buckets, self.stats, max_requests=self.buckets.max_requests
+        )
 
     # -- what a request must satisfy ------------------------------------------------------------------------------------
 
-    def check(self, prompt_ids: list[int], params: SamplingParams, *, what: str = "prompt", more: int = 1) -> None:
+    def check(
+        self, prompt_ids: list[int], params: SamplingParams, *, what: str = "prompt", more: int = 1
+    ) -> None:
         """Raise `ConfigError` or `CapacityError` unless the empty engine could finish this request and make `more` tokens."""
         if not prompt_ids:
             raise ConfigError(f"{what} is empty: at least one token is needed.")
@@ -132,22 +163,24 @@ class Engine:
         if bad is not None:
             raise ConfigError(f"{what} holds token id {bad}: ids must be from 0 to {vocab - 1}.")
         params.check_vocab(vocab)
-        self.guides.check(params)
+        self.structured_output.check(params)
         self.check_length(len(prompt_ids), more, what=what)
         capacity = self.stats.kv_tokens_capacity
         needed = min(len(prompt_ids) + params.max_tokens * (more > 0), self.max_model_len)
-        if (pages := self.needs.total(needed)) > self.num_pages:
+        if (pages := self.requirements.total_pages(needed)) > self.num_pages:
             raise CapacityError(
                 f"{what} of {len(prompt_ids)} tokens with max_tokens={params.max_tokens} needs {needed} tokens of cache, and "
                 f"the pool holds {capacity}: give kv_cache_memory of at least "
-                f"{pages * self.kv.page_bytes} bytes, or a smaller max_tokens."
+                f"{pages * self.cache_config.page_bytes} bytes, or a smaller max_tokens."
             )
 
     def check_length(self, tokens: int, more: int, *, what: str = "prompt") -> None:
         """Raise `CapacityError` if a prompt of `tokens` leaves no room for `more` within `max_model_len`."""
         if tokens + more > self.max_model_len:
             limit = f"max_model_len={self.max_model_len}"
-            raise CapacityError(f"{what} has {tokens} tokens: {limit} leaves room for {self.max_model_len - more} at most.")
+            raise CapacityError(
+                f"{what} has {tokens} tokens: {limit} leaves room for {self.max_model_len - more} at most."
+            )
 
     # -- running --------------------------------------------------------------------------------------------------------
 
@@ -160,13 +193,15 @@ class Engine:
         """Take requests out, whatever their state, and free their pages at once."""
         for request in requests:
             if request.finish_reason is None:
-                results.finish(request, CANCELLED, self.scheduler)
+                postprocess.finish(request, CANCELLED, self.scheduler)
         self.count_used()
 
     def end_late(self, now: float) -> None:
         """End requests whose deadline has passed, with what they have."""
-        for request in [r for r in (*self.scheduler.waiting, *self.scheduler.running) if r.deadline <= now]:
-            results.finish(request, DEADLINE, self.scheduler)
+        for request in [
+            r for r in (*self.scheduler.waiting, *self.scheduler.running) if r.deadline <= now
+        ]:
+            postprocess.finish(request, DEADLINE, self.scheduler)
         self.count_used()
 
     def step(self) -> None:
@@ -179,7 +214,7 @@ class Engine:
         with self._watch:
             self._collect()
             try:
-                self._dispatch(self.scheduler.plan())
+                self._dispatch(self.scheduler.schedule())
             except CapacityError as error:
                 first = self.scheduler.waiting[0]
                 self._tell()  # which may show that it has ended
@@ -198,7 +233,7 @@ class Engine:
     def abandon(self, requests: Iterable[Request], error: Jfp8kvError) -> None:
         """After a failed step: these requests end with `error`, and nothing is cached any more. The pool may be gone too."""
         for request in requests:
-            request.status, request.held = Status.FINISHED, []
+            request.status, request.page_tables = Status.FINISHED, []
             request.error, request.finish_reason = error, CANCELLED
         flying, self._flying = self._flying, deque()
         self._made.clear()
@@ -215,16 +250,18 @@ class Engine:
     def ready(self) -> None:
         """Have a pool. Raises `DeviceMemoryError`."""
         if self.pages is None:
-            self.pages = faults.new_pool(self.kv, self.num_pages)
+            self.pages = faults.allocate_pool(self.cache_config, self.num_pages)
 
     def count_used(self) -> None:
         """Say in `stats` what is held now."""
         self.stats.kv_tokens_used = sum(r.cached for r in self.scheduler.running)
-        self.stats.kv_bytes_used = self.scheduler.paging.allocator.used_pages * self.kv.page_bytes
+        self.stats.kv_bytes_used = (
+            self.scheduler.kv_manager.allocator.used_pages * self.cache_config.page_bytes
+        )
 
     # -- the device -----------------------------------------------------------------------------------------------------
 
-    def _dispatch(self, turn: Turn | None) -> None:
+    def _dispatch(self, turn: SchedulerOutput | None) -> None:
         """Hand a turn to the device, which runs it while the host goes on."""
         if turn is None:
             return
@@ -233,33 +270,36 @@ class Engine:
         self._turn += 1
         if turn.decode is not None:
             held = any(request.params.constraint for request in turn.decode.requests)
-            output = (self.decode_guided if held else self.decode)(turn.decode)
+            output = (self.decode_structured if held else self.decode)(turn.decode)
             self._flying.append(Flight(self._turn, turn.decode, output))
             self.stats.decode_steps += turn.decode.steps
         if turn.prefill is not None:
-            output = self._launch(step.prefill, self.batcher.prefill(turn.prefill))
+            output = self._launch(step.prefill, self.batch_builder.prefill(turn.prefill))
             self._flying.append(Flight(self._turn, turn.prefill, output))
             self.stats.prefill_steps += 1
             for request, chunk in zip(turn.prefill.requests, turn.prefill.chunks, strict=True):
                 request.cached += chunk
-                self.scheduler.paging.keep(request)
+                self.scheduler.kv_manager.cache_prefix(request)
         self.count_used()
 
-    def decode(self, plan: Decode, least: Variant = PLAIN) -> StepOutput:
+    def decode(self, plan: ScheduledDecode, least: SamplerVariant = PLAIN) -> StepOutput:
         """Start a decode, by the program `least` at least."""
-        batch, variant = self.batcher.decode(plan, least)
-        static = {"most_steps": self.buckets.decode_steps, "top": min(variant.top, self.params.config.vocab)}
+        batch, variant = self.batch_builder.decode(plan, least)
+        static = {
+            "most_steps": self.buckets.decode_steps,
+            "top": min(variant.top, self.params.config.vocab),
+        }
         if drafts := self.buckets.drafts:
             return self._launch(decode_ahead, batch, variant=variant.name, drafts=drafts, **static)
         return self._launch(step.decode, batch, variant=variant.name, **static)
 
-    def decode_guided(self, plan: Decode, least: Variant = PLAIN) -> StepOutput:
+    def decode_structured(self, plan: ScheduledDecode, least: SamplerVariant = PLAIN) -> StepOutput:
         """The same for one token each. While the device runs the model, the host finds out what grammars allow."""
-        logits = self._launch(step.score, self.batcher.last(plan))
-        batch, variant = self.batcher.decode(plan, least)
+        logits = self._launch(step.score, self.batch_builder.last(plan))
+        batch, variant = self.batch_builder.decode(plan, least)
         began = time.perf_counter()
-        allowed = self.guides.allowed(plan.requests, rows=len(batch.start))
-        self.stats.guide_s += time.perf_counter() - began
+        allowed = self.structured_output.allowed(plan.requests, rows=len(batch.start))
+        self.stats.grammar_s += time.perf_counter() - began
         batch = dataclasses.replace(batch, allowed=allowed)
         top = min(variant.top, self.params.config.vocab)
         output = self.programs.compute(step.pick, logits, batch, variant=variant.name, top=top)
@@ -276,10 +316,10 @@ class Engine:
     def _copy_pages(self) -> None:
         """Hand the copies that were noted to the device. Whatever became of their pages since, on the host: nothing has written
         to these in between, as every step comes after all that were noted before it."""
-        paging = self.scheduler.paging
-        for some in copies.dispatches(paging.copies):
+        kv_manager = self.scheduler.kv_manager
+        for some in copies.dispatches(kv_manager.copies):
             _, self.pages = self.programs.call(copies.copy, some, self.pages)
-        paging.copies.clear()
+        kv_manager.copies.clear()
 
     def run(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
         """Run a step on the pool, in place, and wait until it is done."""
@@ -293,16 +333,28 @@ class Engine:
         """
         while self._flying:
             flight = self._flying[0]
-            if isinstance(flight.plan, Prefill) and flight.turn == self._turn and not everything:
+            if (
+                isinstance(flight.plan, ScheduledPrefill)
+                and flight.turn == self._turn
+                and not everything
+            ):
                 return
-            if isinstance(flight.plan, Prefill):
+            if isinstance(flight.plan, ScheduledPrefill):
                 jax.block_until_ready(flight.output)
                 self.stats.prefill_s += self._seconds()
             elif any(r.status is Status.RUNNING for r in flight.plan.requests):
-                made = read(flight.output, flight.plan.requests, self.params.config.vocab)
+                made = read_new_tokens(
+                    flight.output, flight.plan.requests, self.params.config.vocab
+                )
                 self.stats.decode_s += self._seconds()
-                self._made += [m for m in made if results.book(m, self.scheduler, self.batcher.switch_length)]
-                results.count_drafts(flight.output, self.stats)
+                self._made += [
+                    m
+                    for m in made
+                    if postprocess.commit_tokens(
+                        m, self.scheduler, self.batch_builder.switch_length
+                    )
+                ]
+                postprocess.count_drafts(flight.output, self.stats)
             self._flying.popleft()
 
     def _seconds(self) -> float:
@@ -315,7 +367,7 @@ class Engine:
         when it comes."""
         while self._made:
             if self._made[0].request.finish_reason is None:
-                results.tell(self._made[0], self.scheduler, self.stats)
+                postprocess.emit_output(self._made[0], self.scheduler, self.stats)
             self._made.popleft()
         self.count_used()
 
@@ -323,5 +375,5 @@ class Engine:
         """Free the pages of sessions that are gone. When they go they are only noted: it may be in the middle of anything."""
         while self.dropped:
             holding = self.dropped.popleft()
-            holding.paging.release(holding.request)
+            holding.kv_manager.release(holding.request)
             self.count_used()

@@ -3,14 +3,14 @@
 import jax
 
 from jfp8kv.cache.capacity import free_bytes
-from jfp8kv.cache.pages import KVPages
+from jfp8kv.cache.config import CacheConfig
+from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.errors import DeviceMemoryError, Jfp8kvError, StepError
-from jfp8kv.engine.kv import KVSetup
 
 LOST = "All requests were dropped, with what the cache held, and the next call is served"
 
 
-def of_step(error: BaseException, *, cache_bytes: int) -> Jfp8kvError:
+def step_error(error: BaseException, *, cache_bytes: int) -> Jfp8kvError:
     """What a user is told whose request was in the step that raised `error`."""
     if isinstance(error, Jfp8kvError):
         return error
@@ -20,11 +20,13 @@ def of_step(error: BaseException, *, cache_bytes: int) -> Jfp8kvError:
             "fails too, make an LLM with a smaller kv_cache_memory, max_num_batched_tokens or max_num_seqs."
         )
     if isinstance(error, Exception):
-        return StepError(f"a step failed: {type(error).__name__}: {first_line(error)} {LOST}: ask again.")
+        return StepError(
+            f"a step failed: {type(error).__name__}: {first_line(error)} {LOST}: ask again."
+        )
     return StepError(f"a step was interrupted ({type(error).__name__}). {LOST}: ask again.")
 
 
-def new_pool(kv: KVSetup, num_pages: int) -> KVPages:
+def allocate_pool(kv: CacheConfig, num_pages: int) -> KVPool:
     """A pool on the device, or a `DeviceMemoryError` that says how much was asked for."""
     try:
         return jax.block_until_ready(kv.pool(num_pages))

@@ -7,11 +7,13 @@ how many there are, and nobody waits for the slowest of a group.
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from jfp8kv.engine.group import Group
-from jfp8kv.engine.service import Service
+from jfp8kv.engine.driver import EngineDriver
+from jfp8kv.engine.group import RequestGroup
 
 
-def feed(service: Service, group_of: Callable[[Any], Group], asked: Iterable[Any], most: int) -> Iterator[tuple[int, Any]]:
+def feed(
+    service: EngineDriver, group_of: Callable[[Any], RequestGroup], asked: Iterable[Any], most: int
+) -> Iterator[tuple[int, Any]]:
     """`(number, result)` of each of `asked`, counted from 0, in the order in which they finish.
 
     The result is what the group's `output()` gives, or the error that `group_of` raised for it, or the error of a step that it
@@ -19,7 +21,7 @@ def feed(service: Service, group_of: Callable[[Any], Group], asked: Iterable[Any
     what is in flight.
     """
     coming, more = enumerate(asked), True
-    flying: dict[int, Group] = {}
+    flying: dict[int, RequestGroup] = {}
     try:
         while more or flying:
             while more and len(flying) < most:
@@ -34,7 +36,9 @@ def feed(service: Service, group_of: Callable[[Any], Group], asked: Iterable[Any
             failed = _advanced(service, flying) if flying else None
             for number, group in list(flying.items()):
                 ended = _ended(group)
-                error = _error(group) or (None if ended else failed)  # what had ended before a step failed is whole
+                error = _error(group) or (
+                    None if ended else failed
+                )  # what had ended before a step failed is whole
                 if error or ended:
                     del flying[number]
                     service.drop(group.requests)
@@ -43,7 +47,7 @@ def feed(service: Service, group_of: Callable[[Any], Group], asked: Iterable[Any
         service.drop([request for group in flying.values() for request in group.requests])
 
 
-def _advanced(service: Service, flying: dict[int, Group]) -> Exception | None:
+def _advanced(service: EngineDriver, flying: dict[int, RequestGroup]) -> Exception | None:
     """A step of ours, or others' steps until one of ours has ended: the error that it failed with, if it did."""
     try:
         service.advance(lambda: any(_error(group) or _ended(group) for group in flying.values()))
@@ -52,10 +56,10 @@ def _advanced(service: Service, flying: dict[int, Group]) -> Exception | None:
     return None
 
 
-def _ended(group: Group) -> bool:
+def _ended(group: RequestGroup) -> bool:
     return all(request.finish_reason for request in group.requests)
 
 
-def _error(group: Group) -> Exception | None:
+def _error(group: RequestGroup) -> Exception | None:
     """What went wrong with one of its requests."""
     return next((request.error for request in group.requests if request.error is not None), None)

@@ -2,7 +2,7 @@
 
 Texts repeat themselves and their prompts: names, code, quotations, answers that copy. Where the last few tokens stood before,
 what came after them then is a guess at what comes now (a *draft*), and takes no second model (Saxena 2023, "Prompt lookup
-decoding"). `engine/speculate.py` verifies it: a wrong guess costs time alone.
+decoding"). `engine/speculative.py` verifies it: a wrong guess costs time alone.
 """
 
 from typing import Any
@@ -18,14 +18,20 @@ MOST_DRAFTS = 32  # a pass of more costs more than even a text that only repeats
 
 def draft_tokens(prompt_lookup: Any) -> int:
     """How many tokens to draft at a time, 0 for none; `ConfigError` for what is no such number."""
-    if isinstance(prompt_lookup, bool) or not isinstance(prompt_lookup, int) or not 0 <= prompt_lookup <= MOST_DRAFTS:
+    if (
+        isinstance(prompt_lookup, bool)
+        or not isinstance(prompt_lookup, int)
+        or not 0 <= prompt_lookup <= MOST_DRAFTS
+    ):
         raise ConfigError(
             f"prompt_lookup={prompt_lookup!r}: must be a number of draft tokens from 0 (none) to {MOST_DRAFTS}; try 4."
         )
     return prompt_lookup
 
 
-def draft(text: Int[Array, " text"], known: Int[Array, ""], *, count: int) -> tuple[Int[Array, " count"], Int[Array, ""]]:
+def draft(
+    text: Int[Array, " text"], known: Int[Array, ""], *, count: int
+) -> tuple[Int[Array, " count"], Int[Array, ""]]:
     """`count` tokens that may follow the first `known` of `text` (one at least), and how many tokens speak for them.
 
     They followed the longest earlier occurrence of the text's last tokens, of up to `LONGEST` of them, the latest of several.

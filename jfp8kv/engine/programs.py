@@ -16,11 +16,11 @@ from typing import Any
 
 import jax
 
-from jfp8kv.cache.pages import KVPages
+from jfp8kv.cache.pool import KVPool
 from jfp8kv.engine.batch import Batch
 from jfp8kv.engine.compile_report import CompiledStep, CompileReport
 from jfp8kv.engine.copies import Copies
-from jfp8kv.engine.step import Model, Weights
+from jfp8kv.engine.step import StepModel, Weights
 
 Key = tuple[Any, ...]
 
@@ -43,8 +43,12 @@ class Program:
 
     def described(self, *, shared: bool) -> CompiledStep:
         """Its line of a report."""
-        sizes = (getattr(self.memory, f"{part}_size_in_bytes", 0) for part in ("temp", "generated_code"))
-        return CompiledStep(self.name, self.requests, self.tokens, self.variant, self.seconds, *sizes, shared)
+        sizes = (
+            getattr(self.memory, f"{part}_size_in_bytes", 0) for part in ("temp", "generated_code")
+        )
+        return CompiledStep(
+            self.name, self.requests, self.tokens, self.variant, self.seconds, *sizes, shared
+        )
 
 
 KEPT = 64  # programs kept for engines to come
@@ -59,34 +63,56 @@ class Programs:
     tree a step of somebody else's takes in their place.
     """
 
-    def __init__(self, model: Model, weights: Weights, scales: Any):
+    def __init__(self, model: StepModel, weights: Weights, scales: Any):
         self.model, self.weights, self.scales = model, weights, scales
         self.built: list[Program] = []  # by this engine, in order
         self._own: dict[Key, Program] = {}
         self._fixed = (model, _signature((weights, scales)))
 
     def call(
-        self, step: Callable, batch: Batch | Copies, pages: KVPages, *, variant: str = "", **static: Any
-    ) -> tuple[Any, KVPages]:
+        self,
+        step: Callable,
+        batch: Batch | Copies,
+        pages: KVPool,
+        *,
+        variant: str = "",
+        **static: Any,
+    ) -> tuple[Any, KVPool]:
         """`step(model, weights, scales, batch, pages, **static)`, compiled; `pages` is donated."""
         program = self.program(step, batch, pages, variant=variant, **static)
         return program.run(self.weights, self.scales, batch, pages)
 
-    def compute(self, function: Callable, values: Any, batch: Batch, *, variant: str = "", **static: Any) -> Any:
+    def compute(
+        self, function: Callable, values: Any, batch: Batch, *, variant: str = "", **static: Any
+    ) -> Any:
         """`function(values, batch, **static)`, compiled: what goes on outside the pool."""
         key = (function, *static.items(), _signature((values, batch)))
-        program = self._found(key, lambda: _build(function, (), (values, batch), batch, variant, static))
+        program = self._found(
+            key, lambda: _build(function, (), (values, batch), batch, variant, static)
+        )
         return program.run(values, batch)
 
-    def program(self, step: Callable, batch: Batch | Copies, pages: KVPages, *, variant: str = "", **static: Any) -> Program:
+    def program(
+        self,
+        step: Callable,
+        batch: Batch | Copies,
+        pages: KVPool,
+        *,
+        variant: str = "",
+        **static: Any,
+    ) -> Program:
         """The compiled program for a step on arrays shaped like these (shapes suffice). `variant` names it in the report."""
         key = (step, *static.items(), self._fixed, _signature((batch, pages)))
         arguments = (self.weights, self.scales, batch, pages)
-        return self._found(key, lambda: _build(step, (self.model,), arguments, batch, variant, static, donated=3))
+        return self._found(
+            key, lambda: _build(step, (self.model,), arguments, batch, variant, static, donated=3)
+        )
 
     def _found(self, key: Key, build: Callable[[], Program]) -> Program:
         if key not in self._own:
-            program = _recent.pop(key, None)  # and put back as the latest; engines of other threads do the same
+            program = _recent.pop(
+                key, None
+            )  # and put back as the latest; engines of other threads do the same
             if program is None:
                 self.built.append(program := build())
             self._own[key] = _recent[key] = program
@@ -97,7 +123,9 @@ class Programs:
     def report(self) -> CompileReport:
         """What was compiled for this engine, or found ready."""
         built = set(map(id, self.built))
-        return CompileReport(tuple(p.described(shared=id(p) not in built) for p in self._own.values()))
+        return CompileReport(
+            tuple(p.described(shared=id(p) not in built) for p in self._own.values())
+        )
 
 
 def _build(
@@ -115,7 +143,9 @@ def _build(
     jitted = jax.jit(functools.partial(function, *fixed, **static), donate_argnums=donated)
     compiled = jitted.lower(*arguments).compile()
     requests, tokens = batch.shape
-    return Program(function.__name__, requests, tokens, variant, time.perf_counter() - began, compiled)
+    return Program(
+        function.__name__, requests, tokens, variant, time.perf_counter() - began, compiled
+    )
 
 
 def _signature(tree: Any) -> Key:

@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 from jfp8kv.core.errors import Jfp8kvError
-from jfp8kv.engine.detokenize import Detokenizer
 from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.text.detokenizer import Detokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,12 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    prompt_logprobs: list[dict[int, float] | None] | None = None  # if asked for; None for the first token
-    first_token_s: float | None = None  # seconds from submission to the first token of any continuation
+    prompt_logprobs: list[dict[int, float] | None] | None = (
+        None  # if asked for; None for the first token
+    )
+    first_token_s: float | None = (
+        None  # seconds from submission to the first token of any continuation
+    )
     total_s: float | None = None  # seconds from submission to the last token of all
 
     @property
@@ -75,16 +79,24 @@ class Request:
     max_tokens: int  # of output: what the parameters ask for, as far as the context has room
     index: int = 0  # which of the n continuations of its prompt
     detokenizer: Detokenizer | None = None
-    asked: Any = None  # `params` for the device, made when first needed (engine/variants.py)
-    guide: Any = None  # what it is held to, made when first needed (engine/guides.py)
+    sampling_state: Any = (
+        None  # `params` for the device, made when first needed (engine/variants.py)
+    )
+    matcher: Any = None  # what it is held to, made when first needed (engine/structured.py)
     status: Status = Status.WAITING
     output_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
-    held: list[Any] = dataclasses.field(default_factory=list)  # its pages, by group of layers (engine/paging.py)
-    keys: list[bytes] = dataclasses.field(default_factory=list)  # of its full pages, as far as they were needed
+    page_tables: list[Any] = dataclasses.field(
+        default_factory=list
+    )  # its pages, by group of layers (engine/kv_manager.py)
+    page_hashes: list[bytes] = dataclasses.field(
+        default_factory=list
+    )  # of its full pages, as far as they were needed
     cached: int = 0
-    context: int = 0  # tokens there were when the cache was begun: the prompt's, unless it was begun anew
+    context: int = (
+        0  # tokens there were when the cache was begun: the prompt's, unless it was begun anew
+    )
     text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -96,18 +108,20 @@ class Request:
     def __post_init__(self) -> None:
         self.context = self.context or len(self.prompt_ids)
 
-    def begin_again(self, context: int | None = None) -> None:
+    def reset_for_recompute(self, context: int | None = None) -> None:
         """Forget what is cached: every token so far is to be run again, as a text that had `context` tokens (as many as before)
         when its cache was begun. Its pages were given back."""
-        assert not self.held
+        assert not self.page_tables
         self.cached = 0
         if context is not None:
-            self.context, self.keys = context, []
+            self.context, self.page_hashes = context, []
 
     @property
     def deadline(self) -> float:
         """When it is to end at the latest, on the clock of `submitted`."""
-        return math.inf if self.params.deadline_s is None else self.submitted + self.params.deadline_s
+        return (
+            math.inf if self.params.deadline_s is None else self.submitted + self.params.deadline_s
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -131,7 +145,10 @@ class Request:
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids at positions `start .. stop-1`, prompt and output as one sequence."""
         prompt = len(self.prompt_ids)
-        return self.prompt_ids[start:stop] + self.output_ids[max(0, start - prompt) : max(0, stop - prompt)]
+        return (
+            self.prompt_ids[start:stop]
+            + self.output_ids[max(0, start - prompt) : max(0, stop - prompt)]
+        )
 
     def output(self) -> CompletionOutput:
         """What was generated so far, as the user sees it."""

@@ -9,7 +9,7 @@ Each turn decodes every request that has only its last token left to run, and be
 more, under one budget of tokens. Decode is served first and takes few steps while there is something to prefill: a long prompt
 stalls nobody, and whoever decodes gets tokens every turn.
 
-A request whose next page is just being made by another waits for it, to share it (engine/paging.py).
+A request whose next page is just being made by another waits for it, to share it (engine/kv_manager.py).
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from typing import NoReturn
 
 from jfp8kv.core.errors import CapacityError
 from jfp8kv.engine.buckets import Buckets
-from jfp8kv.engine.metrics import Stats
-from jfp8kv.engine.paging import Paging
+from jfp8kv.engine.kv_manager import KVCacheManager
 from jfp8kv.engine.request import Request, Status
+from jfp8kv.engine.stats import Stats
 
 
 @dataclasses.dataclass(frozen=True)
-class Prefill:
+class ScheduledPrefill:
     """Run the next `chunks[i]` tokens of `requests[i]`, padded to `width`."""
 
     requests: list[Request]
@@ -34,7 +34,7 @@ class Prefill:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decode:
+class ScheduledDecode:
     """Generate tokens for each of `requests` in up to `steps` steps."""
 
     requests: list[Request]
@@ -45,25 +45,27 @@ class Decode:
         """Whether a text among them has a seed, and so must not depend on who decodes beside it."""
         return any(request.params.seed is not None for request in self.requests)
 
-    def only_running(self) -> "Decode | None":
+    def only_running(self) -> "ScheduledDecode | None":
         """The same without those that were preempted since it was planned."""
         left = [r for r in self.requests if r.status is Status.RUNNING]
-        return Decode(left, self.steps) if left else None
+        return ScheduledDecode(left, self.steps) if left else None
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
+class SchedulerOutput:
     """What is dispatched together, decode first; one of them may be None."""
 
-    decode: Decode | None
-    prefill: Prefill | None
+    decode: ScheduledDecode | None
+    prefill: ScheduledPrefill | None
 
 
 class Scheduler:
     """Waiting and running requests, the first come first, and the pages they hold."""
 
-    def __init__(self, paging: Paging, buckets: Buckets, stats: Stats, *, max_requests: int):
-        self.paging = paging
+    def __init__(
+        self, kv_manager: KVCacheManager, buckets: Buckets, stats: Stats, *, max_requests: int
+    ):
+        self.kv_manager = kv_manager
         self.buckets = buckets
         self.stats = stats
         self.max_requests = max_requests
@@ -72,7 +74,10 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue `request`. The caller has checked that the empty pool could hold it."""
-        assert self.paging.needs.total(request.most_tokens) <= self.paging.allocator.num_pages
+        assert (
+            self.kv_manager.requirements.total_pages(request.most_tokens)
+            <= self.kv_manager.allocator.num_pages
+        )
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
@@ -83,28 +88,33 @@ class Scheduler:
             self._stop(request)
         request.status = Status.FINISHED
 
-    def plan(self) -> Turn | None:
+    def schedule(self) -> SchedulerOutput | None:
         """The next turn, its pages taken, or None when nothing is left to do."""
         self._admit()
         while self.running:
             decode = self._decode([r for r in self.running if not r.prefilling])
             prefill = self._prefill([r for r in self.running if r.prefilling])
-            decode = decode and decode.only_running()  # whoever prefills and came first may have taken pages of who came last
+            decode = (
+                decode and decode.only_running()
+            )  # whoever prefills and came first may have taken pages of who came last
             if decode or prefill:
-                return Turn(decode, prefill)
+                return SchedulerOutput(decode, prefill)
         if self.waiting:
             self._refuse(self._soon(self.waiting[0]))
         return None
 
     def make_room(self, request: Request, stop: int) -> None:
         """Pages for a text that is no request's, up to `stop` tokens; requests that run make room. Raises `CapacityError`."""
-        while not self.paging.grow(request, stop):
+        while not self.kv_manager.allocate(request, stop):
             if not self.running:
                 self._refuse(stop)
             self._preempt(self.running[-1])
 
     def _refuse(self, tokens: int) -> NoReturn:
-        pages, allocator = self.paging.needs.total(tokens), self.paging.allocator
+        pages, allocator = (
+            self.kv_manager.requirements.total_pages(tokens),
+            self.kv_manager.allocator,
+        )
         raise CapacityError(
             f"a text of {tokens} tokens needs up to {pages} pages of cache, and {allocator.free_pages} of "
             f"{allocator.num_pages} are free while sessions hold the rest: close some, or give a larger kv_cache_memory."
@@ -113,13 +123,17 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_requests:
             request = self.waiting[0]
-            found = self.paging.find(request)
-            if found.following in self.paging.coming(r for r in self.running if r.prefilling):
+            found = self.kv_manager.match_prefix(request)
+            if found.following in self.kv_manager.pending_prefixes(
+                r for r in self.running if r.prefilling
+            ):
                 return
-            self.paging.take_over(request, found)
-            promised = sum(self.paging.missing(r, self._soon(r)) for r in (*self.running, request))
-            if promised > self.paging.allocator.free_pages:
-                self.paging.release(request)
+            self.kv_manager.adopt_prefix(request, found)
+            promised = sum(
+                self.kv_manager.pages_needed(r, self._soon(r)) for r in (*self.running, request)
+            )
+            if promised > self.kv_manager.allocator.free_pages:
+                self.kv_manager.release(request)
                 request.cached = 0
                 return  # its turn comes when others finish; nobody overtakes it
             self.stats.prefix_hit_tokens += found.tokens
@@ -128,40 +142,50 @@ class Scheduler:
 
     def _soon(self, request: Request) -> int:
         """Tokens of its text once it has been run so far, and decoded once."""
-        return min(request.num_tokens + self.buckets.made(self.buckets.decode_steps), request.most_tokens)
+        return min(
+            request.num_tokens + self.buckets.max_new_tokens(self.buckets.decode_steps),
+            request.most_tokens,
+        )
 
-    def _decode(self, requests: list[Request]) -> Decode | None:
+    def _decode(self, requests: list[Request]) -> ScheduledDecode | None:
         if not requests:
             return None
         first = any(not r.output_ids for r in requests)  # some have yet to show their first token
-        few, seeded = first or len(requests) < len(self.running), Decode(requests, 1).seeded
-        steps = self.buckets.steps(len(requests), few=few, alike=seeded)
+        few, seeded = (
+            first or len(requests) < len(self.running),
+            ScheduledDecode(requests, 1).seeded,
+        )
+        steps = self.buckets.steps(len(requests), few=few, batch_invariant=seeded)
         steps = min(steps, max(r.max_tokens - len(r.output_ids) for r in requests))
         if any(r.params.constraint for r in requests):
             steps = 1  # a grammar has its say before each token
-        chosen = self._with_room(requests, lambda r: min(r.cached + self.buckets.made(steps), r.most_tokens))
-        return Decode(chosen, steps) if chosen else None
+        chosen = self._with_room(
+            requests, lambda r: min(r.cached + self.buckets.max_new_tokens(steps), r.most_tokens)
+        )
+        return ScheduledDecode(chosen, steps) if chosen else None
 
-    def _prefill(self, requests: list[Request]) -> Prefill | None:
+    def _prefill(self, requests: list[Request]) -> ScheduledPrefill | None:
         if not requests:
             return None
         width = self.buckets.chunk(requests[0].uncached - 1)
         chosen = requests[: self.buckets.prefill_requests(width)]
         chunks = {id(r): min(r.uncached - 1, width) for r in chosen}
         chosen = self._with_room(chosen, lambda r: r.cached + chunks[id(r)])
-        return Prefill(chosen, [chunks[id(r)] for r in chosen], width) if chosen else None
+        return ScheduledPrefill(chosen, [chunks[id(r)] for r in chosen], width) if chosen else None
 
     def _with_room(self, requests: list[Request], stop: Callable[[Request], int]) -> list[Request]:
         """Those of `requests` that hold pages for their next tokens, up to `stop`; whoever came last makes room."""
         for request in requests:
-            while request.status is Status.RUNNING and not self.paging.grow(request, stop(request)):
+            while request.status is Status.RUNNING and not self.kv_manager.allocate(
+                request, stop(request)
+            ):
                 self._preempt(self.running[-1])
         return [r for r in requests if r.status is Status.RUNNING]
 
     def _preempt(self, request: Request) -> None:
         """Back to the head of those that wait, without pages; those that were full may still be found when it returns."""
         self._stop(request)
-        request.begin_again()
+        request.reset_for_recompute()
         request.status = Status.WAITING
         self.waiting.appendleft(request)
         self.stats.preemptions += 1
@@ -170,5 +194,5 @@ class Scheduler:
         """Off the device, its pages given back, to be found by others. What is still running there may write to
         them yet; whoever gets them next writes after that, for the device runs in order."""
         self.running.remove(request)
-        self.paging.keep(request)
-        self.paging.release(request)
+        self.kv_manager.cache_prefix(request)
+        self.kv_manager.release(request)

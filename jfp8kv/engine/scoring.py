@@ -13,12 +13,12 @@ from jaxtyping import Array, Float32, Int32
 
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.engine import step
+from jfp8kv.engine.driver import EngineDriver
 from jfp8kv.engine.engine import Engine
-from jfp8kv.engine.paging import Holding
-from jfp8kv.engine.prompts import encode
-from jfp8kv.engine.service import Service
-from jfp8kv.engine.texts import RUN, catch_up, unsampled
-from jfp8kv.models.tokenizer import Tokenizer
+from jfp8kv.engine.forward import PREFILL_ONLY, prefill_only_request, prefill_sessions
+from jfp8kv.engine.kv_manager import SequenceHandle
+from jfp8kv.text.prompts import encode
+from jfp8kv.text.tokenizer import Tokenizer
 
 WINDOW = 64  # texts that are looked at together, to find some of like length
 
@@ -60,8 +60,8 @@ def text_of(prompt: Any, completion: str | None, tokenizer: Tokenizer | None) ->
     return Text(before + tokenizer.encode(completion, add_special_tokens=False), len(before))
 
 
-def score_each(
-    service: Service, asked: Iterable[tuple[Any, str | None]], tokenizer: Tokenizer | None
+def score_iter(
+    service: EngineDriver, asked: Iterable[tuple[Any, str | None]], tokenizer: Tokenizer | None
 ) -> Iterator[tuple[int, Scored | Exception]]:
     """`(number, result)` of each of `asked`, counted from 0: what it scored, or the error that it met."""
     coming = enumerate(asked)
@@ -79,7 +79,7 @@ def score_each(
 def _checked(engine: Engine, text: Text) -> Text:
     if len(text.ids) <= text.first:
         raise ConfigError("there is no token to score: the first has none before it.")
-    engine.check(text.ids, RUN, what="the text", more=0)
+    engine.check(text.ids, PREFILL_ONLY, what="the text", more=0)
     return text
 
 
@@ -88,13 +88,15 @@ def _groups(engine: Engine, texts: dict[int, Text]) -> Iterator[list[int]]:
     order = sorted(texts, key=lambda number: -len(texts[number].ids))
     while order:
         longest = len(texts[order[0]].ids)
-        room = engine.num_pages // engine.needs.total(longest)
+        room = engine.num_pages // engine.requirements.total_pages(longest)
         most = max(1, min(room, engine.buckets.prefill_requests(engine.buckets.chunk(longest))))
         yield order[:most]
         order = order[most:]
 
 
-def _results(service: Service, group: dict[int, Text]) -> Iterator[tuple[int, Scored | Exception]]:
+def _results(
+    service: EngineDriver, group: dict[int, Text]
+) -> Iterator[tuple[int, Scored | Exception]]:
     """What came of a group. If it fails, each of it runs alone: one of them may be why."""
     try:
         found = _logprobs(service, list(group.values()))
@@ -109,26 +111,37 @@ def _results(service: Service, group: dict[int, Text]) -> Iterator[tuple[int, Sc
         yield number, Scored(text.prompt_tokens, logprobs.tolist())
 
 
-def _logprobs(service: Service, texts: list[Text]) -> list[np.ndarray]:
+def _logprobs(service: EngineDriver, texts: list[Text]) -> list[np.ndarray]:
     """float32 `[tokens]` for each text, from its `first` on. What the cache has of what is before is not run."""
     engine = service.engine
-    holdings = [Holding(engine.scheduler.paging, unsampled(text.ids)) for text in texts]
+    holdings = [
+        SequenceHandle(engine.scheduler.kv_manager, prefill_only_request(text.ids))
+        for text in texts
+    ]
     found = {
-        id(holding.request): np.empty(len(text.ids) + 1, np.float32) for holding, text in zip(holdings, texts, strict=True)
+        id(holding.request): np.empty(len(text.ids) + 1, np.float32)
+        for holding, text in zip(holdings, texts, strict=True)
     }
     try:
-        steps = catch_up(engine, holdings, step.score, wanted=min(text.first for text in texts) - 1)
+        steps = prefill_sessions(
+            engine, holdings, step.score, wanted=min(text.first for text in texts) - 1
+        )
         for requests, positions, logits in service.each(steps):
             following = np.zeros(logits.shape[:2], np.int32)
             for row, request, at in zip(following, requests, positions, strict=False):
                 ids = request.prompt_ids[at.start + 1 : at.stop + 1]
                 row[: len(ids)] = ids
-            for row, request, at in zip(np.asarray(_picked(logits, following)), requests, positions, strict=False):
+            for row, request, at in zip(
+                np.asarray(_picked(logits, following)), requests, positions, strict=False
+            ):
                 found[id(request)][at.start + 1 : at.stop + 1] = row[: len(at)]
     finally:
         engine.dropped.extend(holdings)
         service.drop()
-    return [found[id(holding.request)][text.first : -1] for holding, text in zip(holdings, texts, strict=True)]
+    return [
+        found[id(holding.request)][text.first : -1]
+        for holding, text in zip(holdings, texts, strict=True)
+    ]
 
 
 @jax.jit

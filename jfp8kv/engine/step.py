@@ -17,24 +17,24 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jfp8kv.attention.contract import AttentionOptions, Layer, Where
 from jfp8kv.attention.dispatch import Attention, Write
+from jfp8kv.attention.interface import AttentionMetadata, AttentionOptions, Layer
 from jfp8kv.attention.paged import paged
 from jfp8kv.cache.groups import LayerGroups
-from jfp8kv.cache.pages import KVPages, LayerScales, write
+from jfp8kv.cache.pool import KVPool, LayerScales, write
 from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.batch import Batch, StepOutput
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import Decoder, bind
 from jfp8kv.models.linear import Matmul, stacked_matmul
-from jfp8kv.sampling.adjust import count_token
+from jfp8kv.sampling.penalties import count_token
 from jfp8kv.sampling.sample import sample_batch, top_logprobs
 
 Weights = Any  # the tree of `Params`, 16-bit leaves perhaps as their bits
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class StepModel:
     """What a step is compiled for, apart from shapes: hashable, so equal models share compiled programs."""
 
     config: ModelConfig
@@ -52,7 +52,9 @@ class Model:
         """What this model asks of attention, its sinks read from the weights."""
         c = self.config
         windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
-        return AttentionOptions(window=windows, sinks=decoder.sinks(), sm_scale=c.attention_scale, softcap=c.softcap)
+        return AttentionOptions(
+            window=windows, sinks=decoder.sinks(), sm_scale=c.attention_scale, softcap=c.softcap
+        )
 
 
 @pytree
@@ -66,29 +68,43 @@ class Chunk:
     context: Int[Array, ""]
     most_tokens: Int[Array, ""]
 
-    def where(self, groups: LayerGroups | None) -> Callable[[Layer], Where]:
+    def metadata(self, groups: LayerGroups | None) -> Callable[[Layer], AttentionMetadata]:
         """The place of its tokens in each layer."""
 
-        def at(layer: Layer) -> Where:
-            group = 0 if groups is None or groups.uniform else jnp.asarray(groups.group, jnp.int32)[layer]
-            return Where(self.page_tables[group], self.start, self.length, self.most_tokens)
+        def at(layer: Layer) -> AttentionMetadata:
+            group = (
+                0
+                if groups is None or groups.uniform
+                else jnp.asarray(groups.group, jnp.int32)[layer]
+            )
+            return AttentionMetadata(
+                self.page_tables[group], self.start, self.length, self.most_tokens
+            )
 
         return at
 
 
 def _forward(
-    model: Model, decoder: Decoder, scales: LayerScales | None, chunk: Chunk, pages: KVPages
-) -> tuple[Float[Array, "tokens hidden"], KVPages]:
+    model: StepModel, decoder: Decoder, scales: LayerScales | None, chunk: Chunk, pages: KVPool
+) -> tuple[Float[Array, "tokens hidden"], KVPool]:
     """One request's chunk through the model, its keys and values written first."""
-    attend = paged(model.attention, scales, model.options(decoder), chunk.where(model.groups), write=model.write)
+    attend = paged(
+        model.attention,
+        scales,
+        model.options(decoder),
+        chunk.metadata(model.groups),
+        write=model.write,
+    )
     positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
     return decoder(chunk.tokens, positions, attend=attend, carry=pages, context=chunk.context)
 
 
-def each_request(one: Callable, batch: Batch, pages: KVPages, *, out_axes: Any) -> Any:
+def each_request(one: Callable, batch: Batch, pages: KVPool, *, out_axes: Any) -> Any:
     """`one(chunk, pages)` for every request of the batch, over the pool they share."""
 
-    def request(tokens: Array, tables: Array, start: Array, length: Array, context: Array, pages: KVPages) -> Any:
+    def request(
+        tokens: Array, tables: Array, start: Array, length: Array, context: Array, pages: KVPool
+    ) -> Any:
         return one(Chunk(tokens, tables, start, length, context, batch.most_tokens), pages)
 
     each = jax.vmap(request, in_axes=(0, 0, 0, 0, 0, None), out_axes=out_axes)
@@ -96,11 +112,11 @@ def each_request(one: Callable, batch: Batch, pages: KVPages, *, out_axes: Any) 
 
 
 def chunk_logits(
-    model: Model, decoder: Decoder, scales: LayerScales | None, batch: Batch, pages: KVPages
-) -> tuple[Float[Array, "requests tokens vocab"], KVPages]:
+    model: StepModel, decoder: Decoder, scales: LayerScales | None, batch: Batch, pages: KVPool
+) -> tuple[Float[Array, "requests tokens vocab"], KVPool]:
     """Logits after every token of each request's chunk."""
 
-    def one(chunk: Chunk, pages: KVPages) -> tuple[Array, KVPages]:
+    def one(chunk: Chunk, pages: KVPool) -> tuple[Array, KVPool]:
         hidden, pages = _forward(model, decoder, scales, chunk, pages)
         return decoder.logits(hidden), pages
 
@@ -112,7 +128,9 @@ def counted(batch: Batch) -> Batch:
     if batch.output_since is None:
         return batch
     return dataclasses.replace(
-        batch, output_counts=jax.vmap(count_token)(batch.output_counts, batch.output_since), output_since=None
+        batch,
+        output_counts=jax.vmap(count_token)(batch.output_counts, batch.output_since),
+        output_since=None,
     )
 
 
@@ -120,7 +138,9 @@ def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
     """One token per request."""
     counts = batch.prompt_counts, batch.output_counts
     tokens, logprobs = sample_batch(logits, batch.settings, batch.position, *counts, batch.allowed)
-    return StepOutput(*(x[:, None] for x in (tokens, logprobs, *likeliest(logits, batch.reported, top))))
+    return StepOutput(
+        *(x[:, None] for x in (tokens, logprobs, *likeliest(logits, batch.reported, top)))
+    )
 
 
 def likeliest(logits: Float[Array, "rows vocab"], reported: Array, top: int) -> tuple[Array, ...]:
@@ -128,36 +148,41 @@ def likeliest(logits: Float[Array, "rows vocab"], reported: Array, top: int) -> 
     for a `top` of 0."""
     if not top:
         return ()
-    nothing = jnp.zeros((logits.shape[0], top), jnp.float32), jnp.zeros((logits.shape[0], top), jnp.int32)
+    nothing = (
+        jnp.zeros((logits.shape[0], top), jnp.float32),
+        jnp.zeros((logits.shape[0], top), jnp.int32),
+    )
     each = jax.vmap(lambda row: top_logprobs(row, top))
     values, ids = lax.cond(reported > 0, lambda: each(logits), lambda: nothing)
     return ids, values
 
 
 def prefill(
-    model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages
-) -> tuple[Int[Array, " requests"], KVPages]:
+    model: StepModel, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPool
+) -> tuple[Int[Array, " requests"], KVPool]:
     """Cache a chunk of each request; how many tokens of each are cached now. Nothing is sampled: a prompt's last token is left
     to `decode`."""
     decoder = model.bind(weights)
 
-    def one(chunk: Chunk, pages: KVPages) -> KVPages:
+    def one(chunk: Chunk, pages: KVPool) -> KVPool:
         return _forward(model, decoder, scales, chunk, pages)[1]
 
-    cached = jnp.maximum(batch.start, batch.length)  # computed, so that it is there when the step is done and not before
+    cached = jnp.maximum(
+        batch.start, batch.length
+    )  # computed, so that it is there when the step is done and not before
     return cached, each_request(one, batch, pages, out_axes=None)
 
 
 def decode(
-    model: Model,
+    model: StepModel,
     weights: Weights,
     scales: LayerScales | None,
     batch: Batch,
-    pages: KVPages,
+    pages: KVPool,
     *,
     most_steps: int,
     top: int = 0,
-) -> tuple[StepOutput, KVPages]:
+) -> tuple[StepOutput, KVPool]:
     """Up to `batch.steps` (at most `most_steps`) tokens for each request, none after its end token or its `remaining`."""
     decoder = model.bind(weights)
     rows, vocab = batch.start.shape[0], model.config.vocab
@@ -175,7 +200,9 @@ def decode(
         new = _sampled(logits[:, 0], batch, top)
         token = jnp.where(active, new.tokens[:, 0], vocab)
         new = dataclasses.replace(new, tokens=token[:, None])
-        out = jax.tree.map(lambda made, one: lax.dynamic_update_slice_in_dim(made, one, step, axis=1), out, new)
+        out = jax.tree.map(
+            lambda made, one: lax.dynamic_update_slice_in_dim(made, one, step, axis=1), out, new
+        )
         return step + 1, _after(batch, token, active, vocab), out, pages
 
     state = (jnp.int32(0), counted(batch), blank, pages)
@@ -186,7 +213,9 @@ def decode(
 def _after(batch: Batch, token: Int[Array, " requests"], active: Array, vocab: int) -> Batch:
     """The batch once `token` was made for the `active` requests."""
     one = active.astype(jnp.int32)
-    ended = jnp.any(token[:, None] == batch.end_ids, axis=1) | (token == vocab)  # past the last: none was left to choose
+    ended = jnp.any(token[:, None] == batch.end_ids, axis=1) | (
+        token == vocab
+    )  # past the last: none was left to choose
     counts = batch.output_counts
     return dataclasses.replace(
         batch,
@@ -199,20 +228,20 @@ def _after(batch: Batch, token: Int[Array, " requests"], active: Array, vocab: i
 
 
 def score(
-    model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages
-) -> tuple[Float[Array, "requests tokens vocab"], KVPages]:
+    model: StepModel, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPool
+) -> tuple[Float[Array, "requests tokens vocab"], KVPool]:
     """Cache a chunk of each request and return the logits after each of its tokens."""
     decoder = model.bind(weights)
     return chunk_logits(model, decoder, scales, batch, pages)
 
 
 def score_last(
-    model: Model, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPages
-) -> tuple[Float[Array, "requests vocab"], KVPages]:
+    model: StepModel, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPool
+) -> tuple[Float[Array, "requests vocab"], KVPool]:
     """Cache a chunk of each request and return the logits after its last token."""
     decoder = model.bind(weights)
 
-    def one(chunk: Chunk, pages: KVPages) -> tuple[Array, KVPages]:
+    def one(chunk: Chunk, pages: KVPool) -> tuple[Array, KVPool]:
         hidden, pages = _forward(model, decoder, scales, chunk, pages)
         last = lax.dynamic_slice_in_dim(hidden, chunk.length - chunk.start - 1, 1)
         return decoder.logits(last)[0], pages
@@ -220,6 +249,8 @@ def score_last(
     return each_request(one, batch, pages, out_axes=(0, None))
 
 
-def pick(logits: Float[Array, "requests tokens vocab"], batch: Batch, *, top: int = 0) -> StepOutput:
+def pick(
+    logits: Float[Array, "requests tokens vocab"], batch: Batch, *, top: int = 0
+) -> StepOutput:
     """A token for each request from what `score` gave after its last one: `decode` in two, for what comes between."""
     return _sampled(logits[:, 0], counted(batch), top)

@@ -16,7 +16,7 @@ from jfp8kv.sampling.settings import SamplerSettings, bucket, settings_from
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
+class SamplerVariant:
     """What a decode is compiled for: the most ids that end a text, the most biased ids, and what it counts and reports."""
 
     ends: int
@@ -40,38 +40,49 @@ class Variant:
         """How many likeliest tokens are reported."""
         return MAX_LOGPROBS if self.full else 0
 
-    def serves(self, other: "Variant") -> bool:
+    def serves(self, other: "SamplerVariant") -> bool:
         """Whether what `other` serves is served too."""
         return self.ends >= other.ends and self.biased >= other.biased and self.full >= other.full
 
 
-PLAIN = Variant(ends=8, biased=0, full=False)
-FULL = Variant(ends=64, biased=512, full=True)
+PLAIN = SamplerVariant(ends=8, biased=0, full=False)
+FULL = SamplerVariant(ends=64, biased=512, full=True)
 
 
-def variant_of(asked: Sequence[Variant]) -> Variant:
+def variant_of(sampling_state: Sequence[SamplerVariant]) -> SamplerVariant:
     """The program that serves all of these."""
-    least = Variant(max(a.ends for a in asked), max(a.biased for a in asked), any(a.full for a in asked))
-    return next((v for v in (PLAIN, FULL) if v.serves(least)), None) or Variant(
+    least = SamplerVariant(
+        max(a.ends for a in sampling_state),
+        max(a.biased for a in sampling_state),
+        any(a.full for a in sampling_state),
+    )
+    return next((v for v in (PLAIN, FULL) if v.serves(least)), None) or SamplerVariant(
         max(FULL.ends, bucket(least.ends)), max(FULL.biased, bucket(least.biased)), full=True
     )
 
 
-class Asked:
+class SamplingState:
     """What one request asks of its sampler, made when it first decodes and kept on the host: `settings` for the device, the
     `ends` of its text, and how often each token came before if penalties want to know."""
 
     def __init__(self, request: Request, vocab: int, eos_ids: tuple[int, ...]):
         params = request.params
-        self.ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos_ids))
+        self.ends = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else frozenset(eos_ids)
+        )
         self.settings: SamplerSettings = settings_from(params, request.key, eos_ids=eos_ids)
         self._counts = np.zeros((2, vocab), np.int32) if params.counts_tokens else None
         if self._counts is not None:
             self._counts[0] = np.bincount(request.prompt_ids, minlength=vocab)
         self._counted = 0
         self._prompt: np.ndarray | None = None
-        full = params.counts_tokens or params.min_tokens > 0 or bool(params.logprobs) or bool(params.logit_bias)
-        self.least = Variant(len(self.ends), len(params.logit_bias or ()), full)
+        full = (
+            params.counts_tokens
+            or params.min_tokens > 0
+            or bool(params.logprobs)
+            or bool(params.logit_bias)
+        )
+        self.least = SamplerVariant(len(self.ends), len(params.logit_bias or ()), full)
 
     def counts(self, output_ids: list[int]) -> np.ndarray | None:
         """How often each token occurs in the prompt and in the output, `[2, vocab]`; None if nobody wants to know."""
@@ -87,8 +98,8 @@ class Asked:
         return np.concatenate([self._prompt, np.array(request.output_ids, np.int32)])
 
 
-def asked(request: Request, vocab: int, eos_ids: tuple[int, ...]) -> Asked:
+def sampling_state(request: Request, vocab: int, eos_ids: tuple[int, ...]) -> SamplingState:
     """What `request` asks of its sampler."""
-    if request.asked is None:
-        request.asked = Asked(request, vocab, eos_ids)
-    return request.asked
+    if request.sampling_state is None:
+        request.sampling_state = SamplingState(request, vocab, eos_ids)
+    return request.sampling_state

@@ -4,11 +4,11 @@ import jax
 
 from jfp8kv.engine import copies, step
 from jfp8kv.engine.batch import Batch
-from jfp8kv.engine.buckets import counts
+from jfp8kv.engine.buckets import padded_counts
 from jfp8kv.engine.engine import Engine
+from jfp8kv.engine.forward import prefill_only_request
 from jfp8kv.engine.request import Request
-from jfp8kv.engine.scheduler import Decode, Prefill
-from jfp8kv.engine.texts import unsampled
+from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 from jfp8kv.engine.variants import FULL, PLAIN
 
 
@@ -18,26 +18,28 @@ def warmup(engine: Engine, *, structured: bool = False, branches: bool = False) 
     engine.settle()
     buckets = engine.buckets
     for width in buckets.chunks:
-        for rows in counts(buckets.prefill_requests(width)):
+        for rows in padded_counts(buckets.prefill_requests(width)):
             engine.run(step.prefill, _chunks(engine, rows, width))
-    for width in (buckets.extension(1), *buckets.chunks):
+    for width in (buckets.session_chunk(1), *buckets.chunks):
         for function in (step.prefill, step.score):
             engine.programs.program(function, _chunks(engine, 1, width), engine.pages)
-        for rows in counts(buckets.prefill_requests(width)) if branches else ():
+        for rows in padded_counts(buckets.prefill_requests(width)) if branches else ():
             engine.programs.program(step.score_last, _chunks(engine, rows, width), engine.pages)
     engine.run(copies.copy, copies.Copies.of([]))
-    for rows in counts(buckets.max_requests):
+    for rows in padded_counts(buckets.max_requests):
         for variant in (PLAIN, FULL):
-            for decode in (engine.decode, engine.decode_guided) if structured else (engine.decode,):
-                jax.block_until_ready(decode(Decode(_nobody(rows), 1), variant))
+            for decode in (
+                (engine.decode, engine.decode_structured) if structured else (engine.decode,)
+            ):
+                jax.block_until_ready(decode(ScheduledDecode(_nobody(rows), 1), variant))
     engine.stats.compilations = len(engine.programs.built)
 
 
 def _chunks(engine: Engine, count: int, width: int) -> Batch:
     """A chunk for each of so many."""
-    return engine.batcher.prefill(Prefill(_nobody(count), [1] * count, width))
+    return engine.batch_builder.prefill(ScheduledPrefill(_nobody(count), [1] * count, width))
 
 
 def _nobody(count: int) -> list[Request]:
     """Requests that own no page: running them writes nothing."""
-    return [unsampled([0]) for _ in range(count)]
+    return [prefill_only_request([0]) for _ in range(count)]

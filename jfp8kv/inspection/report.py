@@ -1,6 +1,6 @@
 """What a checkpoint is, what its KV cache costs and which scales it brings, found without reading its weights.
 
-Sizes are those of the shapes that the config asks for; bytes of cache come from `KVSetup`, which an engine asks too.
+Sizes are those of the shapes that the config asks for; bytes of cache come from `CacheConfig`, which an engine asks too.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
+from jfp8kv.cache.config import CacheConfig, context_length, resolve_cache
 from jfp8kv.cache.scales import TOKEN_HEAD, UNIT
 from jfp8kv.checkpoint.load import Described
-from jfp8kv.engine.buckets import default_chunk, longest_span
-from jfp8kv.engine.kv import KVSetup, context_length, setup
+from jfp8kv.engine.buckets import default_prefill_chunk, max_tokens_per_dispatch
 from jfp8kv.inspection.scales import Scales
 from jfp8kv.models.config import ModelConfig, RopeConfig
 from jfp8kv.models.params import Params
@@ -35,7 +35,9 @@ class Weights:
     bytes_in_memory: int
     bytes_on_disk: int | None
     tensors: dict[str, int]
-    quantization: str | None  # how the weights are quantized, or the tool that quantized the cache alone
+    quantization: (
+        str | None
+    )  # how the weights are quantized, or the tool that quantized the cache alone
     vision_tensors: int  # left out
 
 
@@ -89,7 +91,9 @@ class Inspection:
     chat_template: bool
     max_model_len: int
     page_size: int
-    span: int  # tokens that one dispatch may add: pages of a window last so much longer
+    max_tokens_per_dispatch: (
+        int  # tokens that one dispatch may add: pages of a window last so much longer
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything by name, of types that JSON has."""
@@ -116,13 +120,26 @@ class Inspection:
 
 
 def report(
-    found: Described | Params, source: str, *, kv_dtype: Any, kv_scales: Any, max_model_len: Any, page_size: Any
+    found: Described | Params,
+    source: str,
+    *,
+    kv_dtype: Any,
+    kv_scales: Any,
+    max_model_len: Any,
+    page_size: Any,
 ) -> Inspection:
     """Inspect what `describe` found, or weights in memory, under these settings of a cache."""
     params = found if isinstance(found, Params) else found.shapes()
-    config, span = params.config, longest_span(default_chunk())
+    config, span = params.config, max_tokens_per_dispatch(default_prefill_chunk())
     longest = context_length(config, max_model_len)
-    asked = setup(params, kv_dtype, kv_scales, page_size=page_size, span=span, longest=longest)
+    asked = resolve_cache(
+        params,
+        kv_dtype,
+        kv_scales,
+        page_size=page_size,
+        max_tokens_per_dispatch=span,
+        longest=longest,
+    )
     lengths = sorted({*(length for length in LENGTHS if length < longest), longest})
     unread = isinstance(found, Described)
     return Inspection(
@@ -132,12 +149,14 @@ def report(
         weights=_weights_of_files(found, params) if unread else _weights_in_memory(params),
         attention=_attention(config),
         caches=_costs(params, asked, lengths),
-        scales=Scales.of(found.found, found.scales) if unread else Scales.in_memory(params.kv_scales),
+        scales=Scales.of(found.found, found.scales)
+        if unread
+        else Scales.in_memory(params.kv_scales),
         tokenizer=params.tokenizer is not None,
         chat_template=bool(getattr(params.tokenizer, "has_chat_template", False)),
         max_model_len=longest,
         page_size=page_size,
-        span=span,
+        max_tokens_per_dispatch=span,
     )
 
 
@@ -184,19 +203,19 @@ def _attention(c: ModelConfig) -> tuple[AlikeLayers, ...]:
     return tuple(AlikeLayers(tuple(layers), *kind) for kind, layers in alike.items())
 
 
-def _costs(params: Params, asked: KVSetup, lengths: list[int]) -> tuple[CacheCost, ...]:
+def _costs(params: Params, asked: CacheConfig, lengths: list[int]) -> tuple[CacheCost, ...]:
     """The usual caches, and before them the one that was asked for unless it is among them."""
-    sizes = {"page_size": asked.page_size, "span": asked.span}
-    usual = {_kind(kv): kv for kv in (setup(params, *cache, **sizes) for cache in CACHES)}
+    sizes = {"page_size": asked.page_size, "max_tokens_per_dispatch": asked.max_tokens_per_dispatch}
+    usual = {_kind(kv): kv for kv in (resolve_cache(params, *cache, **sizes) for cache in CACHES)}
     each = usual if _kind(asked) in usual else {_kind(asked): asked} | usual
     return tuple(_cost(kv, kind == _kind(asked), lengths) for kind, kv in each.items())
 
 
-def _kind(kv: KVSetup) -> tuple[str, str]:
+def _kind(kv: CacheConfig) -> tuple[str, str]:
     return kv.name, TOKEN_HEAD if kv.dynamic else "static"
 
 
-def _cost(kv: KVSetup, asked: bool, lengths: list[int]) -> CacheCost:
+def _cost(kv: CacheConfig, asked: bool, lengths: list[int]) -> CacheCost:
     whole, longest = kv.without_windows, lengths[-1]
     texts = [(tokens, kv.text_bytes(tokens), whole.text_bytes(tokens)) for tokens in lengths]
     per_token = kv.bytes_per_token(longest)

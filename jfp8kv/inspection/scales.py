@@ -6,7 +6,14 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from jfp8kv.cache.scales import KVScales
-from jfp8kv.checkpoint.kv_scales import GRANULARITIES, LEFT_OUT, FoundScales, LayerFound, Problem, ReadScale
+from jfp8kv.checkpoint.kv_scales import (
+    GRANULARITIES,
+    LEFT_OUT,
+    FoundScales,
+    LayerFound,
+    Problem,
+    ReadScale,
+)
 
 IN_MEMORY = "Params.kv_scales"
 Spread = tuple[float, float]
@@ -59,48 +66,81 @@ class Scales:
     @classmethod
     def of(cls, found: FoundScales, tensors: Iterable[str]) -> "Scales":
         """What a checkpoint's reader reported; `tensors` are the names it was given."""
-        unused = [scale.source for scale in found.others] + [p.source for p in found.problems if p.fallback == LEFT_OUT]
+        unused = [scale.source for scale in found.others] + [
+            p.source for p in found.problems if p.fallback == LEFT_OUT
+        ]
         rows, made_for = tuple(_rows(found)), found.scales and found.scales.kv_dtype
         return cls(
             tensors=tuple(tensors),
-            granularity=max((row.granularity for row in rows if row.granularity), key=GRANULARITIES.index, default=None),
+            granularity=max(
+                (row.granularity for row in rows if row.granularity),
+                key=GRANULARITIES.index,
+                default=None,
+            ),
             rows=rows,
             problems=tuple(f"{problem}: {problem.fallback}" for problem in found.problems),
             elsewhere=found.file,
-            notes=(*found.notes, *([] if made_for in (None, "fp8_e4m3") else [f"its KV scales are made for {made_for}."])),
+            notes=(
+                *found.notes,
+                *(
+                    []
+                    if made_for in (None, "fp8_e4m3")
+                    else [f"its KV scales are made for {made_for}."]
+                ),
+            ),
             unused=tuple(dict.fromkeys(unused)),
         )
 
     @classmethod
     def in_memory(cls, scales: KVScales | None) -> "Scales":
         """Those of a `Params`."""
-        return cls.of(FoundScales() if scales is None else FoundScales.of(scales, source=IN_MEMORY), ())
+        return cls.of(
+            FoundScales() if scales is None else FoundScales.of(scales, source=IN_MEMORY), ()
+        )
 
 
 def _rows(found: FoundScales) -> Iterator[ScaleRow]:
     layers = {layer.layer: layer for layer in found.layers}
-    told = {*layers, *(scale.layer for scale in found.others), *(p.layer for p in found.problems if p.layer is not None)}
+    told = {
+        *layers,
+        *(scale.layer for scale in found.others),
+        *(p.layer for p in found.problems if p.layer is not None),
+    }
     for number in sorted(told):
         others = [scale for scale in found.others if scale.layer == number]
         problems = [problem for problem in found.problems if problem.layer == number]
         yield _row(number, layers.get(number), others, problems)
 
 
-def _row(number: int, layer: LayerFound | None, others: list[ReadScale], problems: list[Problem]) -> ScaleRow:
+def _row(
+    number: int, layer: LayerFound | None, others: list[ReadScale], problems: list[Problem]
+) -> ScaleRow:
     first = layer.problems if layer else ()
-    problems = [*first, *(problem for problem in problems if problem not in first)]  # of K and V, then of what is not used
+    problems = [
+        *first,
+        *(problem for problem in problems if problem not in first),
+    ]  # of K and V, then of what is not used
     bad = [problem.source for problem in problems]
     verdict = [f"{problem.source} {problem.what}: {problem.fallback}" for problem in problems]
     if layer is not None and not layer.problems:
-        verdict.insert(0, "used" + (f", converted from {' and '.join(layer.made_for)}" if layer.made_for else ""))
-    verdict += [f"{scale.source} ({_value(scale)}) has no use here" for scale in others if scale.source not in bad]
+        verdict.insert(
+            0,
+            "used" + (f", converted from {' and '.join(layer.made_for)}" if layer.made_for else ""),
+        )
+    verdict += [
+        f"{scale.source} ({_value(scale)}) has no use here"
+        for scale in others
+        if scale.source not in bad
+    ]
     read = [scale.source for scale in (*(layer.read if layer else ()), *others)]
     return ScaleRow(
         layer=number,
         k=layer and spread(layer.k),
         v=layer and spread(layer.v),
         k_offset=None if layer is None or layer.k_offset is None else spread(layer.k_offset),
-        sources=tuple(dict.fromkeys(read if layer else read + bad)),  # of a layer that is there, what is bad may be missing
+        sources=tuple(
+            dict.fromkeys(read if layer else read + bad)
+        ),  # of a layer that is there, what is bad may be missing
         granularity=layer and layer.granularity,
         verdict="; ".join(verdict),
     )

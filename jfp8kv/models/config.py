@@ -87,13 +87,17 @@ class ModelConfig:
     activation: Activation = "silu"
     # Positions
     ropes: tuple[RopeConfig, ...] = (RopeConfig(),)
-    layer_ropes: tuple[int, ...] = ()  # by layer: an index into `ropes`, or -1 for a layer that rotates nothing
+    layer_ropes: tuple[
+        int, ...
+    ] = ()  # by layer: an index into `ropes`, or -1 for a layer that rotates nothing
     learned_positions: bool = False  # a table of `max_len` embeddings, added to those of the tokens
     # Norms
     norm: Norm = "rms"  # "rms_plus_one" multiplies by 1 + weight; "layer" centres and has a bias
     pre_norm: bool = True  # before attention and MLP
     post_norm: bool = False  # on what attention and MLP return, before it is added
-    qk_norm: Literal["head", "row"] | None = None  # of queries and keys: each head by itself, or all heads as one row
+    qk_norm: Literal["head", "row"] | None = (
+        None  # of queries and keys: each head by itself, or all heads as one row
+    )
     # Projections
     qkv_bias: bool = False
     o_bias: bool = False
@@ -101,7 +105,9 @@ class ModelConfig:
     gated_mlp: bool = True  # down(activation(gate) * up); False: down(activation(up))
     experts: ExpertsConfig | None = None
     # Attention
-    windows: tuple[int, ...] = ()  # by layer: a query sees this many tokens, itself included; 0 sees all
+    windows: tuple[
+        int, ...
+    ] = ()  # by layer: a query sees this many tokens, itself included; 0 sees all
     sm_scale: float | None = None  # None: head_dim ** -0.5
     scale_by_layer: bool = False  # scores of layer l are divided by l + 1 (an option of GPT-2)
     softcap: float | None = None  # of attention scores
@@ -131,7 +137,9 @@ class ModelConfig:
     @property
     def dense_layers(self) -> tuple[int, ...]:
         """The layers that have an MLP of their own rather than experts."""
-        return tuple(i for i in range(self.layers) if self.experts is None or i not in self.experts.layers)
+        return tuple(
+            i for i in range(self.layers) if self.experts is None or i not in self.experts.layers
+        )
 
     def window(self, layer: int) -> int:
         """Tokens a query of this layer sees, itself included; 0 sees all."""

@@ -31,11 +31,15 @@ Layer = Int[Array, ""]
 class Layers(nnx.Module):
     """The parameters of all layers, and one layer's computation."""
 
-    def __init__(self, config: ModelConfig, *, dtype: np.dtype, tiled: bool, rngs: nnx.Rngs, matmul: Matmul):
+    def __init__(
+        self, config: ModelConfig, *, dtype: np.dtype, tiled: bool, rngs: nnx.Rngs, matmul: Matmul
+    ):
         c, dense = config, len(config.dense_layers)
 
         def linear(out: int, width: int, bias: bool, layers: int = c.layers) -> Linear:
-            return Linear(layers, out, width, bias=bias, dtype=dtype, tiled=tiled, rngs=rngs, matmul=matmul)
+            return Linear(
+                layers, out, width, bias=bias, dtype=dtype, tiled=tiled, rngs=rngs, matmul=matmul
+            )
 
         def norm(width: int = c.hidden) -> Norm:
             return Norm(c.layers, width, kind=c.norm, eps=c.norm_eps, dtype=dtype)
@@ -59,14 +63,24 @@ class Layers(nnx.Module):
             self.up = linear(c.mlp_hidden, c.hidden, c.mlp_bias, dense)
             self.down = linear(c.hidden, c.mlp_hidden, c.mlp_bias, dense)
         if c.experts:
-            self.experts = Experts(c.experts, c.hidden, c.activation, dtype=dtype, tiled=tiled, rngs=rngs)
+            self.experts = Experts(
+                c.experts, c.hidden, c.activation, dtype=dtype, tiled=tiled, rngs=rngs
+            )
         self.config = config
 
     def __call__(
-        self, layer: Layer, x: Array, rotations: AllAngles | None, real: Bool[Array, " tokens"], attend: Attend, carry: Any
+        self,
+        layer: Layer,
+        x: Array,
+        rotations: AllAngles | None,
+        real: Bool[Array, " tokens"],
+        attend: Attend,
+        carry: Any,
     ) -> tuple[Array, Any]:
         c = self.config
-        y, carry = self._attention(layer, self.attention_norm(x, layer) if c.pre_norm else x, rotations, attend, carry)
+        y, carry = self._attention(
+            layer, self.attention_norm(x, layer) if c.pre_norm else x, rotations, attend, carry
+        )
         x = self._added(x, self.attention_post_norm(y, layer) if c.post_norm else y)
         y = self._mlp(layer, self.mlp_norm(x, layer) if c.pre_norm else x, real)
         return self._added(x, self.mlp_post_norm(y, layer) if c.post_norm else y), carry
@@ -101,14 +115,25 @@ class Layers(nnx.Module):
         if not c.dense_layers:
             return self.experts(x, layer, real)
         of_experts = np.isin(np.arange(c.layers), c.experts.layers)
-        slots = np.where(of_experts, np.cumsum(of_experts), np.cumsum(~of_experts)) - 1  # a layer's place among its kind
+        slots = (
+            np.where(of_experts, np.cumsum(of_experts), np.cumsum(~of_experts)) - 1
+        )  # a layer's place among its kind
         slot = jnp.asarray(slots, jnp.int32)[layer]
-        return lax.cond(jnp.asarray(of_experts)[layer], lambda: self.experts(x, slot, real), lambda: self._dense(slot, x))
+        return lax.cond(
+            jnp.asarray(of_experts)[layer],
+            lambda: self.experts(x, slot, real),
+            lambda: self._dense(slot, x),
+        )
 
     def _dense(self, slot: Layer, x: Array) -> Array:
         c = self.config
         up = self.up(x, slot)
-        return self.down(gated(c.activation, self.gate(x, slot), up) if c.gated_mlp else activate(c.activation, up), slot)
+        return self.down(
+            gated(c.activation, self.gate(x, slot), up)
+            if c.gated_mlp
+            else activate(c.activation, up),
+            slot,
+        )
 
 
 class Decoder(nnx.Module):
@@ -169,25 +194,37 @@ class Decoder(nnx.Module):
         (x, carry), _ = lax.scan(body, start, jnp.arange(c.layers, dtype=jnp.int32))
         return self.norm(x), carry
 
-    def _embedded(self, tokens: Int[Array, " tokens"], positions: Int[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
+    def _embedded(
+        self, tokens: Int[Array, " tokens"], positions: Int[Array, " tokens"]
+    ) -> Float[Array, "tokens hidden"]:
         x = self.embed.rows(tokens, self.compute)
         if self.config.embedding_scale != 1.0:
-            scale = np.asarray(self.config.embedding_scale, self.stored)  # rounded as the weights are: models are trained so
+            scale = np.asarray(
+                self.config.embedding_scale, self.stored
+            )  # rounded as the weights are: models are trained so
             x = x * jnp.asarray(scale, self.compute)
-        return x + self.positions.rows(positions, self.compute) if self.config.learned_positions else x
+        return (
+            x + self.positions.rows(positions, self.compute) if self.config.learned_positions else x
+        )
 
     def logits(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
         """Scores of every token id, float32."""
         c = self.config
         scores = (self.embed if c.tied_embeddings else self.head).scores(hidden) * c.logit_scale
-        return scores if c.logit_softcap is None else c.logit_softcap * jnp.tanh(scores / c.logit_softcap)
+        return (
+            scores
+            if c.logit_softcap is None
+            else c.logit_softcap * jnp.tanh(scores / c.logit_softcap)
+        )
 
     def sinks(self) -> Float[Array, "layers q_heads"] | None:
         """The attention sinks of every layer, float32, or None."""
         return widen(self.layers.sinks[...], self.stored, FLOAT32) if self.config.sinks else None
 
 
-def bind(config: ModelConfig, tree: Any, dtype: np.dtype, *, matmul: Matmul = stacked_matmul) -> Decoder:
+def bind(
+    config: ModelConfig, tree: Any, dtype: np.dtype, *, matmul: Matmul = stacked_matmul
+) -> Decoder:
     """The decoder around a tree of arrays with the native names; `dtype` is the type that 16-bit bits stand for.
 
     `matmul` multiplies by the matrices of a layer, experts' apart.

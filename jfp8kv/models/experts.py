@@ -22,13 +22,18 @@ from jfp8kv.models.config import Activation, ExpertsConfig
 from jfp8kv.models.layers import FLOAT32, Layer, Linear, gated
 from jfp8kv.models.linear import stacked_matmul, widen
 
-SMALLEST_TILE, LARGEST_TILE = 2, 128  # assignments per tile: a single row is slow (models/linear.py), many overflow the caches
+SMALLEST_TILE, LARGEST_TILE = (
+    2,
+    128,
+)  # assignments per tile: a single row is slow (models/linear.py), many overflow the caches
 
 
 class Expert(nnx.Module):
     """One projection of all experts of all layers that have them: `[layers, experts, out, in]`."""
 
-    def __init__(self, shape: tuple[int, int, int, int], *, bias: bool, dtype: np.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, shape: tuple[int, int, int, int], *, bias: bool, dtype: np.dtype, rngs: nnx.Rngs
+    ):
         weight = jax.random.normal(rngs.params(), shape, jnp.float32) * shape[-1] ** -0.5
         self.weight = nnx.Param(weight.astype(dtype))
         if bias:
@@ -44,7 +49,14 @@ class Experts(nnx.Module):
     """Router, experts and, if there is one, the shared expert of every layer that has them; called with a slot among those."""
 
     def __init__(
-        self, config: ExpertsConfig, hidden: int, activation: Activation, *, dtype: np.dtype, tiled: bool, rngs: nnx.Rngs
+        self,
+        config: ExpertsConfig,
+        hidden: int,
+        activation: Activation,
+        *,
+        dtype: np.dtype,
+        tiled: bool,
+        rngs: nnx.Rngs,
     ):
         layers, e = len(config.layers), config
 
@@ -68,14 +80,18 @@ class Experts(nnx.Module):
         self.stored = np.dtype(dtype)
         self.tiled = tiled
 
-    def __call__(self, x: Float[Array, "tokens hidden"], slot: Layer, real: Bool[Array, " tokens"]) -> Array:
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], slot: Layer, real: Bool[Array, " tokens"]
+    ) -> Array:
         """The sum of each token's experts, `[tokens, hidden]`; tokens that are not `real` are padding and get zeros."""
         share, chosen = self.route(x, slot)
         chosen = jnp.where(real[:, None], chosen, self.config.count)
         y = self._chosen(x, share, chosen, slot).astype(x.dtype)
         return y + self._shared(x, slot) if self.config.shared_hidden else y
 
-    def route(self, x: Array, slot: Layer) -> tuple[Float[Array, "tokens top_k"], Int[Array, "tokens top_k"]]:
+    def route(
+        self, x: Array, slot: Layer
+    ) -> tuple[Float[Array, "tokens top_k"], Int[Array, "tokens top_k"]]:
         """The weight and the index of each token's experts."""
         logits = self.router(x, slot).astype(jnp.float32)
         share, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), self.config.top_k)
@@ -84,22 +100,33 @@ class Experts(nnx.Module):
         return share, chosen
 
     def _shared(self, x: Array, slot: Layer) -> Array:
-        y = self.shared_down(gated(self.activation, self.shared_gate(x, slot), self.shared_up(x, slot)), slot)
+        y = self.shared_down(
+            gated(self.activation, self.shared_gate(x, slot), self.shared_up(x, slot)), slot
+        )
         switch = jax.nn.sigmoid(self.shared_switch(x, slot).astype(jnp.float32))
         return (switch * y.astype(jnp.float32)).astype(x.dtype)
 
-    def _chosen(self, x: Array, share: Array, chosen: Array, slot: Layer) -> Float[Array, "tokens hidden"]:
+    def _chosen(
+        self, x: Array, share: Array, chosen: Array, slot: Layer
+    ) -> Float[Array, "tokens hidden"]:
         """Every token through its experts, in float32; the tokens of all requests at once under `vmap`."""
         projections = tuple(p.arrays() for p in (self.gate, self.up, self.down))
 
         @custom_vmap
         def together(x, share, chosen, slot, projections):
-            return (self._by_tile if self.tiled else self._by_group)(x, share, chosen, slot, projections)
+            return (self._by_tile if self.tiled else self._by_group)(
+                x, share, chosen, slot, projections
+            )
 
         @together.def_vmap
         def _(requests, batched, *args):
-            assert not any(jax.tree.leaves(batched[3:])), "weights and layer are shared by the requests"
-            flat = [x if b else jnp.broadcast_to(x, (requests, *x.shape)) for x, b in zip(args[:3], batched[:3], strict=True)]
+            assert not any(jax.tree.leaves(batched[3:])), (
+                "weights and layer are shared by the requests"
+            )
+            flat = [
+                x if b else jnp.broadcast_to(x, (requests, *x.shape))
+                for x, b in zip(args[:3], batched[:3], strict=True)
+            ]
             y = together(*(x.reshape(-1, x.shape[-1]) for x in flat), *args[3:])
             return y.reshape(requests, -1, y.shape[-1]), True
 
@@ -112,7 +139,9 @@ class Experts(nnx.Module):
         gate, up = jnp.minimum(gate, c.limit), jnp.clip(up, -c.limit, c.limit)
         return (up + 1.0) * gate * jax.nn.sigmoid(c.alpha * gate)
 
-    def _by_tile(self, x: Array, share: Array, chosen: Array, slot: Array, projections: tuple) -> Array:
+    def _by_tile(
+        self, x: Array, share: Array, chosen: Array, slot: Array, projections: tuple
+    ) -> Array:
         count, assignments = self.config.count, chosen.size
         order, sizes = _sorted(chosen, count)
         begin = jnp.cumsum(sizes) - sizes
@@ -122,14 +151,24 @@ class Experts(nnx.Module):
         def project(rows: Array, which: int, expert: Array) -> Array:
             weight, bias = projections[which]
             at = slot * count + expert
-            y = stacked_matmul(rows, weight.reshape(-1, *weight.shape[2:]), at, stored=self.stored, tiled=True)
-            return y if bias is None else y + widen(bias.reshape(-1, bias.shape[-1])[at], self.stored, FLOAT32)
+            y = stacked_matmul(
+                rows, weight.reshape(-1, *weight.shape[2:]), at, stored=self.stored, tiled=True
+            )
+            return (
+                y
+                if bias is None
+                else y + widen(bias.reshape(-1, bias.shape[-1])[at], self.stored, FLOAT32)
+            )
 
         def body(i: Array, out: Array) -> Array:
             expert = jnp.searchsorted(last, i, side="right").astype(jnp.int32)
             first = i - jnp.where(expert > 0, last[expert - 1], 0)  # of the expert's own tiles
             within = first * tile + jnp.arange(tile, dtype=jnp.int32)
-            at = jnp.where(within < sizes[expert], order[jnp.minimum(begin[expert] + within, assignments - 1)], assignments)
+            at = jnp.where(
+                within < sizes[expert],
+                order[jnp.minimum(begin[expert] + within, assignments - 1)],
+                assignments,
+            )
             token = at // chosen.shape[1]  # past the end for the rows that fill up the tile
             rows = x.at[token].get(mode="clip")
             inner = self._gated(project(rows, 0, expert), project(rows, 1, expert)).astype(x.dtype)
@@ -138,15 +177,22 @@ class Experts(nnx.Module):
 
         return lax.fori_loop(0, last[-1], body, jnp.zeros(x.shape, jnp.float32))
 
-    def _by_group(self, x: Array, share: Array, chosen: Array, slot: Array, projections: tuple) -> Array:
+    def _by_group(
+        self, x: Array, share: Array, chosen: Array, slot: Array, projections: tuple
+    ) -> Array:
         count = self.config.count
         order, sizes = _sorted(chosen, count)
         expert, token = chosen.reshape(-1)[order], order // chosen.shape[1]
         groups = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
 
         def project(rows: Array, which: int) -> Array:
-            weight, bias = (None if p is None else widen(p[slot], self.stored, x.dtype) for p in projections[which])
-            y = lax.ragged_dot_general(rows, weight, sizes, groups, preferred_element_type=jnp.float32)
+            weight, bias = (
+                None if p is None else widen(p[slot], self.stored, x.dtype)
+                for p in projections[which]
+            )
+            y = lax.ragged_dot_general(
+                rows, weight, sizes, groups, preferred_element_type=jnp.float32
+            )
             return y if bias is None else y + bias.astype(jnp.float32).at[expert].get(mode="clip")
 
         rows = x[token]
@@ -155,7 +201,9 @@ class Experts(nnx.Module):
         return jnp.zeros(x.shape, jnp.float32).at[token].add(y)
 
 
-def _sorted(chosen: Int[Array, "tokens top_k"], count: int) -> tuple[Int[Array, " assignments"], Int[Array, " experts"]]:
+def _sorted(
+    chosen: Int[Array, "tokens top_k"], count: int
+) -> tuple[Int[Array, " assignments"], Int[Array, " experts"]]:
     """Assignments ordered by expert, padding last, and how many each expert has."""
     flat = chosen.reshape(-1)
     sizes = jnp.zeros(count, jnp.int32).at[flat].add(1, mode="drop")

@@ -61,7 +61,9 @@ class Norm(nnx.Module):
     subtracts the mean, divides by the standard deviation and adds a bias (Ba et al. 2016, arXiv:1607.06450).
     """
 
-    def __init__(self, layers: int | None, width: int, *, kind: NormKind, eps: float, dtype: np.dtype):
+    def __init__(
+        self, layers: int | None, width: int, *, kind: NormKind, eps: float, dtype: np.dtype
+    ):
         shape = (width,) if layers is None else (layers, width)
         self.weight = nnx.Param(jnp.full(shape, 0 if kind == "rms_plus_one" else 1, dtype))
         if kind == "layer":
@@ -70,14 +72,18 @@ class Norm(nnx.Module):
         self.eps = eps
         self.stored = np.dtype(dtype)
 
-    def __call__(self, x: Float[Array, "*rows width"], layer: Layer | None = None) -> Float[Array, "*rows width"]:
+    def __call__(
+        self, x: Float[Array, "*rows width"], layer: Layer | None = None
+    ) -> Float[Array, "*rows width"]:
         wide = x.astype(jnp.float32)
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         weight = self._read(self.weight, layer)
         normed = normed * (weight + 1.0 if self.kind == "rms_plus_one" else weight)
-        return (normed + self._read(self.bias, layer) if self.kind == "layer" else normed).astype(x.dtype)
+        return (normed + self._read(self.bias, layer) if self.kind == "layer" else normed).astype(
+            x.dtype
+        )
 
     def _read(self, parameter: nnx.Param, layer: Layer | None) -> Float[Array, " width"]:
         value = parameter[...] if layer is None else parameter[...][layer]
@@ -88,7 +94,9 @@ class Table(nnx.Module):
     """A `[vocab, hidden]` matrix: read by rows to embed tokens, multiplied by to score them."""
 
     def __init__(self, vocab: int, hidden: int, *, dtype: np.dtype, tiled: bool, rngs: nnx.Rngs):
-        self.weight = nnx.Param(jax.random.normal(rngs.params(), (vocab, hidden), jnp.float32).astype(dtype))
+        self.weight = nnx.Param(
+            jax.random.normal(rngs.params(), (vocab, hidden), jnp.float32).astype(dtype)
+        )
         self.stored = np.dtype(dtype)
         self.tiled = tiled
 
@@ -106,6 +114,8 @@ def activate(kind: Activation, x: Float[Array, "tokens mlp"]) -> Float[Array, "t
     return ACTIVATIONS[kind](x.astype(jnp.float32)).astype(x.dtype)
 
 
-def gated(kind: Activation, gate: Float[Array, "tokens mlp"], up: Float[Array, "tokens mlp"]) -> Float[Array, "tokens mlp"]:
+def gated(
+    kind: Activation, gate: Float[Array, "tokens mlp"], up: Float[Array, "tokens mlp"]
+) -> Float[Array, "tokens mlp"]:
     """`activation(gate) * up` (Shazeer 2020, arXiv:2002.05202), in float32, returned in `up.dtype`."""
     return (ACTIVATIONS[kind](gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)

@@ -11,10 +11,14 @@ from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.names import Module
 
 # What stands before the names of a bare decoder: nothing, the causal model's prefix, or the text part of one that also sees.
-_PREFIX = re.compile(r"^(model\.language_model|language_model\.model|language_model|model|transformer)\.")
+_PREFIX = re.compile(
+    r"^(model\.language_model|language_model\.model|language_model|model|transformer)\."
+)
 
 # Buffers that some exporters write and no decoder needs. A bias of GPT-2's is `attn.c_attn.bias`.
-_BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(self_)?attn\.(masked_)?bias$")
+_BUFFERS = re.compile(
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(self_)?attn\.(masked_)?bias$"
+)
 
 
 def is_buffer(name: str) -> bool:
@@ -77,7 +81,9 @@ _POST_NORMS = _table(
         "layers.mlp_post_norm": "layers.{layer}.post_feedforward_layernorm",
     }
 )
-_PHI3 = _fused("layers.{layer}.self_attn.qkv_proj", "q", "k", "v") | _fused("layers.{layer}.mlp.gate_up_proj", "gate", "up")
+_PHI3 = _fused("layers.{layer}.self_attn.qkv_proj", "q", "k", "v") | _fused(
+    "layers.{layer}.mlp.gate_up_proj", "gate", "up"
+)
 _MIXTRAL = _table(
     {
         "layers.experts.router": "layers.{layer}.block_sparse_moe.gate",
@@ -89,12 +95,16 @@ _MIXTRAL = _table(
 # All experts of a layer in one tensor, gate and up fused: what transformers 5 holds in memory.
 _WHOLE = {"weight": "", "bias": "_bias"}
 _PACKED = {
-    f"layers.experts.{part}": Module("layers.{layer}.mlp.experts.gate_up_proj", ("experts.gate", "experts.up"), leaves=_WHOLE)
+    f"layers.experts.{part}": Module(
+        "layers.{layer}.mlp.experts.gate_up_proj", ("experts.gate", "experts.up"), leaves=_WHOLE
+    )
     for part in ("gate", "up")
 } | {"layers.experts.down": Module("layers.{layer}.mlp.experts.down_proj", leaves=_WHOLE)}
 _GPT_OSS = {
     "layers.experts.router": Module("layers.{layer}.mlp.router"),
-    "layers.experts.down": Module("layers.{layer}.mlp.experts.down_proj", transposed=True, leaves=_WHOLE),
+    "layers.experts.down": Module(
+        "layers.{layer}.mlp.experts.down_proj", transposed=True, leaves=_WHOLE
+    ),
 } | {
     f"layers.experts.{part}": Module(
         "layers.{layer}.mlp.experts.gate_up_proj",
@@ -131,7 +141,9 @@ _DIFFERENT: dict[str, Mapping[str, Module]] = {
 def hf_modules(config: ModelConfig, found: Collection[str]) -> dict[str, Module]:
     """The layout of a Hugging Face checkpoint of this architecture that holds the tensors `found` (bare names)."""
     modules = _LLAMA | dict(_DIFFERENT.get(config.architecture, {}))
-    if config.architecture != "GptOssForCausalLM" and any(name.endswith(".mlp.experts.gate_up_proj") for name in found):
+    if config.architecture != "GptOssForCausalLM" and any(
+        name.endswith(".mlp.experts.gate_up_proj") for name in found
+    ):
         modules |= {"layers.experts.router": Module("layers.{layer}.mlp.gate")} | _PACKED
     return modules
 
@@ -166,5 +178,7 @@ def gguf_modules(config: ModelConfig) -> dict[str, Module]:
         heads = {"layers.q": config.q_heads, "layers.k": config.kv_heads}
         modules |= {ours: Module(_GGUF[ours], heads=count) for ours, count in heads.items()}
     if config.norm == "rms_plus_one":
-        modules |= {ours: Module(path, offset=-1.0) for ours, path in _GGUF.items() if ours.endswith("norm")}
+        modules |= {
+            ours: Module(path, offset=-1.0) for ours, path in _GGUF.items() if ours.endswith("norm")
+        }
     return modules

@@ -49,7 +49,12 @@ def widen(weight: Array, stored: np.dtype, to: np.dtype) -> Array:
 
 
 def stacked_matmul(
-    x: Float[Array, "tokens in"], weight: Array, layer: Int[Array, ""] | int, *, stored: np.dtype, tiled: bool
+    x: Float[Array, "tokens in"],
+    weight: Array,
+    layer: Int[Array, ""] | int,
+    *,
+    stored: np.dtype,
+    tiled: bool,
 ) -> Float[Array, "tokens out"]:
     """`x @ weight[layer].T`, accumulated in float32 and returned in float32.
 
@@ -69,11 +74,16 @@ def stacked_matmul(
     _, y = lax.scan(body, None, jnp.arange(whole, dtype=jnp.int32) * tile)  # [whole, tokens, tile]
     y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], whole * tile)
     if rest := out - whole * tile:
-        y = jnp.concatenate([y, _matmul(x, widen(_rows(weight, layer, whole * tile, rest), stored, x.dtype))], axis=1)
+        y = jnp.concatenate(
+            [y, _matmul(x, widen(_rows(weight, layer, whole * tile, rest), stored, x.dtype))],
+            axis=1,
+        )
     return y
 
 
-def _rows(weight: Array, layer: Int[Array, ""] | int, start: Int[Array, ""] | int, count: int) -> Array:
+def _rows(
+    weight: Array, layer: Int[Array, ""] | int, start: Int[Array, ""] | int, count: int
+) -> Array:
     if isinstance(layer, int) and weight.shape[0] == 1 and count == weight.shape[1]:
         return weight[0]
     index = (jnp.int32(layer), jnp.int32(start), jnp.int32(0))

@@ -17,7 +17,9 @@ from jfp8kv.models.config import ModelConfig
 
 Shape = tuple[int, ...]
 LAYERS, EXPERTS = "layers.", "layers.experts."
-EACH_EXPERT = tuple(f"{EXPERTS}{name}" for name in ("gate", "up", "down"))  # one matrix for every expert of a layer
+EACH_EXPERT = tuple(
+    f"{EXPERTS}{name}" for name in ("gate", "up", "down")
+)  # one matrix for every expert of a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Module:
     fused: tuple[str, ...] = ()
     interleaved: bool = False
     transposed: bool = False
-    leaves: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"weight": ".weight", "bias": ".bias"})
+    leaves: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"weight": ".weight", "bias": ".bias"}
+    )
     heads: int = 0
     offset: float = 0.0
 
@@ -139,7 +143,9 @@ def sources(config: ModelConfig, modules: Mapping[str, Module]) -> dict[str, lis
     return {ours: list(_sources(ours, shapes, config, modules)) for ours in shapes}
 
 
-def _sources(ours: str, shapes: Mapping[str, Shape], c: ModelConfig, modules: Mapping[str, Module]) -> Iterator[Source]:
+def _sources(
+    ours: str, shapes: Mapping[str, Shape], c: ModelConfig, modules: Mapping[str, Module]
+) -> Iterator[Source]:
     module, _, leaf = ours.rpartition(".") if ours not in modules else (ours, "", "")
     theirs = modules[module]
     suffix = theirs.leaves[leaf] if leaf else ""
@@ -157,18 +163,32 @@ def _sources(ours: str, shapes: Mapping[str, Shape], c: ModelConfig, modules: Ma
 def _layers_of(module: str, c: ModelConfig) -> tuple[int, ...]:
     if c.experts is not None and module.startswith(EXPERTS):
         return c.experts.layers
-    return c.dense_layers if module in ("layers.gate", "layers.up", "layers.down") else tuple(range(c.layers))
+    return (
+        c.dense_layers
+        if module in ("layers.gate", "layers.up", "layers.down")
+        else tuple(range(c.layers))
+    )
 
 
-def _source(module: Module, name: str, ours: str, leaf: str, shape: Shape, shapes: Mapping[str, Shape]) -> Source:
+def _source(
+    module: Module, name: str, ours: str, leaf: str, shape: Shape, shapes: Mapping[str, Shape]
+) -> Source:
     matrix = leaf == "weight" and len(shape) > 1
     theirs, axis, part = list(shape), -2 if matrix else -1, None
     if module.fused:
         widths = {other: shapes[f"{LAYERS}{other}.{leaf}"][axis] for other in module.fused}
-        theirs[axis], part = sum(widths.values()), _part(module, ours.removeprefix(LAYERS).rpartition(".")[0], widths)
+        theirs[axis], part = (
+            sum(widths.values()),
+            _part(module, ours.removeprefix(LAYERS).rpartition(".")[0], widths),
+        )
     if matrix and module.transposed:
         theirs[-2:] = theirs[:-3:-1]
-    if part is None and not (matrix and module.transposed) and not module.heads and not module.offset:
+    if (
+        part is None
+        and not (matrix and module.transposed)
+        and not module.heads
+        and not module.offset
+    ):
         return Source(name, shape, shape)
 
     def take(x: Any) -> Any:
@@ -215,13 +235,17 @@ def require_names(found: Collection[str], expected: Mapping[str, Shape], *, wher
         hint = ""
         if any(name.endswith((".bias", "lm_head.weight", "head.weight")) for name in unexpected):
             hint = " Biases and an output head are read when the config declares them."
-        raise CheckpointError(f"{where}: {_some(unexpected, 'not part of this architecture')}.{hint}")
+        raise CheckpointError(
+            f"{where}: {_some(unexpected, 'not part of this architecture')}.{hint}"
+        )
 
 
 def require_shape(name: str, found: Shape, expected: Shape, *, where: str) -> None:
     """Raise a `CheckpointError` naming the parameter and both shapes unless they agree."""
     if tuple(found) != tuple(expected):
-        raise CheckpointError(f"{where}: {name} has shape {list(found)}, expected {list(expected)} by the model's config.")
+        raise CheckpointError(
+            f"{where}: {name} has shape {list(found)}, expected {list(expected)} by the model's config."
+        )
 
 
 def nest(flat: Mapping[str, object]) -> dict:

@@ -18,8 +18,17 @@ from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
 from jfp8kv.models.layouts import bare, hf_modules, is_buffer
-from jfp8kv.models.names import Shape, Source, each_source, expected_shapes, nest, require_names, require_shape, sources
-from jfp8kv.models.tokenizer import as_tokenizer
+from jfp8kv.models.names import (
+    Shape,
+    Source,
+    each_source,
+    expected_shapes,
+    nest,
+    require_names,
+    require_shape,
+    sources,
+)
+from jfp8kv.text.tokenizer import as_tokenizer
 
 _WHERE = "the given tree"
 
@@ -95,11 +104,15 @@ class Params:
     @property
     def nbytes(self) -> int:
         """How many bytes they take."""
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.tree))
+        return sum(
+            math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.tree)
+        )
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.tree)
-        if not leaves or not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
+        if not leaves or not all(
+            hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves
+        ):
             return f"Params({self.config.architecture})"
         return (
             f"Params({self.config.architecture}, {_human(self.size)} parameters, {_human(self.nbytes)}B, {self.dtype}, "
@@ -136,7 +149,17 @@ def _flatten(tree: Any) -> dict[str, Any]:
     def walk(path: tuple[str, ...], node: Any) -> None:
         if isinstance(node, Mapping):
             for key, child in node.items():
-                walk((*path, *(map(str, key) if isinstance(key, tuple) else [str(key).replace("/", ".")])), child)
+                walk(
+                    (
+                        *path,
+                        *(
+                            map(str, key)
+                            if isinstance(key, tuple)
+                            else [str(key).replace("/", ".")]
+                        ),
+                    ),
+                    child,
+                )
         elif isinstance(node, list | tuple):
             for index, child in enumerate(node):
                 walk((*path, str(index)), child)
@@ -150,7 +173,9 @@ def _flatten(tree: Any) -> dict[str, Any]:
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise CheckpointError(f"{_WHERE}: {name} is a {type(leaf).__name__}, not an array.")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise CheckpointError(f"{_WHERE}: {name} is of dtype {leaf.dtype}; weights must be floating point.")
+            raise CheckpointError(
+                f"{_WHERE}: {name} is of dtype {leaf.dtype}; weights must be floating point."
+            )
     return {name.removeprefix("params."): leaf for name, leaf in flat.items()}
 
 
@@ -170,7 +195,9 @@ def _plain(tree: Any) -> Any:
 def _from_hf_names(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, jax.Array]:
     theirs = dict(_hf_name(name, leaf) for name, leaf in flat.items() if not is_buffer(name))
     if config.tied_embeddings:
-        theirs.pop("lm_head.weight", None)  # a copy of the embeddings that Hugging Face state dicts list again
+        theirs.pop(
+            "lm_head.weight", None
+        )  # a copy of the embeddings that Hugging Face state dicts list again
     found = sources(config, hf_modules(config, theirs))
     theirs = _checked(theirs, each_source(found))
     shapes = expected_shapes(config)
@@ -178,7 +205,9 @@ def _from_hf_names(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, ja
 
 
 def _parameter(shape: Shape, parts: list[Source], theirs: Mapping[str, jax.Array]) -> jax.Array:
-    taken = [theirs[part.name] if part.take is None else part.take(theirs[part.name]) for part in parts]
+    taken = [
+        theirs[part.name] if part.take is None else part.take(theirs[part.name]) for part in parts
+    ]
     return taken[0] if shape == parts[0].part else jnp.stack(taken).reshape(shape)
 
 

@@ -18,9 +18,7 @@ Block = tuple[int, int]
 
 WHOLE: Block = (0, 0)
 PER_CHANNEL: Block = (1, 0)
-SUPPORTED = (
-    "compressed-tensors (float-quantized, 8 bits), modelopt (FP8), quark (fp8_e4m3), fp8, fbgemm_fp8, and mxfp4 as in gpt-oss"
-)
+SUPPORTED = "compressed-tensors (float-quantized, 8 bits), modelopt (FP8), quark (fp8_e4m3), fp8, fbgemm_fp8, and mxfp4 as in gpt-oss"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +42,9 @@ class WeightScheme:
 
 def _words(block: Block) -> str:
     named = {WHOLE: "tensor", PER_CHANNEL: "channel"}
-    return named.get(block) or (f"group of {block[1]}" if block[0] == 1 else f"block of {block[0]} x {block[1]}")
+    return named.get(block) or (
+        f"group of {block[1]}" if block[0] == 1 else f"block of {block[0]} x {block[1]}"
+    )
 
 
 def weight_scheme(quantization: Mapping[str, Any] | None) -> WeightScheme | None:
@@ -64,7 +64,11 @@ def weight_scheme(quantization: Mapping[str, Any] | None) -> WeightScheme | None
 
 
 def _compressed_tensors(quantization: Mapping[str, Any]) -> tuple[Block, ...]:
-    groups = [group for group in (quantization.get("config_groups") or {}).values() if (group or {}).get("weights")]
+    groups = [
+        group
+        for group in (quantization.get("config_groups") or {}).values()
+        if (group or {}).get("weights")
+    ]
     sparsity = (quantization.get("sparsity_config") or {}).get("format")
     if sparsity not in (None, "dense"):
         raise _refused("compressed-tensors", f"sparsity format {sparsity!r}")
@@ -99,18 +103,25 @@ def _modelopt(quantization: Mapping[str, Any]) -> tuple[Block, ...]:
     algorithm = quantization.get("quant_algo")
     known = {"FP8": (WHOLE,), "FP8_PER_CHANNEL_PER_TOKEN": (PER_CHANNEL,), "NO_QUANT": (), None: ()}
     groups = (quantization.get("config_groups") or {}).values()
-    if algorithm not in known or (algorithm is None and any((group or {}).get("weights") for group in groups)):
+    if algorithm not in known or (
+        algorithm is None and any((group or {}).get("weights") for group in groups)
+    ):
         raise _refused("modelopt", f"quant_algo {algorithm!r}")
     return known[algorithm]
 
 
 def _quark(quantization: Mapping[str, Any]) -> tuple[Block, ...]:
     layers = (quantization.get("layer_quant_config") or {}).values()
-    parts = [(part or {}).get("weight") for part in (quantization.get("global_quant_config"), *layers)]
+    parts = [
+        (part or {}).get("weight") for part in (quantization.get("global_quant_config"), *layers)
+    ]
     known = {"per_tensor": WHOLE, "per_channel": PER_CHANNEL}
     for part in filter(None, parts):
         if part.get("dtype") != "fp8_e4m3" or part.get("qscheme") not in known:
-            raise _refused("quark", f"weights of dtype {part.get('dtype')!r} and qscheme {part.get('qscheme')!r}")
+            raise _refused(
+                "quark",
+                f"weights of dtype {part.get('dtype')!r} and qscheme {part.get('qscheme')!r}",
+            )
     return tuple(dict.fromkeys(known[part["qscheme"]] for part in filter(None, parts)))
 
 
@@ -156,8 +167,14 @@ def _named(quantization: Mapping[str, Any]) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except (AttributeError, TypeError, ValueError) as error:  # an entry of another type than the tools write
-        raise CheckpointError(f"quantization_config={quantization!r}: malformed ({error}).") from error
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:  # an entry of another type than the tools write
+        raise CheckpointError(
+            f"quantization_config={quantization!r}: malformed ({error})."
+        ) from error
 
 
 def declared_kv_dtype(quantization: Mapping[str, Any] | None) -> str | None:
@@ -173,7 +190,9 @@ def declared_kv_dtype(quantization: Mapping[str, Any] | None) -> str | None:
 
 def _declared(quantization: Mapping[str, Any]) -> str | None:
     scheme, algorithm, outputs = _kv_entries(quantization)
-    if quantization.get("quant_method") == "fp8" and (scheme == "static" or quantization.get("kv_cache_quant_targets")):
+    if quantization.get("quant_method") == "fp8" and (
+        scheme == "static" or quantization.get("kv_cache_quant_targets")
+    ):
         return "fp8_e4m3"  # AutoFP8's two spellings
     if scheme:
         if scheme.get("num_bits") == 8 and scheme.get("type") == "float":
@@ -184,7 +203,8 @@ def _declared(quantization: Mapping[str, Any]) -> str | None:
         return "fp8_e5m2"
     if declared := scheme or algorithm or outputs:
         warnings.warn(
-            f"The checkpoint declares a KV cache scheme that is not known here and is ignored: {declared}", stacklevel=2
+            f"The checkpoint declares a KV cache scheme that is not known here and is ignored: {declared}",
+            stacklevel=2,
         )
     return None
 

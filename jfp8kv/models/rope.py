@@ -33,7 +33,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, *, long: bool = False) 
     if rope.kind == "linear":
         frequency = frequency / rope.factor
     elif rope.kind == "llama3":
-        turns = rope.original_max_len * frequency / (2 * math.pi)  # over the length the model was first trained on
+        turns = (
+            rope.original_max_len * frequency / (2 * math.pi)
+        )  # over the length the model was first trained on
         kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         frequency = _mix(frequency, rope.factor, np.clip(kept, 0.0, 1.0))
     elif rope.kind == "yarn":
@@ -52,7 +54,11 @@ def _yarn_ramp(rope: RopeConfig, rotated: int) -> np.ndarray:
     """0 for pairs that turn more than `beta_fast` times over the original length, 1 below `beta_slow`, linear between."""
 
     def pair_that_turns(times: float) -> float:
-        return rotated * math.log(rope.original_max_len / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return (
+            rotated
+            * math.log(rope.original_max_len / (times * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
 
     low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
     if rope.truncate:
@@ -65,11 +71,17 @@ def _yarn_ramp(rope: RopeConfig, rotated: int) -> np.ndarray:
 
 def switch_length(ropes: Sequence[RopeConfig]) -> int | None:
     """The most tokens a text may have before a longrope changes its frequencies; None when none of them does."""
-    lengths = {rope.original_max_len for rope in ropes if rope.kind == "longrope" and rope.long_factors != rope.short_factors}
+    lengths = {
+        rope.original_max_len
+        for rope in ropes
+        if rope.kind == "longrope" and rope.long_factors != rope.short_factors
+    }
     return min(lengths, default=None)
 
 
-def angles(config: ModelConfig, positions: Int[Array, " tokens"], context: Int[Array, ""]) -> AllAngles:
+def angles(
+    config: ModelConfig, positions: Int[Array, " tokens"], context: Int[Array, ""]
+) -> AllAngles:
     """Cosine and sine of every rope of the model, position and pair, in float32: `[ropes, tokens, half]`.
 
     A model with layers that rotate nothing has one entry more, the last: angles of zero, so that index -1 finds it.
@@ -101,14 +113,20 @@ def _angles(rope: RopeConfig, head_dim: int, positions: Array, length: Array) ->
         frequency = jnp.where(length > rope.original_max_len, long, frequency)
     elif rope.kind == "dynamic":
         rotated = rope.rotated(head_dim)
-        stretch = jnp.maximum(rope.factor * length / rope.original_max_len - (rope.factor - 1.0), 1.0)
-        powers = np.arange(0, rotated, 2, dtype=np.float32) / (rotated - 2)  # theta times stretch ** (rotated / (rotated - 2))
+        stretch = jnp.maximum(
+            rope.factor * length / rope.original_max_len - (rope.factor - 1.0), 1.0
+        )
+        powers = np.arange(0, rotated, 2, dtype=np.float32) / (
+            rotated - 2
+        )  # theta times stretch ** (rotated / (rotated - 2))
         frequency = frequency * stretch**-powers
     radians = positions.astype(jnp.float32)[:, None] * frequency
     return jnp.cos(radians) * rope.magnitude, jnp.sin(radians) * rope.magnitude
 
 
-def rotate(x: Float[Array, "tokens heads head_dim"], angles: Angles) -> Float[Array, "tokens heads head_dim"]:
+def rotate(
+    x: Float[Array, "tokens heads head_dim"], angles: Angles
+) -> Float[Array, "tokens heads head_dim"]:
     """Rotate pair `(i, i + half)` of every head by its angle; features past the pairs stay. Float32 inside, `x.dtype` out."""
     cos, sin = (a[:, None, :] for a in angles)
     half = cos.shape[-1]
@@ -117,7 +135,9 @@ def rotate(x: Float[Array, "tokens heads head_dim"], angles: Angles) -> Float[Ar
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
 
 
-def unrotate(x: Float[Array, "tokens heads head_dim"], angles: Angles) -> Float[Array, "tokens heads head_dim"]:
+def unrotate(
+    x: Float[Array, "tokens heads head_dim"], angles: Angles
+) -> Float[Array, "tokens heads head_dim"]:
     """What `rotate` made `x` of."""
     cos, sin = angles
     length = cos * cos + sin * sin  # the square of a rope's magnitude

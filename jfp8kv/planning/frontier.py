@@ -25,10 +25,18 @@ def frontier(costs: Sequence[Sequence[int]], losses: np.ndarray) -> list[Point]:
       costs: bytes by layer and way.
       losses: `[layers, ways]`.
     """
-    sums: list[tuple[int, float, tuple | None]] = [(0, 0.0, None)]  # the last entry chains back: (way, entry before)
+    sums: list[tuple[int, float, tuple | None]] = [
+        (0, 0.0, None)
+    ]  # the last entry chains back: (way, entry before)
     for layer, row in enumerate(costs):
         ways = _unbeaten([(cost, float(losses[layer, way]), way) for way, cost in enumerate(row)])
-        sums = _unbeaten([(b + cost, loss + more, (way, chain)) for b, loss, chain in sums for cost, more, way in ways])
+        sums = _unbeaten(
+            [
+                (b + cost, loss + more, (way, chain))
+                for b, loss, chain in sums
+                for cost, more, way in ways
+            ]
+        )
     return [Point(b, loss, _unchained(chain)) for b, loss, chain in sums]
 
 

@@ -12,19 +12,19 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jfp8kv.attention.contract import Layer, Query
+from jfp8kv.attention.interface import Layer, Query
 from jfp8kv.attention.paged import KV, paged
-from jfp8kv.cache.layout import LayerKind
-from jfp8kv.cache.pages import KVPages, LayerScales, given_back
+from jfp8kv.cache.layout import LayerCacheSpec
+from jfp8kv.cache.pool import KVPool, LayerScales, fake_quant
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import FLOAT32
 from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.batch import Batch
-from jfp8kv.engine.step import Chunk, Model, Weights, each_request
+from jfp8kv.engine.step import Chunk, StepModel, Weights, each_request
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import bind
 
-AS_IT_IS = LayerKind(FLOAT32)
+AS_IT_IS = LayerCacheSpec(FLOAT32)
 
 
 @pytree
@@ -35,33 +35,51 @@ class Ways:
     scales: LayerScales
 
     @classmethod
-    def of(cls, kinds: Sequence[LayerKind], known: Sequence[LayerKind], scales: KVScales, config: ModelConfig) -> "Ways":
+    def of(
+        cls,
+        kinds: Sequence[LayerCacheSpec],
+        known: Sequence[LayerCacheSpec],
+        scales: KVScales,
+        config: ModelConfig,
+    ) -> "Ways":
         index = np.array([known.index(kind) for kind in kinds], np.int32)
         c = config
-        return cls(index, LayerScales.of(scales, layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim))
+        return cls(
+            index, LayerScales.of(scales, layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim)
+        )
 
 
 def simulated(
-    model: Model, weights: Weights, ways: Ways, batch: Batch, pages: KVPages, *, known: tuple[LayerKind, ...]
-) -> tuple[Float[Array, "requests tokens vocab"], KVPages]:
+    model: StepModel,
+    weights: Weights,
+    ways: Ways,
+    batch: Batch,
+    pages: KVPool,
+    *,
+    known: tuple[LayerCacheSpec, ...],
+) -> tuple[Float[Array, "requests tokens vocab"], KVPool]:
     """The logits after each token of a chunk of each request: a step over a float32 cache, see engine/step.py."""
     c, decoder = model.config, bind(model.config, weights, model.dtype)
-    unit = LayerScales.of(KVScales.unit(c.layers), layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim)
+    unit = LayerScales.of(
+        KVScales.unit(c.layers), layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim
+    )
 
-    def one(chunk: Chunk, pages: KVPages) -> tuple[Array, KVPages]:
-        cached = paged(model.attention, unit, model.options(decoder), chunk.where(model.groups))
+    def one(chunk: Chunk, pages: KVPool) -> tuple[Array, KVPool]:
+        cached = paged(model.attention, unit, model.options(decoder), chunk.metadata(model.groups))
 
-        def attend(layer: Layer, q: Query, k: KV, v: KV, pages: KVPages) -> tuple[Query, KVPages]:
-            def kept(kind: LayerKind) -> tuple[KV, KV]:
+        def attend(layer: Layer, q: Query, k: KV, v: KV, pages: KVPool) -> tuple[Query, KVPool]:
+            def kept(kind: LayerCacheSpec) -> tuple[KV, KV]:
                 if kind == AS_IT_IS:
                     return k.astype(jnp.float32), v.astype(jnp.float32)
-                return given_back(kind, ways.scales, k, v, layer=layer)
+                return fake_quant(kind, ways.scales, k, v, layer=layer)
 
             branches: Any = [lambda kind=kind: kept(kind) for kind in known]
             return cached(layer, q, *lax.switch(ways.kind[layer], branches), pages)
 
         positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
-        hidden, pages = decoder(chunk.tokens, positions, attend=attend, carry=pages, context=chunk.context)
+        hidden, pages = decoder(
+            chunk.tokens, positions, attend=attend, carry=pages, context=chunk.context
+        )
         return decoder.logits(hidden), pages
 
     return each_request(one, batch, pages, out_axes=(0, None))

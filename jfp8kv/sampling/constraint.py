@@ -1,7 +1,7 @@
 """What a request's text must look like: a JSON schema, a regular expression, one of several texts, or a grammar.
 
 Here is the user's side: which forms each may have, and that only one is asked for. What it means, and whether it can be met, is
-decided where it is compiled (engine/guides.py).
+decided where it is compiled (engine/structured.py).
 """
 
 import dataclasses
@@ -52,7 +52,13 @@ def schema_text(schema: Any) -> str | None:
 
 def pattern(name: str, text: Any) -> str | None:
     """The text of a regular expression or a grammar."""
-    return None if text is None else _whole(name, text, f"{name}={_short(text)}: must be a string of at least one character.")
+    return (
+        None
+        if text is None
+        else _whole(
+            name, text, f"{name}={_short(text)}: must be a string of at least one character."
+        )
+    )
 
 
 def choices(values: Any) -> tuple[str, ...] | None:
@@ -75,7 +81,9 @@ def _whole(name: str, text: Any, advice: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{name} is no valid text at character {error.start}: {text[error.start]!r} stands alone.") from None
+        raise ConfigError(
+            f"{name} is no valid text at character {error.start}: {text[error.start]!r} stands alone."
+        ) from None
     return text
 
 

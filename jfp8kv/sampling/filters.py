@@ -45,7 +45,9 @@ def weights(
     logits: Float32[Array, "*dims"], temperature: Float32[Array, ""], peak: Float32[Array, ""]
 ) -> Float32[Array, "*dims"]:
     """Probabilities over their maximum: exp((logit - peak) / temperature). 0 for a logit of -inf, never NaN."""
-    return jnp.exp((logits - jnp.where(peak > -jnp.inf, peak, 0)) / jnp.where(temperature > 0, temperature, 1))
+    return jnp.exp(
+        (logits - jnp.where(peak > -jnp.inf, peak, 0)) / jnp.where(temperature > 0, temperature, 1)
+    )
 
 
 def keep(
@@ -88,7 +90,9 @@ def keep(
     least = jnp.maximum(jnp.where(shared, _as_float(nucleus), 0), settings.min_p)
 
     beaten = kth > ordered(outside.ceiling)
-    certain = (beaten | ~ranked) & (beaten | (least > weights(outside.ceiling, settings.temperature, peak)))
+    certain = (beaten | ~ranked) & (
+        beaten | (least > weights(outside.ceiling, settings.temperature, peak))
+    )
     return jnp.where(w >= least, w, 0), certain | (outside.ceiling == -jnp.inf)
 
 
@@ -122,7 +126,9 @@ def cut(
 
     def searching(state: tuple[Array, Array]) -> Bool[Array, ""]:
         edges, above = state
-        several = above[0] - above[1] >= 1.5 * measure(edges[0])  # more than one token from edge to edge
+        several = above[0] - above[1] >= 1.5 * measure(
+            edges[0]
+        )  # more than one token from edge to edge
         return (edges[0] + 1 < edges[1]) & several
 
     def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -132,5 +138,7 @@ def cut(
         moved = jnp.stack([here >= target, here <= target])
         return jnp.where(moved, middle, edges), jnp.where(moved, here, above)
 
-    edges, _ = jax.lax.while_loop(searching, halve, (jnp.stack([low, high]), total * jnp.array([1.0, 0.0])))
+    edges, _ = jax.lax.while_loop(
+        searching, halve, (jnp.stack([low, high]), total * jnp.array([1.0, 0.0]))
+    )
     return edges[0]

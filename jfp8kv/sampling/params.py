@@ -12,10 +12,19 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast, no_type_check
 
 from jfp8kv.core.errors import ConfigError, unknown_keyword
-from jfp8kv.sampling.constraint import CONSTRAINTS, Constraint, choices, pattern, refuse_several, schema_text
+from jfp8kv.sampling.constraint import (
+    CONSTRAINTS,
+    Constraint,
+    choices,
+    pattern,
+    refuse_several,
+    schema_text,
+)
 
 MAX_LOGPROBS = 20
-MAX_RATE = 1000  # of temperature and repetition penalty: past it nothing changes but float32 overflows
+MAX_RATE = (
+    1000  # of temperature and repetition penalty: past it nothing changes but float32 overflows
+)
 MAX_BIAS = 1e6
 MAX_SEED = 2**64 - 1
 MAX_ID = 2**31 - 1  # the device pads id lists with this one
@@ -111,14 +120,18 @@ class SamplingParams:
         object.__setattr__(self, name, value)
 
     @classmethod
-    def from_fields(cls, base: "SamplingParams | None" = None, *, also: Iterable[str] = (), **fields: Any) -> "SamplingParams":
+    def from_fields(
+        cls, base: "SamplingParams | None" = None, *, also: Iterable[str] = (), **fields: Any
+    ) -> "SamplingParams":
         """`base` (or the defaults) with `fields` in place of its own.
 
         Raises `ConfigError` for an unknown field, naming the nearest of the known ones and of `also`, the other keywords of
         whoever passes the fields on.
         """
         if base is not None and not isinstance(base, cls):
-            raise ConfigError(f"sampling={base!r}: must be a SamplingParams or None; try SamplingParams(temperature=0.7).")
+            raise ConfigError(
+                f"sampling={base!r}: must be a SamplingParams or None; try SamplingParams(temperature=0.7)."
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
@@ -133,7 +146,11 @@ class SamplingParams:
     @property
     def counts_tokens(self) -> bool:
         """Whether a penalty needs to know which tokens came before."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
 
     @functools.cached_property
     def constraint(self) -> Constraint | None:
@@ -148,10 +165,15 @@ class SamplingParams:
     def check_vocab(self, vocab: int) -> None:
         """Raise `ConfigError` if `stop_token_ids` or `logit_bias` name an id the model does not have."""
         stop_ids = cast(tuple[int, ...], self.stop_token_ids)
-        for name, ids in (("stop_token_ids", stop_ids), ("logit_bias", tuple(self.logit_bias or ()))):
+        for name, ids in (
+            ("stop_token_ids", stop_ids),
+            ("logit_bias", tuple(self.logit_bias or ())),
+        ):
             for token in ids:
                 if token >= vocab:
-                    raise ConfigError(f"{name}: id {token} is outside the vocabulary; ids go from 0 to {vocab - 1}.")
+                    raise ConfigError(
+                        f"{name}: id {token} is outside the vocabulary; ids go from 0 to {vocab - 1}."
+                    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,10 +192,14 @@ class _Rule:
         if value is None and self.optional:
             return None
         whole = self.kind is int
-        right_kind = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+        right_kind = isinstance(
+            value, numbers.Integral if whole else numbers.Real
+        ) and not isinstance(value, bool)
         if not right_kind or not self.fits(value):
             noun = "a whole number" if whole else "a number"
-            raise ConfigError(f"{self.name}={value!r}: must be {noun} {self.allowed}; {self.advice}.")
+            raise ConfigError(
+                f"{self.name}={value!r}: must be {noun} {self.allowed}; {self.advice}."
+            )
         return self.kind(value)
 
 
@@ -194,7 +220,14 @@ _RULES = (
     _Rule("min_tokens", int, lambda x: x >= 0, "of at least 0", "0 is no minimum"),
     _Rule("n", int, lambda x: x >= 1, "of at least 1", "try 1"),
     _Rule("best_of", int, lambda x: x >= 1, "of at least 1", "None is n", optional=True),
-    _Rule("deadline_s", float, lambda x: 0 < x < math.inf, "of seconds above 0", "None is no deadline", optional=True),
+    _Rule(
+        "deadline_s",
+        float,
+        lambda x: 0 < x < math.inf,
+        "of seconds above 0",
+        "None is no deadline",
+        optional=True,
+    ),
     _Rule(
         "temperature",
         float,
@@ -203,8 +236,16 @@ _RULES = (
         "try 0 for greedy decoding, 0.7 for variety",
     ),
     _Rule("top_k", int, lambda x: x >= -1, "of at least 1, or 0 or -1 for no limit", "try 50"),
-    _Rule("top_p", float, lambda x: 0 < x <= 1, "above 0 and at most 1", "1.0 keeps every token, try 0.9"),
-    _Rule("min_p", float, lambda x: 0 <= x <= 1, "between 0 and 1", "0 keeps every token, try 0.05"),
+    _Rule(
+        "top_p",
+        float,
+        lambda x: 0 < x <= 1,
+        "above 0 and at most 1",
+        "1.0 keeps every token, try 0.9",
+    ),
+    _Rule(
+        "min_p", float, lambda x: 0 <= x <= 1, "between 0 and 1", "0 keeps every token, try 0.05"
+    ),
     _Rule(
         "repetition_penalty",
         float,
@@ -214,18 +255,45 @@ _RULES = (
     ),
     _Rule("presence_penalty", float, _penalty, "between -2 and 2", "0 is none"),
     _Rule("frequency_penalty", float, _penalty, "between -2 and 2", "0 is none"),
-    _Rule("logprobs", int, _up_to(MAX_LOGPROBS), f"from 0 to {MAX_LOGPROBS}", "None reports nothing", optional=True),
-    _Rule("prompt_logprobs", int, _up_to(MAX_LOGPROBS), f"from 0 to {MAX_LOGPROBS}", "None reports nothing", optional=True),
-    _Rule("seed", int, _up_to(MAX_SEED), "from 0 to 2**64 - 1", "None takes the engine's", optional=True),
+    _Rule(
+        "logprobs",
+        int,
+        _up_to(MAX_LOGPROBS),
+        f"from 0 to {MAX_LOGPROBS}",
+        "None reports nothing",
+        optional=True,
+    ),
+    _Rule(
+        "prompt_logprobs",
+        int,
+        _up_to(MAX_LOGPROBS),
+        f"from 0 to {MAX_LOGPROBS}",
+        "None reports nothing",
+        optional=True,
+    ),
+    _Rule(
+        "seed",
+        int,
+        _up_to(MAX_SEED),
+        "from 0 to 2**64 - 1",
+        "None takes the engine's",
+        optional=True,
+    ),
 )
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
     stop = () if stop is None else stop
-    strings = (stop,) if isinstance(stop, str) else _sequence("stop", stop, "a string or a list of strings")
+    strings = (
+        (stop,)
+        if isinstance(stop, str)
+        else _sequence("stop", stop, "a string or a list of strings")
+    )
     for string in strings:
         if not isinstance(string, str) or not string:
-            raise ConfigError(f"stop={stop!r}: each stop must be a string of at least one character, not {string!r}.")
+            raise ConfigError(
+                f"stop={stop!r}: each stop must be a string of at least one character, not {string!r}."
+            )
     return strings
 
 

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from jfp8kv.sampling.adjust import adjust, allow
 from jfp8kv.sampling.filters import Outside, keep, weights
-from jfp8kv.sampling.keys import exponential, fold_in
+from jfp8kv.sampling.penalties import adjust, allow
+from jfp8kv.sampling.rng import exponential, fold_in
 from jfp8kv.sampling.settings import SamplerSettings
 
 BLOCK = 64  # ids side by side that are looked at together
@@ -89,10 +89,22 @@ def _adjusted(
     output_counts: Int32[Array, "requests vocab"] | None,
 ) -> Float32[Array, "requests vocab"]:
     """`adjust` for each request, or the logits as they are where nobody asks for it."""
-    if not settings.bias_ids.shape[1] and not settings.held_ids.shape[1] and prompt_counts is None and output_counts is None:
+    if (
+        not settings.bias_ids.shape[1]
+        and not settings.held_ids.shape[1]
+        and prompt_counts is None
+        and output_counts is None
+    ):
         return logits
-    penalties = settings.presence_penalty, settings.frequency_penalty, settings.repetition_penalty - 1
-    biased, penalized = jnp.any(settings.bias_ids < logits.shape[1]), jnp.any(jnp.stack(penalties) != 0)
+    penalties = (
+        settings.presence_penalty,
+        settings.frequency_penalty,
+        settings.repetition_penalty - 1,
+    )
+    biased, penalized = (
+        jnp.any(settings.bias_ids < logits.shape[1]),
+        jnp.any(jnp.stack(penalties) != 0),
+    )
     return jax.lax.cond(
         biased | penalized | jnp.any(positions < settings.min_tokens),
         lambda: jax.vmap(adjust)(logits, settings, positions, prompt_counts, output_counts),
@@ -100,13 +112,17 @@ def _adjusted(
     )
 
 
-def _or_none(token: Int32[Array, ""], logits: Float32[Array, " vocab"], likeliest: Int32[Array, ""]) -> Int32[Array, ""]:
+def _or_none(
+    token: Int32[Array, ""], logits: Float32[Array, " vocab"], likeliest: Int32[Array, ""]
+) -> Int32[Array, ""]:
     """`token`, or past the last one where even the likeliest is forbidden."""
     return jnp.where(logits[likeliest] == -jnp.inf, logits.shape[0], token)
 
 
 def _draw_batch(
-    logits: Float32[Array, "requests vocab"], settings: SamplerSettings, keys: UInt32[Array, "requests 2"]
+    logits: Float32[Array, "requests vocab"],
+    settings: SamplerSettings,
+    keys: UInt32[Array, "requests 2"],
 ) -> Int32[Array, " requests"]:
     """A draw for each request, in the cheapest way that serves them all. What greedy ones get has no meaning."""
 
@@ -117,7 +133,9 @@ def _draw_batch(
         if logits.shape[1] < 2 * BLOCK * LIKELY_BLOCKS:
             return over(_draw)()
         nothing = jnp.zeros(greedy.shape, jnp.int32), jnp.zeros(greedy.shape, bool)
-        tokens, certain = jax.lax.cond(jnp.all(filtered | greedy), over(_draw_likely), lambda: nothing)
+        tokens, certain = jax.lax.cond(
+            jnp.all(filtered | greedy), over(_draw_likely), lambda: nothing
+        )
         return jax.lax.cond(jnp.all(certain | greedy), lambda: tokens, over(_draw))
 
     greedy = settings.temperature == 0
@@ -125,12 +143,16 @@ def _draw_batch(
     return jax.lax.cond(jnp.any(filtered & ~greedy), filtered_draw, over(_draw_unfiltered))
 
 
-def _draw(logits: Float32[Array, " vocab"], settings: SamplerSettings, key: UInt32[Array, "2"]) -> Int32[Array, ""]:
+def _draw(
+    logits: Float32[Array, " vocab"], settings: SamplerSettings, key: UInt32[Array, "2"]
+) -> Int32[Array, ""]:
     kept, _ = keep(logits, settings, jnp.max(logits))
     return _race(kept, _all_ids(logits), key)
 
 
-def _draw_unfiltered(logits: Float32[Array, " vocab"], settings: SamplerSettings, key: UInt32[Array, "2"]) -> Int32[Array, ""]:
+def _draw_unfiltered(
+    logits: Float32[Array, " vocab"], settings: SamplerSettings, key: UInt32[Array, "2"]
+) -> Int32[Array, ""]:
     return _race(weights(logits, settings.temperature, jnp.max(logits)), _all_ids(logits), key)
 
 
@@ -142,7 +164,9 @@ def _draw_likely(
     logits: Float32[Array, " vocab"], settings: SamplerSettings, key: UInt32[Array, "2"]
 ) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
     """`_draw` over the blocks with the largest maxima; and whether it is certain that the others do not matter."""
-    blocks = jnp.pad(logits, (0, -logits.shape[0] % BLOCK), constant_values=-jnp.inf).reshape(-1, BLOCK)
+    blocks = jnp.pad(logits, (0, -logits.shape[0] % BLOCK), constant_values=-jnp.inf).reshape(
+        -1, BLOCK
+    )
     best, order = jax.lax.top_k(jnp.max(blocks, axis=1), LIKELY_BLOCKS + 1)
     chosen = jnp.sort(order[:-1])  # by id again, so that ties still go to the lowest
     likely = blocks[chosen].reshape(-1)
@@ -156,7 +180,9 @@ def _draw_likely(
     return _race(kept, ids, key), certain
 
 
-def _race(weight: Float32[Array, " tokens"], ids: Int32[Array, " tokens"], key: UInt32[Array, "2"]) -> Int32[Array, ""]:
+def _race(
+    weight: Float32[Array, " tokens"], ids: Int32[Array, " tokens"], key: UInt32[Array, "2"]
+) -> Int32[Array, ""]:
     """An id with probability proportional to its weight. The largest weight is 1, so a token of weight 0 never wins."""
     return ids[argmax(weight / exponential(key, ids))]
 
@@ -183,7 +209,9 @@ def logprob_at(logits: Float32[Array, " vocab"], token: Int32[Array, ""]) -> Flo
     return logits[token] - jax.nn.logsumexp(logits)
 
 
-def top_logprobs(logits: Float32[Array, " vocab"], k: int) -> tuple[Float32[Array, " k"], Int32[Array, " k"]]:
+def top_logprobs(
+    logits: Float32[Array, " vocab"], k: int
+) -> tuple[Float32[Array, " k"], Int32[Array, " k"]]:
     """The `k` largest log-probabilities under softmax(logits) and their ids, likeliest first (ties: by id)."""
     values, ids = jax.lax.top_k(logits, k)
     return values - jax.nn.logsumexp(logits), ids

@@ -41,13 +41,17 @@ class SamplerSettings:
     held_ids: Int32[Array | np.ndarray, "*requests held"]
 
 
-def settings_from(params: SamplingParams, key: UInt32[np.ndarray, "2"], *, eos_ids: Iterable[int] = ()) -> SamplerSettings:
+def settings_from(
+    params: SamplingParams, key: UInt32[np.ndarray, "2"], *, eos_ids: Iterable[int] = ()
+) -> SamplerSettings:
     """The settings of one request, as NumPy arrays. `eos_ids`: the model's own end-of-sequence tokens."""
     ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
     bias = params.logit_bias or {}
     held = sorted(ends) if params.min_tokens > 0 else []
     return SamplerSettings(
-        temperature=np.asarray(params.temperature if params.temperature >= COLDEST else 0, np.float32),
+        temperature=np.asarray(
+            params.temperature if params.temperature >= COLDEST else 0, np.float32
+        ),
         top_k=np.asarray(np.clip(params.top_k, 0, PAST_THE_END), np.int32),
         top_p=np.asarray(params.top_p, np.float32),
         min_p=np.asarray(params.min_p, np.float32),
@@ -71,7 +75,12 @@ def stack_settings(
     biased = max(biased, *(s.bias_ids.shape[0] for s in settings))
     held = max(held, *(s.held_ids.shape[0] for s in settings))
     same = [_widened(s, biased=biased, held=held) for s in settings]
-    return SamplerSettings(*(np.stack([getattr(s, field.name) for s in same]) for field in dataclasses.fields(SamplerSettings)))
+    return SamplerSettings(
+        *(
+            np.stack([getattr(s, field.name) for s in same])
+            for field in dataclasses.fields(SamplerSettings)
+        )
+    )
 
 
 def bucket(count: int) -> int:

@@ -19,7 +19,9 @@ class WriteBlocks:
     warps: int
 
 
-def blocks_for(*, requests: int, tokens: int, kv_heads: int, head_dim: int, element: np.dtype, cores: int = 132) -> WriteBlocks:
+def blocks_for(
+    *, requests: int, tokens: int, kv_heads: int, head_dim: int, element: np.dtype, cores: int = 132
+) -> WriteBlocks:
     """Blocks for a GPU of so many cores, which issue four warps at a time each.
 
     Threads have 16 bytes of keys and of values to store, tokens before heads, for those of one head lie together in a page.

@@ -19,7 +19,16 @@ from pallas_kernels.backend import cdiv, launch, load, power_of_two, program, st
 from pallas_kernels.elements import BFLOAT16, FLOAT16, FLOAT32, encode, power, token_head_exponent
 from pallas_kernels.errors import NotSupported
 from pallas_kernels.kv_write.blocks import WriteBlocks, blocks_for
-from pallas_kernels.options import ByLayer, ChannelScale, Exponents, Pool, Scalar, checked_element, of_layer, opened
+from pallas_kernels.options import (
+    ByLayer,
+    ChannelScale,
+    Exponents,
+    Pool,
+    Scalar,
+    checked_element,
+    of_layer,
+    opened,
+)
 
 Refs = dict[str, Any]
 New = Float[Array, "requests tokens kv_heads head_dim"]
@@ -76,9 +85,16 @@ def kv_write(
     element = checked_element(k.shape[3], k_pages, v_pages, element, k_exponent, v_exponent)
     requests, tokens, kv_heads, head_dim = k.shape
     if blocks is None:
-        blocks = blocks_for(requests=requests, tokens=tokens, kv_heads=kv_heads, head_dim=head_dim, element=element)
+        blocks = blocks_for(
+            requests=requests, tokens=tokens, kv_heads=kv_heads, head_dim=head_dim, element=element
+        )
 
-    pools = {"k_pages": k_pages, "v_pages": v_pages, "k_exponent": k_exponent, "v_exponent": v_exponent}
+    pools = {
+        "k_pages": k_pages,
+        "v_pages": v_pages,
+        "k_exponent": k_exponent,
+        "v_exponent": v_exponent,
+    }
     pools = {name: pool for name, pool in pools.items() if pool is not None}
     refs = pools | {
         "k": k,
@@ -93,7 +109,12 @@ def kv_write(
     )  # fmt: skip
     _check(refs)
     done = launch(
-        functools.partial(_kernel, how=_How(element, blocks.block_tokens, blocks.block_heads, num_pages or k_pages.shape[0])),
+        functools.partial(
+            _kernel,
+            how=_How(
+                element, blocks.block_tokens, blocks.block_heads, num_pages or k_pages.shape[0]
+            ),
+        ),
         refs,
         name="kv_write",
         grid=(cdiv(tokens, blocks.block_tokens), cdiv(kv_heads, blocks.block_heads), requests),
@@ -110,17 +131,25 @@ def _check(refs: Refs) -> None:
     """Raise `NotSupported` or `ValueError` for operands that do not go with the pools or with one another."""
     k, v, (_, kv_heads, page_size, head_dim) = refs["k"], refs["v"], refs["k_pages"].shape
     if k.dtype != v.dtype or k.dtype not in (BFLOAT16, FLOAT16, FLOAT32):
-        raise NotSupported(f"keys of {k.dtype} and values of {v.dtype}: both must be bfloat16, float16 or float32.")
+        raise NotSupported(
+            f"keys of {k.dtype} and values of {v.dtype}: both must be bfloat16, float16 or float32."
+        )
     requests, tokens = k.shape[:2]
     new, channels = (requests, tokens, kv_heads, head_dim), (kv_heads, head_dim)
     shapes = {"k": new, "v": new, "start": (requests,), "lengths": (requests,)}
     shapes |= {"page_table": (requests, *refs["page_table"].shape[1:])}
     for name in ("k_inverse", "v_inverse", "k_offset"):
         shapes |= {} if refs[name] is None else {name: (refs[name].shape[0], *channels)}
-    shapes |= {name: (*refs[name].shape[:1], kv_heads, page_size) for name in ("k_exponent", "v_exponent") if name in refs}
+    shapes |= {
+        name: (*refs[name].shape[:1], kv_heads, page_size)
+        for name in ("k_exponent", "v_exponent")
+        if name in refs
+    }
     for name, shape in shapes.items():
         if refs[name] is not None and refs[name].shape != shape:
-            raise ValueError(f"{name} of shape {refs[name].shape} with pages {refs['k_pages'].shape}: must be {shape}.")
+            raise ValueError(
+                f"{name} of shape {refs[name].shape} with pages {refs['k_pages'].shape}: must be {shape}."
+            )
     if "k_exponent" in refs and (refs["k_inverse"] is not None or refs["v_inverse"] is not None):
         raise ValueError("exponents and k_inverse or v_inverse: scales are dynamic or static.")
 
@@ -178,7 +207,9 @@ def _new(refs: Refs, rows: _Rows, request: Any, name: str) -> jax.Array:
     _, tokens, kv_heads, _ = refs[name].shape
     # A single token is loaded before it is known whether it is padding.
     channel, mask = _across(refs, rows.head < kv_heads if tokens == 1 else rows.known)
-    x = load(refs[name], request, rows.token[:, None], rows.head[:, None], channel, mask=mask, other=0.0).astype(jnp.float32)
+    x = load(
+        refs[name], request, rows.token[:, None], rows.head[:, None], channel, mask=mask, other=0.0
+    ).astype(jnp.float32)
     return x - _channels(refs, rows, f"{name}_offset") if f"{name}_offset" in refs else x
 
 

@@ -25,7 +25,10 @@ def kv_write_reference(
     first_exponent_row: int | np.integer | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Copies of the pools with the new tokens in them, in the order of `Written`."""
-    given = (("k", k, k_pages, k_exponent, k_inverse, k_offset), ("v", v, v_pages, v_exponent, v_inverse, None))
+    given = (
+        ("k", k, k_pages, k_exponent, k_inverse, k_offset),
+        ("v", v, v_pages, v_exponent, v_inverse, None),
+    )
     done: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
     for name, new, pages, exponents, inverse, offset in given:
         pages, exponents = np.array(pages), None if exponents is None else np.array(exponents)
@@ -33,7 +36,10 @@ def kv_write_reference(
             position = start[request] + token
             if position >= lengths[request]:
                 continue
-            number, slot = page_table[request, position // pages.shape[2]], position % pages.shape[2]
+            number, slot = (
+                page_table[request, position // pages.shape[2]],
+                position % pages.shape[2],
+            )
             x = new[request, token, head].astype(np.float32)
             if offset is not None:
                 x = x - offset[head]

@@ -9,7 +9,10 @@ from pallas_kernels.backend import power_of_two
 UNIT = 64  # channels: a share has a whole number of them, whatever the tile
 LEAST_SHARE = 4 * UNIT  # channels that are worth a program of their own
 MOST_SPLITS = 8
-MOST_ROWS = {2: 256, 4: 64}  # of a tile, by bytes of an element: its sums fill the registers of its warps
+MOST_ROWS = {
+    2: 256,
+    4: 64,
+}  # of a tile, by bytes of an element: its sums fill the registers of its warps
 TILE_BYTES = 128  # of a tile's row of the matrix: a line of the cache
 
 
@@ -25,7 +28,9 @@ class MatmulBlocks:
     splits: int
 
 
-def blocks_for(*, rows: int, out: int, width: int, multiplied: np.dtype, stored: np.dtype, cores: int = 132) -> MatmulBlocks:
+def blocks_for(
+    *, rows: int, out: int, width: int, multiplied: np.dtype, stored: np.dtype, cores: int = 132
+) -> MatmulBlocks:
     """Blocks for a GPU of so many cores: two programs on each or one twice as large, for what a core has under way hides the
     memory's latency. Every program reads all rows of its share, from the L2 cache: large ones where there are many rows.
 

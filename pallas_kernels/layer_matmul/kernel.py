@@ -37,14 +37,24 @@ def layer_matmul(
     """
     (rows, width), (_, out, of) = x.shape, weights.shape
     if of != width:
-        raise ValueError(f"x of {x.shape} and weights of {weights.shape}: both must end with the same axis.")
+        raise ValueError(
+            f"x of {x.shape} and weights of {weights.shape}: both must end with the same axis."
+        )
     for name, given in (("x", x), ("weights", weights)):
         if np.dtype(given.dtype) not in TYPES:
-            raise NotSupported(f"{name} of {given.dtype}: the product knows {', '.join(t.name for t in TYPES)}.")
+            raise NotSupported(
+                f"{name} of {given.dtype}: the product knows {', '.join(t.name for t in TYPES)}."
+            )
     if rows == 0 or out == 0:
         return jnp.zeros((rows, out), jnp.float32)
     if blocks is None:
-        blocks = blocks_for(rows=rows, out=out, width=width, multiplied=np.dtype(x.dtype), stored=np.dtype(weights.dtype))
+        blocks = blocks_for(
+            rows=rows,
+            out=out,
+            width=width,
+            multiplied=np.dtype(x.dtype),
+            stored=np.dtype(weights.dtype),
+        )
     parts = launch(
         functools.partial(_kernel, blocks=blocks, interpret=interpret),
         {"x": x, "weights": weights, "layer": jnp.asarray(layer, jnp.int32).reshape(1)},
@@ -68,18 +78,35 @@ def _kernel(refs: Refs, out_refs: Refs, *, blocks: MatmulBlocks, interpret: bool
     start = split * share
     end = jnp.minimum(start + share, width)
     once = rows <= blocks.block_rows
-    ragged = width % blocks.block_in or share % blocks.block_in  # whether a tile may go past its share
+    ragged = (
+        width % blocks.block_in or share % blocks.block_in
+    )  # whether a tile may go past its share
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         channel = start + i * blocks.block_in + jnp.arange(blocks.block_in, dtype=jnp.int32)
         known = channel < end if ragged else None
-        w = load(weights, layer, at[:, None], channel[None, :], mask=_both(at_known, known), other=0, once=once)
+        w = load(
+            weights,
+            layer,
+            at[:, None],
+            channel[None, :],
+            mask=_both(at_known, known),
+            other=0,
+            once=once,
+        )
         x = load(x_ref, row[:, None], channel[None, :], mask=_both(row_known, known), other=0)
         return total + dot(w.astype(x.dtype), x.T, interpret=interpret)
 
     zeros = jnp.zeros((blocks.block_out, blocks.block_rows), jnp.float32)
     total = lax.fori_loop(0, jnp.maximum(cdiv(end - start, blocks.block_in), 0), body, zeros)
-    store(out_refs["out"], split, row[None, :], at[:, None], value=total, mask=_both(at_known, row_known))
+    store(
+        out_refs["out"],
+        split,
+        row[None, :],
+        at[:, None],
+        value=total,
+        mask=_both(at_known, row_known),
+    )
 
 
 def _tile(number: jax.Array, size: int, of: int) -> tuple[jax.Array, jax.Array | None]:
@@ -92,4 +119,6 @@ def _both(first: jax.Array | None, second: jax.Array | None) -> jax.Array | None
     """`[first, second]`: where both hold; None is no mask."""
     if first is None and second is None:
         return None
-    return (True if first is None else first[:, None]) & (True if second is None else second[None, :])
+    return (True if first is None else first[:, None]) & (
+        True if second is None else second[None, :]
+    )

@@ -21,5 +21,7 @@ def layer_matmul_reference(x: Any, weights: Any, layer: int) -> tuple[np.ndarray
     w = np.asarray(weights)[layer].astype(x.dtype).astype(np.float64)
     wide = x.astype(np.float64)
     sums = wide.shape[1] + MOST_SPLITS
-    lost = sums * CUT / (1 - sums * CUT) + (OPERANDS[FLOAT32].relative if x.dtype == FLOAT32 else 0.0)
+    lost = sums * CUT / (1 - sums * CUT) + (
+        OPERANDS[FLOAT32].relative if x.dtype == FLOAT32 else 0.0
+    )
     return wide @ w.T, lost * (np.abs(wide) @ np.abs(w).T) + sums * TINY

@@ -9,7 +9,11 @@ from pallas_kernels.backend import cdiv, power_of_two
 from pallas_kernels.tuned import class_of, tuned
 
 MOST_SPLITS = 128
-PROGRAMS_A_CORE = {1: 8, 2: 4, 4: 4}  # by their warps: with fewer a multiprocessor waits for memory, with more some wait for it
+PROGRAMS_A_CORE = {
+    1: 8,
+    2: 4,
+    4: 4,
+}  # by their warps: with fewer a multiprocessor waits for memory, with more some wait for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +26,9 @@ class DecodeBlocks:
     splits: int
 
 
-def problem_class(*, requests: int, kv_heads: int, group: int, head_dim: int, element: np.dtype) -> str:
+def problem_class(
+    *, requests: int, kv_heads: int, group: int, head_dim: int, element: np.dtype
+) -> str:
     """The class that blocks are tuned for."""
     rows = max(16, power_of_two(group))
     return class_of(head_dim=head_dim, element=element, rows=rows, programs=requests * kv_heads)
@@ -42,10 +48,14 @@ def blocks_for(
 ) -> DecodeBlocks:
     """Blocks for requests of up to `tokens` tokens: those tuned for this device, or by rule for one of so many cores."""
     if compute.itemsize == 2:
-        problem = problem_class(requests=requests, kv_heads=kv_heads, group=group, head_dim=head_dim, element=element)
+        problem = problem_class(
+            requests=requests, kv_heads=kv_heads, group=group, head_dim=head_dim, element=element
+        )
         if found := tuned("paged_decode", problem):
             blocks = DecodeBlocks(**found)
-            return dataclasses.replace(blocks, splits=max(1, min(blocks.splits, cdiv(tokens, blocks.block_k))))
+            return dataclasses.replace(
+                blocks, splits=max(1, min(blocks.splits, cdiv(tokens, blocks.block_k)))
+            )
     block_k, warps = 64 if head_dim <= 128 else 32, 2
     if compute.itemsize == 4 or (group > 16 and element.itemsize == 2):
         warps = 4

@@ -56,7 +56,9 @@ def paged_decode(
 ) -> Float[Array, "requests q_heads head_dim"]:
     """`softmax(q k^T) v` of one query per request over its pages, accumulated in float32; see pallas_kernels/contract.md."""
     requests, q_heads, head_dim = q.shape
-    element, compute, group = checked(q_heads, head_dim, q.dtype, k_pages, v_pages, element, k_exponent, v_exponent)
+    element, compute, group = checked(
+        q_heads, head_dim, q.dtype, k_pages, v_pages, element, k_exponent, v_exponent
+    )
     kv_heads, page_size = k_pages.shape[1:3]
     if requests == 0:
         return q
@@ -101,11 +103,14 @@ def paged_decode(
         stages=blocks.stages,
         interpret=interpret,
     )
-    return done["out"] if blocks.splits == 1 else combine(done["out"], done["weight"]).astype(q.dtype)
+    return (
+        done["out"] if blocks.splits == 1 else combine(done["out"], done["weight"]).astype(q.dtype)
+    )
 
 
 def combine(
-    out: Float[Array, "splits requests q_heads head_dim"], weight: Float[Array, "splits requests q_heads"]
+    out: Float[Array, "splits requests q_heads head_dim"],
+    weight: Float[Array, "splits requests q_heads"],
 ) -> Float[Array, "requests q_heads head_dim"]:
     """The mean of the parts' outputs by their weights, which are base-2 logarithms of what each part's softmax summed to."""
     share = jnp.exp2(weight - jnp.max(weight, axis=0))
@@ -126,7 +131,15 @@ def _kernel(refs: Refs, out_refs: Refs, *, how: How, splits: int) -> None:
     share = cdiv(cdiv(length - start, how.block_k), splits) * how.block_k
     start = start + split * share
     end = jnp.minimum(start + share, length)
-    now = attend(refs, how, rows, Keys(first, start, end), request=request, kv_head=kv_head, with_sink=split == 0)
+    now = attend(
+        refs,
+        how,
+        rows,
+        Keys(first, start, end),
+        request=request,
+        kv_head=kv_head,
+        with_sink=split == 0,
+    )
 
     out = finished(refs, how, now, kv_head, total=now.total)
     channel, mask = across(how, rows.valid, how.rows)
@@ -134,6 +147,8 @@ def _kernel(refs: Refs, out_refs: Refs, *, how: How, splits: int) -> None:
     if splits == 1:
         store(ref, request, head[:, None], channel, value=out.astype(ref.dtype), mask=mask)
         return
-    weight = jnp.where(now.total == 0, MASKED, now.peak + jnp.log2(jnp.where(now.total == 0, 1.0, now.total)))
+    weight = jnp.where(
+        now.total == 0, MASKED, now.peak + jnp.log2(jnp.where(now.total == 0, 1.0, now.total))
+    )
     store(ref, split, request, head[:, None], channel, value=out, mask=mask)
     store(out_refs["weight"], split, request, head, value=weight, mask=rows.valid)

@@ -17,12 +17,30 @@ from pallas_kernels.attend import LOG2E
 from pallas_kernels.backend import cdiv
 from pallas_kernels.elements import FLOAT16, FLOAT32, power
 from pallas_kernels.errors import NotSupported
-from pallas_kernels.options import ByLayer, ChannelScale, Exponents, Pool, Scalar, checked, operands, scale_of_scores
+from pallas_kernels.options import (
+    ByLayer,
+    ChannelScale,
+    Exponents,
+    Pool,
+    Scalar,
+    checked,
+    operands,
+    scale_of_scores,
+)
 from pallas_kernels.paged_decode.mosaic_kernel import MosaicBlocks, MosaicHow, launch
 
 HEAD_DIMS, PAGE_SIZES = (64, 128, 256), (16, 32, 64, 128, 256)
 MOST_SPLITS = 64
-AS_THEY_ARE = ("page_table", "lengths", "k_exponent", "v_exponent", "layer", "first_row", "first_exponent_row", "window")
+AS_THEY_ARE = (
+    "page_table",
+    "lengths",
+    "k_exponent",
+    "v_exponent",
+    "layer",
+    "first_row",
+    "first_exponent_row",
+    "window",
+)
 MADE_WITH = "0.11.2"
 
 
@@ -53,14 +71,28 @@ def paged_decode_mosaic(
     beyond `HEAD_DIMS` and `PAGE_SIZES`, and for scales by token and head in pages smaller than a block."""
     gpu = mosaic_gpu()
     requests, q_heads, head_dim = q.shape
-    element, compute, group = checked(q_heads, head_dim, q.dtype, k_pages, v_pages, element, k_exponent, v_exponent)
+    element, compute, group = checked(
+        q_heads, head_dim, q.dtype, k_pages, v_pages, element, k_exponent, v_exponent
+    )
     kv_heads, page_size = k_pages.shape[1:3]
     tiles = cdiv(group, 4096 // max(128, head_dim))  # of 16 or 32 heads: with more, registers spill
     dynamic = k_exponent is not None
     if blocks is None:
         programs, tokens = requests * kv_heads * tiles, page_table.shape[1] * page_size
-        blocks = mosaic_blocks_for(programs=programs, head_dim=head_dim, tokens=tokens, element=element, dynamic=dynamic)
-    how = MosaicHow(element, compute, page_size, head_dim, cdiv(cdiv(group, tiles), 8) * 8, tiles, softcap, blocks, interpret)
+        blocks = mosaic_blocks_for(
+            programs=programs, head_dim=head_dim, tokens=tokens, element=element, dynamic=dynamic
+        )
+    how = MosaicHow(
+        element,
+        compute,
+        page_size,
+        head_dim,
+        cdiv(cdiv(group, tiles), 8) * 8,
+        tiles,
+        softcap,
+        blocks,
+        interpret,
+    )
     _refuse(how, dynamic=dynamic)
 
     given = operands(
@@ -77,7 +109,9 @@ def paged_decode_mosaic(
         raise NotSupported(
             f"Mosaic GPU of jax {jax.__version__} does not take this kernel, made with {MADE_WITH}: {error}"
         ) from error
-    out = _together(_by_head(how, group, out), _by_head(how, group, weight[..., None]), given.get("sinks"))
+    out = _together(
+        _by_head(how, group, out), _by_head(how, group, weight[..., None]), given.get("sinks")
+    )
     if "v_scale" in given:
         out = out * jnp.repeat(given["v_scale"], group, axis=0)
     return out.astype(q.dtype)
@@ -86,7 +120,9 @@ def paged_decode_mosaic(
 def mosaic_gpu() -> Any:
     """Mosaic GPU's module, or `NotSupported`."""
     if jax.__version_info__ < (0, 11):
-        raise NotSupported(f"decode on Mosaic GPU needs jax >= 0.11, and this is jax {jax.__version__}.")
+        raise NotSupported(
+            f"decode on Mosaic GPU needs jax >= 0.11, and this is jax {jax.__version__}."
+        )
     try:
         from jax.experimental.pallas import mosaic_gpu
     except ImportError as error:
@@ -100,12 +136,16 @@ def mosaic_blocks_for(
     """Blocks for so many programs and requests of up to `tokens` tokens: 32 KiB in flight for each program, four to a core."""
     block_k = 128 if head_dim == 64 and not dynamic else 64
     splits = max(1, min(cdiv(4 * cores, programs), cdiv(tokens, block_k), MOST_SPLITS))
-    return MosaicBlocks(block_k, stages=max(2, 2**15 // (2 * block_k * head_dim * element.itemsize)), splits=splits)
+    return MosaicBlocks(
+        block_k, stages=max(2, 2**15 // (2 * block_k * head_dim * element.itemsize)), splits=splits
+    )
 
 
 def _refuse(how: MosaicHow, *, dynamic: bool) -> None:
     if how.compute == FLOAT32:
-        raise NotSupported("float32 queries or pages: decode on Mosaic GPU multiplies 16-bit operands.")
+        raise NotSupported(
+            "float32 queries or pages: decode on Mosaic GPU multiplies 16-bit operands."
+        )
     if how.head_dim not in HEAD_DIMS or how.page_size not in PAGE_SIZES:
         raise NotSupported(
             f"head_dim={how.head_dim} in pages of {how.page_size} tokens: decode on Mosaic GPU copies whole tiles, of heads of "
@@ -118,7 +158,9 @@ def _refuse(how: MosaicHow, *, dynamic: bool) -> None:
         )
     capability = getattr(jax.devices()[0], "compute_capability", "9.0")
     if capability != "9.0" and not how.interpret:
-        raise NotSupported(f"compute capability {capability}: decode on Mosaic GPU is made for Hopper, 9.0.")
+        raise NotSupported(
+            f"compute capability {capability}: decode on Mosaic GPU is made for Hopper, 9.0."
+        )
 
 
 def _operands(how: MosaicHow, given: dict[str, Any], sm_scale: float) -> dict[str, jax.Array]:
@@ -127,10 +169,18 @@ def _operands(how: MosaicHow, given: dict[str, Any], sm_scale: float) -> dict[st
     rows = _by_program(how, kv_heads, given["q"]).astype(FLOAT32)
     if "k_scale" in given:
         rows = rows * jnp.repeat(given["k_scale"], how.tiles, axis=0)[:, None, :]
-    rows, factor = _normal(rows) if how.compute == FLOAT16 else (rows, jnp.ones(rows.shape[:-1], FLOAT32))
-    made = {"q": rows.astype(how.compute), "factor": factor * (sm_scale * unit), "window": jnp.zeros_like(given["first_row"])}
+    rows, factor = (
+        _normal(rows) if how.compute == FLOAT16 else (rows, jnp.ones(rows.shape[:-1], FLOAT32))
+    )
+    made = {
+        "q": rows.astype(how.compute),
+        "factor": factor * (sm_scale * unit),
+        "window": jnp.zeros_like(given["first_row"]),
+    }
     if "score_offset" in given:
-        made["offset"] = _by_program(how, kv_heads, (given["score_offset"] * unit)[..., None])[..., 0]
+        made["offset"] = _by_program(how, kv_heads, (given["score_offset"] * unit)[..., None])[
+            ..., 0
+        ]
     made |= {name: lax.bitcast_convert_type(given[name], how.element) for name in "kv"}
     return made | {name: given[name] for name in AS_THEY_ARE if name in given}
 

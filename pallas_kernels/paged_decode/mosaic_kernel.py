@@ -88,7 +88,11 @@ def launch(gpu: Any, how: MosaicHow, operands: dict[str, jax.Array]) -> Any:
     def tiled(*shape: int, dtype: np.dtype) -> Any:
         """Shared memory in the tiles of 8 rows that TMA writes and `wgmma` reads."""
         row = min(shape[-1] * dtype.itemsize, 128)
-        return gpu.SMEM(shape, dtype, transforms=(gpu.TilingTransform((8, row // dtype.itemsize)), gpu.SwizzleTransform(row)))
+        return gpu.SMEM(
+            shape,
+            dtype,
+            transforms=(gpu.TilingTransform((8, row // dtype.itemsize)), gpu.SwizzleTransform(row)),
+        )
 
     block_k, stages, pieces = how.blocks.block_k, how.blocks.stages, how.blocks.block_k // how.piece
     shared = {
@@ -132,9 +136,15 @@ def _kernel(gpu: Any, how: MosaicHow, refs: Refs) -> None:
     share, split, program = _share(how, refs), lax.axis_index("split"), lax.axis_index("program")
     gpu.copy_gmem_to_smem(refs["q"].at[share.request, program], refs["q_here"], refs["q_arrived"])
     for i in range(how.blocks.stages):
-        pl.when(i < share.blocks)(functools.partial(_fetch, gpu, how, refs, share, jnp.int32(i), jnp.int32(i)))
+        pl.when(i < share.blocks)(
+            functools.partial(_fetch, gpu, how, refs, share, jnp.int32(i), jnp.int32(i))
+        )
     factor, offset = (
-        gpu.load(refs[name].at[share.request, program], layout=gpu.Layout.WGMMA.reduce(0), optimized=False)
+        gpu.load(
+            refs[name].at[share.request, program],
+            layout=gpu.Layout.WGMMA.reduce(0),
+            optimized=False,
+        )
         if name in refs
         else None
         for name in ("factor", "offset")
@@ -146,14 +156,21 @@ def _kernel(gpu: Any, how: MosaicHow, refs: Refs) -> None:
         return gpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
     lowest = full(how.heads, value=LOWEST)
-    empty = Running(full(how.head_dim, how.heads, value=0.0), lowest, lowest, full(how.blocks.block_k, how.heads, value=0.0))
+    empty = Running(
+        full(how.head_dim, how.heads, value=0.0),
+        lowest,
+        lowest,
+        full(how.blocks.block_k, how.heads, value=0.0),
+    )
     body = functools.partial(_block, gpu, how, refs, share, factor, offset)
     now = lax.fori_loop(0, share.blocks, body, empty)
 
     total = jnp.sum(now.total, axis=0)
     some = jnp.where(total == 0, 1.0, total)
     out = now.out * _rows(jnp.exp2(now.largest - now.peak) / some, how.head_dim)
-    refs["out"].at[split, share.request, program].T[...] = gpu.layout_cast(out, gpu.Layout.WGMMA_TRANSPOSED)
+    refs["out"].at[split, share.request, program].T[...] = gpu.layout_cast(
+        out, gpu.Layout.WGMMA_TRANSPOSED
+    )
     refs["weight_here"][...] = jnp.where(total == 0, MASKED, now.peak + jnp.log2(some) - how.shift)
     gpu.commit_smem()
     gpu.copy_smem_to_gmem(refs["weight_here"], refs["weight"].at[split, share.request, program])
@@ -172,15 +189,27 @@ def _share(how: MosaicHow, refs: Refs) -> Share:
 
 
 def _block(
-    gpu: Any, how: MosaicHow, refs: Refs, share: Share, factor: jax.Array, offset: jax.Array | None, i: jax.Array, now: Running
+    gpu: Any,
+    how: MosaicHow,
+    refs: Refs,
+    share: Share,
+    factor: jax.Array,
+    offset: jax.Array | None,
+    i: jax.Array,
+    now: Running,
 ) -> Running:
     """One block of keys, and the fetch of the one that takes its place."""
     block_k, stages = how.blocks.block_k, how.blocks.stages
     slot, begin = lax.rem(i, jnp.int32(stages)), share.start + i * block_k
     values = refs["v_decoded"] if "v_decoded" in refs else refs["v_here"].at[slot]
-    k_exponent, v_exponent = (_exponents(gpu, how, refs, share, begin, name) for name in ("k_exponent", "v_exponent"))
+    k_exponent, v_exponent = (
+        _exponents(gpu, how, refs, share, begin, name) for name in ("k_exponent", "v_exponent")
+    )
 
-    scores = pl.run_scoped(functools.partial(_products, gpu, how, refs, slot), gpu.ACC((block_k, how.heads), jnp.float32))
+    scores = pl.run_scoped(
+        functools.partial(_products, gpu, how, refs, slot),
+        gpu.ACC((block_k, how.heads), jnp.float32),
+    )
     scores = scores * _rows(factor, block_k)
     if k_exponent is not None:
         scores = scores * _columns(power(k_exponent), how.heads)
@@ -204,10 +233,14 @@ def _block(
     @pl.when((begin < share.first) | (begin + block_k > share.end))
     def unknown_values_are_zero() -> None:
         known = _known(gpu, share, begin, values.shape)
-        values[...] = jnp.where(known, gpu.layout_cast(values[...], gpu.Layout.WGMMA), jnp.zeros((), values.dtype))
+        values[...] = jnp.where(
+            known, gpu.layout_cast(values[...], gpu.Layout.WGMMA), jnp.zeros((), values.dtype)
+        )
 
     def next_block() -> None:
-        pl.when(i + stages < share.blocks)(functools.partial(_fetch, gpu, how, refs, share, i + stages, slot))
+        pl.when(i + stages < share.blocks)(
+            functools.partial(_fetch, gpu, how, refs, share, i + stages, slot)
+        )
 
     gpu.commit_smem()
     if is_fp8(how.element):
@@ -220,34 +253,55 @@ def _block(
     product = pl.run_scoped(weighted, gpu.ACC((how.head_dim, how.heads), jnp.float32))
     if not is_fp8(how.element):
         next_block()
-    return Running(now.out * _rows(jnp.exp2(now.largest - largest), how.head_dim) + product, largest, peak, total)
+    return Running(
+        now.out * _rows(jnp.exp2(now.largest - largest), how.head_dim) + product,
+        largest,
+        peak,
+        total,
+    )
 
 
-def _fetch(gpu: Any, how: MosaicHow, refs: Refs, share: Share, block: jax.Array, slot: jax.Array) -> None:
+def _fetch(
+    gpu: Any, how: MosaicHow, refs: Refs, share: Share, block: jax.Array, slot: jax.Array
+) -> None:
     """Have a block's keys and values brought to its slot."""
     for piece in range(how.blocks.block_k // how.piece):
         token = share.start + block * how.blocks.block_k + piece * how.piece
         there = (slot, pl.ds(piece * how.piece, how.piece))
         for name in ("k", "v"):
             source = refs[name].at[_place(how, refs, share, token, name)]
-            gpu.copy_gmem_to_smem(source, refs[f"{name}_here"].at[there], refs[f"{name}_arrived"].at[slot])
+            gpu.copy_gmem_to_smem(
+                source, refs[f"{name}_here"].at[there], refs[f"{name}_arrived"].at[slot]
+            )
 
 
-def _place(how: MosaicHow, refs: Refs, share: Share, token: jax.Array, name: str) -> tuple[Any, ...]:
+def _place(
+    how: MosaicHow, refs: Refs, share: Share, token: jax.Array, name: str
+) -> tuple[Any, ...]:
     """Where the piece that begins at `token` lies. Unknown tokens have a known one's page, for only those page numbers are
     read, and a page past the end is some page that exists."""
-    page = refs["page_table"][share.request, _div(jnp.clip(token, share.first, share.end - 1), how.page_size)]
+    page = refs["page_table"][
+        share.request, _div(jnp.clip(token, share.first, share.end - 1), how.page_size)
+    ]
     row = refs["first_exponent_row" if name.endswith("exponent") else "first_row"] + page
-    here = pl.ds(lax.rem(token, jnp.int32(how.page_size)), how.piece) if how.page_size > how.piece else slice(None)
+    here = (
+        pl.ds(lax.rem(token, jnp.int32(how.page_size)), how.piece)
+        if how.page_size > how.piece
+        else slice(None)
+    )
     return jnp.minimum(row, refs[name].shape[0] - 1), share.kv_head, here
 
 
-def _exponents(gpu: Any, how: MosaicHow, refs: Refs, share: Share, begin: jax.Array, name: str) -> jax.Array | None:
+def _exponents(
+    gpu: Any, how: MosaicHow, refs: Refs, share: Share, begin: jax.Array, name: str
+) -> jax.Array | None:
     """`[block_k]` exponents of dynamic scales without their bias; anything for unknown tokens."""
     if name not in refs:
         return None
     source = refs[name].at[_place(how, refs, share, begin, name)]
-    return gpu.load(source, layout=gpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.int32) - 127
+    return (
+        gpu.load(source, layout=gpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.int32) - 127
+    )
 
 
 def _products(gpu: Any, how: MosaicHow, refs: Refs, slot: jax.Array, product: Any) -> jax.Array:
@@ -255,14 +309,18 @@ def _products(gpu: Any, how: MosaicHow, refs: Refs, slot: jax.Array, product: An
     gpu.barrier_wait(refs["k_arrived"].at[slot])
     keys = refs["k_here"].at[slot]
     if is_fp8(how.element):
-        keys = gpu.layout_cast(gpu.layout_cast(keys[...], gpu.Layout.WGMMA_UPCAST_2X), gpu.Layout.WGMMA).astype(FLOAT16)
+        keys = gpu.layout_cast(
+            gpu.layout_cast(keys[...], gpu.Layout.WGMMA_UPCAST_2X), gpu.Layout.WGMMA
+        ).astype(FLOAT16)
     if "k_decoded" in refs:  # the interpreter multiplies only what is in shared memory
         refs["k_decoded"][...] = keys
         keys = refs["k_decoded"]
     gpu.wgmma(product, keys, refs["q_here"].T)
     gpu.barrier_wait(refs["v_arrived"].at[slot])
     if is_fp8(how.element):
-        refs["v_decoded"][...] = gpu.layout_cast(refs["v_here"][slot], gpu.Layout.WGMMA_UPCAST_2X).astype(FLOAT16)
+        refs["v_decoded"][...] = gpu.layout_cast(
+            refs["v_here"][slot], gpu.Layout.WGMMA_UPCAST_2X
+        ).astype(FLOAT16)
     return product[...]
 
 

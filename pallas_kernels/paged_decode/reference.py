@@ -13,5 +13,13 @@ def paged_decode_reference(
     """Output and error bound, both float64 `[requests, q_heads, head_dim]`, of the arguments of the kernel."""
     queries = np.minimum(np.asarray(lengths), 1)
     return paged_prefill_reference(
-        q, k_pages, v_pages, page_table, lengths, np.arange(len(queries)), queries, scale_tiles=False, **options
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        lengths,
+        np.arange(len(queries)),
+        queries,
+        scale_tiles=False,
+        **options,
     )

@@ -19,9 +19,13 @@ class PrefillBlocks:
     stages: int
 
 
-def problem_class(*, queries: int, kv_heads: int, group: int, head_dim: int, element: np.dtype) -> str:
+def problem_class(
+    *, queries: int, kv_heads: int, group: int, head_dim: int, element: np.dtype
+) -> str:
     """The class that blocks are tuned for."""
-    return class_of(head_dim=head_dim, element=element, rows=power_of_two(group), programs=queries * kv_heads)
+    return class_of(
+        head_dim=head_dim, element=element, rows=power_of_two(group), programs=queries * kv_heads
+    )
 
 
 def blocks_for(
@@ -39,12 +43,18 @@ def blocks_for(
     memory, both operands take registers: the widest tile that does not spill them."""
     if compute.itemsize == 4:
         return PrefillBlocks(block_m=16, block_k=32, warps=4, stages=2)
-    problem = problem_class(queries=queries, kv_heads=kv_heads, group=group, head_dim=head_dim, element=element)
+    problem = problem_class(
+        queries=queries, kv_heads=kv_heads, group=group, head_dim=head_dim, element=element
+    )
     if found := tuned("paged_prefill", problem):
         return PrefillBlocks(**found)
     if capability < HOPPER:
-        wide = head_dim <= 64 or (head_dim <= 128 and element.itemsize == 1 and not dynamic)  # how many keys
-        return PrefillBlocks(block_m=64, block_k=64 if wide else 32, warps=4 if head_dim <= 128 else 8, stages=3)
+        wide = head_dim <= 64 or (
+            head_dim <= 128 and element.itemsize == 1 and not dynamic
+        )  # how many keys
+        return PrefillBlocks(
+            block_m=64, block_k=64 if wide else 32, warps=4 if head_dim <= 128 else 8, stages=3
+        )
     if head_dim > 128:
         return PrefillBlocks(block_m=64, block_k=32, warps=8, stages=3)
     if head_dim <= 64:

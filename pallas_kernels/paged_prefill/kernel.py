@@ -62,7 +62,9 @@ def paged_prefill(
     Those of request `r` lie in rows `first_query[r] ..` of `q`, one after another; rows of no request give zeros.
     """
     tokens, q_heads, head_dim = q.shape
-    element, compute, group = checked(q_heads, head_dim, q.dtype, k_pages, v_pages, element, k_exponent, v_exponent)
+    element, compute, group = checked(
+        q_heads, head_dim, q.dtype, k_pages, v_pages, element, k_exponent, v_exponent
+    )
     kv_heads, page_size = k_pages.shape[1:3]
     requests = lengths.shape[0]
     if 0 in (tokens, requests):
@@ -122,7 +124,12 @@ def _kernel(refs: Refs, out_refs: Refs, *, how: How, requests: int, block_tokens
     last = jnp.minimum(first + block_tokens, queries) - 1
     seen = first_seen(refs, start + first)
     whole = (start + first + 1) // how.block_k if "window" not in refs else None
-    keys = Keys(seen, seen // how.block_k * how.block_k, jnp.where(first < queries, start + last + 1, 0), whole)
+    keys = Keys(
+        seen,
+        seen // how.block_k * how.block_k,
+        jnp.where(first < queries, start + last + 1, 0),
+        whole,
+    )
     now = attend(refs, how, rows, keys, request=request, kv_head=kv_head)
 
     out = finished(refs, how, now, kv_head, total=now.total)
@@ -131,12 +138,16 @@ def _kernel(refs: Refs, out_refs: Refs, *, how: How, requests: int, block_tokens
     store(ref, rows.query[:, None], head[:, None], channel, value=out.astype(ref.dtype), mask=mask)
 
 
-def _block(refs: Refs, number: Any, *, requests: int, block_tokens: int) -> tuple[jax.Array, jax.Array]:
+def _block(
+    refs: Refs, number: Any, *, requests: int, block_tokens: int
+) -> tuple[jax.Array, jax.Array]:
     """The request that program `number` works on, and which of its blocks, counted from the last; past the end of all blocks
     it is one past the end of the last request's."""
     size = power_of_two(requests)
     index = jnp.arange(size, dtype=jnp.int32)
-    queries = load(refs["queries"], index, mask=None if size == requests else index < requests, other=0)
+    queries = load(
+        refs["queries"], index, mask=None if size == requests else index < requests, other=0
+    )
     blocks = cdiv(queries, block_tokens)
     ends = jnp.cumsum(blocks)
     request = jnp.minimum(jnp.sum((ends <= number).astype(jnp.int32)), requests - 1)

@@ -18,18 +18,23 @@ import yaml
 from hypothesis import given, settings
 
 from jfp8kv.attention import dispatch
-from jfp8kv.attention.contract import AttentionOptions, Where
+from jfp8kv.attention.interface import AttentionMetadata, AttentionOptions
 from jfp8kv.cache.groups import LayerGroups
-from jfp8kv.cache.layout import LayerKind, PoolLayout, widths
-from jfp8kv.cache.pages import KVPages, LayerScales, new_pages
+from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, widths
+from jfp8kv.cache.pool import KVPool, LayerScales, new_pool
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.errors import ConfigError, NotSupported
 from jfp8kv.core.formats import E4M3, E5M2, FLOAT32, FORMATS, encode_numpy
 
 LAYERS, PAGES, SIZE = 2, 12, 4
-CONFORMANCE = yaml.safe_load((Path(__file__).parents[2] / "configs" / "bench" / "attention.yaml").read_text())["conformance"]
+CONFORMANCE = yaml.safe_load(
+    (Path(__file__).parents[2] / "configs" / "bench" / "attention.yaml").read_text()
+)["conformance"]
 SHAPES = CONFORMANCE["shapes"]
-PALLAS = "pallas_interpret", pytest.mark.quick_compile  # interpreted kernels are large programs for XLA:CPU
+PALLAS = (
+    "pallas_interpret",
+    pytest.mark.quick_compile,
+)  # interpreted kernels are large programs for XLA:CPU
 IMPLEMENTATIONS = ("reference", "xla", pytest.param(PALLAS[0], marks=PALLAS[1]))
 IN_BOTH_LAYOUTS = pytest.mark.parametrize(
     ("name", "keys_transposed"),
@@ -48,7 +53,9 @@ def options_of(given: dict) -> dict:
         options["window"] = jnp.int32(options["window"])
     if "sinks" in options:
         heads = SHAPES["decode"]["kv_heads"] * SHAPES["decode"]["group"]
-        options["sinks"] = jnp.float32(np.linspace(*options["sinks"], LAYERS * heads).reshape(LAYERS, heads))
+        options["sinks"] = jnp.float32(
+            np.linspace(*options["sinks"], LAYERS * heads).reshape(LAYERS, heads)
+        )
     return options
 
 
@@ -74,14 +81,23 @@ class Case:
         **options,
     ):
         rng = np.random.default_rng(seed)
-        self.lengths, self.tokens, self.fmt, self.keys_transposed = np.int32(lengths), tokens, fmt, keys_transposed
+        self.lengths, self.tokens, self.fmt, self.keys_transposed = (
+            np.int32(lengths),
+            tokens,
+            fmt,
+            keys_transposed,
+        )
         self.table = np.full((len(lengths), 5), PAGES, np.int32)
         order = iter(rng.permutation(PAGES))
         for i, length in enumerate(lengths):
             used = -(-length // SIZE)
             self.table[i, :used] = list(itertools.islice(order, used))
         dynamic = scales == "token_head"
-        shape = {"tensor": (LAYERS, 1, 1), "head": (LAYERS, kv_heads, 1), "channel": (LAYERS, kv_heads, dim)}
+        shape = {
+            "tensor": (LAYERS, 1, 1),
+            "head": (LAYERS, kv_heads, 1),
+            "channel": (LAYERS, kv_heads, dim),
+        }
         self.scales = None
         if not dynamic:
             k_scale, v_scale = rng.uniform(0.01, 0.05, (2, *shape[scales]))
@@ -89,10 +105,12 @@ class Case:
             static = KVScales(k_scale, v_scale, self.k_offset if offset else None)
             self.scales = LayerScales.of(static, layers=LAYERS, kv_heads=kv_heads, head_dim=dim)
         self.layer = int(rng.integers(LAYERS))
-        stored = [self._stored(rng, which, dynamic, kv_heads, dim) for which in ("k_inverse", "v_inverse")]
+        stored = [
+            self._stored(rng, which, dynamic, kv_heads, dim) for which in ("k_inverse", "v_inverse")
+        ]
         (k, k_exponent), (v, v_exponent) = stored
         layout = PoolLayout.alike(fmt, LAYERS, dynamic=dynamic, keys_transposed=keys_transposed)
-        self.pages = KVPages(self.turned(k), v, k_exponent, v_exponent, layout=layout)
+        self.pages = KVPool(self.turned(k), v, k_exponent, v_exponent, layout=layout)
         self.whole = self.pages
         self.q = rng.normal(size=(len(lengths), tokens, kv_heads * group, dim)).astype(np.float32)
         self.options = AttentionOptions(sm_scale=dim**-0.5, **options)
@@ -103,13 +121,23 @@ class Case:
 
     def _stored(self, rng, inverse: str, dynamic: bool, kv_heads: int, dim: int) -> tuple:
         """A pool of NaN codes with every request's tokens in it, written by NumPy."""
-        bits = np.full((LAYERS * PAGES, kv_heads, SIZE, dim), self.fmt.nan_code or np.nan, self.fmt.stored)
+        bits = np.full(
+            (LAYERS * PAGES, kv_heads, SIZE, dim), self.fmt.nan_code or np.nan, self.fmt.stored
+        )
         exponents = np.full(bits.shape[:3], 255, np.uint8)
         for i, length in enumerate(self.lengths):
-            for position, x in enumerate(rng.normal(size=(length, kv_heads, dim)).astype(np.float32)):
-                slot = self.layer * PAGES + self.table[i, position // SIZE], slice(None), position % SIZE
+            for position, x in enumerate(
+                rng.normal(size=(length, kv_heads, dim)).astype(np.float32)
+            ):
+                slot = (
+                    self.layer * PAGES + self.table[i, position // SIZE],
+                    slice(None),
+                    position % SIZE,
+                )
                 if dynamic:
-                    exponent = np.ceil(np.log2(np.abs(x).max(-1).astype(np.float64) / self.fmt.largest))
+                    exponent = np.ceil(
+                        np.log2(np.abs(x).max(-1).astype(np.float64) / self.fmt.largest)
+                    )
                     exponents[slot] = exponent + 127
                     factor = np.float32(2.0**-exponent)[:, None]
                 else:
@@ -119,7 +147,7 @@ class Case:
 
     def in_planes(self) -> "Case":
         """The same stored elements as bytes of a pool whose other layer keeps another format."""
-        other = LayerKind(FLOAT32 if self.fmt.itemsize < 4 else E5M2)
+        other = LayerCacheSpec(FLOAT32 if self.fmt.itemsize < 4 else E5M2)
         kinds = [self.pages.layout.kinds[0]] * LAYERS
         kinds[1 - self.layer] = other
         groups = LayerGroups.of([0] * LAYERS, widths(kinds))
@@ -128,7 +156,9 @@ class Case:
 
         def cut(bits) -> jax.Array:
             pool = np.full((layout.depth * PAGES, *bits.shape[1:]), 0xFF, np.uint8)
-            elements = np.ascontiguousarray(np.asarray(bits)[rows])[..., None].view(np.uint8)  # low byte first
+            elements = np.ascontiguousarray(np.asarray(bits)[rows])[..., None].view(
+                np.uint8
+            )  # low byte first
             for plane in range(self.fmt.itemsize):
                 first = (layout.slots[self.layer] + plane) * PAGES
                 pool[first : first + PAGES] = elements[..., self.fmt.itemsize - 1 - plane]
@@ -136,7 +166,7 @@ class Case:
 
         p = self.pages
         exponents = [None if e is None else e[rows] for e in (p.k_exponent, p.v_exponent)]
-        self.whole, self.pages = p, KVPages(cut(p.k_bits), cut(p.v_bits), *exponents, layout=layout)
+        self.whole, self.pages = p, KVPool(cut(p.k_bits), cut(p.v_bits), *exponents, layout=layout)
         return self
 
     @property
@@ -144,14 +174,14 @@ class Case:
         return np.maximum(self.lengths - self.tokens, 0).astype(np.int32)
 
     def run(self, name: str) -> np.ndarray:
-        choice = dispatch.choose(name)
+        choice = dispatch.select_backend(name)
         attend, stored = choice.attend, self.pages
         if self.keys_transposed and not choice.keys_transposed:
             layout = dataclasses.replace(stored.layout, keys_transposed=False)
             stored = dataclasses.replace(stored, k_bits=stored.k_bits.swapaxes(2, 3), layout=layout)
 
         def one(q, table, start, length, pages):
-            at = Where(table, start, length, jnp.int32(max(self.lengths)))
+            at = AttentionMetadata(table, start, length, jnp.int32(max(self.lengths)))
             shown = pages.only(pages.layout.kinds[self.layer])
             return attend(q, shown, self.scales, self.options, at, layer=jnp.int32(self.layer))
 
@@ -162,7 +192,10 @@ class Case:
         """What the cache holds of one request and head, float64 `[length, head_dim]`. `bits` has tokens before channels."""
         out = []
         for position in range(self.lengths[request]):
-            row, offset = self.layer * PAGES + self.table[request, position // SIZE], position % SIZE
+            row, offset = (
+                self.layer * PAGES + self.table[request, position // SIZE],
+                position % SIZE,
+            )
             stored = np.asarray(bits)[row, head, offset].view(self.fmt.dtype).astype(np.float64)
             factor = (
                 np.asarray(scale)[self.layer, head]
@@ -188,10 +221,20 @@ class Case:
                 r,
                 h // group,
             )
-            v = self.values(pages.v_bits, pages.v_exponent, None if self.scales is None else self.scales.v, r, h // group)
+            v = self.values(
+                pages.v_bits,
+                pages.v_exponent,
+                None if self.scales is None else self.scales.v,
+                r,
+                h // group,
+            )
             window = 0 if o.window is None else int(o.window[self.layer])
             first = max(0, position - window + 1) if window else 0
-            k, v, q = k[first : position + 1], v[first : position + 1], self.q[r, t, h].astype(np.float64)
+            k, v, q = (
+                k[first : position + 1],
+                v[first : position + 1],
+                self.q[r, t, h].astype(np.float64),
+            )
             offset = 0.0 if self.scales is None else self.k_offset[self.layer, h // group]
             scores = (k + offset) @ q * o.sm_scale
             error = (len(q) + 8) * EPS * ((np.abs(k) + np.abs(offset)) @ np.abs(q)) * o.sm_scale
@@ -200,9 +243,13 @@ class Case:
                 error = error + 8 * EPS * o.softcap
             sink = [] if o.sinks is None else [float(o.sinks[self.layer, h])]
             weights = np.exp(scores - max([*scores, *sink]))
-            weights = weights / (weights.sum() + np.exp(np.array(sink) - max([*scores, *sink])).sum())
+            weights = weights / (
+                weights.sum() + np.exp(np.array(sink) - max([*scores, *sink])).sum()
+            )
             out[r, t, h] = weights @ v
-            bound[r, t, h] = (2 * error.max() + (2 * len(k) + 16) * EPS) * (weights @ np.abs(v)) + 1e-30
+            bound[r, t, h] = (2 * error.max() + (2 * len(k) + 16) * EPS) * (
+                weights @ np.abs(v)
+            ) + 1e-30
         return out, bound
 
     def check(self, name: str) -> None:
@@ -226,7 +273,13 @@ def test_fp8_pages_with_every_granularity_of_scales(name, scales, fmt) -> None:
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_every_format_in_decode_and_prefill(name, fmt, keys_transposed) -> None:
     for tokens in (1, 7):
-        case = Case(fmt=fmt, scales="tensor", lengths=(7, 8, 9, 17), tokens=tokens, keys_transposed=keys_transposed)
+        case = Case(
+            fmt=fmt,
+            scales="tensor",
+            lengths=(7, 8, 9, 17),
+            tokens=tokens,
+            keys_transposed=keys_transposed,
+        )
         case.check(name)
 
 
@@ -248,7 +301,9 @@ def test_windows_caps_and_sinks(name, options) -> None:
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_a_pool_of_several_formats_is_read_by_planes(name, fmt, scales, keys_transposed) -> None:
     if fmt.is_fp8 or scales != "token_head":
-        Case(fmt=fmt, scales=scales, lengths=(7, 8, 9, 0), keys_transposed=keys_transposed).in_planes().check(name)
+        Case(
+            fmt=fmt, scales=scales, lengths=(7, 8, 9, 0), keys_transposed=keys_transposed
+        ).in_planes().check(name)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -261,7 +316,9 @@ def test_an_offset_of_the_keys_changes_nothing_but_what_a_cap_or_a_sink_sees(nam
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @settings(max_examples=12)
 @given(
-    lengths=st.lists(st.integers(0, 5 * SIZE), min_size=3, max_size=3).filter(lambda x: sum(-(-n // SIZE) for n in x) <= PAGES),
+    lengths=st.lists(st.integers(0, 5 * SIZE), min_size=3, max_size=3).filter(
+        lambda x: sum(-(-n // SIZE) for n in x) <= PAGES
+    ),
     seed=st.integers(0, 99),
     tokens=st.sampled_from([1, 5]),
 )
@@ -287,22 +344,30 @@ def test_a_request_does_not_depend_on_its_neighbours(name) -> None:
 
 
 def test_dispatch_says_why_and_names_what_it_cannot_do() -> None:
-    assert dispatch.choose().name == "xla" and "cpu" in dispatch.choose().why
-    assert dispatch.choose("reference").why == "asked for"
-    with pytest.raises(NotSupported, match="needs an NVIDIA GPU, and this machine's device is 'cpu'.* use 'xla'"):
-        dispatch.choose("pallas")
+    assert dispatch.select_backend().name == "xla" and "cpu" in dispatch.select_backend().why
+    assert dispatch.select_backend("reference").why == "asked for"
+    with pytest.raises(
+        NotSupported, match="needs an NVIDIA GPU, and this machine's device is 'cpu'.* use 'xla'"
+    ):
+        dispatch.select_backend("pallas")
     with pytest.raises(ConfigError, match="Did you mean 'xla'"):
-        dispatch.choose("xl")
+        dispatch.select_backend("xl")
 
 
 def test_a_pool_is_never_decoded_whole() -> None:
     """The tile is decoded, not the pool: temporaries stay far below the pool's size."""
-    pages = jax.eval_shape(lambda: new_pages(PoolLayout.alike(E4M3, 4), num_pages=512, page_size=64, kv_heads=2, head_dim=64))
+    pages = jax.eval_shape(
+        lambda: new_pool(
+            PoolLayout.alike(E4M3, 4), num_pages=512, page_size=64, kv_heads=2, head_dim=64
+        )
+    )
     scales = LayerScales.of(KVScales.unit(4), layers=4, kv_heads=2, head_dim=64)
 
-    def decode(q, pages: KVPages, table, length):
-        at = Where(table, length - 1, length, length)
-        return dispatch.choose().attend(q, pages, scales, AttentionOptions(), at, layer=jnp.int32(2))
+    def decode(q, pages: KVPool, table, length):
+        at = AttentionMetadata(table, length - 1, length, length)
+        return dispatch.select_backend().attend(
+            q, pages, scales, AttentionOptions(), at, layer=jnp.int32(2)
+        )
 
     shape = jax.ShapeDtypeStruct
     q, table = shape((1, 6, 64), jnp.float32), shape((64,), jnp.int32)

@@ -31,12 +31,22 @@ class Job:
 
     def __init__(self, folder: Path):
         self.folder, self.config, self.output = folder, folder / "run.yaml", folder / "out.jsonl"
-        self.partial, self.record = (folder / f"out.jsonl.{what}" for what in ("partial", "run.json"))
+        self.partial, self.record = (
+            folder / f"out.jsonl.{what}" for what in ("partial", "run.json")
+        )
         self.write()
 
-    def write(self, text: str = 'prompt: "Say {{ word }}"', *, rows: str = "rows.jsonl", out: str = "out.jsonl") -> None:
+    def write(
+        self,
+        text: str = 'prompt: "Say {{ word }}"',
+        *,
+        rows: str = "rows.jsonl",
+        out: str = "out.jsonl",
+    ) -> None:
         self.output = self.folder / out
-        self.config.write_text(f"model: stub\ninput: {self.folder / rows}\noutput: {self.output}\n{text}\n")
+        self.config.write_text(
+            f"model: stub\ninput: {self.folder / rows}\noutput: {self.output}\n{text}\n"
+        )
 
     def rows(self, rows: Iterable[Any]) -> None:
         write_rows(self.folder / "rows.jsonl", rows)
@@ -48,8 +58,12 @@ class Job:
     def start(self, *options: object) -> subprocess.Popen[str]:
         """As a program."""
         command = [sys.executable, str(STUB), str(self.config), *map(str, options)]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        }
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
 
     def results(self) -> list[Any]:
         return read_rows(self.output)

@@ -44,7 +44,13 @@ class Stub:
     def score(self, requests: Iterable) -> Iterator:
         for number, request in enumerate(requests):
             words = (request.completion or request.prompt).split()
-            yield number, SimpleNamespace(prompt_tokens=len(request.prompt.split()), logprobs=[-float(len(w)) for w in words])
+            yield (
+                number,
+                SimpleNamespace(
+                    prompt_tokens=len(request.prompt.split()),
+                    logprobs=[-float(len(w)) for w in words],
+                ),
+            )
 
     def _answer(self, request) -> object:
         prompt = str(request.prompt)
@@ -54,10 +60,20 @@ class Stub:
             return RuntimeError("the device is on fire")
         made = []
         for index in range(request.sampling.get("n", 1)):
-            text = hashlib.blake2b(f"{prompt} {request.sampling['seed']} {index}".encode(), digest_size=8).hexdigest()
+            text = hashlib.blake2b(
+                f"{prompt} {request.sampling['seed']} {index}".encode(), digest_size=8
+            ).hexdigest()
             ids = list(text.encode())
-            logprobs = None if request.sampling.get("logprobs") is None else [{token: -0.5, 0: -1.5} for token in ids]
-            made.append(SimpleNamespace(index=index, text=text, token_ids=ids, finish_reason="stop", logprobs=logprobs))
+            logprobs = (
+                None
+                if request.sampling.get("logprobs") is None
+                else [{token: -0.5, 0: -1.5} for token in ids]
+            )
+            made.append(
+                SimpleNamespace(
+                    index=index, text=text, token_ids=ids, finish_reason="stop", logprobs=logprobs
+                )
+            )
         return SimpleNamespace(outputs=made, prompt_token_ids=list(range(len(prompt.split()))))
 
     def token_text(self, token: int) -> str:
@@ -79,14 +95,20 @@ def main() -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--file-bytes", type=int, help="no file may grow beyond")
-    parser.add_argument("--pids", type=Path, help="a folder in which each engine leaves a file named after its process")
+    parser.add_argument(
+        "--pids",
+        type=Path,
+        help="a folder in which each engine leaves a file named after its process",
+    )
     parser.add_argument("--view", action="store_true", help="show progress")
     args = parser.parse_args()
     if args.file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (args.file_bytes, args.file_bytes))
     try:
         status = run(
-            load(args.config), open_engine=partial(open_stub, args.step_s, args.pids), view=View(quiet=not args.view)
+            load(args.config),
+            open_engine=partial(open_stub, args.step_s, args.pids),
+            view=View(quiet=not args.view),
         ).status
     except (RunStopped, ConfigError) as error:
         print(error, file=sys.stderr)

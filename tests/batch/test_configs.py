@@ -63,7 +63,12 @@ def test_a_config_is_what_the_schema_tells_editors(config):
 @each_config
 def test_a_config_is_dry_run(run, tmp_path, smollm2_path, config):
     status, out, _ = run("batch", config, "--dry-run", *sets(tmp_path, config, smollm2_path))
-    assert status == 0 and "135M parameters" in out and ", 0 of them would fail" in out and "roughly" in out
+    assert (
+        status == 0
+        and "135M parameters" in out
+        and ", 0 of them would fail" in out
+        and "roughly" in out
+    )
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
@@ -88,5 +93,8 @@ def test_the_large_one_is_looked_at_in_its_own_size(run, tmp_path, model):
     settings = sets(tmp_path, config, model(weights=False, **LARGE))
     status, out, err = run("batch", config, "--dry-run", *settings, "--set", "shard=[1,2]")
     assert status == 0, err
-    assert "70,554M parameters, 131.42 GiB of weights" in out and "rows     2, 0 of them would fail" in out
+    assert (
+        "70,554M parameters, 131.42 GiB of weights" in out
+        and "rows     2, 0 of them would fail" in out
+    )
     assert "30.00 GiB" in out and "8,192" in out

@@ -19,7 +19,9 @@ ROWS = [{"word": f"w{i}", "id": i, "more": "x" * (i % 50)} for i in range(max(15
 STEP_S = 0.002
 
 
-def wait_for(what: Callable[[], bool], process: subprocess.Popen[str], patience_s: float = 60) -> None:
+def wait_for(
+    what: Callable[[], bool], process: subprocess.Popen[str], patience_s: float = 60
+) -> None:
     """Until it holds, or the process has ended."""
     until = time.monotonic() + patience_s
     while not what() and process.poll() is None:
@@ -73,7 +75,12 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(job):
     assert killed >= CRASHES // 2  # the machine may be slow to see how far one got
     assert ended(job.start()) == (0, "")
     assert job.output.read_bytes() == whole
-    assert sorted(path.name for path in job.folder.iterdir()) == ["out.jsonl", "out.jsonl.run.json", "rows.jsonl", "run.yaml"]
+    assert sorted(path.name for path in job.folder.iterdir()) == [
+        "out.jsonl",
+        "out.jsonl.run.json",
+        "rows.jsonl",
+        "run.yaml",
+    ]
 
 
 def test_killed_while_the_output_is_written_nothing_of_it_is_seen(job):

@@ -39,7 +39,11 @@ def test_tokens_are_those_that_the_run_would_have(tokenizer):
     lengths = [len(tokenizer.encode(f"the {row['word']}")) for row in ROWS]
     counts = found.counts
     assert (counts.rows, counts.failed, counts.texts) == (4, 0, 8)
-    assert (counts.prompt_tokens, counts.longest_prompt, counts.completion_tokens) == (sum(lengths), max(lengths), 4 * 2 * 12)
+    assert (counts.prompt_tokens, counts.longest_prompt, counts.completion_tokens) == (
+        sum(lengths),
+        max(lengths),
+        4 * 2 * 12,
+    )
     assert found.kv_bytes_per_token == 128 and found.kv_cache_bytes == 65536 and found.seconds > 0
     assert sorted(path.name for path in Path().iterdir()) == ["rows.jsonl", "run.yaml"]
 
@@ -55,11 +59,18 @@ def test_rows_that_would_fail_are_counted_and_the_first_named(run):
     write_rows(Path("rows.jsonl"), [*ROWS, {"wrd": 1}, {"word": "x " * 300}])
     status, out, _ = run("batch", "run.yaml", "--dry-run")
     assert status == 1 and "6, 2 of them would fail" in out
-    assert "rows.jsonl:5: the template wants 'word'" in out and "rows.jsonl:6: the prompt has 603 tokens, and max_model" in out
+    assert (
+        "rows.jsonl:5: the template wants 'word'" in out
+        and "rows.jsonl:6: the prompt has 603 tokens, and max_model" in out
+    )
 
 
 def test_what_no_text_can_be_held_to_is_found_without_an_engine():
-    for setting in ("sampling={regex: '('}", "sampling={logit_bias: {99999: 1.0}}", "sampling={stop_token_ids: [99999]}"):
+    for setting in (
+        "sampling={regex: '('}",
+        "sampling={logit_bias: {99999: 1.0}}",
+        "sampling={stop_token_ids: [99999]}",
+    ):
         counts = dry_run(load(Path("run.yaml"), [setting])).counts
         assert counts.failed == counts.rows == 4 and len(counts.errors) == 3, setting
 
@@ -78,11 +89,15 @@ def test_requests_of_openai_are_counted_by_what_each_asks(tokenizer):
     ask = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
     write_rows(Path("rows.jsonl"), [ask, ask | {"body": {"prompt": [1, 2, 3]}}])
     found = dry_run(load(Path("run.yaml"), ["prompt=~", "sampling={}"])).counts
-    assert (found.prompt_tokens, found.completion_tokens) == (len(tokenizer.encode("the end")) + 3, 15 + 16)
+    assert (found.prompt_tokens, found.completion_tokens) == (
+        len(tokenizer.encode("the end")) + 3,
+        15 + 16,
+    )
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.2, "1 seconds"), (100, "100 seconds"), (600, "10 minutes"), (1e5, "28 hours")]
+    ("seconds", "words"),
+    [(0.2, "1 seconds"), (100, "100 seconds"), (600, "10 minutes"), (1e5, "28 hours")],
 )
 def test_times_are_rough(seconds, words):
     assert _words(seconds) == words

@@ -80,7 +80,10 @@ def test_parquet_files_are_read_and_written_lazily(tmp_path, monkeypatch):
     import pyarrow as pa
     from pyarrow import parquet
 
-    rows = [{"word": f"w{i}", "n": i, "tags": ["a"] * (i % 3), "score": None if i % 7 else 0.5} for i in range(1000)]
+    rows = [
+        {"word": f"w{i}", "n": i, "tags": ["a"] * (i % 3), "score": None if i % 7 else 0.5}
+        for i in range(1000)
+    ]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     assert [fields for _, _, fields in read(tmp_path / "a.parquet")] == rows
     monkeypatch.setattr(batch_parquet, "GROUP", 64)
@@ -98,7 +101,9 @@ def test_a_file_that_is_no_parquet_or_breaks_off_is_said_to_be(tmp_path):
     path.write_bytes(b"PAR1xx")
     with pytest.raises(jfp8kv.ConfigError, match="a.parquet: cannot be read as Parquet"):
         read(path)
-    parquet.write_table(pa.table({"a": ["x" * 50] * 1000}), path, compression="none", use_dictionary=False)
+    parquet.write_table(
+        pa.table({"a": ["x" * 50] * 1000}), path, compression="none", use_dictionary=False
+    )
     content = bytearray(path.read_bytes())
     content[20_000:20_400] = b"\xff" * 400
     path.write_bytes(content)
@@ -109,10 +114,21 @@ def test_a_file_that_is_no_parquet_or_breaks_off_is_said_to_be(tmp_path):
 def test_a_column_that_is_null_at_first_or_everywhere_is_one(tmp_path, monkeypatch):
     from pyarrow import parquet
 
-    rows = [{"a": None, "error": None}, {"a": None, "error": None}, {"a": 1.5, "error": None, "b": "late"}]
+    rows = [
+        {"a": None, "error": None},
+        {"a": None, "error": None},
+        {"a": 1.5, "error": None, "b": "late"},
+    ]
     monkeypatch.setattr(batch_parquet, "GROUP", 1)
-    outputs.write(tmp_path / "b.parquet", map(outputs.line, rows), "parquet", like=File(path="a.jsonl", format="jsonl"))
-    assert parquet.read_table(tmp_path / "b.parquet").to_pylist() == [{"b": None} | row for row in rows]
+    outputs.write(
+        tmp_path / "b.parquet",
+        map(outputs.line, rows),
+        "parquet",
+        like=File(path="a.jsonl", format="jsonl"),
+    )
+    assert parquet.read_table(tmp_path / "b.parquet").to_pylist() == [
+        {"b": None} | row for row in rows
+    ]
 
 
 def test_columns_keep_types_that_json_lacks(tmp_path):
@@ -132,10 +148,22 @@ def test_columns_keep_types_that_json_lacks(tmp_path):
         },
         {"zone": datetime.datetime(2021, 5, 6, tzinfo=datetime.UTC), "price": Decimal("12.50")},
     ]
-    table = pa.concat_tables([pa.Table.from_pylist([row]) for row in rows], promote_options="default")
-    typed = {"small": pa.array([1, None], pa.int8()), "half": pa.array([0.5, 1], pa.float32()), "bits": pa.array([True, None])}
-    typed |= {"huge": pa.array([2**64 - 1, 0], pa.uint64()), "kind": pa.array(["a", "b"]).dictionary_encode()}
-    typed |= {"fixed": pa.array([b"ab", None], pa.binary(2)), "wide": pa.array(["x", None], pa.large_string())}
+    table = pa.concat_tables(
+        [pa.Table.from_pylist([row]) for row in rows], promote_options="default"
+    )
+    typed = {
+        "small": pa.array([1, None], pa.int8()),
+        "half": pa.array([0.5, 1], pa.float32()),
+        "bits": pa.array([True, None]),
+    }
+    typed |= {
+        "huge": pa.array([2**64 - 1, 0], pa.uint64()),
+        "kind": pa.array(["a", "b"]).dictionary_encode(),
+    }
+    typed |= {
+        "fixed": pa.array([b"ab", None], pa.binary(2)),
+        "wide": pa.array(["x", None], pa.large_string()),
+    }
     for name, column in typed.items():
         table = table.append_column(name, column)
     parquet.write_table(table, tmp_path / "a.parquet")
@@ -148,11 +176,16 @@ def test_columns_keep_types_that_json_lacks(tmp_path):
 
 def test_the_format_goes_by_the_name_and_the_first_row(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('nope\n{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}\n')
+    path.write_text(
+        'nope\n{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}\n'
+    )
     assert format_of(File(path=str(path))) == "openai"
     path.write_text('{"custom_id": "a"}\n')
     assert format_of(File(path=str(path))) == "jsonl"
-    with pytest.raises(jfp8kv.ConfigError, match="a.doc: its name says no format: give `format:`, or a name in .jsonl"):
+    with pytest.raises(
+        jfp8kv.ConfigError,
+        match="a.doc: its name says no format: give `format:`, or a name in .jsonl",
+    ):
         format_of(File(path="a.doc"))
     assert format_of(File(path="a.doc", format="lines")) == "lines"
 
@@ -160,10 +193,23 @@ def test_the_format_goes_by_the_name_and_the_first_row(tmp_path):
 def test_a_record_is_one_line_of_json_whatever_is_in_it():
     import datetime
 
-    odd = {"nan": float("nan"), "deep": [{"inf": float("inf")}], "day": datetime.date(2020, 1, 2), "bytes": b"\x01"}
-    assert json.loads(outputs.line(odd)) == {"nan": None, "deep": [{"inf": None}], "day": "2020-01-02", "bytes": "01"}
+    odd = {
+        "nan": float("nan"),
+        "deep": [{"inf": float("inf")}],
+        "day": datetime.date(2020, 1, 2),
+        "bytes": b"\x01",
+    }
+    assert json.loads(outputs.line(odd)) == {
+        "nan": None,
+        "deep": [{"inf": None}],
+        "day": "2020-01-02",
+        "bytes": "01",
+    }
     assert outputs.line({"a": "é\n\u2028"}) == '{"a":"é\\n\u2028"}'.encode()
-    assert json.loads(outputs.line({"half": "\ud800", "nan": float("nan")})) == {"half": "\ud800", "nan": None}
+    assert json.loads(outputs.line({"half": "\ud800", "nan": float("nan")})) == {
+        "half": "\ud800",
+        "nan": None,
+    }
 
 
 def test_done_rows_are_those_before_a_mark_and_those_that_overtook_it():
@@ -179,11 +225,18 @@ def test_a_journal_gives_back_what_was_finished_in_order(tmp_path):
     path = tmp_path / "a.partial"
     with Journal(path) as journal:
         for row in (2, 0, 3, 1):
-            journal.append(row, b'{"n":%d}' % row, prompt_tokens=row, completion_tokens=10, ok=row != 3)
+            journal.append(
+                row, b'{"n":%d}' % row, prompt_tokens=row, completion_tokens=10, ok=row != 3
+            )
     assert list(ordered(path)) == [b'{"n":%d}' % row for row in range(4)]
     with Journal(path) as journal:
         totals = journal.totals
-        assert (totals.rows, totals.failed, totals.prompt_tokens, totals.completion_tokens) == (4, 1, 6, 40)
+        assert (totals.rows, totals.failed, totals.prompt_tokens, totals.completion_tokens) == (
+            4,
+            1,
+            6,
+            40,
+        )
         assert all(row in journal.done for row in range(4)) and 4 not in journal.done
 
 

@@ -42,18 +42,34 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def llm() -> jfp8kv.LLM:
     params = jfp8kv.load(MODEL, dtype="float32")
-    return jfp8kv.LLM(params, kv_cache_dtype="float32", max_num_seqs=4, max_num_batched_tokens=64, kv_cache_memory="1MB")
+    return jfp8kv.LLM(
+        params,
+        kv_cache_dtype="float32",
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        kv_cache_memory="1MB",
+    )
 
 
 def test_texts_are_those_that_generate_gives_each_prompt_alone(run, llm):
     status, out, err = run("batch", "run.yaml")
-    assert (status, out) == (0, "") and err.startswith("jfp8kv: out.jsonl: 12 rows; ") and "144 out" in err
+    assert (
+        (status, out) == (0, "")
+        and err.startswith("jfp8kv: out.jsonl: 12 rows; ")
+        and "144 out" in err
+    )
     for number, (row, asked) in enumerate(zip(read_rows(Path("out.jsonl")), ROWS, strict=True)):
-        (want,) = llm.generate([f"the {asked['word']}"], max_tokens=12, ignore_eos=True, seed=row_seed(0, number))
+        (want,) = llm.generate(
+            [f"the {asked['word']}"], max_tokens=12, ignore_eos=True, seed=row_seed(0, number)
+        )
         assert (row["text"], row["prompt_tokens"]) == (want.text, len(want.prompt_token_ids))
         assert row["finish_reason"] == "length" and row["word"] == asked["word"]
     record = json.loads(Path("out.jsonl.run.json").read_text())
-    assert record["status"] == "complete" and record["engine"]["kv_dtype"] == "float32" and record["versions"]["jax"]
+    assert (
+        record["status"] == "complete"
+        and record["engine"]["kv_dtype"] == "float32"
+        and record["versions"]["jax"]
+    )
     assert record["totals"]["completion_tokens"] == 144 and record["seed"] == 0
     status, _, err = run("batch", "run.yaml")
     assert status == 0 and "out.jsonl is complete: 12 rows; nothing is left to do" in err
@@ -63,12 +79,19 @@ def test_mistakes_are_two_failed_rows_one(run):
     status, out, err = run("batch", "run.yaml", "--set", "sampling.temprature=1")
     assert (status, out) == (2, "") and "Did you mean 'temperature'" in err and err.count("\n") == 1
     assert run("batch")[0] == 2 and "no config" in run("batch")[2]
-    assert run("batch", "there.yaml")[0] == 2 and "there.yaml: cannot be read" in run("batch", "there.yaml")[2]
+    assert (
+        run("batch", "there.yaml")[0] == 2
+        and "there.yaml: cannot be read" in run("batch", "there.yaml")[2]
+    )
     write_rows(Path("rows.jsonl"), [*ROWS[:2], {"wrd": 1}, {"word": "x " * 300}])
     status, _, err = run("batch", "run.yaml", "--quiet")
     assert (status, err) == (1, "")
     errors = [row["error"] for row in read_rows(Path("out.jsonl"))]
-    assert errors[:2] == [None, None] and errors[2]["line"] == 3 and "max_model_len" in errors[3]["message"]
+    assert (
+        errors[:2] == [None, None]
+        and errors[2]["line"] == 3
+        and "max_model_len" in errors[3]["message"]
+    )
 
 
 def test_the_schema_is_printed(run):
@@ -85,56 +108,94 @@ def test_openai_requests_are_answered(run):
         "top_logprobs": 2,
     }
     text = {"model": "m", "prompt": "hello", "max_tokens": 4, "temperature": 0}
-    rows = [("a", "/v1/chat/completions", chat), ("b", "/v1/completions", text), ("c", "/v1/completions", text | {"n": 0})]
-    write_rows(Path("rows.jsonl"), [{"custom_id": i, "method": "POST", "url": url, "body": body} for i, url, body in rows])
-    Path("run.yaml").write_text("\n".join(line for line in CONFIG.splitlines() if not line.startswith(("prompt", "sampling"))))
+    rows = [
+        ("a", "/v1/chat/completions", chat),
+        ("b", "/v1/completions", text),
+        ("c", "/v1/completions", text | {"n": 0}),
+    ]
+    write_rows(
+        Path("rows.jsonl"),
+        [{"custom_id": i, "method": "POST", "url": url, "body": body} for i, url, body in rows],
+    )
+    Path("run.yaml").write_text(
+        "\n".join(
+            line for line in CONFIG.splitlines() if not line.startswith(("prompt", "sampling"))
+        )
+    )
     assert run("batch", "run.yaml")[0] == 1
     found = read_rows(Path("out.jsonl"))
     assert [line["response"]["status_code"] for line in found] == [200, 200, 400]
     assert len(found[0]["response"]["body"]["choices"][0]["logprobs"]["content"]) == 4
-    assert "n=0: must be a whole number of at least 1" in found[2]["response"]["body"]["error"]["message"]
+    assert (
+        "n=0: must be a whole number of at least 1"
+        in found[2]["response"]["body"]["error"]["message"]
+    )
 
 
 def test_completions_are_scored_as_the_model_does(run, llm):
     write_rows(Path("rows.jsonl"), [{"q": "the end", "a": " of it"}, {"q": "the end", "a": ""}])
     config = CONFIG.replace("sampling: {max_tokens: 12, ignore_eos: true}", "task: score")
-    Path("run.yaml").write_text(config.replace('"the {{ word }}"', '"{{ q }}"\ncompletion: "{{ a }}"'))
+    Path("run.yaml").write_text(
+        config.replace('"the {{ word }}"', '"{{ q }}"\ncompletion: "{{ a }}"')
+    )
     assert run("batch", "run.yaml")[0] == 1
     good, bad = read_rows(Path("out.jsonl"))
     ids, before = llm.tokenizer.encode("the end of it"), llm.tokenizer.encode("the end")
     assert ids[: len(before)] == before
     np.testing.assert_allclose(good["logprobs"], llm.score(ids)[len(before) - 1 :], atol=1e-5)
-    assert good["completion_tokens"] == len(ids) - len(before) and good["logprob"] == pytest.approx(sum(good["logprobs"]))
+    assert good["completion_tokens"] == len(ids) - len(before) and good["logprob"] == pytest.approx(
+        sum(good["logprobs"])
+    )
     assert "no token to score" in bad["error"]["message"]
 
 
 def test_texts_are_held_to_what_is_asked_of_them(run):
-    status, _, err = run("batch", "run.yaml", "--set", "sampling={choice: [land, sea, sky], max_tokens: 12}")
+    status, _, err = run(
+        "batch", "run.yaml", "--set", "sampling={choice: [land, sea, sky], max_tokens: 12}"
+    )
     assert status == 0, err
     assert {row["text"] for row in read_rows(Path("out.jsonl"))} <= {"land", "sea", "sky"}
-    for sampling in ("{choice: [a], regex: a}", "{regex: '('}", "{max_tokens: 100000}", "{logit_bias: {99999: 1.0}}"):
-        more = ["engine.kv_cache_memory=16KiB", "engine.page_size=16"] if "max_tokens" in sampling else []
+    for sampling in (
+        "{choice: [a], regex: a}",
+        "{regex: '('}",
+        "{max_tokens: 100000}",
+        "{logit_bias: {99999: 1.0}}",
+    ):
+        more = (
+            ["engine.kv_cache_memory=16KiB", "engine.page_size=16"]
+            if "max_tokens" in sampling
+            else []
+        )
         sets = [word for each in (f"sampling={sampling}", *more) for word in ("--set", each)]
         status, _, err = run("batch", "run.yaml", *sets, "--restart")
         assert status == 2 and err.count("\n") == 1, err
     body = {"model": "m", "prompt": "hello", "max_tokens": 4}
     bad = {"type": "json_schema", "json_schema": {"schema": {"type": "no such type"}}}
     bodies = [body | {"response_format": bad}, body]
-    asks = [{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body} for body in bodies]
+    asks = [
+        {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+        for body in bodies
+    ]
     write_rows(Path("rows.jsonl"), asks)
-    assert run("batch", "run.yaml", "--restart", "--set", "prompt=~", "--set", "sampling={}")[0] == 1
+    assert (
+        run("batch", "run.yaml", "--restart", "--set", "prompt=~", "--set", "sampling={}")[0] == 1
+    )
     assert [line["response"]["status_code"] for line in read_rows(Path("out.jsonl"))] == [400, 200]
 
 
 def test_scales_are_calibrated_from_all_rows(run):
-    config = CONFIG.replace("sampling: {max_tokens: 12, ignore_eos: true}", "task: calibrate").replace(
-        "out.jsonl", "out.safetensors"
+    config = CONFIG.replace(
+        "sampling: {max_tokens: 12, ignore_eos: true}", "task: calibrate"
+    ).replace("out.jsonl", "out.safetensors")
+    Path("run.yaml").write_text(
+        config.replace("kv_dtype: float32", "kv_dtype: fp8\ncalibration: {granularity: tensor}")
     )
-    Path("run.yaml").write_text(config.replace("kv_dtype: float32", "kv_dtype: fp8\ncalibration: {granularity: tensor}"))
     status, _, err = run("batch", "run.yaml")
     assert status == 0 and "out.safetensors: 12 rows; " in err
     found, params = jfp8kv.KVScales.load("out.safetensors"), jfp8kv.load(MODEL, dtype="float32")
-    want = jfp8kv.calibrate(params, [f"the {row['word']}" for row in ROWS], granularity="tensor", max_model_len=None)
+    want = jfp8kv.calibrate(
+        params, [f"the {row['word']}" for row in ROWS], granularity="tensor", max_model_len=None
+    )
     np.testing.assert_array_equal(found.k, want.k)
     assert "nothing is left to do" in run("batch", "run.yaml")[2]
     write_rows(Path("rows.jsonl"), [*ROWS[:2], {"wrd": "x"}])
@@ -144,8 +205,13 @@ def test_scales_are_calibrated_from_all_rows(run):
 
 
 def test_caches_are_compared_over_the_rows(run):
-    config = CONFIG.replace("sampling: {max_tokens: 12, ignore_eos: true}", "task: compare").replace("out.jsonl", "out.json")
-    config = config.replace(f"engine: {ENGINE}", "comparison: {kv_dtypes: [fp8_e4m3], kv_scales: [unit], needle_lengths: []}")
+    config = CONFIG.replace(
+        "sampling: {max_tokens: 12, ignore_eos: true}", "task: compare"
+    ).replace("out.jsonl", "out.json")
+    config = config.replace(
+        f"engine: {ENGINE}",
+        "comparison: {kv_dtypes: [fp8_e4m3], kv_scales: [unit], needle_lengths: []}",
+    )
     Path("run.yaml").write_text(config.replace("kv_dtype: float32\n", ""))
     status, out, err = run("batch", "run.yaml")
     assert status == 0 and "fp8_e4m3" in out and "perplexity" in out and "out.json: 12 rows" in err
@@ -153,7 +219,12 @@ def test_caches_are_compared_over_the_rows(run):
 
 
 def test_scales_calibrated_first_are_kept_and_used_again(run, monkeypatch):
-    sets = ["--set", "kv_dtype=fp8_e4m3", "--set", "kv_scales={calibrate: {input: rows.jsonl, granularity: head}}"]
+    sets = [
+        "--set",
+        "kv_dtype=fp8_e4m3",
+        "--set",
+        "kv_scales={calibrate: {input: rows.jsonl, granularity: head}}",
+    ]
     assert run("batch", "run.yaml", *sets)[0] == 0
     found = jfp8kv.KVScales.load("out.jsonl.scales.safetensors")
     assert found.granularity == "head" and len(read_rows(Path("out.jsonl"))) == len(ROWS)
@@ -173,13 +244,16 @@ def test_a_step_that_fails_costs_the_row_that_makes_it_fail_alone():
     """All rows in a step with "poison" get its error: each is asked again alone, and that one fails again."""
 
     class Llm:
-        def generate_each(self, asked):
+        def generate_iter(self, asked):
             step = []
             for number, (prompt, _) in enumerate(asked):
                 step.append((number, prompt))
                 if len(step) == 4:
                     failed = any(prompt == "poison" for _, prompt in step)
-                    yield from ((number, RuntimeError("on fire") if failed else prompt.upper()) for number, prompt in step)
+                    yield from (
+                        (number, RuntimeError("on fire") if failed else prompt.upper())
+                        for number, prompt in step
+                    )
                     step = []
 
         def generate(self, prompts, **sampling):
@@ -190,10 +264,15 @@ def test_a_step_that_fails_costs_the_row_that_makes_it_fail_alone():
 
     local = Local.__new__(Local)
     local.llm = Llm()
-    asked = [Request(prompt, {"seed": 5}) for prompt in ("a", "b", "c", "d", "e", "poison", "f", "g", "h", "i", "j", "k")]
+    asked = [
+        Request(prompt, {"seed": 5})
+        for prompt in ("a", "b", "c", "d", "e", "poison", "f", "g", "h", "i", "j", "k")
+    ]
     found = dict(local.generate(asked))
     assert isinstance(found[5], RuntimeError) and str(found.pop(5)) == "on fire again"
-    assert found == {number: request.prompt.upper() for number, request in enumerate(asked) if number != 5}
+    assert found == {
+        number: request.prompt.upper() for number, request in enumerate(asked) if number != 5
+    }
 
 
 def test_a_run_of_a_model_killed_again_and_again_ends_as_if_it_had_not_been(run):
@@ -207,7 +286,9 @@ def test_a_run_of_a_model_killed_again_and_again_ends_as_if_it_had_not_been(run)
         command = [sys.executable, "-m", "jfp8kv", "batch", "run.yaml", "--quiet"]
         with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
             until = partial.stat().st_size if partial.exists() else 0
-            while process.poll() is None and not (partial.exists() and partial.stat().st_size > until):
+            while process.poll() is None and not (
+                partial.exists() and partial.stat().st_size > until
+            ):
                 time.sleep(0.005)
             time.sleep(0.02 * (crash % 5))
             process.send_signal(signal.SIGKILL)

@@ -64,10 +64,32 @@ def test_rows_come_out_in_order_with_their_fields_and_results(job):
     outcome = job.run()
     found = job.results()
     assert [{"word": row["word"], "id": row["id"]} for row in found] == WORDS
-    assert found[7].keys() == {"word", "id", "text", "prompt_tokens", "completion_tokens", "finish_reason", "error"}
-    assert (found[7]["prompt_tokens"], found[7]["completion_tokens"], found[7]["error"]) == (2, 16, None)
-    assert outcome.status == 0 and outcome.totals == {"rows": 300, "failed": 0, "prompt_tokens": 600, "completion_tokens": 4800}
-    assert sorted(path.name for path in job.folder.iterdir()) == ["out.jsonl", "out.jsonl.run.json", "rows.jsonl", "run.yaml"]
+    assert found[7].keys() == {
+        "word",
+        "id",
+        "text",
+        "prompt_tokens",
+        "completion_tokens",
+        "finish_reason",
+        "error",
+    }
+    assert (found[7]["prompt_tokens"], found[7]["completion_tokens"], found[7]["error"]) == (
+        2,
+        16,
+        None,
+    )
+    assert outcome.status == 0 and outcome.totals == {
+        "rows": 300,
+        "failed": 0,
+        "prompt_tokens": 600,
+        "completion_tokens": 4800,
+    }
+    assert sorted(path.name for path in job.folder.iterdir()) == [
+        "out.jsonl",
+        "out.jsonl.run.json",
+        "rows.jsonl",
+        "run.yaml",
+    ]
 
 
 def test_the_same_run_again_gives_the_same_bytes_and_another_seed_others(job):
@@ -85,13 +107,19 @@ def test_unordered_rows_are_the_same_rows(job):
     job.run()
     ordered = job.output.read_bytes().splitlines()
     job.run("output.unordered=true", restart=True)
-    assert sorted(job.output.read_bytes().splitlines()) == sorted(ordered) != job.output.read_bytes().splitlines()
+    assert (
+        sorted(job.output.read_bytes().splitlines())
+        == sorted(ordered)
+        != job.output.read_bytes().splitlines()
+    )
 
 
 def test_a_rows_seed_depends_on_the_runs_seed_and_its_number_alone():
     seeds = {row_seed(seed, number) for seed in range(3) for number in range(100)}
     assert len(seeds) == 300 and all(0 <= seed < 2**64 for seed in seeds)
-    assert row_seed(0, 0) == 11807284506806067046  # kept: another one would change every text ever made
+    assert (
+        row_seed(0, 0) == 11807284506806067046
+    )  # kept: another one would change every text ever made
 
 
 def test_a_bad_row_is_an_error_row_with_its_line_and_the_others_run(job):
@@ -103,8 +131,16 @@ def test_a_bad_row_is_an_error_row_with_its_line_and_the_others_run(job):
     found = job.results()
     assert [row["error"] and row["error"]["line"] for row in found] == [None, 3, 4, 5, 6, None]
     messages = [row["error"]["message"] for row in found if row["error"]]
-    assert messages[0].startswith("is no JSON") and "type list" in messages[1] and "no UTF-8" in messages[3]
-    assert "wants 'word'" in messages[2] and "Did you mean 'wrd'" in messages[2] and found[3]["wrd"] == 1
+    assert (
+        messages[0].startswith("is no JSON")
+        and "type list" in messages[1]
+        and "no UTF-8" in messages[3]
+    )
+    assert (
+        "wants 'word'" in messages[2]
+        and "Did you mean 'wrd'" in messages[2]
+        and found[3]["wrd"] == 1
+    )
     assert all(row["text"] is None for row in found if row["error"])
 
 
@@ -121,7 +157,8 @@ def test_a_row_that_the_engine_refuses_or_fails_on_is_an_error_row(job):
 def test_an_engine_that_fails_on_every_row_stops_the_run(job):
     job.rows(WORDS)
     with pytest.raises(
-        RunStopped, match="the engine fails on every row: RuntimeError: the device is on fire.*the same command"
+        RunStopped,
+        match="the engine fails on every row: RuntimeError: the device is on fire.*the same command",
     ):
         job.run(stub=Stub(broken="Say"))
     assert sorted(path.name for path in job.folder.iterdir()) == ["rows.jsonl", "run.yaml"]
@@ -131,19 +168,27 @@ def test_an_engine_that_fails_on_every_row_stops_the_run(job):
 def test_a_run_that_was_broken_off_goes_on_with_what_is_left(job, capsys):
     whole = broken_off(job, 100, view=View())
     said = capsys.readouterr().err
-    assert "interrupted: 100 finished rows are kept in " in said and "the same command goes on from there" in said
+    assert (
+        "interrupted: 100 finished rows are kept in " in said
+        and "the same command goes on from there" in said
+    )
     assert not job.output.exists() and len(job.partial.read_bytes().splitlines()) == 100
     stub = Counts()
     job.run(stub=stub, view=View())
     assert "going on after 100 finished rows" in capsys.readouterr().err
-    assert len(stub.asked) == len(set(stub.asked)) == 200 and job.output.read_bytes() == whole
+    assert (
+        len(stub.asked) == len(set(stub.sampling_state)) == 200 and job.output.read_bytes() == whole
+    )
     sessions = json.loads(job.record.read_text())["sessions"]
     assert len(sessions) == 2 and sessions[1]["rows"] == 200
 
 
 DAMAGE = {  # what becomes of the lines of a journal, and how many rows that costs
     "a torn head": (lambda lines: [*lines, b'{"row":5,"in":1,"ou'], 0),
-    "a torn output": (lambda lines: [*lines, b'{"row":9,"in":1,"out":2,"ok":true,"output":{"text":"ab'], 0),
+    "a torn output": (
+        lambda lines: [*lines, b'{"row":9,"in":1,"out":2,"ok":true,"output":{"text":"ab'],
+        0,
+    ),
     "zeros at the end": (lambda lines: [*lines, b"\0" * 4096 + b"\n"], 0),
     "zeros in the middle": (lambda lines: [*lines[:40], b"\0" * 100 + b"\n", *lines[41:]], 1),
 }
@@ -167,7 +212,10 @@ def test_a_complete_run_is_not_made_again(job):
     with pytest.raises(jfp8kv.ConfigError, match="output.unordered was false, is true"):
         job.run("output.unordered=true")
     job.output.rename(job.folder / "elsewhere.jsonl")
-    with pytest.raises(jfp8kv.ConfigError, match=r"out.jsonl: is not there, and was complete: put it back, or .*--restart"):
+    with pytest.raises(
+        jfp8kv.ConfigError,
+        match=r"out.jsonl: is not there, and was complete: put it back, or .*--restart",
+    ):
         job.run()
 
 
@@ -185,7 +233,9 @@ def test_another_config_input_or_model_is_refused_with_what_changed(job):
             "sampling.top_p=0.5",
             "prompt=Tell {{ word }}",
         ): r'config.sampling.top_p was null, is 0.5; config.prompt was "Say {{ wo',
-        ("input.format=lines",): r'config.input.format was "auto", is "lines"; input.format was "jsonl", is "lines"',
+        (
+            "input.format=lines",
+        ): r'config.input.format was "auto", is "lines"; input.format was "jsonl", is "lines"',
     }.items():
         with pytest.raises(jfp8kv.ConfigError, match=message):
             job.run(named, *changes)
@@ -216,7 +266,9 @@ def test_a_run_goes_on_where_no_text_depends_on_what_changed(job, monkeypatch, b
         (job.folder / "rows.jsonl").rename("renamed.jsonl")
     stub = Counts()
     job.run(*before, *after, stub=stub)
-    assert len(stub.asked) == 290 and sorted(job.output.read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert len(stub.asked) == 290 and sorted(job.output.read_bytes().splitlines()) == sorted(
+        whole.splitlines()
+    )
 
 
 def test_what_no_run_made_is_not_replaced(job):
@@ -237,7 +289,9 @@ def test_a_file_system_without_locks_is_not_taken_for_another_process(job, monke
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     job.rows(WORDS)
-    with pytest.raises(jfp8kv.NotSupported, match=r"out.jsonl.lock: cannot be locked \(No locks available\): give"):
+    with pytest.raises(
+        jfp8kv.NotSupported, match=r"out.jsonl.lock: cannot be locked \(No locks available\): give"
+    ):
         job.run()
 
 
@@ -254,7 +308,10 @@ def test_an_input_that_ends_in_the_middle_keeps_what_is_finished(job, monkeypatc
             yield row
 
     monkeypatch.setattr(inputs, "_by_line", breaks)
-    with pytest.raises(RunStopped, match=r"cannot be read further: .*Input/output error.* 200 finished rows are kept"):
+    with pytest.raises(
+        RunStopped,
+        match=r"cannot be read further: .*Input/output error.* 200 finished rows are kept",
+    ):
         job.run("input.format=jsonl")
     monkeypatch.undo()
     assert job.run("input.format=jsonl").totals["rows"] == 300
@@ -269,7 +326,9 @@ def test_an_output_that_cannot_be_written_is_tried_again_from_what_is_finished(j
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(outputs, "_write_lines", full)
-    with pytest.raises(RunStopped, match="all rows are finished, and .* cannot be written: No space left on device"):
+    with pytest.raises(
+        RunStopped, match="all rows are finished, and .* cannot be written: No space left on device"
+    ):
         job.run()
     assert not job.output.exists() and not job.output.with_name("out.jsonl.new").exists()
     monkeypatch.undo()
@@ -277,7 +336,9 @@ def test_an_output_that_cannot_be_written_is_tried_again_from_what_is_finished(j
         monkeypatch.context() as patch,
         pytest.raises(RunStopped, match="run.json: No space left on device. 300 finished rows are"),
     ):
-        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(
+            os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
         job.run()
     assert not job.record.with_name("out.jsonl.run.json.new").exists()
     assert job.run(stub=Stub(broken="Say")).totals == {
@@ -291,10 +352,19 @@ def test_an_output_that_cannot_be_written_is_tried_again_from_what_is_finished(j
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ('{"name": "a"}\n{"name": "b"}\n', r":1: the template wants 'word'.*There are name. None of the first 2 rows will do"),
-        ('{"word": "a", "text": "b"}\n', "has a field 'text', as the results do: give `output.prefix`"),
+        (
+            '{"name": "a"}\n{"name": "b"}\n',
+            r":1: the template wants 'word'.*There are name. None of the first 2 rows will do",
+        ),
+        (
+            '{"word": "a", "text": "b"}\n',
+            "has a field 'text', as the results do: give `output.prefix`",
+        ),
         ("w\0o\0r\0d\0\n" * 20, r":1: is no JSON: .* None of the first 16 rows will do"),
-        ('{"word": null}\n', r":1: the template meets a null, which is no text: say \{\{ field or '' \}\}"),
+        (
+            '{"word": null}\n',
+            r":1: the template meets a null, which is no text: say \{\{ field or '' \}\}",
+        ),
     ],
 )
 def test_what_suits_no_row_is_a_mistake_found_before_the_engine_is_there(job, rows, message):
@@ -315,7 +385,10 @@ def test_a_prefix_keeps_results_apart_from_fields_of_their_names(job):
 def test_rows_that_fit_no_table_are_kept_and_made_json_lines_without_running_again(job):
     job.write(out="out.parquet")
     job.rows([*WORDS[:5], {"word": "a", "id": 2**70}])
-    with pytest.raises(RunStopped, match="all rows are finished, .* the rows fit no one table .*`--set output.format=jsonl`"):
+    with pytest.raises(
+        RunStopped,
+        match="all rows are finished, .* the rows fit no one table .*`--set output.format=jsonl`",
+    ):
         job.run()
     job.run("output.format=jsonl", stub=Stub(broken="Say"))
     assert [row["id"] for row in job.results()] == [*range(5), 2**70]
@@ -327,8 +400,14 @@ def test_log_probabilities_and_several_continuations_are_kept(job):
     (row,) = job.results()
     assert len(row["text"]) == len(row["logprobs"]) == 2 and row["text"][0] != row["text"][1]
     first = row["logprobs"][0][0]
-    assert first == {"token_id": ord(row["text"][0][0]), "token": row["text"][0][0], "logprob": -0.5} | {"top": first["top"]}
-    assert {"token_id": 0, "token": "\0", "logprob": -1.5} in first["top"] and row["completion_tokens"] == [16, 16]
+    assert first == {
+        "token_id": ord(row["text"][0][0]),
+        "token": row["text"][0][0],
+        "logprob": -0.5,
+    } | {"top": first["top"]}
+    assert {"token_id": 0, "token": "\0", "logprob": -1.5} in first["top"] and row[
+        "completion_tokens"
+    ] == [16, 16]
 
 
 def test_completions_are_scored(job):
@@ -336,8 +415,17 @@ def test_completions_are_scored(job):
     job.rows([{"question": "how far ?", "answer": "a mile"}, {"question": "no answer"}])
     assert job.run().status == 1
     good, bad = job.results()
-    assert (good["logprob"], good["logprobs"], good["prompt_tokens"], good["completion_tokens"]) == (-5.0, [-1.0, -4.0], 3, 2)
-    assert good["question"] == "how far ?" and bad["logprob"] is None and "'answer'" in bad["error"]["message"]
+    assert (
+        good["logprob"],
+        good["logprobs"],
+        good["prompt_tokens"],
+        good["completion_tokens"],
+    ) == (-5.0, [-1.0, -4.0], 3, 2)
+    assert (
+        good["question"] == "how far ?"
+        and bad["logprob"] is None
+        and "'answer'" in bad["error"]["message"]
+    )
 
 
 @pytest.mark.parametrize("out", ["out.jsonl", "out.parquet"])
@@ -345,12 +433,17 @@ def test_shards_are_parts_of_the_whole_run_and_merged_they_are_it(job, out):
     job.write(out=out)
     job.rows([*WORDS[:50], {"wrd": 1}, *WORDS[50:]])
     job.run()
-    whole, rows = job.output.read_bytes(), [row.fields() for row in Reader(File(path=str(job.output)))]
+    whole, rows = (
+        job.output.read_bytes(),
+        [row.fields() for row in Reader(File(path=str(job.output)))],
+    )
     job.output.unlink(), Paths(job.output).record.unlink()
     for i in range(3):
         outcome = job.run(f"shard=[{i},3]")
         part = [row.fields() for row in Reader(File(path=str(outcome.output)))]
-        assert outcome.output.name == out.replace(".", f".{i}-of-3.") and len(part) == len(rows[i::3])
+        assert outcome.output.name == out.replace(".", f".{i}-of-3.") and len(part) == len(
+            rows[i::3]
+        )
         assert [row["text"] for row in part] == [row["text"] for row in rows[i::3]]
     totals = merge(load(job.config))
     assert job.output.read_bytes() == whole if out == "out.jsonl" else True
@@ -364,16 +457,23 @@ def test_shards_that_are_missing_unfinished_or_of_another_run_are_not_merged(job
     with pytest.raises(jfp8kv.ConfigError, match="out.I-of-N.jsonl: there is no output of a shard"):
         merge(load(job.config))
     job.run("shard=[0,2]")
-    with pytest.raises(jfp8kv.ConfigError, match="out.1-of-2.jsonl: is not there; 1 of 2 shards are finished"):
+    with pytest.raises(
+        jfp8kv.ConfigError, match="out.1-of-2.jsonl: is not there; 1 of 2 shards are finished"
+    ):
         merge(load(job.config))
     other = job.run("shard=[1,2]", "seed=5")
-    with pytest.raises(jfp8kv.ConfigError, match="out.1-of-2.jsonl: is not of the run of .*config.seed was 0, is 5"):
+    with pytest.raises(
+        jfp8kv.ConfigError, match="out.1-of-2.jsonl: is not of the run of .*config.seed was 0, is 5"
+    ):
         merge(load(job.config))
     Paths(other.output).record.unlink()
     with pytest.raises(jfp8kv.ConfigError, match="nobody knows whether .*1-of-2.jsonl is whole"):
         merge(load(job.config))
     job.run("shard=[2,3]")
-    with pytest.raises(jfp8kv.ConfigError, match=r"there are outputs of 2 and of 3 shards: say which with --set shard=\[0,N\]"):
+    with pytest.raises(
+        jfp8kv.ConfigError,
+        match=r"there are outputs of 2 and of 3 shards: say which with --set shard=\[0,N\]",
+    ):
         merge(load(job.config))
     job.output.write_text("precious")
     with pytest.raises(jfp8kv.ConfigError, match="is there already"):

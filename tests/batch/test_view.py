@@ -35,7 +35,9 @@ def test_lines_are_said_where_there_is_no_terminal(capsys):
     with View(line_s=0.01).watching(progress):
         time.sleep(0.1)
     lines = capsys.readouterr().err.splitlines()
-    assert lines and set(lines) == {"jfp8kv: " + "; ".join(f"{name} {value}" for name, value in progress().figures().items())}
+    assert lines and set(lines) == {
+        "jfp8kv: " + "; ".join(f"{name} {value}" for name, value in progress().figures().items())
+    }
 
 
 def test_nothing_is_said_when_quiet(capsys):
@@ -52,7 +54,11 @@ def test_a_table_is_drawn_on_a_terminal(job):
     try:
         command = [sys.executable, str(STUB), str(job.config), "--step-s", "0.03", "--view"]
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=other, stdout=subprocess.PIPE
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stderr=other,
+            stdout=subprocess.PIPE,
         )
         drawn = os.read(main, 100_000).decode()
     finally:

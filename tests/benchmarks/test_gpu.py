@@ -24,7 +24,9 @@ from pallas_kernels.paged_decode.reference import paged_decode_reference
 
 @pytest.fixture
 def session(tmp_path) -> Session:
-    made = Session(tmp_path / "results.json", Clock(calls=2, repeats=1), True, time.perf_counter() + 60)
+    made = Session(
+        tmp_path / "results.json", Clock(calls=2, repeats=1), True, time.perf_counter() + 60
+    )
     made.begin("a part", 1.0)
     return made
 
@@ -40,7 +42,9 @@ def test_a_dry_run_reaches_its_end_and_leaves_results(tmp_path, capsys):
     ours = [row for row in facts["rows"] if row["part"] not in ("device", "peers")]
     assert not [row for row in ours if "skipped" in row]
     measured = [goal["what"] for goal in facts["goals"] if goal["got"] is not None]
-    assert len(measured) >= len(facts["goals"]) - 1, f"of all goals only {measured}"  # other people's kernels may be absent
+    assert len(measured) >= len(facts["goals"]) - 1, (
+        f"of all goals only {measured}"
+    )  # other people's kernels may be absent
     assert "a dry run measures nothing" in capsys.readouterr().out
 
 
@@ -88,7 +92,10 @@ def test_a_kernel_that_does_not_compile_fails_the_run(session):
 def test_slots_that_nobody_sees_hold_nan():
     batch = checks.Case("plain", "paged_prefill", "e4m3", checks.DRY).batch(3)
     values = batch.arrays["k_pages"].view(batch.dtype).astype(np.float32)
-    assert np.isfinite(values).sum() == sum(checks.DRY.lengths) * checks.DRY.kv_heads * checks.DRY.head_dim
+    assert (
+        np.isfinite(values).sum()
+        == sum(checks.DRY.lengths) * checks.DRY.kv_heads * checks.DRY.head_dim
+    )
     assert np.isnan(values[: batch.first_row]).all(), "the other layer"
 
 
@@ -98,7 +105,10 @@ def test_what_no_time_is_left_for_becomes_a_row(session):
         done.append(item)
         session.part_ends = time.perf_counter() + (100 if item == 0 else -1)
     assert done == [0, 1]
-    assert [row["what"] for row in session.facts["rows"] if row["skipped"] == "no time left"] == ["2", "3"]
+    assert [row["what"] for row in session.facts["rows"] if row["skipped"] == "no time left"] == [
+        "2",
+        "3",
+    ]
 
 
 def test_results_are_never_overwritten(tmp_path):
@@ -142,18 +152,25 @@ def test_where_cupti_sees_nothing_loops_are_timed():
     assert clock.by == "loop" and "CUPTI" in clock.why
     work, carry = Work(lambda carry, rest, turn: carry * 2 + turn, turns=2), jnp.ones(4, jnp.int32)
     program = clock.lower(work, jax.eval_shape(lambda: carry), None).compile()
-    assert program(carry, None).tolist() == [(1 * 2 + 0) * 2 + 1] * 4, "each call takes the last one's result and the next turn"
+    assert program(carry, None).tolist() == [(1 * 2 + 0) * 2 + 1] * 4, (
+        "each call takes the last one's result and the next turn"
+    )
     assert clock.time(work, program, carry, None).median > 0
 
 
 def peer(session: Session, code: str) -> None:
-    session.processes["a peer"] = peers.subprocess.Popen([sys.executable, "-c", code], **peers.PIPES)
+    session.processes["a peer"] = peers.subprocess.Popen(
+        [sys.executable, "-c", code], **peers.PIPES
+    )
 
 
 @pytest.mark.parametrize(
     ("code", "error"),
     [
-        ('print(\'ready\', flush=True); input(); print(\'{"what": "x", "us": 2.0}\', flush=True)', None),
+        (
+            'print(\'ready\', flush=True); input(); print(\'{"what": "x", "us": 2.0}\', flush=True)',
+            None,
+        ),
         ("raise SystemExit(3)", "status 3"),
         ("import time; print('ready', flush=True); time.sleep(60)", "not done after"),
     ],
@@ -193,10 +210,14 @@ def test_tuned_blocks_come_before_the_rule(tmp_path, monkeypatch):
     rule = decode_blocks.blocks_for(**SIZES, **more, tokens=8192, compute=compute)
     tune.publish(given, path=tables.path_of)
     try:
-        assert decode_blocks.blocks_for(**SIZES, **more, tokens=8192, compute=compute) == found != rule
+        assert (
+            decode_blocks.blocks_for(**SIZES, **more, tokens=8192, compute=compute) == found != rule
+        )
         short = decode_blocks.blocks_for(**SIZES, **more, tokens=200, compute=compute)
         assert short == dataclasses.replace(found, splits=2), "no more parts than blocks of keys"
-        other = decode_blocks.blocks_for(**SIZES | {"requests": 1}, **more, tokens=8192, compute=compute)
+        other = decode_blocks.blocks_for(
+            **SIZES | {"requests": 1}, **more, tokens=8192, compute=compute
+        )
         assert other.block_k == rule.block_k, "a class that was not tried goes by the rule"
     finally:
         tables.read.cache_clear()
@@ -204,7 +225,9 @@ def test_tuned_blocks_come_before_the_rule(tmp_path, monkeypatch):
 
 def test_every_shipped_table_is_made_of_blocks():
     for kernel, blocks in {"paged_decode": DecodeBlocks, "paged_prefill": PrefillBlocks}.items():
-        assert all(blocks(**found) for device in tables.read(kernel).values() for found in device.values())
+        assert all(
+            blocks(**found) for device in tables.read(kernel).values() for found in device.values()
+        )
 
 
 def test_publishing_keeps_what_is_known_of_other_devices_and_classes(tmp_path):
@@ -220,7 +243,10 @@ def test_publishing_keeps_what_is_known_of_other_devices_and_classes(tmp_path):
 
 
 def test_the_fairest_blocks_win_among_problems_of_a_class():
-    times = {"short": {"a": 1.0, "b": 1.2, None: 3.0}, "long": {"a": 9.0, "b": 4.4, "c": 4.0, None: 8.0}}
+    times = {
+        "short": {"a": 1.0, "b": 1.2, None: 3.0},
+        "long": {"a": 9.0, "b": 4.4, "c": 4.0, None: 8.0},
+    }
     assert tune.fairest(times) == "b"
 
 
@@ -238,11 +264,18 @@ def test_the_nearest_choices_are_tried_first():
 
 
 def test_blocks_that_give_other_results_are_not_chosen(session, monkeypatch):
-    one = problems.Attention(problems.Shape("s", 2, 48, 4, 2, 16, 16), "e4m3", problems.TENSOR, False, 20_000, True)
+    one = problems.Attention(
+        problems.Shape("s", 2, 48, 4, 2, 16, 16), "e4m3", problems.TENSOR, False, 20_000, True
+    )
     right = jnp.ones((2, 4, 16), jnp.bfloat16)
     wrong = DecodeBlocks(block_k=32, warps=2, stages=3, splits=2)
     monkeypatch.setattr(tune, "candidates", lambda *_: [None, wrong])
-    programs = {None: lambda carry, rest: right, wrong: lambda carry, rest: right.at[0, 0, 0].set(9)}
-    monkeypatch.setattr(tune, "compile_all", lambda session, some, size: {v: programs[v.blocks] for v in some})
+    programs = {
+        None: lambda carry, rest: right,
+        wrong: lambda carry, rest: right.at[0, 0, 0].set(9),
+    }
+    monkeypatch.setattr(
+        tune, "compile_all", lambda session, some, size: {v: programs[v.blocks] for v in some}
+    )
     assert set(tune.tried(session, one, {"compilers": 2})) == {None}
     assert session.failed and "wrong by" in session.facts["rows"][0]["skipped"]

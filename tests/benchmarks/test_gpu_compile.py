@@ -13,7 +13,11 @@ def test_every_case_has_a_name_of_its_own():
 def test_the_document_lists_every_case():
     """Its figures may be of another compiler; a kernel or option that it does not have needs `make gpu-compile`."""
     made = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
-    rows = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in made.splitlines() if line.startswith("| ")][2:]
+    rows = [
+        tuple(cell.strip() for cell in line.split("|")[1:3])
+        for line in made.splitlines()
+        if line.startswith("| ")
+    ][2:]
     assert rows == [(case.name, case.target.name.upper()) for case in cases()]
 
 
@@ -30,7 +34,9 @@ def test_the_generated_part_alone_is_written_again(monkeypatch):
 def test_as_many_blocks_fit_as_the_scarcest_of_registers_shared_memory_and_threads_allows():
     case = cases()[0]
     assert case.target.name == "h100"
-    by_registers = Report(case, 97, 0, 1024, 4, (), None, ())  # 104 registers a lane are allocated: 65536 // (104 * 128)
+    by_registers = Report(
+        case, 97, 0, 1024, 4, (), None, ()
+    )  # 104 registers a lane are allocated: 65536 // (104 * 128)
     by_shared = Report(case, 32, 0, 38916, 4, (), None, ())  # 233472 // (38916 + 1024)
     by_threads = Report(case, 32, 0, 1024, 8, (), None, ())  # 2048 // 256
     assert (by_registers.blocks, by_shared.blocks, by_threads.blocks) == (4, 5, 8)

@@ -21,7 +21,12 @@ def code(*, wants: Wants | None = None, without: str = "", **extra: int) -> list
 
 
 def memory(hlo: str = "", **changed) -> list[str]:
-    given = {"temporary_bytes": 1 << 20, "aliased_bytes": 2 * POOL, "pool_bytes": [POOL, POOL], "written": True} | changed
+    given = {
+        "temporary_bytes": 1 << 20,
+        "aliased_bytes": 2 * POOL,
+        "pool_bytes": [POOL, POOL],
+        "written": True,
+    } | changed
     inside = "%fused (p: u8[8192,8,64,128]) -> f32[8192,8,64,128] {\n  %x = f32[8192,8,64,128] convert(%p)\n}"  # in registers
     return list(in_memory(f"{inside}\nENTRY %main {{\n{hlo}\n}}", **given))
 
@@ -31,7 +36,16 @@ def test_a_good_loop_passes():
 
 
 @pytest.mark.parametrize(
-    "op", ["LDS__U8", "LDS__S8", "LDG__E__U8__CONSTANT", "LDG__E__U16", "LD__E__U8", "LDS__U__U16", "STG__E__U8"]
+    "op",
+    [
+        "LDS__U8",
+        "LDS__S8",
+        "LDG__E__U8__CONSTANT",
+        "LDG__E__U16",
+        "LD__E__U8",
+        "LDS__U__U16",
+        "STG__E__U8",
+    ],
 )
 def test_loads_and_stores_of_one_or_two_bytes_fail(op):
     assert code(**{op: 3}) == ["3 loads and stores of one or two bytes; 0 allowed"]
@@ -39,7 +53,9 @@ def test_loads_and_stores_of_one_or_two_bytes_fail(op):
 
 def test_as_many_narrow_ones_as_the_exponents_need_pass():
     assert code(wants=Wants(narrow=3), LDG__E__U8=3) == []
-    assert code(wants=Wants(narrow=3), LDG__E__U8=4) == ["4 loads and stores of one or two bytes; 3 allowed"]
+    assert code(wants=Wants(narrow=3), LDG__E__U8=4) == [
+        "4 loads and stores of one or two bytes; 3 allowed"
+    ]
 
 
 @pytest.mark.parametrize("op", ["F2F__BF16__F32", "F2F__F32__F16"])
@@ -61,7 +77,9 @@ def test_attending_without_wide_asynchronous_copies_fails():
 
 
 def test_each_of_several_hot_loops_is_held_to_all_of_it():
-    assert list(in_code([Counter(GOOD), Counter({"HMMA.16816.F32": 1})], Wants())) == ["no asynchronous copy of 16 bytes"]
+    assert list(in_code([Counter(GOOD), Counter({"HMMA.16816.F32": 1})], Wants())) == [
+        "no asynchronous copy of 16 bytes"
+    ]
 
 
 def test_more_spills_than_are_allowed_beside_the_loop_fail():
@@ -77,7 +95,9 @@ def test_a_single_spilled_register_in_the_hot_loop_fails(op):
 
 
 def test_a_step_that_writes_as_much_as_a_pool_fails_whatever_it_is():
-    assert memory("  %copy.1 = u8[8192,8,64,128]{3,2,1,0} copy(%p)") == ["writes u8[8192,8,64,128] beside the kernel (copy)"]
+    assert memory("  %copy.1 = u8[8192,8,64,128]{3,2,1,0} copy(%p)") == [
+        "writes u8[8192,8,64,128] beside the kernel (copy)"
+    ]
     assert memory("  ROOT %f = bf16[4096,8,64,128]{3,2,1,0} fusion(%p), kind=kLoop") == [
         "writes bf16[4096,8,64,128] beside the kernel (fusion)"
     ]
@@ -97,7 +117,9 @@ def test_kernels_views_and_small_steps_pass():
 
 
 def test_memory_for_another_pool_fails():
-    assert memory(temporary_bytes=POOL) == [f"needs {POOL} bytes beside its arguments: as much as a pool"]
+    assert memory(temporary_bytes=POOL) == [
+        f"needs {POOL} bytes beside its arguments: as much as a pool"
+    ]
 
 
 def test_a_pool_that_is_written_but_not_in_place_fails():

@@ -11,7 +11,8 @@ from benchmarks._gpu.topology import Target
 def listing(*lines: str) -> str:
     """What nvdisasm would print for these instructions and labels."""
     code = (
-        line if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines)
+        line if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;"
+        for i, line in enumerate(lines)
     )
     return "\n".join(code)
 
@@ -33,7 +34,12 @@ NESTED = listing(
 
 
 def test_an_instruction_keeps_its_modifiers_and_its_guard():
-    kernel = sass.parse(listing("@!P2 LDGSTS.E.BYPASS.128 [R29+0x800], desc[UR12][R12.64]", "HGMMA.64x64x16.F32 R8, R4"), "k")
+    kernel = sass.parse(
+        listing(
+            "@!P2 LDGSTS.E.BYPASS.128 [R29+0x800], desc[UR12][R12.64]", "HGMMA.64x64x16.F32 R8, R4"
+        ),
+        "k",
+    )
     assert [at.op for at in kernel.instructions] == ["LDGSTS.E.BYPASS.128", "HGMMA.64x64x16.F32"]
     assert [at.conditional for at in kernel.instructions] == [True, False]
 
@@ -51,24 +57,45 @@ def test_loops_are_found_and_the_trap_behind_the_end_is_none():
 
 
 def test_the_hot_loop_is_the_innermost_one_with_tensor_cores():
-    assert sass.parse(NESTED, "k").hot(among=bound.TENSOR) == [Counter({"HMMA.16816.F32": 1, "BRA": 1})]
+    assert sass.parse(NESTED, "k").hot(among=bound.TENSOR) == [
+        Counter({"HMMA.16816.F32": 1, "BRA": 1})
+    ]
 
 
 def test_an_inner_loop_without_tensor_cores_does_not_hide_the_one_around_it():
-    text = listing(".L_x_1:", "HMMA.16816.F32 R4", ".L_x_2:", "FADD R2", "@P0 BRA `(.L_x_2)", "@P1 BRA `(.L_x_1)", "EXIT")
+    text = listing(
+        ".L_x_1:",
+        "HMMA.16816.F32 R4",
+        ".L_x_2:",
+        "FADD R2",
+        "@P0 BRA `(.L_x_2)",
+        "@P1 BRA `(.L_x_1)",
+        "EXIT",
+    )
     (hot,) = sass.parse(text, "k").hot(among=bound.TENSOR)
     assert hot == Counter({"HMMA.16816.F32": 1, "FADD": 1, "BRA": 2})
 
 
 def test_without_tensor_cores_the_longest_innermost_loop_is_hot_and_without_loops_everything():
-    text = listing(".L_x_1:", "@P0 BRA `(.L_x_1)", ".L_x_2:", "FADD R2", "@P1 BRA `(.L_x_2)", "EXIT")
+    text = listing(
+        ".L_x_1:", "@P0 BRA `(.L_x_1)", ".L_x_2:", "FADD R2", "@P1 BRA `(.L_x_2)", "EXIT"
+    )
     assert sass.parse(text, "k").hot(among=bound.TENSOR) == [Counter({"FADD": 1, "BRA": 1})]
-    assert sass.parse(listing("FADD R2", "EXIT"), "k").hot(among=bound.TENSOR) == [Counter({"FADD": 1, "EXIT": 1})]
+    assert sass.parse(listing("FADD R2", "EXIT"), "k").hot(among=bound.TENSOR) == [
+        Counter({"FADD": 1, "EXIT": 1})
+    ]
 
 
 def test_code_out_of_line_belongs_to_the_loop_that_runs_it():
     text = listing(
-        ".L_x_1:", "@P2 BRA `(.L_x_8)", ".L_x_7:", "@P0 BRA `(.L_x_1)", "EXIT", ".L_x_8:", "MUFU.EX2 R1", "BRA `(.L_x_7)"
+        ".L_x_1:",
+        "@P2 BRA `(.L_x_8)",
+        ".L_x_7:",
+        "@P0 BRA `(.L_x_1)",
+        "EXIT",
+        ".L_x_8:",
+        "MUFU.EX2 R1",
+        "BRA `(.L_x_7)",
     )
     (loop,) = sass.parse(text, "k").loops
     assert sass.parse(text, "k").counts(loop) == Counter({"BRA": 3, "MUFU.EX2": 1})
@@ -89,7 +116,14 @@ def test_a_loop_may_be_left_by_a_call_or_by_a_predicate_among_the_operands():
 
 def test_diverged_warps_are_not_counted():
     text = listing(
-        ".L_x_1:", "BRA.DIV UR4, `(.L_x_8)", ".L_x_7:", "@P0 BRA `(.L_x_1)", "EXIT", ".L_x_8:", "SHFL.BFLY R1", "BRA `(.L_x_7)"
+        ".L_x_1:",
+        "BRA.DIV UR4, `(.L_x_8)",
+        ".L_x_7:",
+        "@P0 BRA `(.L_x_1)",
+        "EXIT",
+        ".L_x_8:",
+        "SHFL.BFLY R1",
+        "BRA `(.L_x_7)",
     )
     (loop,) = sass.parse(text, "k").loops
     assert sass.parse(text, "k").counts(loop) == Counter({"BRA.DIV": 1, "BRA": 1})
@@ -97,7 +131,10 @@ def test_diverged_warps_are_not_counted():
 
 def test_one_kernel_of_several_is_read():
     text = (
-        "\n//----- one\n.text.one:\n" + listing("FADD R1", "EXIT") + "\n//----- two\n.text.two:\n" + listing("FMUL R1", "EXIT")
+        "\n//----- one\n.text.one:\n"
+        + listing("FADD R1", "EXIT")
+        + "\n//----- two\n.text.two:\n"
+        + listing("FMUL R1", "EXIT")
     )
     assert sass.parse(text, "one").counts() == Counter({"FADD": 1, "EXIT": 1})
     assert sass.parse(text, "two").counts() == Counter({"FMUL": 1, "EXIT": 1})
@@ -105,7 +142,11 @@ def test_one_kernel_of_several_is_read():
 
 @pytest.mark.parametrize(
     ("op", "count"),
-    [("HMMA.16816.F32", 16 * 8 * 16), ("HMMA.1688.F32.TF32", 16 * 8 * 8), ("HGMMA.64x128x16.F32", 64 * 128 * 16 // 4)],
+    [
+        ("HMMA.16816.F32", 16 * 8 * 16),
+        ("HMMA.1688.F32.TF32", 16 * 8 * 8),
+        ("HGMMA.64x128x16.F32", 64 * 128 * 16 // 4),
+    ],
 )
 def test_multiply_adds_are_those_of_one_warp(op, count):
     assert bound.multiply_adds(op) == count
@@ -137,7 +178,9 @@ def test_each_instruction_is_counted_in_its_own_pipe(op, pipe, took):
 
 
 def test_what_waits_for_copies_moves_nothing():
-    assert not bound.clocks(Counter({"LDGDEPBAR": 1}), warps=4, target=Target.h100())["shared memory"]
+    assert not bound.clocks(Counter({"LDGDEPBAR": 1}), warps=4, target=Target.h100())[
+        "shared memory"
+    ]
 
 
 def test_streaming_is_bytes_copied_over_the_fullest_pipe():
@@ -146,15 +189,23 @@ def test_streaming_is_bytes_copied_over_the_fullest_pipe():
     found = bound.streaming(counts, warps=1, target=Target.h100())
     assert found.limit == "special functions"
     assert found.share == pytest.approx(16 * 132 * 1.755e9 / 3.35232e12)
-    assert bound.streaming(counts, warps=1, target=Target.h100(), used=0.75).share == pytest.approx(0.75 * found.share)
+    assert bound.streaming(counts, warps=1, target=Target.h100(), used=0.75).share == pytest.approx(
+        0.75 * found.share
+    )
     assert bound.streaming(Counter({"FADD": 1}), warps=1, target=Target.h100()) is None
 
 
 def test_multiplying_is_measured_against_the_quickest_tensor_instruction():
-    assert bound.multiplying(Counter({"HMMA.16816.F32": 1}), warps=4, target=Target.h100()).share == pytest.approx(0.5)
-    assert bound.multiplying(Counter({"HMMA.16816.F32": 1}), warps=4, target=Target.a100()).share == pytest.approx(1.0)
+    assert bound.multiplying(
+        Counter({"HMMA.16816.F32": 1}), warps=4, target=Target.h100()
+    ).share == pytest.approx(0.5)
+    assert bound.multiplying(
+        Counter({"HMMA.16816.F32": 1}), warps=4, target=Target.a100()
+    ).share == pytest.approx(1.0)
     # Half the rate, and three products for one.
-    assert bound.multiplying(Counter({"HMMA.1688.F32.TF32": 1}), warps=4, target=Target.a100()).share == pytest.approx(1 / 6)
+    assert bound.multiplying(
+        Counter({"HMMA.1688.F32.TF32": 1}), warps=4, target=Target.a100()
+    ).share == pytest.approx(1 / 6)
     assert bound.multiplying(Counter({"FADD": 1}), warps=4, target=Target.h100()) is None
 
 

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.quick_compile
 
 def test_nothing_is_lost_by_many_callers_in_little_memory() -> None:
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 16}  # few programs to compile
-    report = soak.soak(jfp8kv.load(soak.MODEL, dtype="float32"), 150, settled=50, share=0.04, **sizes)
+    report = soak.soak(
+        jfp8kv.load(soak.MODEL, dtype="float32"), 150, settled=50, share=0.04, **sizes
+    )
     assert report.whole and report.missing == 0 and sum(report.ends.values()) == 150
     assert report.preemptions > 0 and {"length", "closed", "deadline"} <= set(report.ends)
 

@@ -17,18 +17,24 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.allocator = PageAllocator(PAGES)
         self.held: list[list[int]] = []
-        self.keys: dict[int, tuple[int, int]] = {}  # by key: the page, and how many of its slots it speaks of
+        self.keys: dict[
+            int, tuple[int, int]
+        ] = {}  # by key: the page, and how many of its slots it speaks of
 
     @rule(count=st.integers(0, PAGES + 1))
     def allocate(self, count: int) -> None:
         if count > self.allocator.free_pages:
             before = self.allocator.free_pages
-            with pytest.raises(CapacityError, match=f"{count} pages asked for, {before} of {PAGES}"):
+            with pytest.raises(
+                CapacityError, match=f"{count} pages asked for, {before} of {PAGES}"
+            ):
                 self.allocator.allocate(count)
             assert self.allocator.free_pages == before
         else:
             pages = self.allocator.allocate(count)
-            assert len(set(pages)) == count and not set(pages) & {p for held in self.held for p in held}
+            assert len(set(pages)) == count and not set(pages) & {
+                p for held in self.held for p in held
+            }
             self.held.append(pages)
 
     @precondition(lambda self: self.held)
@@ -50,7 +56,7 @@ class Histories(RuleBasedStateMachine):
         if pages:
             page = data.draw(st.sampled_from(pages))
             before = self.allocator.find(key)
-            self.allocator.keep(page, key, slots)
+            self.allocator.register(page, key, slots)
             if before is not None:
                 assert self.allocator.find(key) == before, "a key stays with its page"
             else:
@@ -61,10 +67,14 @@ class Histories(RuleBasedStateMachine):
     def write(self, data, slot: int) -> None:
         """Keys that speak of what is written over are gone, at once and alone."""
         page = data.draw(st.sampled_from([page for held in self.held for page in held] or [None]))
-        if page is not None and self.allocator.holders(page) == 1:
-            self.allocator.overwrite(page, slot)
-            self.keys = {key: kept for key, kept in self.keys.items() if kept[0] != page or kept[1] <= slot}
-            assert all((self.allocator.find(key) == page) == (key in self.of(page)) for key in range(6))
+        if page is not None and self.allocator.ref_count(page) == 1:
+            self.allocator.invalidate_from(page, slot)
+            self.keys = {
+                key: kept for key, kept in self.keys.items() if kept[0] != page or kept[1] <= slot
+            }
+            assert all(
+                (self.allocator.find(key) == page) == (key in self.of(page)) for key in range(6)
+            )
 
     def of(self, page: int) -> list[int]:
         return [key for key, kept in self.keys.items() if kept[0] == page]
@@ -85,12 +95,12 @@ class Histories(RuleBasedStateMachine):
             if found is None:
                 del self.keys[key]
         for key, (page, _) in self.keys.items():
-            assert not self.allocator.holders(page) or self.allocator.find(key) == page
+            assert not self.allocator.ref_count(page) or self.allocator.find(key) == page
 
     @invariant()
     def every_page_is_counted(self) -> None:
         for page in range(PAGES):
-            assert self.allocator.holders(page) == sum(page in held for held in self.held)
+            assert self.allocator.ref_count(page) == sum(page in held for held in self.held)
         used = len({p for held in self.held for p in held})
         assert (self.allocator.used_pages, self.allocator.free_pages) == (used, PAGES - used)
 
@@ -102,7 +112,7 @@ def test_what_is_longest_idle_is_forgotten_first_and_free_pages_before_any() -> 
     allocator = PageAllocator(3)
     a, b, c = allocator.allocate(3)
     for page in (a, b):
-        allocator.keep(page, f"key of {page}", SLOTS)
+        allocator.register(page, f"key of {page}", SLOTS)
     allocator.release([a])
     allocator.release([b, c])
     assert allocator.free_pages == 3
@@ -127,4 +137,4 @@ def test_a_page_that_others_hold_is_not_written_over() -> None:
     pages = allocator.allocate(1)
     allocator.share(pages)
     with pytest.raises(AssertionError, match="2 hold it"):
-        allocator.overwrite(pages[0], 1)
+        allocator.invalidate_from(pages[0], 1)

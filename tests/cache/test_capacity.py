@@ -5,8 +5,8 @@ import pytest
 
 from jfp8kv.cache.capacity import default_bytes, free_bytes, pages_for, parse_bytes
 from jfp8kv.cache.groups import LayerGroups
-from jfp8kv.cache.layout import LayerKind, PoolLayout, widths
-from jfp8kv.cache.pages import new_pages, page_bytes
+from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, widths
+from jfp8kv.cache.pool import new_pool, page_bytes
 from jfp8kv.core.errors import CapacityError, ConfigError
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT32
 
@@ -27,7 +27,9 @@ def test_sizes_are_read_in_the_usual_spellings(given, bytes_) -> None:
     assert parse_bytes(given) == bytes_
 
 
-@pytest.mark.parametrize("bad", ["", "two GiB", "-1GB", 0, -5, True, None, float("inf"), float("nan"), "3 XB", "1Gi"])
+@pytest.mark.parametrize(
+    "bad", ["", "two GiB", "-1GB", 0, -5, True, None, float("inf"), float("nan"), "3 XB", "1Gi"]
+)
 def test_other_sizes_are_refused_with_an_example(bad) -> None:
     with pytest.raises(ConfigError, match="512MiB"):
         parse_bytes(bad)
@@ -40,17 +42,33 @@ def test_a_budget_buys_whole_pages_up_to_a_limit_and_never_none() -> None:
         pages_for(99, bytes_per_page=100, page_size=16, most=99)
 
 
-KINDS = {"e4m3": [LayerKind(E4M3)] * 3, "dynamic": [LayerKind(E4M3, True)] * 3, "bf16": [LayerKind(BFLOAT16)] * 3} | {
-    "mixed": [LayerKind(E4M3), LayerKind(BFLOAT16), LayerKind(E5M2, True), LayerKind(FLOAT32)]
+KINDS = {
+    "e4m3": [LayerCacheSpec(E4M3)] * 3,
+    "dynamic": [LayerCacheSpec(E4M3, True)] * 3,
+    "bf16": [LayerCacheSpec(BFLOAT16)] * 3,
+} | {
+    "mixed": [
+        LayerCacheSpec(E4M3),
+        LayerCacheSpec(BFLOAT16),
+        LayerCacheSpec(E5M2, True),
+        LayerCacheSpec(FLOAT32),
+    ]
 }
 
 
 @pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
 def test_page_bytes_is_what_the_arrays_take_and_no_more_than_the_layers_need(kinds) -> None:
-    layout, sizes = PoolLayout.of(kinds, LayerGroups.of([0] * len(kinds), widths(kinds))), {"page_size": 8, "kv_heads": 2}
-    pool = new_pages(layout, num_pages=5, head_dim=16, **sizes)
-    assert sum(x.nbytes for x in jax.tree.leaves(pool)) == 5 * page_bytes(layout, head_dim=16, **sizes)
-    assert page_bytes(layout, head_dim=16, **sizes) == 2 * 8 * 2 * sum(16 * k.fmt.itemsize + k.dynamic for k in kinds)
+    layout, sizes = (
+        PoolLayout.of(kinds, LayerGroups.of([0] * len(kinds), widths(kinds))),
+        {"page_size": 8, "kv_heads": 2},
+    )
+    pool = new_pool(layout, num_pages=5, head_dim=16, **sizes)
+    assert sum(x.nbytes for x in jax.tree.leaves(pool)) == 5 * page_bytes(
+        layout, head_dim=16, **sizes
+    )
+    assert page_bytes(layout, head_dim=16, **sizes) == 2 * 8 * 2 * sum(
+        16 * k.fmt.itemsize + k.dynamic for k in kinds
+    )
 
 
 def test_the_default_is_a_share_of_what_is_free() -> None:

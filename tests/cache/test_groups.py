@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from jfp8kv.cache.groups import WASTE, LayerGroups, PageNeeds
+from jfp8kv.cache.groups import WASTE, LayerGroups, PageRequirements
 
 layer_windows = st.lists(st.sampled_from([0, 0, 8, 16]), min_size=1, max_size=48)
 
@@ -19,11 +19,19 @@ def test_every_layer_has_a_place_of_its_own_and_little_of_the_pool_lies_idle(win
     assert len(windows) >= (1 - WASTE) * len(groups.windows) * groups.depth - 1e-9
 
 
-@given(layers=st.lists(st.tuples(st.sampled_from([0, 0, 8]), st.sampled_from([1, 2, 4])), min_size=1, max_size=40))
+@given(
+    layers=st.lists(
+        st.tuples(st.sampled_from([0, 0, 8]), st.sampled_from([1, 2, 4])), min_size=1, max_size=40
+    )
+)
 def test_layers_of_several_widths_never_share_a_slot(layers) -> None:
     windows, widths = zip(*layers, strict=True)
     groups = LayerGroups.of(windows, widths)
-    taken = [(g, s + i) for g, s, w in zip(groups.group, groups.slot, widths, strict=True) for i in range(w)]
+    taken = [
+        (g, s + i)
+        for g, s, w in zip(groups.group, groups.slot, widths, strict=True)
+        for i in range(w)
+    ]
     assert len(set(taken)) == sum(widths) and all(slot < groups.depth for _, slot in taken)
     assert [groups.windows[group] for group in groups.group] == list(windows)
     if len(set(windows)) == 1:
@@ -37,7 +45,12 @@ def test_layers_that_are_all_alike_are_one_group_and_their_own_slots() -> None:
 
 @pytest.mark.parametrize(
     ("windows", "depth", "count"),
-    [([8, 0] * 13, 13, 2), (([8] * 5 + [0]) * 4, 4, 6), ([0] * 3 + [8], 1, 4), (([8] * 5 + [0]) * 4 + [8, 8], 4, 7)],
+    [
+        ([8, 0] * 13, 13, 2),
+        (([8] * 5 + [0]) * 4, 4, 6),
+        ([0] * 3 + [8], 1, 4),
+        (([8] * 5 + [0]) * 4 + [8, 8], 4, 7),
+    ],
 )
 def test_groups_are_as_deep_as_can_be(windows, depth, count) -> None:
     groups = LayerGroups.of(windows)
@@ -45,7 +58,9 @@ def test_groups_are_as_deep_as_can_be(windows, depth, count) -> None:
 
 
 def test_a_window_bounds_the_pages_of_a_long_text_and_costs_nothing_in_a_short_one() -> None:
-    needs = PageNeeds(LayerGroups.of([512] * 5 + [0]), 64, span=512)
-    assert needs.of(100) == [2] * 6
-    assert needs.of(8192) == [17] * 5 + [128]
-    assert needs.total(8192) == 5 * 17 + 128
+    requirements = PageRequirements(
+        LayerGroups.of([512] * 5 + [0]), 64, max_tokens_per_dispatch=512
+    )
+    assert requirements.of(100) == [2] * 6
+    assert requirements.of(8192) == [17] * 5 + [128]
+    assert requirements.total_pages(8192) == 5 * 17 + 128

@@ -7,34 +7,50 @@ import pytest
 
 from jfp8kv.cache.groups import LayerGroups
 from jfp8kv.cache.kernel_write import KernelWrite
-from jfp8kv.cache.layout import LayerKind, PoolLayout, widths
-from jfp8kv.cache.pages import KVPages, LayerScales, fill, given_back, new_pages, read, write
+from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, widths
+from jfp8kv.cache.pool import KVPool, LayerScales, fake_quant, new_pool, poison, read, write
 from jfp8kv.cache.scales import KVScales
-from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32, FORMATS, encode_numpy, join_planes, split_planes
+from jfp8kv.core.formats import (
+    BFLOAT16,
+    E4M3,
+    E5M2,
+    FLOAT16,
+    FLOAT32,
+    FORMATS,
+    encode_numpy,
+    join_planes,
+    split_planes,
+)
 
 LAYERS, PAGES, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
 
 
-BOTH_LAYOUTS = pytest.mark.parametrize("keys_transposed", [True, False], ids=["keys transposed", "keys as values"])
+BOTH_LAYOUTS = pytest.mark.parametrize(
+    "keys_transposed", [True, False], ids=["keys transposed", "keys as values"]
+)
 # How tokens are stored, and how keys lie: by XLA in either layout, by the kernel as values.
 EACH_WAY = pytest.mark.parametrize(
     ("write", "keys_transposed"),
     [
         pytest.param(write, True, id="keys transposed"),
         pytest.param(write, False, id="keys as values"),
-        pytest.param(KernelWrite(interpret=True), False, id="kernel", marks=pytest.mark.quick_compile),
+        pytest.param(
+            KernelWrite(interpret=True), False, id="kernel", marks=pytest.mark.quick_compile
+        ),
     ],
 )
 
 
-def pool(fmt, dynamic: bool = False, keys_transposed: bool = True) -> KVPages:
+def pool(fmt, dynamic: bool = False, keys_transposed: bool = True) -> KVPool:
     layout = PoolLayout.alike(fmt, LAYERS, dynamic=dynamic, keys_transposed=keys_transposed)
-    pages = new_pages(layout, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM)
-    return fill(pages, fmt.nan_code)
+    pages = new_pool(layout, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM)
+    return poison(pages, fmt.nan_code)
 
 
 def scales_of(kind: str) -> LayerScales:
-    shape = {"tensor": (LAYERS, 1, 1), "head": (LAYERS, HEADS, 1), "channel": (LAYERS, HEADS, DIM)}[kind]
+    shape = {"tensor": (LAYERS, 1, 1), "head": (LAYERS, HEADS, 1), "channel": (LAYERS, HEADS, DIM)}[
+        kind
+    ]
     rng = np.random.default_rng(5)
     scales = KVScales(rng.uniform(0.01, 0.1, shape), rng.uniform(0.01, 0.1, shape))
     return LayerScales.of(scales, layers=LAYERS, kv_heads=HEADS, head_dim=DIM)
@@ -47,22 +63,35 @@ def tokens(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @EACH_WAY
 @pytest.mark.parametrize("kind", ["tensor", "head", "channel"])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_each_token_lands_in_its_slot_with_the_bytes_numpy_makes(fmt, kind, write, keys_transposed) -> None:
+def test_each_token_lands_in_its_slot_with_the_bytes_numpy_makes(
+    fmt, kind, write, keys_transposed
+) -> None:
     scales, table, start, length = scales_of(kind), [4, 1, 3], 3, 9
     k, v = tokens(length - start)
-    at = {"layer": 1, "page_table": jnp.int32(table), "start": jnp.int32(start), "length": jnp.int32(length)}
+    at = {
+        "layer": 1,
+        "page_table": jnp.int32(table),
+        "start": jnp.int32(start),
+        "length": jnp.int32(length),
+    }
     pages = pool(fmt, keys_transposed=keys_transposed)
     got = jax.jit(lambda p, k, v: write(p, scales, k, v, **at))(pages, k, v)
     want_k, want_v = np.array(pages.k_bits), np.array(pages.v_bits)
     for i, position in enumerate(range(start, length)):
         row, offset = PAGES * 1 + table[position // SIZE], position % SIZE
-        slot = (row, slice(None), slice(None), offset) if keys_transposed else (row, slice(None), offset)
+        slot = (
+            (row, slice(None), slice(None), offset)
+            if keys_transposed
+            else (row, slice(None), offset)
+        )
         want_k[slot] = encode_numpy(k[i] * np.asarray(scales.k_inverse)[1], fmt)
         want_v[row, :, offset] = encode_numpy(v[i] * np.asarray(scales.v_inverse)[1], fmt)
     assert np.array_equal(np.asarray(got.k_bits), want_k, equal_nan=True)
     assert np.array_equal(np.asarray(got.v_bits), want_v, equal_nan=True)
     shown = want_k.swapaxes(2, 3) if keys_transposed else want_k
-    assert np.array_equal(np.asarray(got.k).view(fmt.stored), np.ascontiguousarray(shown), equal_nan=True)
+    assert np.array_equal(
+        np.asarray(got.k).view(fmt.stored), np.ascontiguousarray(shown), equal_nan=True
+    )
 
 
 @EACH_WAY
@@ -70,7 +99,12 @@ def test_each_token_lands_in_its_slot_with_the_bytes_numpy_makes(fmt, kind, writ
 def test_dynamic_scales_are_written_beside_their_tokens(fmt, write, keys_transposed) -> None:
     k, v = tokens(5)
     k[2, 0] *= 1e4
-    at = {"layer": 2, "page_table": jnp.int32([0, 5]), "start": jnp.int32(0), "length": jnp.int32(5)}
+    at = {
+        "layer": 2,
+        "page_table": jnp.int32([0, 5]),
+        "start": jnp.int32(0),
+        "length": jnp.int32(5),
+    }
     got = write(pool(fmt, True, keys_transposed), None, jnp.asarray(k), jnp.asarray(v), **at)
     k_bits = got.k_bits.swapaxes(2, 3) if keys_transposed else got.k_bits
     for x, bits, exponent in ((k, k_bits, got.k_exponent), (v, got.v_bits, got.v_exponent)):
@@ -78,24 +112,40 @@ def test_dynamic_scales_are_written_beside_their_tokens(fmt, write, keys_transpo
             row, offset = 2 * PAGES + [0, 5][i // SIZE], i % SIZE
             scale = 2.0 ** (np.asarray(exponent)[row, :, offset].astype(np.float64) - 127)
             stored = np.asarray(bits)[row, :, offset].view(fmt.dtype).astype(np.float64)
-            bound = np.maximum(np.abs(x[i]) / 2 ** (fmt.mantissa_bits + 1), scale[:, None] * fmt.smallest_subnormal / 2)
+            bound = np.maximum(
+                np.abs(x[i]) / 2 ** (fmt.mantissa_bits + 1),
+                scale[:, None] * fmt.smallest_subnormal / 2,
+            )
             assert np.all(np.abs(stored * scale[:, None] - x[i]) <= bound)
 
 
 @EACH_WAY
-@pytest.mark.parametrize(("start", "length"), [(0, 0), (0, 1), (3, 4), (4, 5), (7, 8), (0, 8), (5, 5)])
-def test_padding_and_tokens_past_the_table_are_dropped(start, length, write, keys_transposed) -> None:
+@pytest.mark.parametrize(
+    ("start", "length"), [(0, 0), (0, 1), (3, 4), (4, 5), (7, 8), (0, 8), (5, 5)]
+)
+def test_padding_and_tokens_past_the_table_are_dropped(
+    start, length, write, keys_transposed
+) -> None:
     k, v = tokens(6)
-    at = {"layer": 0, "page_table": jnp.int32([2, PAGES]), "start": jnp.int32(start), "length": jnp.int32(length)}
+    at = {
+        "layer": 0,
+        "page_table": jnp.int32([2, PAGES]),
+        "start": jnp.int32(start),
+        "length": jnp.int32(length),
+    }
     before = pool(E4M3, keys_transposed=keys_transposed)
-    got = np.asarray(write(before, scales_of("tensor"), jnp.asarray(k), jnp.asarray(v), **at).v_bits)
+    got = np.asarray(
+        write(before, scales_of("tensor"), jnp.asarray(k), jnp.asarray(v), **at).v_bits
+    )
     written = {(int(r), int(o)) for r, _, o, _ in np.argwhere(got != E4M3.nan_code)}
     inside = range(start, min(length, start + 6, SIZE))  # the second entry is past the end: no page
     assert written == {(2, position) for position in inside}
 
 
 @EACH_WAY
-def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool(write, keys_transposed) -> None:
+def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool(
+    write, keys_transposed
+) -> None:
     scales = scales_of("head")
     k, v = (jnp.stack(x) for x in zip(tokens(3, 1), tokens(3, 2), strict=True))
     tables, starts, lengths = jnp.int32([[0, 1], [2, 3]]), jnp.int32([0, 3]), jnp.int32([2, 6])
@@ -104,38 +154,59 @@ def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool(write, 
         return write(pages, scales, k, v, layer=1, page_table=table, start=start, length=length)
 
     apart = pool(E5M2, keys_transposed=keys_transposed)
-    together = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0, 0), out_axes=None))(apart, k, v, tables, starts, lengths)
+    together = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0, 0), out_axes=None))(
+        apart, k, v, tables, starts, lengths
+    )
     for i in range(2):
         apart = one(apart, k[i], v[i], tables[i], starts[i], lengths[i])
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True)
+    )
 
 
 def test_the_pool_shows_its_values_as_float8() -> None:
-    pages = new_pages(PoolLayout.alike(E4M3, 1), num_pages=2, page_size=4, kv_heads=1, head_dim=8)
-    assert (pages.k.dtype, pages.v.dtype, pages.num_pages, pages.page_size) == (E4M3.dtype, E4M3.dtype, 2, 4)
+    pages = new_pool(PoolLayout.alike(E4M3, 1), num_pages=2, page_size=4, kv_heads=1, head_dim=8)
+    assert (pages.k.dtype, pages.v.dtype, pages.num_pages, pages.page_size) == (
+        E4M3.dtype,
+        E4M3.dtype,
+        2,
+        4,
+    )
 
 
 MIXED = (
-    LayerKind(E4M3),
-    LayerKind(BFLOAT16),
-    LayerKind(E5M2, True),
-    LayerKind(FLOAT32),
-    LayerKind(FLOAT16),
-    LayerKind(E4M3, True),
+    LayerCacheSpec(E4M3),
+    LayerCacheSpec(BFLOAT16),
+    LayerCacheSpec(E5M2, True),
+    LayerCacheSpec(FLOAT32),
+    LayerCacheSpec(FLOAT16),
+    LayerCacheSpec(E4M3, True),
 )
 
 
 @BOTH_LAYOUTS
-def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and_nothing_else_moves(keys_transposed) -> None:
+def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and_nothing_else_moves(
+    keys_transposed,
+) -> None:
     layers = len(MIXED)
-    layout = PoolLayout.of(MIXED, LayerGroups.of([0] * layers, widths(MIXED)), keys_transposed=keys_transposed)
+    layout = PoolLayout.of(
+        MIXED, LayerGroups.of([0] * layers, widths(MIXED)), keys_transposed=keys_transposed
+    )
     rng = np.random.default_rng(1)
-    static = KVScales(*rng.uniform(0.01, 0.1, (2, layers, HEADS, 1)), k_offset=rng.normal(size=(layers, HEADS, DIM)))
+    static = KVScales(
+        *rng.uniform(0.01, 0.1, (2, layers, HEADS, 1)),
+        k_offset=rng.normal(size=(layers, HEADS, DIM)),
+    )
     scales = LayerScales.of(static, layers=layers, kv_heads=HEADS, head_dim=DIM)
-    pages = fill(new_pages(layout, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM), 0xFF)
+    pages = poison(
+        new_pool(layout, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM), 0xFF
+    )
     table = jnp.int32([4, 1])
     put = jax.jit(
-        lambda p, k, v, layer: write(p, scales, k, v, layer=layer, page_table=table, start=jnp.int32(0), length=jnp.int32(6))
+        lambda p, k, v, layer: write(
+            p, scales, k, v, layer=layer, page_table=table, start=jnp.int32(0), length=jnp.int32(6)
+        )
     )
     for layer in range(layers):
         pages = put(pages, *tokens(6, seed=layer), jnp.int32(layer))
@@ -143,23 +214,36 @@ def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and
     for layer, kind in enumerate(MIXED):
         k, v = tokens(6, seed=layer)
         offset = np.asarray(scales.k_offset)[layer]
-        for x, which, got, less in zip((k, v), "kv", get(pages, jnp.int32(layer)), (offset, 0 * offset), strict=True):
+        for x, which, got, less in zip(
+            (k, v), "kv", get(pages, jnp.int32(layer)), (offset, 0 * offset), strict=True
+        ):
             if kind.dynamic:
-                scale = np.exp2(np.ceil(np.log2(np.abs(x - less).max(-1) / kind.fmt.largest)))[..., None]
+                scale = np.exp2(np.ceil(np.log2(np.abs(x - less).max(-1) / kind.fmt.largest)))[
+                    ..., None
+                ]
             else:
                 scale = np.asarray(getattr(scales, which))[layer]
             inverse = (np.float32(1) / scale).astype(np.float32)
-            want = encode_numpy((x - less) * inverse, kind.fmt).view(kind.fmt.dtype).astype(np.float32) * scale + less
+            want = (
+                encode_numpy((x - less) * inverse, kind.fmt).view(kind.fmt.dtype).astype(np.float32)
+                * scale
+                + less
+            )
             np.testing.assert_array_equal(got[:6], want.astype(np.float32))
-            alone = given_back(kind, scales, jnp.asarray(k), jnp.asarray(v), layer=layer)
+            alone = fake_quant(kind, scales, jnp.asarray(k), jnp.asarray(v), layer=layer)
             np.testing.assert_array_equal(alone["kv".index(which)], want.astype(np.float32))
     written = [x for x in jax.tree.leaves(pages)]
-    assert all(np.all(np.asarray(x).reshape(-1, PAGES, *x.shape[1:])[:, [0, 2, 3, 5]] == 0xFF) for x in written)
+    assert all(
+        np.all(np.asarray(x).reshape(-1, PAGES, *x.shape[1:])[:, [0, 2, 3, 5]] == 0xFF)
+        for x in written
+    )
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_planes_are_the_bytes_from_high_to_low(fmt) -> None:
-    bits = np.arange(7, dtype=np.uint32).astype(fmt.stored) * np.float32(1.1).astype(fmt.stored) + np.array(3, fmt.stored)
+    bits = np.arange(7, dtype=np.uint32).astype(fmt.stored) * np.float32(1.1).astype(
+        fmt.stored
+    ) + np.array(3, fmt.stored)
     planes = split_planes(jnp.asarray(bits))
     want = bits[:, None].view(np.uint8)[:, ::-1].T
     assert np.array_equal(np.stack(planes), want)

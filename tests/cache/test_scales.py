@@ -5,12 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jfp8kv.cache.scales import KVScales, check_shape, exponent_inverse, exponent_scale, token_head_exponent
+from jfp8kv.cache.scales import (
+    KVScales,
+    check_shape,
+    exponent_inverse,
+    exponent_scale,
+    token_head_exponent,
+)
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.core.formats import E4M3, E5M2
 
 
-@pytest.mark.parametrize(("shape", "granularity"), [((2, 1, 1), "tensor"), ((2, 3, 1), "head"), ((2, 3, 4), "channel")])
+@pytest.mark.parametrize(
+    ("shape", "granularity"), [((2, 1, 1), "tensor"), ((2, 3, 1), "head"), ((2, 3, 4), "channel")]
+)
 def test_scales_survive_a_file_with_their_granularity(tmp_path, shape, granularity) -> None:
     scales = KVScales(np.random.default_rng(0).uniform(0.1, 2, shape), np.ones((2, 1, 1)))
     scales.save(tmp_path / "scales.safetensors")
@@ -36,7 +44,9 @@ def test_shapes_that_fit_no_granularity_or_no_model_are_refused() -> None:
     with pytest.raises(ConfigError, match="the same number"):
         KVScales(np.ones((2, 1, 1)), np.ones((3, 1, 1)))
     with pytest.raises(ConfigError, match="kv_heads=2"):
-        check_shape(KVScales(np.ones((4, 3, 1)), np.ones((4, 1, 1))), layers=4, kv_heads=2, head_dim=8)
+        check_shape(
+            KVScales(np.ones((4, 3, 1)), np.ones((4, 1, 1))), layers=4, kv_heads=2, head_dim=8
+        )
 
 
 def test_one_kv_head_may_have_a_scale_and_an_offset_for_each_channel(tmp_path) -> None:
@@ -83,4 +93,8 @@ def test_zeros_infinities_and_nan_do_not_spoil_a_dynamic_scale(fmt) -> None:
     scale, inverse = np.asarray(exponent_scale(exponent)), np.asarray(exponent_inverse(exponent))
     assert np.all(np.isfinite(scale) & (scale > 0) & np.isfinite(inverse) & (inverse > 0))
     assert np.array_equal(scale * inverse, np.ones(5, np.float32))
-    assert scale[1] == scale[2] == np.asarray(exponent_scale(token_head_exponent(jnp.ones((1, 2)), fmt)))[0]
+    assert (
+        scale[1]
+        == scale[2]
+        == np.asarray(exponent_scale(token_head_exponent(jnp.ones((1, 2)), fmt)))[0]
+    )

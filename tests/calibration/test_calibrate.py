@@ -12,14 +12,21 @@ import pytest
 
 import jfp8kv
 from jfp8kv.attention import reference
-from jfp8kv.attention.contract import Where
+from jfp8kv.attention.interface import AttentionMetadata
 from jfp8kv.attention.paged import paged
-from jfp8kv.cache.pages import LayerScales
+from jfp8kv.cache.pool import LayerScales
 from jfp8kv.calibration import data, run
-from jfp8kv.calibration.observers import BINS, CANDIDATES, GRANULARITIES, STEPS_PER_OCTAVE, Peaks, Units
+from jfp8kv.calibration.observers import (
+    BINS,
+    CANDIDATES,
+    GRANULARITIES,
+    STEPS_PER_OCTAVE,
+    Peaks,
+    Units,
+)
 from jfp8kv.calibration.plan import OBSERVERS, plan
 from jfp8kv.core.formats import encode_numpy, kv_format
-from jfp8kv.engine.step import Model
+from jfp8kv.engine.step import StepModel
 from jfp8kv.models.decoder import bind
 from tests.references import oracle
 
@@ -50,7 +57,10 @@ def seen_by_the_oracle(name: str, tokens: list[int]) -> np.ndarray:
         return x
 
     oracle.forward(FOLDERS / name, tokens, store)
-    return np.asarray([[seen[layer, which] for which in "kv"] for layer in range(load(name).config.layers)], np.float32)
+    return np.asarray(
+        [[seen[layer, which] for which in "kv"] for layer in range(load(name).config.layers)],
+        np.float32,
+    )
 
 
 def seen_by_capture(name: str, tokens: list[int]) -> np.ndarray:
@@ -58,10 +68,17 @@ def seen_by_capture(name: str, tokens: list[int]) -> np.ndarray:
     params = load(name)
     c = params.config
     decoder = bind(c, params.tree, params.dtype)
-    scales = LayerScales.of(jfp8kv.KVScales.unit(c.layers), layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim)
+    scales = LayerScales.of(
+        jfp8kv.KVScales.unit(c.layers), layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim
+    )
     length = jnp.int32(len(tokens))
-    where = Where(jnp.arange(8, dtype=jnp.int32), jnp.int32(0), length, length)
-    cached = paged(reference.attention, scales, Model(c, params.dtype, reference.attention).options(decoder), lambda _: where)
+    metadata = AttentionMetadata(jnp.arange(8, dtype=jnp.int32), jnp.int32(0), length, length)
+    cached = paged(
+        reference.attention,
+        scales,
+        StepModel(c, params.dtype, reference.attention).options(decoder),
+        lambda _: metadata,
+    )
 
     def attend(layer, q, k, v, carry):
         pages, kept = carry
@@ -71,10 +88,16 @@ def seen_by_capture(name: str, tokens: list[int]) -> np.ndarray:
     kept = jnp.zeros((c.layers, 2, len(tokens), c.kv_heads, c.head_dim), jnp.float32)
     positions = jnp.arange(len(tokens), dtype=jnp.int32)
     carry = run.new_float32_pages(c, 512), kept
-    return np.asarray(decoder(jnp.asarray(tokens, jnp.int32), positions, attend=attend, carry=carry)[1][1])
+    return np.asarray(
+        decoder(jnp.asarray(tokens, jnp.int32), positions, attend=attend, carry=carry)[1][1]
+    )
 
 
-CAPTURES = {"llama_gqa": seen_by_the_oracle, "qwen2_bias": seen_by_the_oracle, "gemma3_new": seen_by_capture}
+CAPTURES = {
+    "llama_gqa": seen_by_the_oracle,
+    "qwen2_bias": seen_by_the_oracle,
+    "gemma3_new": seen_by_capture,
+}
 
 
 @cache
@@ -97,17 +120,26 @@ def units_of(x: np.ndarray, granularity: str) -> np.ndarray:
 
 
 CASES = [
-    *itertools.product(["llama_gqa", "gemma3_new"], GRANULARITIES, ["fp8_e4m3", "fp8_e5m2"], OBSERVERS),
+    *itertools.product(
+        ["llama_gqa", "gemma3_new"], GRANULARITIES, ["fp8_e4m3", "fp8_e5m2"], OBSERVERS
+    ),
     *itertools.product(["qwen2_bias"], GRANULARITIES, ["fp8_e4m3"], ["amax"]),
 ]
 
 
 @pytest.mark.parametrize(("name", "granularity", "kv_dtype", "observer"), CASES)
-def test_scales_are_those_of_numpy_on_the_keys_and_values_of_another_pass(name, granularity, kv_dtype, observer):
+def test_scales_are_those_of_numpy_on_the_keys_and_values_of_another_pass(
+    name, granularity, kv_dtype, observer
+):
     """Two passes in float32 and float64 agree to 1e-5; a percentile is at most 33/32 too high; see each observer's tests."""
     options = {"percentile": 99.0} if observer == "percentile" else {}
     found = jfp8kv.calibrate(
-        load(name), prompts(name, *PROMPTS), kv_dtype=kv_dtype, granularity=granularity, observer=observer, **options
+        load(name),
+        prompts(name, *PROMPTS),
+        kv_dtype=kv_dtype,
+        granularity=granularity,
+        observer=observer,
+        **options,
     )
     fmt, x = kv_format(kv_dtype), units_of(captured(name), granularity)
     scales, amax = stacked(found), np.abs(x).max(axis=-1)
@@ -119,7 +151,9 @@ def test_scales_are_those_of_numpy_on_the_keys_and_values_of_another_pass(name, 
         assert np.all(scales * fmt.largest >= value * (1 - 1e-5))
         assert np.all(scales * fmt.largest <= value * 33 / 32 * (1 + 1e-5) + 2.0**-16)
     else:
-        candidates = [np.float32(amax / fmt.largest * 2 ** (-i / STEPS_PER_OCTAVE)) for i in range(CANDIDATES)]
+        candidates = [
+            np.float32(amax / fmt.largest * 2 ** (-i / STEPS_PER_OCTAVE)) for i in range(CANDIDATES)
+        ]
         least = np.min([squared_error(x, scale, fmt) for scale in candidates], axis=0)
         # A hair apart, a value may fall on the other side of a rounding boundary: one of a few dozen moves the error by some %.
         assert np.all(squared_error(x, scales, fmt) <= least * 1.1)
@@ -127,7 +161,9 @@ def test_scales_are_those_of_numpy_on_the_keys_and_values_of_another_pass(name, 
 
 def squared_error(x: np.ndarray, scale: np.ndarray, fmt) -> np.ndarray:
     scale = scale[..., None]
-    stored = encode_numpy(x * (np.float32(1) / scale), fmt).view(fmt.dtype).astype(np.float64) * scale
+    stored = (
+        encode_numpy(x * (np.float32(1) / scale), fmt).view(fmt.dtype).astype(np.float64) * scale
+    )
     return np.sum((x - stored) ** 2, axis=-1)
 
 
@@ -155,27 +191,34 @@ def test_a_text_in_chunks_gives_what_it_gives_whole(monkeypatch):
     """Windows, and keys of earlier chunks, included: the chunks are shorter than both text and window."""
     params, texts = load("gemma3_new"), prompts("gemma3_new", 60)
     whole = stacked(jfp8kv.calibrate(params, texts, granularity="channel"))
-    monkeypatch.setattr(run, "default_chunk", lambda: 16)
-    np.testing.assert_allclose(stacked(jfp8kv.calibrate(params, texts, granularity="channel")), whole, rtol=1e-5)
+    monkeypatch.setattr(run, "default_prefill_chunk", lambda: 16)
+    np.testing.assert_allclose(
+        stacked(jfp8kv.calibrate(params, texts, granularity="channel")), whole, rtol=1e-5
+    )
 
 
 def test_pieces_of_a_window_are_texts_of_their_own():
     params, (text,) = load("llama_gqa"), prompts("llama_gqa", 50)
     cut = jfp8kv.calibrate(params, text, window=20)
-    np.testing.assert_array_equal(stacked(cut), stacked(jfp8kv.calibrate(params, [text[:20], text[20:40], text[40:]])))
+    np.testing.assert_array_equal(
+        stacked(cut), stacked(jfp8kv.calibrate(params, [text[:20], text[20:40], text[40:]]))
+    )
 
 
 def with_keys_times(params: jfp8kv.Params, factor: float) -> jfp8kv.Params:
     """The same function with keys `factor` times as large, a power of two: queries are divided by it."""
     layers = params.tree["layers"]
     scaled = {
-        name: {leaf: weight * by for leaf, weight in layers[name].items()} for name, by in (("k", factor), ("q", 1 / factor))
+        name: {leaf: weight * by for leaf, weight in layers[name].items()}
+        for name, by in (("k", factor), ("q", 1 / factor))
     }
     return dataclasses.replace(params, tree={**params.tree, "layers": {**layers, **scaled}})
 
 
 @pytest.mark.parametrize(
-    ("name", "factor", "share"), [("qwen2_bias", 16.0, 0.85), ("llama_gqa", 2.0**-11, 0.25)], ids=["clipped", "flushed"]
+    ("name", "factor", "share"),
+    [("qwen2_bias", 16.0, 0.85), ("llama_gqa", 2.0**-11, 0.25)],
+    ids=["clipped", "flushed"],
 )
 def test_channel_scales_rescue_keys_that_lie_outside_the_range_of_e4m3(name, factor, share):
     """Keys up to 946 are clipped at 448, keys of up to 0.0037 fall among the subnormals: measured 0.69 and 0.13 of the error
@@ -190,7 +233,8 @@ def test_channel_scales_rescue_keys_that_lie_outside_the_range_of_e4m3(name, fac
 
     exact = logits(kv_dtype="float32")
     unit, channel = (
-        np.sqrt(np.mean((logits(kv_dtype="fp8_e4m3", kv_scales=kv_scales) - exact) ** 2)) for kv_scales in ("unit", scales)
+        np.sqrt(np.mean((logits(kv_dtype="fp8_e4m3", kv_scales=kv_scales) - exact) ** 2))
+        for kv_scales in ("unit", scales)
     )
     assert channel < share * unit
 
@@ -217,11 +261,13 @@ def test_the_compiled_pass_updates_in_place_and_its_temporaries_do_not_grow_with
     c = params.config
     statistics = Peaks.empty(Units(c.layers, c.kv_heads, c.head_dim, "channel"))
     chunk = run.Chunk(np.zeros(64, np.int32), *(np.array(n, np.int32) for n in (0, 64, 64)))
-    model = Model(c, params.dtype, run.xla.attention)
+    model = StepModel(c, params.dtype, run.xla.attention)
 
     def memory(tokens: int):
         pages = jax.eval_shape(lambda: run.new_float32_pages(c, tokens))
-        compiled = run.observe.lower(model, params.tree, chunk, run.AsCached(), (pages, statistics)).compile()
+        compiled = run.observe.lower(
+            model, params.tree, chunk, run.AsCached(), (pages, statistics)
+        ).compile()
         return compiled.memory_analysis(), sum(x.size * 4 for x in (pages.k_bits, pages.v_bits))
 
     (small, _), (large, pool_bytes) = memory(512), memory(8192)
@@ -251,11 +297,19 @@ def test_a_second_pass_reads_what_the_first_one_kept(tmp_path):
         ([[1] * 9], {"max_model_len": 8}, "prompt 0 has 9 tokens"),
         (["text"], {}, "no tokenizer"),
         ([[1]], {"granularity": "heads"}, "granularity='heads': .* Did you mean 'head'"),
-        ([[1]], {"observer": "minmax"}, "observer='minmax': must be one of 'amax', 'percentile', 'mse'"),
+        (
+            [[1]],
+            {"observer": "minmax"},
+            "observer='minmax': must be one of 'amax', 'percentile', 'mse'",
+        ),
         ([[1]], {"observer": ["amax"]}, "observer="),
         ([[1]], {"kv_dtype": "fp8_e4m4"}, "kv_dtype='fp8_e4m4': .* Did you mean 'fp8_e4m3'"),
         ([[1]], {"kv_dtype": "bfloat16"}, "kv_dtype='bfloat16': scales belong to an FP8 cache"),
-        ([[1]], {"observer": "percentile", "percentile": 0}, "percentile=0: must be a number above 0 and up to 100"),
+        (
+            [[1]],
+            {"observer": "percentile", "percentile": 0},
+            "percentile=0: must be a number above 0 and up to 100",
+        ),
         ([[1]], {"observer": "percentile", "percentile": 100.1}, "percentile=100.1"),
         ([[1]], {"observer": "percentile", "percentile": float("nan")}, "percentile=nan"),
         ([[1]], {"percentile": 99.0}, "belongs to observer='percentile'"),
@@ -289,6 +343,11 @@ def test_what_is_not_finite_is_refused_by_prompt_and_layer(value, said):
 
 def test_what_is_asked_for_has_the_documented_defaults():
     asked = plan()
-    assert (asked.fmt.name, asked.granularity, asked.observer, asked.percentile) == ("fp8_e4m3", "head", "amax", 99.99)
+    assert (asked.fmt.name, asked.granularity, asked.observer, asked.percentile) == (
+        "fp8_e4m3",
+        "head",
+        "amax",
+        99.99,
+    )
     assert plan(kv_dtype="fp8").fmt.name == "fp8_e4m3"
     assert (CANDIDATES, BINS) == (25, 1024)

@@ -30,9 +30,23 @@ def test_a_text_file_has_a_prompt_on_each_line_and_the_scales_serve_generate(run
     status, shown, said = run("calibrate", MODEL, data, "--out", out)
     assert status == 0, said
     assert same(out, jfp8kv.calibrate(params, LINES))
-    assert shown.startswith("amax scales per head for fp8_e4m3, 2 layers\n  K  min ") and "\n  V  min " in shown
+    assert (
+        shown.startswith("amax scales per head for fp8_e4m3, 2 layers\n  K  min ")
+        and "\n  V  min " in shown
+    )
     assert "of 3 prompts" in said and f"wrote {out}" in said
-    generate = ("generate", MODEL, "--prompt", "the end", "--max-tokens", "2", "--kv-dtype", "fp8", "--kv-scales", out)
+    generate = (
+        "generate",
+        MODEL,
+        "--prompt",
+        "the end",
+        "--max-tokens",
+        "2",
+        "--kv-dtype",
+        "fp8",
+        "--kv-scales",
+        out,
+    )
     assert run(*generate)[0] == 0
 
 
@@ -54,12 +68,25 @@ def test_a_window_takes_a_text_file_as_one_text(run, params, tmp_path):
     status, shown, said = run("calibrate", MODEL, data, "--out", out, "--json", "--quiet", *options)
     assert (status, said) == (0, "")
     expected = jfp8kv.calibrate(
-        params, "\n".join(LINES), window=16, observer="percentile", percentile=99, granularity="channel", kv_dtype="fp8_e5m2"
+        params,
+        "\n".join(LINES),
+        window=16,
+        observer="percentile",
+        percentile=99,
+        granularity="channel",
+        kv_dtype="fp8_e5m2",
     )
     assert same(out, expected)
     summary = json.loads(shown)
-    assert summary["k"] == {name: float(getattr(np, name)(expected.k)) for name in ("min", "median", "max")}
-    asked = {"kv_dtype": "fp8_e5m2", "granularity": "channel", "observer": "percentile", "percentile": 99.0}
+    assert summary["k"] == {
+        name: float(getattr(np, name)(expected.k)) for name in ("min", "median", "max")
+    }
+    asked = {
+        "kv_dtype": "fp8_e5m2",
+        "granularity": "channel",
+        "observer": "percentile",
+        "percentile": 99.0,
+    }
     tokens = len(params.tokenizer.encode("\n".join(LINES)))
     seen = {"out": str(out), "prompts": 1, "tokens": tokens, "layers": 2}
     assert {name: summary[name] for name in asked | seen} == asked | seen
@@ -68,7 +95,11 @@ def test_a_window_takes_a_text_file_as_one_text(run, params, tmp_path):
 def test_records_give_their_text_prompt_or_messages_or_the_field_named(run, params, tmp_path):
     data, out = tmp_path / "data.jsonl", tmp_path / "scales.safetensors"
     chat = [{"role": "user", "content": LINES[2]}]
-    records = [{"text": LINES[0], "other": "the"}, {"prompt": LINES[1], "other": [5, 6]}, {"messages": chat, "other": "a"}]
+    records = [
+        {"text": LINES[0], "other": "the"},
+        {"prompt": LINES[1], "other": [5, 6]},
+        {"messages": chat, "other": "a"},
+    ]
     data.write_text("".join(json.dumps(record) + "\n\n" for record in records))
     assert run("calibrate", MODEL, data, "--out", out)[0] == 0
     assert same(out, jfp8kv.calibrate(params, iter([*LINES[:2], chat])))
@@ -87,13 +118,23 @@ def test_records_give_their_text_prompt_or_messages_or_the_field_named(run, para
         ("data.txt", "a", ["--field", "text"], "--field text: belongs to records"),
         ("data.txt", "a", ["--granularity", "chanel"], "Did you mean 'channel'"),
         ("data.txt", "a", ["--observer", "max"], "observer='max'"),
-        ("data.txt", "a", ["--kv-dtype", "float32"], "kv_dtype='float32': scales belong to an FP8 cache"),
+        (
+            "data.txt",
+            "a",
+            ["--kv-dtype", "float32"],
+            "kv_dtype='float32': scales belong to an FP8 cache",
+        ),
         ("data.txt", "a", ["--observer", "percentile", "--percentile", "101"], "percentile=101.0"),
         ("data.txt", "a", ["--percentle", "9"], "Did you mean '--percentile'"),
         ("data.txt", "a", ["--window", "x"], "--window"),
         ("data.txt", b"\xff\xfe", [], "cannot be read as UTF-8"),
         ("data.jsonl", "{", [], "data.jsonl:1: is no JSON"),
-        ("data.jsonl", '{"text": "a"}\n{"body": "a"}', [], "data.jsonl:2: has no 'text' or 'prompt' or 'messages', but 'body'"),
+        (
+            "data.jsonl",
+            '{"text": "a"}\n{"body": "a"}',
+            [],
+            "data.jsonl:2: has no 'text' or 'prompt' or 'messages', but 'body'",
+        ),
         ("data.jsonl", '{"text": "a"}', ["--field", "body"], "has no 'body', but 'text'"),
         ("data.jsonl", "[1]", [], "but no object"),
         ("data.jsonl", '{"text": 5}', [], "prompt 0 is of type int"),
@@ -113,6 +154,8 @@ def test_a_mistake_is_one_line_and_status_two(run, tmp_path, name, content, opti
 def test_a_place_that_takes_no_file_is_refused_before_the_model_is_read(run, tmp_path):
     (tmp_path / "data.txt").write_text("a")
     for out in (tmp_path, tmp_path / "none" / "scales"):
-        status, _, error = run("calibrate", tmp_path / "no_model", tmp_path / "data.txt", "--out", out)
+        status, _, error = run(
+            "calibrate", tmp_path / "no_model", tmp_path / "data.txt", "--out", out
+        )
         assert status == 2 and f"--out {out}" in error
     assert "--out" in run("calibrate", MODEL, tmp_path / "data.txt")[2]

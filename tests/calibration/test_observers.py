@@ -23,23 +23,31 @@ FORMATS = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
 update = jax.jit(lambda statistics, layer, x, real: statistics.update(layer, x, real))
 
 
-def units(granularity: str = "tensor", layers: int = 1, kv_heads: int = 1, head_dim: int = 1) -> Units:
+def units(
+    granularity: str = "tensor", layers: int = 1, kv_heads: int = 1, head_dim: int = 1
+) -> Units:
     return Units(layers, kv_heads, head_dim, granularity)
 
 
 def see(statistics, *blocks: np.ndarray, layer: int = 0):
     """`statistics` after blocks `[kinds, tokens, kv_heads, head_dim]`, on the host."""
     for x in blocks:
-        statistics = update(statistics, jnp.int32(layer), jnp.asarray(x, jnp.float32), jnp.ones(x.shape[1], bool))
+        statistics = update(
+            statistics, jnp.int32(layer), jnp.asarray(x, jnp.float32), jnp.ones(x.shape[1], bool)
+        )
     return statistics.host()
 
 
 def column(values) -> np.ndarray:
     """One channel of one head with these values, in K and in V."""
-    return np.broadcast_to(np.asarray(values, np.float32).reshape(1, -1, 1, 1), (2, len(values), 1, 1))
+    return np.broadcast_to(
+        np.asarray(values, np.float32).reshape(1, -1, 1, 1), (2, len(values), 1, 1)
+    )
 
 
-def scale_of(observer: str, x: np.ndarray, fmt: KVFormat, of: Units, percent: float = 99.99) -> np.ndarray:
+def scale_of(
+    observer: str, x: np.ndarray, fmt: KVFormat, of: Units, percent: float = 99.99
+) -> np.ndarray:
     """Scales `[layers, kinds, heads, channels]` for one block."""
     if observer == "amax":
         return see(Peaks.empty(of), x).scales(fmt)
@@ -62,7 +70,10 @@ def test_the_largest_magnitude_becomes_the_largest_finite_value(fmt):
 @pytest.mark.parametrize("percent", [50.0, 90.0, 99.0, 99.99, 100.0])
 def test_a_percentile_of_a_uniform_distribution_is_the_value_itself(fmt, percent):
     """Of 1, 2, ..., 10000 thousandths, p % do not exceed p / 10; a bin ends at most 33/32 above what it holds."""
-    bound = scale_of("percentile", column(np.arange(1, 10001) / 1000), fmt, units(), percent) * fmt.largest
+    bound = (
+        scale_of("percentile", column(np.arange(1, 10001) / 1000), fmt, units(), percent)
+        * fmt.largest
+    )
     value = percent / 10
     assert np.all(value * (1 - 1e-6) <= bound) and np.all(bound <= value * 33 / 32)
 
@@ -79,13 +90,17 @@ def test_one_outlier_rules_amax_and_not_the_percentile():
 def test_mse_clips_one_value_to_store_all_others_exactly():
     """Ten thousand ones and one 2 ** (1/8): under amax the ones fall between two codes, an eighth of an octave below on one."""
     x = column([1.0] * 10000 + [2 ** (1 / 8)])
-    assert scale_of("mse", x, E4M3, units()) == pytest.approx(np.full((1, 2, 1, 1), 1 / 448), rel=1e-6)
+    assert scale_of("mse", x, E4M3, units()) == pytest.approx(
+        np.full((1, 2, 1, 1), 1 / 448), rel=1e-6
+    )
 
 
 @FORMATS
 @OBSERVERS
 def test_a_constant_is_stored_as_the_largest_value(observer, fmt):
-    assert scale_of(observer, column([-0.75] * 100), fmt, units()) == pytest.approx(0.75 / fmt.largest, rel=1e-6)
+    assert scale_of(observer, column([-0.75] * 100), fmt, units()) == pytest.approx(
+        0.75 / fmt.largest, rel=1e-6
+    )
 
 
 @FORMATS
@@ -124,7 +139,9 @@ def shared(x: np.ndarray, granularity: str) -> tuple[int, ...]:
 
 def errors_of(x: np.ndarray, scale: np.ndarray, fmt: KVFormat, granularity: str) -> np.ndarray:
     """The squared error of storing `x` under `scale`, float64 `[kinds, 1, heads, channels]`."""
-    stored = encode_numpy(x * (np.float32(1) / scale), fmt).view(fmt.dtype).astype(np.float64) * scale
+    stored = (
+        encode_numpy(x * (np.float32(1) / scale), fmt).view(fmt.dtype).astype(np.float64) * scale
+    )
     return np.sum((x - stored) ** 2, axis=shared(x, granularity), keepdims=True)
 
 
@@ -146,7 +163,9 @@ def test_mse_finds_what_a_search_in_numpy_finds(granularity, fmt):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_counts_are_those_of_numpy_and_padding_never_counts(granularity):
     rng = np.random.default_rng(1)
-    x = (rng.standard_normal((2, 40, 3, 4)) * np.exp(rng.uniform(-12, 12, (2, 40, 3, 4)))).astype(np.float32)
+    x = (rng.standard_normal((2, 40, 3, 4)) * np.exp(rng.uniform(-12, 12, (2, 40, 3, 4)))).astype(
+        np.float32
+    )
     real = np.arange(40) < 25
     x[:, 30] = np.nan
     of = units(granularity, layers=2, kv_heads=3, head_dim=4)
@@ -157,7 +176,9 @@ def test_counts_are_those_of_numpy_and_padding_never_counts(granularity):
         part = kept[kind]
         part = part if granularity == "tensor" else part[:, head]
         part = part[:, channel] if granularity == "channel" else part
-        wanted = np.bincount(np.searchsorted(edges, part.ravel(), side="right"), minlength=len(edges))
+        wanted = np.bincount(
+            np.searchsorted(edges, part.ravel(), side="right"), minlength=len(edges)
+        )
         np.testing.assert_array_equal(got.counts[1, kind, head, channel], wanted)
         assert got.peaks.amax[1, kind, head, channel] == part.max()
 
@@ -168,7 +189,11 @@ def test_blocks_in_any_order_and_merged_in_any_way_are_the_same(kind):
     blocks = [rng.standard_normal((2, 8, 2, 4)).astype(np.float32) * 10.0**i for i in range(-2, 3)]
     of = units("head", kv_heads=2, head_dim=4)
     peaks = see(Peaks.empty(of), *blocks)
-    empty = {"amax": Peaks.empty(of), "percentile": Histogram.empty(of), "mse": Errors.of(peaks, E4M3)}[kind]
+    empty = {
+        "amax": Peaks.empty(of),
+        "percentile": Histogram.empty(of),
+        "mse": Errors.of(peaks, E4M3),
+    }[kind]
     each = [see(empty, block) for block in blocks]
     left, right = each[0], each[-1]
     for one, other in zip(each[1:], reversed(each[:-1]), strict=True):

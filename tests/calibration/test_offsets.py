@@ -6,7 +6,7 @@ import pytest
 import jfp8kv
 from jfp8kv.cache.plan import KVPlan, LayerPlan
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.models.constant_keys import turned
+from jfp8kv.models.key_bias import turned
 from tests.calibration.test_calibrate import PROMPTS, captured, load, prompts
 from tests.models.test_decoder import rms
 
@@ -45,12 +45,18 @@ def expected(tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_offsets_and_scales_are_those_of_numpy(granularity) -> None:
     longest = 77
     given = prompts(NAME, *PROMPTS)
-    found = jfp8kv.calibrate(load(NAME), given, granularity=granularity, k_offset=True, max_model_len=longest)
+    found = jfp8kv.calibrate(
+        load(NAME), given, granularity=granularity, k_offset=True, max_model_len=longest
+    )
     plain = jfp8kv.calibrate(load(NAME), given, granularity=granularity)
     offset, deviation, swing = expected(longest)
-    np.testing.assert_allclose(found.k_offset, offset, rtol=0, atol=1e-4 * np.abs(captured(NAME)).max())
+    np.testing.assert_allclose(
+        found.k_offset, offset, rtol=0, atol=1e-4 * np.abs(captured(NAME)).max()
+    )
     over = {"tensor": (1, 2), "head": (2,), "channel": ()}[granularity]
-    np.testing.assert_allclose(found.k, (deviation + swing).max(axis=over, keepdims=True) / 448, rtol=1e-3)
+    np.testing.assert_allclose(
+        found.k, (deviation + swing).max(axis=over, keepdims=True) / 448, rtol=1e-3
+    )
     np.testing.assert_array_equal(found.v, plain.v)
     assert found.kv_dtype == "fp8_e4m3" and found.granularity == granularity
 
@@ -58,28 +64,44 @@ def test_offsets_and_scales_are_those_of_numpy(granularity) -> None:
 def test_positions_that_no_prompt_reached_are_within_the_scales() -> None:
     """A text four times as long as those calibrated on, whose mean key goes on turning."""
     params, longest = load(NAME), 120
-    scales = jfp8kv.calibrate(params, prompts(NAME, *PROMPTS), granularity="channel", k_offset=True, max_model_len=longest)
-    mean = turn(captured(NAME)[:, 0], np.concatenate([np.arange(n) for n in PROMPTS]), -1.0).mean(axis=1)
-    far = turn(np.repeat(mean[:, None], longest, axis=1), np.arange(longest)) - scales.k_offset[:, None]
+    scales = jfp8kv.calibrate(
+        params, prompts(NAME, *PROMPTS), granularity="channel", k_offset=True, max_model_len=longest
+    )
+    mean = turn(captured(NAME)[:, 0], np.concatenate([np.arange(n) for n in PROMPTS]), -1.0).mean(
+        axis=1
+    )
+    far = (
+        turn(np.repeat(mean[:, None], longest, axis=1), np.arange(longest))
+        - scales.k_offset[:, None]
+    )
     assert np.all(np.abs(far).max(axis=1) <= scales.k * 448)
 
 
 def test_headroom_widens_the_scales_and_leaves_the_offset() -> None:
     given = prompts(NAME, *PROMPTS)
-    plain, wide = (jfp8kv.calibrate(load(NAME), given, k_offset=True, headroom=headroom) for headroom in (1.0, 2.0))
+    plain, wide = (
+        jfp8kv.calibrate(load(NAME), given, k_offset=True, headroom=headroom)
+        for headroom in (1.0, 2.0)
+    )
     assert np.array_equal(wide.k, 2 * plain.k) and np.array_equal(wide.v, 2 * plain.v)
     assert np.array_equal(wide.k_offset, plain.k_offset)
 
 
 def test_any_order_gives_the_same_offsets() -> None:
     given = prompts(NAME, 40, 23, 17, 64)
-    one, other = (jfp8kv.calibrate(load(NAME), order, k_offset=True) for order in (given, given[::-1]))
+    one, other = (
+        jfp8kv.calibrate(load(NAME), order, k_offset=True) for order in (given, given[::-1])
+    )
     assert all(np.array_equal(value, other.arrays[name]) for name, value in one.arrays.items())
 
 
 def test_a_mean_that_does_not_turn_is_the_offset_itself() -> None:
     config = load("gpt2_saved").config
-    mean = np.random.default_rng(0).normal(size=(config.layers, config.kv_heads, config.head_dim)).astype(np.float32)
+    mean = (
+        np.random.default_rng(0)
+        .normal(size=(config.layers, config.kv_heads, config.head_dim))
+        .astype(np.float32)
+    )
     offset, swing = turned(config, mean, 50)
     assert np.array_equal(offset, mean) and not swing.any()
 
@@ -91,7 +113,9 @@ def test_attention_is_the_same_without_the_constant_caps_and_sinks_too(name) -> 
     c = params.config
     offset = 5 * np.random.default_rng(1).normal(size=(c.layers, c.kv_heads, c.head_dim))
     unit = np.ones((c.layers, 1, 1))
-    plan = KVPlan((LayerPlan("float32", k_offset=True),) * c.layers, jfp8kv.KVScales(unit, unit, offset), 1.0)
+    plan = KVPlan(
+        (LayerPlan("float32", k_offset=True),) * c.layers, jfp8kv.KVScales(unit, unit, offset), 1.0
+    )
     (ids,) = prompts(name, 40)
     want = jfp8kv.logits(params, ids, kv_dtype="float32")
     assert 0 < rms(jfp8kv.logits(params, ids, kv_dtype=plan), want) <= 1e-4
@@ -105,7 +129,8 @@ def test_offsets_are_kept_in_the_file(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [({"k_offset": 1}, "True or False"), ({"observer": "mse", "k_offset": True}, "amax")]
+    ("given", "said"),
+    [({"k_offset": 1}, "True or False"), ({"observer": "mse", "k_offset": True}, "amax")],
 )
 def test_what_does_not_go_together_is_refused(given, said) -> None:
     with pytest.raises(ConfigError, match=said):

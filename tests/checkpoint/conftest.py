@@ -50,7 +50,12 @@ def hf_config(**changes: Any) -> dict[str, Any]:
 # What a config of each family that GGUF files are read for has beside or instead of `hf_config`'s entries.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "head_dim": None, "hidden_size": 64},
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "head_dim": None,
+        "hidden_size": 64,
+    },
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
@@ -71,14 +76,18 @@ def family_config(family: str, **changes: Any) -> dict[str, Any]:
     return hf_config(**(FAMILIES[family] | changes))
 
 
-def hf_tensors(config: Mapping[str, Any], dtype: Any = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
+def hf_tensors(
+    config: Mapping[str, Any], dtype: Any = np.float32, seed: int = 0
+) -> dict[str, np.ndarray]:
     """Random weights under Hugging Face's names, spelled out one by one."""
     random = np.random.default_rng(seed)
     family, hidden, mlp = config["model_type"], config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     biased = "qkvo" if config.get("attention_bias") else "qkv" if family == "qwen2" else ""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden)
+    }
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}."
         shapes[at + "input_layernorm.weight"] = (hidden,)
@@ -87,8 +96,15 @@ def hf_tensors(config: Mapping[str, Any], dtype: Any = np.float32, seed: int = 0
             shapes[at + "pre_feedforward_layernorm.weight"] = (hidden,)
             shapes[at + "post_feedforward_layernorm.weight"] = (hidden,)
         if family in ("qwen3", "gemma3_text"):
-            shapes[at + "self_attn.q_norm.weight"] = shapes[at + "self_attn.k_norm.weight"] = (head_dim,)
-        for name, out, into in (("q", q, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, q)):
+            shapes[at + "self_attn.q_norm.weight"] = shapes[at + "self_attn.k_norm.weight"] = (
+                head_dim,
+            )
+        for name, out, into in (
+            ("q", q, hidden),
+            ("k", kv, hidden),
+            ("v", kv, hidden),
+            ("o", hidden, q),
+        ):
             shapes[f"{at}self_attn.{name}_proj.weight"] = (out, into)
             if name in biased:
                 shapes[f"{at}self_attn.{name}_proj.bias"] = (out,)
@@ -99,10 +115,15 @@ def hf_tensors(config: Mapping[str, Any], dtype: Any = np.float32, seed: int = 0
     shapes["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
-    return {name: random.normal(size=shape).astype(np.float32).astype(dtype) for name, shape in shapes.items()}
+    return {
+        name: random.normal(size=shape).astype(np.float32).astype(dtype)
+        for name, shape in shapes.items()
+    }
 
 
-def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], shards: int = 1) -> Path:
+def write_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], shards: int = 1
+) -> Path:
     """A Hugging Face folder in one file, or in shards with their index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -116,12 +137,17 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
         part = {name: tensors[name] for name in names[number::shards]}
         safetensors.numpy.save_file(part, folder / file)
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
 _COMPRESSED = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
-_QUARK = {f"*{part}_proj": {"output_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}} for part in "kv"}
+_QUARK = {
+    f"*{part}_proj": {"output_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}}
+    for part in "kv"
+}
 # By layout: where K's and V's scale stand in a layer, and what config.json declares.
 SCALE_LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "compressed-tensors": (
@@ -152,7 +178,12 @@ SCALE_LAYOUTS |= {
 
 
 def scale_tensors(
-    layout: str, k: Any, v: Any, dtype: Any = np.float32, shape: tuple[int, ...] | None = None, at: str = "model.layers."
+    layout: str,
+    k: Any,
+    v: Any,
+    dtype: Any = np.float32,
+    shape: tuple[int, ...] | None = None,
+    at: str = "model.layers.",
 ) -> dict[str, np.ndarray]:
     """The scales of each layer, `k` and `v` `[layers]` or `[layers, heads]`, under the names of a layout and in a `shape`."""
     tensors = {}
@@ -163,10 +194,14 @@ def scale_tensors(
     return tensors
 
 
-def write_sidecar(folder: Path, ranks: Any, dtype: str = "float8_e4m3fn", model_type: str = "llama") -> Path:
+def write_sidecar(
+    folder: Path, ranks: Any, dtype: str = "float8_e4m3fn", model_type: str = "llama"
+) -> Path:
     """vLLM's `kv_cache_scales.json`; `ranks` are lists of one scale a layer."""
     factors = {
-        str(rank): {str(layer): s if isinstance(s, int) else float(s) for layer, s in enumerate(scales)}
+        str(rank): {
+            str(layer): s if isinstance(s, int) else float(s) for layer, s in enumerate(scales)
+        }
         for rank, scales in enumerate(ranks)
     }
     content = {"model_type": model_type, "kv_cache": {"dtype": dtype, "scaling_factor": factors}}
@@ -190,7 +225,11 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHATML, **settings
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(SPECIAL)
     backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+    }
     if chat_template is not None:
         config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
@@ -229,7 +268,10 @@ def write_gguf(
     for name, weight in tensors.items():
         if name in skip:
             continue
-        for part, heads in (("q_proj", config["num_attention_heads"]), ("k_proj", config["num_key_value_heads"])):
+        for part, heads in (
+            ("q_proj", config["num_attention_heads"]),
+            ("k_proj", config["num_key_value_heads"]),
+        ):
             weight = rows_in_pairs(weight, heads) if arch == "llama" and part in name else weight
         if weight.ndim == 1 and weight.dtype.kind != "i":
             weight = weight.astype(np.float32) + np.float32(arch == "gemma3")
@@ -238,7 +280,9 @@ def write_gguf(
         if kind is None or weight.ndim == 1:
             writer.add_tensor(found, weight)
         else:
-            writer.add_tensor(found, gguf.quants.quantize(weight.astype(np.float32), kind), raw_dtype=kind)
+            writer.add_tensor(
+                found, gguf.quants.quantize(weight.astype(np.float32), kind), raw_dtype=kind
+            )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

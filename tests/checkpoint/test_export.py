@@ -36,7 +36,9 @@ def bits(leaf):
 
 
 def same(left, right):
-    equal = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((bits(a) == bits(b)).all()), left.tree, right.tree)
+    equal = jax.tree.map(
+        lambda a, b: a.dtype == b.dtype and bool((bits(a) == bits(b)).all()), left.tree, right.tree
+    )
     return left.config == right.config and jax.tree.all(equal)
 
 
@@ -67,8 +69,25 @@ def test_every_family_comes_back_bit_for_bit_with_its_config(folder, tmp_path):
 
 
 SAVED_BY_TRANSFORMERS = [
-    *("llama_gqa", "mistral_window", "qwen2_bias", "qwen2_moe_shared", "qwen3_tied", "qwen3_moe_mixed", "smollm3_list"),
-    *("phi3_plain", "olmo2_gqa", "granite_bias", "mixtral_saved", "gpt_oss_saved", "gemma_mqa", "gemma2_caps", "gemma3_new"),
+    *(
+        "llama_gqa",
+        "mistral_window",
+        "qwen2_bias",
+        "qwen2_moe_shared",
+        "qwen3_tied",
+        "qwen3_moe_mixed",
+        "smollm3_list",
+    ),
+    *(
+        "phi3_plain",
+        "olmo2_gqa",
+        "granite_bias",
+        "mixtral_saved",
+        "gpt_oss_saved",
+        "gemma_mqa",
+        "gemma2_caps",
+        "gemma3_new",
+    ),
     *("gpt2_saved", "gpt2_inverse"),
 ]
 
@@ -80,14 +99,20 @@ def test_the_tensors_are_those_that_transformers_saved_under_the_same_names(name
     ours, theirs = tensors_of(tmp_path), tensors_of(ROOT / name)
     assert set(ours) == set(theirs)
     for tensor, expected in theirs.items():
-        assert ours[tensor].dtype == expected.dtype and np.array_equal(ours[tensor], expected), tensor
+        assert ours[tensor].dtype == expected.dtype and np.array_equal(ours[tensor], expected), (
+            tensor
+        )
 
 
 @loads_with_remarks
 def test_experts_of_four_bits_are_written_as_what_they_were_loaded_as(tmp_path):
     export(load(ROOT / "gpt_oss_mxfp4"), tmp_path)
     written = tensors_of(tmp_path)
-    assert written["model.layers.0.mlp.experts.gate_up_proj"].shape == (3, 64, 128)  # [experts, in, gate and up in turns]
+    assert written["model.layers.0.mlp.experts.gate_up_proj"].shape == (
+        3,
+        64,
+        128,
+    )  # [experts, in, gate and up in turns]
     assert {tensor.dtype for tensor in written.values()} == {BF16}
     assert not [name for name in written if name.endswith(("_blocks", "_scales"))]
 
@@ -107,10 +132,16 @@ def test_each_weight_keeps_its_own_dtype_and_fused_ones_the_widest(tmp_path):
     export(params, tmp_path)
     written = tensors_of(tmp_path)
     wide = {name for name, tensor in written.items() if tensor.dtype == np.float32}
-    assert wide == {f"model.layers.{n}.{name}.weight" for n in (0, 1) for name in ("input_layernorm", "self_attn.qkv_proj")}
+    assert wide == {
+        f"model.layers.{n}.{name}.weight"
+        for n in (0, 1)
+        for name in ("input_layernorm", "self_attn.qkv_proj")
+    }
     fused = written["model.layers.1.self_attn.qkv_proj.weight"]
     assert np.array_equal(fused[:32], params.tree["layers"]["q"]["weight"][1])
-    assert np.array_equal(fused[32:64], np.asarray(params.tree["layers"]["k"]["weight"][1]).astype(np.float32))
+    assert np.array_equal(
+        fused[32:64], np.asarray(params.tree["layers"]["k"]["weight"][1]).astype(np.float32)
+    )
 
 
 def test_a_gguf_file_a_numpy_tree_and_placed_arrays_are_exported_alike(tiny, params, tmp_path):
@@ -120,9 +151,13 @@ def test_a_gguf_file_a_numpy_tree_and_placed_arrays_are_exported_alike(tiny, par
         opened = load(tiny.gguf(tmp_path / "model.gguf", config, tensors))
     export(opened, tmp_path / "gguf")
     written = tensors_of(tmp_path / "gguf")
-    assert set(written) == set(tensors) and all(np.array_equal(written[name], tensors[name]) for name in tensors)
+    assert set(written) == set(tensors) and all(
+        np.array_equal(written[name], tensors[name]) for name in tensors
+    )
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("x",))
-    placed = jax.device_put(params.tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    placed = jax.device_put(
+        params.tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
     for number, tree in enumerate((placed, jax.tree.map(np.asarray, params.tree))):
         export(dataclasses.replace(params, tree=tree), tmp_path / str(number))
         assert same(load(tmp_path / str(number)), params)
@@ -134,25 +169,41 @@ def test_beyond_a_size_weights_go_into_shards_with_an_index(params, tmp_path, mo
     export(params, tmp_path, kv_scales=scales)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(tmp_path.glob("*.safetensors"))
-    assert [file.name for file in files] == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
+    assert [file.name for file in files] == [
+        f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)
+    ]
     sizes = []
     for file in files:
         shard = safetensors.numpy.load_file(file)
-        assert {name for name, home in index["weight_map"].items() if home == file.name} == set(shard)
+        assert {name for name, home in index["weight_map"].items() if home == file.name} == set(
+            shard
+        )
         sizes.append(sum(tensor.nbytes for tensor in shard.values()))
     assert len(files) > 3 and max(sizes) <= 20_000 and index["metadata"]["total_size"] == sum(sizes)
     back = load(tmp_path)
-    assert same(dataclasses.replace(back, config=params.config), params) and np.array_equal(back.kv_scales.k, scales.k)
+    assert same(dataclasses.replace(back, config=params.config), params) and np.array_equal(
+        back.kv_scales.k, scales.k
+    )
 
 
 def test_a_file_is_one_that_its_own_library_and_transformers_take(tmp_path):
     """Elements lie at multiples of their size, whatever stands before them, and the file says what it is for."""
-    values = {"a": np.ones(3, BF16), "é": np.arange(6, dtype=np.float32).reshape(2, 3), "empty": np.ones((0, 2), np.float16)}
-    given = [writer.NewTensor(name, each.shape, each.dtype, lambda each=each: each) for name, each in values.items()]
+    values = {
+        "a": np.ones(3, BF16),
+        "é": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "empty": np.ones((0, 2), np.float16),
+    }
+    given = [
+        writer.NewTensor(name, each.shape, each.dtype, lambda each=each: each)
+        for name, each in values.items()
+    ]
     path = tmp_path / "x.safetensors"
     writer.write_safetensors(path, given, {"format": "pt"})
     read = safetensors.numpy.load_file(path)
-    assert all(read[name].dtype == each.dtype and np.array_equal(read[name], each) for name, each in values.items())
+    assert all(
+        read[name].dtype == each.dtype and np.array_equal(read[name], each)
+        for name, each in values.items()
+    )
     opened = writer.open_safetensors(path)
     assert all(opened[name].offset % each.dtype.itemsize == 0 for name, each in values.items())
     with safetensors.safe_open(path, framework="numpy") as file:
@@ -161,7 +212,9 @@ def test_a_file_is_one_that_its_own_library_and_transformers_take(tmp_path):
 
 def test_one_tensor_at_a_time_is_held(tmp_path):
     config = ModelConfig("Phi3ForCausalLM", 2000, 256, 6, 8, 4, 32, 512, 128)
-    tree = nest({name: np.ones(shape, np.float32) for name, shape in expected_shapes(config).items()})
+    tree = nest(
+        {name: np.ones(shape, np.float32) for name, shape in expected_shapes(config).items()}
+    )
     params, largest = Params(tree, config), 2 * 512 * 256 * 4  # gate and up in one
     tracemalloc.start()
     export(params, tmp_path)
@@ -175,7 +228,9 @@ def test_one_tensor_at_a_time_is_held(tmp_path):
 
 def with_tokenizer(tiny, folder, **config):
     config = tiny.config(vocab_size=266, **config)
-    return load(tiny.tokenizer(tiny.folder(folder, config, tiny.tensors(config)), pad_token="<|endoftext|>"))
+    return load(
+        tiny.tokenizer(tiny.folder(folder, config, tiny.tensors(config)), pad_token="<|endoftext|>")
+    )
 
 
 CHAT = [{"role": "user", "content": "hello 123"}]
@@ -187,7 +242,11 @@ def test_the_tokenizer_comes_back_and_transformers_reads_it_too(tiny, tmp_path):
     export(params, tmp_path / "out")
     left, right = params.tokenizer, load(tmp_path / "out").tokenizer
     assert left.encode(TEXT) == right.encode(TEXT) and left.chat(CHAT) == right.chat(CHAT)
-    assert (left.special_tokens, left.eos_ids, left.vocab) == (right.special_tokens, right.eos_ids, right.vocab)
+    assert (left.special_tokens, left.eos_ids, left.vocab) == (
+        right.special_tokens,
+        right.eos_ids,
+        right.vocab,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers = pytest.importorskip("transformers")
@@ -195,8 +254,14 @@ def test_the_tokenizer_comes_back_and_transformers_reads_it_too(tiny, tmp_path):
         generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
         config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert theirs.encode(TEXT) == left.encode(TEXT) and theirs.decode(left.encode(TEXT)) == TEXT
-    assert theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) == left.render(CHAT)
-    assert (theirs.eos_token, theirs.bos_token, theirs.pad_token) == ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
+    assert theirs.apply_chat_template(
+        CHAT, tokenize=False, add_generation_prompt=True
+    ) == left.render(CHAT)
+    assert (theirs.eos_token, theirs.bos_token, theirs.pad_token) == (
+        "<|im_end|>",
+        "<|im_start|>",
+        "<|endoftext|>",
+    )
     assert generation.eos_token_id == config.eos_token_id == [2, 0] and config.pad_token_id == 0
 
 
@@ -207,7 +272,9 @@ def test_a_tokenizer_from_a_gguf_file_gets_its_files(tiny, tmp_path):
         file.add_tokenizer_model("gpt2")
         file.add_tokenizer_pre("gpt-2")
         file.add_token_list(tokens)
-        file.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
+        file.add_token_types(
+            [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3)
+        )
         file.add_token_merges(merges)
         file.add_chat_template(tiny.chatml)
 
@@ -235,7 +302,9 @@ def test_a_folder_that_holds_something_is_left_alone(params, tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").touch()
     for path in (tmp_path / "mine", tmp_path / "file"):
-        with pytest.raises(CheckpointError, match=f"{path.name}: exists and is not an empty folder"):
+        with pytest.raises(
+            CheckpointError, match=f"{path.name}: exists and is not an empty folder"
+        ):
             export(params, path)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
@@ -259,7 +328,9 @@ def test_what_fails_leaves_nothing_behind(params, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["out"]
 
 
-def test_what_has_no_form_in_a_folder_is_refused_by_name_before_anything_is_written(params, tmp_path):
+def test_what_has_no_form_in_a_folder_is_refused_by_name_before_anything_is_written(
+    params, tmp_path
+):
     class Bytes:
         def encode(self, text, add_special_tokens=True):
             return list(text.encode())
@@ -275,16 +346,37 @@ def test_what_has_no_form_in_a_folder_is_refused_by_name_before_anything_is_writ
     config = dataclasses.replace(params.config, windows=(8, 0))
     cases = [
         (params.tree, "params of type dict: must be a Params"),
-        (dataclasses.replace(params, tokenizer=Tokenizer(Bytes())), "tokenizer of type Bytes: has no written form"),
-        (dataclasses.replace(params, config=config), r"LlamaForCausalLM cannot say windows=\(8, 0\)"),
-        (changed("q", lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)), r"layers\.q\.weight is a ShapeDtypeStruct"),
-        (changed("k", lambda x: x.astype(jnp.float8_e5m2)), r"layers\.k\.weight is of dtype float8_e5m2"),
-        (changed("v", lambda x: x[:, :3]), r"layers\.v\.weight has shape \[2, 3, 32\], expected \[2, 32, 32\]"),
-        (dataclasses.replace(params, tree={**params.tree, "extra": {"weight": np.ones(1)}}), r"extra\.weight"),
+        (
+            dataclasses.replace(params, tokenizer=Tokenizer(Bytes())),
+            "tokenizer of type Bytes: has no written form",
+        ),
+        (
+            dataclasses.replace(params, config=config),
+            r"LlamaForCausalLM cannot say windows=\(8, 0\)",
+        ),
+        (
+            changed("q", lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)),
+            r"layers\.q\.weight is a ShapeDtypeStruct",
+        ),
+        (
+            changed("k", lambda x: x.astype(jnp.float8_e5m2)),
+            r"layers\.k\.weight is of dtype float8_e5m2",
+        ),
+        (
+            changed("v", lambda x: x[:, :3]),
+            r"layers\.v\.weight has shape \[2, 3, 32\], expected \[2, 32, 32\]",
+        ),
+        (
+            dataclasses.replace(params, tree={**params.tree, "extra": {"weight": np.ones(1)}}),
+            r"extra\.weight",
+        ),
     ]
     for given, named in cases:
         with pytest.raises((ConfigError, CheckpointError), match=named):
             export(given, tmp_path / "out")
-    with pytest.raises(ConfigError, match="layout='compressed_tensors': must be one of 'compressed-tensors'.*Did you mean"):
+    with pytest.raises(
+        ConfigError,
+        match="layout='compressed_tensors': must be one of 'compressed-tensors'.*Did you mean",
+    ):
         export(params, tmp_path / "out", layout="compressed_tensors")
     assert not list(tmp_path.iterdir())

@@ -21,9 +21,16 @@ def test_a_model_is_written_with_scales_from_a_file_and_it_is_said(run, tmp_path
     status, shown, said = run("export", MODEL, out, "--kv-scales", scales, "--dtype", "float32")
     assert (status, shown) == (0, "")
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
-    assert said == f"jfp8kv: wrote {out}: 5 files, {size:.1f} MB, weights float32, KV scales per head\n"
+    assert (
+        said
+        == f"jfp8kv: wrote {out}: 5 files, {size:.1f} MB, weights float32, KV scales per head\n"
+    )
     back = jfp8kv.load(out)
-    assert back.dtype == np.float32 and back.kv_scales.granularity == "head" and back.config.kv_cache_dtype == "fp8_e4m3"
+    assert (
+        back.dtype == np.float32
+        and back.kv_scales.granularity == "head"
+        and back.config.kv_cache_dtype == "fp8_e4m3"
+    )
     assert run("export", out, tmp_path / "again", "--quiet") == (0, "", "")
     assert np.array_equal(jfp8kv.load(tmp_path / "again").kv_scales.k, back.kv_scales.k)
 
@@ -33,7 +40,9 @@ def test_what_the_layout_cannot_hold_is_a_warning(run, tmp_path):
     scales = scales_file(tmp_path / "scales.safetensors", 2, 2, 16)
     status, _, said = run("export", MODEL, tmp_path / "out", "--kv-scales", scales)
     warned, wrote = said.splitlines()
-    assert status == 0 and warned.startswith("jfp8kv: warning: The layout 'compressed-tensors' has no place for channel scales")
+    assert status == 0 and warned.startswith(
+        "jfp8kv: warning: The layout 'compressed-tensors' has no place for channel scales"
+    )
     assert wrote.endswith("weights bfloat16, KV scales per channel")
 
 
@@ -47,11 +56,17 @@ def test_without_scales_it_says_so(run, tmp_path):
     [
         ((MODEL, MODEL), f"FOLDER {MODEL}: exists and is not an empty folder"),
         ((MODEL, MODEL / "config.json"), "config.json: exists and is not an empty folder"),
-        ((MODEL, "OUT", "--layout", "modelopt"), "--layout='modelopt': must be one of 'compressed-tensors'."),
+        (
+            (MODEL, "OUT", "--layout", "modelopt"),
+            "--layout='modelopt': must be one of 'compressed-tensors'.",
+        ),
         ((MODEL, "OUT", "--kv-scales", MODEL / "config.json"), "not a KVScales file"),
         ((MODEL, "OUT", "--kv-scales", "OTHER"), "layers=2, kv_heads=2, head_dim=16"),
         ((MODEL, "OUT", "--dtype", "int8"), "dtype='int8'"),
-        ((MODEL, "OUT", "--kv-scale", "x"), "unknown option --kv-scale. Did you mean '--kv-scales'?"),
+        (
+            (MODEL, "OUT", "--kv-scale", "x"),
+            "unknown option --kv-scale. Did you mean '--kv-scales'?",
+        ),
         ((MODEL.parent / "nowhere", "OUT"), "nowhere: no such file or folder"),
         ((MODEL,), "the following arguments are required: FOLDER"),
     ],
@@ -66,4 +81,6 @@ def test_a_mistake_is_one_line_and_status_2(run, tmp_path, argv, named):
 
 def test_help_says_what_it_takes(run):
     status, shown, _ = run("export", "--help")
-    assert status == 0 and all(part in shown for part in ("MODEL FOLDER", "--kv-scales", "--layout", "--dtype"))
+    assert status == 0 and all(
+        part in shown for part in ("MODEL FOLDER", "--kv-scales", "--layout", "--dtype")
+    )

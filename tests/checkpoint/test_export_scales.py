@@ -18,7 +18,11 @@ from jfp8kv.core.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parent.parent / "references"
 LAYERS, HEADS, HEAD_DIM = 2, 2, 16
-SHAPES = {"tensor": (LAYERS, 1, 1), "head": (LAYERS, HEADS, 1), "channel": (LAYERS, HEADS, HEAD_DIM)}
+SHAPES = {
+    "tensor": (LAYERS, 1, 1),
+    "head": (LAYERS, HEADS, 1),
+    "channel": (LAYERS, HEADS, HEAD_DIM),
+}
 OURS_ALONE = "ignore:The layout 'compressed-tensors' has no place"
 
 
@@ -38,9 +42,9 @@ def scales_of(k="head", v="head", offset=None, seed=0, kv_dtype="fp8_e4m3"):
 
 def equal(a, b):
     """The same arrays, bit for bit, for the same format."""
-    return a.kv_dtype == b.kv_dtype and {name: each.tobytes() for name, each in a.arrays.items()} == {
-        name: each.tobytes() for name, each in b.arrays.items()
-    }
+    return a.kv_dtype == b.kv_dtype and {
+        name: each.tobytes() for name, each in a.arrays.items()
+    } == {name: each.tobytes() for name, each in b.arrays.items()}
 
 
 def refused(folder, *named):
@@ -77,29 +81,40 @@ SCHEMA = {
 
 
 @pytest.mark.parametrize(
-    ("granularity", "strategy", "shape"), [("tensor", "tensor", (1,)), ("head", "attn_head", (HEADS, 1, 1))]
+    ("granularity", "strategy", "shape"),
+    [("tensor", "tensor", (1,)), ("head", "attn_head", (HEADS, 1, 1))],
 )
-def test_scales_are_published_as_llm_compressor_writes_them_field_by_field(params, tmp_path, granularity, strategy, shape):
+def test_scales_are_published_as_llm_compressor_writes_them_field_by_field(
+    params, tmp_path, granularity, strategy, shape
+):
     scales = scales_of(granularity, granularity)
     export(params, tmp_path, kv_scales=scales)
     declared = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert declared == SCHEMA | {"kv_cache_scheme": SCHEME | {"strategy": strategy}}
     tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    names = [f"model.layers.{layer}.self_attn.{part}_scale" for layer in range(LAYERS) for part in "kv"]
+    names = [
+        f"model.layers.{layer}.self_attn.{part}_scale" for layer in range(LAYERS) for part in "kv"
+    ]
     assert sorted(name for name in tensors if name.endswith("scale")) == sorted(names)
     for layer in range(LAYERS):
         for part, values in (("k", scales.k), ("v", scales.v)):
             written = tensors[f"model.layers.{layer}.self_attn.{part}_scale"]
             assert written.shape == shape and written.dtype == np.float32
             assert written.ravel().tolist() == values[layer].ravel().tolist()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
 
 
 def test_other_architectures_have_them_on_their_attention_too(tmp_path):
     params = load(ROOT / "gpt2_saved")
     scales = KVScales(np.full((3, 3, 1), 0.5), np.full((3, 3, 1), 0.25), kv_dtype="fp8_e4m3")
     export(params, tmp_path, kv_scales=scales)
-    assert "transformer.h.2.attn.v_scale" in safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    assert "transformer.h.2.attn.v_scale" in safetensors.numpy.load_file(
+        tmp_path / "model.safetensors"
+    )
     assert equal(load(tmp_path).kv_scales, scales)
 
 
@@ -137,7 +152,10 @@ def test_a_model_says_the_same_tokens_after_export(tmp_path, case):
     sizes = {"kv_cache_memory": "1MB", "max_model_len": 64, "max_num_seqs": 1}
     before = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", kv_scales=scales, **sizes)
     after = jfp8kv.LLM(str(tmp_path), **sizes)
-    said = [llm.generate("the end", max_tokens=24, temperature=0, ignore_eos=True)[0].token_ids for llm in (before, after)]
+    said = [
+        llm.generate("the end", max_tokens=24, temperature=0, ignore_eos=True)[0].token_ids
+        for llm in (before, after)
+    ]
     assert said[0] == said[1] and after.stats.kv_bytes_per_token == before.stats.kv_bytes_per_token
 
 
@@ -159,7 +177,9 @@ def test_what_the_model_brings_is_exported_unless_others_are_given(params, tmp_p
     own, other = scales_of(seed=1), scales_of(seed=2)
     params = dataclasses.replace(params, kv_scales=own)
     other.save(tmp_path / "scales.safetensors")
-    for number, (given, expected) in enumerate([(None, own), (other, other), (str(tmp_path / "scales.safetensors"), other)]):
+    for number, (given, expected) in enumerate(
+        [(None, own), (other, other), (str(tmp_path / "scales.safetensors"), other)]
+    ):
         jfp8kv.export(params, tmp_path / str(number), kv_scales=given)
         assert equal(load(tmp_path / str(number)).kv_scales, expected)
 
@@ -182,7 +202,9 @@ def test_what_is_ours_alone_is_said(params, tmp_path, case, what):
     (said,) = said
     assert f"has no place for {what}: they are in kv_scales.jfp8kv" in str(said.message)
     assert "Other engines see one scale per head" in str(said.message) and said.filename == __file__
-    assert (tmp_path / "kv_scales.jfp8kv").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+    assert (tmp_path / "kv_scales.jfp8kv").stat().st_mode == (
+        tmp_path / "config.json"
+    ).stat().st_mode
 
 
 def test_a_shape_that_the_layout_lacks_is_kept_and_is_no_news_to_others(params, tmp_path):
@@ -192,7 +214,9 @@ def test_a_shape_that_the_layout_lacks_is_kept_and_is_no_news_to_others(params, 
 
 
 @pytest.mark.filterwarnings(OURS_ALONE)
-@pytest.mark.parametrize("case", ["channel", "channel and offset", "head and offset", "tensor and offset"])
+@pytest.mark.parametrize(
+    "case", ["channel", "channel and offset", "head and offset", "tensor and offset"]
+)
 def test_values_that_fit_ours_fit_the_published_scales_and_no_smaller_ones(params, tmp_path, case):
     scales = scales_of(**CASES[case])
     export(params, tmp_path, kv_scales=scales)
@@ -202,16 +226,23 @@ def test_values_that_fit_ours_fit_the_published_scales_and_no_smaller_ones(param
     for layer, head in np.ndindex(LAYERS, HEADS):
 
         def of(values, layer=layer, head=head):
-            return np.broadcast_to(values, (LAYERS, HEADS, HEAD_DIM))[layer, head].astype(np.float64)
+            return np.broadcast_to(values, (LAYERS, HEADS, HEAD_DIM))[layer, head].astype(
+                np.float64
+            )
 
-        largest = [max(abs(o + 448 * s), abs(o - 448 * s)) for o, s in zip(of(offset), of(scales.k), strict=True)]
+        largest = [
+            max(abs(o + 448 * s), abs(o - 448 * s))
+            for o, s in zip(of(offset), of(scales.k), strict=True)
+        ]
         assert of(public.k)[0] * 448 == pytest.approx(max(largest), rel=1e-6)
         assert of(public.v)[0] == max(of(scales.v))
 
 
 def test_scales_for_e5m2_are_published_for_e4m3_and_it_is_said(params, tmp_path):
     scales = scales_of(kv_dtype="fp8_e5m2")
-    with pytest.warns(UserWarning, match="made for fp8_e5m2.*is for fp8_e4m3: they are multiplied") as said:
+    with pytest.warns(
+        UserWarning, match="made for fp8_e5m2.*is for fp8_e4m3: they are multiplied"
+    ) as said:
         export(params, tmp_path, kv_scales=scales)
     assert said[0].filename == __file__
     expected = KVScales(scales.k * np.float32(128), scales.v * np.float32(128), kv_dtype="fp8_e4m3")
@@ -226,12 +257,19 @@ def test_scales_for_any_format_are_published_for_e4m3(params, tmp_path):
 
 def test_a_declaration_that_changes_is_said(params, tmp_path):
     def declaring(kv_dtype):
-        return dataclasses.replace(params, config=dataclasses.replace(params.config, kv_cache_dtype=kv_dtype))
+        return dataclasses.replace(
+            params, config=dataclasses.replace(params.config, kv_cache_dtype=kv_dtype)
+        )
 
-    with pytest.warns(UserWarning, match="declares an fp8_e4m3 cache and has no scales for it: the folder declares none"):
+    with pytest.warns(
+        UserWarning,
+        match="declares an fp8_e4m3 cache and has no scales for it: the folder declares none",
+    ):
         export(declaring("fp8_e4m3"), tmp_path / "a")
     assert load(tmp_path / "a").config.kv_cache_dtype is None
-    with pytest.warns(UserWarning, match="declares an fp8_e5m2 cache: the folder, as its layout has it, fp8_e4m3"):
+    with pytest.warns(
+        UserWarning, match="declares an fp8_e5m2 cache: the folder, as its layout has it, fp8_e4m3"
+    ):
         export(declaring("fp8_e5m2"), tmp_path / "b", kv_scales=scales_of())
     export(declaring("fp8_e4m3"), tmp_path / "c", kv_scales=scales_of())
 
@@ -250,7 +288,11 @@ def exported(params, tmp_path):
 
 def test_inspect_has_our_files_scales_layer_by_layer(exported):
     found = jfp8kv.inspect(exported).scales
-    assert (found.elsewhere, found.granularity, found.problems) == ("kv_scales.jfp8kv", "channel", ())
+    assert (found.elsewhere, found.granularity, found.problems) == (
+        "kv_scales.jfp8kv",
+        "channel",
+        (),
+    )
     assert [(row.sources, row.granularity, row.verdict) for row in found.rows] == [
         (("kv_scales.jfp8kv",), "channel", "used")
     ] * LAYERS
@@ -262,10 +304,16 @@ def test_scales_of_another_tool_in_the_weights_go_before_our_file(exported):
     tensors = safetensors.numpy.load_file(path)
     tensors["model.layers.1.self_attn.k_scale"] *= np.float32(1.5)
     safetensors.numpy.save_file(tensors, path)
-    refused(exported, "kv_scales.jfp8kv does not belong to the scales in the weights", "strict=False")
-    with pytest.warns(UserWarning, match="kv_scales.jfp8kv does not belong .*: the scales in the weights are used"):
+    refused(
+        exported, "kv_scales.jfp8kv does not belong to the scales in the weights", "strict=False"
+    )
+    with pytest.warns(
+        UserWarning, match="kv_scales.jfp8kv does not belong .*: the scales in the weights are used"
+    ):
         found = load(exported, strict=False).kv_scales
-    assert found.granularity == "head" and np.array_equal(found.k[1], tensors["model.layers.1.self_attn.k_scale"][:, 0])
+    assert found.granularity == "head" and np.array_equal(
+        found.k[1], tensors["model.layers.1.self_attn.k_scale"][:, 0]
+    )
 
 
 @pytest.mark.parametrize("what", ["damaged", "of another model", "of no such format"])
@@ -297,14 +345,21 @@ def test_our_file_is_fetched_from_the_hub_with_the_small_ones():
 
 
 def test_scales_that_have_no_form_in_a_checkpoint_are_refused_and_nothing_is_left(params, tmp_path):
-    plan = jfp8kv.KVPlan((jfp8kv.LayerPlan("bfloat16"), jfp8kv.LayerPlan("fp8_e4m3", "unit")), KVScales.unit(2), 100.0)
+    plan = jfp8kv.KVPlan(
+        (jfp8kv.LayerPlan("bfloat16"), jfp8kv.LayerPlan("fp8_e4m3", "unit")),
+        KVScales.unit(2),
+        100.0,
+    )
     small = KVScales(np.full((LAYERS, 1, 1), 1e-36), np.ones((LAYERS, 1, 1)))
     cases = [
         (plan, r"kv_scales is a KVPlan: .*plan\.save"),
         (jnp.ones(2), "kv_scales=.*must be a KVScales"),
         (KVScales.unit(3), "layers=2"),
         (scales_of((LAYERS, 1, HEAD_DIM)), r"must be \[2, 1, 1\], \[2, 2, 1\] or \[2, 2, 16\]"),
-        (small, r"kv_scales cannot be exported: layer 0: model\.layers\.0\.self_attn\.k_scale is 1e-36"),
+        (
+            small,
+            r"kv_scales cannot be exported: layer 0: model\.layers\.0\.self_attn\.k_scale is 1e-36",
+        ),
         (str(tmp_path / "nowhere"), "no such file"),
     ]
     for given, named in cases:

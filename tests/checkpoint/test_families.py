@@ -14,11 +14,18 @@ from jfp8kv.models.quantization import declared_kv_dtype
 
 pytestmark = pytest.mark.quick_compile
 
-LLAMA31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA31 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def test_old_and_new_spellings_give_the_same_config(tiny):
-    old = tiny.config(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **LLAMA31}, torch_dtype="bfloat16")
+    old = tiny.config(
+        rope_theta=5e5, rope_scaling={"rope_type": "llama3", **LLAMA31}, torch_dtype="bfloat16"
+    )
     new = tiny.config(rope_theta=None, torch_dtype=None, dtype="bfloat16")
     new["rope_parameters"] = {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA31}
     assert config_from_hf(old) == config_from_hf(new)
@@ -27,7 +34,10 @@ def test_old_and_new_spellings_give_the_same_config(tiny):
 
 
 def test_what_is_left_out_or_null_has_its_default(tiny):
-    config = config_from_hf(tiny.config(num_key_value_heads=None, head_dim=None) | {"head_dim": None, "rope_scaling": None})
+    config = config_from_hf(
+        tiny.config(num_key_value_heads=None, head_dim=None)
+        | {"head_dim": None, "rope_scaling": None}
+    )
     assert (config.kv_heads, config.head_dim) == (4, 8)
     assert config.ropes[0] == RopeConfig()
     assert not config.tied_embeddings
@@ -54,10 +64,16 @@ def test_attention_bias_is_on_all_four_projections(tiny):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"architectures": ["LlamaForCausalLn"]}, ["LlamaForCausalLn", "Did you mean 'LlamaForCausalLM'"]),
+        (
+            {"architectures": ["LlamaForCausalLn"]},
+            ["LlamaForCausalLn", "Did you mean 'LlamaForCausalLM'"],
+        ),
         ({"architectures": None, "model_type": "mamba"}, ["mamba", "LlamaForCausalLM"]),
         ({"hidden_act": "xielu"}, ["xielu", "silu"]),
-        ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, ["spiral", "default, linear, dynamic, llama3"]),
+        (
+            {"rope_scaling": {"rope_type": "spiral", "factor": 4.0}},
+            ["spiral", "default, linear, dynamic, llama3"],
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, ["factor=None", "'linear'", "positive"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "llama3"]),
         ({"partial_rotary_factor": 1.5}, ["partial_rotary_factor=1.5"]),
@@ -104,7 +120,9 @@ def test_a_damaged_entry_is_named_with_what_it_holds(tiny, key, value):
 
 
 def test_an_architecture_may_stand_outside_a_list(tiny):
-    assert config_from_hf(tiny.config(architectures="LlamaForCausalLM")) == config_from_hf(tiny.config())
+    assert config_from_hf(tiny.config(architectures="LlamaForCausalLM")) == config_from_hf(
+        tiny.config()
+    )
 
 
 FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor"}
@@ -115,7 +133,10 @@ FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor"}
     [
         {"quant_method": "compressed-tensors", "kv_cache_scheme": FP8, "config_groups": {}},
         {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"},
-        {"quant_method": "quark", "kv_cache_quant_config": {"*k_proj": {"output_tensors": {"dtype": "fp8_e4m3"}}}},
+        {
+            "quant_method": "quark",
+            "kv_cache_quant_config": {"*k_proj": {"output_tensors": {"dtype": "fp8_e4m3"}}},
+        },
     ],
 )
 def test_a_checkpoint_that_quantizes_only_its_cache_declares_fp8(tiny, scheme):
@@ -178,12 +199,18 @@ GGUF = {
         ({"general.architecture": "gptneox"}, ["gptneox", "llama"]),
         ({"llama.expert_count": 8}, ["expert_count=8"]),
         ({"llama.rope.dimension_count": 4}, ["dimension_count=4", "8"]),
-        ({"llama.rope.scaling.type": "spiral", "llama.rope.scaling.factor": 4.0}, ["spiral", "llama3"]),
+        (
+            {"llama.rope.scaling.type": "spiral", "llama.rope.scaling.factor": 4.0},
+            ["spiral", "llama3"],
+        ),
         ({"llama.attention.value_length": 4}, ["value_length=4", "8"]),
         ({"general.architecture": ["llama"]}, ["['llama']"]),
         ({"general.architecture": "gemma2"}, ["'gemma2'", "llama, qwen2, qwen3, gemma3"]),
         ({"general.architecture": "qwen3moe"}, ["'qwen3moe'", "llama, qwen2, qwen3, gemma3"]),
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.5}, ["yarn_ext_factor=0.5", "1.0"]),
+        (
+            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 0.5},
+            ["yarn_ext_factor=0.5", "1.0"],
+        ),
         ({"llama.attention.head_count": [4, 4]}, ["num_attention_heads=[4, 4]"]),
         ({"llama.rope.freq_base": "1e4"}, ["freq_base='1e4'", "positive number"]),
         ({"llama.rope.scale_linear": "two"}, ["factor='two'", "positive number"]),
@@ -199,7 +226,9 @@ def test_gguf_metadata_that_is_not_supported_is_named(change, named):
 def test_gguf_metadata_gives_linear_rope_biases_ties_and_every_end_token():
     ends = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 5}
     scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
-    config = config_from_gguf(GGUF | ends | scaling, tensors={"token_embd.weight": (40, 32), "blk.0.attn_q.bias": (32,)})
+    config = config_from_gguf(
+        GGUF | ends | scaling, tensors={"token_embd.weight": (40, 32), "blk.0.attn_q.bias": (32,)}
+    )
     assert config.ropes[0] == RopeConfig(kind="linear", factor=2.0)
     assert config.eos_ids == (2, 5)
     assert config.tied_embeddings and config.qkv_bias and not config.o_bias and not config.mlp_bias
@@ -208,30 +237,56 @@ def test_gguf_metadata_gives_linear_rope_biases_ties_and_every_end_token():
 @pytest.mark.parametrize(
     ("scaling", "expected"),
     [
-        ({"factor": 4.0}, RopeConfig(kind="linear", factor=4.0)),  # a scaling without a type is linear
+        (
+            {"factor": 4.0},
+            RopeConfig(kind="linear", factor=4.0),
+        ),  # a scaling without a type is linear
         ({"type": "none", "factor": 4.0}, RopeConfig()),
         ({"type": "linear", "factor": 0.0}, RopeConfig()),
     ],
 )
 def test_a_gguf_rope_is_scaled_as_llama_cpp_reads_it(scaling, expected):
-    config = config_from_gguf(GGUF | {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}, tensors={})
+    config = config_from_gguf(
+        GGUF | {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}, tensors={}
+    )
     assert config.ropes == (expected,)
 
 
 def gemma3(**more):
-    own = {"attention.sliding_window": 24, "attention.key_length": 16, "rope.freq_base": 1e6, "block_count": 8} | more
-    metadata = {f"gemma3.{key.removeprefix('llama.')}": value for key, value in GGUF.items() if key.startswith("llama.")}
+    own = {
+        "attention.sliding_window": 24,
+        "attention.key_length": 16,
+        "rope.freq_base": 1e6,
+        "block_count": 8,
+    } | more
+    metadata = {
+        f"gemma3.{key.removeprefix('llama.')}": value
+        for key, value in GGUF.items()
+        if key.startswith("llama.")
+    }
     metadata |= {f"gemma3.{key}": value for key, value in own.items()}
     return config_from_gguf(metadata | {"general.architecture": "gemma3"}, tensors={})
 
 
 def test_a_gemma3_gguf_has_its_windows_and_ropes_by_default_or_as_listed():
     usual = gemma3()
-    assert usual.windows == (24, 24, 24, 24, 24, 0, 24, 24) and usual.layer_ropes == (0, 0, 0, 0, 0, 1, 0, 0)
+    assert usual.windows == (24, 24, 24, 24, 24, 0, 24, 24) and usual.layer_ropes == (
+        0,
+        0,
+        0,
+        0,
+        0,
+        1,
+        0,
+        0,
+    )
     assert [rope.theta for rope in usual.ropes] == [1e4, 1e6]
     assert gemma3(**{"rope.freq_base_swa": 2e4}).ropes[0].theta == 2e4
     assert gemma3(**{"attention.sliding_window_pattern": 2}).windows == (24, 0) * 4
-    assert gemma3(**{"attention.sliding_window_pattern": [True, False, False, True] * 2}).windows == (24, 0, 0, 24) * 2
+    assert (
+        gemma3(**{"attention.sliding_window_pattern": [True, False, False, True] * 2}).windows
+        == (24, 0, 0, 24) * 2
+    )
     for none in (0, None):
         config = gemma3(**{"attention.sliding_window": none})
         assert config.windows == () and [rope.theta for rope in config.ropes] == [1e6]
@@ -250,13 +305,19 @@ def test_gemma3s_length_counts_its_ropes_scaling_already():
     ],
 )
 def test_a_gguf_text_ends_at_the_files_end_token_and_the_familys_others(arch, tokens, expected):
-    metadata = {key.replace("llama.", f"{arch}."): value for key, value in GGUF.items()} | {"general.architecture": arch}
+    metadata = {key.replace("llama.", f"{arch}."): value for key, value in GGUF.items()} | {
+        "general.architecture": arch
+    }
     metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eos_token_id": 2}
     assert config_from_gguf(metadata, tensors={}).eos_ids == expected
 
 
 def test_a_gguf_without_key_length_or_kv_heads_has_what_follows_from_the_others():
-    metadata = {key.replace("llama.", "qwen3."): value for key, value in GGUF.items() if not key.endswith("head_count_kv")}
+    metadata = {
+        key.replace("llama.", "qwen3."): value
+        for key, value in GGUF.items()
+        if not key.endswith("head_count_kv")
+    }
     config = config_from_gguf(metadata | {"general.architecture": "qwen3"}, tensors={})
     assert (config.kv_heads, config.head_dim) == (4, 8)
 

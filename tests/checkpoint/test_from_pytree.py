@@ -16,7 +16,7 @@ from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.families import config_from_hf
 from jfp8kv.models.names import expected_shapes, nest
 from jfp8kv.models.params import Params
-from jfp8kv.models.tokenizer import Tokenizer
+from jfp8kv.text.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -35,7 +35,9 @@ def params(config, tensors):
 
 
 def same(left: Params, right: Params) -> bool:
-    equal = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), left.tree, right.tree)
+    equal = jax.tree.map(
+        lambda a, b: a.dtype == b.dtype and bool((a == b).all()), left.tree, right.tree
+    )
     return left.config == right.config and jax.tree.all(equal)
 
 
@@ -48,25 +50,34 @@ def test_hugging_face_names_are_stacked_in_layer_order(params, tensors):
         for layer in range(2):
             expected = tensors[f"model.layers.{layer}.{theirs}.weight"]
             np.testing.assert_array_equal(params.tree["layers"][ours]["weight"][layer], expected)
-    np.testing.assert_array_equal(params.tree["layers"]["o"]["bias"][1], tensors["model.layers.1.self_attn.o_proj.bias"])
+    np.testing.assert_array_equal(
+        params.tree["layers"]["o"]["bias"][1], tensors["model.layers.1.self_attn.o_proj.bias"]
+    )
     np.testing.assert_array_equal(params.tree["head"]["weight"], tensors["lm_head.weight"])
 
 
 def test_the_tree_has_exactly_the_expected_names_and_shapes(params):
     found = {
-        ".".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(params.tree)[0]
+        ".".join(key.key for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params.tree)[0]
     }
     assert found == expected_shapes(params.config)
 
 
 def test_a_tree_without_the_leading_model_is_the_same(params, config, tensors):
-    assert same(params, Params.from_pytree({n.removeprefix("model."): t for n, t in tensors.items()}, config))
+    assert same(
+        params,
+        Params.from_pytree({n.removeprefix("model."): t for n, t in tensors.items()}, config),
+    )
 
 
 def test_nested_and_wrapped_trees_are_the_same(params, config, tensors):
     assert same(params, Params.from_pytree(nest(tensors), config))
     assert same(params, Params.from_pytree({"params": nest(tensors)}, config))
-    assert same(params, Params.from_pytree({tuple(name.split(".")): t for name, t in tensors.items()}, config))
+    assert same(
+        params,
+        Params.from_pytree({tuple(name.split(".")): t for name, t in tensors.items()}, config),
+    )
 
 
 def test_a_flax_tree_has_its_kernels_transposed(params, config, tensors):
@@ -99,7 +110,11 @@ class Layers(nnx.Module):
 
 class Model(nnx.Module):
     def __init__(self, tree):
-        self.embed, self.norm, self.head = Weight(tree["embed"]), Weight(tree["norm"]), Weight(tree["head"])
+        self.embed, self.norm, self.head = (
+            Weight(tree["embed"]),
+            Weight(tree["norm"]),
+            Weight(tree["head"]),
+        )
         self.layers = Layers(tree["layers"])
         self.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))  # state that is no parameter
 
@@ -129,12 +144,22 @@ def test_a_config_may_be_ours_a_dict_or_a_transformers_object(params, config, te
 
 def test_what_is_wrong_with_a_tree_is_named(config, tensors):
     name = "model.layers.1.mlp.up_proj.weight"
-    with pytest.raises(CheckpointError, match=r"missing: layers\.1\.mlp\.up_proj\.weight \[64, 32\]"):
+    with pytest.raises(
+        CheckpointError, match=r"missing: layers\.1\.mlp\.up_proj\.weight \[64, 32\]"
+    ):
         Params.from_pytree({n: t for n, t in tensors.items() if n != name}, config)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight has shape \[64, 31\], expected \[64, 32\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"layers\.1\.mlp\.up_proj\.weight has shape \[64, 31\], expected \[64, 32\]",
+    ):
         Params.from_pytree(tensors | {name: tensors[name][:, :-1]}, config)
-    with pytest.raises(CheckpointError, match=r"not part of this architecture: layers\.0\.self_attn\.q_norm\.weight"):
-        Params.from_pytree(tensors | {"model.layers.0.self_attn.q_norm.weight": np.ones(16, np.float32)}, config)
+    with pytest.raises(
+        CheckpointError,
+        match=r"not part of this architecture: layers\.0\.self_attn\.q_norm\.weight",
+    ):
+        Params.from_pytree(
+            tensors | {"model.layers.0.self_attn.q_norm.weight": np.ones(16, np.float32)}, config
+        )
     with pytest.raises(CheckpointError, match=r"norm\.weight is of dtype int32"):
         Params.from_pytree(tensors | {"model.norm.weight": np.ones(32, np.int32)}, config)
     with pytest.raises(CheckpointError, match="norm.weight is a float, not an array"):
@@ -149,7 +174,10 @@ def test_a_missing_head_hints_at_tied_embeddings(config, tensors):
 
 
 def test_leaves_are_the_weights_and_the_rest_survives_every_transformation(params):
-    tokenizer, scales = Tokenizer(object()), {"k": np.ones(2)}  # neither hashable by value nor comparable
+    tokenizer, scales = (
+        Tokenizer(object()),
+        {"k": np.ones(2)},
+    )  # neither hashable by value nor comparable
     params = dataclasses.replace(params, tokenizer=tokenizer, kv_scales=scales)
     assert len(jax.tree.leaves(params)) == len(expected_shapes(params.config))
     mapped = jax.tree.map(lambda x: x * 2, params)
@@ -157,7 +185,11 @@ def test_leaves_are_the_weights_and_the_rest_survives_every_transformation(param
     put = jax.device_put(params, jax.devices()[0])
     for result in (mapped, jitted, put):
         assert isinstance(result, Params)
-        assert result.config == params.config and result.tokenizer is tokenizer and result.kv_scales is scales
+        assert (
+            result.config == params.config
+            and result.tokenizer is tokenizer
+            and result.kv_scales is scales
+        )
     assert same(mapped, jitted) and same(params, put)
 
 
@@ -183,14 +215,24 @@ def test_repr_says_what_and_how_large(params):
     assert repr(jax.tree.map(lambda x: None, params)) == "Params(LlamaForCausalLM)"
 
 
-FAMILIES = sorted(path.parent for path in (Path(__file__).parent.parent / "references").glob("*/config.json"))
-NOT_PLAIN = ("gpt_oss_mxfp4", "gemma3_vision")  # what is not the text model's weights as they are: `load` alone reads those
+FAMILIES = sorted(
+    path.parent for path in (Path(__file__).parent.parent / "references").glob("*/config.json")
+)
+NOT_PLAIN = (
+    "gpt_oss_mxfp4",
+    "gemma3_vision",
+)  # what is not the text model's weights as they are: `load` alone reads those
 
 
-@pytest.mark.parametrize("folder", [f for f in FAMILIES if f.name not in NOT_PLAIN], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "folder", [f for f in FAMILIES if f.name not in NOT_PLAIN], ids=lambda f: f.name
+)
 def test_a_familys_tensors_under_their_own_names_are_its_parameters(folder):
     tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     params = Params.from_pytree(tensors, json.loads((folder / "config.json").read_text()))
     loaded = load(folder)
     assert jax.tree.structure(params.tree) == jax.tree.structure(loaded.tree)
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(params.tree), jax.tree.leaves(loaded.tree), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(params.tree), jax.tree.leaves(loaded.tree), strict=True)
+    )

@@ -13,7 +13,17 @@ from jfp8kv.checkpoint.load import load_kv_scales
 from jfp8kv.core.errors import CheckpointError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-LAYOUTS = ["compressed-tensors", "ModelOpt", "Quark", "fused", "attention", "cache", "module", "mixer", "AutoFP8"]
+LAYOUTS = [
+    "compressed-tensors",
+    "ModelOpt",
+    "Quark",
+    "fused",
+    "attention",
+    "cache",
+    "module",
+    "mixer",
+    "AutoFP8",
+]
 LAYER = "model.layers.{}.self_attn."
 K1, V1 = LAYER.format(1) + "k_scale", LAYER.format(1) + "v_scale"
 
@@ -30,7 +40,11 @@ def folder_of(tiny, path, layout="compressed-tensors", more=None, **config):
 
 def only_scales(tiny, path, scales, layout="compressed-tensors", **config):
     """The same without weights, which reading the scales does not need."""
-    return tiny.folder(path, tiny.config(**({"quantization_config": tiny.scale_layouts[layout][2]} | config)), scales)
+    return tiny.folder(
+        path,
+        tiny.config(**({"quantization_config": tiny.scale_layouts[layout][2]} | config)),
+        scales,
+    )
 
 
 def refused(folder, *named):
@@ -45,13 +59,19 @@ def refused(folder, *named):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16, np.float64], ids=["f32", "f16", "bf16", "f64"])
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.float16, BF16, np.float64], ids=["f32", "f16", "bf16", "f64"]
+)
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (2,), (2, 1, 1), (1, 2, 1, 1)], ids=str)
-def test_every_layout_dtype_and_shape_gives_its_numbers_layer_by_layer(tiny, tmp_path, layout, dtype, shape):
+def test_every_layout_dtype_and_shape_gives_its_numbers_layer_by_layer(
+    tiny, tmp_path, layout, dtype, shape
+):
     heads = max((1, *shape))
     k, v = numbers(2, 2, heads)
     v = k if layout == "AutoFP8" else v
-    scales = load_kv_scales(only_scales(tiny, tmp_path, tiny.scales(layout, k, v, dtype, shape), layout)).scales
+    scales = load_kv_scales(
+        only_scales(tiny, tmp_path, tiny.scales(layout, k, v, dtype, shape), layout)
+    ).scales
     assert scales.k.shape == scales.v.shape == (2, heads, 1) and scales.k.dtype == np.float32
     for layer, head in np.ndindex(2, heads):
         assert scales.k[layer, head, 0] == np.float32(k[layer, head].astype(dtype))
@@ -64,26 +84,38 @@ def test_a_model_is_loaded_with_its_scales(tiny, tmp_path, layout):
     v = k if layout == "AutoFP8" else v
     params = load(folder_of(tiny, tmp_path, layout, tiny.scales(layout, k, v)))
     assert params.config.kv_cache_dtype == "fp8_e4m3" and params.kv_scales.granularity == "tensor"
-    assert np.array_equal(params.kv_scales.k.ravel(), k) and np.array_equal(params.kv_scales.v.ravel(), v)
+    assert np.array_equal(params.kv_scales.k.ravel(), k) and np.array_equal(
+        params.kv_scales.v.ravel(), v
+    )
 
 
 def test_granularity_may_differ_between_layers_and_between_keys_and_values(tiny, tmp_path):
     tensors = tiny.scales("ModelOpt", [[0.5, 0.25], [2.0]], [[1.0], [4.0]])
     found = load_kv_scales(only_scales(tiny, tmp_path, tensors, "ModelOpt"))
-    assert found.scales.k[..., 0].tolist() == [[0.5, 0.25], [2, 2]] and found.scales.v.ravel().tolist() == [1, 4]
+    assert found.scales.k[..., 0].tolist() == [
+        [0.5, 0.25],
+        [2, 2],
+    ] and found.scales.v.ravel().tolist() == [1, 4]
     assert [layer.granularity for layer in found.layers] == ["head", "tensor"]
 
 
-@pytest.mark.parametrize("at", ["model.layers.", "layers.", "model.language_model.layers.", "language_model.model.layers."])
+@pytest.mark.parametrize(
+    "at",
+    ["model.layers.", "layers.", "model.language_model.layers.", "language_model.model.layers."],
+)
 def test_a_scale_belongs_to_the_layer_of_its_number_whatever_stands_before_it(tiny, tmp_path, at):
     k, v = numbers(2, 12)
-    folder = only_scales(tiny, tmp_path, tiny.scales("compressed-tensors", k, v, at=at), num_hidden_layers=12)
+    folder = only_scales(
+        tiny, tmp_path, tiny.scales("compressed-tensors", k, v, at=at), num_hidden_layers=12
+    )
     scales = load_kv_scales(folder).scales
     assert scales.k.ravel().tolist() == k.tolist() and scales.v.ravel().tolist() == v.tolist()
 
 
 def test_one_layer_is_enough(tiny, tmp_path):
-    folder = only_scales(tiny, tmp_path, tiny.scales("Quark", [0.5], [0.25]), "Quark", num_hidden_layers=1)
+    folder = only_scales(
+        tiny, tmp_path, tiny.scales("Quark", [0.5], [0.25]), "Quark", num_hidden_layers=1
+    )
     assert load_kv_scales(folder).scales.k.tolist() == [[[0.5]]]
 
 
@@ -99,7 +131,9 @@ GPT_OSS = MIXTRAL | {"sliding_window": 8, "layer_types": ["sliding_attention", "
     ],
 )
 def test_experts_scales_are_told_from_the_caches(tiny, tmp_path, architecture, beside, more):
-    tensors = tiny.scales("ModelOpt", [0.5, 2.0], [1.0, 4.0]) | {f"model.layers.0.{beside}": np.zeros(3, np.float32)}
+    tensors = tiny.scales("ModelOpt", [0.5, 2.0], [1.0, 4.0]) | {
+        f"model.layers.0.{beside}": np.zeros(3, np.float32)
+    }
     config = {"architectures": [architecture], "model_type": None, "rope_scaling": None} | more
     found = load_kv_scales(only_scales(tiny, tmp_path, tensors, "ModelOpt", **config))
     assert found.scales.k.ravel().tolist() == [0.5, 2] and found.problems == ()
@@ -126,7 +160,8 @@ def test_a_name_says_layer_and_part(name, layer, part):
 def test_a_vision_parts_scales_are_not_the_text_models(tiny, tmp_path):
     tensors = tiny.scales("compressed-tensors", [0.5, 2.0], [1.0, 4.0])
     seeing = {
-        f"model.vision_tower.encoder.{name.removeprefix('model.')}": np.asarray(tensor * 3) for name, tensor in tensors.items()
+        f"model.vision_tower.encoder.{name.removeprefix('model.')}": np.asarray(tensor * 3)
+        for name, tensor in tensors.items()
     }
     found = load_kv_scales(only_scales(tiny, tmp_path, tensors | seeing))
     assert found.scales.k.ravel().tolist() == [0.5, 2] and found.problems == ()
@@ -134,16 +169,30 @@ def test_a_vision_parts_scales_are_not_the_text_models(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["q_proj.weight", "k_proj.weight_scale", "k_proj.weight_scale_inv", "v_proj.input_scale", "k_norm.weight", "q_norm.scale"],
+    [
+        "q_proj.weight",
+        "k_proj.weight_scale",
+        "k_proj.weight_scale_inv",
+        "v_proj.input_scale",
+        "k_norm.weight",
+        "q_norm.scale",
+    ],
 )
 def test_a_weight_and_its_scale_are_no_scale_of_the_cache(name):
     assert not kv_names.is_kv_scale(LAYER.format(0) + name)
 
 
 def test_only_the_scales_bytes_are_read(tiny, tmp_path, monkeypatch):
-    folder, sizes = folder_of(tiny, tmp_path, more=tiny.scales("compressed-tensors", *numbers(2, 2))), []
+    folder, sizes = (
+        folder_of(tiny, tmp_path, more=tiny.scales("compressed-tensors", *numbers(2, 2))),
+        [],
+    )
     real = reader.read_exactly
-    monkeypatch.setattr(reader, "read_exactly", lambda path, at, out: (sizes.append(out.nbytes), real(path, at, out)))
+    monkeypatch.setattr(
+        reader,
+        "read_exactly",
+        lambda path, at, out: (sizes.append(out.nbytes), real(path, at, out)),
+    )
     assert load_kv_scales(folder).scales is not None and sum(sizes) == 4 * 4
 
 
@@ -153,8 +202,16 @@ def test_only_the_scales_bytes_are_read(tiny, tmp_path, monkeypatch):
 def test_the_report_has_an_entry_for_each_layer(tiny, tmp_path):
     tensors = tiny.scales("compressed-tensors", [0.5, np.nan], [[0.25, 1.0], [2.0]])
     first, second = load_kv_scales(only_scales(tiny, tmp_path, tensors)).layers
-    assert (first.k.tolist(), first.v.tolist(), first.granularity, first.problems) == (0.5, [0.25, 1], "head", ())
-    assert [scale.source for scale in first.used] == [LAYER.format(0) + "k_scale", LAYER.format(0) + "v_scale"]
+    assert (first.k.tolist(), first.v.tolist(), first.granularity, first.problems) == (
+        0.5,
+        [0.25, 1],
+        "head",
+        (),
+    )
+    assert [scale.source for scale in first.used] == [
+        LAYER.format(0) + "k_scale",
+        LAYER.format(0) + "v_scale",
+    ]
     assert (second.k.tolist(), second.v.tolist(), second.granularity) == (1, 2, "tensor")
     assert ([s.source for s in second.read], [s.source for s in second.used]) == ([K1, V1], [V1])
     what = "is nan: a scale must be positive and finite"
@@ -179,7 +236,10 @@ def test_a_model_without_scales_has_an_empty_report(tiny, tmp_path):
     found = load_kv_scales(folder_of(tiny, tmp_path, quantization_config=None))
     assert found.layers == () and found.scales is None and found.problems == found.notes == ()
     config = tiny.config()
-    assert load_kv_scales(tiny.gguf(tmp_path / "model.gguf", config, tiny.tensors(config))).layers == ()
+    assert (
+        load_kv_scales(tiny.gguf(tmp_path / "model.gguf", config, tiny.tensors(config))).layers
+        == ()
+    )
 
 
 # What is wrong
@@ -202,16 +262,36 @@ def edits(tiny):
         "missing": ({K1: None, V1: None}, [f"{K1} is missing", f"{V1} is missing"], (1, 1)),
         "only k": ({V1: None}, [f"{V1} is missing", "half a pair", K1], (2, 1)),
         "only v": ({K1: None}, [f"{K1} is missing", "half a pair", V1], (1, 4)),
-        "zero point": ({LAYER.format(1) + "k_zero_point": np.ones(1, np.int8)}, ["k_zero_point is not zero"], (1, 4)),
+        "zero point": (
+            {LAYER.format(1) + "k_zero_point": np.ones(1, np.int8)},
+            ["k_zero_point is not zero"],
+            (1, 4),
+        ),
         "float8 zero point": (
             {LAYER.format(1) + "k_zero_point": np.ones(1, ml_dtypes.float8_e4m3fn)},
             ["k_zero_point is not zero"],
             (1, 4),
         ),
-        "no such layer": ({k0.replace(".0.", ".2."): np.float32([1])}, ["layer 2", "belongs to no layer", "has 2"], (2, 4)),
-        "unmatched": ({K1.replace("k_scale", "key_scale"): np.float32([1])}, ["key_scale", "no published layout"], (2, 4)),
-        "no layer": ({"model.k_scale": np.float32([1])}, ["model.k_scale", "no published layout"], (2, 4)),
-        "two that differ": ({K1.replace("k_s", "k_proj.k_s"): np.float32([3])}, [K1, "k_proj.k_scale", "differ"], (3, 4)),
+        "no such layer": (
+            {k0.replace(".0.", ".2."): np.float32([1])},
+            ["layer 2", "belongs to no layer", "has 2"],
+            (2, 4),
+        ),
+        "unmatched": (
+            {K1.replace("k_scale", "key_scale"): np.float32([1])},
+            ["key_scale", "no published layout"],
+            (2, 4),
+        ),
+        "no layer": (
+            {"model.k_scale": np.float32([1])},
+            ["model.k_scale", "no published layout"],
+            (2, 4),
+        ),
+        "two that differ": (
+            {K1.replace("k_s", "k_proj.k_s"): np.float32([3])},
+            [K1, "k_proj.k_scale", "differ"],
+            (3, 4),
+        ),
         "a bad query": ({K1.replace("k_s", "q_s"): np.float32([0])}, ["q_scale", "is 0"], (2, 4)),
     }
 
@@ -220,10 +300,16 @@ CASES = list(edits(None))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_scale_that_cannot_be_used_is_refused_by_name_or_said_and_stood_in_for(tiny, tmp_path, case):
+def test_a_scale_that_cannot_be_used_is_refused_by_name_or_said_and_stood_in_for(
+    tiny, tmp_path, case
+):
     edit, named, expected = edits(tiny)[case]
     tensors = tiny.scales("compressed-tensors", [0.5, 2.0], [0.25, 4.0]) | edit
-    folder = folder_of(tiny, tmp_path, more={name: tensor for name, tensor in tensors.items() if tensor is not None})
+    folder = folder_of(
+        tiny,
+        tmp_path,
+        more={name: tensor for name, tensor in tensors.items() if tensor is not None},
+    )
     layer = [] if case in ("unmatched", "no layer", "no such layer") else ["layer 1: "]
     refused(folder, *layer, *named, "strict=False")
     with pytest.warns(UserWarning) as said:
@@ -236,18 +322,30 @@ def test_a_scale_that_cannot_be_used_is_refused_by_name_or_said_and_stood_in_for
 
 def test_all_that_is_wrong_is_said(tiny, tmp_path):
     """An error shows the first and counts the rest; a warning has every one."""
-    folder = folder_of(tiny, tmp_path, more=tiny.scales("Quark", np.zeros(12), np.ones(12)), num_hidden_layers=12)
+    folder = folder_of(
+        tiny, tmp_path, more=tiny.scales("Quark", np.zeros(12), np.ones(12)), num_hidden_layers=12
+    )
     refused(folder, "layer 7: ", "and 4 more")
     with pytest.warns(UserWarning) as said:
         assert (load(folder, strict=False).kv_scales.k == 1).all()
-    assert all(f"layer {layer}: {LAYER.format(layer)}k_proj.output_scale is 0" in str(said[0].message) for layer in range(12))
+    assert all(
+        f"layer {layer}: {LAYER.format(layer)}k_proj.output_scale is 0" in str(said[0].message)
+        for layer in range(12)
+    )
 
 
 @pytest.mark.parametrize(("part", "other"), [("k", "v"), ("v", "k")])
 def test_half_of_every_pair_is_refused(tiny, tmp_path, part, other):
-    tensors = {name: t for name, t in tiny.scales("ModelOpt", *numbers(2, 2)).items() if name.endswith(f"{part}_scale")}
+    tensors = {
+        name: t
+        for name, t in tiny.scales("ModelOpt", *numbers(2, 2)).items()
+        if name.endswith(f"{part}_scale")
+    }
     folder = folder_of(tiny, tmp_path, "ModelOpt", tensors)
-    refused(folder, f"layer 0: {LAYER.format(0)}{part}_proj.{part}_scale has no {other.upper()} scale beside it: half a pair")
+    refused(
+        folder,
+        f"layer 0: {LAYER.format(0)}{part}_proj.{part}_scale has no {other.upper()} scale beside it: half a pair",
+    )
     with pytest.warns(UserWarning, match="half a pair: scale 1 is used there"):
         assert (getattr(load(folder, strict=False).kv_scales, other) == 1).all()
 
@@ -255,14 +353,23 @@ def test_half_of_every_pair_is_refused(tiny, tmp_path, part, other):
 def test_a_layer_without_the_scale_for_both_is_named_once(tiny, tmp_path):
     tensors = tiny.scales("AutoFP8", [0.5], [0.5])
     found = load_kv_scales(only_scales(tiny, tmp_path, tensors, "AutoFP8"))
-    assert [str(problem) for problem in found.problems] == [f"layer 1: {LAYER.format(1)}kv_scale is missing"]
+    assert [str(problem) for problem in found.problems] == [
+        f"layer 1: {LAYER.format(1)}kv_scale is missing"
+    ]
 
 
 def test_zero_points_of_zero_and_a_scale_said_twice_say_nothing_new(tiny, tmp_path):
     scales = tiny.scales("compressed-tensors", [0.5, 2.0], [0.25, 4.0])
-    zeros = {name.replace("_scale", "_zero_point"): np.zeros(1, ml_dtypes.float8_e4m3fn) for name in scales}
+    zeros = {
+        name.replace("_scale", "_zero_point"): np.zeros(1, ml_dtypes.float8_e4m3fn)
+        for name in scales
+    }
     zeros |= {LAYER.format(0) + "q_zero_point": np.zeros((4, 1, 1), np.int8)}
-    params = load(folder_of(tiny, tmp_path, more=scales | zeros | tiny.scales("fused", [0.5, 2.0], [0.25, 4.0])))
+    params = load(
+        folder_of(
+            tiny, tmp_path, more=scales | zeros | tiny.scales("fused", [0.5, 2.0], [0.25, 4.0])
+        )
+    )
     assert params.kv_scales.k.ravel().tolist() == [0.5, 2]
 
 
@@ -272,7 +379,10 @@ def test_zero_points_of_zero_and_a_scale_said_twice_say_nothing_new(tiny, tmp_pa
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"quant_method": "quark", "kv_cache_quant_config": {"*k_proj": {"output_tensors": {"dtype": "fp8_e4m3fnuz"}}}},
+        {
+            "quant_method": "quark",
+            "kv_cache_quant_config": {"*k_proj": {"output_tensors": {"dtype": "fp8_e4m3fnuz"}}},
+        },
         {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8_E4M3FNUZ"},
         {
             "quant_method": "compressed-tensors",
@@ -287,11 +397,19 @@ def test_scales_for_e4m3fnuz_are_halved_and_it_is_said(tiny, tmp_path, quantizat
     codes = np.arange(0x01, 0x7F, dtype=np.uint8)
     halves = codes.view(ml_dtypes.float8_e4m3fnuz).astype(np.float32)
     assert np.array_equal(halves * 2, codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
-    folder = folder_of(tiny, tmp_path, more=tiny.scales("Quark", [0.5, 2.0], [1.0, 4.0]), quantization_config=quantization)
+    folder = folder_of(
+        tiny,
+        tmp_path,
+        more=tiny.scales("Quark", [0.5, 2.0], [1.0, 4.0]),
+        quantization_config=quantization,
+    )
     with pytest.warns(UserWarning, match="made for fp8_e4m3fnuz: halved"):
         params = load(folder)
     assert params.config.kv_cache_dtype == "fp8_e4m3"
-    assert params.kv_scales.k.ravel().tolist() == [0.25, 1] and params.kv_scales.v.ravel().tolist() == [0.5, 2]
+    assert params.kv_scales.k.ravel().tolist() == [
+        0.25,
+        1,
+    ] and params.kv_scales.v.ravel().tolist() == [0.5, 2]
     assert {layer.made_for for layer in load_kv_scales(folder).layers} == {("fp8_e4m3fnuz",)}
 
 
@@ -300,13 +418,24 @@ def test_scales_for_e4m3fnuz_are_halved_and_it_is_said(tiny, tmp_path, quantizat
     [
         ({"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "NVFP4"}, "NVFP4"),
         (
-            {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": {"num_bits": 8, "type": "int"}},
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {},
+                "kv_cache_scheme": {"num_bits": 8, "type": "int"},
+            },
             "int of 8 bits",
         ),
     ],
 )
-def test_scales_for_what_is_no_fp8_cache_are_left_out_and_it_is_said(tiny, tmp_path, quantization, said):
-    folder = folder_of(tiny, tmp_path, more=tiny.scales("ModelOpt", [0.5, 0], [1, 4]), quantization_config=quantization)
+def test_scales_for_what_is_no_fp8_cache_are_left_out_and_it_is_said(
+    tiny, tmp_path, quantization, said
+):
+    folder = folder_of(
+        tiny,
+        tmp_path,
+        more=tiny.scales("ModelOpt", [0.5, 0], [1, 4]),
+        quantization_config=quantization,
+    )
     with pytest.warns(UserWarning) as warned:
         params = load(folder)
     assert any(f"left out: they are made for {said}" in str(warning.message) for warning in warned)
@@ -314,7 +443,12 @@ def test_scales_for_what_is_no_fp8_cache_are_left_out_and_it_is_said(tiny, tmp_p
 
 
 def test_scales_that_no_config_declares_are_kept_and_do_not_switch_the_cache(tiny, tmp_path):
-    folder = folder_of(tiny, tmp_path, more=tiny.scales("ModelOpt", [0.5, 2.0], [1.0, 4.0]), quantization_config=None)
+    folder = folder_of(
+        tiny,
+        tmp_path,
+        more=tiny.scales("ModelOpt", [0.5, 2.0], [1.0, 4.0]),
+        quantization_config=None,
+    )
     with pytest.warns(UserWarning, match="declares no FP8 cache"):
         params = load(folder)
     assert params.kv_scales.k.ravel().tolist() == [0.5, 2] and params.config.kv_cache_dtype is None
@@ -326,7 +460,9 @@ def test_a_declared_cache_without_any_scale_is_said(tiny, tmp_path):
     dynamic = tiny.scale_layouts["compressed-tensors"][2] | {
         "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": True}
     }
-    assert load(folder_of(tiny, tmp_path / "b", quantization_config=dynamic)).kv_scales is None  # finds its own
+    assert (
+        load(folder_of(tiny, tmp_path / "b", quantization_config=dynamic)).kv_scales is None
+    )  # finds its own
 
 
 # The side-car
@@ -338,29 +474,41 @@ def test_a_sidecar_gives_one_scale_for_both_and_declares_the_cache(tiny, tmp_pat
     assert params.kv_scales.k.ravel().tolist() == params.kv_scales.v.ravel().tolist() == [0.5, 2]
     assert params.config.kv_cache_dtype == "fp8_e4m3"
     found = load_kv_scales(folder)
-    assert [layer.used[0].source for layer in found.layers] == [f"kv_cache_scales.json: layer {n}" for n in (0, 1)]
+    assert [layer.used[0].source for layer in found.layers] == [
+        f"kv_cache_scales.json: layer {n}" for n in (0, 1)
+    ]
     assert found.file == "kv_cache_scales.json"
 
 
 def test_ranks_of_a_sidecar_that_agree_are_one(tiny, tmp_path):
-    folder = tiny.sidecar(folder_of(tiny, tmp_path, quantization_config=None), [[0.5, 2.0], [0.5, 2.0]])
+    folder = tiny.sidecar(
+        folder_of(tiny, tmp_path, quantization_config=None), [[0.5, 2.0], [0.5, 2.0]]
+    )
     assert load(folder).kv_scales.k.ravel().tolist() == [0.5, 2]
 
 
 def test_of_ranks_that_differ_the_largest_is_used_and_it_is_said(tiny, tmp_path):
-    folder = tiny.sidecar(folder_of(tiny, tmp_path, quantization_config=None), [[0.5, 2.0], [0.5, 3.0]])
-    with pytest.warns(UserWarning, match=r"2 tensor-parallel ranks that differ \(in 1 layers, first in layer 1\)"):
+    folder = tiny.sidecar(
+        folder_of(tiny, tmp_path, quantization_config=None), [[0.5, 2.0], [0.5, 3.0]]
+    )
+    with pytest.warns(
+        UserWarning, match=r"2 tensor-parallel ranks that differ \(in 1 layers, first in layer 1\)"
+    ):
         assert load(folder).kv_scales.k.ravel().tolist() == [0.5, 3]
 
 
 @pytest.mark.parametrize(
-    ("dtype", "factor", "kv_dtype"), [("float8_e4m3fnuz", 0.5, "fp8_e4m3"), ("float8_e5m2", 128, "fp8_e5m2")]
+    ("dtype", "factor", "kv_dtype"),
+    [("float8_e4m3fnuz", 0.5, "fp8_e4m3"), ("float8_e5m2", 128, "fp8_e5m2")],
 )
 def test_a_sidecar_of_another_format_is_converted(tiny, tmp_path, dtype, factor, kv_dtype):
     folder = tiny.sidecar(folder_of(tiny, tmp_path, quantization_config=None), [[0.5, 2.0]], dtype)
     with pytest.warns(UserWarning, match=f"made for {dtype.replace('float8', 'fp8')}"):
         params = load(folder)
-    assert params.kv_scales.k.ravel().tolist() == [0.5 * factor, 2 * factor] and params.config.kv_cache_dtype == kv_dtype
+    assert (
+        params.kv_scales.k.ravel().tolist() == [0.5 * factor, 2 * factor]
+        and params.config.kv_cache_dtype == kv_dtype
+    )
 
 
 @pytest.mark.parametrize(
@@ -384,8 +532,12 @@ def test_a_sidecar_with_a_bad_scale_is_refused_or_stood_in_for(tiny, tmp_path, r
 
 
 def test_a_sidecar_of_another_model_is_refused(tiny, tmp_path):
-    folder = tiny.sidecar(folder_of(tiny, tmp_path, quantization_config=None), [[0.5, 2.0]], model_type="qwen2")
-    refused(folder, "kv_cache_scales.json is made for model_type 'qwen2', and this model is 'llama'")
+    folder = tiny.sidecar(
+        folder_of(tiny, tmp_path, quantization_config=None), [[0.5, 2.0]], model_type="qwen2"
+    )
+    refused(
+        folder, "kv_cache_scales.json is made for model_type 'qwen2', and this model is 'llama'"
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ BF16 = ml_dtypes.bfloat16
 
 
 def same(left: Params, right: Params) -> bool:
-    equal = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), left.tree, right.tree)
+    equal = jax.tree.map(
+        lambda a, b: a.dtype == b.dtype and bool((a == b).all()), left.tree, right.tree
+    )
     return left.config == right.config and jax.tree.all(equal)
 
 
@@ -68,14 +70,20 @@ def test_values_beyond_float16_are_refused_by_name(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config, BF16)
     tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = 1e5
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight.*65504.*bfloat16"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp\.down_proj\.weight.*65504.*bfloat16"
+    ):
         load(tiny.folder(tmp_path, config, tensors), dtype="float16")
 
 
 def test_the_most_common_dtype_decides_when_norms_are_kept_finer(tiny, tmp_path):
     config = tiny.config()
-    tensors = {n: t.astype(np.float32) if "norm" in n else t for n, t in tiny.tensors(config, BF16).items()}
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(load(tiny.folder(tmp_path, config, tensors)))} == {"bfloat16"}
+    tensors = {
+        n: t.astype(np.float32) if "norm" in n else t for n, t in tiny.tensors(config, BF16).items()
+    }
+    assert {
+        leaf.dtype.name for leaf in jax.tree.leaves(load(tiny.folder(tmp_path, config, tensors)))
+    } == {"bfloat16"}
 
 
 def test_a_cpu_takes_the_hosts_memory_over_without_a_copy():
@@ -96,7 +104,9 @@ def test_tied_embeddings_leave_out_the_head_even_when_the_file_repeats_it(tiny, 
 def test_a_bare_decoders_names_lack_model(tiny, tmp_path):
     config = tiny.config(tie_word_embeddings=True)
     tensors = {name.removeprefix("model."): t for name, t in tiny.tensors(config).items()}
-    assert load(tiny.folder(tmp_path, config, tensors)).size == sum(t.size for t in tensors.values())
+    assert load(tiny.folder(tmp_path, config, tensors)).size == sum(
+        t.size for t in tensors.values()
+    )
 
 
 def test_end_tokens_of_both_config_files_are_joined(folder):
@@ -133,7 +143,9 @@ def test_quantized_weight_tensors_are_refused_by_name(tiny, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     tensors = tiny.tensors(config)
     tensors[name] = tensors[name].astype(np.int8)
-    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is stored as I8"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj\.weight is stored as I8"
+    ):
         load(tiny.folder(tmp_path, config, tensors))
 
 
@@ -147,20 +159,34 @@ def test_a_missing_tensor_is_named_with_its_shape(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config)
     del tensors["model.layers.1.self_attn.k_proj.weight"]
-    refused(tiny.folder(tmp_path, config, tensors), str(tmp_path), "missing: layers.1.self_attn.k_proj.weight [32, 32]")
+    refused(
+        tiny.folder(tmp_path, config, tensors),
+        str(tmp_path),
+        "missing: layers.1.self_attn.k_proj.weight [32, 32]",
+    )
 
 
 def test_an_unexpected_tensor_is_named(tiny, tmp_path):
     config = tiny.config()
-    tensors = tiny.tensors(config) | {"model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float32)}
-    refused(tiny.folder(tmp_path, config, tensors), "layers.0.self_attn.q_proj.bias", "Biases", "config")
+    tensors = tiny.tensors(config) | {
+        "model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float32)
+    }
+    refused(
+        tiny.folder(tmp_path, config, tensors), "layers.0.self_attn.q_proj.bias", "Biases", "config"
+    )
 
 
 def test_a_wrong_shape_is_named_with_file_found_and_expected(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config)
     tensors["model.norm.weight"] = np.ones(31, np.float32)
-    refused(tiny.folder(tmp_path, config, tensors), "model.safetensors", "model.norm.weight", "[31]", "[32]")
+    refused(
+        tiny.folder(tmp_path, config, tensors),
+        "model.safetensors",
+        "model.norm.weight",
+        "[31]",
+        "[32]",
+    )
 
 
 @pytest.mark.parametrize("kept", [4, 100, -1])
@@ -171,7 +197,9 @@ def test_a_truncated_file_is_named(folder, kept):
     refused(folder, str(path), "truncated")
 
 
-@pytest.mark.parametrize("content", [b"\x10\0\0\0\0\0\0\0not json at all.", b"\x02\0\0\0\0\0\0\0[]", b"\xff" * 64, b""])
+@pytest.mark.parametrize(
+    "content", [b"\x10\0\0\0\0\0\0\0not json at all.", b"\x02\0\0\0\0\0\0\0[]", b"\xff" * 64, b""]
+)
 def test_what_is_not_safetensors_is_named(folder, content):
     (folder / "model.safetensors").write_bytes(content)
     refused(folder, "model.safetensors", "not a safetensors file")
@@ -193,7 +221,9 @@ def test_what_is_not_safetensors_is_named(folder, content):
 )
 def test_a_damaged_header_entry_is_named(folder, entry):
     header = json.dumps({"model.norm.weight": entry}).encode()
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 64)
+    (folder / "model.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + b"\0" * 64
+    )
     refused(folder, "model.norm.weight", "damaged")
 
 
@@ -279,4 +309,7 @@ def test_a_hub_id_is_read_from_the_cache_and_a_missing_one_says_what_to_try(tiny
     (repo / "refs" / "main").write_text("0123abcd")
     shown = tiny.run_python(HUB, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)).splitlines()
     assert shown[0].startswith("Params(LlamaForCausalLM")
-    assert all(part in shown[1] for part in ("owner/absent", "no such folder here", "HF_HUB_OFFLINE", "hf auth login"))
+    assert all(
+        part in shown[1]
+        for part in ("owner/absent", "no such folder here", "HF_HUB_OFFLINE", "hf auth login")
+    )

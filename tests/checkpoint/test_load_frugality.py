@@ -36,10 +36,17 @@ def large(tiny, tmp_path_factory):
         num_attention_heads=12,
         head_dim=64,
     )
-    ones = {n: np.ones(t.shape, ml_dtypes.bfloat16) for n, t in tiny.tensors(config | {"num_hidden_layers": 1}).items()}
+    ones = {
+        n: np.ones(t.shape, ml_dtypes.bfloat16)
+        for n, t in tiny.tensors(config | {"num_hidden_layers": 1}).items()
+    }
     tensors = dict(ones)
     for layer in range(1, 6):
-        tensors |= {n.replace("layers.0.", f"layers.{layer}."): t for n, t in ones.items() if "layers.0." in n}
+        tensors |= {
+            n.replace("layers.0.", f"layers.{layer}."): t
+            for n, t in ones.items()
+            if "layers.0." in n
+        }
     return tiny.folder(tmp_path_factory.mktemp("large"), config, tensors, shards=2)
 
 
@@ -58,9 +65,13 @@ def large_fp8(large, tmp_path_factory):
     for file in sorted(large.glob("*.safetensors")):
         for name, tensor in open_safetensors(file).items():
             quantized = "_proj" in name
-            tensors[name] = np.ones(tensor.shape, ml_dtypes.float8_e4m3fn if quantized else ml_dtypes.bfloat16)
+            tensors[name] = np.ones(
+                tensor.shape, ml_dtypes.float8_e4m3fn if quantized else ml_dtypes.bfloat16
+            )
             if quantized:
-                tensors[name + "_scale_inv"] = np.ones([-(-size // 128) for size in tensor.shape], np.float32)
+                tensors[name + "_scale_inv"] = np.ones(
+                    [-(-size // 128) for size in tensor.shape], np.float32
+                )
     config = json.loads((large / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     folder = tmp_path_factory.mktemp("large_fp8")
@@ -95,8 +106,12 @@ def test_torch_is_not_imported_even_where_it_is_installed(tiny, tmp_path):
     (tmp_path / "site" / "torch").mkdir(parents=True)
     (tmp_path / "site" / "torch" / "__init__.py").write_text(FAKE_TORCH)
     (tmp_path / "site" / "torch-2.9.0.dist-info").mkdir()
-    (tmp_path / "site" / "torch-2.9.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.9.0\n")
+    (tmp_path / "site" / "torch-2.9.0.dist-info" / "METADATA").write_text(
+        "Name: torch\nVersion: 2.9.0\n"
+    )
     config = tiny.config(vocab_size=266)
     tensors = tiny.tensors(config)
     folder = tiny.tokenizer(tiny.folder(tmp_path / "hf", config, tensors))
-    tiny.run_python(TORCH, tmp_path / "site", folder, tiny.gguf(tmp_path / "a.gguf", config, tensors))
+    tiny.run_python(
+        TORCH, tmp_path / "site", folder, tiny.gguf(tmp_path / "a.gguf", config, tensors)
+    )

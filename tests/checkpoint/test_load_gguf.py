@@ -11,11 +11,17 @@ from jfp8kv.checkpoint.tensors import BFLOAT16
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.params import Params
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*its tokenizer")  # these files hold none; test_tokenizers.py has them
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*its tokenizer"
+)  # these files hold none; test_tokenizers.py has them
 
 
 def same(left: Params, right: Params) -> bool:
-    return jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), left.tree, right.tree))
+    return jax.tree.all(
+        jax.tree.map(
+            lambda a, b: a.dtype == b.dtype and bool((a == b).all()), left.tree, right.tree
+        )
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -62,13 +68,27 @@ def test_each_family_gives_the_folders_weights_and_config(tiny, tmp_path, family
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
         ("llama", {"num_key_value_heads": 4, "mlp_bias": True}),
         ("qwen2", {"rope_scaling": YARN, "rms_norm_eps": 1e-6}),
-        ("qwen3", {"rope_scaling": YARN | {"attention_factor": 1.5, "beta_fast": 16.0, "beta_slow": 2.0}}),
+        (
+            "qwen3",
+            {"rope_scaling": YARN | {"attention_factor": 1.5, "beta_fast": 16.0, "beta_slow": 2.0}},
+        ),
         ("qwen3", {"attention_bias": True}),
-        ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "final_logit_softcapping": 30.0}),
-        ("gemma3", {"num_hidden_layers": 62, "query_pre_attn_scalar": 8}),  # as many as Gemma 3 27B: hidden / heads, 32 / 4
+        (
+            "gemma3",
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "final_logit_softcapping": 30.0,
+            },
+        ),
+        (
+            "gemma3",
+            {"num_hidden_layers": 62, "query_pre_attn_scalar": 8},
+        ),  # as many as Gemma 3 27B: hidden / heads, 32 / 4
     ],
 )
-def test_what_a_family_can_have_besides_gives_the_folders_weights_and_config(tiny, tmp_path, family, changes):
+def test_what_a_family_can_have_besides_gives_the_folders_weights_and_config(
+    tiny, tmp_path, family, changes
+):
     config = tiny.family(family, torch_dtype="bfloat16", **changes)
     tensors = tiny.tensors(config, BFLOAT16)
     from_gguf = load(tiny.gguf(tmp_path / "a.gguf", config, tensors))
@@ -82,11 +102,18 @@ def test_each_familys_quantized_weights_lie_within_half_a_step(tiny, tmp_path, f
     config = tiny.family(family)
     tensors = tiny.tensors(config)
     path = tiny.gguf(tmp_path / "a.gguf", config, tensors, quantize=gguf.GGMLQuantizationType.Q8_0)
-    from_gguf, from_hf = load(path, dtype="float32"), load(tiny.folder(tmp_path / "hf", config, tensors))
+    from_gguf, from_hf = (
+        load(path, dtype="float32"),
+        load(tiny.folder(tmp_path / "hf", config, tensors)),
+    )
     # Half a step of 1/127 of a block's largest value, and the step itself is off by half a float16 ulp, 127 steps away at
     # most: (1/254 + 2**-11) of the block's largest, which is at most the array's. Norms are float32; 1 + w - 1 rounds twice.
-    for ours, exact in zip(jax.tree.leaves(from_gguf.tree), jax.tree.leaves(from_hf.tree), strict=True):
-        np.testing.assert_allclose(ours, exact, rtol=0, atol=(1 / 254 + 2**-11) * np.abs(exact).max())
+    for ours, exact in zip(
+        jax.tree.leaves(from_gguf.tree), jax.tree.leaves(from_hf.tree), strict=True
+    ):
+        np.testing.assert_allclose(
+            ours, exact, rtol=0, atol=(1 / 254 + 2**-11) * np.abs(exact).max()
+        )
 
 
 def test_the_vocabulary_is_as_long_as_the_embeddings_whatever_the_metadata_says(tiny, tmp_path):
@@ -110,9 +137,13 @@ def test_half_precision_files_keep_their_dtype(tiny, tmp_path):
     params = load(tiny.gguf(tmp_path / "f16.gguf", config, halves))
     assert params.config.dtype == "float16"
     np.testing.assert_array_equal(params.tree["head"]["weight"], halves["lm_head.weight"])
-    params = load(tiny.gguf(tmp_path / "bf16.gguf", config, tensors, quantize=gguf.GGMLQuantizationType.BF16))
+    params = load(
+        tiny.gguf(tmp_path / "bf16.gguf", config, tensors, quantize=gguf.GGMLQuantizationType.BF16)
+    )
     assert params.config.dtype == "bfloat16"
-    np.testing.assert_array_equal(params.tree["head"]["weight"], tensors["lm_head.weight"].astype(params.dtype))
+    np.testing.assert_array_equal(
+        params.tree["head"]["weight"], tensors["lm_head.weight"].astype(params.dtype)
+    )
 
 
 def q8_0(row: np.ndarray) -> np.ndarray:
@@ -129,9 +160,16 @@ def test_quantized_weights_are_dequantized_to_bfloat16_or_as_asked(tiny, tmp_pat
     path = tiny.gguf(tmp_path / "q8.gguf", config, tensors, quantize=gguf.GGMLQuantizationType.Q8_0)
     fine, usual = load(path, dtype="float32"), load(path)
     assert usual.config.dtype == "bfloat16" and usual.dtype == "bfloat16"
-    expected = np.stack([[q8_0(row) for row in tensors[f"model.layers.{i}.self_attn.k_proj.weight"]] for i in range(2)])
+    expected = np.stack(
+        [
+            [q8_0(row) for row in tensors[f"model.layers.{i}.self_attn.k_proj.weight"]]
+            for i in range(2)
+        ]
+    )
     # A code may differ by one where the quantizer's float32 quotient lies within rounding of a tie.
-    np.testing.assert_allclose(fine.tree["layers"]["k"]["weight"], expected, atol=np.abs(expected).max() / 127 * 1.01)
+    np.testing.assert_allclose(
+        fine.tree["layers"]["k"]["weight"], expected, atol=np.abs(expected).max() / 127 * 1.01
+    )
     assert np.mean(np.asarray(fine.tree["layers"]["k"]["weight"]) == expected) > 0.99
     assert same(usual, jax.tree.map(lambda x: x.astype("bfloat16"), fine))
 
@@ -143,7 +181,8 @@ def test_small_blocks_come_out_as_the_library_gives_them(tiny, tmp_path, kind):
     params = load(tiny.gguf(tmp_path / "q.gguf", config, tensors, quantize=kind), dtype="float32")
     up = tensors["model.layers.1.mlp.up_proj.weight"]
     np.testing.assert_array_equal(
-        params.tree["layers"]["up"]["weight"][1], gguf.quants.dequantize(gguf.quants.quantize(up, kind), kind)
+        params.tree["layers"]["up"]["weight"][1],
+        gguf.quants.dequantize(gguf.quants.quantize(up, kind), kind),
     )
 
 
@@ -181,7 +220,9 @@ def test_the_header_holds_what_the_gguf_librarys_own_reader_finds(tiny, tmp_path
     path = tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more)
     fields, tensors = read_header(path)
     theirs = gguf.GGUFReader(path)
-    assert fields == {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
+    assert fields == {
+        k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")
+    }
     assert {name: list(t.shape) for name, t in tensors.items()} == {
         t.name: [int(n) for n in t.shape[::-1]] for t in theirs.tensors
     }
@@ -228,7 +269,11 @@ def test_a_damaged_count_is_not_believed(path):
 def test_one_part_of_several_is_refused(tiny, tmp_path):
     config = tiny.config()
     more = lambda writer: writer.add_uint16("split.count", 3)  # noqa: E731
-    refused(tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more), "one of 3 parts", "merge")
+    refused(
+        tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more),
+        "one of 3 parts",
+        "merge",
+    )
 
 
 def test_a_merged_file_says_that_it_has_no_parts(tiny, tmp_path):
@@ -238,7 +283,13 @@ def test_a_merged_file_says_that_it_has_no_parts(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("general.alignment", 0), ("general.alignment", "32"), ("split.count", "3"), ("split.count", -1)]
+    ("key", "value"),
+    [
+        ("general.alignment", 0),
+        ("general.alignment", "32"),
+        ("split.count", "3"),
+        ("split.count", -1),
+    ],
 )
 def test_a_damaged_field_of_the_format_is_named(tiny, tmp_path, key, value):
     config = tiny.config()
@@ -246,14 +297,20 @@ def test_a_damaged_field_of_the_format_is_named(tiny, tmp_path, key, value):
     def more(writer):
         writer.add_string(key, value) if isinstance(value, str) else writer.add_int32(key, value)
 
-    refused(tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more), "a.gguf", f"{key}={value!r}")
+    refused(
+        tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more),
+        "a.gguf",
+        f"{key}={value!r}",
+    )
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config)
     refused(
-        tiny.gguf(tmp_path / "a.gguf", config, tensors, skip=("model.layers.1.mlp.up_proj.weight",)),
+        tiny.gguf(
+            tmp_path / "a.gguf", config, tensors, skip=("model.layers.1.mlp.up_proj.weight",)
+        ),
         "a.gguf",
         "missing: blk.1.ffn_up.weight [64, 32]",
     )

@@ -33,7 +33,9 @@ def bits(leaf):
 
 
 def same(left, right):
-    equal = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((bits(a) == bits(b)).all()), left.tree, right.tree)
+    equal = jax.tree.map(
+        lambda a, b: a.dtype == b.dtype and bool((bits(a) == bits(b)).all()), left.tree, right.tree
+    )
     return left.config == right.config and jax.tree.all(equal)
 
 
@@ -57,9 +59,15 @@ def refused(source, *named):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
 def test_weights_come_back_bit_for_bit_with_their_config(tiny, tmp_path, dtype):
-    config = tiny.config(attention_bias=True, rope_scaling={"rope_type": "linear", "factor": 2.0}, torch_dtype="bfloat16")
+    config = tiny.config(
+        attention_bias=True,
+        rope_scaling={"rope_type": "linear", "factor": 2.0},
+        torch_dtype="bfloat16",
+    )
     tensors = tiny.tensors(config, dtype)
-    tensors["model.norm.weight"][:4] = np.array([-0.0, np.nan, -np.inf, 1e-7], dtype)  # any bits at all
+    tensors["model.norm.weight"][:4] = np.array(
+        [-0.0, np.nan, -np.inf, 1e-7], dtype
+    )  # any bits at all
     params = Params.from_pytree(tensors, config)
     save(params, tmp_path / "a" / "b")
     back = load(tmp_path / "a" / "b")
@@ -98,7 +106,9 @@ def test_values_beyond_float16_are_refused_by_name(params, tmp_path):
 
 def test_weights_on_several_places_and_in_numpy_are_saved_alike(params, tmp_path):
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("x",))
-    placed = jax.device_put(params.tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    placed = jax.device_put(
+        params.tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
     for number, tree in enumerate((placed, jax.tree.map(np.asarray, params.tree))):
         save(dataclasses.replace(params, tree=tree), tmp_path / str(number))
         assert same(load(tmp_path / str(number)), params)
@@ -109,9 +119,13 @@ def test_scales_of_the_cache_come_back(params, tmp_path):
     scales = KVScales(random.uniform(0.1, 2, (2, 2, 1)), random.uniform(0.1, 2, (2, 2, 16)))
     save(dataclasses.replace(params, kv_scales=scales), tmp_path / "saved")
     back = load(tmp_path / "saved").kv_scales
-    assert (back.k == scales.k).all() and (back.v == scales.v).all() and back.granularity == "channel"
+    assert (
+        (back.k == scales.k).all() and (back.v == scales.v).all() and back.granularity == "channel"
+    )
     layers = load_kv_scales(tmp_path / "saved").layers
-    assert [(layer.used[0].source, layer.granularity) for layer in layers] == [("kv_scales.safetensors", "channel")] * 2
+    assert [(layer.used[0].source, layer.granularity) for layer in layers] == [
+        ("kv_scales.safetensors", "channel")
+    ] * 2
 
 
 def test_saved_scales_that_are_bad_or_of_another_model_are_named(params, tmp_path):
@@ -127,13 +141,19 @@ CHAT = [{"role": "user", "content": "hello 123"}]
 
 
 def test_the_tokenizer_comes_back_with_its_template_and_special_tokens(tiny, params, tmp_path):
-    folder = tiny.tokenizer(tiny.folder(tmp_path / "hf", tiny.config(), tiny.tensors(tiny.config())))
+    folder = tiny.tokenizer(
+        tiny.folder(tmp_path / "hf", tiny.config(), tiny.tensors(tiny.config()))
+    )
     params = load(folder)
     save(params, tmp_path / "saved")
     left, right = params.tokenizer, load(tmp_path / "saved").tokenizer
     assert left.encode("<|im_start|>héllo 日本") == right.encode("<|im_start|>héllo 日本")
     assert left.chat(CHAT) == right.chat(CHAT)
-    assert (left.special_tokens, left.eos_ids, left.vocab) == (right.special_tokens, right.eos_ids, right.vocab)
+    assert (left.special_tokens, left.eos_ids, left.vocab) == (
+        right.special_tokens,
+        right.eos_ids,
+        right.vocab,
+    )
 
 
 def test_a_tokenizer_without_a_written_form_is_refused_before_anything_is_written(params, tmp_path):
@@ -156,7 +176,9 @@ def test_a_tokenizer_without_a_written_form_is_refused_before_anything_is_writte
 
 def test_orbax_alone_reads_the_weights(params, saved):
     with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(saved / "weights", jax.tree.map(ocp.utils.to_shape_dtype_struct, params.tree))
+        tree = checkpointer.restore(
+            saved / "weights", jax.tree.map(ocp.utils.to_shape_dtype_struct, params.tree)
+        )
     assert same(dataclasses.replace(params, tree=tree), params)
 
 
@@ -199,7 +221,9 @@ def test_a_folder_of_something_else_is_never_overwritten(params, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_save_that_fails_leaves_nothing_and_keeps_what_was_there(params, saved, tmp_path, monkeypatch):
+def test_a_save_that_fails_leaves_nothing_and_keeps_what_was_there(
+    params, saved, tmp_path, monkeypatch
+):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -257,7 +281,9 @@ def test_a_damaged_description_is_named(saved, entry):
     refused(saved, "jfp8kv.json" if "tokenizer" not in entry else "tokenizer.json")
 
 
-def test_a_config_field_that_is_not_known_is_named_and_one_that_is_missing_has_its_default(params, saved):
+def test_a_config_field_that_is_not_known_is_named_and_one_that_is_missing_has_its_default(
+    params, saved
+):
     config = json.loads((saved / "jfp8kv.json").read_text())["config"]
     change(saved, config={name: value for name, value in config.items() if name != "sm_scale"})
     assert same(load(saved), params)
@@ -275,7 +301,11 @@ def test_missing_parts_are_named(params, saved, tmp_path):
 
 def test_weights_whose_list_is_damaged_are_named(saved):
     (saved / "weights" / "_METADATA").write_text("{")
-    refused(saved, "weights: not a readable Orbax checkpoint", "list of its arrays is missing or damaged")
+    refused(
+        saved,
+        "weights: not a readable Orbax checkpoint",
+        "list of its arrays is missing or damaged",
+    )
 
 
 def test_weights_of_another_model_are_named(saved):
@@ -291,10 +321,17 @@ def test_weights_of_another_model_are_named(saved):
 # When one read fails, Orbax closes its event loop over the others, which then complain to nobody.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_whatever_file_is_truncated_or_gone_an_error_says_so(params, saved, tmp_path):
-    files = [path.relative_to(saved) for path in (saved / "weights").rglob("*") if path.is_file() and path.stat().st_size]
+    files = [
+        path.relative_to(saved)
+        for path in (saved / "weights").rglob("*")
+        if path.is_file() and path.stat().st_size
+    ]
     loud = 0
     for file in files:
-        for cut in (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), Path.unlink):
+        for cut in (
+            lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+            Path.unlink,
+        ):
             copy = shutil.copytree(saved, tmp_path / "copy")
             cut(copy / file)
             try:
@@ -325,8 +362,12 @@ print((kib("VmHWM") - before) * 1024 / params.nbytes, params.nbytes)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_loading_never_holds_the_weights_twice(tiny, tmp_path):
     config = ModelConfig("LlamaForCausalLM", 8000, 1024, 8, 16, 16, 64, 4096, 128)
-    tree = nest({name: jnp.ones(shape, jnp.bfloat16) for name, shape in expected_shapes(config).items()})
+    tree = nest(
+        {name: jnp.ones(shape, jnp.bfloat16) for name, shape in expected_shapes(config).items()}
+    )
     save(Params(tree, config), tmp_path / "saved")
     ratio, nbytes = map(float, tiny.run_python(PEAK, tmp_path / "saved").split())
     assert nbytes > 300e6
-    assert 0.9 < ratio < 1.5  # Orbax itself takes about 100 MB more; both copies of everything would be 2.3
+    assert (
+        0.9 < ratio < 1.5
+    )  # Orbax itself takes about 100 MB more; both copies of everything would be 2.3

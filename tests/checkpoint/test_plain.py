@@ -47,7 +47,12 @@ def through_json(value):
             experts=ExpertsConfig(4, 2, 8, (1,)),
             eos_ids=(2, 7),
         ),
-        Later((RopeConfig(), None, RopeConfig(1e6)), windows=((1, 2), (), (3,)), cap=1 / 3, share=0.1 + 2**-54),
+        Later(
+            (RopeConfig(), None, RopeConfig(1e6)),
+            windows=((1, 2), (), (3,)),
+            cap=1 / 3,
+            share=0.1 + 2**-54,
+        ),
         Later((), cap=float("inf"), on=False),
     ],
 )

@@ -22,16 +22,41 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 def compressed(**weights):
     groups = {"group_0": {"targets": ["Linear"], "weights": FP8 | weights}}
-    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups, "ignore": ["lm_head"]}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": groups,
+        "ignore": ["lm_head"],
+    }
 
 
 # The scheme, the end of a scale's name, rows and columns of a block, and how a grid of scales is shaped in the file.
 SCHEMES = {
-    "compressed tensor": (compressed(strategy="tensor"), "_scale", (999, 999), lambda grid: grid.reshape(1)),
+    "compressed tensor": (
+        compressed(strategy="tensor"),
+        "_scale",
+        (999, 999),
+        lambda grid: grid.reshape(1),
+    ),
     "compressed channel": (compressed(strategy="channel"), "_scale", (1, 999), lambda grid: grid),
-    "compressed group": (compressed(strategy="group", group_size=16), "_scale", (1, 16), lambda grid: grid),
-    "compressed block": (compressed(strategy="block", block_structure=[24, 16]), "_scale", (24, 16), lambda grid: grid),
-    "modelopt": ({"quant_method": "modelopt", "quant_algo": "FP8"}, "_scale", (999, 999), lambda grid: grid.reshape(())),
+    "compressed group": (
+        compressed(strategy="group", group_size=16),
+        "_scale",
+        (1, 16),
+        lambda grid: grid,
+    ),
+    "compressed block": (
+        compressed(strategy="block", block_structure=[24, 16]),
+        "_scale",
+        (24, 16),
+        lambda grid: grid,
+    ),
+    "modelopt": (
+        {"quant_method": "modelopt", "quant_algo": "FP8"},
+        "_scale",
+        (999, 999),
+        lambda grid: grid.reshape(()),
+    ),
     "modelopt channel": (
         {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
         "_scale",
@@ -39,8 +64,18 @@ SCHEMES = {
         lambda grid: grid.reshape(-1),
     ),
     "autofp8": ({"quant_method": "fp8"}, "_scale", (999, 999), lambda grid: grid.reshape(())),
-    "fp8 tensor": ({"quant_method": "fp8"}, "_scale_inv", (999, 999), lambda grid: grid.reshape(())),
-    "fp8 block": ({"quant_method": "fp8", "weight_block_size": [24, 16]}, "_scale_inv", (24, 16), lambda grid: grid),
+    "fp8 tensor": (
+        {"quant_method": "fp8"},
+        "_scale_inv",
+        (999, 999),
+        lambda grid: grid.reshape(()),
+    ),
+    "fp8 block": (
+        {"quant_method": "fp8", "weight_block_size": [24, 16]},
+        "_scale_inv",
+        (24, 16),
+        lambda grid: grid,
+    ),
     "fbgemm": ({"quant_method": "fbgemm_fp8"}, "_scale", (1, 999), lambda grid: grid),
 }
 # Values are checked while the weights stream, after the warning that says so.
@@ -74,7 +109,9 @@ def quantize(tensors, kind, dtype=E4M3, scale_dtype=np.float32):
         stored[name], real[name] = weight, weight.astype(np.float32)
         if "_proj" in name:
             rows, columns = weight.shape
-            grid = random.uniform(0.001, 0.1, (-(-rows // block[0]), -(-columns // block[1]))).astype(scale_dtype)
+            grid = random.uniform(
+                0.001, 0.1, (-(-rows // block[0]), -(-columns // block[1]))
+            ).astype(scale_dtype)
             stored[name] = codes(weight.shape, dtype, random)
             stored[name + end] = shaped(grid)
             stored[name.replace("weight", "input_scale")] = np.ones(1, np.float32)
@@ -85,7 +122,11 @@ def quantize(tensors, kind, dtype=E4M3, scale_dtype=np.float32):
 def config_of(tiny, kind, **changes):
     """Sizes that no block divides: 40 columns of a hidden layer, 64 and 72 rows."""
     return tiny.config(
-        hidden_size=40, intermediate_size=72, torch_dtype="bfloat16", quantization_config=SCHEMES[kind][0], **changes
+        hidden_size=40,
+        intermediate_size=72,
+        torch_dtype="bfloat16",
+        quantization_config=SCHEMES[kind][0],
+        **changes,
     )
 
 
@@ -96,15 +137,23 @@ def quiet_load(folder, **options):
 
 def equal(params, tensors, config, dtype):
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    expected = Params.from_pytree({name: tensor.astype(dtype) for name, tensor in tensors.items()}, plain)
-    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), params.tree, expected.tree)
+    expected = Params.from_pytree(
+        {name: tensor.astype(dtype) for name, tensor in tensors.items()}, plain
+    )
+    same = jax.tree.map(
+        lambda a, b: a.dtype == b.dtype and bool((a == b).all()), params.tree, expected.tree
+    )
     return jax.tree.all(same)
 
 
 @each_scheme
 @pytest.mark.parametrize("asked", [None, "float32", "float16"])
-def test_every_element_is_its_code_times_its_scale_rounded_once(tiny, tmp_path, kind, asked, monkeypatch):
-    monkeypatch.setattr("jfp8kv.checkpoint.tensors.CHUNK_BYTES", 1000)  # a few rows at a time, never whole blocks
+def test_every_element_is_its_code_times_its_scale_rounded_once(
+    tiny, tmp_path, kind, asked, monkeypatch
+):
+    monkeypatch.setattr(
+        "jfp8kv.checkpoint.tensors.CHUNK_BYTES", 1000
+    )  # a few rows at a time, never whole blocks
     config = config_of(tiny, kind)
     stored, real = quantize(tiny.tensors(config, BF16), kind)
     params = quiet_load(tiny.folder(tmp_path, config, stored, shards=2), dtype=asked)
@@ -123,9 +172,14 @@ def test_both_float8_formats_and_every_float_scale_are_read(tiny, tmp_path, dtyp
 def test_scales_that_are_bare_exponents_are_powers_of_two(tiny, tmp_path):
     config = config_of(tiny, "fp8 block")
     stored, _ = quantize(tiny.tensors(config, BF16), "fp8 block")
-    e8m0 = {n: t.astype(ml_dtypes.float8_e8m0fnu) if n.endswith("_inv") else t for n, t in stored.items()}
+    e8m0 = {
+        n: t.astype(ml_dtypes.float8_e8m0fnu) if n.endswith("_inv") else t
+        for n, t in stored.items()
+    }
     powers = {n: e8m0[n].astype(np.float32) if n.endswith("_inv") else t for n, t in stored.items()}
-    left, right = (quiet_load(tiny.folder(tmp_path / str(i), config, t)) for i, t in enumerate((e8m0, powers)))
+    left, right = (
+        quiet_load(tiny.folder(tmp_path / str(i), config, t)) for i, t in enumerate((e8m0, powers))
+    )
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), left.tree, right.tree))
 
 
@@ -176,7 +230,10 @@ def test_the_caches_scales_are_told_from_the_weights(tiny, tmp_path):
     config = config_of(tiny, "modelopt")
     stored, real = quantize(tiny.tensors(config, BF16), "modelopt")
     for layer in range(2):
-        stored |= {f"model.layers.{layer}.self_attn.{n}_proj.{n}_scale": np.ones((), np.float32) for n in "kv"}
+        stored |= {
+            f"model.layers.{layer}.self_attn.{n}_proj.{n}_scale": np.ones((), np.float32)
+            for n in "kv"
+        }
     with pytest.warns(UserWarning, match="declares no FP8 cache"):
         params = quiet_load(tiny.folder(tmp_path, config, stored))
     assert equal(params, real, config, BF16) and (params.kv_scales.k == 1).all()
@@ -205,7 +262,12 @@ def edited(tiny, tmp_path, kind, edit):
 
 
 def test_a_missing_scale_is_named(tiny, tmp_path):
-    refused(edited(tiny, tmp_path, "modelopt", lambda t: t.pop(UP + "_scale")), UP, "no scale", UP + "_scale")
+    refused(
+        edited(tiny, tmp_path, "modelopt", lambda t: t.pop(UP + "_scale")),
+        UP,
+        "no scale",
+        UP + "_scale",
+    )
 
 
 def test_two_scales_for_one_weight_are_refused(tiny, tmp_path):
@@ -216,7 +278,11 @@ def test_two_scales_for_one_weight_are_refused(tiny, tmp_path):
 @pytest.mark.parametrize("end", ["_scale", "_scale_inv"])
 def test_a_scale_without_a_quantized_weight_is_named(tiny, tmp_path, end):
     name = "lm_head.weight" + end
-    refused(edited(tiny, tmp_path, "modelopt", lambda t: t.update({name: np.ones((), np.float32)})), name, "not quantized")
+    refused(
+        edited(tiny, tmp_path, "modelopt", lambda t: t.update({name: np.ones((), np.float32)})),
+        name,
+        "not quantized",
+    )
 
 
 @said_before
@@ -224,7 +290,12 @@ def test_a_scale_without_a_quantized_weight_is_named(tiny, tmp_path, end):
 @pytest.mark.parametrize("kind", ["modelopt", "compressed channel", "fp8 block"])
 def test_a_scale_that_is_not_positive_and_finite_is_named(tiny, tmp_path, kind, value):
     name = UP + SCHEMES[kind][1]
-    refused(edited(tiny, tmp_path, kind, lambda t: t[name].reshape(-1)[-1:].fill(value)), name, f"is {value}", "positive")
+    refused(
+        edited(tiny, tmp_path, kind, lambda t: t[name].reshape(-1)[-1:].fill(value)),
+        name,
+        f"is {value}",
+        "positive",
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,19 +310,25 @@ def test_a_scale_that_is_not_positive_and_finite_is_named(tiny, tmp_path, kind, 
         ("fp8 block", (9,), "[3, 3]"),
     ],
 )
-def test_a_scale_of_the_wrong_shape_is_named_with_the_right_one(tiny, tmp_path, kind, shape, expected):
+def test_a_scale_of_the_wrong_shape_is_named_with_the_right_one(
+    tiny, tmp_path, kind, shape, expected
+):
     name = UP + SCHEMES[kind][1]
     folder = edited(tiny, tmp_path, kind, lambda t: t.update({name: np.ones(shape, np.float32)}))
     refused(folder, name, str(list(shape)), "[72, 40]", expected)
 
 
 def test_a_scale_of_integers_is_refused(tiny, tmp_path):
-    folder = edited(tiny, tmp_path, "modelopt", lambda t: t.update({UP + "_scale": np.ones((), np.uint8)}))
+    folder = edited(
+        tiny, tmp_path, "modelopt", lambda t: t.update({UP + "_scale": np.ones((), np.uint8)})
+    )
     refused(folder, UP + "_scale is stored as U8")
 
 
 @said_before
-@pytest.mark.parametrize(("dtype", "code"), [(E4M3, 0x7F), (E4M3, 0xFF), (E5M2, 0x7C), (E5M2, 0xFE)])
+@pytest.mark.parametrize(
+    ("dtype", "code"), [(E4M3, 0x7F), (E4M3, 0xFF), (E5M2, 0x7C), (E5M2, 0xFE)]
+)
 def test_a_code_that_is_no_number_is_named(tiny, tmp_path, dtype, code):
     config = config_of(tiny, "fp8 block")
     stored, _ = quantize(tiny.tensors(config, BF16), "fp8 block", dtype)
@@ -264,7 +341,9 @@ def test_a_product_beyond_the_dtype_is_refused_by_name(tiny, tmp_path):
     config = config_of(tiny, "modelopt") | {"torch_dtype": "float16"}
     stored, _ = quantize(tiny.tensors(config, np.float16), "modelopt")
     stored[UP + "_scale"] = np.full((), 200, np.float32)
-    refused(tiny.folder(tmp_path, config, stored), UP, "beyond float16's largest, 65504", "bfloat16")
+    refused(
+        tiny.folder(tmp_path, config, stored), UP, "beyond float16's largest, 65504", "bfloat16"
+    )
 
 
 def test_float8_weights_that_no_config_declares_are_refused(tiny, tmp_path):
@@ -296,15 +375,21 @@ def read_file(path, tensors, quantization, dtype):
 def mxfp4(experts=3, rows=10, groups=4):
     random = np.random.default_rng(1)
     return {
-        EXPERTS + "gate_up_proj_blocks": random.integers(0, 256, (experts, rows, groups, 16), np.uint8),
-        EXPERTS + "gate_up_proj_scales": random.integers(100, 140, (experts, rows, groups), np.uint8),
+        EXPERTS + "gate_up_proj_blocks": random.integers(
+            0, 256, (experts, rows, groups, 16), np.uint8
+        ),
+        EXPERTS + "gate_up_proj_scales": random.integers(
+            100, 140, (experts, rows, groups), np.uint8
+        ),
         EXPERTS + "gate_up_proj_bias": np.ones((experts, rows), np.float32),
     }
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.float32])
 def test_mxfp4_experts_come_out_as_in_the_bfloat16_checkpoint(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr("jfp8kv.checkpoint.tensors.CHUNK_BYTES", 2048)  # four of the ten rows at a time
+    monkeypatch.setattr(
+        "jfp8kv.checkpoint.tensors.CHUNK_BYTES", 2048
+    )  # four of the ten rows at a time
     tensors = mxfp4()
     blocks, scales = (tensors[EXPERTS + "gate_up_proj" + end] for end in ("_blocks", "_scales"))
     expected = np.empty((3, 4 * 32, 10), dtype)
@@ -325,10 +410,19 @@ def test_mxfp4_experts_come_out_as_in_the_bfloat16_checkpoint(tmp_path, dtype, m
     [
         ({"_scales": None}, ["gate_up_proj_blocks is there without", "gate_up_proj_scales"]),
         ({"_blocks": None}, ["gate_up_proj_scales is there without", "gate_up_proj_blocks"]),
-        ({"_scales": np.zeros((3, 10, 3), np.uint8)}, ["gate_up_proj_scales U8 [3, 10, 3]", "[3, 10, 4]"]),
-        ({"_blocks": np.zeros((3, 10, 64), np.uint8)}, ["gate_up_proj_blocks U8 [3, 10, 64]", "[experts, rows, groups, 16]"]),
+        (
+            {"_scales": np.zeros((3, 10, 3), np.uint8)},
+            ["gate_up_proj_scales U8 [3, 10, 3]", "[3, 10, 4]"],
+        ),
+        (
+            {"_blocks": np.zeros((3, 10, 64), np.uint8)},
+            ["gate_up_proj_blocks U8 [3, 10, 64]", "[experts, rows, groups, 16]"],
+        ),
         ({"_scales": np.full((3, 10, 4), 255, np.uint8)}, ["gate_up_proj_scales holds 255", "NaN"]),
-        ({"_scales": np.full((3, 10, 4), 254, np.uint8)}, ["gate_up_proj_blocks", "beyond bfloat16's largest"]),
+        (
+            {"_scales": np.full((3, 10, 4), 254, np.uint8)},
+            ["gate_up_proj_blocks", "beyond bfloat16's largest"],
+        ),
     ],
 )
 def test_damaged_mxfp4_experts_are_named(tmp_path, change, named):
@@ -339,18 +433,28 @@ def test_damaged_mxfp4_experts_are_named(tmp_path, change, named):
     assert all(part in str(error.value) for part in named), error.value
 
 
-@pytest.mark.parametrize(("block", "shape"), [((24, 16), (3, 2, 3)), (None, (3,)), (None, (3, 1, 1))])
+@pytest.mark.parametrize(
+    ("block", "shape"), [((24, 16), (3, 2, 3)), (None, (3,)), (None, (3, 1, 1))]
+)
 def test_stacked_experts_have_a_grid_of_scales_each(tmp_path, block, shape, monkeypatch):
-    monkeypatch.setattr("jfp8kv.checkpoint.tensors.CHUNK_BYTES", 5000)  # chunks that end in the midst of an expert
+    monkeypatch.setattr(
+        "jfp8kv.checkpoint.tensors.CHUNK_BYTES", 5000
+    )  # chunks that end in the midst of an expert
     random = np.random.default_rng(2)
     q = codes((3, 40, 40), E4M3, random)
     scales = random.uniform(0.5, 2, shape).astype(np.float32)
     tensors = {"experts.gate_up_proj": q, "experts.gate_up_proj_scale_inv": scales}
     tensors |= {"experts.gate_up_proj_activation_scale": np.ones(3, np.float32)}
-    found = read_file(tmp_path / "a.safetensors", tensors, {"quant_method": "fp8", "weight_block_size": block}, np.float32)
+    found = read_file(
+        tmp_path / "a.safetensors",
+        tensors,
+        {"quant_method": "fp8", "weight_block_size": block},
+        np.float32,
+    )
     grids = scales.reshape(3, *(shape[1:] if block else (1, 1)))
     for expert in range(3):
         np.testing.assert_array_equal(
-            found["experts.gate_up_proj"][expert], by_hand(q[expert], grids[expert], block or (40, 40))
+            found["experts.gate_up_proj"][expert],
+            by_hand(q[expert], grids[expert], block or (40, 40)),
         )
     assert list(found) == ["experts.gate_up_proj"]

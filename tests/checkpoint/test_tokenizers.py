@@ -13,9 +13,15 @@ from jfp8kv.checkpoint import Tokenizer, load
 from jfp8kv.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from jfp8kv.checkpoint.tokenizer import read_tokenizer
 from jfp8kv.core.errors import CheckpointError, ConfigError
-from jfp8kv.models.tokenizer import as_tokenizer, check_messages, render_template
+from jfp8kv.text.tokenizer import as_tokenizer, check_messages, render_template
 
-TEXTS = ["hello world 123", "", "<|im_start|>user\nhi<|im_end|>\n", "naïve 日本 🎉\n\n  x", "it's 12 34567 o'clock"]
+TEXTS = [
+    "hello world 123",
+    "",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "naïve 日本 🎉\n\n  x",
+    "it's 12 34567 o'clock",
+]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " hello\nworld "}]
 
 
@@ -36,7 +42,11 @@ def gguf_fields(tiny, **changes):
         "eos_token_id": 2,
     }
     chat = {"tokenizer.chat_template": tiny.chatml}
-    return chat | {f"tokenizer.ggml.{key}": value for key, value in (fields | changes).items() if value is not None}
+    return chat | {
+        f"tokenizer.ggml.{key}": value
+        for key, value in (fields | changes).items()
+        if value is not None
+    }
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -67,10 +77,15 @@ def test_a_digit_splitting_pre_tokenizer_never_joins_digits(tiny, folder):
 def test_llama3_takes_a_word_that_is_a_token_before_any_merge(tiny, folder):
     fields = gguf_fields(tiny, pre="llama-bpe", merges=["h e"])
     tokenizer = tokenizer_from_gguf(fields, eos_ids=(), where=folder)
-    assert tokenizer.encode("hello") == [1, fields["tokenizer.ggml.tokens"].index("hello")]  # and BOS by default
+    assert tokenizer.encode("hello") == [
+        1,
+        fields["tokenizer.ggml.tokens"].index("hello"),
+    ]  # and BOS by default
 
 
-@pytest.mark.parametrize("change", [{"pre": "superbpe"}, {"pre": None}, {"model": "bert"}, {"tokens": None}])
+@pytest.mark.parametrize(
+    "change", [{"pre": "superbpe"}, {"pre": None}, {"model": "bert"}, {"tokens": None}]
+)
 def test_a_tokenizer_that_is_not_known_is_said_and_left_out(tiny, folder, change):
     with pytest.warns(UserWarning, match="prompts must be token ids.*smollm"):
         assert tokenizer_from_gguf(gguf_fields(tiny, **change), eos_ids=(), where=folder) is None
@@ -124,7 +139,11 @@ def sentencepiece_fields(**changes):
 def best_pair_first(pieces: list[str], tokens: list[str], scores: list[float]) -> list[str]:
     """Sentencepiece's rule: of all neighbours that join into a piece, join the best-scored, leftmost first."""
     while True:
-        pairs = [(a + b, i) for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False)) if a + b in tokens]
+        pairs = [
+            (a + b, i)
+            for i, (a, b) in enumerate(zip(pieces, pieces[1:], strict=False))
+            if a + b in tokens
+        ]
         if not pairs:
             return pieces
         joined, i = max(pairs, key=lambda pair: (scores[tokens.index(pair[0])], -pair[1]))
@@ -143,7 +162,9 @@ def test_sentencepiece_joins_the_best_scored_pair_first(tmp_path, text):
 
 
 def test_sentencepiece_spells_what_it_lacks_in_bytes(tmp_path):
-    tokenizer = tokenizer_from_gguf(sentencepiece_fields(add_bos_token=False), eos_ids=(2,), where=tmp_path)
+    tokenizer = tokenizer_from_gguf(
+        sentencepiece_fields(add_bos_token=False), eos_ids=(2,), where=tmp_path
+    )
     assert tokenizer.encode("é") == [259, 3 + 0xC3, 3 + 0xA9]
     assert tokenizer.decode(tokenizer.encode("hé\n日 lo")) == "hé\n日 lo"
 
@@ -155,15 +176,21 @@ def transformers():
         return pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("text", [*TEXTS, "cafe\u0301 caf\u00e9", "I'M 12345\n\n  x\t", "\u212b \u0301 a\u0308\u0301"])
+@pytest.mark.parametrize(
+    "text", [*TEXTS, "cafe\u0301 caf\u00e9", "I'M 12345\n\n  x\t", "\u212b \u0301 a\u0308\u0301"]
+)
 def test_qwens_ids_from_gguf_are_those_of_transformers(tiny, tmp_path, transformers, text):
     fields = gguf_fields(tiny, pre="qwen2", add_bos_token=False)
     tokens, merges = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "merges"))
-    theirs = transformers.Qwen2Tokenizer({t: i for i, t in enumerate(tokens)}, [tuple(m.split()) for m in merges])
+    theirs = transformers.Qwen2Tokenizer(
+        {t: i for i, t in enumerate(tokens)}, [tuple(m.split()) for m in merges]
+    )
     theirs.add_special_tokens({"additional_special_tokens": tokens[:3]})
     ours = tokenizer_from_gguf(fields, eos_ids=(2,), where=tmp_path)
     assert ours.encode(text) == theirs.encode(text)
-    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+    assert ours.decode(ours.encode(text)) == theirs.decode(
+        theirs.encode(text), skip_special_tokens=True
+    )
 
 
 def gemma_fields():
@@ -186,7 +213,15 @@ def gemma_fields():
     return {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
 
 
-SPACED = [" hello  hello", "hello       hello", "   \n\n\n  hell", "<b>hello</b>", "▁▁ hello ▁ he", "é\t日 w", "  ▁   h"]
+SPACED = [
+    " hello  hello",
+    "hello       hello",
+    "   \n\n\n  hell",
+    "<b>hello</b>",
+    "▁▁ hello ▁ he",
+    "é\t日 w",
+    "  ▁   h",
+]
 
 
 @pytest.mark.parametrize("text", [*SPACED, "<start_of_turn>hello\n  he<end_of_turn>\n", ""])
@@ -194,28 +229,40 @@ def test_gemmas_ids_from_gguf_are_those_of_transformers(tmp_path, transformers, 
     from transformers.tokenization_utils_base import generate_merges
 
     fields = gemma_fields()
-    named = [token.replace(" ", "▁") for token in fields["tokenizer.ggml.tokens"]]  # as the model's own file spells them
+    named = [
+        token.replace(" ", "▁") for token in fields["tokenizer.ggml.tokens"]
+    ]  # as the model's own file spells them
     vocab = {token: number for number, token in enumerate(named)}
     scores = dict(zip(named, [0.0] * 12 + fields["tokenizer.ggml.scores"][12:], strict=True))
-    theirs = transformers.GemmaTokenizer(vocab, generate_merges(vocab, scores), mask_token=None, add_bos_token=True)
+    theirs = transformers.GemmaTokenizer(
+        vocab, generate_merges(vocab, scores), mask_token=None, add_bos_token=True
+    )
     theirs.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in named[6:12]])
     theirs.add_special_tokens({"additional_special_tokens": named[4:6]})
     ours = tokenizer_from_gguf(fields, eos_ids=(1,), where=tmp_path)
     assert ours.encode(text) == theirs.encode(text)
-    assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
-    assert ours.decode(ours.encode(text), skip_special_tokens=False) == "<bos>" + text.replace("▁", " ")
+    assert ours.decode(ours.encode(text)) == theirs.decode(
+        theirs.encode(text), skip_special_tokens=True
+    )
+    assert ours.decode(ours.encode(text), skip_special_tokens=False) == "<bos>" + text.replace(
+        "▁", " "
+    )
 
 
 def test_a_run_of_spaces_is_the_longest_token_first_and_never_half_a_word(tmp_path):
     fields = gemma_fields()
-    ids = tokenizer_from_gguf(fields, eos_ids=(1,), where=tmp_path).encode(" " * 7 + "hello", add_special_tokens=False)
+    ids = tokenizer_from_gguf(fields, eos_ids=(1,), where=tmp_path).encode(
+        " " * 7 + "hello", add_special_tokens=False
+    )
     assert [fields["tokenizer.ggml.tokens"][i] for i in ids] == ["    ", "   ", "hello"]
 
 
 def test_the_files_post_processor_decides_whether_bos_is_added(folder):
     path = folder / "tokenizer.json"
     backend = tokenizers.Tokenizer.from_file(str(path))
-    backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    backend.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
     backend.save(str(path))
     tokenizer = read_tokenizer(folder)
     assert tokenizer.encode("hello") == [1, 262]
@@ -230,9 +277,13 @@ def test_ids_and_chats_are_those_of_transformers(tiny, tmp_path, transformers, s
     for ours in (read_tokenizer(tmp_path), as_tokenizer(theirs)):
         for text in TEXTS:
             assert ours.encode(text) == theirs.encode(text)
-            assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
+            assert ours.decode(ours.encode(text)) == theirs.decode(
+                theirs.encode(text), skip_special_tokens=True
+            )
         for prompt in (True, False):
-            assert ours.chat(CHAT, prompt) == theirs.apply_chat_template(CHAT, add_generation_prompt=prompt, return_dict=False)
+            assert ours.chat(CHAT, prompt) == theirs.apply_chat_template(
+                CHAT, add_generation_prompt=prompt, return_dict=False
+            )
         assert ours.eos_ids == (theirs.eos_token_id,)
 
 
@@ -266,7 +317,9 @@ def test_a_damaged_tokenizer_is_named_and_another_form_is_said(folder):
 
 def test_chat_templates_may_stand_in_their_own_file_or_be_several(tiny, tmp_path):
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
-    folder = tiny.tokenizer(tmp_path, chat_template=None, **{"pad_token": {"content": "<|endoftext|>"}})
+    folder = tiny.tokenizer(
+        tmp_path, chat_template=None, **{"pad_token": {"content": "<|endoftext|>"}}
+    )
     assert not read_tokenizer(folder).has_chat_template
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
@@ -309,12 +362,17 @@ def test_templates_have_the_tools_that_they_are_written_for():
         "{% for m in messages %}\n{% if loop.index0 == 1 %}{% break %}{% endif %}\n{{ m | tojson }}\n{% endfor %}"
         "{% generation %}a<b{% endgeneration %}{{ strftime_now('%Y') | length }}"
     )
-    assert render_template(source, messages=CHAT) == '{"role": "system", "content": "Be brief."}\na<b4'
+    assert (
+        render_template(source, messages=CHAT) == '{"role": "system", "content": "Be brief."}\na<b4'
+    )
 
 
 def test_templates_cannot_reach_out_of_their_sandbox():
     with pytest.raises(ConfigError, match="refuses"):
-        render_template("{{ messages.__class__.__mro__ }}{{ ''.__class__.__base__.__subclasses__() }}", messages=CHAT)
+        render_template(
+            "{{ messages.__class__.__mro__ }}{{ ''.__class__.__base__.__subclasses__() }}",
+            messages=CHAT,
+        )
     with pytest.raises(ConfigError, match="refuses"):
         render_template("{{ messages.append(1) }}", messages=CHAT)
     assert issubclass(jinja2.exceptions.SecurityError, jinja2.TemplateError)

@@ -38,16 +38,30 @@ def of_plan() -> jfp8kv.KVPlan:
 
 def test_the_float32_cache_comes_first_and_once_then_formats_with_scales_where_they_have_any():
     found = labels(["float32", "bfloat16", "fp8", "fp8_e5m2"], ["unit", "token_head"])
-    assert found == ["float32", "bfloat16", "fp8_e4m3 unit", "fp8_e4m3 token_head", "fp8_e5m2 unit", "fp8_e5m2 token_head"]
+    assert found == [
+        "float32",
+        "bfloat16",
+        "fp8_e4m3 unit",
+        "fp8_e4m3 token_head",
+        "fp8_e5m2 unit",
+        "fp8_e5m2 token_head",
+    ]
 
 
-@pytest.mark.parametrize("given", ["fp8_e4m3", ["fp8_e4m3"], ("fp8",), {"fp8_e4m3": "fp8"}, iter(["fp8_e4m3"])])
+@pytest.mark.parametrize(
+    "given", ["fp8_e4m3", ["fp8_e4m3"], ("fp8",), {"fp8_e4m3": "fp8"}, iter(["fp8_e4m3"])]
+)
 def test_one_format_may_come_alone_or_in_anything_that_holds_it(given):
     assert labels(given) == ["float32", "fp8_e4m3 unit"]
 
 
 def test_a_dict_and_pairs_name_things():
-    assert labels({"half": "bfloat16", "e4": "fp8"}, {"one": "unit", "own": unit()}) == ["float32", "half", "e4 one", "e4 own"]
+    assert labels({"half": "bfloat16", "e4": "fp8"}, {"one": "unit", "own": unit()}) == [
+        "float32",
+        "half",
+        "e4 one",
+        "e4 own",
+    ]
     assert labels(["fp8", ("mixed", MIX)], ["unit", ("mine", unit())]) == [
         "float32",
         "fp8_e4m3 unit",
@@ -57,7 +71,9 @@ def test_a_dict_and_pairs_name_things():
     ]
 
 
-@pytest.mark.parametrize("given", [MIX, [MIX], [["bfloat16", "fp8_e4m3"]], [("bfloat16", "fp8_e4m3")]])
+@pytest.mark.parametrize(
+    "given", [MIX, [MIX], [["bfloat16", "fp8_e4m3"]], [("bfloat16", "fp8_e4m3")]]
+)
 def test_formats_by_layer_are_one_cache(given):
     assert labels(given) == ["float32", "bfloat16 x1, fp8_e4m3 x1 unit"]
 
@@ -73,7 +89,12 @@ def test_a_plan_comes_once_with_its_own_scales(tmp_path):
 def test_scales_of_a_file_are_called_by_its_name_and_equal_labels_get_numbers(tmp_path):
     unit().save(tmp_path / "found.safetensors")
     scales = [str(tmp_path / "found.safetensors"), tmp_path / "found.safetensors", unit(), unit()]
-    wanted = ["found.safetensors", "found.safetensors (2)", "given, by tensor", "given, by tensor (2)"]
+    wanted = [
+        "found.safetensors",
+        "found.safetensors (2)",
+        "given, by tensor",
+        "given, by tensor (2)",
+    ]
     assert labels(["fp8"], scales)[1:] == [f"fp8_e4m3 {label}" for label in wanted]
 
 
@@ -114,18 +135,29 @@ def test_what_are_no_scales_is_refused(kind):
 
 
 def test_names_are_refused_without_a_model():
-    for given in ({"kv_dtypes": ["fp9"]}, {"kv_scales": "heads"}, {"window": 0}, {"needle_lengths": [3]}, {"needle_depths": 2}):
+    for given in (
+        {"kv_dtypes": ["fp9"]},
+        {"kv_scales": "heads"},
+        {"window": 0},
+        {"needle_lengths": [3]},
+        {"needle_depths": 2},
+    ):
         with pytest.raises(ConfigError, match=f"{next(iter(given))[:8]}.*="):
             plan(**given)
 
 
 def calibrated(kv_dtypes) -> dict[str, jfp8kv.KVScales]:
     cut = pieces(prompts(NAME, 40, 23), load(NAME), max_model_len=64, window=16)
-    return {c.label: c.kv_scales for c in with_calibrated(load(NAME), made(kv_dtypes, GRANULARITIES), cut)}
+    return {
+        c.label: c.kv_scales
+        for c in with_calibrated(load(NAME), made(kv_dtypes, GRANULARITIES), cut)
+    }
 
 
 def by_calibrate(kv_dtype: str, granularity: str) -> jfp8kv.KVScales:
-    return jfp8kv.calibrate(load(NAME), prompts(NAME, 40, 23), kv_dtype=kv_dtype, granularity=granularity, window=16)
+    return jfp8kv.calibrate(
+        load(NAME), prompts(NAME, 40, 23), kv_dtype=kv_dtype, granularity=granularity, window=16
+    )
 
 
 def test_calibrated_scales_are_those_of_calibrate_bit_for_bit():
@@ -143,5 +175,7 @@ def test_each_layer_of_a_mixture_gets_the_scale_of_its_own_format():
     first, second = by_calibrate("fp8_e5m2", "head"), by_calibrate("fp8_e4m3", "head")
     np.testing.assert_array_equal(found["mix head"].k, np.stack([first.k[0], second.k[1]]))
     np.testing.assert_array_equal(found["mix head"].v, np.stack([first.v[0], second.v[1]]))
-    np.testing.assert_array_equal(found["half head"].k, np.stack([first.k[0], np.ones_like(first.k[1])]))
+    np.testing.assert_array_equal(
+        found["half head"].k, np.stack([first.k[0], np.ones_like(first.k[1])])
+    )
     assert found["mix head"].kv_dtype is None

@@ -25,15 +25,33 @@ def test_it_prints_what_compare_reports(run, text, tmp_path):
     params, scales = jfp8kv.load(MODEL), ("unit", "head")
     asked = {"window": 56, "needle_lengths": [64], "needle_depths": [0, 1], "max_model_len": 64}
     report = jfp8kv.compare(
-        params, TEXT, kv_dtypes=["fp8_e4m3"], kv_scales=scales, calibration=TEXT[::-1], progress=False, **asked
+        params,
+        TEXT,
+        kv_dtypes=["fp8_e4m3"],
+        kv_scales=scales,
+        calibration=TEXT[::-1],
+        progress=False,
+        **asked,
     )
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": TEXT[::-1]}))
-    given = ("--kv-dtypes", "fp8", "--kv-scales", " unit, head", "--calibration", tmp_path / "other.jsonl", *USUAL)
-    status, shown, said = run("compare", MODEL, text, *given, "--by-layer", "--plot", tmp_path / "out.svg")
+    given = (
+        "--kv-dtypes",
+        "fp8",
+        "--kv-scales",
+        " unit, head",
+        "--calibration",
+        tmp_path / "other.jsonl",
+        *USUAL,
+    )
+    status, shown, said = run(
+        "compare", MODEL, text, *given, "--by-layer", "--plot", tmp_path / "out.svg"
+    )
     assert status == 0, said
     assert shown == f"{report}\n\n{report.by_layer()}\n"
     assert said.splitlines()[-1].startswith(f"jfp8kv: 3 caches over {report.tokens} tokens in ")
-    assert said.endswith(f"; wrote {tmp_path / 'out.svg'}\n") and (tmp_path / "out.svg").read_text().startswith("<?xml")
+    assert said.endswith(f"; wrote {tmp_path / 'out.svg'}\n") and (
+        tmp_path / "out.svg"
+    ).read_text().startswith("<?xml")
     records = tmp_path / "text.jsonl"
     records.write_text(json.dumps({"body": TEXT}) + "\n")
     other = ("--calibration", tmp_path / "other.jsonl", "--field", "body")
@@ -51,13 +69,19 @@ MISTAKES = {
     "scales that are not there": (["--kv-scales", "/no/scales"], "'/no/scales'"),
     "a window of nothing": (["--window", 0], "window=0"),
     "a window in words": (["--window", "x"], "--window"),
-    "a needle in words": (["--needle-lengths", "long"], "--needle-lengths long: must be numbers, such as 256,1024, or none"),
+    "a needle in words": (
+        ["--needle-lengths", "long"],
+        "--needle-lengths long: must be numbers, such as 256,1024, or none",
+    ),
     "a needle too short": (["--needle-lengths", "12"], "each must be from 49 tokens"),
     "a depth beyond the end": (["--needle-depths", "0,2"], "needle_depths="),
     "no such calibration": (["--calibration", "/no/texts"], "/no/texts: no such file"),
     "a field of a text": (["--field", "text"], "belongs to records"),
     "no picture": (["--plot", "out.gif"], "--plot='.gif': must be one of '.png'"),
-    "a picture nowhere": (["--plot", "/no/out.png"], "--plot /no/out.png: no file can be written there"),
+    "a picture nowhere": (
+        ["--plot", "/no/out.png"],
+        "--plot /no/out.png: no file can be written there",
+    ),
     "a misspelt option": (["--kv-dtype", "fp8"], "Did you mean '--kv-dtypes'?"),
 }
 

@@ -10,9 +10,9 @@ from matplotlib import pyplot as plt
 
 import jfp8kv
 from jfp8kv import ConfigError
+from jfp8kv.cache.config import resolve_cache
 from jfp8kv.comparison import run
 from jfp8kv.comparison.needle import CUE_TOKENS, NEEDLE_TOKENS, needles
-from jfp8kv.engine.kv import setup
 from tests.calibration.test_calibrate import load, prompts
 from tests.engine.test_without_scales import with_bias
 
@@ -40,8 +40,13 @@ def calibration() -> list[list[int]]:
 @cache
 def by_layer() -> jfp8kv.KVPlan:
     """Keys less an offset in one layer, scales by token and head in the other."""
-    scales = jfp8kv.calibrate(load(NAME), calibration(), granularity="channel", k_offset=True, max_model_len=LONGEST)
-    layers = (jfp8kv.LayerPlan("fp8_e4m3", "channel", k_offset=True), jfp8kv.LayerPlan("fp8_e4m3", "token_head", k_offset=True))
+    scales = jfp8kv.calibrate(
+        load(NAME), calibration(), granularity="channel", k_offset=True, max_model_len=LONGEST
+    )
+    layers = (
+        jfp8kv.LayerPlan("fp8_e4m3", "channel", k_offset=True),
+        jfp8kv.LayerPlan("fp8_e4m3", "token_head", k_offset=True),
+    )
     return jfp8kv.KVPlan(layers, jfp8kv.KVScales(scales.k, scales.v, scales.k_offset), 0.0)
 
 
@@ -79,7 +84,12 @@ def engine(label: str) -> jfp8kv.LLM:
 @cache
 def log_probabilities(label: str) -> list[np.ndarray]:
     logits = [engine(label).logits(ids).astype(np.float64) for ids in pieces()]
-    return [x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True) for x in logits]
+    return [
+        x
+        - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - x.max(-1, keepdims=True)
+        for x in logits
+    ]
 
 
 def ratio_and_error(sums: list[float], counts: list[int]) -> tuple[float, float]:
@@ -106,7 +116,9 @@ def test_quality_is_what_numpy_makes_of_the_logits(report, label):
     assert found.perplexity == pytest.approx(math.exp(sum(nll) / sum(counts)), rel=1e-3)
     assert found.nll_change == pytest.approx(change, rel=0.01, abs=1e-4)
     assert found.nll_change_stderr == pytest.approx(change_error, rel=0.02, abs=1e-4)
-    assert found.kl == pytest.approx(mean, **near) and found.kl_stderr == pytest.approx(error, rel=0.02, abs=1e-6)
+    assert found.kl == pytest.approx(mean, **near) and found.kl_stderr == pytest.approx(
+        error, rel=0.02, abs=1e-6
+    )
     assert found.kl_largest == pytest.approx(largest, **near)
     assert found.top1_agreement == pytest.approx(sum(agreed) / sum(counts), abs=1.5 / sum(counts))
     if label == "float32":
@@ -134,7 +146,12 @@ def test_recall_is_the_share_of_likeliest_tokens_after_the_cue(report, label):
 
 
 def test_every_cache_is_there_with_what_each_layer_keeps(report):
-    wanted = ["float32", "half", *(f"{name} {scales}" for name in ("e4m3", "mix") for scales in ("unit", "head")), "planned"]
+    wanted = [
+        "float32",
+        "half",
+        *(f"{name} {scales}" for name in ("e4m3", "mix") for scales in ("unit", "head")),
+        "planned",
+    ]
     assert [choice.label for choice in report.choices] == wanted
     assert (report.tokens, report.pieces, report.window) == (113, 3, WINDOW)
     assert report["mix head"].layers == ("bfloat16", "fp8_e4m3")
@@ -145,11 +162,19 @@ def test_every_cache_is_there_with_what_each_layer_keeps(report):
 
 def test_what_is_kept_follows_from_what_is_stored(report):
     base, half, mix = report["float32"], report["half"], report["mix unit"]
-    assert base.k.snr_db == (math.inf, math.inf) and base.k.mean_snr_db == math.inf and base.v.flushed_share == 0
+    assert (
+        base.k.snr_db == (math.inf, math.inf)
+        and base.k.mean_snr_db == math.inf
+        and base.v.flushed_share == 0
+    )
     assert all(50 < each < 60 for each in half.k.snr_db), "8 bits of mantissa: about 56 dB"
-    assert mix.k.snr_db[0] == half.k.snr_db[0] and mix.v.snr_db[1] == pytest.approx(31.5, abs=1), "4 bits: about 31.5 dB"
+    assert mix.k.snr_db[0] == half.k.snr_db[0] and mix.v.snr_db[1] == pytest.approx(31.5, abs=1), (
+        "4 bits: about 31.5 dB"
+    )
     assert mix.k.worst_layer == 1
-    assert report["planned"].k.snr_db[0] > report["e4m3 head"].k.snr_db[0] + 10, "an offset takes the bias off"
+    assert report["planned"].k.snr_db[0] > report["e4m3 head"].k.snr_db[0] + 10, (
+        "an offset takes the bias off"
+    )
     assert report["e4m3 head"].k.clipped_share > 0 == report["e4m3 unit"].k.clipped_share
     assert np.shape(mix.k.snr_db_by_head) == (2, load(NAME).config.kv_heads)
 
@@ -158,41 +183,57 @@ def test_limits_are_those_of_static_scales_without_an_offset(report):
     assert report["e4m3 unit"].k.limits == ((2.0**-9, 448.0),) * 2
     assert report["planned"].k.limits == (None, None)
     lowest, largest = report["planned"].v.limits[0]
-    assert largest == pytest.approx(448 * np.median(by_layer().scales.v[0])) and report["planned"].v.limits[1] is None
+    assert (
+        largest == pytest.approx(448 * np.median(by_layer().scales.v[0]))
+        and report["planned"].v.limits[1] is None
+    )
     assert lowest == pytest.approx(largest / 448 / 512)
 
 
 def test_magnitudes_count_every_value_that_was_cached(report):
     c = load(NAME).config
     for kind in (report.magnitudes.k, report.magnitudes.v):
-        assert [sum(layer) for layer in kind] == [report.tokens * c.kv_heads * c.head_dim] * c.layers
+        assert [sum(layer) for layer in kind] == [
+            report.tokens * c.kv_heads * c.head_dim
+        ] * c.layers
 
 
 def test_a_report_is_json(report):
     kept = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert [choice["label"] for choice in kept["choices"]] == [choice.label for choice in report.choices]
+    assert [choice["label"] for choice in kept["choices"]] == [
+        choice.label for choice in report.choices
+    ]
     assert kept["choices"][0]["k"]["snr_db"] == [None, None], "infinity is no JSON"
     assert kept["choices"][3]["kl"] == report.choices[3].kl
-    assert kept["choices"][3]["v"]["clipped_share"] == report.choices[3].v.clipped_share > 0, "what is derived is there, too"
+    assert kept["choices"][3]["v"]["clipped_share"] == report.choices[3].v.clipped_share > 0, (
+        "what is derived is there, too"
+    )
 
 
 def test_tables_have_a_row_for_every_cache_and_every_layer(report):
     text, lines = str(report), str(report).splitlines()
     for choice in report.choices:
-        assert sum(line.startswith(f"{choice.label}  ") for line in lines) == (2 if choice.label == "float32" else 3)
+        assert sum(line.startswith(f"{choice.label}  ") for line in lines) == (
+            2 if choice.label == "float32" else 3
+        )
         assert f"{choice.bytes_per_token:,.0f}" in text and f"{choice.perplexity:.3f}" in text
     (row,) = (line for line in lines if line.startswith("mix unit ") and "±" in line)
     assert f"{report['mix unit'].top1_agreement:.2%}" in row
     assert f"{math.expm1(report['mix unit'].nll_change):+.2%} ± " in row
     layers = report.by_layer()
-    assert layers.count("fp8_e4m3 with token_head scales") == 1 and layers.count("K SNR dB") == len(report.choices) - 1
+    assert (
+        layers.count("fp8_e4m3 with token_head scales") == 1
+        and layers.count("K SNR dB") == len(report.choices) - 1
+    )
     assert repr(report).startswith("Comparison(float32, half, ")
 
 
 def test_a_notebook_gets_html_tables(report):
     page = report._repr_html_()
     assert page.count("<table>") == 3 and "±" in page
-    assert page.count("<td") == sum(len(report.choices[skip:]) * columns for skip, columns in ((0, 7), (1, 7), (0, 3)))
+    assert page.count("<td") == sum(
+        len(report.choices[skip:]) * columns for skip, columns in ((0, 7), (1, 7), (0, 3))
+    )
     named = jfp8kv.Comparison(**{**vars(report), "choices": (report.choices[0],)})
     assert "float32" in named._repr_html_()
 
@@ -209,15 +250,25 @@ def test_a_picture_names_its_axes_and_all_caches(report, tmp_path):
         "Needle in a haystack",
     ]
     assert all(panel.get_xlabel() for panel in figure.axes)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [choice.label for choice in report.choices[1:]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        choice.label for choice in report.choices[1:]
+    ]
     assert not plt.get_fignums(), "a figure left open is shown twice in a notebook, and kept"
     figure.savefig(tmp_path / "report.png", dpi=40)
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
 def compare(name: str = NAME, given=None, **asked) -> jfp8kv.Comparison:
-    usual = {"kv_dtypes": "fp8_e4m3", "kv_scales": "unit", "max_model_len": LONGEST, "progress": False, "needle_lengths": ()}
-    return jfp8kv.compare(load(name), prompts(name, LONGEST) if given is None else given, **(usual | asked))
+    usual = {
+        "kv_dtypes": "fp8_e4m3",
+        "kv_scales": "unit",
+        "max_model_len": LONGEST,
+        "progress": False,
+        "needle_lengths": (),
+    }
+    return jfp8kv.compare(
+        load(name), prompts(name, LONGEST) if given is None else given, **(usual | asked)
+    )
 
 
 def test_one_piece_has_no_standard_error_and_no_needles_leave_no_table():
@@ -233,7 +284,12 @@ def test_windows_and_chunks_change_nothing_but_bytes(monkeypatch):
     params, ids = load(name), prompts(name, 60, 50)
     monkeypatch.setattr(run, "LOGITS_BYTES", 4 * params.config.vocab * 16)
     found = compare(name, ids, max_model_len=256)["fp8_e4m3 unit"]
-    settings = {"kv_cache_dtype": "fp8_e4m3", "kv_scales": "unit", "max_model_len": 256, "max_num_seqs": 1}
+    settings = {
+        "kv_cache_dtype": "fp8_e4m3",
+        "kv_scales": "unit",
+        "max_model_len": 256,
+        "max_num_seqs": 1,
+    }
     llm = jfp8kv.LLM(params, **settings)
     scores = np.concatenate([llm.score(text) for text in ids])
     assert found.nll == pytest.approx(-scores.astype(np.float64).mean(), rel=1e-4)
@@ -247,8 +303,12 @@ def test_scales_chosen_for_the_longest_text_are_those_of_an_engine_for_such_text
     params = with_bias(40.0, pair=1)
     sizes = {"max_model_len": 64, "progress": False, "needle_lengths": ()}
     with pytest.warns(UserWarning, match="Keys of layers 1 have a bias"):
-        found = jfp8kv.compare(params, [[5, 6, 7, 8] * 4], kv_dtypes=["fp8_e4m3"], kv_scales="auto", **sizes)
-        kv = setup(params, "fp8_e4m3", "auto", page_size=64, span=64, longest=64)
+        found = jfp8kv.compare(
+            params, [[5, 6, 7, 8] * 4], kv_dtypes=["fp8_e4m3"], kv_scales="auto", **sizes
+        )
+        kv = resolve_cache(
+            params, "fp8_e4m3", "auto", page_size=64, max_tokens_per_dispatch=64, longest=64
+        )
     assert found["fp8_e4m3 auto"].layers == tuple(map(str, kv.kinds)) == ("fp8_e4m3", "bfloat16")
     assert found["fp8_e4m3 auto"].bytes_per_token == kv.bytes_per_token(64)
 
@@ -257,20 +317,44 @@ MISTAKES = {
     "no text": ({"given": []}, ConfigError, "texts is empty"),
     "an empty text": ({"given": [[1, 2], []]}, ConfigError, "text 1 is empty"),
     "no texts at all": ({"given": 3}, ConfigError, "texts of type int"),
-    "a token that is not there": ({"given": [[1, 10**6]]}, ConfigError, "text 0 holds token id 1000000"),
+    "a token that is not there": (
+        {"given": [[1, 10**6]]},
+        ConfigError,
+        "text 0 holds token id 1000000",
+    ),
     "texts of one token": ({"given": [[1], [2]]}, ConfigError, "no two tokens in a row"),
     "a text without a tokenizer": ({"given": ["once"]}, ConfigError, "text 0"),
     "a window of nothing": ({"window": 0}, ConfigError, "window=0"),
     "a window beyond the model": ({"window": 10**6, "max_model_len": None}, ConfigError, "1000000"),
     "a context beyond the model": ({"max_model_len": 10**6}, ConfigError, "max_model_len=1000000"),
-    "a needle beyond the model": ({"needle_lengths": [65]}, ConfigError, "to 64, the most that the model takes"),
+    "a needle beyond the model": (
+        {"needle_lengths": [65]},
+        ConfigError,
+        "to 64, the most that the model takes",
+    ),
     "a depth beyond the end": ({"needle_depths": [2]}, ConfigError, "needle_depths"),
     "an unknown format": ({"kv_dtypes": ["fp9"]}, ConfigError, "fp9"),
-    "scales to calibrate on nothing": ({"kv_scales": "head"}, ConfigError, "fp8_e4m3 head: scales are to be calibrated"),
+    "scales to calibrate on nothing": (
+        {"kv_scales": "head"},
+        ConfigError,
+        "fp8_e4m3 head: scales are to be calibrated",
+    ),
     "calibration for nothing": ({"calibration": [[1, 2]]}, ConfigError, "no choice uses it"),
-    "calibration that is empty": ({"kv_scales": "head", "calibration": [[]]}, ConfigError, "calibration prompt 0 is empty"),
-    "calibration on none": ({"kv_scales": "head", "calibration": iter([])}, ConfigError, "calibration is empty"),
-    "calibration that is none": ({"kv_scales": "head", "calibration": 5}, ConfigError, "calibration of type int"),
+    "calibration that is empty": (
+        {"kv_scales": "head", "calibration": [[]]},
+        ConfigError,
+        "calibration prompt 0 is empty",
+    ),
+    "calibration on none": (
+        {"kv_scales": "head", "calibration": iter([])},
+        ConfigError,
+        "calibration is empty",
+    ),
+    "calibration that is none": (
+        {"kv_scales": "head", "calibration": 5},
+        ConfigError,
+        "calibration of type int",
+    ),
     "an unknown keyword": ({"kv_scale": "unit"}, ConfigError, "Did you mean 'kv_scales'"),
 }
 

@@ -10,7 +10,9 @@ from jfp8kv.comparison.metrics import excess, scores
 SPREADS = [1e-6, 1e-5, 1e-3, 0.1, 1.0, 10.0]
 
 
-def pair(spread: float, *, tokens: int = 12, vocab: int = 500, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def pair(
+    spread: float, *, tokens: int = 12, vocab: int = 500, shift: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(3)
     base = rng.normal(scale=3.0, size=(tokens, vocab)).astype(np.float32)
     return base, (base + shift + spread * rng.normal(size=base.shape)).astype(np.float32)
@@ -59,7 +61,9 @@ def test_divergence_is_right_where_float32_lacks_the_range():
     found = np.asarray(jax.jit(scores)(base, other, FOLLOWING).kl)
     wanted = divergence(base, other)
     np.testing.assert_allclose(found[6:], wanted[6:], rtol=2e-5)
-    np.testing.assert_allclose(found[:6], wanted[:6], rtol=2e-5, atol=1e-5)  # of a log-sum-exp of numbers around 10
+    np.testing.assert_allclose(
+        found[:6], wanted[:6], rtol=2e-5, atol=1e-5
+    )  # of a log-sum-exp of numbers around 10
     assert wanted[0] < 1e-5 and wanted[5] > 15
 
 
@@ -81,4 +85,6 @@ def test_the_excess_of_exp_keeps_its_digits_on_both_sides_of_the_series():
     exact = x.astype(np.longdouble)
     terms = [exact**k / np.prod(np.arange(1, k + 1, dtype=np.longdouble)) for k in range(2, 30)]
     exact = np.where(np.abs(x) < 0.9, sum(terms), np.expm1(exact) - exact)
-    np.testing.assert_allclose(np.asarray(excess(jnp.asarray(x))), exact.astype(np.float64), rtol=2e-6)
+    np.testing.assert_allclose(
+        np.asarray(excess(jnp.asarray(x))), exact.astype(np.float64), rtol=2e-6
+    )

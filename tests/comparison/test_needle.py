@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from jfp8kv import ConfigError
-from jfp8kv.comparison.needle import CUE_TOKENS, DEPTHS, NEEDLE_TOKENS, SHORTEST, depths_for, lengths_for, needles
+from jfp8kv.comparison.needle import (
+    CUE_TOKENS,
+    DEPTHS,
+    NEEDLE_TOKENS,
+    SHORTEST,
+    depths_for,
+    lengths_for,
+    needles,
+)
 
 TEXT = np.random.default_rng(0).integers(100, 400, 700).astype(np.int32)
 
@@ -27,7 +35,9 @@ def test_needles_are_of_the_texts_own_tokens_all_different_and_always_the_same()
     made = needles(TEXT, (128, 256), DEPTHS)
     assert [(n.length, n.depth) for n in made] == list(itertools.product((128, 256), DEPTHS))
     drawn = [tuple(n.ids[-NEEDLE_TOKENS:]) for n in made]
-    assert all(set(needle) <= set(TEXT.tolist()) and len(set(needle)) == NEEDLE_TOKENS for needle in drawn)
+    assert all(
+        set(needle) <= set(TEXT.tolist()) and len(set(needle)) == NEEDLE_TOKENS for needle in drawn
+    )
     assert len(set(drawn)) == len(made)
     assert needles(TEXT, (128, 256), DEPTHS) == made
 

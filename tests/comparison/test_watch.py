@@ -9,11 +9,11 @@ import pytest
 from jaxtyping import Array
 
 from jfp8kv.attention import reference
-from jfp8kv.attention.contract import AttentionOptions, Where
+from jfp8kv.attention.interface import AttentionMetadata, AttentionOptions
 from jfp8kv.attention.paged import paged
 from jfp8kv.cache.groups import LayerGroups
-from jfp8kv.cache.layout import LayerKind, PoolLayout, widths
-from jfp8kv.cache.pages import LayerScales, fill, new_pages
+from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, widths
+from jfp8kv.cache.pool import LayerScales, new_pool, poison
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.comparison.watch import Fidelity, Seen, observing
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32, encode_numpy
@@ -22,32 +22,54 @@ LAYERS, HEADS, DIM, SIZE, WIDTH, LAYER = 2, 3, 8, 4, 16, 1
 
 
 @partial(jax.jit, static_argnums=0)  # one program for each layout, with static scales and without
-def _seen(layout, scales: LayerScales | None, k: Array, v: Array, start: Array, length: Array) -> Fidelity:
-    pages = new_pages(layout, num_pages=9, page_size=SIZE, kv_heads=HEADS, head_dim=DIM)
-    at = Where(jnp.array([4, 1, 7, 3, 0, 8, 2], jnp.int32), start, length, length)
+def _seen(
+    layout, scales: LayerScales | None, k: Array, v: Array, start: Array, length: Array
+) -> Fidelity:
+    pages = new_pool(layout, num_pages=9, page_size=SIZE, kv_heads=HEADS, head_dim=DIM)
+    at = AttentionMetadata(jnp.array([4, 1, 7, 3, 0, 8, 2], jnp.int32), start, length, length)
     attend = paged(reference.attention, scales, AttentionOptions(), lambda layer: at)
-    attend = observing(attend, scales, lambda layer: at, start + jnp.arange(WIDTH, dtype=jnp.int32) < length)
-    zeros = [jnp.zeros((LAYERS, 2, HEADS), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.int32)]
-    carry = fill(pages, layout.kinds[LAYER].fmt.nan_code), Seen(Fidelity(*zeros), None)
+    attend = observing(
+        attend, scales, lambda layer: at, start + jnp.arange(WIDTH, dtype=jnp.int32) < length
+    )
+    zeros = [
+        jnp.zeros((LAYERS, 2, HEADS), dtype)
+        for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.int32)
+    ]
+    carry = poison(pages, layout.kinds[LAYER].fmt.nan_code), Seen(Fidelity(*zeros), None)
     return attend(LAYER, jnp.ones((WIDTH, HEADS, DIM), jnp.float32), k, v, carry)[1][1].fidelity
 
 
-def seen(fmt, scales: KVScales | None, k: np.ndarray, v: np.ndarray, *, start: int, real: int, beside=None) -> Fidelity:
+def seen(
+    fmt,
+    scales: KVScales | None,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    start: int,
+    real: int,
+    beside=None,
+) -> Fidelity:
     """Store `real` of the tokens given, from position `start` on, in pages that lie in no order and held NaN before.
 
     No static scales are dynamic ones. `beside` is the kind of the other layer, if it is another.
     """
-    own = LayerKind(fmt, dynamic=scales is None)
+    own = LayerCacheSpec(fmt, dynamic=scales is None)
     kinds = (beside or own, own)
     layout = PoolLayout.of(kinds, LayerGroups.of((0,) * LAYERS, widths(kinds)))
-    by_layer = None if scales is None else LayerScales.of(scales, layers=LAYERS, kv_heads=HEADS, head_dim=DIM)
+    by_layer = (
+        None
+        if scales is None
+        else LayerScales.of(scales, layers=LAYERS, kv_heads=HEADS, head_dim=DIM)
+    )
     return _seen(layout, by_layer, k, v, np.int32(start), np.int32(start + real))
 
 
 def given(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Magnitudes over 24 octaves, a few zeros among them."""
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(2, WIDTH, HEADS, DIM)) * np.exp2(rng.uniform(-14, 10, (2, WIDTH, HEADS, DIM)))
+    x = rng.normal(size=(2, WIDTH, HEADS, DIM)) * np.exp2(
+        rng.uniform(-14, 10, (2, WIDTH, HEADS, DIM))
+    )
     x[rng.random(x.shape) < 0.05] = 0
     return tuple(x.astype(np.float32))
 
@@ -101,7 +123,9 @@ def test_error_clipped_and_flushed_are_those_of_numpy(fmt, kind, start, real):
     for name, value in wanted.items():
         values = np.asarray(getattr(found, name))
         assert not values[0].any(), "the other layer"
-        np.testing.assert_allclose(values[LAYER], value, rtol=1e-5 if name in ("signal", "noise") else 0)
+        np.testing.assert_allclose(
+            values[LAYER], value, rtol=1e-5 if name in ("signal", "noise") else 0
+        )
     assert kind != "clips" or wanted["clipped"].any(), "or else this shows nothing"
     assert kind != "flushes" or wanted["flushed"].any()
     assert kind != "token_head" or not wanted["clipped"].any()
@@ -134,7 +158,9 @@ def test_keys_stored_less_an_offset_are_judged_by_what_is_left_of_them():
     k = offset + rest
     ones = np.ones((LAYERS, HEADS, DIM), np.float32)
     less = KVScales(ones, ones, k_offset=np.repeat(offset, LAYERS, axis=0))
-    found, plain = (seen(E4M3, scales, k, v, start=3, real=12) for scales in (less, KVScales(ones, ones)))
+    found, plain = (
+        seen(E4M3, scales, k, v, start=3, real=12) for scales in (less, KVScales(ones, ones))
+    )
     left = (k - offset)[:12]
     kept, at_the_top = stored(left, E4M3, np.float32(1))
     wanted = {
@@ -145,16 +171,22 @@ def test_keys_stored_less_an_offset_are_judged_by_what_is_left_of_them():
     }
     for name, value in wanted.items():
         np.testing.assert_allclose(np.asarray(getattr(found, name))[LAYER, 0], value, rtol=1e-5)
-        np.testing.assert_array_equal(np.asarray(getattr(found, name))[LAYER, 1], np.asarray(getattr(plain, name))[LAYER, 1])
+        np.testing.assert_array_equal(
+            np.asarray(getattr(found, name))[LAYER, 1], np.asarray(getattr(plain, name))[LAYER, 1]
+        )
     assert wanted["flushed"].any()
     assert np.asarray(plain.clipped)[LAYER, 0].sum() > 10 * wanted["clipped"].sum()
 
 
-@pytest.mark.parametrize("other", [LayerKind(BFLOAT16), LayerKind(E5M2, dynamic=True)], ids=str)
+@pytest.mark.parametrize(
+    "other", [LayerCacheSpec(BFLOAT16), LayerCacheSpec(E5M2, dynamic=True)], ids=str
+)
 def test_a_layer_is_judged_by_its_own_format_whatever_the_other_has(other):
     scales = KVScales(*(np.full((LAYERS, 1, 1), 2.0**-7, np.float32) for _ in "kv"))
     for fmt in (E4M3, FLOAT16):
-        alone, beside = (seen(fmt, scales, *given(3), start=5, real=9, beside=kind) for kind in (None, other))
+        alone, beside = (
+            seen(fmt, scales, *given(3), start=5, real=9, beside=kind) for kind in (None, other)
+        )
         assert np.asarray(alone.clipped)[LAYER].any()
         for one, two in zip(jax.tree.leaves(alone), jax.tree.leaves(beside), strict=True):
             np.testing.assert_array_equal(np.asarray(one), np.asarray(two))

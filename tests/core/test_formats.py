@@ -55,7 +55,9 @@ def test_the_largest_finite_values_are_those_of_the_ocp_specification() -> None:
 
 
 @pytest.mark.parametrize("fmt", **ids)
-def test_decoding_every_code_gives_the_value_ml_dtypes_gives_signs_of_zero_and_nan_included(fmt) -> None:
+def test_decoding_every_code_gives_the_value_ml_dtypes_gives_signs_of_zero_and_nan_included(
+    fmt,
+) -> None:
     got = np.asarray(jax.jit(lambda u: decode(u, fmt))(np.arange(256, dtype=np.uint8)))
     want = values_of_every_code(fmt)
     assert np.array_equal(got, want, equal_nan=True)
@@ -71,7 +73,9 @@ def test_encoding_is_bit_equal_to_numpy_on_codes_ties_and_edges(fmt) -> None:
 @pytest.mark.parametrize("fmt", [*FP8, *HALVES], ids=lambda f: f.name)
 def test_encoding_is_bit_equal_to_numpy_on_random_float32_bits(fmt) -> None:
     x = np.random.default_rng(0).integers(0, 2**32, 300_000, dtype=np.uint32).view(np.float32)
-    x = x[(np.abs(x) > 1.2e-38) | (x == 0)] if fmt is BFLOAT16 else x  # XLA:CPU flushes float32 subnormals; 8 bits hold none
+    x = (
+        x[(np.abs(x) > 1.2e-38) | (x == 0)] if fmt is BFLOAT16 else x
+    )  # XLA:CPU flushes float32 subnormals; 8 bits hold none
     x = x[~np.isnan(x)]  # 16-bit NaN payloads are not preserved by any cast
     assert np.array_equal(np.asarray(jax.jit(lambda v: encode(v, fmt))(x)), encode_numpy(x, fmt))
 
@@ -85,9 +89,13 @@ def test_every_finite_code_survives_decoding_and_encoding(fmt) -> None:
 
 @pytest.mark.parametrize("fmt", [*FP8, *HALVES], ids=lambda f: f.name)
 def test_values_beyond_the_largest_saturate_and_nan_stays_nan(fmt) -> None:
-    x = np.array([fmt.largest * 1.5 if fmt is not BFLOAT16 else np.inf, np.inf, -np.inf, np.nan], np.float32)
+    x = np.array(
+        [fmt.largest * 1.5 if fmt is not BFLOAT16 else np.inf, np.inf, -np.inf, np.nan], np.float32
+    )
     got = np.asarray(decode(encode(jnp.asarray(x), fmt), fmt))
-    assert np.array_equal(got, np.array([fmt.largest, fmt.largest, -fmt.largest, np.nan], np.float32), equal_nan=True)
+    assert np.array_equal(
+        got, np.array([fmt.largest, fmt.largest, -fmt.largest, np.nan], np.float32), equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("fmt", **ids)
@@ -95,10 +103,21 @@ def test_the_error_of_a_scaled_value_stays_within_half_a_step(fmt) -> None:
     """|x - x̂| <= max(|x| / 2**(M+1), scale * smallest_subnormal / 2) for |x| <= largest * scale."""
     rng = np.random.default_rng(1)
     for scale in (2.0**-9, 0.37, 5.0):
-        x = (rng.uniform(-1, 1, 20_000) * fmt.largest * scale * rng.choice([1, 1e-3, 1e-6], 20_000)).astype(np.float32)
-        got = np.asarray(decode(encode(jnp.asarray(x / np.float32(scale)), fmt), fmt)).astype(np.float64) * scale
-        bound = np.maximum(np.abs(x) / 2 ** (fmt.mantissa_bits + 1), scale * fmt.smallest_subnormal / 2)
-        assert np.all(np.abs(got - x) <= bound * (1 + 2.0**-20))  # the float32 division itself rounds
+        x = (
+            rng.uniform(-1, 1, 20_000) * fmt.largest * scale * rng.choice([1, 1e-3, 1e-6], 20_000)
+        ).astype(np.float32)
+        got = (
+            np.asarray(decode(encode(jnp.asarray(x / np.float32(scale)), fmt), fmt)).astype(
+                np.float64
+            )
+            * scale
+        )
+        bound = np.maximum(
+            np.abs(x) / 2 ** (fmt.mantissa_bits + 1), scale * fmt.smallest_subnormal / 2
+        )
+        assert np.all(
+            np.abs(got - x) <= bound * (1 + 2.0**-20)
+        )  # the float32 division itself rounds
 
 
 def test_the_derived_bound_for_e4m3_is_the_published_one() -> None:
@@ -109,13 +128,18 @@ def test_the_derived_bound_for_e4m3_is_the_published_one() -> None:
 def test_a_tile_times_its_factor_is_the_value(fmt) -> None:
     x = np.random.default_rng(2).normal(size=1000).astype(np.float32)
     bits = encode(jnp.asarray(x), fmt)
-    assert np.array_equal(np.asarray(decode_tile(bits, fmt)) * np.float32(fmt.tile_factor), np.asarray(decode(bits, fmt)))
+    assert np.array_equal(
+        np.asarray(decode_tile(bits, fmt)) * np.float32(fmt.tile_factor),
+        np.asarray(decode(bits, fmt)),
+    )
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_stored_bits_are_shown_as_the_formats_own_dtype(fmt) -> None:
     bits = encode(jnp.ones(3, jnp.float32), fmt)
-    assert formats.as_values(bits, fmt).dtype == fmt.dtype and np.all(np.asarray(formats.as_values(bits, fmt)) == 1)
+    assert formats.as_values(bits, fmt).dtype == fmt.dtype and np.all(
+        np.asarray(formats.as_values(bits, fmt)) == 1
+    )
 
 
 def test_fp8_means_e4m3_and_an_unknown_name_gets_the_list_and_the_nearest() -> None:

@@ -6,7 +6,15 @@ from collections import Counter
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from jfp8kv.core.errors import CapacityError
 from jfp8kv.engine.request import Request
@@ -18,15 +26,15 @@ class Texts:
 
     def __init__(self, pages: int, *, windows: bool, reuse: bool):
         self.sched = scheduler(pages, windows=windows, reuse=reuse)
-        self.paging, self.device = self.sched.paging, Device(self.sched)
+        self.kv_manager, self.device = self.sched.kv_manager, Device(self.sched)
         self.texts: list[Request] = []
 
     def extend(self, text: Request, ids: list[int]) -> None:
         """All or nothing, as a session does it."""
         before = text.num_tokens
         text.prompt_ids += ids
-        if (found := self.paging.find(text)).tokens > text.cached:
-            self.paging.take_over(text, found)
+        if (found := self.kv_manager.match_prefix(text)).tokens > text.cached:
+            self.kv_manager.adopt_prefix(text, found)
         try:
             while text.uncached:
                 chunk = min(text.uncached, 6)
@@ -34,24 +42,28 @@ class Texts:
                 self.device.copy()
                 self.device.run(text, chunk)
                 text.cached += chunk
-            self.paging.keep(text)
+            self.kv_manager.cache_prefix(text)
         except CapacityError:
             self.rollback(text, text.num_tokens - before)
 
     def rollback(self, text: Request, tokens: int) -> None:
         left = text.num_tokens - tokens
-        del text.prompt_ids[left:], text.keys[left // PAGE :]
-        self.paging.keep_first(text, left)
+        del text.prompt_ids[left:], text.page_hashes[left // PAGE :]
+        self.kv_manager.truncate(text, left)
 
     def fork(self, text: Request) -> Request:
         twin = request(list(text.prompt_ids), 1)
-        twin.held, twin.cached, twin.keys = self.paging.share(text), text.cached, list(text.keys)
+        twin.page_tables, twin.cached, twin.page_hashes = (
+            self.kv_manager.share(text),
+            text.cached,
+            list(text.page_hashes),
+        )
         return twin
 
     def turn(self) -> list[Request]:
         """A dispatch for the requests; one for which the texts leave no room is refused, and given back."""
         try:
-            if (plan := self.sched.plan()) is not None:
+            if (plan := self.sched.schedule()) is not None:
                 check(plan, self.sched)
                 self.device.apply(plan)
         except CapacityError:
@@ -67,7 +79,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     texts = Bundle("texts")
 
-    @initialize(target=texts, pages=st.integers(60, 120), windows=st.booleans(), reuse=st.booleans())
+    @initialize(
+        target=texts, pages=st.integers(60, 120), windows=st.booleans(), reuse=st.booleans()
+    )
     def begin(self, pages: int, windows: bool, reuse: bool) -> Request:
         self.tree, self.pages = Texts(pages, windows=windows, reuse=reuse), pages
         self.asked: list[Request] = []
@@ -103,10 +117,15 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(text=consumes(texts))
     def close(self, text: Request) -> None:
         self.tree.texts.remove(text)
-        self.tree.paging.release(text)
+        self.tree.kv_manager.release(text)
 
     @precondition(lambda self: len(self.tree.sched.waiting) < 3)
-    @rule(shared=st.sampled_from([0, 9, 40]), own=st.integers(1, 60), which=st.integers(0, 2), output=st.integers(1, 12))
+    @rule(
+        shared=st.sampled_from([0, 9, 40]),
+        own=st.integers(1, 60),
+        which=st.integers(0, 2),
+        output=st.integers(1, 12),
+    )
     def arrive(self, shared: int, own: int, which: int, output: int) -> None:
         self.asked.append(request([1] * shared + [which] * own, output))
         self.tree.sched.add(self.asked[-1])
@@ -130,24 +149,31 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def reference_counts_are_owners_and_no_page_is_free_and_owned(self) -> None:
-        allocator = self.tree.paging.allocator
-        holders = Counter(page for r in (*self.tree.texts, *self.tree.sched.running) for held in r.held for page in held.pages)
-        assert all(allocator.holders(page) == holders[page] for page in range(self.pages))
+        allocator = self.tree.kv_manager.allocator
+        holders = Counter(
+            page
+            for r in (*self.tree.texts, *self.tree.sched.running)
+            for held in r.page_tables
+            for page in held.pages
+        )
+        assert all(allocator.ref_count(page) == holders[page] for page in range(self.pages))
         assert allocator.used_pages == len(holders)
 
     def teardown(self) -> None:
         if not hasattr(self, "tree"):
             return
         for text in self.tree.texts:
-            self.tree.paging.release(text)
+            self.tree.kv_manager.release(text)
         while self.tree.sched.waiting or self.tree.sched.running:
             self.gone += self.tree.turn()
         for r in self.asked:
             alone = list(r.prompt_ids)
             for _ in r.output_ids:
                 alone.append(next_token(alone))
-            assert r.tokens(0, r.num_tokens) == alone and (r in self.gone or len(r.output_ids) == r.max_tokens)
-        assert self.tree.paging.allocator.free_pages == self.pages, "every page came back"
+            assert r.tokens(0, r.num_tokens) == alone and (
+                r in self.gone or len(r.output_ids) == r.max_tokens
+            )
+        assert self.tree.kv_manager.allocator.free_pages == self.pages, "every page came back"
 
 
 AnyOrder.TestCase.settings = settings(stateful_step_count=30)
@@ -161,34 +187,38 @@ def test_a_fork_holds_no_more_pages_until_one_of_both_goes_on_and_that_one_copie
     tree.extend(stem, [1] * 10)
     branch = tree.fork(stem)
     tree.texts = [stem, branch]
-    used = tree.paging.allocator.used_pages
-    assert [h.pages for h in branch.held] == [h.pages for h in stem.held] and used == 3 * groups
+    used = tree.kv_manager.allocator.used_pages
+    assert [h.pages for h in branch.page_tables] == [
+        h.pages for h in stem.page_tables
+    ] and used == 3 * groups
     tree.extend(branch, [2])
-    assert tree.paging.allocator.used_pages == used + groups, "the last page of each group"
+    assert tree.kv_manager.allocator.used_pages == used + groups, "the last page of each group"
     tree.extend(stem, [3])
-    assert tree.paging.allocator.used_pages == used + groups, "nobody else holds the stem's last page now"
+    assert tree.kv_manager.allocator.used_pages == used + groups, (
+        "nobody else holds the stem's last page now"
+    )
 
 
 def test_a_text_taken_back_within_its_own_page_neither_copies_nor_runs_anything_again() -> None:
     tree = Texts(60, windows=False, reuse=True)
     text = request([], 1)
     tree.extend(text, [1] * 12)
-    held = [list(h.pages) for h in text.held]
+    held = [list(h.pages) for h in text.page_tables]
     tree.rollback(text, 2)
-    assert text.cached == 10 and [h.pages for h in text.held] == held
+    assert text.cached == 10 and [h.pages for h in text.page_tables] == held
     tree.sched.make_room(text, 11)
-    assert not tree.paging.copies and [h.pages for h in text.held] == held
+    assert not tree.kv_manager.copies and [h.pages for h in text.page_tables] == held
 
 
 def test_what_was_written_over_is_not_found_any_more() -> None:
     tree = Texts(60, windows=False, reuse=True)
     text = request([], 1)
     tree.extend(text, [1] * 12)
-    assert tree.paging.find(request([1] * 13, 1)).tokens == 12
+    assert tree.kv_manager.match_prefix(request([1] * 13, 1)).tokens == 12
     tree.rollback(text, 2)
     tree.extend(text, [2] * 2)
-    assert tree.paging.find(request([1] * 13, 1)).tokens == 8
-    assert tree.paging.find(request([1] * 10 + [2] * 2 + [1], 1)).tokens == 12
+    assert tree.kv_manager.match_prefix(request([1] * 13, 1)).tokens == 8
+    assert tree.kv_manager.match_prefix(request([1] * 10 + [2] * 2 + [1], 1)).tokens == 12
 
 
 def test_a_window_that_moved_past_the_tokens_a_text_goes_back_to_runs_it_anew() -> None:
@@ -198,6 +228,6 @@ def test_a_window_that_moved_past_the_tokens_a_text_goes_back_to_runs_it_anew() 
     tree.rollback(text, 3)
     assert text.cached == 37
     tree.rollback(text, 20)
-    assert text.cached == 0 and not text.held
+    assert text.cached == 0 and not text.page_tables
     tree.extend(text, [2])
     assert text.cached == 18

@@ -31,10 +31,14 @@ def random_scales(heads: int, both: bool = False) -> tuple[np.ndarray, np.ndarra
 def model(path: Path, tensors: dict[str, np.ndarray], quantization: dict | None = None) -> Path:
     config = json.loads((FOLDER / "config.json").read_text())
     declared = {} if quantization is None else {"quantization_config": quantization}
-    return write_folder(path, config | declared, safetensors.numpy.load_file(FOLDER / "model.safetensors") | tensors)
+    return write_folder(
+        path, config | declared, safetensors.numpy.load_file(FOLDER / "model.safetensors") | tensors
+    )
 
 
-def with_scales(path: Path, k: np.ndarray, v: np.ndarray, layout: str = "compressed-tensors") -> Path:
+def with_scales(
+    path: Path, k: np.ndarray, v: np.ndarray, layout: str = "compressed-tensors"
+) -> Path:
     return model(path, scale_tensors(layout, k, v), SCALE_LAYOUTS[layout][2])
 
 
@@ -76,7 +80,9 @@ def test_a_layer_whose_scale_is_broken_is_stored_at_scale_one(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("kv_scales", ["auto", "checkpoint"])
-def test_for_e5m2_scales_are_converted_by_the_ratio_of_maxima_and_it_is_said(tmp_path, kv_scales) -> None:
+def test_for_e5m2_scales_are_converted_by_the_ratio_of_maxima_and_it_is_said(
+    tmp_path, kv_scales
+) -> None:
     k, v = random_scales(HEADS)
     params = jfp8kv.load(with_scales(tmp_path, k, v), dtype="float32")
     with pytest.warns(UserWarning, match=r"made for fp8_e4m3: for fp8_e5m2 .* 448 / 57344"):
@@ -88,14 +94,19 @@ def test_scales_that_a_user_gives_are_for_the_cache_they_are_given_for(tmp_path)
     k, v = random_scales(HEADS)
     params = jfp8kv.load(with_scales(tmp_path, k, v), dtype="float32")
     own = jfp8kv.KVScales(k[..., None], v[..., None])
-    assert rms(logits(params, kv_cache_dtype="fp8_e5m2", kv_scales=own), expected("e5m2", k, v)) <= ROUNDING
+    assert (
+        rms(logits(params, kv_cache_dtype="fp8_e5m2", kv_scales=own), expected("e5m2", k, v))
+        <= ROUNDING
+    )
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "float16"])
 def test_wider_caches_leave_the_checkpoints_scales_out(tmp_path, kv_dtype) -> None:
     params = jfp8kv.load(with_scales(tmp_path, *random_scales(1)), dtype="float32")
     plain = jfp8kv.load(FOLDER, dtype="float32")
-    assert np.array_equal(logits(params, kv_cache_dtype=kv_dtype), logits(plain, kv_cache_dtype=kv_dtype))
+    assert np.array_equal(
+        logits(params, kv_cache_dtype=kv_dtype), logits(plain, kv_cache_dtype=kv_dtype)
+    )
     with pytest.raises(ConfigError, match="scales belong to an FP8 cache"):
         logits(params, kv_cache_dtype=kv_dtype, kv_scales="checkpoint")
 
@@ -113,17 +124,26 @@ def test_other_scales_are_other_arguments_of_the_same_program(tmp_path) -> None:
     k, v = random_scales(HEADS)
     first = jfp8kv.LLM(jfp8kv.load(with_scales(tmp_path / "a", k, v), dtype="float32"), **ENGINE)
     first.logits(tokens())
-    second = jfp8kv.LLM(jfp8kv.load(with_scales(tmp_path / "b", k[:, :1] * 3, v[:, :1] * 5), dtype="float32"), **ENGINE)
+    second = jfp8kv.LLM(
+        jfp8kv.load(with_scales(tmp_path / "b", k[:, :1] * 3, v[:, :1] * 5), dtype="float32"),
+        **ENGINE,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         got = second.logits(tokens())
     assert second.stats.compilations == 0
-    assert rms(got, expected("e4m3", k[:, :1] * 3, v[:, :1] * 5)) <= ROUNDING < rms(got, expected("e4m3", k, v))
+    assert (
+        rms(got, expected("e4m3", k[:, :1] * 3, v[:, :1] * 5))
+        <= ROUNDING
+        < rms(got, expected("e4m3", k, v))
+    )
 
 
 def test_scales_are_saved_and_come_back_with_the_model(tmp_path) -> None:
     params = jfp8kv.load(with_scales(tmp_path / "a", *random_scales(HEADS)))
     jfp8kv.save(params, tmp_path / "b")
     back = jfp8kv.load(tmp_path / "b")
-    assert np.array_equal(back.kv_scales.k, params.kv_scales.k) and np.array_equal(back.kv_scales.v, params.kv_scales.v)
+    assert np.array_equal(back.kv_scales.k, params.kv_scales.k) and np.array_equal(
+        back.kv_scales.v, params.kv_scales.v
+    )
     assert back.config.kv_cache_dtype == "fp8_e4m3"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jfp8kv.engine.detokenize import Detokenizer
+from jfp8kv.text.detokenizer import Detokenizer
 
 CORPUS = [
     "the cat sat on the mat. The end. STOP here, héllo wörld!",
@@ -39,7 +39,12 @@ def byte_fallback() -> Tokenizer:
     merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e")]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
     return tokenizer
@@ -102,8 +107,14 @@ def test_pieces_of_any_text_hold_whole_characters_and_join_to_it(text, seed):
 
 
 @settings(max_examples=200)
-@given(TEXTS, st.lists(st.text("theSTOP 你好😀a", min_size=1, max_size=5), min_size=1, max_size=3), st.integers(0, 9))
-def test_stop_strings_that_straddle_tokens_cut_where_a_search_of_the_whole_text_does(text, stops, seed):
+@given(
+    TEXTS,
+    st.lists(st.text("theSTOP 你好😀a", min_size=1, max_size=5), min_size=1, max_size=3),
+    st.integers(0, 9),
+)
+def test_stop_strings_that_straddle_tokens_cut_where_a_search_of_the_whole_text_does(
+    text, stops, seed
+):
     for tokenizer in (byte_level(), byte_fallback()):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         detokenizer = Detokenizer(tokenizer, stops)
@@ -112,11 +123,19 @@ def test_stop_strings_that_straddle_tokens_cut_where_a_search_of_the_whole_text_
 
 
 @settings(max_examples=50)
-@given(TEXTS, st.lists(st.text("theSTOP 你好😀a", min_size=1, max_size=5), min_size=1, max_size=3), st.integers(0, 9))
+@given(
+    TEXTS,
+    st.lists(st.text("theSTOP 你好😀a", min_size=1, max_size=5), min_size=1, max_size=3),
+    st.integers(0, 9),
+)
 def test_a_stop_string_that_is_kept_is_the_end_of_the_text(text, stops, seed):
     tokenizer = byte_level()
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    shown = "".join(pieces_of(detokenizer := Detokenizer(tokenizer, stops, keep_stop=True), in_chunks(ids, seed)))
+    shown = "".join(
+        pieces_of(
+            detokenizer := Detokenizer(tokenizer, stops, keep_stop=True), in_chunks(ids, seed)
+        )
+    )
     before, found = naive_cut(tokenizer.decode(ids), stops)
     assert (shown, detokenizer.stopped) == (before + (found or ""), found)
 
@@ -192,7 +211,9 @@ def test_the_first_word_keeps_its_space_when_the_prompt_is_given_as_context():
 def test_work_per_token_does_not_grow_with_the_text(kind):
     tokenizer = byte_level()
     rng = random.Random(0)
-    lone = tokenizer.token_to_id("¡")  # the letter that stands for byte 0xA1, which begins no character
+    lone = tokenizer.token_to_id(
+        "¡"
+    )  # the letter that stands for byte 0xA1, which begins no character
     ids = {
         "text": tokenizer.encode("the cat 你好 😀" * 60).ids,
         "random": [rng.randrange(340) for _ in range(600)],

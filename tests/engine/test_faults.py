@@ -10,25 +10,35 @@ import pytest
 
 import jfp8kv
 from jfp8kv import DeviceMemoryError, Jfp8kvError, StepError
-from jfp8kv.engine import kv
+from jfp8kv.cache import config
 from tests.engines import used_pages
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
 
-SIZES = {"max_model_len": 128, "max_num_seqs": 4, "page_size": 8, "max_num_batched_tokens": 64, "kv_cache_memory": "200kB"}
+SIZES = {
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "page_size": 8,
+    "max_num_batched_tokens": 64,
+    "kv_cache_memory": "200kB",
+}
 SAMPLING = {"max_tokens": 12, "temperature": 1.0, "seed": 3, "ignore_eos": True}
 PROMPTS = ["abc", "hello you", "b" * 60, "x", "ab"]
 
 
 def full() -> jax.errors.JaxRuntimeError:
     """What XLA raises when a device has no room left."""
-    return jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4294967296 bytes.\nand pages more of it")
+    return jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory allocating 4294967296 bytes.\nand pages more of it"
+    )
 
 
 @pytest.fixture(scope="module")
 def llm() -> jfp8kv.LLM:
-    return jfp8kv.LLM(jfp8kv.load(REFERENCES[0], dtype="float32"), kv_cache_dtype="fp8_e4m3", **SIZES)
+    return jfp8kv.LLM(
+        jfp8kv.load(REFERENCES[0], dtype="float32"), kv_cache_dtype="fp8_e4m3", **SIZES
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +48,22 @@ def want(llm) -> list[str]:
 
 def no_room(monkeypatch) -> None:
     """Let no pool be made."""
-    real = kv.new_pages
+    real = config.new_pages
 
     def new_pages(*args, **kwargs):
         pool = real(*args, **kwargs)
-        if not isinstance(pool.k_bits, jax.core.Tracer):  # whose shape alone is asked for takes no room
+        if not isinstance(
+            pool.k_bits, jax.core.Tracer
+        ):  # whose shape alone is asked for takes no room
             raise full()
         return pool
 
-    monkeypatch.setattr(kv, "new_pages", new_pages)
+    monkeypatch.setattr(config, "new_pages", new_pages)
 
 
-def fail(monkeypatch, llm: jfp8kv.LLM, error: BaseException, *, at: int = 3, donated: bool = True) -> list[int]:
+def fail(
+    monkeypatch, llm: jfp8kv.LLM, error: BaseException, *, at: int = 3, donated: bool = True
+) -> list[int]:
     """Let the `at`th step raise `error`, having taken the pool with it or not."""
     real, calls = llm._engine.programs.call, []
 
@@ -69,7 +83,11 @@ def fail(monkeypatch, llm: jfp8kv.LLM, error: BaseException, *, at: int = 3, don
 @pytest.mark.parametrize(
     ("error", "raised", "says"),
     [
-        (ValueError("odd shapes"), StepError, "a step failed: ValueError: odd shapes. All requests were dropped"),
+        (
+            ValueError("odd shapes"),
+            StepError,
+            "a step failed: ValueError: odd shapes. All requests were dropped",
+        ),
         (
             full(),
             DeviceMemoryError,
@@ -108,7 +126,8 @@ def test_those_who_share_the_step_are_told_too(llm, want, monkeypatch, error) ->
             with pytest.raises((Jfp8kvError, KeyboardInterrupt)):
                 llm.generate(PROMPTS, **SAMPLING)
         with pytest.raises(
-            DeviceMemoryError if isinstance(error, jax.errors.JaxRuntimeError) else StepError, match="All requests were dropped"
+            DeviceMemoryError if isinstance(error, jax.errors.JaxRuntimeError) else StepError,
+            match="All requests were dropped",
         ):
             list(stream)
         before = len(session)
@@ -116,15 +135,20 @@ def test_those_who_share_the_step_are_told_too(llm, want, monkeypatch, error) ->
     assert [out.text for out in llm.generate(PROMPTS, **SAMPLING)] == want and used_pages(llm) == 0
 
 
-def test_a_pool_that_finds_no_room_is_refused_with_what_was_asked_and_what_to_try(llm, monkeypatch) -> None:
+def test_a_pool_that_finds_no_room_is_refused_with_what_was_asked_and_what_to_try(
+    llm, monkeypatch
+) -> None:
     no_room(monkeypatch)
     with pytest.raises(
-        DeviceMemoryError, match=r"KV cache of \d+ bytes found no room.*bytes are free.*smaller kv_cache_memory"
+        DeviceMemoryError,
+        match=r"KV cache of \d+ bytes found no room.*bytes are free.*smaller kv_cache_memory",
     ):
         jfp8kv.LLM(llm.params, kv_cache_dtype="fp8_e4m3", **SIZES)
 
 
-def test_a_pool_that_was_lost_is_made_again_as_soon_as_there_is_room(llm, want, monkeypatch) -> None:
+def test_a_pool_that_was_lost_is_made_again_as_soon_as_there_is_room(
+    llm, want, monkeypatch
+) -> None:
     with monkeypatch.context() as broken:
         fail(broken, llm, full())
         no_room(broken)
@@ -141,7 +165,9 @@ def test_ctrl_c_at_any_moment_leaves_an_engine_that_works(llm, want) -> None:
         raise KeyboardInterrupt
 
     def call(i: int) -> None:
-        llm.generate(PROMPTS, **SAMPLING) if i % 2 else list(llm.stream("b" * 60, **SAMPLING | {"max_tokens": 60}))
+        llm.generate(PROMPTS, **SAMPLING) if i % 2 else list(
+            llm.stream("b" * 60, **SAMPLING | {"max_tokens": 60})
+        )
 
     whole, interrupted = [1.0, 1.0], 0  # seconds of each call, as far as they were seen to end
     before = signal.signal(signal.SIGALRM, interrupt)

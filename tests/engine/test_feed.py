@@ -1,4 +1,4 @@
-"""`LLM.generate_each`: the texts of `generate`, from an iterator that is taken only as far as the engine has room."""
+"""`LLM.generate_iter`: the texts of `generate`, from an iterator that is taken only as far as the engine has room."""
 
 import itertools
 
@@ -17,23 +17,32 @@ PROMPTS = ["the end", "hello", "once upon a time there was", "a", "no"] * 3
 @pytest.fixture(scope="module")
 def llm() -> jfp8kv.LLM:
     params = jfp8kv.load(FOLDER, dtype="float32")
-    return jfp8kv.LLM(params, kv_cache_dtype="float32", max_num_batched_tokens=64, max_num_seqs=2, kv_cache_memory="1MB")
+    return jfp8kv.LLM(
+        params,
+        kv_cache_dtype="float32",
+        max_num_batched_tokens=64,
+        max_num_seqs=2,
+        kv_cache_memory="1MB",
+    )
 
 
 def asked(**fields):
     return [
-        (prompt, {"max_tokens": 1 + 3 * (i % 5), "seed": i, "ignore_eos": True} | fields) for i, prompt in enumerate(PROMPTS)
+        (prompt, {"max_tokens": 1 + 3 * (i % 5), "seed": i, "ignore_eos": True} | fields)
+        for i, prompt in enumerate(PROMPTS)
     ]
 
 
 def test_results_are_those_of_generate_whatever_runs_beside_them(llm) -> None:
     fields = {"n": 2, "prompt_logprobs": 1}
-    found = dict(llm.generate_each(asked(**fields)))
+    found = dict(llm.generate_iter(asked(**fields)))
     assert sorted(found) == list(range(len(PROMPTS)))
     for number, (prompt, wished) in enumerate(asked(**fields)):
         (want,) = llm.generate([prompt], SamplingParams(**wished))
         assert found[number].prompt_logprobs == want.prompt_logprobs is not None
-        assert [made.token_ids for made in found[number].outputs] == [made.token_ids for made in want.outputs]
+        assert [made.token_ids for made in found[number].outputs] == [
+            made.token_ids for made in want.outputs
+        ]
 
 
 def test_requests_are_taken_as_there_is_room_and_given_as_they_end(llm) -> None:
@@ -43,7 +52,7 @@ def test_requests_are_taken_as_there_is_room_and_given_as_they_end(llm) -> None:
         for number in taken:
             yield "hello", SamplingParams(max_tokens=1 if number else 40, ignore_eos=True)
 
-    results = llm.generate_each(endless())
+    results = llm.generate_iter(endless())
     first = [next(results)[0] for _ in range(8)]
     assert 0 not in first, "nobody waits for the slowest"
     assert next(taken) <= 8 + 2 * 2
@@ -56,13 +65,27 @@ def test_one_that_cannot_be_served_gives_its_error_and_the_others_run(llm) -> No
         def __array__(self):
             raise RuntimeError("nobody thought of this")
 
-    wrong = [("", {}), ("hello", {"temperature": -1.0}), ([5] * 4000, {}), ("hello", {"temprature": 1.0}), (Odd(), {})]
-    found = dict(llm.generate_each([*wrong, ("hello", {"max_tokens": 2})]))
-    assert [type(found[i]) for i in range(5)] == [ConfigError, ConfigError, jfp8kv.CapacityError, ConfigError, RuntimeError]
+    wrong = [
+        ("", {}),
+        ("hello", {"temperature": -1.0}),
+        ([5] * 4000, {}),
+        ("hello", {"temprature": 1.0}),
+        (Odd(), {}),
+    ]
+    found = dict(llm.generate_iter([*wrong, ("hello", {"max_tokens": 2})]))
+    assert [type(found[i]) for i in range(5)] == [
+        ConfigError,
+        ConfigError,
+        jfp8kv.CapacityError,
+        ConfigError,
+        RuntimeError,
+    ]
     assert len(found[5].token_ids) == 2
 
 
-def test_a_step_that_fails_gives_its_error_to_all_that_were_in_it_and_the_next_are_served(llm, monkeypatch) -> None:
+def test_a_step_that_fails_gives_its_error_to_all_that_were_in_it_and_the_next_are_served(
+    llm, monkeypatch
+) -> None:
     call, left = Programs.call, iter([False, False, True])
 
     def fails(self, *args, **kwargs):
@@ -71,7 +94,7 @@ def test_a_step_that_fails_gives_its_error_to_all_that_were_in_it_and_the_next_a
         return call(self, *args, **kwargs)
 
     monkeypatch.setattr(Programs, "call", fails)
-    found = dict(llm.generate_each(asked()))
+    found = dict(llm.generate_iter(asked()))
     lost = [number for number, result in found.items() if isinstance(result, Exception)]
     assert sorted(found) == list(range(len(PROMPTS))) and 0 < len(lost) <= 4
     assert all("the device is on fire" in str(found[number]) for number in lost)
@@ -87,7 +110,11 @@ def test_what_had_ended_when_a_step_failed_is_whole(llm, monkeypatch) -> None:
         dispatch(turn)
 
     monkeypatch.setattr(llm._engine, "_dispatch", failing)
-    found = dict(llm.generate_each([("hello", {"max_tokens": tokens, "ignore_eos": True}) for tokens in (2, 40)]))
+    found = dict(
+        llm.generate_iter(
+            [("hello", {"max_tokens": tokens, "ignore_eos": True}) for tokens in (2, 40)]
+        )
+    )
     assert len(found[0].token_ids) == 2 and "the device is on fire" in str(found[1])
 
 
@@ -97,5 +124,5 @@ def test_an_iterator_that_fails_ends_it_and_leaves_nothing_behind(llm) -> None:
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        list(llm.generate_each(breaks()))
+        list(llm.generate_iter(breaks()))
     assert llm.stats.kv_tokens_used == 0 and llm.generate("hello", max_tokens=2)

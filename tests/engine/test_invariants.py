@@ -23,7 +23,9 @@ def params() -> jfp8kv.Params:
 @pytest.fixture(scope="module", params=FORMATS)
 def llm(request, params) -> jfp8kv.LLM:
     """An engine whose pool holds NaN codes wherever nothing was written."""
-    return poisoned(jfp8kv.LLM(params, kv_cache_dtype=request.param, max_num_batched_tokens=64, **SIZES))
+    return poisoned(
+        jfp8kv.LLM(params, kv_cache_dtype=request.param, max_num_batched_tokens=64, **SIZES)
+    )
 
 
 def prompts(count: int, seed: int = 0, longest: int = 90) -> list[list[int]]:
@@ -47,7 +49,7 @@ def test_batched_is_alone(llm) -> None:
 
 def test_chunked_prefill_is_whole_prefill(llm, params) -> None:
     whole = tokens(llm.generate(prompts(4), **GREEDY))
-    dtype = llm._engine.kv.name
+    dtype = llm._engine.cache_config.name
     small = poisoned(jfp8kv.LLM(params, kv_cache_dtype=dtype, max_num_batched_tokens=16, **SIZES))
     assert tokens(small.generate(prompts(4), **GREEDY)) == whole
 
@@ -55,16 +57,23 @@ def test_chunked_prefill_is_whole_prefill(llm, params) -> None:
 def other(llm: jfp8kv.LLM, params: jfp8kv.Params, **changed) -> jfp8kv.LLM:
     """Another engine with the same kind of cache, poisoned too."""
     sizes = {"max_num_batched_tokens": 64} | SIZES | changed
-    return poisoned(jfp8kv.LLM(params, kv_cache_dtype=llm._engine.kv.name, **sizes))
+    return poisoned(jfp8kv.LLM(params, kv_cache_dtype=llm._engine.cache_config.name, **sizes))
 
 
 def test_a_prefix_hit_gives_the_tokens_of_a_miss(llm, params) -> None:
     rng = np.random.default_rng(50)
     beginning = rng.integers(5, 200, 45).tolist()
-    alike = [beginning[: int(rng.integers(8, 45))] + rng.integers(5, 200, int(rng.integers(1, 30))).tolist() for _ in range(9)]
+    alike = [
+        beginning[: int(rng.integers(8, 45))]
+        + rng.integers(5, 200, int(rng.integers(1, 30))).tolist()
+        for _ in range(9)
+    ]
     sharing, apart = other(llm, params), other(llm, params, prefix_caching=False)
     assert tokens(sharing.generate(alike, **GREEDY)) == tokens(apart.generate(alike, **GREEDY))
-    again = [out.prompt_token_ids + out.token_ids + [7, 7] for out in sharing.generate(alike[:3], **GREEDY)]
+    again = [
+        out.prompt_token_ids + out.token_ids + [7, 7]
+        for out in sharing.generate(alike[:3], **GREEDY)
+    ]
     before = sharing.stats.prefix_hit_tokens
     assert before > 0 == apart.stats.prefix_hit_tokens
     assert tokens(sharing.generate(again, **GREEDY)) == tokens(apart.generate(again, **GREEDY))
@@ -72,7 +81,10 @@ def test_a_prefix_hit_gives_the_tokens_of_a_miss(llm, params) -> None:
 
 
 def test_preempted_is_not_preempted(llm, params) -> None:
-    many, sampling = prompts(6, seed=51, longest=40), {"max_tokens": 30, "temperature": 0.8, "seed": 3, "ignore_eos": True}
+    many, sampling = (
+        prompts(6, seed=51, longest=40),
+        {"max_tokens": 30, "temperature": 0.8, "seed": 3, "ignore_eos": True},
+    )
     want = tokens(llm.generate(many, **sampling))
     for sharing in (True, False):
         engine = other(llm, params, prefix_caching=sharing)
@@ -113,10 +125,14 @@ def test_a_seeded_text_does_not_depend_on_place_or_company(llm) -> None:
     assert llm.generate([prompt], seed=12, **sampling)[0].token_ids != alone
 
 
-def test_unseeded_requests_differ_and_another_engine_with_the_same_seed_repeats_them(params) -> None:
+def test_unseeded_requests_differ_and_another_engine_with_the_same_seed_repeats_them(
+    params,
+) -> None:
     runs = []
     for _ in range(2):
-        llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", seed=3, max_num_batched_tokens=64, **SIZES)
+        llm = jfp8kv.LLM(
+            params, kv_cache_dtype="fp8_e4m3", seed=3, max_num_batched_tokens=64, **SIZES
+        )
         runs.append(tokens(llm.generate([[9, 8, 7]] * 3, max_tokens=10, ignore_eos=True)))
     assert runs[0] == runs[1] and len({tuple(t) for t in runs[0]}) == 3
 
@@ -124,20 +140,24 @@ def test_unseeded_requests_differ_and_another_engine_with_the_same_seed_repeats_
 def test_n_continuations_differ_and_the_first_is_that_of_n_1(llm) -> None:
     sampling = {"max_tokens": 8, "seed": 4, "ignore_eos": True}
     (out,) = llm.generate([[5, 6, 7]], n=3, **sampling)
-    assert [c.index for c in out.outputs] == [0, 1, 2] and len({tuple(c.token_ids) for c in out.outputs}) == 3
+    assert [c.index for c in out.outputs] == [0, 1, 2] and len(
+        {tuple(c.token_ids) for c in out.outputs}
+    ) == 3
     assert llm.generate([[5, 6, 7]], **sampling)[0].token_ids == out.outputs[0].token_ids
 
 
 def test_unwritten_slots_never_reach_an_output(llm) -> None:
     """The pool is poisoned, and its pages are handed round by more requests than fit at once."""
-    for out in llm.generate(prompts(9, seed=8), max_tokens=5, temperature=0.0, logprobs=2, ignore_eos=True):
+    for out in llm.generate(
+        prompts(9, seed=8), max_tokens=5, temperature=0.0, logprobs=2, ignore_eos=True
+    ):
         assert all(np.isfinite(list(step.values())).all() for step in out.outputs[0].logprobs)
         assert np.isfinite(out.outputs[0].cumulative_logprob)
 
 
 def test_every_page_comes_back(llm) -> None:
     llm.generate(prompts(6, seed=9), max_tokens=7)
-    allocator = llm._engine.scheduler.paging.allocator
+    allocator = llm._engine.scheduler.kv_manager.allocator
     assert allocator.free_pages == allocator.num_pages and llm.stats.kv_tokens_used == 0
 
 
@@ -191,7 +211,14 @@ def test_what_only_sampling_needs_does_not_recompile_prefill(params) -> None:
     llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", max_num_batched_tokens=64, **SIZES)
     llm.generate([[5] * 20], max_tokens=2)
     built = sum(p.name == "prefill" for p in llm._engine.programs.built)
-    llm.generate([[5] * 20], max_tokens=3, min_tokens=2, presence_penalty=1.0, logit_bias={3: 1.0}, stop_token_ids=range(9))
+    llm.generate(
+        [[5] * 20],
+        max_tokens=3,
+        min_tokens=2,
+        presence_penalty=1.0,
+        logit_bias={3: 1.0},
+        stop_token_ids=range(9),
+    )
     assert sum(p.name == "prefill" for p in llm._engine.programs.built) == built
 
 
@@ -202,8 +229,15 @@ def test_a_request_too_large_for_the_pool_is_refused_with_what_would_do(params) 
     with pytest.raises(CapacityError, match=r"kv_cache_memory of at least (\d+) bytes") as error:
         llm.generate([[5] * 30], max_tokens=capacity)
     enough = int(str(error.value).split("at least ")[1].split(" ")[0])
-    roomy = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", max_num_batched_tokens=64, **sizes | {"kv_cache_memory": enough})
-    assert len(roomy.generate([[5] * 30], max_tokens=capacity, ignore_eos=True)[0].token_ids) == min(capacity, 128 - 30)
+    roomy = jfp8kv.LLM(
+        params,
+        kv_cache_dtype="fp8_e4m3",
+        max_num_batched_tokens=64,
+        **sizes | {"kv_cache_memory": enough},
+    )
+    assert len(
+        roomy.generate([[5] * 30], max_tokens=capacity, ignore_eos=True)[0].token_ids
+    ) == min(capacity, 128 - 30)
 
 
 def test_output_stops_where_the_context_ends(llm) -> None:

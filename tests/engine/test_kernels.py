@@ -4,20 +4,28 @@ import jax
 import pytest
 
 import jfp8kv
-from jfp8kv.cache.pages import fill
+from jfp8kv.cache.pool import poison
 from jfp8kv.core.errors import NotSupported
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
 
-SIZES = {"max_model_len": 64, "max_num_seqs": 2, "page_size": 8, "kv_cache_memory": "400kB", "max_num_batched_tokens": 64}
+SIZES = {
+    "max_model_len": 64,
+    "max_num_seqs": 2,
+    "page_size": 8,
+    "kv_cache_memory": "400kB",
+    "max_num_batched_tokens": 64,
+}
 PROMPTS = [list(range(3, 30)), [7, 8]]  # prefilled and decoded together: two programs
 
 
 def tokens(family: str, attention: str, **cache) -> tuple[list[list[int]], str]:
     params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
     llm = jfp8kv.LLM(params, attention=attention, **SIZES, **cache)
-    llm._engine.pages = fill(llm._engine.pages, 0xFF if llm._engine.pages.v_bits.dtype == "uint8" else 0x7FFF)
+    llm._engine.pages = poison(
+        llm._engine.pages, 0xFF if llm._engine.pages.v_bits.dtype == "uint8" else 0x7FFF
+    )
     sampling = jfp8kv.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     return [out.token_ids for out in llm.generate(PROMPTS, sampling)], llm.attention
 
@@ -26,7 +34,10 @@ def tokens(family: str, attention: str, **cache) -> tuple[list[list[int]], str]:
     ("family", "cache"),
     [
         ("llama_gqa", {"kv_cache_dtype": "fp8_e4m3"}),
-        ("gemma2_caps", {"kv_cache_dtype": "fp8_e5m2", "kv_scales": "token_head"}),  # windows and a cap on scores
+        (
+            "gemma2_caps",
+            {"kv_cache_dtype": "fp8_e5m2", "kv_scales": "token_head"},
+        ),  # windows and a cap on scores
         ("gpt_oss_saved", {"kv_cache_dtype": "bfloat16"}),  # sinks
     ],
     ids=lambda x: x if isinstance(x, str) else x["kv_cache_dtype"],

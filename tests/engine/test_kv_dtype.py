@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import jfp8kv
+from jfp8kv.cache.config import resolve_cache
+from jfp8kv.cache.kv_dtype import layer_formats
 from jfp8kv.cache.plan import KVPlan, LayerPlan
 from jfp8kv.core.errors import CheckpointError, ConfigError
-from jfp8kv.engine.kv import setup
-from jfp8kv.engine.kv_dtype import layer_formats
 from tests.models.test_decoder import ENGINE, REFERENCES, rms
 from tests.references import oracle
 
@@ -33,7 +33,9 @@ def tokens() -> np.ndarray:
 def scales(offset: bool = False) -> jfp8kv.KVScales:
     rng = np.random.default_rng(4)
     k, v = rng.uniform(0.002, 0.05, (2, 2, 2, 1))
-    return jfp8kv.KVScales(k, v, rng.normal(size=(2, 2, 16)) if offset else None, kv_dtype="fp8_e4m3")
+    return jfp8kv.KVScales(
+        k, v, rng.normal(size=(2, 2, 16)) if offset else None, kv_dtype="fp8_e4m3"
+    )
 
 
 def expected(*stores) -> np.ndarray:
@@ -52,12 +54,16 @@ STORES = {
 }
 
 
-@pytest.mark.parametrize("kv_dtype", [["fp8_e4m3", "float32"], ["float32", "fp8_e4m3"], ["fp8_e4m3", "fp8_e5m2"]])
+@pytest.mark.parametrize(
+    "kv_dtype", [["fp8_e4m3", "float32"], ["float32", "fp8_e4m3"], ["fp8_e4m3", "fp8_e5m2"]]
+)
 def test_each_layer_keeps_what_its_format_rounds(params, kv_dtype) -> None:
     llm = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, **ENGINE)
     want = expected(*(STORES[name] for name in kv_dtype))
     assert rms(llm.logits(tokens()), want) <= ROUNDING
-    assert rms(expected(STORES["fp8_e4m3"], STORES["fp8_e4m3"]), want) > 5 * ROUNDING, "the difference must be visible"
+    assert rms(expected(STORES["fp8_e4m3"], STORES["fp8_e4m3"]), want) > 5 * ROUNDING, (
+        "the difference must be visible"
+    )
 
 
 def test_skipped_layers_keep_bfloat16_and_need_no_scales(params) -> None:
@@ -65,8 +71,12 @@ def test_skipped_layers_keep_bfloat16_and_need_no_scales(params) -> None:
     skipping = {"default": "fp8_e4m3", "skip": [-1]}
     got = jfp8kv.logits(params, tokens(), kv_dtype=skipping, kv_scales=given)
     want = expected(oracle.fp8_store("e4m3", given.k, given.v), None)
-    assert rms(got, want) <= ROUNDING + 2**-8, "the layer in bfloat16 adds a rounding of 2**-9 to each value"
-    assert jfp8kv.LLM(params, kv_cache_dtype=skipping, **ENGINE).kv_dtype == "fp8_e4m3 x1, bfloat16 x1"
+    assert rms(got, want) <= ROUNDING + 2**-8, (
+        "the layer in bfloat16 adds a rounding of 2**-9 to each value"
+    )
+    assert (
+        jfp8kv.LLM(params, kv_cache_dtype=skipping, **ENGINE).kv_dtype == "fp8_e4m3 x1, bfloat16 x1"
+    )
 
 
 def test_a_list_of_one_format_is_that_format(params) -> None:
@@ -76,7 +86,10 @@ def test_a_list_of_one_format_is_that_format(params) -> None:
 
 def test_a_plan_is_its_layers_and_its_scales_and_survives_a_file(params, tmp_path) -> None:
     made = scales(offset=True)
-    layers = (LayerPlan("fp8_e4m3", "token_head", k_offset=True), LayerPlan("fp8_e5m2", "head", loss=0.25))
+    layers = (
+        LayerPlan("fp8_e4m3", "token_head", k_offset=True),
+        LayerPlan("fp8_e5m2", "head", loss=0.25),
+    )
     plan = KVPlan(layers, made, bytes_per_token=72.0, loss=0.5)
     plan.save(tmp_path / "plan.safetensors")
     again = KVPlan.load(tmp_path / "plan.safetensors")
@@ -104,13 +117,20 @@ def test_whole_and_chunked_prefill_give_the_same_tokens_where_layers_differ(para
     made = []
     for budget in (64, 16):
         llm = jfp8kv.LLM(params, **ENGINE | {"max_num_batched_tokens": budget} | kv)
-        made.append([out.token_ids for out in llm.generate(prompts, max_tokens=8, temperature=0.0, ignore_eos=True)])
+        made.append(
+            [
+                out.token_ids
+                for out in llm.generate(prompts, max_tokens=8, temperature=0.0, ignore_eos=True)
+            ]
+        )
     assert made[0] == made[1]
 
 
 def test_bytes_per_token_are_those_of_the_layers(params) -> None:
     c = params.config
-    llm = jfp8kv.LLM(params, kv_cache_dtype=["bfloat16", "fp8_e4m3"], kv_scales="token_head", **ENGINE)
+    llm = jfp8kv.LLM(
+        params, kv_cache_dtype=["bfloat16", "fp8_e4m3"], kv_scales="token_head", **ENGINE
+    )
     assert llm.stats.kv_bytes_per_token == 2 * c.kv_heads * (2 * c.head_dim + (c.head_dim + 1))
 
 
@@ -139,7 +159,10 @@ def test_layers_are_named_by_number_from_either_end_and_by_kind() -> None:
         (["fp8"], "lists 1 layers, and this model has 2"),
         (["fp8", "float"], "'float'"),
         (7, "a name for all layers"),
-        (KVPlan((LayerPlan("fp8_e4m3"),), jfp8kv.KVScales.unit(1), 1.0), "plan for 1 layers, and this model has 2"),
+        (
+            KVPlan((LayerPlan("fp8_e4m3"),), jfp8kv.KVScales.unit(1), 1.0),
+            "plan for 1 layers, and this model has 2",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(params, given, said) -> None:
@@ -161,11 +184,16 @@ def test_scales_say_what_they_are_for_and_another_format_converts_them_aloud(par
     with pytest.warns(UserWarning, match="made for fp8_e4m3: for fp8_e5m2 they are multiplied"):
         got = jfp8kv.logits(params, tokens(), kv_dtype=["float32", "fp8_e5m2"], kv_scales=made)
     ratio = 448 / 57344
-    assert rms(got, expected(None, oracle.fp8_store("e5m2", made.k * ratio, made.v * ratio))) <= ROUNDING
+    assert (
+        rms(got, expected(None, oracle.fp8_store("e5m2", made.k * ratio, made.v * ratio)))
+        <= ROUNDING
+    )
 
 
 def test_keys_lie_in_their_pages_as_the_setup_says_and_take_the_same_bytes(params) -> None:
-    transposed = setup(params, ["fp8_e4m3", "float32"], "unit", page_size=32, span=16)
+    transposed = resolve_cache(
+        params, ["fp8_e4m3", "float32"], "unit", page_size=32, max_tokens_per_dispatch=16
+    )
     as_values = dataclasses.replace(transposed, keys_transposed=False)
     assert transposed.pool(2).k_bits.shape == (10, 2, 16, 32)
     assert as_values.pool(2).k_bits.shape == as_values.pool(2).v_bits.shape == (10, 2, 32, 16)

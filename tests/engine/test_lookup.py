@@ -67,6 +67,9 @@ def test_a_text_of_one_token_or_without_repetition_has_none(text) -> None:
 
 @pytest.mark.parametrize("given", [-1, MOST_DRAFTS + 1, 2.0, True, "4", None])
 def test_what_is_no_number_of_drafts_is_refused(given) -> None:
-    with pytest.raises(ConfigError, match=f"prompt_lookup={given!r}: must be .* from 0 .none. to {MOST_DRAFTS}; try 4"):
+    with pytest.raises(
+        ConfigError,
+        match=f"prompt_lookup={given!r}: must be .* from 0 .none. to {MOST_DRAFTS}; try 4",
+    ):
         draft_tokens(given)
     assert draft_tokens(0) == 0 and draft_tokens(MOST_DRAFTS) == MOST_DRAFTS

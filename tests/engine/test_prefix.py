@@ -14,7 +14,9 @@ SIZES = {"max_model_len": 64, "max_num_seqs": 4, "page_size": 4, "max_num_batche
 GREEDY = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
 
 
-@pytest.mark.parametrize("family", ["gemma3_new", "gpt_oss_saved", "phi3_longrope_cross", "rope_dynamic_cross"])
+@pytest.mark.parametrize(
+    "family", ["gemma3_new", "gpt_oss_saved", "phi3_longrope_cross", "rope_dynamic_cross"]
+)
 def test_sharing_and_preemption_change_no_text(family) -> None:
     params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
 
@@ -24,12 +26,15 @@ def test_sharing_and_preemption_change_no_text(family) -> None:
 
     rng = np.random.default_rng(0)
     beginning = rng.integers(5, params.config.vocab, 40).tolist()
-    prompts = [beginning[: int(rng.integers(12, 40))] + rng.integers(5, params.config.vocab, 5).tolist() for _ in range(7)]
+    prompts = [
+        beginning[: int(rng.integers(12, 40))] + rng.integers(5, params.config.vocab, 5).tolist()
+        for _ in range(7)
+    ]
     apart = engine(sharing=False)
     want = [out.token_ids for out in apart.generate(prompts, **GREEDY)]
     assert apart.stats.prefix_hit_tokens == 0
-    plenty = apart._engine.scheduler.paging.allocator.num_pages
-    few = apart._engine.needs.total(64) + 6
+    plenty = apart._engine.scheduler.kv_manager.allocator.num_pages
+    few = apart._engine.requirements.total_pages(64) + 6
     for pages in (plenty, few):
         llm = engine(sharing=True)
         with only(llm, pages):

@@ -1,4 +1,4 @@
-"""`LLM.score_each`: the log-probabilities of `LLM.score`, of several texts in a dispatch."""
+"""`LLM.score_iter`: the log-probabilities of `LLM.score`, of several texts in a dispatch."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,13 @@ from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
 FOLDER = REFERENCES[0].parent / "llama_bf16"
-PAIRS = [("the end", " of it"), ("the sea and the sky", None), ("a house", " by the sea"), ([5, 6, 7], None), ("no", None)]
+PAIRS = [
+    ("the end", " of it"),
+    ("the sea and the sky", None),
+    ("a house", " by the sea"),
+    ([5, 6, 7], None),
+    ("no", None),
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +53,23 @@ def ran(monkeypatch) -> list[list[int]]:
     return ran
 
 
-def test_scores_are_those_of_each_text_alone_and_texts_of_like_length_run_together(llm, ran) -> None:
-    found = dict(llm.score_each(PAIRS))
+def test_scores_are_those_of_each_text_alone_and_texts_of_like_length_run_together(
+    llm, ran
+) -> None:
+    found = dict(llm.score_iter(PAIRS))
     assert sorted(found) == list(range(len(PAIRS)))
-    assert max(map(len, ran)) > 1 and sum(map(sum, ran)) == sum(len(ids(llm, pair)) for pair in PAIRS)
+    assert max(map(len, ran)) > 1 and sum(map(sum, ran)) == sum(
+        len(ids(llm, pair)) for pair in PAIRS
+    )
     assert llm.stats.kv_bytes_used == 0
     check(llm, PAIRS, found)
 
 
 def test_one_that_cannot_be_scored_gives_its_error_and_the_others_run(llm, monkeypatch) -> None:
-    call, wrong = scoring.catch_up, [("", None), ("a", ""), ([5], None), ("the " * 300, None), ([5, 5, 5, 5], None)]
+    call, wrong = (
+        scoring.catch_up,
+        [("", None), ("a", ""), ([5], None), ("the " * 300, None), ([5, 5, 5, 5], None)],
+    )
 
     def fails(engine, holdings, *args, **rest):
         if any(holding.request.prompt_ids == [5, 5, 5, 5] for holding in holdings):
@@ -64,7 +77,7 @@ def test_one_that_cannot_be_scored_gives_its_error_and_the_others_run(llm, monke
         return call(engine, holdings, *args, **rest)
 
     monkeypatch.setattr(scoring, "catch_up", fails)
-    found = dict(llm.score_each([*PAIRS, *wrong]))
+    found = dict(llm.score_iter([*PAIRS, *wrong]))
     errors = [type(found[len(PAIRS) + i]) for i in range(len(wrong))]
     assert errors == [jfp8kv.ConfigError] * 3 + [jfp8kv.CapacityError, RuntimeError]
     check(llm, PAIRS, found)
@@ -72,9 +85,9 @@ def test_one_that_cannot_be_scored_gives_its_error_and_the_others_run(llm, monke
 
 def test_what_the_cache_has_of_a_prompt_is_not_run_again(llm, ran) -> None:
     pairs = [("I said no to the", f" {word}") for word in ("end", "sea")]
-    (first,) = dict(llm.score_each(pairs[:1])).values()
+    (first,) = dict(llm.score_iter(pairs[:1])).values()
     ran.clear()
-    found = dict(llm.score_each(pairs))
+    found = dict(llm.score_iter(pairs))
     assert found[0].logprobs == pytest.approx(first.logprobs, abs=1e-5)
     assert sum(map(sum, ran)) <= 2 * 8, "of either text no more than what is in its last page"
     check(llm, pairs, found)

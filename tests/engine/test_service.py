@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 
 from jfp8kv.core.errors import CapacityError, ConfigError, DeviceMemoryError, Jfp8kvError, StepError
+from jfp8kv.engine.driver import EngineDriver
 from jfp8kv.engine.engine import Engine
-from jfp8kv.engine.metrics import Stats
 from jfp8kv.engine.request import CANCELLED, Request
-from jfp8kv.engine.service import Service
+from jfp8kv.engine.stats import Stats
 from jfp8kv.sampling.params import SamplingParams
 
 
 def request(tokens: int = 3, **fields) -> Request:
-    return Request([1], SamplingParams(max_tokens=tokens, **fields), np.zeros(2, np.uint32), max_tokens=tokens)
+    return Request(
+        [1], SamplingParams(max_tokens=tokens, **fields), np.zeros(2, np.uint32), max_tokens=tokens
+    )
 
 
 class FakeEngine(Engine):
@@ -26,7 +28,12 @@ class FakeEngine(Engine):
 
     def __init__(self, during=lambda: None):
         self.queue: list[Request] = []
-        self.during, self.steps, self.readied, self.stats = during, 0, 0, Stats(kv_bytes_capacity=1234)
+        self.during, self.steps, self.readied, self.stats = (
+            during,
+            0,
+            0,
+            Stats(kv_bytes_capacity=1234),
+        )
         self.running = threading.Lock()
 
     def add(self, request):
@@ -73,7 +80,7 @@ class FakeEngine(Engine):
 
 def test_requests_of_all_threads_advance_with_every_step() -> None:
     engine = FakeEngine(lambda: time.sleep(0.001))
-    service = Service(engine)
+    service = EngineDriver(engine)
     all_there = threading.Barrier(4)
 
     def caller() -> Request:
@@ -93,7 +100,7 @@ def test_requests_of_all_threads_advance_with_every_step() -> None:
 
 
 def test_a_caller_whose_request_ended_in_anothers_step_returns_though_that_one_goes_on() -> None:
-    service = Service(engine := FakeEngine(lambda: time.sleep(0.002)))
+    service = EngineDriver(engine := FakeEngine(lambda: time.sleep(0.002)))
     long, short = request(10_000), request(2)
     service.submit([short])
     other = threading.Thread(target=lambda: pytest.raises(StepError, service.run, [long]))
@@ -109,7 +116,7 @@ def test_a_caller_whose_request_ended_in_anothers_step_returns_though_that_one_g
 
 def test_turns_go_by_the_order_of_asking() -> None:
     """Somebody who wants the engine to itself is not passed over by those who run step after step."""
-    service = Service(engine := FakeEngine(lambda: time.sleep(0.001)))
+    service = EngineDriver(engine := FakeEngine(lambda: time.sleep(0.001)))
     stop = request(100_000)
     runner = threading.Thread(target=lambda: service.run([stop]))
     runner.start()
@@ -129,7 +136,7 @@ def test_a_request_is_dropped_without_waiting_for_the_step_that_runs() -> None:
         inside.set()
         assert go_on.wait(10)
 
-    service = Service(engine := FakeEngine(during))
+    service = EngineDriver(engine := FakeEngine(during))
     dropped = request(50)
     runner = threading.Thread(target=service.run, args=([dropped],))
     runner.start()
@@ -143,7 +150,7 @@ def test_a_request_is_dropped_without_waiting_for_the_step_that_runs() -> None:
 
 def test_a_request_that_comes_and_goes_while_others_are_put_away_is_gone() -> None:
     """Between any two notes another thread may add its own: they are kept in order."""
-    service = Service(engine := FakeEngine())
+    service = EngineDriver(engine := FakeEngine())
     brief, cancel = request(50), engine.cancel
 
     def meanwhile(requests) -> None:
@@ -160,28 +167,42 @@ def test_a_request_that_comes_and_goes_while_others_are_put_away_is_gone() -> No
 
 def test_what_a_step_itself_drops_is_dropped_when_it_ends() -> None:
     """As when garbage collection closes a stream in the middle of a step, in the thread that runs it."""
-    service = Service(engine := FakeEngine())
+    service = EngineDriver(engine := FakeEngine())
     stream, other = request(50), request(2)
     service.submit([stream])
     engine.during = lambda: service.drop([stream])
     service.run([other])
-    assert stream.finish_reason == CANCELLED and len(stream.output_ids) == 1 and other.finish_reason == "length"
+    assert (
+        stream.finish_reason == CANCELLED
+        and len(stream.output_ids) == 1
+        and other.finish_reason == "length"
+    )
 
 
 @pytest.mark.parametrize(
     ("raised", "theirs", "says"),
     [
-        (ValueError("seven\neight"), StepError, "a step failed: ValueError: seven. All requests were dropped"),
-        (MemoryError(), DeviceMemoryError, "beside a KV cache of 1234 bytes.*smaller kv_cache_memory"),
+        (
+            ValueError("seven\neight"),
+            StepError,
+            "a step failed: ValueError: seven. All requests were dropped",
+        ),
+        (
+            MemoryError(),
+            DeviceMemoryError,
+            "beside a KV cache of 1234 bytes.*smaller kv_cache_memory",
+        ),
         (KeyboardInterrupt(), StepError, r"interrupted \(KeyboardInterrupt\)"),
     ],
 )
-def test_everybody_is_told_of_a_step_that_failed_and_the_next_is_served(raised, theirs, says) -> None:
+def test_everybody_is_told_of_a_step_that_failed_and_the_next_is_served(
+    raised, theirs, says
+) -> None:
     def during() -> None:
         if len(engine.queue) == 2:
             raise raised
 
-    service = Service(engine := FakeEngine(during))
+    service = EngineDriver(engine := FakeEngine(during))
     mine, others = request(10_000), request(10_000)
     heard: list[BaseException] = []
 
@@ -226,14 +247,14 @@ def test_a_step_of_anothers_that_fails_just_as_a_caller_looks_is_told(monkeypatc
         def finish_reason(self, reason: str | None) -> None:
             pass
 
-    service = Service(FakeEngine())
+    service = EngineDriver(FakeEngine())
     monkeypatch.setattr(service, "advance", lambda until: None)
     with pytest.raises(StepError, match="the other's step failed"):
         service.run([Doomed([1], SamplingParams(), np.zeros(2, np.uint32), max_tokens=1)])
 
 
 def test_what_is_refused_before_it_runs_drops_nothing() -> None:
-    service = Service(FakeEngine())
+    service = EngineDriver(FakeEngine())
     service.submit([kept := request(2)])
     with pytest.raises(ConfigError), service.turn():
         raise ConfigError("no")
@@ -247,7 +268,7 @@ def test_a_request_that_can_never_fit_is_told_so_whoever_makes_the_step() -> Non
             big.error = CapacityError("sessions hold the rest")
             engine.cancel([big])
 
-    service = Service(engine := FakeEngine(during))
+    service = EngineDriver(engine := FakeEngine(during))
     big, small = request(5), request(2)
     service.submit([big])
     service.run([small])
@@ -258,7 +279,7 @@ def test_a_request_that_can_never_fit_is_told_so_whoever_makes_the_step() -> Non
 
 def test_a_deadline_ends_a_request_waiting_or_running_with_what_it_has() -> None:
     now = [0.0]
-    service = Service(engine := FakeEngine(), clock=lambda: now[0])
+    service = EngineDriver(engine := FakeEngine(), clock=lambda: now[0])
     engine.during = lambda: now.__setitem__(0, now[0] + 1)
     late, soon, never = request(50, deadline_s=3.5), request(50, deadline_s=0.5), request(6)
     for r in (late, soon):
@@ -270,7 +291,7 @@ def test_a_deadline_ends_a_request_waiting_or_running_with_what_it_has() -> None
 
 
 def test_a_turn_that_an_interrupt_kept_from_being_given_back_is_taken_back() -> None:
-    service = Service(FakeEngine())
+    service = EngineDriver(FakeEngine())
     turn = service.turn()
     turn.__enter__()  # and the interrupt came just before __exit__
     service.run([mine := request(2)])
@@ -279,7 +300,7 @@ def test_a_turn_that_an_interrupt_kept_from_being_given_back_is_taken_back() -> 
 
 def test_an_interrupt_while_waiting_is_the_callers_own_and_leaves_the_line() -> None:
     """A signal reaches the main thread in its wait for the turn, which another has."""
-    service = Service(engine := FakeEngine())
+    service = EngineDriver(engine := FakeEngine())
     taken, asked = threading.Event(), threading.Event()
 
     def holder() -> None:
@@ -289,7 +310,9 @@ def test_an_interrupt_while_waiting_is_the_callers_own_and_leaves_the_line() -> 
                 time.sleep(0.001)
             time.sleep(0.05)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            while not asked.wait(2):  # again, if the first came just before the wait began, which then does not hear of it
+            while not asked.wait(
+                2
+            ):  # again, if the first came just before the wait began, which then does not hear of it
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     thread = threading.Thread(target=holder)
@@ -314,7 +337,7 @@ def test_the_event_loop_runs_on_while_a_step_does() -> None:
         assert go_on.wait(10)
 
     async def main() -> None:
-        service = Service(FakeEngine(during))
+        service = EngineDriver(FakeEngine(during))
         mine = request(1)
         service.submit([mine])
         waiting = asyncio.create_task(service.advance_async(lambda: mine.finish_reason is not None))

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import jfp8kv
-from jfp8kv.cache.pages import KVPages
+from jfp8kv.cache.config import resolve_cache
+from jfp8kv.cache.pool import KVPool
 from jfp8kv.engine import copies, step
-from jfp8kv.engine.kv import setup
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import Request
-from jfp8kv.engine.scheduler import Decode, Prefill
-from jfp8kv.engine.speculate import decode_ahead
+from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
+from jfp8kv.engine.speculative import decode_ahead
 from jfp8kv.engine.variants import FULL, PLAIN
 from jfp8kv.sampling.params import SamplingParams
 from tests.models.test_decoder import REFERENCES
@@ -27,8 +27,10 @@ MIB = 2**20
 SKIPPING = {"default": "fp8_e4m3", "skip": [-1]}
 
 
-def pool_of(params: jfp8kv.Params, kv_dtype: Any, kv_scales: str, keys_transposed: bool, pool_bytes: int) -> KVPages:
-    kv = setup(params, kv_dtype, kv_scales, page_size=64, span=16)
+def pool_of(
+    params: jfp8kv.Params, kv_dtype: Any, kv_scales: str, keys_transposed: bool, pool_bytes: int
+) -> KVPool:
+    kv = resolve_cache(params, kv_dtype, kv_scales, page_size=64, max_tokens_per_dispatch=16)
     kv = dataclasses.replace(kv, keys_transposed=keys_transposed)
     return jax.eval_shape(lambda: kv.pool(pool_bytes // kv.page_bytes))
 
@@ -55,15 +57,27 @@ def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased
     kind, kv_dtype, kv_scales, keys_transposed
 ) -> None:
     params = jfp8kv.load(REFERENCES[0])
-    sizes = {"kv_cache_memory": "1MB", "max_num_seqs": 8, "prompt_lookup": 3 if kind == "decode ahead" else 0}
+    sizes = {
+        "kv_cache_memory": "1MB",
+        "max_num_seqs": 8,
+        "prompt_lookup": 3 if kind == "decode ahead" else 0,
+    }
     engine = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales, **sizes)._engine
-    requests = [Request([1] * 40, SamplingParams(), np.zeros(2, np.uint32), max_tokens=4) for _ in range(4)]
+    requests = [
+        Request([1] * 40, SamplingParams(), np.zeros(2, np.uint32), max_tokens=4) for _ in range(4)
+    ]
     if kind == "prefill":
-        function, batch, static = step.prefill, engine.batcher.prefill(Prefill(requests, [16] * 4, 16)), {}
+        function, batch, static = (
+            step.prefill,
+            engine.batch_builder.prefill(ScheduledPrefill(requests, [16] * 4, 16)),
+            {},
+        )
     elif kind == "copy":
         function, batch, static = copies.copy, copies.Copies.of([(0, 1)]), {}
     else:
-        batch, variant = engine.batcher.decode(Decode(requests, 4), FULL if kind == "full decode" else PLAIN)
+        batch, variant = engine.batch_builder.decode(
+            ScheduledDecode(requests, 4), FULL if kind == "full decode" else PLAIN
+        )
         function, static = step.decode, {"most_steps": 16, "top": variant.top}
     if kind == "decode ahead":
         function, static = decode_ahead, static | {"drafts": 3}

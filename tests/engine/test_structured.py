@@ -16,7 +16,13 @@ from tests.models.test_decoder import REFERENCES
 pytestmark = pytest.mark.quick_compile
 
 FOLDER = REFERENCES[0].parent / "llama_bf16"
-SIZES = {"max_model_len": 256, "max_num_seqs": 4, "page_size": 8, "max_num_batched_tokens": 24, "kv_cache_memory": 40 * 1024}
+SIZES = {
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "page_size": 8,
+    "max_num_batched_tokens": 24,
+    "kv_cache_memory": 40 * 1024,
+}
 EOS = 2
 WILD = {"max_tokens": 200, "temperature": 3.0}
 
@@ -55,7 +61,10 @@ def is_expression(text: str) -> bool:
 
 HELD = [
     ({"json_schema": PERSON}, is_person),
-    ({"regex": r"([0-9]{4}-[0-9]|n/a|[α-ω]{2,5})"}, lambda text: re.fullmatch(r"([0-9]{4}-[0-9]|n/a|[α-ω]{2,5})", text)),
+    (
+        {"regex": r"([0-9]{4}-[0-9]|n/a|[α-ω]{2,5})"},
+        lambda text: re.fullmatch(r"([0-9]{4}-[0-9]|n/a|[α-ω]{2,5})", text),
+    ),
     ({"choice": CHOICES}, lambda text: text in CHOICES),
     ({"grammar": EXPRESSION}, is_expression),
 ]
@@ -71,7 +80,9 @@ def llm(params) -> jfp8kv.LLM:
     return jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES)
 
 
-@pytest.mark.parametrize(("held", "right"), HELD, ids=[f"{i}_{next(iter(held))}" for i, (held, _) in enumerate(HELD)])
+@pytest.mark.parametrize(
+    ("held", "right"), HELD, ids=[f"{i}_{next(iter(held))}" for i, (held, _) in enumerate(HELD)]
+)
 def test_whatever_is_drawn_is_what_was_asked_for(llm, held, right) -> None:
     (out,) = llm.generate("hello", n=8, seed=1, **WILD, **held)
     assert {each.finish_reason for each in out.outputs} == {"stop"}
@@ -86,14 +97,22 @@ def test_a_schema_comes_as_a_dict_as_json_or_from_a_model(llm) -> None:
             return PERSON
 
     greedy = {"max_tokens": 100, "temperature": 0.0}
-    texts = {llm.generate("hello", json_schema=form, **greedy)[0].text for form in (PERSON, json.dumps(PERSON), Model)}
+    texts = {
+        llm.generate("hello", json_schema=form, **greedy)[0].text
+        for form in (PERSON, json.dumps(PERSON), Model)
+    }
     assert len(texts) == 1 and is_person(*texts)
-    assert hash(SamplingParams(json_schema=PERSON)) == hash(SamplingParams(json_schema=json.dumps(PERSON)))
+    assert hash(SamplingParams(json_schema=PERSON)) == hash(
+        SamplingParams(json_schema=json.dumps(PERSON))
+    )
 
 
 def test_held_and_free_requests_beside_each_other_give_the_texts_they_give_alone(llm) -> None:
     """With beginnings that are shared; then in what memory a session leaves, so that some are preempted."""
-    asks = [SamplingParams(seed=i, max_tokens=40, **held) for i, held in enumerate([{}, *(held for held, _ in HELD), {}])]
+    asks = [
+        SamplingParams(seed=i, max_tokens=40, **held)
+        for i, held in enumerate([{}, *(held for held, _ in HELD), {}])
+    ]
     prompts = ["hello you, hello"] * 3 + ["you and hello"] * (len(asks) - 3)
 
     def made(outs) -> list[tuple]:
@@ -102,11 +121,14 @@ def test_held_and_free_requests_beside_each_other_give_the_texts_they_give_alone
     alone = made(llm.generate([prompt], ask)[0] for prompt, ask in zip(prompts, asks, strict=True))
     before = dataclasses.replace(llm.stats)
     assert made(llm.generate(prompts, asks)) == alone
-    assert llm.stats.prefix_hit_tokens > before.prefix_hit_tokens and llm.stats.preemptions == before.preemptions
+    assert (
+        llm.stats.prefix_hit_tokens > before.prefix_hit_tokens
+        and llm.stats.preemptions == before.preemptions
+    )
     with llm.session([5] * 200):
         assert made(llm.generate(prompts, asks)) == alone
     assert llm.stats.preemptions > before.preemptions
-    allocator = llm._engine.scheduler.paging.allocator
+    allocator = llm._engine.scheduler.kv_manager.allocator
     assert allocator.free_pages == allocator.num_pages
 
 
@@ -123,7 +145,11 @@ def test_the_stream_is_the_text_and_a_session_goes_on_with_it(llm) -> None:
 
 def test_a_text_ends_where_nothing_more_may_come_or_where_the_model_ends_it(llm) -> None:
     out = llm.generate("hello", regex="abc", **WILD)[0].outputs[0]
-    assert (out.text, out.finish_reason, out.stop_reason) == ("abc", "stop", None) and EOS not in out.token_ids
+    assert (out.text, out.finish_reason, out.stop_reason) == (
+        "abc",
+        "stop",
+        None,
+    ) and EOS not in out.token_ids
     ends = llm.generate("hello", n=16, seed=0, choice=["ja", "jaja"], **WILD)[0].outputs
     assert {(out.text, out.stop_reason) for out in ends} >= {("ja", EOS), ("jaja", None)}
     out = llm.generate("hello", regex="a*", logit_bias={EOS: 1e6}, **WILD)[0].outputs[0]
@@ -140,15 +166,25 @@ def test_max_tokens_cuts_a_text_that_is_not_complete(llm) -> None:
 def test_ends_are_held_off_and_added_as_a_request_says(llm) -> None:
     ids = {"a": llm.tokenizer.encode("a")[-1], "b": llm.tokenizer.encode("b")[-1]}
     likely = {EOS: 50.0, ids["b"]: 100.0}
-    out = llm.generate("hello", regex="a*", min_tokens=4, max_tokens=9, logit_bias=likely)[0].outputs[0]
+    out = llm.generate("hello", regex="a*", min_tokens=4, max_tokens=9, logit_bias=likely)[
+        0
+    ].outputs[0]
     assert (out.text, out.stop_reason) == ("aaaa", EOS)
-    out = llm.generate("hello", regex="ab", min_tokens=5, max_tokens=9, logit_bias=likely)[0].outputs[0]
+    out = llm.generate("hello", regex="ab", min_tokens=5, max_tokens=9, logit_bias=likely)[
+        0
+    ].outputs[0]
     assert (out.text, out.finish_reason, out.stop_reason) == ("ab", "stop", None)
-    out = llm.generate("hello", regex="a*", ignore_eos=True, min_tokens=1, max_tokens=9, logit_bias=likely)[0].outputs[0]
+    out = llm.generate(
+        "hello", regex="a*", ignore_eos=True, min_tokens=1, max_tokens=9, logit_bias=likely
+    )[0].outputs[0]
     assert (out.text, out.finish_reason) == ("a" * 9, "length")
-    out = llm.generate("hello", regex="a+", stop_token_ids=ids["b"], max_tokens=9, logit_bias=likely)[0].outputs[0]
+    out = llm.generate(
+        "hello", regex="a+", stop_token_ids=ids["b"], max_tokens=9, logit_bias=likely
+    )[0].outputs[0]
     assert (out.text, out.stop_reason) == ("a", ids["b"])
-    out = llm.generate("hello", regex="ab*", stop="bb", max_tokens=9, logit_bias=likely)[0].outputs[0]
+    out = llm.generate("hello", regex="ab*", stop="bb", max_tokens=9, logit_bias=likely)[0].outputs[
+        0
+    ]
     assert (out.text, out.stop_reason) == ("a", "bb")
 
 
@@ -172,9 +208,14 @@ def test_a_grammar_that_becomes_too_complex_ends_its_text_and_says_so(llm, monke
     import llguidance
 
     made, narrow = llguidance.LLMatcher, llguidance.LLParserLimits(step_max_items=1)
-    guides = llm._engine.guides
+    guides = llm._engine.structured_output
     monkeypatch.setattr(llguidance, "LLMatcher", lambda *a, **k: made(*a, limits=narrow, **k))
-    monkeypatch.setattr(llguidance.LLMatcher, "grammar_from_json_schema", made.grammar_from_json_schema, raising=False)
+    monkeypatch.setattr(
+        llguidance.LLMatcher,
+        "grammar_from_json_schema",
+        made.grammar_from_json_schema,
+        raising=False,
+    )
     guides._compiled.cache_clear()
     out = llm.generate("hello", json_schema={"type": "object"}, max_tokens=20)[0].outputs[0]
     guides._compiled.cache_clear()
@@ -211,7 +252,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("given", "message"), REFUSED, ids=[str(given)[:40] for given, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("given", "message"), REFUSED, ids=[str(given)[:40] for given, _ in REFUSED]
+)
 def test_what_cannot_be_met_is_refused_with_the_reason(llm, given, message) -> None:
     with pytest.raises(ConfigError, match=re.compile(message, re.DOTALL)):
         llm.generate("hello", **given)
@@ -230,7 +273,10 @@ def test_it_needs_llguidance_and_a_tokenizer(params, llm, monkeypatch) -> None:
     with pytest.raises(ConfigError, match="regex='a': needs a tokenizer"):
         bare.generate([[5, 6]], regex="a")
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ConfigError, match=r"regex='not seen yet': needs llguidance.*pip install 'jfp8kv\[structured\]'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"regex='not seen yet': needs llguidance.*pip install 'jfp8kv\[structured\]'",
+    ):
         llm.generate("hello", regex="not seen yet")
 
 
@@ -240,21 +286,28 @@ def test_it_needs_llguidance_and_a_tokenizer(params, llm, monkeypatch) -> None:
 @pytest.mark.parametrize(("vocab", "ends"), [(300, [EOS, 4, 7]), (333, [EOS, 4, 7]), (352, [])])
 def test_bits_are_those_of_the_tokens_and_padding_is_never_allowed(params, vocab, ends) -> None:
     """The oracle tries each token's bytes against the regular expression; `vocab` may be padded past the 300 tokens."""
-    from jfp8kv.engine.guides import Guides
     from jfp8kv.engine.request import Request
+    from jfp8kv.engine.structured import StructuredOutput
 
-    guides = Guides(params.tokenizer, vocab, eos_ids=tuple(ends[:2]))
+    guides = StructuredOutput(params.tokenizer, vocab, eos_ids=tuple(ends[:2]))
     asked = SamplingParams(regex="h(e|llo)*w?", max_tokens=9, stop_token_ids=ends[2:])
     start = re.compile("(h((e|llo)*(w|l|ll)?)?)?")  # what a match may begin with
-    free, held = (Request([1], each, np.zeros(2, np.uint32), max_tokens=9) for each in (SamplingParams(), asked))
+    free, held = (
+        Request([1], each, np.zeros(2, np.uint32), max_tokens=9)
+        for each in (SamplingParams(), asked)
+    )
     for text in ("", "h", "he", "hel", "hello"):
         held.output_ids = params.tokenizer.encode(text, add_special_tokens=False)
-        held.guide = None
+        held.matcher = None
         free_mask, mask, padding = guides.allowed([free, held], rows=3)
-        bits = np.unpackbits(np.stack([free_mask, mask, padding]).view(np.uint8), axis=1, bitorder="little")[:, :vocab]
+        bits = np.unpackbits(
+            np.stack([free_mask, mask, padding]).view(np.uint8), axis=1, bitorder="little"
+        )[:, :vocab]
         spelled = {token: params.tokenizer.decode([token]) for token in range(300)}
         want = set(ends if re.fullmatch(asked.regex, text) else ())
-        want |= {token for token, piece in spelled.items() if piece and start.fullmatch(text + piece)}
+        want |= {
+            token for token, piece in spelled.items() if piece and start.fullmatch(text + piece)
+        }
         assert set(np.flatnonzero(bits[1]).tolist()) == want, text
         assert bits[0].all() and bits[2].all()
 
@@ -267,16 +320,26 @@ def test_tokenizers_of_gguf_files_spell_what_a_grammar_asks_for(params, tmp_path
     tokenizer = tokenizer_from_gguf(fields, eos_ids=(2,), where=tmp_path)
     config = dataclasses.replace(params.config, eos_ids=(2,))
     assert tokenizer.vocab < config.vocab
-    llm = jfp8kv.LLM(jfp8kv.Params(params.tree, config, tokenizer), kv_cache_dtype="fp8_e4m3", **SIZES)
+    llm = jfp8kv.LLM(
+        jfp8kv.Params(params.tree, config, tokenizer), kv_cache_dtype="fp8_e4m3", **SIZES
+    )
     ask = SamplingParams(regex=r"hello( hello| é){1,3}\n日?", temperature=2.0, max_tokens=60, n=4)
     for out in llm.generate("hello", ask)[0].outputs:
         assert re.fullmatch(ask.regex, out.text) and out.finish_reason == "stop"
 
 
 def test_after_warmup_structured_requests_compile_nothing(params) -> None:
-    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES | {"max_num_seqs": 1, "max_num_batched_tokens": 18})
+    llm = jfp8kv.LLM(
+        params,
+        kv_cache_dtype="fp8_e4m3",
+        **SIZES | {"max_num_seqs": 1, "max_num_batched_tokens": 18},
+    )
     llm.warmup(structured=True)
     before = llm.stats.compilations
-    asks = [SamplingParams(regex="[a-z]{5}"), SamplingParams(max_tokens=3), SamplingParams(choice=["a", "b"], logprobs=2)]
+    asks = [
+        SamplingParams(regex="[a-z]{5}"),
+        SamplingParams(max_tokens=3),
+        SamplingParams(choice=["a", "b"], logprobs=2),
+    ]
     llm.generate(["hello", "you", "hello you"], asks)
-    assert llm.stats.compilations == before and llm.stats.guide_s > 0
+    assert llm.stats.compilations == before and llm.stats.grammar_s > 0

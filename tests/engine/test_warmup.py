@@ -12,13 +12,19 @@ from rich.console import Console
 
 import jfp8kv
 from jfp8kv import SamplingParams
-from jfp8kv.engine.variants import FULL, PLAIN, Variant, variant_of
+from jfp8kv.engine.variants import FULL, PLAIN, SamplerVariant, variant_of
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
 
 FOLDER = REFERENCES[0].parent / "llama_bf16"
-SIZES = {"max_num_batched_tokens": 64, "max_num_seqs": 4, "max_model_len": 128, "page_size": 8, "kv_cache_memory": "200kB"}
+SIZES = {
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 4,
+    "max_model_len": 128,
+    "page_size": 8,
+    "kv_cache_memory": "200kB",
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,9 @@ def anything(rng: np.random.Generator, vocab: int) -> SamplingParams:
         "min_tokens": lambda: 2,
     }
     chosen = rng.choice(list(wishes), size=rng.integers(0, 6), replace=False)
-    return SamplingParams(max_tokens=int(rng.integers(2, 7)), **{name: wishes[name]() for name in chosen})
+    return SamplingParams(
+        max_tokens=int(rng.integers(2, 7)), **{name: wishes[name]() for name in chosen}
+    )
 
 
 @contextlib.contextmanager
@@ -84,22 +92,29 @@ def test_500_requests_for_anything_compile_nothing(llm) -> None:
         while served < 500:
             count = int(rng.integers(1, 40))
             prompts = [rng.integers(5, vocab, rng.integers(1, 100)).tolist() for _ in range(count)]
-            streams = [llm.stream(prompts[0], max_tokens=20, temperature=1.0) for _ in range(rng.integers(0, 3))]
+            streams = [
+                llm.stream(prompts[0], max_tokens=20, temperature=1.0)
+                for _ in range(rng.integers(0, 3))
+            ]
             for stream in streams:
                 next(stream, None)
             outs = llm.generate(prompts, [anything(rng, vocab) for _ in range(count)])
             for stream in streams:
                 stream.close()
-            assert all(0 < len(each.token_ids) <= 6 or each.finish_reason == "stop" for out in outs for each in out.outputs)
+            assert all(
+                0 < len(each.token_ids) <= 6 or each.finish_reason == "stop"
+                for out in outs
+                for each in out.outputs
+            )
             served += sum(len(out.outputs) for out in outs) + len(streams)
         with llm.session([5, 6, 7]) as session, session.fork() as branch:
             branch.extend([8] * 9)
             branch.extend([8])
             branch.generate(max_tokens=3, presence_penalty=1.0)
-            jfp8kv.extend_all([session, branch], [[7] * 30, 8])
+            jfp8kv.extend_batch([session, branch], [[7] * 30, 8])
         jfp8kv.beam_search(llm, [[5, 6, 7], [8] * 50], beams=4, max_tokens=5)
     assert llm.stats.compilations == built and seen == []
-    allocator = llm._engine.scheduler.paging.allocator
+    allocator = llm._engine.scheduler.kv_manager.allocator
     assert allocator.free_pages == allocator.num_pages
 
 
@@ -124,10 +139,10 @@ def test_full_and_plain_programs_make_the_same_tokens(llm) -> None:
 
 
 def test_the_narrowest_program_that_serves_all_is_taken() -> None:
-    assert variant_of([Variant(1, 0, False), Variant(8, 0, False)]) == PLAIN
-    assert variant_of([Variant(1, 0, False), Variant(9, 0, False)]) == FULL
-    assert variant_of([Variant(1, 0, False), Variant(1, 1, True)]) == FULL
-    assert variant_of([Variant(65, 0, False)]) == Variant(128, 512, True)
+    assert variant_of([SamplerVariant(1, 0, False), SamplerVariant(8, 0, False)]) == PLAIN
+    assert variant_of([SamplerVariant(1, 0, False), SamplerVariant(9, 0, False)]) == FULL
+    assert variant_of([SamplerVariant(1, 0, False), SamplerVariant(1, 1, True)]) == FULL
+    assert variant_of([SamplerVariant(65, 0, False)]) == SamplerVariant(128, 512, True)
 
 
 def test_the_report_lists_every_program_with_its_bucket_its_seconds_and_bytes(params, llm) -> None:
@@ -137,8 +152,12 @@ def test_the_report_lists_every_program_with_its_bucket_its_seconds_and_bytes(pa
     prefill = [("prefill", 1, 28, ""), ("prefill", 2, 28, ""), ("prefill", 1, 56, "")]
     decode = [("decode", rows, 1, variant) for rows in (1, 2, 4) for variant in ("plain", "full")]
     assert set(steps) >= {*prefill, *decode, ("score", 1, 28, ""), ("score", 1, 56, "")}
-    assert set(steps) >= {("prefill", 1, 1, ""), ("score", 1, 1, ""), ("copy", 64, 1, "")}, "tokens of sessions, pages of forks"
-    assert set(steps) >= {("score_last", rows, 1, "") for rows in (1, 2, 4)}, "and of those that go on together"
+    assert set(steps) >= {("prefill", 1, 1, ""), ("score", 1, 1, ""), ("copy", 64, 1, "")}, (
+        "tokens of sessions, pages of forks"
+    )
+    assert set(steps) >= {("score_last", rows, 1, "") for rows in (1, 2, 4)}, (
+        "and of those that go on together"
+    )
     assert all(s.seconds > 0 and s.temporary_bytes > 0 and s.code_bytes >= 0 for s in report.steps)
     assert sum(not s.shared for s in report.steps) == llm.stats.compilations
     assert report.seconds == pytest.approx(sum(s.seconds for s in report.steps if not s.shared))
@@ -153,8 +172,13 @@ def test_the_report_lists_every_program_with_its_bucket_its_seconds_and_bytes(pa
 def test_the_report_prints_as_a_table(llm) -> None:
     report = llm.compile_report()
     lines = str(report).splitlines()
-    assert lines[0] == f"{len(report.steps)} programs, {llm.stats.compilations} compiled here in {report.seconds:.1f} s"
-    assert "requests x tokens" in lines[1] and any("decode" in line and "2 x 1" in line and "full" in line for line in lines)
+    assert (
+        lines[0]
+        == f"{len(report.steps)} programs, {llm.stats.compilations} compiled here in {report.seconds:.1f} s"
+    )
+    assert "requests x tokens" in lines[1] and any(
+        "decode" in line and "2 x 1" in line and "full" in line for line in lines
+    )
     out = StringIO()
     Console(file=out, width=100).print(report)
     assert "temporaries MiB" in out.getvalue() and "temporaries MiB" in report._repr_html_()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import jfp8kv
+from jfp8kv.cache.config import CacheConfig, resolve_cache
 from jfp8kv.checkpoint.load import describe
-from jfp8kv.engine.kv import KVSetup, setup
-from jfp8kv.models.constant_keys import KeysInWeights
+from jfp8kv.models.key_bias import KeysInWeights
 from tests.models.test_decoder import FAMILIES, rms
 
 pytestmark = pytest.mark.quick_compile
@@ -24,8 +24,10 @@ def load(name: str) -> jfp8kv.Params:
     return jfp8kv.load(ROOT / name, dtype="float32")
 
 
-def resolved(params: jfp8kv.Params, kv_dtype: str = "fp8_e4m3", kv_scales="auto") -> KVSetup:
-    return setup(params, kv_dtype, kv_scales, page_size=16, span=16, longest=LONGEST)
+def resolved(params: jfp8kv.Params, kv_dtype: str = "fp8_e4m3", kv_scales="auto") -> CacheConfig:
+    return resolve_cache(
+        params, kv_dtype, kv_scales, page_size=16, max_tokens_per_dispatch=16, longest=LONGEST
+    )
 
 
 def with_bias(size: float, *, pair: int, layer: int = 1) -> jfp8kv.Params:
@@ -35,11 +37,18 @@ def with_bias(size: float, *, pair: int, layer: int = 1) -> jfp8kv.Params:
     bias = np.array(layers["k"]["bias"]).reshape(c.layers, c.kv_heads, 2, c.head_dim // 2)
     bias[layer, :, 0, pair] = size
     layers["k"] = layers["k"] | {"bias": jnp.asarray(bias.reshape(c.layers, -1))}
-    slow = dataclasses.replace(c.ropes[0], theta=1e6)  # as Qwen2's: the last pair keeps its place over any text here
-    return jfp8kv.Params(params.tree | {"layers": layers}, dataclasses.replace(c, ropes=(slow,)), params.tokenizer)
+    slow = dataclasses.replace(
+        c.ropes[0], theta=1e6
+    )  # as Qwen2's: the last pair keeps its place over any text here
+    return jfp8kv.Params(
+        params.tree | {"layers": layers}, dataclasses.replace(c, ropes=(slow,)), params.tokenizer
+    )
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "llama_mha_bias", "gpt2_saved", "qwen2_moe_window", "olmo2_gqa", "qwen3_tied"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama_gqa", "llama_mha_bias", "gpt2_saved", "qwen2_moe_window", "olmo2_gqa", "qwen3_tied"],
+)
 def test_ordinary_models_have_scale_1_and_no_offset(name) -> None:
     kv = resolved(load(name))
     assert kv.scales.k_offset is None and np.all(kv.scales.k == 1) and np.all(kv.scales.v == 1)
@@ -73,14 +82,19 @@ def test_a_large_constant_costs_nothing_where_scale_1_loses_the_keys(size, kv_dt
     params = with_bias(size, pair=-1)
     found = error(params)
     assert found < 1.1 * error(with_bias(0.0, pair=-1))
-    assert found < error(params, kv_scales="unit") / 1.5 and found < error(params, kv_scales="token_head") / 1.5
+    assert (
+        found < error(params, kv_scales="unit") / 1.5
+        and found < error(params, kv_scales="token_head") / 1.5
+    )
 
 
 def test_only_layers_that_need_it_have_an_offset_and_no_layer_takes_more_bytes() -> None:
     params = with_bias(300.0, pair=-1)
     kv, unit = resolved(params), resolved(params, kv_scales="unit")
     assert np.flatnonzero(kv.scales.k_offset.any(axis=(1, 2))).tolist() == [1]
-    assert np.all(kv.scales.k[0] == 1) and kv.page_bytes == unit.page_bytes and kv.kinds == unit.kinds
+    assert (
+        np.all(kv.scales.k[0] == 1) and kv.page_bytes == unit.page_bytes and kv.kinds == unit.kinds
+    )
 
 
 def test_scales_reach_what_is_left_of_a_constant_that_turns_a_little() -> None:
@@ -92,7 +106,12 @@ def test_scales_reach_what_is_left_of_a_constant_that_turns_a_little() -> None:
     half = params.config.head_dim // 2
     radians = positions * 1e6 ** -((half - 1) / half)
     first, second = keys.constant[1, 0].reshape(2, half)[:, -1]
-    turned = np.stack([first * np.cos(radians) - second * np.sin(radians), second * np.cos(radians) + first * np.sin(radians)])
+    turned = np.stack(
+        [
+            first * np.cos(radians) - second * np.sin(radians),
+            second * np.cos(radians) + first * np.sin(radians),
+        ]
+    )
     offset = kv.scales.k_offset[1, 0].reshape(2, half)[:, -1]
     reach = np.abs(turned - offset[:, None]).max() + 16 * keys.spread[1].max()
     assert reach <= 448 * kv.scales.k[1, 0, 0] <= 2 * max(reach, 448)
@@ -100,7 +119,9 @@ def test_scales_reach_what_is_left_of_a_constant_that_turns_a_little() -> None:
 
 def test_a_large_constant_that_turns_leaves_its_layer_unquantized_aloud() -> None:
     params = with_bias(300.0, pair=0)
-    with pytest.warns(UserWarning, match=r"Keys of layers 1 have a bias .* keep bfloat16\. kv_scales='unit'"):
+    with pytest.warns(
+        UserWarning, match=r"Keys of layers 1 have a bias .* keep bfloat16\. kv_scales='unit'"
+    ):
         kv = resolved(params)
     assert [kind.fmt.name for kind in kv.kinds] == ["fp8_e4m3", "bfloat16"]
     assert [kind.fmt.name for kind in resolved(params, kv_scales="unit").kinds] == ["fp8_e4m3"] * 2

@@ -12,7 +12,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv import SamplingParams, StepError
-from jfp8kv.engine.group import Group
+from jfp8kv.engine.group import RequestGroup
 from jfp8kv.engine.request import CANCELLED, Request
 from tests.engines import poisoned
 from tests.models.test_decoder import REFERENCES
@@ -52,16 +52,31 @@ def kinds(vocab: int) -> list[Kind]:
             "stop_token_ids": rng.integers(5, vocab, int(rng.integers(0, 6))).tolist(),
             "stop": ["e", "th"][: rng.integers(3)],
         }
-        if rng.integers(2):  # all of them together: each combination of these would be a program of its own
-            fields |= {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2, "logprobs": 2}
-            fields |= {"logit_bias": {7: 2.0, 9: float("-inf")}, "min_tokens": 1, "stop_token_ids": [int(rng.integers(vocab))]}
+        if rng.integers(
+            2
+        ):  # all of them together: each combination of these would be a program of its own
+            fields |= {
+                "repetition_penalty": 1.3,
+                "presence_penalty": 0.5,
+                "frequency_penalty": 0.2,
+                "logprobs": 2,
+            }
+            fields |= {
+                "logit_bias": {7: 2.0, 9: float("-inf")},
+                "min_tokens": 1,
+                "stop_token_ids": [int(rng.integers(vocab))],
+            }
         made.append(Kind(prompt, SamplingParams(seed=seed, **fields)))
     return made
 
 
 def engine(params: jfp8kv.Params, kv_dtype: str, **options) -> jfp8kv.LLM:
-    page_bytes = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_cache_memory="100kB", **SIZES)._engine.kv.page_bytes
-    return jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_cache_memory=PAGES * page_bytes, **SIZES, **options)
+    page_bytes = jfp8kv.LLM(
+        params, kv_cache_dtype=kv_dtype, kv_cache_memory="100kB", **SIZES
+    )._engine.cache_config.page_bytes
+    return jfp8kv.LLM(
+        params, kv_cache_dtype=kv_dtype, kv_cache_memory=PAGES * page_bytes, **SIZES, **options
+    )
 
 
 def poison(llm: jfp8kv.LLM) -> None:
@@ -70,18 +85,25 @@ def poison(llm: jfp8kv.LLM) -> None:
     poisoned(llm)
 
 
-def groups(llm: jfp8kv.LLM, chosen: list[Kind]) -> list[Group]:
+def groups(llm: jfp8kv.LLM, chosen: list[Kind]) -> list[RequestGroup]:
     return llm._groups([list(kind.prompt) for kind in chosen], [kind.params for kind in chosen], {})
 
 
-def run(llm: jfp8kv.LLM, rng: np.random.Generator, asked: list[Group]) -> None:
+def run(llm: jfp8kv.LLM, rng: np.random.Generator, asked: list[RequestGroup]) -> None:
     """All requests from arrival to their end, some dropped on the way."""
     requests = [r for group in asked for r in group.requests]
-    arrives = {id(r): turn for group in asked for turn in [int(rng.integers(0, 12))] for r in group.requests}
+    arrives = {
+        id(r): turn
+        for group in asked
+        for turn in [int(rng.integers(0, 12))]
+        for r in group.requests
+    }
     leaves = {id(r): int(rng.integers(0, 30)) for r in requests if rng.random() < 0.15}
     for turn in range(5000):
         llm._service.submit(r for r in requests if arrives[id(r)] == turn)
-        llm._service.drop(r for r in requests if leaves.get(id(r)) == turn and arrives[id(r)] <= turn)
+        llm._service.drop(
+            r for r in requests if leaves.get(id(r)) == turn and arrives[id(r)] <= turn
+        )
         llm._service.advance(lambda: False)
         if turn >= 30 and all(r.finish_reason for r in requests):
             return
@@ -116,10 +138,23 @@ def test_every_text_is_that_of_the_request_alone_and_every_page_comes_back(kv_dt
                     assert got.output_ids == expected.output_ids[: len(got.output_ids)], where
                     continue
                 assert (got.output_ids, got.text) == (expected.output_ids, expected.text), where
-                assert (got.finish_reason, got.stop_reason) == (expected.finish_reason, expected.stop_reason), where
-                if kv_dtype == "float32":  # sums in another order may round to another code of FP8, for a thousandth or so
-                    np.testing.assert_allclose(got.output_logprobs, expected.output_logprobs, rtol=0, atol=1e-4, err_msg=where)
+                assert (got.finish_reason, got.stop_reason) == (
+                    expected.finish_reason,
+                    expected.stop_reason,
+                ), where
+                if (
+                    kv_dtype == "float32"
+                ):  # sums in another order may round to another code of FP8, for a thousandth or so
+                    np.testing.assert_allclose(
+                        got.output_logprobs,
+                        expected.output_logprobs,
+                        rtol=0,
+                        atol=1e-4,
+                        err_msg=where,
+                    )
         scheduler = llm._engine.scheduler
         assert not scheduler.waiting and not scheduler.running and llm.stats.kv_bytes_used == 0
-        assert scheduler.paging.allocator.free_pages == PAGES, f"workload {seed}: pages are lost"
+        assert scheduler.kv_manager.allocator.free_pages == PAGES, (
+            f"workload {seed}: pages are lost"
+        )
     assert llm.stats.preemptions > WORKLOADS / 10 and llm.stats.prefix_hit_tokens > 10 * WORKLOADS

@@ -35,24 +35,35 @@ def rms(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def engine(folder: Path, kv_dtype: str, **options) -> jfp8kv.LLM:
-    return jfp8kv.LLM(jfp8kv.load(folder, dtype="float32"), kv_cache_dtype=kv_dtype, **ENGINE | options)
+    return jfp8kv.LLM(
+        jfp8kv.load(folder, dtype="float32"), kv_cache_dtype=kv_dtype, **ENGINE | options
+    )
 
 
 @pytest.mark.parametrize(
     ("folder", "fmt"),
-    [*((folder, "e4m3") for folder in REFERENCES), *((folder, "e5m2") for folder in REFERENCES[:2])],
+    [
+        *((folder, "e4m3") for folder in REFERENCES),
+        *((folder, "e5m2") for folder in REFERENCES[:2]),
+    ],
     ids=lambda x: getattr(x, "name", x),
 )
 def test_an_fp8_cache_rounds_keys_and_values_as_pytorch_does(folder, fmt) -> None:
     reference = np.load(folder / "reference.npz")
     llm = engine(folder, f"fp8_{fmt}")
     assert rms(llm.logits(reference["tokens"])[-4:], reference[f"last_logits_{fmt}"]) <= 1e-5
-    out = llm.generate(reference["tokens"].tolist(), max_tokens=24, temperature=0.0, ignore_eos=True)
+    out = llm.generate(
+        reference["tokens"].tolist(), max_tokens=24, temperature=0.0, ignore_eos=True
+    )
     assert out[0].token_ids == reference[f"greedy_{fmt}"].tolist()
 
 
 def static_scales(config: ModelConfig, kind: str) -> jfp8kv.KVScales:
-    heads, dim = {"tensor": (1, 1), "head": (config.kv_heads, 1), "channel": (config.kv_heads, config.head_dim)}[kind]
+    heads, dim = {
+        "tensor": (1, 1),
+        "head": (config.kv_heads, 1),
+        "channel": (config.kv_heads, config.head_dim),
+    }[kind]
     rng = np.random.default_rng(3)
     return jfp8kv.KVScales(*rng.uniform(0.002, 0.05, (2, config.layers, heads, dim)))
 
@@ -64,10 +75,16 @@ def test_every_granularity_of_scales_agrees_with_the_oracle(kind, fmt) -> None:
     folder = REFERENCES[0].parent / "llama_gqa"
     tokens = np.load(folder / "reference.npz")["tokens"]
     if kind == "token_head":
-        llm, store = engine(folder, f"fp8_{fmt}", kv_scales=kind), oracle.fp8_store(fmt, dynamic=True)
+        llm, store = (
+            engine(folder, f"fp8_{fmt}", kv_scales=kind),
+            oracle.fp8_store(fmt, dynamic=True),
+        )
     else:
         scales = static_scales(jfp8kv.load(folder).config, kind)
-        llm, store = engine(folder, f"fp8_{fmt}", kv_scales=scales), oracle.fp8_store(fmt, scales.k, scales.v)
+        llm, store = (
+            engine(folder, f"fp8_{fmt}", kv_scales=scales),
+            oracle.fp8_store(fmt, scales.k, scales.v),
+        )
     assert rms(llm.logits(tokens), oracle.forward(folder, tokens, store)) <= 5e-3
 
 
@@ -90,7 +107,9 @@ def test_the_model_runs_without_a_cache_and_carries_what_attend_carries(folder) 
     decoder = bind(params.config, params.tree, params.dtype)
     tokens = jnp.asarray(reference["tokens"])
     positions = jnp.arange(len(tokens), dtype=jnp.int32)
-    hidden, calls = decoder(tokens, positions, attend=plain_attention(params.config), carry=jnp.int32(0))
+    hidden, calls = decoder(
+        tokens, positions, attend=plain_attention(params.config), carry=jnp.int32(0)
+    )
     assert rms(np.asarray(decoder.logits(hidden)), reference["logits"]) <= 1e-5
     assert calls == params.config.layers
 
@@ -107,9 +126,13 @@ def test_a_live_module_generates_like_its_parameters() -> None:
     config = jfp8kv.load(REFERENCES[0].parent / "llama_gqa").config
     module = Decoder(config, dtype=np.dtype("float32"), rngs=nnx.Rngs(7))
     params = jfp8kv.Params.from_pytree(module, config)
-    out = jfp8kv.LLM(params, **ENGINE).generate([[5, 6, 7]], max_tokens=4, temperature=0.0, ignore_eos=True)
+    out = jfp8kv.LLM(params, **ENGINE).generate(
+        [[5, 6, 7]], max_tokens=4, temperature=0.0, ignore_eos=True
+    )
     tokens = jnp.int32([5, 6, 7, *out[0].token_ids[:3]])
-    hidden, _ = module(tokens, jnp.arange(6, dtype=jnp.int32), attend=plain_attention(config), carry=jnp.int32(0))
+    hidden, _ = module(
+        tokens, jnp.arange(6, dtype=jnp.int32), attend=plain_attention(config), carry=jnp.int32(0)
+    )
     assert np.asarray(module.logits(hidden)).argmax(-1)[2:].tolist() == out[0].token_ids
 
 
@@ -129,7 +152,9 @@ def mixed(layers: int) -> dict:
 @pytest.mark.parametrize("differ", [lambda layers: {}, mixed], ids=["alike", "mixed"])
 def test_the_traced_program_does_not_grow_with_depth(differ) -> None:
     def equations(layers: int) -> int:
-        config = ModelConfig("LlamaForCausalLM", 64, 32, layers, 2, 1, 16, 48, 128, **differ(layers))
+        config = ModelConfig(
+            "LlamaForCausalLM", 64, 32, layers, 2, 1, 16, 48, 128, **differ(layers)
+        )
         decoder = nnx.eval_shape(lambda: Decoder(config))
         graph, state = nnx.split(decoder)
 

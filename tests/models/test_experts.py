@@ -15,10 +15,19 @@ BOTH = pytest.mark.parametrize("tiled", [True, False], ids=["by tile", "by group
 
 def experts(*, tiled: bool, **options) -> Experts:
     options = {"count": 5, "top_k": 2, "hidden": 16, "layers": (0, 2, 3)} | options
-    module = Experts(ExpertsConfig(**options), HIDDEN, "silu", dtype=np.dtype(np.float32), tiled=tiled, rngs=nnx.Rngs(3))
+    module = Experts(
+        ExpertsConfig(**options),
+        HIDDEN,
+        "silu",
+        dtype=np.dtype(np.float32),
+        tiled=tiled,
+        rngs=nnx.Rngs(3),
+    )
     graph, state = nnx.split(module)
     rng = np.random.default_rng(7)
-    noisy = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape) * 0.3, jnp.float32), state)  # biases too
+    noisy = jax.tree.map(
+        lambda x: x + jnp.asarray(rng.normal(size=x.shape) * 0.3, jnp.float32), state
+    )  # biases too
     return nnx.merge(graph, noisy)
 
 
@@ -58,8 +67,12 @@ def by_token(module: Experts, x: np.ndarray, slot: int) -> np.ndarray:
                 inner = silu(gate) * up
             y += probability[e] / total * apply(module.down, inner, slot, e)
         if c.shared_hidden:
-            inner = silu(apply(module.shared_gate, token, slot)) * apply(module.shared_up, token, slot)
-            y += apply(module.shared_down, inner, slot) / (1 + np.exp(-apply(module.shared_switch, token, slot)))
+            inner = silu(apply(module.shared_gate, token, slot)) * apply(
+                module.shared_up, token, slot
+            )
+            y += apply(module.shared_down, inner, slot) / (
+                1 + np.exp(-apply(module.shared_switch, token, slot))
+            )
         out.append(y)
     return np.array(out)
 
@@ -68,7 +81,12 @@ def by_token(module: Experts, x: np.ndarray, slot: int) -> np.ndarray:
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"normalized": False, "shared_hidden": 12}, {"bias": True, "clamped": True, "limit": 0.5}, {"count": 2, "top_k": 2}],
+    [
+        {},
+        {"normalized": False, "shared_hidden": 12},
+        {"bias": True, "clamped": True, "limit": 0.5},
+        {"count": 2, "top_k": 2},
+    ],
     ids=["plain", "shared", "clamped", "all of them"],
 )
 def test_each_token_goes_through_its_experts(tiled, count, options) -> None:
@@ -88,7 +106,10 @@ def test_requests_are_routed_together_under_vmap_and_each_gets_its_own(tiled) ->
     together = jax.jit(jax.vmap(lambda x, real: module(x, jnp.int32(1), real)))(x, real)
     for i in range(3):
         want = by_token(module, np.asarray(x[i]), 1)
-        assert np.abs(np.asarray(together[i] - want)[np.asarray(real[i])]).max() <= 1e-5 * np.abs(want).max()
+        assert (
+            np.abs(np.asarray(together[i] - want)[np.asarray(real[i])]).max()
+            <= 1e-5 * np.abs(want).max()
+        )
 
 
 @BOTH

@@ -10,7 +10,12 @@ from tests.models.test_decoder import rms
 
 ROOT = Path(__file__).parent.parent / "references"
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/reference.npz"))
-SIZES = {"kv_cache_dtype": "float32", "kv_cache_memory": "2MB", "max_model_len": 88, "max_num_seqs": 2}
+SIZES = {
+    "kv_cache_dtype": "float32",
+    "kv_cache_memory": "2MB",
+    "max_model_len": 88,
+    "max_num_seqs": 2,
+}
 WHOLE = {"max_num_batched_tokens": 64, "page_size": 16}
 # Chunks of 16 over pages of 4: they begin and end within pages, and windows write their rings over.
 CHUNKED = {"max_num_batched_tokens": 16, "page_size": 4}
@@ -50,7 +55,10 @@ BOTH_WAYS = (
     "smollm3_window",
 )
 
-pytestmark = [pytest.mark.quick_compile, pytest.mark.filterwarnings("ignore:.*(dequantized to|only text is served)")]
+pytestmark = [
+    pytest.mark.quick_compile,
+    pytest.mark.filterwarnings("ignore:.*(dequantized to|only text is served)"),
+]
 
 
 def engine(folder: Path, sizes: dict) -> jfp8kv.LLM:
@@ -65,7 +73,9 @@ def check_logits(folder: Path, llm: jfp8kv.LLM) -> None:
 
 def check_greedy_tokens(folder: Path, llm: jfp8kv.LLM) -> None:
     reference = np.load(folder / "reference.npz")
-    out = llm.generate(reference["tokens"].tolist(), max_tokens=24, temperature=0.0, ignore_eos=True)
+    out = llm.generate(
+        reference["tokens"].tolist(), max_tokens=24, temperature=0.0, ignore_eos=True
+    )
     # transformers keeps keys of the short factors when a longrope Llama outgrows them; here, as with Phi-3, all are made anew.
     switches = llm.params.config.ropes and llm.params.config.ropes[0].kind == "longrope"
     assert out[0].token_ids == reference["greedy_uncached" if switches else "greedy"].tolist()
@@ -82,6 +92,8 @@ def test_greedy_tokens_after_a_prefill_in_chunks_are_those_of_pytorch(name) -> N
 
 
 @pytest.mark.parametrize("name", BOTH_WAYS)
-def test_logits_in_chunks_and_greedy_tokens_after_a_whole_prefill_are_those_of_pytorch(name) -> None:
+def test_logits_in_chunks_and_greedy_tokens_after_a_whole_prefill_are_those_of_pytorch(
+    name,
+) -> None:
     check_logits(ROOT / name, engine(ROOT / name, CHUNKED))
     check_greedy_tokens(ROOT / name, engine(ROOT / name, WHOLE))

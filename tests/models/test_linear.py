@@ -17,9 +17,16 @@ def test_a_stacked_product_is_the_layers_product(monkeypatch, dtype, out, tiled)
     rng = np.random.default_rng(0)
     weight = jnp.asarray(rng.normal(size=(3, out, 40)), dtype)
     x = jnp.asarray(rng.normal(size=(2, 5, 40)), jnp.float32)
-    product = jax.vmap(lambda x, w, layer: stacked_matmul(x, w, layer, stored=np.dtype(dtype), tiled=tiled), (0, None, None))
+    product = jax.vmap(
+        lambda x, w, layer: stacked_matmul(x, w, layer, stored=np.dtype(dtype), tiled=tiled),
+        (0, None, None),
+    )
     want = np.asarray(x, np.float64) @ np.asarray(weight[2], np.float64).T
-    bound = 40 * 2.0**-23 * (np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(weight[2], np.float64)).T)
+    bound = (
+        40
+        * 2.0**-23
+        * (np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(weight[2], np.float64)).T)
+    )
     for w in (weight, as_bits(weight)):
         assert np.all(np.abs(np.asarray(jax.jit(product)(x, w, jnp.int32(2))) - want) <= bound)
 
@@ -45,4 +52,6 @@ def test_a_decoding_row_never_copies_a_layers_matrix() -> None:
         return jax.lax.scan(body, x, jnp.arange(layers, dtype=jnp.int32))[0]
 
     compiled = jax.jit(run).lower(jax.ShapeDtypeStruct((1, width), jnp.float32), weight).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2 * linear.TILE_BYTES < out * width * 4 / 2
+    assert (
+        compiled.memory_analysis().temp_size_in_bytes < 2 * linear.TILE_BYTES < out * width * 4 / 2
+    )

@@ -40,7 +40,16 @@ SAME = {
     "original_max_position_embeddings", "sliding_window_pattern", "_sliding_window_pattern", "n_ctx", "rope_theta",
     "experts_per_token", "initial_context_length", "quantization_config", "_name_or_path", "architectures", "rope_scaling",
 }  # fmt: skip
-ROPE = {"type", "beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim", "attention_factor", "factor"}
+ROPE = {
+    "type",
+    "beta_fast",
+    "beta_slow",
+    "truncate",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
+    "factor",
+}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -49,13 +58,17 @@ def test_transformers_reads_what_is_written_as_it_reads_the_original(folder, tmp
         warnings.simplefilter("ignore")
         transformers = pytest.importorskip("transformers")
         (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config_of(folder.name))))
-        ours, theirs = (transformers.AutoConfig.from_pretrained(path) for path in (tmp_path, folder))
+        ours, theirs = (
+            transformers.AutoConfig.from_pretrained(path) for path in (tmp_path, folder)
+        )
     theirs = getattr(theirs, "text_config", theirs)
     ours, theirs = ours.to_dict(), theirs.to_dict()
     ropes = [each.pop("rope_parameters", None) or {} for each in (ours, theirs)]
     differ = {name for name in set(ours) | set(theirs) if ours.get(name) != theirs.get(name)}
     assert differ <= SAME, {name: (ours.get(name), theirs.get(name)) for name in differ - SAME}
-    assert {name for name in set(ropes[0]) | set(ropes[1]) if ropes[0].get(name) != ropes[1].get(name)} <= ROPE
+    assert {
+        name for name in set(ropes[0]) | set(ropes[1]) if ropes[0].get(name) != ropes[1].get(name)
+    } <= ROPE
 
 
 LLAMA = ModelConfig("LlamaForCausalLM", 40, 32, 3, 4, 2, 8, 64, 128)
@@ -69,17 +82,27 @@ def qwen2(**changes):
 @pytest.mark.parametrize(
     "config",
     [
-        dataclasses.replace(LLAMA, ropes=(RopeConfig(kind="linear", factor=2.5),), max_len=317),  # 127 positions, times 2.5
+        dataclasses.replace(
+            LLAMA, ropes=(RopeConfig(kind="linear", factor=2.5),), max_len=317
+        ),  # 127 positions, times 2.5
         dataclasses.replace(LLAMA, ropes=(RopeConfig(kind="linear", factor=0.5),)),
-        dataclasses.replace(LLAMA, ropes=(RopeConfig(kind="dynamic", factor=3.0, original_max_len=50),), max_len=150),
+        dataclasses.replace(
+            LLAMA, ropes=(RopeConfig(kind="dynamic", factor=3.0, original_max_len=50),), max_len=150
+        ),
         dataclasses.replace(LLAMA, ropes=(RopeConfig(share=0.5),), eos_ids=(2, 3)),
         qwen2(windows=(8, 0, 8), ropes=(OTHER, RopeConfig()), layer_ropes=(0, 1, 0)),
-        dataclasses.replace(config_of("smollm3_list"), ropes=(), layer_ropes=()),  # no layer rotates
+        dataclasses.replace(
+            config_of("smollm3_list"), ropes=(), layer_ropes=()
+        ),  # no layer rotates
         dataclasses.replace(config_of("gemma3_new"), windows=()),  # two ropes and no window
-        dataclasses.replace(config_of("gemma3_new"), layer_ropes=(), ropes=(OTHER,), windows=(8,) * 4),
+        dataclasses.replace(
+            config_of("gemma3_new"), layer_ropes=(), ropes=(OTHER,), windows=(8,) * 4
+        ),
         dataclasses.replace(config_of("granite_tied"), logit_scale=1 / 16.7),
         dataclasses.replace(config_of("qwen3_moe_mixed"), experts=None),
-        dataclasses.replace(config_of("gpt2_saved"), sm_scale=1.0, activation="relu", bos_id=None, eos_ids=()),
+        dataclasses.replace(
+            config_of("gpt2_saved"), sm_scale=1.0, activation="relu", bos_id=None, eos_ids=()
+        ),
     ],
     ids=lambda config: config.architecture,
 )
@@ -90,8 +113,16 @@ def test_what_no_reference_has_is_read_back_too(config):
 def test_where_spellings_differ_old_and_new_stand_beside_each_other():
     rope = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
     written = config_to_hf(dataclasses.replace(LLAMA, ropes=(rope,)))
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    assert written["rope_theta"] == 5e5 and written["rope_scaling"] == {"rope_type": "llama3", **scaling}
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert written["rope_theta"] == 5e5 and written["rope_scaling"] == {
+        "rope_type": "llama3",
+        **scaling,
+    }
     assert written["rope_parameters"] == {"rope_type": "llama3", "rope_theta": 5e5, **scaling}
     assert written["dtype"] == written["torch_dtype"] == "bfloat16"
 
@@ -100,7 +131,10 @@ def test_a_phi3_is_written_as_its_first_readers_want_it():
     """They take a `rope_scaling` of exactly three entries, and the original length beside it."""
     written = config_to_hf(config_of("phi3_longrope_long"))
     assert set(written["rope_scaling"]) == {"type", "short_factor", "long_factor"}
-    assert written["rope_scaling"]["type"] == "longrope" and written["original_max_position_embeddings"] == 32
+    assert (
+        written["rope_scaling"]["type"] == "longrope"
+        and written["original_max_position_embeddings"] == 32
+    )
     assert written["partial_rotary_factor"] == 0.75
 
 
@@ -110,15 +144,30 @@ EXPERTS = ExpertsConfig(4, 2, 16, (0, 2))
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (dataclasses.replace(LLAMA, architecture="RobertaModel"), ["'RobertaModel'", "LlamaForCausalLM"]),
-        (dataclasses.replace(LLAMA, windows=(8, 0, 8)), ["LlamaForCausalLM cannot say windows=(8, 0, 8)", "jfp8kv.save"]),
+        (
+            dataclasses.replace(LLAMA, architecture="RobertaModel"),
+            ["'RobertaModel'", "LlamaForCausalLM"],
+        ),
+        (
+            dataclasses.replace(LLAMA, windows=(8, 0, 8)),
+            ["LlamaForCausalLM cannot say windows=(8, 0, 8)", "jfp8kv.save"],
+        ),
         (dataclasses.replace(LLAMA, qkv_bias=True), ["o_bias=False"]),
         (dataclasses.replace(LLAMA, experts=EXPERTS), ["experts=ExpertsConfig"]),
-        (dataclasses.replace(LLAMA, layer_ropes=(0, 0, 1), ropes=(OTHER, RopeConfig())), ["LlamaForCausalLM", "ropes="]),
-        (qwen2(layer_ropes=(0, 1, 1), windows=(8, 8, 0), ropes=(OTHER, RopeConfig())), ["layer_ropes="]),
+        (
+            dataclasses.replace(LLAMA, layer_ropes=(0, 0, 1), ropes=(OTHER, RopeConfig())),
+            ["LlamaForCausalLM", "ropes="],
+        ),
+        (
+            qwen2(layer_ropes=(0, 1, 1), windows=(8, 8, 0), ropes=(OTHER, RopeConfig())),
+            ["layer_ropes="],
+        ),
         (qwen2(windows=(8, 16, 0)), ["windows=(8, 16, 0)"]),
         (dataclasses.replace(LLAMA, softcap=30.0, sinks=True), ["softcap=30.0", "sinks=True"]),
-        (dataclasses.replace(config_of("gemma2_caps"), embedding_scale=3.0), ["embedding_scale=3.0"]),
+        (
+            dataclasses.replace(config_of("gemma2_caps"), embedding_scale=3.0),
+            ["embedding_scale=3.0"],
+        ),
     ],
 )
 def test_what_an_architecture_cannot_say_is_refused_by_name(config, named):

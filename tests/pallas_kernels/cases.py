@@ -50,13 +50,20 @@ class Batch:
     ):
         """`options` are those of the kernels, but that `sinks` and `score_offset` say how large random ones are."""
         self.rng = rng = np.random.default_rng(seed)
-        self.element, self.q_dtype, self.kv_heads, self.q_heads = np.dtype(element), q_dtype, kv_heads, kv_heads * group
+        self.element, self.q_dtype, self.kv_heads, self.q_heads = (
+            np.dtype(element),
+            q_dtype,
+            kv_heads,
+            kv_heads * group,
+        )
         self.lengths, self.head_dim, self.page_size = np.int32(lengths), head_dim, page_size
         self.queries = np.int32(np.minimum(QUERIES, lengths) if queries is None else queries)
         self.options = options
         # Chunks lie in `q` in another order than their requests, with rows of no request before and between them.
         self.tokens = int(self.queries.sum()) + len(lengths) + 1 if tokens is None else tokens
-        gaps = rng.multinomial(self.tokens - self.queries.sum(), np.ones(len(lengths) + 1) / (len(lengths) + 1))
+        gaps = rng.multinomial(
+            self.tokens - self.queries.sum(), np.ones(len(lengths) + 1) / (len(lengths) + 1)
+        )
         self.first_query, first = np.zeros(len(lengths), np.int32), 0
         for request, gap in zip(rng.permutation(len(lengths)), gaps, strict=False):
             self.first_query[request] = first + gap
@@ -65,7 +72,9 @@ class Batch:
         used = -(-self.lengths // page_size)
         self.num_pages = int(used.sum()) + 2 if num_pages is None else num_pages
         self.page_table = np.full((len(lengths), self.num_pages), OUTSIDE, np.int32)
-        order = iter(rng.permutation(self.num_pages - 1))  # nothing is in the last page, where reads from outside would end
+        order = iter(
+            rng.permutation(self.num_pages - 1)
+        )  # nothing is in the last page, where reads from outside would end
         for request, n in enumerate(used):
             self.page_table[request, :n] = [next(order) for _ in range(n)]
 
@@ -121,10 +130,16 @@ class Batch:
             "lengths": self.lengths,
             "first_row": self.first_row,
         }
-        chunks = {"first_query": self.first_query, "queries": self.queries} if kernel == "prefill" else {}
+        chunks = (
+            {"first_query": self.first_query, "queries": self.queries}
+            if kernel == "prefill"
+            else {}
+        )
         given = self.options | options
         if "score_offset" in given:
-            given["score_offset"] = np.float32(given["score_offset"] * self.rng.normal(size=q.shape[:2]))
+            given["score_offset"] = np.float32(
+                given["score_offset"] * self.rng.normal(size=q.shape[:2])
+            )
         if "sinks" in given:
             given["sinks"] = np.float32(given["sinks"] * self.rng.normal(size=self.q_heads))
         return same | chunks | given
@@ -137,26 +152,38 @@ class Batch:
     def check(self, kernel: str, *, blocks: Any = None, **options: Any) -> float:
         """Hold the kernel's output against the reference; the largest part of the bound that is used."""
         arguments = self.arguments(kernel, **options)
-        return self.compare(kernel, self.run(kernel, arguments, blocks or BLOCKS[kernel]), arguments)
+        return self.compare(
+            kernel, self.run(kernel, arguments, blocks or BLOCKS[kernel]), arguments
+        )
 
     def compare(self, kernel: str, got: np.ndarray, arguments: dict[str, Any]) -> float:
         want, bound = REFERENCES[kernel](**arguments, element=self.element)
         got = np.asarray(got).astype(np.float64)
-        assert np.array_equal(np.isnan(got), np.isnan(want)), "NaN where there is none, or none where there is"
+        assert np.array_equal(np.isnan(got), np.isnan(want)), (
+            "NaN where there is none, or none where there is"
+        )
         used = np.abs(got - want) / np.maximum(bound, 1e-300)
-        assert np.all((np.abs(got - want) <= bound) | np.isnan(want)), f"{np.nanmax(used):.3g} times the bound"
+        assert np.all((np.abs(got - want) <= bound) | np.isnan(want)), (
+            f"{np.nanmax(used):.3g} times the bound"
+        )
         return float(np.nanmax(used))
 
 
 def call(kernel: str, arguments: dict[str, Any], **options: Any) -> jax.Array:
     """The kernel, interpreted, of arguments by name."""
-    order = ["q", "k_pages", "v_pages", "page_table", "lengths"] + ["first_query", "queries"] * (kernel == "prefill")
+    order = ["q", "k_pages", "v_pages", "page_table", "lengths"] + ["first_query", "queries"] * (
+        kernel == "prefill"
+    )
     rest = {name: x for name, x in arguments.items() if name not in order}
     options = {"blocks": BLOCKS[kernel], "interpret": True} | rest | options
     return KERNELS[kernel](*(arguments[name] for name in order), **options)
 
 
 @functools.cache
-def compiled(kernel: str, element: np.dtype, blocks: Any, static: tuple[tuple[str, Any], ...]) -> Any:
+def compiled(
+    kernel: str, element: np.dtype, blocks: Any, static: tuple[tuple[str, Any], ...]
+) -> Any:
     """The kernel under `jit`: shapes and options that are alike compile once."""
-    return jax.jit(lambda arguments: call(kernel, arguments, element=element, blocks=blocks, **dict(static)))
+    return jax.jit(
+        lambda arguments: call(kernel, arguments, element=element, blocks=blocks, **dict(static))
+    )

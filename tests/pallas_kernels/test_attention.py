@@ -20,7 +20,9 @@ from tests.pallas_kernels.cases import BLOCKS, KERNELS, LENGTHS, NAN_CODE, OUTSI
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.quick_compile
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
-each_query = pytest.mark.parametrize("q_dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"])
+each_query = pytest.mark.parametrize(
+    "q_dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"]
+)
 
 
 @each_kernel
@@ -36,7 +38,15 @@ SHAPES = {  # head_dim, kv_heads, group, page_size, block_k, splits, block_m
     "head_dim 80, groups of 4, a block is a page": (80, 1, 4, 16, 16, 5, 32),
     "head_dim 96, groups of 7, four blocks in a page": (96, 2, 7, 64, 16, 2, 16),
     "head_dim 128, groups of 8, a block is two pages": (128, 1, 8, 16, 32, 1, 16),
-    "head_dim 256, groups of 16, blocks across pages, more splits than blocks": (256, 1, 16, 5, 16, 20, 32),
+    "head_dim 256, groups of 16, blocks across pages, more splits than blocks": (
+        256,
+        1,
+        16,
+        5,
+        16,
+        20,
+        32,
+    ),
     "head_dim 64, 32 heads of one KV head": (64, 1, 32, 64, 64, 2, 16),
     "head_dim 8, 4 KV heads, pages of 1": (8, 4, 2, 1, 64, 5, 16),
 }
@@ -49,8 +59,16 @@ def test_every_shape_of_heads_pages_and_blocks(kernel, shape) -> None:
     lengths = (0, 1, page_size - 1, page_size, page_size + 1, 2 * page_size + 3, 40)
     queries = (0, 1, page_size - 1, 1, min(page_size + 1, 7), 5, 20)
     sizes = {"head_dim": head_dim, "kv_heads": kv_heads, "group": group, "page_size": page_size}
-    batch = Batch(q_dtype=jnp.bfloat16 if group > 2 else jnp.float32, lengths=lengths, queries=queries, **sizes)
-    blocks = {"decode": DecodeBlocks(block_k, 4, 1, splits), "prefill": PrefillBlocks(block_m, block_k, 4, 1)}
+    batch = Batch(
+        q_dtype=jnp.bfloat16 if group > 2 else jnp.float32,
+        lengths=lengths,
+        queries=queries,
+        **sizes,
+    )
+    blocks = {
+        "decode": DecodeBlocks(block_k, 4, 1, splits),
+        "prefill": PrefillBlocks(block_m, block_k, 4, 1),
+    }
     batch.check(kernel, blocks=blocks[kernel])
 
 
@@ -63,7 +81,9 @@ OPTIONS = {
     "static scales": {"static": (0.3, 5.0)},
     "dynamic scales": {"dynamic": True},
 }
-OPTIONS["all, static"] = {k: v for name in OPTIONS if name != "dynamic scales" for k, v in OPTIONS[name].items()}
+OPTIONS["all, static"] = {
+    k: v for name in OPTIONS if name != "dynamic scales" for k, v in OPTIONS[name].items()
+}
 OPTIONS["all, dynamic"] = OPTIONS["all, static"] | OPTIONS["dynamic scales"]
 
 
@@ -82,9 +102,12 @@ def test_all_options_in_float32(kernel) -> None:
 
 @each_kernel
 @pytest.mark.parametrize(
-    ("q_dtype", "element"), [(jnp.float32, E4M3), (jnp.bfloat16, E4M3), (jnp.bfloat16, E5M2), (jnp.float16, E5M2)]
+    ("q_dtype", "element"),
+    [(jnp.float32, E4M3), (jnp.bfloat16, E4M3), (jnp.bfloat16, E5M2), (jnp.float16, E5M2)],
 )
-def test_dynamic_scales_may_differ_by_a_million_and_more_between_tokens(kernel, q_dtype, element) -> None:
+def test_dynamic_scales_may_differ_by_a_million_and_more_between_tokens(
+    kernel, q_dtype, element
+) -> None:
     """At random, and rising or falling along the text: later blocks then have the largest by far, or earlier ones."""
     sizes = {"lengths": (0, 1, 17, 40, 50), "queries": (0, 1, 2, 3, 9)}
     for spread, order in ((20, None), (40, None), (20, 1), (20, -1)):
@@ -102,11 +125,18 @@ def test_dynamic_scales_may_differ_by_a_million_and_more_between_tokens(kernel, 
 def test_no_scale_and_no_query_leaves_the_range_of_float16(kernel, q_dtype) -> None:
     """Dynamic scales bring scores back to where they tell keys apart."""
     largest = 1e4 if q_dtype == jnp.float16 else 1e30
-    for query, k_scale, v_scale in ((1, 1e6, 1e-6), (1e3, 1e6, 1e3), (1e-2, 1e-6, 1.0), (largest, 1 / largest, 1.0)):
+    for query, k_scale, v_scale in (
+        (1, 1e6, 1e-6),
+        (1e3, 1e6, 1e3),
+        (1e-2, 1e-6, 1.0),
+        (largest, 1 / largest, 1.0),
+    ):
         batch = Batch(q_dtype=q_dtype, static=(k_scale, v_scale), dynamic=True)
         batch.q, batch.decode_q = query * batch.q, query * batch.decode_q
         written = batch.options["k_exponent"] != 255
-        batch.options["k_exponent"] -= np.where(written, np.round(np.log2(query * k_scale)), 0).astype(np.int8).view(np.uint8)
+        batch.options["k_exponent"] -= (
+            np.where(written, np.round(np.log2(query * k_scale)), 0).astype(np.int8).view(np.uint8)
+        )
         batch.check(kernel)
 
 
@@ -161,11 +191,15 @@ def test_a_nan_value_in_a_chunk_reaches_no_other_request_head_or_channel() -> No
     mine = np.arange(batch.tokens)[:, None, None] - batch.first_query[5]
     channel = (np.arange(batch.q_heads)[:, None] >= 3) & (np.arange(batch.head_dim) == 3)
     assert np.all(nan <= ((mine >= 0) & (mine < batch.queries[5]) & channel))
-    assert np.all(nan >= ((mine >= 10 - 4) & (mine < batch.queries[5]) & channel)), "those that see it"
+    assert np.all(nan >= ((mine >= 10 - 4) & (mine < batch.queries[5]) & channel)), (
+        "those that see it"
+    )
 
 
 @each_kernel
-@pytest.mark.parametrize(("q_dtype", "dynamic"), [(jnp.float32, False), (jnp.bfloat16, True)], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("q_dtype", "dynamic"), [(jnp.float32, False), (jnp.bfloat16, True)], ids=["static", "dynamic"]
+)
 def test_what_a_window_hides_from_all_queries_may_be_anything(kernel, q_dtype, dynamic) -> None:
     batch = Batch(q_dtype=q_dtype, dynamic=dynamic, window=3)
     queries = np.minimum(batch.lengths, 1) if kernel == "decode" else batch.queries
@@ -186,7 +220,9 @@ def test_requests_may_share_pages(kernel) -> None:
 def test_shifted_bits_and_the_instruction_for_e4m3_give_the_same_bits(kernel) -> None:
     batch = Batch(q_dtype=jnp.bfloat16)
     arguments = batch.arguments(kernel)
-    outs = [batch.run(kernel, arguments | how, BLOCKS[kernel]) for how in ({}, {"capability": (8, 0)})]
+    outs = [
+        batch.run(kernel, arguments | how, BLOCKS[kernel]) for how in ({}, {"capability": (8, 0)})
+    ]
     assert outs[0].tobytes() == outs[1].tobytes()
 
 
@@ -207,10 +243,16 @@ ROW_LENGTHS = st.tuples(st.integers(0, 20), st.integers(0, 20))
 
 @each_kernel
 @settings(max_examples=15)
-@given(chunks=st.lists(ROW_LENGTHS, min_size=5, max_size=5), window=st.none() | st.integers(0, 9), seed=st.integers(0, 99))
+@given(
+    chunks=st.lists(ROW_LENGTHS, min_size=5, max_size=5),
+    window=st.none() | st.integers(0, 9),
+    seed=st.integers(0, 99),
+)
 def test_ragged_batches_over_shuffled_pages(kernel, chunks, window, seed) -> None:
     lengths, queries = tuple(a + b for a, b in chunks), tuple(b for _, b in chunks)
-    batch = Batch(lengths=lengths, queries=queries, tokens=105, num_pages=55, dynamic=True, seed=seed)
+    batch = Batch(
+        lengths=lengths, queries=queries, tokens=105, num_pages=55, dynamic=True, seed=seed
+    )
     batch.check(kernel, **({} if window is None else {"window": window}))
 
 
@@ -223,12 +265,17 @@ def test_layers_under_scan_have_their_own_pages_windows_sinks_and_scales(kernel,
     arguments = batch.arguments(kernel)
     layers = {"first_row": np.int32([0, batch.num_pages]), "window": np.int32([0, 3])}
     layers["sinks"] = np.float32(batch.rng.normal(size=(2, batch.q_heads)))
-    layers |= {name: np.float32(batch.rng.uniform(1, 2, (2, 2, batch.head_dim))) for name in ("k_scale", "v_scale")}
+    layers |= {
+        name: np.float32(batch.rng.uniform(1, 2, (2, 2, batch.head_dim)))
+        for name in ("k_scale", "v_scale")
+    }
 
     @jax.jit
     def run(arguments, layers):
         def one(_, layer):
-            here = {name: x[layer] for name, x in layers.items()} if cut else layers | {"layer": layer}
+            here = (
+                {name: x[layer] for name, x in layers.items()} if cut else layers | {"layer": layer}
+            )
             return (), call(kernel, arguments | here, element=E4M3)
 
         return jax.lax.scan(one, (), jnp.arange(2, dtype=jnp.int32))[1]
@@ -244,12 +291,17 @@ def test_batches_under_vmap_share_a_pool(kernel) -> None:
     arguments = batch.arguments(kernel)
     own = ["q", "page_table", "lengths"] + ["first_query", "queries"] * (kernel == "prefill")
     order = np.arange(len(LENGTHS))[::-1]
-    other = {name: -arguments[name] if name == "q" and kernel == "prefill" else arguments[name][::-1] for name in own}
+    other = {
+        name: -arguments[name] if name == "q" and kernel == "prefill" else arguments[name][::-1]
+        for name in own
+    }
     if kernel == "prefill":
         other["first_query"] = arguments["first_query"][order]
     shared = {name: jnp.asarray(x) for name, x in arguments.items() if name not in own}
     both = {name: jnp.stack([arguments[name], other[name]]) for name in own}
-    outs = jax.jit(jax.vmap(lambda own, shared: call(kernel, own | shared, element=E4M3), in_axes=(0, None)))(both, shared)
+    outs = jax.jit(
+        jax.vmap(lambda own, shared: call(kernel, own | shared, element=E4M3), in_axes=(0, None))
+    )(both, shared)
     for got, mine in zip(outs, (arguments, arguments | other), strict=True):
         batch.compare(kernel, got, mine)
 
@@ -278,7 +330,10 @@ print("done on", jax.device_count())
 
 
 def test_heads_may_be_sharded() -> None:
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "-W", "error", "-c", SHARDED]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "done on 2" in done.stdout, done.stderr
@@ -289,4 +344,8 @@ def test_a_pool_of_values_says_what_its_elements_are(kernel) -> None:
     batch = Batch(element=BFLOAT16)
     arguments = {name: jnp.asarray(x) for name, x in batch.arguments(kernel).items()}
     arguments |= {name: arguments[name].view(jnp.bfloat16) for name in ("k_pages", "v_pages")}
-    batch.compare(kernel, jax.jit(lambda arguments: call(kernel, arguments))(arguments), batch.arguments(kernel))
+    batch.compare(
+        kernel,
+        jax.jit(lambda arguments: call(kernel, arguments))(arguments),
+        batch.arguments(kernel),
+    )

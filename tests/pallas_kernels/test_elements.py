@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.elements import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32, decode, is_fp8, multiplied_in, power
+from pallas_kernels.elements import (
+    BFLOAT16,
+    E4M3,
+    E5M2,
+    FLOAT16,
+    FLOAT32,
+    decode,
+    is_fp8,
+    multiplied_in,
+    power,
+)
 
 BITS = {1: np.uint8, 2: np.uint16}
 
@@ -45,7 +55,9 @@ def test_float32_is_what_it_is() -> None:
 def test_powers_of_two_are_exact_and_end_at_the_least_normal_one() -> None:
     exponents = np.arange(-300, 128, dtype=np.int32)
     want = np.ldexp(np.float64(1), np.maximum(exponents, -126))
-    assert np.array_equal(np.asarray(jax.jit(power)(jnp.asarray(exponents))).astype(np.float64), want)
+    assert np.array_equal(
+        np.asarray(jax.jit(power)(jnp.asarray(exponents))).astype(np.float64), want
+    )
 
 
 def test_float32_on_either_side_keeps_float32_products() -> None:

@@ -23,7 +23,10 @@ def both_signs(x: np.ndarray) -> np.ndarray:
 
 def edges() -> np.ndarray:
     info = np.finfo(np.float32)
-    return np.array([0, np.inf, np.nan, info.smallest_subnormal, 1e-40, info.smallest_normal, 1, info.max], np.float32)
+    return np.array(
+        [0, np.inf, np.nan, info.smallest_subnormal, 1e-40, info.smallest_normal, 1, info.max],
+        np.float32,
+    )
 
 
 def around_every_tie(fmt) -> np.ndarray:
@@ -31,9 +34,15 @@ def around_every_tie(fmt) -> np.ndarray:
     values = np.arange(2 ** (8 * fmt.itemsize - 1), dtype=fmt.stored).view(fmt.dtype)
     with np.errstate(invalid="ignore"):
         values = values[np.isfinite(values)].astype(np.float64)
-    last = values[-1] + (values[-1] - values[-2]) / 2  # where the next value, which there is not, would begin
-    exact = np.concatenate([values, (values[1:] + values[:-1]) / 2, [last, 2 * fmt.largest]]).astype(np.float32)
-    return np.concatenate([exact, np.nextafter(exact, np.float32(np.inf)), np.nextafter(exact, np.float32(-np.inf))])
+    last = (
+        values[-1] + (values[-1] - values[-2]) / 2
+    )  # where the next value, which there is not, would begin
+    exact = np.concatenate(
+        [values, (values[1:] + values[:-1]) / 2, [last, 2 * fmt.largest]]
+    ).astype(np.float32)
+    return np.concatenate(
+        [exact, np.nextafter(exact, np.float32(np.inf)), np.nextafter(exact, np.float32(-np.inf))]
+    )
 
 
 def every_half(dtype) -> np.ndarray:
@@ -55,10 +64,14 @@ def check(x: np.ndarray, fmt) -> None:
     got = bits(jax.jit(lambda x: encode(x, fmt.dtype))(x))
     np.testing.assert_array_equal(got, bits(encode_numpy(x, fmt)))
     subnormal = (np.abs(x) < np.finfo(np.float32).smallest_normal) & (x != 0)
-    np.testing.assert_array_equal(got[~subnormal], bits(library_encode(jnp.asarray(x), fmt))[~subnormal])
+    np.testing.assert_array_equal(
+        got[~subnormal], bits(library_encode(jnp.asarray(x), fmt))[~subnormal]
+    )
 
 
-@pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if f is not FLOAT32], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "fmt", [f for f in FORMATS.values() if f is not FLOAT32], ids=lambda f: f.name
+)
 def test_every_value_every_tie_and_what_lies_beside_them_get_the_librarys_code(fmt):
     with np.errstate(over="ignore"):
         check(both_signs(np.concatenate([around_every_tie(fmt), edges()])), fmt)
@@ -97,7 +110,14 @@ def test_the_exponent_of_a_row_is_the_librarys(fmt):
     """Rows whose largest number is at, next to, and far from a power of two times the largest value, subnormals included."""
     with np.errstate(over="ignore"):
         limits = (fmt.largest * 2.0 ** np.arange(-170, 120)).astype(np.float32)
-    most = np.concatenate([limits, np.nextafter(limits, np.float32(np.inf)), np.nextafter(limits, np.float32(0)), edges()])
+    most = np.concatenate(
+        [
+            limits,
+            np.nextafter(limits, np.float32(np.inf)),
+            np.nextafter(limits, np.float32(0)),
+            edges(),
+        ]
+    )
     rows = np.zeros((len(most), 8), np.float32)
     rows[:, 3] = most
     rows[:, 5] = -most / 2
@@ -112,4 +132,6 @@ def test_the_exponent_of_a_row_is_the_librarys(fmt):
 @each_fp8
 def test_what_a_row_is_multiplied_by_is_the_librarys_inverse(fmt):
     exponent = jnp.arange(1, 248, dtype=jnp.int32)
-    np.testing.assert_array_equal(power(127 - exponent), exponent_inverse(exponent.astype(jnp.uint8)))
+    np.testing.assert_array_equal(
+        power(127 - exponent), exponent_inverse(exponent.astype(jnp.uint8))
+    )

@@ -24,7 +24,11 @@ def poisoned(shape: tuple[int, ...], element: np.dtype) -> np.ndarray:
     """A pool of NaN codes."""
     if element == FLOAT32:
         return np.full(shape, np.nan, np.float32)
-    return np.full(shape, 0x7F, np.uint8) if element.itemsize == 1 else np.full(shape, 0x7FFF, np.uint16)
+    return (
+        np.full(shape, 0x7F, np.uint8)
+        if element.itemsize == 1
+        else np.full(shape, 0x7FFF, np.uint16)
+    )
 
 
 def new(rng: np.random.Generator, shape: tuple[int, ...], dtype) -> np.ndarray:
@@ -47,7 +51,9 @@ def case(
     pages = -(-max(end for _, end in spans) // page_size) + 1
     numbers = rng.permutation(requests * pages).reshape(requests, pages)
     start, lengths = np.array(spans, np.int32).T
-    table = np.where(np.arange(pages) * page_size < lengths[:, None], numbers, PAST_THE_END).astype(np.int32)
+    table = np.where(np.arange(pages) * page_size < lengths[:, None], numbers, PAST_THE_END).astype(
+        np.int32
+    )
     pool = (layers * requests * pages, kv_heads, page_size, head_dim)
     given = {
         "k": new(rng, (requests, tokens, kv_heads, head_dim), dtype),
@@ -63,8 +69,13 @@ def case(
     if dynamic:
         given |= {name: np.full(pool[:3], 255, np.uint8) for name in ("k_exponent", "v_exponent")}
     else:
-        given |= {name: rng.uniform(0.1, 4, channels).astype(np.float32) for name in ("k_inverse", "v_inverse")}
-    return given | ({"k_offset": rng.standard_normal(channels).astype(np.float32)} if offset else {})
+        given |= {
+            name: rng.uniform(0.1, 4, channels).astype(np.float32)
+            for name in ("k_inverse", "v_inverse")
+        }
+    return given | (
+        {"k_offset": rng.standard_normal(channels).astype(np.float32)} if offset else {}
+    )
 
 
 def bits(x) -> np.ndarray | None:
@@ -95,7 +106,9 @@ def test_dynamic_scales_are_found_and_stored_as_the_reference_does(element, offs
     check(case(element=element, dynamic=True, offset=offset), element=element)
 
 
-@pytest.mark.parametrize("dtype, dynamic", [(np.float16, False), (np.float32, True)], ids=["float16", "float32"])
+@pytest.mark.parametrize(
+    "dtype, dynamic", [(np.float16, False), (np.float32, True)], ids=["float16", "float32"]
+)
 def test_keys_and_values_of_any_precision_are_written(dtype, dynamic):
     check(case(dtype=dtype, dynamic=dynamic), element=E4M3)
 
@@ -105,18 +118,33 @@ def test_pages_of_any_size_are_written(page_size, dynamic):
     check(case(page_size=page_size, dynamic=dynamic), element=E4M3)
 
 
-@pytest.mark.parametrize("head_dim, dynamic", [(8, True), (64, False), (80, False), (80, True), (96, True), (128, False)])
+@pytest.mark.parametrize(
+    "head_dim, dynamic", [(8, True), (64, False), (80, False), (80, True), (96, True), (128, False)]
+)
 def test_heads_of_any_size_are_written(head_dim, dynamic):
     check(case(head_dim=head_dim, dynamic=dynamic, offset=True), element=E4M3)
 
 
 @pytest.mark.parametrize(
     "tokens, kv_heads, dynamic",
-    [(1, 1, True), (1, 3, True), (1, 8, False), (2, 3, False), (37, 1, False), (37, 3, True), (37, 8, False)],
+    [
+        (1, 1, True),
+        (1, 3, True),
+        (1, 8, False),
+        (2, 3, False),
+        (37, 1, False),
+        (37, 3, True),
+        (37, 8, False),
+    ],
 )
 def test_any_number_of_tokens_and_heads_is_written(tokens, kv_heads, dynamic):
     spans = ((0, tokens), (4, 4 + tokens), (7, 7 + (tokens + 1) // 2), (3, 3), (0, 0))
-    check(case(tokens=tokens, spans=spans, kv_heads=kv_heads, head_dim=64, page_size=8, dynamic=dynamic), element=E4M3)
+    check(
+        case(
+            tokens=tokens, spans=spans, kv_heads=kv_heads, head_dim=64, page_size=8, dynamic=dynamic
+        ),
+        element=E4M3,
+    )
 
 
 @pytest.mark.parametrize("blocks", [(1, 1, 1), (2, 4, 1), (8, 1, 2), (4, 2, 4)], ids=str)
@@ -139,7 +167,9 @@ def test_pools_may_hold_values_instead_of_bits():
 
 def test_exponents_may_begin_at_another_row():
     given = case(dynamic=True)
-    exponents = {name: given[name][: len(given[name]) // 2] for name in ("k_exponent", "v_exponent")}
+    exponents = {
+        name: given[name][: len(given[name]) // 2] for name in ("k_exponent", "v_exponent")
+    }
     check(given | exponents | {"first_exponent_row": np.int32(0)}, element=E4M3)
 
 
@@ -149,10 +179,17 @@ def test_what_is_not_written_stays_as_it_was():
     given |= {name: np.where(np.isfinite(given[name]), given[name], np.float32(1)) for name in "kv"}
     done = check(given, element=E4M3)
     written = np.maximum(given["lengths"] - given["start"], 0).sum()
-    for pool, empty in ((done.k_pages, 127), (done.v_pages, 127), (done.k_exponent, 255), (done.v_exponent, 255)):
+    for pool, empty in (
+        (done.k_pages, 127),
+        (done.v_pages, 127),
+        (done.k_exponent, 255),
+        (done.v_exponent, 255),
+    ):
         pool = np.asarray(pool)
         changed = pool.reshape(*pool.shape[:3], -1) != empty
-        assert (changed.all(axis=-1) == changed.any(axis=-1)).all() and not changed[: given["first_row"]].any()
+        assert (changed.all(axis=-1) == changed.any(axis=-1)).all() and not changed[
+            : given["first_row"]
+        ].any()
         assert changed.all(axis=-1).sum() == written * given["k"].shape[2]
 
 
@@ -196,7 +233,9 @@ def test_two_chunks_leave_what_one_leaves(dynamic):
 def primitives(jaxpr) -> set[str]:
     """What is computed, kernels not looked into."""
     inner = [e.params["jaxpr"].jaxpr for e in jaxpr.eqns if e.primitive.name == "jit"]
-    return {e.primitive.name for e in jaxpr.eqns if e.primitive.name != "jit"}.union(*map(primitives, inner))
+    return {e.primitive.name for e in jaxpr.eqns if e.primitive.name != "jit"}.union(
+        *map(primitives, inner)
+    )
 
 
 @each_scale
@@ -235,4 +274,6 @@ def test_pools_that_offsets_do_not_reach_are_refused():
     given = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in case().items()}
     pool = jax.ShapeDtypeStruct((2**31 // 128 + 1, 2, 4, 16), jnp.uint8)
     with pytest.raises(NotSupported, match="2 and 4 GiB"):
-        jax.eval_shape(functools.partial(kv_write, element=E4M3), **given | {"k_pages": pool, "v_pages": pool})
+        jax.eval_shape(
+            functools.partial(kv_write, element=E4M3), **given | {"k_pages": pool, "v_pages": pool}
+        )

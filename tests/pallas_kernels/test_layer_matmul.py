@@ -19,7 +19,9 @@ pytestmark = pytest.mark.quick_compile
 TYPES = (BFLOAT16, FLOAT16, FLOAT32)
 
 
-def case(rows: int, out: int, width: int, dtype=BFLOAT16, stored=None, layers: int = 3) -> tuple[np.ndarray, np.ndarray]:
+def case(
+    rows: int, out: int, width: int, dtype=BFLOAT16, stored=None, layers: int = 3
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows and weights of many magnitudes; every layer but the middle one is NaN."""
     rng = np.random.default_rng(rows + out + width)
     x = rng.standard_normal((rows, width)) * 2.0 ** rng.integers(-4, 4, (rows, 1))
@@ -49,25 +51,32 @@ def test_any_number_of_rows_is_multiplied(rows):
     check(*case(rows, 64, 64))
 
 
-@pytest.mark.parametrize("out, width", [(64, 64), (64, 576), (200, 320), (1, 8), (70, 1001), (130, 2048)])
+@pytest.mark.parametrize(
+    "out, width", [(64, 64), (64, 576), (200, 320), (1, 8), (70, 1001), (130, 2048)]
+)
 def test_matrices_of_any_size_are_multiplied(out, width):
     check(*case(3, out, width))
 
 
 @pytest.mark.parametrize("splits, block_in", [(1, 128), (2, 64), (5, 16), (7, 64)])
 def test_shares_of_channels_add_up_also_where_some_are_short_or_empty(splits, block_in):
-    check(*case(3, 40, 328), blocks=MatmulBlocks(32, 16, block_in, warps=4, stages=3, splits=splits))
+    check(
+        *case(3, 40, 328), blocks=MatmulBlocks(32, 16, block_in, warps=4, stages=3, splits=splits)
+    )
 
 
 def test_a_row_is_cut_up_alike_whatever_stands_beside_it():
     for out, width in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (576, 576)):
         of_rows = {
-            blocks_for(rows=rows, out=out, width=width, multiplied=BFLOAT16, stored=BFLOAT16).splits for rows in range(1, 257)
+            blocks_for(rows=rows, out=out, width=width, multiplied=BFLOAT16, stored=BFLOAT16).splits
+            for rows in range(1, 257)
         }
         assert len(of_rows) == 1
 
 
-@pytest.mark.parametrize("out, width, splits", [(4096, 4096, 4), (6144, 4096, 2), (14336, 4096, 1), (576, 576, 2)])
+@pytest.mark.parametrize(
+    "out, width, splits", [(4096, 4096, 4), (6144, 4096, 2), (14336, 4096, 1), (576, 576, 2)]
+)
 def test_programs_fill_the_cores_twice_where_the_matrix_is_large_enough(out, width, splits):
     blocks = blocks_for(rows=32, out=out, width=width, multiplied=BFLOAT16, stored=BFLOAT16)
     assert blocks.splits == splits
@@ -111,8 +120,14 @@ def test_bits_and_matrices_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("shape", [(32, 4096, 4096), (80, 28672, 8192), (2, 70, 1001)], ids=str)
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: d.name)
 def test_it_lowers_for_cuda_in_one_kernel_also_beyond_32_bits(shape, dtype):
-    given = jax.ShapeDtypeStruct((7, shape[2]), dtype), jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((), jnp.int32)
+    given = (
+        jax.ShapeDtypeStruct((7, shape[2]), dtype),
+        jax.ShapeDtypeStruct(shape, dtype),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
     unchecked = [export.DisabledSafetyCheck.custom_call(TRITON)]
     with on_a_gpu():
-        lowered = export.export(jax.jit(layer_matmul), platforms=["cuda"], disabled_checks=unchecked)(*given)
+        lowered = export.export(
+            jax.jit(layer_matmul), platforms=["cuda"], disabled_checks=unchecked
+        )(*given)
     assert lowered.mlir_module().count(f"stablehlo.custom_call @{TRITON}(") == 1

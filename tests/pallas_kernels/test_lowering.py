@@ -29,7 +29,9 @@ def on_a_gpu() -> contextlib.AbstractContextManager:
     """From jax 0.11 on, lowering asks what the device is."""
     if not hasattr(jax.sharding, "AbstractDevice"):
         return contextlib.nullcontext()
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
+    device = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda"
+    )
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
@@ -39,10 +41,21 @@ def on_a_gpu() -> contextlib.AbstractContextManager:
 def test_kernels_lower_for_cuda(kernel, case) -> None:
     batch = Batch(**{"q_dtype": jnp.bfloat16, "element": E4M3} | case)
     arguments = batch.arguments(kernel)
-    static = {name: arguments.pop(name) for name in ("softcap", "sm_scale", "capability") if name in arguments}
+    static = {
+        name: arguments.pop(name)
+        for name in ("softcap", "sm_scale", "capability")
+        if name in arguments
+    }
 
     def run(arguments: dict) -> jax.Array:
-        return call(kernel, arguments, element=batch.element, blocks=BLOCKS[kernel], interpret=False, **static)
+        return call(
+            kernel,
+            arguments,
+            element=batch.element,
+            blocks=BLOCKS[kernel],
+            interpret=False,
+            **static,
+        )
 
     given = {name: jnp.asarray(x) for name, x in arguments.items()}
     unchecked = [export.DisabledSafetyCheck.custom_call(TRITON)]

@@ -17,12 +17,21 @@ from pallas_kernels.elements import BFLOAT16, E4M3, E5M2, FLOAT16
 from tests.pallas_kernels.cases import OUTSIDE, STATIC, Batch
 
 NEW = jax.__version_info__ >= (0, 11)
-needs_mosaic = pytest.mark.skipif(not NEW, reason="Mosaic GPU as this kernel needs it came with jax 0.11")
+needs_mosaic = pytest.mark.skipif(
+    not NEW, reason="Mosaic GPU as this kernel needs it came with jax 0.11"
+)
 
 
 def batch(*, lengths: tuple[int, ...] = (100, 0, 3), **options: Any) -> Batch:
     """Few and long requests: a block is 64 keys."""
-    same = {"q_dtype": jnp.bfloat16, "kv_heads": 1, "group": 4, "head_dim": 64, "page_size": 64, "queries": (0,) * len(lengths)}
+    same = {
+        "q_dtype": jnp.bfloat16,
+        "kv_heads": 1,
+        "group": 4,
+        "head_dim": 64,
+        "page_size": 64,
+        "queries": (0,) * len(lengths),
+    }
     return Batch(lengths=lengths, **same | options)
 
 
@@ -35,17 +44,25 @@ def call(arguments: dict[str, Any], **options: Any) -> jax.Array:
 def run(arguments: dict[str, Any], element: np.dtype, blocks: MosaicBlocks) -> np.ndarray:
     static = {name: arguments[name] for name in STATIC if name in arguments}
     arrays = {name: x for name, x in arguments.items() if name not in static}
-    return np.asarray(jax.jit(functools.partial(call, element=element, blocks=blocks, interpret=True, **static))(arrays))
+    return np.asarray(
+        jax.jit(functools.partial(call, element=element, blocks=blocks, interpret=True, **static))(
+            arrays
+        )
+    )
 
 
 def check(batch: Batch, *, block_k: int = 64, splits: int = 1, **options: Any) -> None:
     arguments = batch.arguments("decode", **options)
-    batch.compare("decode", run(arguments, batch.element, MosaicBlocks(block_k, 2, splits)), arguments)
+    batch.compare(
+        "decode", run(arguments, batch.element, MosaicBlocks(block_k, 2, splits)), arguments
+    )
 
 
 @pytest.mark.skipif(NEW, reason="this jax has what the kernel needs")
 def test_an_older_jax_is_refused_by_its_version():
-    with pytest.raises(NotSupported, match=rf"needs jax >= 0.11, and this is jax {jax.__version__}"):
+    with pytest.raises(
+        NotSupported, match=rf"needs jax >= 0.11, and this is jax {jax.__version__}"
+    ):
         call(batch().arguments("decode"), element=E4M3)
 
 
@@ -134,7 +151,9 @@ def test_what_another_jax_makes_of_the_kernel_is_not_supported_by_version(monkey
         raise TypeError("kernel() got an unexpected keyword argument")
 
     monkeypatch.setattr("jax.experimental.pallas.mosaic_gpu.kernel", changed)
-    with pytest.raises(NotSupported, match=rf"jax {jax.__version__} does not take this kernel.*unexpected keyword"):
+    with pytest.raises(
+        NotSupported, match=rf"jax {jax.__version__} does not take this kernel.*unexpected keyword"
+    ):
         call(batch(lengths=(9,)).arguments("decode"), element=E4M3)
 
 
@@ -146,5 +165,9 @@ def test_it_lowers_for_hopper(dynamic):
     given = batch(head_dim=128, kv_heads=2, dynamic=dynamic).arguments("decode")
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="cuda")
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        lowered = jax.jit(functools.partial(call, element=E4M3)).trace(given).lower(lowering_platforms=("cuda",))
+        lowered = (
+            jax.jit(functools.partial(call, element=E4M3))
+            .trace(given)
+            .lower(lowering_platforms=("cuda",))
+        )
     assert "mosaic_gpu" in lowered.as_text()

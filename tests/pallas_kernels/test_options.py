@@ -18,22 +18,46 @@ def pool(dtype: object = np.uint8, *, kv_heads: int = 2, head_dim: int = 64) -> 
     return np.broadcast_to(np.zeros((), dtype), (4, kv_heads, 16, head_dim))
 
 
-def check(k_pages=None, v_pages=None, *, q_heads=6, head_dim=64, q_dtype=jnp.bfloat16, element=E4M3, exponents=(None, None)):
+def check(
+    k_pages=None,
+    v_pages=None,
+    *,
+    q_heads=6,
+    head_dim=64,
+    q_dtype=jnp.bfloat16,
+    element=E4M3,
+    exponents=(None, None),
+):
     k_pages = pool() if k_pages is None else k_pages
-    return checked(q_heads, head_dim, q_dtype, k_pages, k_pages if v_pages is None else v_pages, element, *exponents)
+    return checked(
+        q_heads,
+        head_dim,
+        q_dtype,
+        k_pages,
+        k_pages if v_pages is None else v_pages,
+        element,
+        *exponents,
+    )
 
 
 def test_what_is_asked_for_comes_back() -> None:
     assert check() == (E4M3, FLOAT16, 3)
     assert check(pool(BFLOAT16), element=None) == (BFLOAT16, BFLOAT16, 3)
-    assert check(pool(head_dim=256), head_dim=256, q_heads=2, q_dtype=jnp.float32) == (E4M3, FLOAT32, 1)
+    assert check(pool(head_dim=256), head_dim=256, q_heads=2, q_dtype=jnp.float32) == (
+        E4M3,
+        FLOAT32,
+        1,
+    )
 
 
 REFUSED = {
     "element": ({"element": np.dtype(np.int8)}, "int8: kernels know float8_e4m3fn, "),
     "plain bits": ({"element": None}, "pages of uint8"),
     "pieces": ({"element": BFLOAT16}, "uint8 hold bfloat16 in pieces"),
-    "head_dim": ({"k_pages": pool(head_dim=320), "head_dim": 320}, "head_dim=320: kernels are made for up to 256"),
+    "head_dim": (
+        {"k_pages": pool(head_dim=320), "head_dim": 320},
+        "head_dim=320: kernels are made for up to 256",
+    ),
     "scales": (
         {"k_pages": pool(np.uint16), "element": BFLOAT16, "exponents": (1, 1)},
         "scales by token and head belong to FP8 pages, and these hold bfloat16",
@@ -73,7 +97,10 @@ def test_both_kernels_check_what_they_are_given(kernel) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_scales_of_other_heads_or_pages_are_an_error(kernel) -> None:
     arguments = {name: jnp.asarray(x) for name, x in Batch().arguments(kernel).items()}
-    scale, exponents = jnp.ones((1, 32)), jnp.zeros((36, 2, 8), jnp.uint8)  # pages here have 2 heads and 4 tokens
+    scale, exponents = (
+        jnp.ones((1, 32)),
+        jnp.zeros((36, 2, 8), jnp.uint8),
+    )  # pages here have 2 heads and 4 tokens
     with pytest.raises(ValueError, match=r"k_scale of \(1, 32\), .* it must be of \(2, 32\)"):
         call(kernel, arguments, element=E4M3, k_scale=scale)
     with pytest.raises(ValueError, match=r"k_exponent of \(2, 8\), .* it must be of \(2, 4\)"):
@@ -83,12 +110,20 @@ def test_scales_of_other_heads_or_pages_are_an_error(kernel) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_batch_of_nothing_is_nothing(kernel) -> None:
     arguments = {name: jnp.asarray(x) for name, x in Batch().arguments(kernel).items()}
-    none = {name: arguments[name][:0] for name in ("page_table", "lengths", "first_query", "queries") if name in arguments}
+    none = {
+        name: arguments[name][:0]
+        for name in ("page_table", "lengths", "first_query", "queries")
+        if name in arguments
+    }
     if kernel == "prefill":
         assert not np.any(call(kernel, arguments | none, element=E4M3)), "rows of no request"
         assert call(kernel, arguments | {"q": arguments["q"][:0]}, element=E4M3).shape == (0, 6, 32)
     else:
-        assert call(kernel, arguments | none | {"q": arguments["q"][:0]}, element=E4M3).shape == (0, 6, 32)
+        assert call(kernel, arguments | none | {"q": arguments["q"][:0]}, element=E4M3).shape == (
+            0,
+            6,
+            32,
+        )
 
 
 def test_pools_of_bytes_between_2_and_4_gib_are_out_of_reach() -> None:
@@ -107,12 +142,29 @@ def test_pools_of_bytes_between_2_and_4_gib_are_out_of_reach() -> None:
 
 
 def test_arrays_in_a_kernel_have_sizes_of_powers_of_two() -> None:
-    assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 96, 128, 129)] == [1, 1, 2, 4, 4, 8, 128, 128, 256]
+    assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 96, 128, 129)] == [
+        1,
+        1,
+        2,
+        4,
+        4,
+        8,
+        128,
+        128,
+        256,
+    ]
 
 
 def test_a_decode_is_split_until_the_gpu_is_busy_and_no_further() -> None:
     def splits(requests: int, tokens: int) -> int:
-        shape = {"kv_heads": 8, "group": 4, "head_dim": 128, "element": E4M3, "compute": FLOAT16, "page_size": 64}
+        shape = {
+            "kv_heads": 8,
+            "group": 4,
+            "head_dim": 128,
+            "element": E4M3,
+            "compute": FLOAT16,
+            "page_size": 64,
+        }
         return blocks_for(requests=requests, tokens=tokens, cores=132, **shape).splits
 
     assert splits(256, 8192) == 1 and splits(64, 8192) == 2

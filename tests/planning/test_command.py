@@ -16,7 +16,9 @@ MODEL = Path(__file__).parent.parent / "references" / "llama_bf16"
 @pytest.fixture
 def text(tmp_path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text("the end of the day, a cat sat on the mat and that was the end " * 2, encoding="utf-8")
+    path.write_text(
+        "the end of the day, a cat sat on the mat and that was the end " * 2, encoding="utf-8"
+    )
     return path
 
 
@@ -26,10 +28,27 @@ def test_a_plan_is_written_within_the_budget_and_serves_generate(text, tmp_path,
     assert main(["plan", str(MODEL), str(text), *asked, "--json"]) == 0
     shown = capsys.readouterr()
     told, plan = json.loads(shown.out), jfp8kv.KVPlan.load(out)
-    assert told == plan.to_dict() | {"out": str(out)} and f"wrote {out}, for --kv-dtype {out}" in shown.err
+    assert (
+        told == plan.to_dict() | {"out": str(out)}
+        and f"wrote {out}, for --kv-dtype {out}" in shown.err
+    )
     config = jfp8kv.load(MODEL).config
     assert plan.bytes_per_token <= 0.75 * 2 * 2 * config.layers * config.kv_heads * config.head_dim
-    assert main(["generate", str(MODEL), "--prompt", "the end", "--max-tokens", "2", "--kv-dtype", str(out)]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                str(MODEL),
+                "--prompt",
+                "the end",
+                "--max-tokens",
+                "2",
+                "--kv-dtype",
+                str(out),
+            ]
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,7 +58,10 @@ def test_a_plan_is_written_within_the_budget_and_serves_generate(text, tmp_path,
         (["--budget", "60%", "--max-loss", "0.1"], "either --budget"),
         (["--budget", "60%", "--kv-dtypes", "fp8_e4m3,fp9"], "'fp9'"),
         (["--budget", "sixty"], "budget='sixty'"),
-        (["--budget", "60%", "--out", "no/such/folder/plan"], "--out no/such/folder/plan: no file can be written"),
+        (
+            ["--budget", "60%", "--out", "no/such/folder/plan"],
+            "--out no/such/folder/plan: no file can be written",
+        ),
         (["--budget", "60%", "--filed", "x"], "Did you mean '--field'"),
     ],
 )
@@ -47,4 +69,9 @@ def test_mistakes_are_said_in_one_line(options, said, text, tmp_path, capsys) ->
     out = [] if "--out" in options else ["--out", str(tmp_path / "plan")]
     assert main(["plan", str(MODEL), str(text), *out, *options]) == 2
     told = capsys.readouterr()
-    assert not told.out and told.err.startswith("jfp8kv: error: ") and said in told.err and told.err.count("\n") == 1
+    assert (
+        not told.out
+        and told.err.startswith("jfp8kv: error: ")
+        and said in told.err
+        and told.err.count("\n") == 1
+    )

@@ -10,14 +10,24 @@ from jfp8kv.planning.frontier import frontier
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 999))
-def test_every_point_is_the_least_loss_for_its_bytes_and_none_is_missing(layers, ways, seed) -> None:
+def test_every_point_is_the_least_loss_for_its_bytes_and_none_is_missing(
+    layers, ways, seed
+) -> None:
     rng = np.random.default_rng(seed)
-    costs, losses = rng.integers(1, 6, (layers, ways)), rng.integers(0, 50, (layers, ways)) / 8  # sums of eighths are exact
+    costs, losses = (
+        rng.integers(1, 6, (layers, ways)),
+        rng.integers(0, 50, (layers, ways)) / 8,
+    )  # sums of eighths are exact
     every = [
-        (sum(costs[layer, w] for layer, w in enumerate(choice)), sum(losses[layer, w] for layer, w in enumerate(choice)))
+        (
+            sum(costs[layer, w] for layer, w in enumerate(choice)),
+            sum(losses[layer, w] for layer, w in enumerate(choice)),
+        )
         for choice in itertools.product(range(ways), repeat=layers)
     ]
-    unbeaten = sorted({p for p in every if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in every)})
+    unbeaten = sorted(
+        {p for p in every if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in every)}
+    )
     found = frontier(costs.tolist(), losses)
     assert [(point.bytes, point.loss) for point in found] == unbeaten
     for point in found:

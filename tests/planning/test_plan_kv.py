@@ -26,7 +26,11 @@ def kl(params: jfp8kv.Params, kv_dtype, kv_scales="auto") -> float:
 
     def log_softmax(x):
         x = x.astype(np.float64)
-        return x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
+        return (
+            x
+            - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
+            - x.max(-1, keepdims=True)
+        )
 
     total = 0.0
     for ids in measured_on():
@@ -61,8 +65,12 @@ def test_the_bytes_are_those_of_the_engine_and_within_the_budget(half) -> None:
 def test_no_one_way_for_all_layers_loses_less(half) -> None:
     """Layers add up to first order alone; what they do to each other is a few percent here."""
     params = load(NAME)
-    less = jfp8kv.calibrate(params, texts()[::2], granularity="channel", k_offset=True, max_model_len=LONGEST)
-    assert half.loss <= 1.05 * min(kl(params, "fp8_e4m3", scales) for scales in ("unit", "token_head", less))
+    less = jfp8kv.calibrate(
+        params, texts()[::2], granularity="channel", k_offset=True, max_model_len=LONGEST
+    )
+    assert half.loss <= 1.05 * min(
+        kl(params, "fp8_e4m3", scales) for scales in ("unit", "token_head", less)
+    )
 
 
 def test_fewest_bytes_within_a_loss(half) -> None:
@@ -74,7 +82,8 @@ def test_it_generates_and_survives_a_file(half, tmp_path) -> None:
     half.save(tmp_path / "plan")
     given = {"max_tokens": 5, "temperature": 0.0, "ignore_eos": True}
     one, other = (
-        jfp8kv.generate(load(NAME), [[5, 6, 7]], kv_dtype=each, **given)[0].token_ids for each in (half, tmp_path / "plan")
+        jfp8kv.generate(load(NAME), [[5, 6, 7]], kv_dtype=each, **given)[0].token_ids
+        for each in (half, tmp_path / "plan")
     )
     assert one == other
     assert f"{half.bytes_per_token:,.0f} bytes/token" in str(half) and "layers" in repr(half)

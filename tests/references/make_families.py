@@ -27,12 +27,22 @@ import torch
 import transformers
 from cases import dense, gemma, moe, mxfp4, rope
 from cases.case import Family
-from make_references import GREEDY_TOKENS, LAST_ROWS, MIN_MARGIN, PROMPT_TOKENS, SPECIAL_IDS, new_cache, run
+from make_references import (
+    GREEDY_TOKENS,
+    LAST_ROWS,
+    MIN_MARGIN,
+    PROMPT_TOKENS,
+    SPECIAL_IDS,
+    new_cache,
+    run,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 
 CASES = [*dense.CASES, *gemma.CASES, *rope.CASES, *moe.CASES]
-MIN_ROUTER_GAP = 1e-3  # between the last expert that is chosen and the first that is not, in the router's logits
+MIN_ROUTER_GAP = (
+    1e-3  # between the last expert that is chosen and the first that is not, in the router's logits
+)
 EXACT = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 # Left over when a folder is loaded: buffers of GPT-2's first files.
@@ -42,11 +52,22 @@ IGNORED = ("attn.bias", "attn.masked_bias")
 # --- the folder -----------------------------------------------------------------------------------------------------
 
 
-def random_tensor(case: Family, name: str, shape: torch.Size, rng: np.random.Generator) -> torch.Tensor:
+def random_tensor(
+    case: Family, name: str, shape: torch.Size, rng: np.random.Generator
+) -> torch.Tensor:
     """Weights that make every part count, see `make_references.py`; Gemma stores its norms minus one."""
     normal = rng.standard_normal(tuple(shape))
-    transposed = "c_attn" in name or "c_proj" in name or "c_fc" in name or name.endswith(("gate_up_proj", "experts.down_proj"))
-    width = shape[-2] if transposed and case.text["model_type"] in ("gpt2", "gpt_oss") and len(shape) > 1 else shape[-1]
+    transposed = (
+        "c_attn" in name
+        or "c_proj" in name
+        or "c_fc" in name
+        or name.endswith(("gate_up_proj", "experts.down_proj"))
+    )
+    width = (
+        shape[-2]
+        if transposed and case.text["model_type"] in ("gpt2", "gpt_oss") and len(shape) > 1
+        else shape[-1]
+    )
     if name.endswith("k_proj.bias") and case.slow_key_bias:
         value = slow_key_bias(normal, rng)
     elif name.endswith("sinks"):
@@ -85,13 +106,17 @@ def slow_key_bias(normal: np.ndarray, rng: np.random.Generator, head_dim: int = 
     return np.where(pair >= 2, np.sign(normal) * rng.uniform(20, 60, normal.shape), normal)
 
 
-def draw(case: Family, config: transformers.PretrainedConfig, seed: int) -> tuple[PreTrainedModel, list[int]]:
+def draw(
+    case: Family, config: transformers.PretrainedConfig, seed: int
+) -> tuple[PreTrainedModel, list[int]]:
     """A float32 model whose weights are exact in `case.dtype`, and a prompt."""
     rng = np.random.default_rng(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **EXACT).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(stored_exactly(case, name, random_tensor(case, name, parameter.shape, rng)))
+            parameter.copy_(
+                stored_exactly(case, name, random_tensor(case, name, parameter.shape, rng))
+            )
     vocab = case.text["vocab_size"]
     return model, [1, *rng.integers(SPECIAL_IDS, vocab, PROMPT_TOKENS - 2).tolist(), vocab - 1]
 
@@ -120,7 +145,9 @@ def write(case: Family, model: PreTrainedModel, folder: Path) -> None:
 def load(case: Family, folder: Path) -> PreTrainedModel:
     """The folder as transformers understands it, in float32, with nothing missing and nothing left over."""
     how = EXACT | ({"quantization_config": Mxfp4Config(dequantize=True)} if is_packed(case) else {})
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **how
+    )
     assert not info["missing_keys"] and not info["mismatched_keys"], info
     assert all(name.endswith(IGNORED) for name in info["unexpected_keys"]), info
     return model.eval()
@@ -131,7 +158,9 @@ def is_packed(case: Family) -> bool:
     return "quantization_config" in case.config
 
 
-def greedy(case: Family, model: PreTrainedModel, prompt: list[int], fp8: torch.dtype | None = None) -> list[int] | None:
+def greedy(
+    case: Family, model: PreTrainedModel, prompt: list[int], fp8: torch.dtype | None = None
+) -> list[int] | None:
     """The ids that follow when all is recomputed at each step; None if a step is a near tie or an id special."""
     ids = list(prompt)
     for _ in range(GREEDY_TOKENS):
@@ -149,7 +178,9 @@ def clear(row: torch.Tensor) -> bool:
     return bool(best.values[0] - best.values[1] >= MIN_MARGIN and best.indices[0] >= SPECIAL_IDS)
 
 
-def generated(case: Family, model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], np.ndarray] | None:
+def generated(
+    case: Family, model: PreTrainedModel, prompt: list[int]
+) -> tuple[list[int], np.ndarray] | None:
     """The ids `generate` appends, and the logits it chose them from `[24, vocab]`; None as for `greedy`."""
     ids = torch.tensor([prompt])
     model.generation_config.eos_token_id = None
@@ -184,7 +215,9 @@ def routers_are_clear(model: PreTrainedModel, ids: list[int]) -> bool:
     return min(gaps) >= MIN_ROUTER_GAP
 
 
-def rounded(case: Family, model: PreTrainedModel, prompt: list[int]) -> dict[str, np.ndarray] | None:
+def rounded(
+    case: Family, model: PreTrainedModel, prompt: list[int]
+) -> dict[str, np.ndarray] | None:
     """The arrays with keys and values rounded to FP8; None when the seed makes a weak test."""
     arrays: dict[str, np.ndarray] = {}
     for suffix, fp8 in {"_e4m3": torch.float8_e4m3fn, "_e5m2": torch.float8_e5m2}.items():
@@ -218,9 +251,13 @@ def reference(case: Family, folder: Path, seed: int, prompt: list[int]) -> dict[
     uncached = greedy(case, load(case, folder), prompt)
     made, rows = generated(case, load(case, folder), prompt)
     arrays["greedy"] = np.int32(made)
-    recomputed = run(load(case, folder), prompt + made, new_cache(None)).numpy()[PROMPT_TOKENS - 1 : -1]
+    recomputed = run(load(case, folder), prompt + made, new_cache(None)).numpy()[
+        PROMPT_TOKENS - 1 : -1
+    ]
     if depends_on_length(case) or np.abs(recomputed - rows).max() > 1e-3:
-        print(f"  {case.name}: cached and whole passes differ by {np.abs(recomputed - rows).max():.2g}, {uncached == made=}")
+        print(
+            f"  {case.name}: cached and whole passes differ by {np.abs(recomputed - rows).max():.2g}, {uncached == made=}"
+        )
         arrays |= {"step_logits": rows, "greedy_uncached": np.int32(uncached)}
     return arrays | (rounded(case, load(case, folder), prompt) if case.fp8 else {})
 
@@ -242,15 +279,22 @@ def make(case: Family, folder: Path) -> None:
     expected = run(model, prompt, new_cache(None)).numpy()
     write(case, model, folder)
     arrays = reference(case, folder, seed, prompt)
-    np.testing.assert_array_equal(arrays["logits"], expected, err_msg="the file does not hold what was drawn")
+    np.testing.assert_array_equal(
+        arrays["logits"], expected, err_msg="the file does not hold what was drawn"
+    )
     np.savez_compressed(folder / "reference.npz", **arrays)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{case.name}: seed {seed}, {len(set(arrays['greedy'].tolist()))} ids, {size / 1000:.0f} kB", flush=True)
+    print(
+        f"{case.name}: seed {seed}, {len(set(arrays['greedy'].tolist()))} ids, {size / 1000:.0f} kB",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=[case.name for case in CASES], help="which cases (default: all)")
+    parser.add_argument(
+        "names", nargs="*", default=[case.name for case in CASES], help="which cases (default: all)"
+    )
     names = parser.parse_args().names
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

@@ -32,7 +32,13 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 PROMPT_TOKENS = 61
 GREEDY_TOKENS = 24
@@ -44,7 +50,12 @@ SPECIAL_IDS = 5  # ids below this are special, and never in a prompt
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
-SHARED = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2}
+SHARED = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +71,9 @@ class Case:
     config: dict[str, Any]
     dtype: torch.dtype = torch.float32
     shards: int = 1
-    rotary_buffers: bool = False  # as old checkpoints have them: tensors that belong to no parameter
+    rotary_buffers: bool = (
+        False  # as old checkpoints have them: tensors that belong to no parameter
+    )
     tokenizer: bool = False
 
 
@@ -246,7 +259,10 @@ def write_checkpoint(case: Case, folder: Path, rng: np.random.Generator) -> None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHARED | case.config, indent=2) + "\n")
     model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
-    tensors = {n: random_tensor(n, p.shape, rng).to(case.dtype).contiguous() for n, p in model.named_parameters()}
+    tensors = {
+        n: random_tensor(n, p.shape, rng).to(case.dtype).contiguous()
+        for n, p in model.named_parameters()
+    }
     if case.rotary_buffers:
         for layer, block in enumerate(model.model.layers):
             head_dim = block.self_attn.head_dim
@@ -370,10 +386,14 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     assert tokenizer.get_vocab_size() == vocab, tokenizer.get_vocab_size()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -385,7 +405,9 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 4]}) + "\n")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": [2, 4]}) + "\n"
+    )
 
 
 def text_reference(folder: Path) -> dict[str, Any]:
@@ -394,7 +416,9 @@ def text_reference(folder: Path) -> dict[str, Any]:
     prompt = "the café and 日本語 🙂 "
     messages = [{"role": "user", "content": "the end of the day?"}]
     ids = tokenizer(prompt)["input_ids"]
-    chat_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    chat_ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     made, chat_made = (greedy_text_ids(model, start) for start in (ids, chat_ids))
     return {
         "prompt": prompt,
@@ -402,7 +426,9 @@ def text_reference(folder: Path) -> dict[str, Any]:
         "greedy": made,
         "greedy_text": tokenizer.decode(made, skip_special_tokens=True),
         "messages": messages,
-        "chat_text": tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False),
+        "chat_text": tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        ),
         "chat_ids": chat_ids,
         "chat_greedy": chat_made,
         "chat_greedy_text": tokenizer.decode(chat_made, skip_special_tokens=True),
@@ -435,7 +461,9 @@ def make(case: Case, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=[case.name for case in CASES], help="which cases (default: all)")
+    parser.add_argument(
+        "names", nargs="*", default=[case.name for case in CASES], help="which cases (default: all)"
+    )
     names = parser.parse_args().names
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

@@ -39,7 +39,9 @@ def read(folder: str | Path) -> tuple[dict[str, Any], Weights]:
     config = json.loads((folder / "config.json").read_text())
     weights: Weights = {}
     for file in sorted(folder.glob("*.safetensors")):
-        weights |= {name: np.asarray(tensor, np.float64) for name, tensor in load_file(file).items()}
+        weights |= {
+            name: np.asarray(tensor, np.float64) for name, tensor in load_file(file).items()
+        }
     return config, weights
 
 
@@ -72,18 +74,27 @@ def rope_frequencies(rope: dict[str, Any], head_dim: int) -> np.ndarray:
     if rope["rope_type"] == "linear":
         return frequencies / rope["factor"]
     if rope["rope_type"] == "llama3":
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # over the original context
+        turns = (
+            rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        )  # over the original context
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = np.clip((turns - low) / (high - low), 0, 1)  # 0: slow pairs, interpolated; 1: fast pairs, left alone
+        keep = np.clip(
+            (turns - low) / (high - low), 0, 1
+        )  # 0: slow pairs, interpolated; 1: fast pairs, left alone
         return keep * frequencies + (1 - keep) * frequencies / rope["factor"]
-    raise ValueError(f"rope_type={rope['rope_type']!r}: the oracle knows 'default', 'linear' and 'llama3'.")
+    raise ValueError(
+        f"rope_type={rope['rope_type']!r}: the oracle knows 'default', 'linear' and 'llama3'."
+    )
 
 
 def rotate(x: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
     """Turn the pair (x[d], x[d + head_dim / 2]) of token t by `t * frequencies[d]`; x `[tokens, heads, head_dim]`."""
     angle = np.arange(len(x))[:, None, None] * frequencies
     first, second = np.split(x, 2, axis=-1)
-    turned = [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)]
+    turned = [
+        first * np.cos(angle) - second * np.sin(angle),
+        second * np.cos(angle) + first * np.sin(angle),
+    ]
     return np.concatenate(turned, axis=-1)
 
 
@@ -94,7 +105,9 @@ def activation(name: str, x: np.ndarray) -> np.ndarray:
         return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
     if name == "gelu_pytorch_tanh":
         return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
-    raise ValueError(f"hidden_act={name!r}: the oracle knows 'silu', 'gelu' and 'gelu_pytorch_tanh'.")
+    raise ValueError(
+        f"hidden_act={name!r}: the oracle knows 'silu', 'gelu' and 'gelu_pytorch_tanh'."
+    )
 
 
 def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -114,12 +127,16 @@ def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-def forward(folder: str | Path, tokens: Sequence[int] | np.ndarray, store: Store | None = None) -> np.ndarray:
+def forward(
+    folder: str | Path, tokens: Sequence[int] | np.ndarray, store: Store | None = None
+) -> np.ndarray:
     """Logits `[tokens, vocab]`, float64, of a Llama checkpoint. `store=None` keeps keys and values as they are."""
     return _forward(*read(folder), np.asarray(tokens), store)
 
 
-def greedy(folder: str | Path, tokens: Sequence[int] | np.ndarray, n: int, store: Store | None = None) -> list[int]:
+def greedy(
+    folder: str | Path, tokens: Sequence[int] | np.ndarray, n: int, store: Store | None = None
+) -> list[int]:
     """The `n` ids that follow `tokens`, each the most likely next one. End-of-text ids do not end it."""
     config, weights = read(folder)
     ids = [int(token) for token in tokens]
@@ -128,7 +145,9 @@ def greedy(folder: str | Path, tokens: Sequence[int] | np.ndarray, n: int, store
     return ids[len(tokens) :]
 
 
-def _forward(config: dict[str, Any], weights: Weights, tokens: np.ndarray, store: Store | None) -> np.ndarray:
+def _forward(
+    config: dict[str, Any], weights: Weights, tokens: np.ndarray, store: Store | None
+) -> np.ndarray:
     q_heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or q_heads
     head_dim = config.get("head_dim") or config["hidden_size"] // q_heads
@@ -149,7 +168,9 @@ def _forward(config: dict[str, Any], weights: Weights, tokens: np.ndarray, store
 
         h = rms_norm(x, weights[f"{here}.post_attention_layernorm.weight"], eps)
         gate = activation(config["hidden_act"], linear(h, weights, f"{here}.mlp.gate_proj"))
-        x = x + linear(gate * linear(h, weights, f"{here}.mlp.up_proj"), weights, f"{here}.mlp.down_proj")
+        x = x + linear(
+            gate * linear(h, weights, f"{here}.mlp.up_proj"), weights, f"{here}.mlp.down_proj"
+        )
 
     x = rms_norm(x, weights["model.norm.weight"], eps)
     tied = config.get("tie_word_embeddings", False)
@@ -159,7 +180,12 @@ def _forward(config: dict[str, Any], weights: Weights, tokens: np.ndarray, store
 # --- storing in FP8 -------------------------------------------------------------------------------------------------
 
 
-def fp8_store(fmt: str, k_scales: np.ndarray | None = None, v_scales: np.ndarray | None = None, dynamic: bool = False) -> Store:
+def fp8_store(
+    fmt: str,
+    k_scales: np.ndarray | None = None,
+    v_scales: np.ndarray | None = None,
+    dynamic: bool = False,
+) -> Store:
     """A store that rounds through FP8: `fmt` is "e4m3" (float8_e4m3fn) or "e5m2".
 
     `k_scales` and `v_scales` broadcast to `[layers, kv_heads, head_dim]` (a number, per tensor, head or channel); None
@@ -172,7 +198,11 @@ def fp8_store(fmt: str, k_scales: np.ndarray | None = None, v_scales: np.ndarray
         raise ValueError("dynamic=True computes its own scales: leave k_scales and v_scales out.")
 
     def store(x: np.ndarray, layer: int, which: str) -> np.ndarray:
-        scale = token_head_scales(x, fmt) if dynamic else _layer_scale({"k": k_scales, "v": v_scales}[which], layer)
+        scale = (
+            token_head_scales(x, fmt)
+            if dynamic
+            else _layer_scale({"k": k_scales, "v": v_scales}[which], layer)
+        )
         return through_fp8(x, scale, fmt)
 
     return store
@@ -184,7 +214,9 @@ def through_fp8(x: np.ndarray, scale: np.ndarray, fmt: str) -> np.ndarray:
     The division and the product are in float32, as in a cache that is fed float32 keys and values.
     """
     dtype, largest = FORMATS[fmt]
-    stored = np.clip(x.astype(np.float32) / scale, np.float32(-largest), np.float32(largest)).astype(dtype)
+    stored = np.clip(
+        x.astype(np.float32) / scale, np.float32(-largest), np.float32(largest)
+    ).astype(dtype)
     return (stored.astype(np.float32) * scale).astype(np.float64)
 
 
@@ -193,7 +225,10 @@ def token_head_scales(x: np.ndarray, fmt: str) -> np.ndarray:
 
     A token and head that is all zero gets scale 1 (any would do).
     """
-    ratio = np.abs(x.astype(np.float32)).max(axis=-1, keepdims=True).astype(np.float64) / FORMATS[fmt][1]
+    ratio = (
+        np.abs(x.astype(np.float32)).max(axis=-1, keepdims=True).astype(np.float64)
+        / FORMATS[fmt][1]
+    )
     exponent = np.ceil(np.log2(np.where(ratio == 0, 1, ratio)))
     return np.exp2(exponent).astype(np.float32)
 

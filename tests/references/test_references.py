@@ -66,16 +66,23 @@ def test_all_folders_together_are_small_and_the_readme_has_a_row_for_each() -> N
 
 def test_the_oracle_gives_the_logits_of_pytorch(folder: Path) -> None:
     reference = np.load(folder / "reference.npz")
-    assert relative_rms(oracle.forward(folder, reference["tokens"]), reference["logits"]) <= FLOAT32_ROUNDING
+    assert (
+        relative_rms(oracle.forward(folder, reference["tokens"]), reference["logits"])
+        <= FLOAT32_ROUNDING
+    )
 
 
 @pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
-def test_the_oracle_gives_the_logits_of_pytorch_with_keys_and_values_rounded_to_fp8(folder: Path, fmt: str) -> None:
+def test_the_oracle_gives_the_logits_of_pytorch_with_keys_and_values_rounded_to_fp8(
+    folder: Path, fmt: str
+) -> None:
     reference = np.load(folder / "reference.npz")
     expected = reference[f"last_logits_{fmt}"]
     logits = oracle.forward(folder, reference["tokens"], oracle.fp8_store(fmt))[-len(expected) :]
     assert relative_rms(logits, expected) <= FLOAT32_ROUNDING
-    assert relative_rms(logits, reference["logits"][-len(expected) :]) > 0.03, "rounding must be visible"
+    assert relative_rms(logits, reference["logits"][-len(expected) :]) > 0.03, (
+        "rounding must be visible"
+    )
 
 
 @pytest.mark.parametrize("suffix", ["", "_e4m3", "_e5m2"])
@@ -94,7 +101,10 @@ def test_the_oracle_continues_as_pytorch_did(folder: Path, suffix: str) -> None:
         ("llama_mha_bias", {"rms_norm_eps": 1e-5}),
         ("llama_mha_bias", {"rope_theta": 12000.0}),
         ("llama_rope3", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
-        ("llama_rope3", {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0}}),
+        (
+            "llama_rope3",
+            {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0}},
+        ),
         ("llama_linear", {"rope_scaling": None}),
         ("llama_linear", {"hidden_act": "gelu_pytorch_tanh"}),
         ("llama_linear", {"hidden_act": "silu"}),
@@ -135,11 +145,19 @@ def test_rounding_takes_the_nearest_of_all_finite_numbers_and_the_even_one_of_tw
     even = np.where(codes[: len(ties)] % 2 == 0, numbers[:-1], numbers[1:])
     one = np.ones((1, 1), np.float32)
     for sign in (1, -1):
-        np.testing.assert_array_equal(oracle.through_fp8(sign * numbers, one[0], fmt), sign * numbers)
+        np.testing.assert_array_equal(
+            oracle.through_fp8(sign * numbers, one[0], fmt), sign * numbers
+        )
         np.testing.assert_array_equal(oracle.through_fp8(sign * ties, one[0], fmt), sign * even)
-        np.testing.assert_array_equal(oracle.through_fp8(sign * ties * (1 + 1e-6), one[0], fmt), sign * numbers[1:])
-        np.testing.assert_array_equal(oracle.through_fp8(sign * ties * (1 - 1e-6), one[0], fmt), sign * numbers[:-1])
-        np.testing.assert_array_equal(oracle.through_fp8(sign * np.array([2.0, 1e9]) * largest, one[0], fmt), sign * largest)
+        np.testing.assert_array_equal(
+            oracle.through_fp8(sign * ties * (1 + 1e-6), one[0], fmt), sign * numbers[1:]
+        )
+        np.testing.assert_array_equal(
+            oracle.through_fp8(sign * ties * (1 - 1e-6), one[0], fmt), sign * numbers[:-1]
+        )
+        np.testing.assert_array_equal(
+            oracle.through_fp8(sign * np.array([2.0, 1e9]) * largest, one[0], fmt), sign * largest
+        )
 
 
 def test_scales_of_every_granularity_act_on_the_layer_head_and_channel_they_name() -> None:
@@ -151,15 +169,25 @@ def test_scales_of_every_granularity_act_on_the_layer_head_and_channel_they_name
         stored = oracle.fp8_store("e4m3", k_scales=scales)(x, 1, "k")
         for t, head, channel in np.ndindex(x.shape):
             scale = full[1, head, channel]
-            code = ml_dtypes.float8_e4m3fn(np.clip(np.float32(x[t, head, channel]) / scale, -448, 448))
+            code = ml_dtypes.float8_e4m3fn(
+                np.clip(np.float32(x[t, head, channel]) / scale, -448, 448)
+            )
             assert stored[t, head, channel] == np.float32(code) * scale
-        np.testing.assert_array_equal(oracle.fp8_store("e4m3", k_scales=scales)(x, 1, "v"), oracle.fp8_store("e4m3")(x, 1, "v"))
+        np.testing.assert_array_equal(
+            oracle.fp8_store("e4m3", k_scales=scales)(x, 1, "v"),
+            oracle.fp8_store("e4m3")(x, 1, "v"),
+        )
 
 
 @pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
-def test_a_dynamic_scale_is_the_smallest_power_of_two_that_keeps_its_token_and_head_in_range(fmt: str) -> None:
+def test_a_dynamic_scale_is_the_smallest_power_of_two_that_keeps_its_token_and_head_in_range(
+    fmt: str,
+) -> None:
     largest = np.float32(oracle.FORMATS[fmt][1])
-    x = np.random.default_rng(1).standard_normal((200, 3, 8)) * np.logspace(-6, 6, 200)[:, None, None]
+    x = (
+        np.random.default_rng(1).standard_normal((200, 3, 8))
+        * np.logspace(-6, 6, 200)[:, None, None]
+    )
     x[7, 1] = 0
     x[8, 2] = [largest, *[0] * 7]  # amax / largest is exactly 1
     scales = oracle.token_head_scales(x, fmt)

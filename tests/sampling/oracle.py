@@ -11,7 +11,11 @@ def adjusted(logits, params, generated=0, prompt=(), output=(), eos_ids=()):
     for token in range(len(x)):
         in_output = list(output).count(token)
         if in_output or token in prompt:
-            x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+            x[token] = (
+                x[token] / params.repetition_penalty
+                if x[token] > 0
+                else x[token] * params.repetition_penalty
+            )
         x[token] -= params.presence_penalty * (in_output > 0) + params.frequency_penalty * in_output
     if generated < params.min_tokens:
         x[[*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)]] = -np.inf

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from jfp8kv.sampling import SamplingParams, settings_from
 from jfp8kv.sampling.filters import Outside, keep, ordered, weights
-from jfp8kv.sampling.keys import request_key
+from jfp8kv.sampling.rng import request_key
 
-spec = importlib.util.spec_from_file_location("sampling_oracle", Path(__file__).with_name("oracle.py"))
+spec = importlib.util.spec_from_file_location(
+    "sampling_oracle", Path(__file__).with_name("oracle.py")
+)
 oracle = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(oracle)
 
@@ -35,7 +37,10 @@ def agrees(logits, params) -> None:
     Rounding: an exponent in [-100, 0] has a float32 error of at most 100 * 2**-24 = 6e-6, its exponential that
     relative one; the sum over the survivors has no more. 2e-5 allows for both.
     """
-    mine, theirs = probabilities(logits, params), oracle.distribution(np.asarray(logits, np.float32), params)
+    mine, theirs = (
+        probabilities(logits, params),
+        oracle.distribution(np.asarray(logits, np.float32), params),
+    )
     np.testing.assert_array_equal(mine > 0, theirs > 0)
     np.testing.assert_allclose(mine, theirs, rtol=2e-5)
 
@@ -78,7 +83,9 @@ def test_top_k_keeps_exactly_k_when_no_logits_are_equal():
 
 @settings(max_examples=150)
 @given(
-    st.lists(st.sampled_from([-50.0, -3.0, -1.0, -0.0, 0.0, 1.0, 1.5, 2.0]), min_size=1, max_size=12),
+    st.lists(
+        st.sampled_from([-50.0, -3.0, -1.0, -0.0, 0.0, 1.0, 1.5, 2.0]), min_size=1, max_size=12
+    ),
     st.integers(0, 13),
     st.sampled_from([1.0, 0.97, 0.61, 0.33, 0.04]),
     st.sampled_from([0.0, 0.05, 0.45, 1.0]),
@@ -101,7 +108,13 @@ def test_without_filters_every_token_stays_however_unlikely():
 
 def test_forbidden_tokens_never_survive_and_never_make_nan():
     logits = np.array([-np.inf, 1.0, -np.inf, 0.5, -np.inf, -np.inf, 3.0, -np.inf])
-    for fields in (dict(), dict(top_k=5), dict(top_p=0.99), dict(min_p=0.001), dict(top_k=8, top_p=0.5)):
+    for fields in (
+        dict(),
+        dict(top_k=5),
+        dict(top_p=0.99),
+        dict(min_p=0.001),
+        dict(top_k=8, top_p=0.5),
+    ):
         agrees(logits, SamplingParams(**fields))
 
 
@@ -115,10 +128,13 @@ def test_with_every_token_forbidden_the_weights_are_zero_and_not_nan():
 
 def test_keys_are_in_the_order_of_the_floats():
     tiny = np.finfo(np.float32).tiny
-    floats = np.float32([-np.inf, -3e38, -1.5, -1, -tiny, -0.0, 0.0, tiny, 1, 1 + 2**-23, 3e38, np.inf])
+    floats = np.float32(
+        [-np.inf, -3e38, -1.5, -1, -tiny, -0.0, 0.0, tiny, 1, 1 + 2**-23, 3e38, np.inf]
+    )
     keys = np.asarray(ordered(jnp.asarray(floats)), np.int64)
     np.testing.assert_array_equal(
-        np.sign(np.diff(keys)), np.sign(np.diff(np.where(np.isinf(floats), np.sign(floats) * 3.3e38, floats)))
+        np.sign(np.diff(keys)),
+        np.sign(np.diff(np.where(np.isinf(floats), np.sign(floats) * 3.3e38, floats))),
     )
 
 

@@ -57,35 +57,60 @@ REFUSED = [
     ("seed", [-1, 2**64, 1.0, "1", True]),
     (
         "logit_bias",
-        [[1, 2], {"5": 1.0}, {-1: 1.0}, {5: math.nan}, {5: math.inf}, {5: 1e39}, {5: -1e39}, {5: "1"}, {5: True}],
+        [
+            [1, 2],
+            {"5": 1.0},
+            {-1: 1.0},
+            {5: math.nan},
+            {5: math.inf},
+            {5: 1e39},
+            {5: -1e39},
+            {5: "1"},
+            {5: True},
+        ],
     ),
     ("min_tokens", [-1, 1.0, True, 129]),
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in REFUSED for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in REFUSED for value in values]
+)
 def test_a_value_out_of_range_or_of_the_wrong_type_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=name):
         SamplingParams(**{name: value})
 
 
 def test_a_refusal_names_the_value_and_the_range_and_what_to_try():
-    with pytest.raises(ConfigError, match=r"temperature=-1: must be a number of at least 0 and .*; try 0 for greedy"):
+    with pytest.raises(
+        ConfigError,
+        match=r"temperature=-1: must be a number of at least 0 and .*; try 0 for greedy",
+    ):
         SamplingParams(temperature=-1)
-    with pytest.raises(ConfigError, match=r"top_p=1.5: must be a number above 0 and at most 1; .*try 0.9"):
+    with pytest.raises(
+        ConfigError, match=r"top_p=1.5: must be a number above 0 and at most 1; .*try 0.9"
+    ):
         SamplingParams(top_p=1.5)
-    with pytest.raises(ConfigError, match=r"min_tokens=9: must not exceed max_tokens=8; try max_tokens=9 or more"):
+    with pytest.raises(
+        ConfigError, match=r"min_tokens=9: must not exceed max_tokens=8; try max_tokens=9 or more"
+    ):
         SamplingParams(max_tokens=8, min_tokens=9)
     with pytest.raises(ConfigError, match=r"best_of=2: must be at least n=3, .*; try best_of=3"):
         SamplingParams(n=3, best_of=2)
-    with pytest.raises(ConfigError, match=r"deadline_s=0: must be a number of seconds above 0; None is no deadline"):
+    with pytest.raises(
+        ConfigError, match=r"deadline_s=0: must be a number of seconds above 0; None is no deadline"
+    ):
         SamplingParams(deadline_s=0)
 
 
 def test_values_at_the_ends_of_their_ranges_are_taken():
-    SamplingParams(temperature=0, top_k=-1, top_p=1, min_p=1, n=1, max_tokens=1, min_tokens=1, logprobs=0)
+    SamplingParams(
+        temperature=0, top_k=-1, top_p=1, min_p=1, n=1, max_tokens=1, min_tokens=1, logprobs=0
+    )
     SamplingParams(n=2, best_of=2, deadline_s=1e-9)
-    SamplingParams(presence_penalty=-2, frequency_penalty=2, prompt_logprobs=20, seed=2**64 - 1, min_p=0)
+    SamplingParams(
+        presence_penalty=-2, frequency_penalty=2, prompt_logprobs=20, seed=2**64 - 1, min_p=0
+    )
 
 
 def test_stop_and_stop_token_ids_become_tuples():
@@ -97,7 +122,11 @@ def test_stop_and_stop_token_ids_become_tuples():
 
 def test_numpy_numbers_become_plain_ones():
     params = SamplingParams(max_tokens=np.int64(5), temperature=np.float32(0.5), seed=np.uint32(3))
-    assert [type(x) for x in (params.max_tokens, params.temperature, params.seed)] == [int, float, int]
+    assert [type(x) for x in (params.max_tokens, params.temperature, params.seed)] == [
+        int,
+        float,
+        int,
+    ]
 
 
 def test_parameters_are_frozen_and_hash_by_value():
@@ -123,7 +152,9 @@ def test_fields_replace_those_of_the_base_and_keep_the_rest():
 
 
 def test_an_unknown_field_names_the_nearest_known_one():
-    with pytest.raises(ConfigError, match="temprature: no such keyword. Did you mean 'temperature'"):
+    with pytest.raises(
+        ConfigError, match="temprature: no such keyword. Did you mean 'temperature'"
+    ):
         SamplingParams.from_fields(temprature=0.5)
     with pytest.raises(ConfigError, match="must be a SamplingParams"):
         SamplingParams.from_fields({"temperature": 1.0})
@@ -132,7 +163,9 @@ def test_an_unknown_field_names_the_nearest_known_one():
 def test_ids_past_the_vocabulary_are_refused_once_it_is_known():
     for params in (SamplingParams(stop_token_ids=[3, 100]), SamplingParams(logit_bias={100: 1.0})):
         params.check_vocab(101)
-        with pytest.raises(ConfigError, match="id 100 is outside the vocabulary; ids go from 0 to 99"):
+        with pytest.raises(
+            ConfigError, match="id 100 is outside the vocabulary; ids go from 0 to 99"
+        ):
             params.check_vocab(100)
 
 

@@ -17,11 +17,13 @@ from jfp8kv.sampling import (
     stack_settings,
     top_logprobs,
 )
-from jfp8kv.sampling.adjust import adjust, allow, count_token
-from jfp8kv.sampling.keys import request_key
+from jfp8kv.sampling.penalties import adjust, allow, count_token
+from jfp8kv.sampling.rng import request_key
 from jfp8kv.sampling.sample import argmax
 
-spec = importlib.util.spec_from_file_location("sampling_oracle", Path(__file__).with_name("oracle.py"))
+spec = importlib.util.spec_from_file_location(
+    "sampling_oracle", Path(__file__).with_name("oracle.py")
+)
 oracle = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(oracle)
 
@@ -34,7 +36,9 @@ batch = jax.jit(sample_batch)
 def stacked(fields: list[dict], eos_ids=(), rows=None):
     """Settings of requests number 0, 1, ... that have no seed of their own."""
     each = [
-        settings_from(SamplingParams(**kw), request_key(kw.get("seed"), number=number), eos_ids=eos_ids)
+        settings_from(
+            SamplingParams(**kw), request_key(kw.get("seed"), number=number), eos_ids=eos_ids
+        )
         for number, kw in enumerate(fields)
     ]
     return stack_settings(each, rows=rows)
@@ -49,7 +53,9 @@ def answers(logits, fields, positions, eos_ids=()):
     rows = np.full((8, 300), -np.inf, np.float32)
     for row, x in zip(rows, logits, strict=False):
         row[: len(x)] = x
-    lists = dict(logit_bias={0: 0.0}, min_tokens=1, stop_token_ids=[1])  # so that the id lists have their widths
+    lists = dict(
+        logit_bias={0: 0.0}, min_tokens=1, stop_token_ids=[1]
+    )  # so that the id lists have their widths
     settings = stacked([*fields, *[lists] * (8 - len(fields))], eos_ids)
     tokens, logprobs = batch(jnp.asarray(rows), settings, at(*positions, *[0] * (8 - len(fields))))
     return tokens[: len(fields)], logprobs[: len(fields)]
@@ -65,7 +71,9 @@ def draws(logits, keys, **fields):
     """DRAWS tokens of requests that differ in their keys, or, with one key, of the positions of one request."""
     settings = jax.tree.map(jnp.asarray, settings_from(SamplingParams(**fields), request_key(0)))
     positions = np.arange(DRAWS) // len(keys)
-    return drawn(jnp.asarray(logits), settings, np.resize(keys, (DRAWS, 2)), positions.astype(np.int32))
+    return drawn(
+        jnp.asarray(logits), settings, np.resize(keys, (DRAWS, 2)), positions.astype(np.int32)
+    )
 
 
 SETTINGS = [
@@ -89,7 +97,9 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_oracle(fields):
     seen = np.bincount(tokens, minlength=VOCAB)
     assert not seen[expected == 0].any()
     rare = expected < 5  # chi-square needs about five of each: the rare ones count as one kind
-    groups = [(seen[i], expected[i]) for i in np.flatnonzero(~rare)] + [(seen[rare].sum(), expected[rare].sum())]
+    groups = [(seen[i], expected[i]) for i in np.flatnonzero(~rare)] + [
+        (seen[rare].sum(), expected[rare].sum())
+    ]
     observed, wanted = np.array([(o, e) for o, e in groups if e > 0]).T
     # The key is fixed, so this passes always or never; a right sampler fails for one key in ten thousand.
     assert stats.chisquare(observed, wanted).pvalue > 1e-4
@@ -135,14 +145,18 @@ def test_a_token_depends_neither_on_its_neighbours_nor_on_its_row():
     settings, positions = stacked(MIXED), at(*range(len(MIXED)))
     together, logprobs = batch(logits, settings, positions)
     order = np.random.default_rng(6).permutation(len(MIXED))
-    moved, _ = batch(logits[order], jax.tree.map(lambda leaf: leaf[order], settings), positions[order])
+    moved, _ = batch(
+        logits[order], jax.tree.map(lambda leaf: leaf[order], settings), positions[order]
+    )
     np.testing.assert_array_equal(moved, together[order])
     for i in range(len(MIXED)):
         row = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], settings)
         alone, logprob = batch(logits[i : i + 1], row, positions[i : i + 1])
         assert alone[0] == together[i]
         np.testing.assert_allclose(logprob[0], logprobs[i], rtol=1e-6)
-        single, _ = jax.jit(sample)(logits[i], jax.tree.map(lambda leaf, i=i: leaf[i], settings), positions[i])
+        single, _ = jax.jit(sample)(
+            logits[i], jax.tree.map(lambda leaf, i=i: leaf[i], settings), positions[i]
+        )
         assert single == together[i]
 
 
@@ -155,7 +169,9 @@ def test_mixed_settings_share_one_program():
         return sample_batch(logits, settings, positions)
 
     logits = jnp.asarray(np.random.default_rng(7).normal(size=(3, 50)), jnp.float32)
-    plain = [fields for fields in MIXED if "logit_bias" not in fields and "min_tokens" not in fields]
+    plain = [
+        fields for fields in MIXED if "logit_bias" not in fields and "min_tokens" not in fields
+    ]
     for start in range(len(plain)):
         chosen = [plain[(start + i) % len(plain)] for i in range(3)]
         jax.block_until_ready(counted(logits, stacked(chosen), at(0, 5, start)))
@@ -166,11 +182,15 @@ def test_mixed_settings_share_one_program():
 def test_a_seed_fixes_the_tokens_and_positions_and_samples_differ():
     logits = jnp.zeros((4, LARGE))  # every token as likely: two draws agree once in 20011
     first, _ = batch(logits, stacked([dict(seed=1)] * 4), at(0, 0, 1, 2))
-    again, _ = batch(logits, stacked([dict(), dict(seed=1), dict(seed=2), dict(seed=1)]), at(0, 0, 0, 1))
+    again, _ = batch(
+        logits, stacked([dict(), dict(seed=1), dict(seed=2), dict(seed=1)]), at(0, 0, 0, 1)
+    )
     assert first[0] == first[1] == again[1]
     assert first[2] == again[3]
     assert len({int(token) for token in [*first[1:], again[0], again[2]]}) == 5
-    samples = stack_settings([settings_from(SamplingParams(seed=1), request_key(1, index=i)) for i in range(4)])
+    samples = stack_settings(
+        [settings_from(SamplingParams(seed=1), request_key(1, index=i)) for i in range(4)]
+    )
     tokens, _ = batch(logits, samples, at(0, 0, 0, 0))
     assert tokens[0] == first[0]
     assert len(set(map(int, tokens))) == 4
@@ -191,21 +211,31 @@ def test_looking_at_the_likeliest_blocks_alone_changes_no_token():
         for position in range(3):
             positions = jnp.full(4, position, jnp.int32)
             np.testing.assert_array_equal(
-                batch(logits, stacked(filters), positions)[0], whole(logits, stacked(filters), positions)[0]
+                batch(logits, stacked(filters), positions)[0],
+                whole(logits, stacked(filters), positions)[0],
             )
             greedy_too = stacked([*filters[:3], dict(temperature=0)])
-            np.testing.assert_array_equal(batch(logits, greedy_too, positions)[0], whole(logits, greedy_too, positions)[0])
+            np.testing.assert_array_equal(
+                batch(logits, greedy_too, positions)[0], whole(logits, greedy_too, positions)[0]
+            )
 
 
 def test_log_probabilities_are_those_of_the_model_before_any_setting():
     logits = np.float32(np.random.default_rng(9).normal(size=(4, 60)) * 3)
-    fields = [dict(temperature=0), dict(temperature=5.0, top_k=2), dict(logit_bias={4: 50.0}), dict(min_p=0.3)]
+    fields = [
+        dict(temperature=0),
+        dict(temperature=5.0, top_k=2),
+        dict(logit_bias={4: 50.0}),
+        dict(min_p=0.3),
+    ]
     tokens, logprobs = answers(logits, fields, (0, 1, 2, 3))
     x = logits.astype(np.float64)
     expected = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
     assert tokens[2] == 4
     np.testing.assert_allclose(logprobs, expected[np.arange(4), tokens], rtol=1e-5)
-    np.testing.assert_allclose(logprob_at(jnp.asarray(logits[0]), jnp.int32(7)), expected[0, 7], rtol=1e-5)
+    np.testing.assert_allclose(
+        logprob_at(jnp.asarray(logits[0]), jnp.int32(7)), expected[0, 7], rtol=1e-5
+    )
 
 
 def test_the_largest_log_probabilities_come_likeliest_first_and_ties_by_id():
@@ -222,7 +252,12 @@ PENALTIES = [
     dict(repetition_penalty=0.7),
     dict(presence_penalty=0.9),
     dict(frequency_penalty=-0.4),
-    dict(repetition_penalty=1.2, presence_penalty=-0.5, frequency_penalty=0.3, logit_bias={1: 2.0, 9: -np.inf, 3: -3.5}),
+    dict(
+        repetition_penalty=1.2,
+        presence_penalty=-0.5,
+        frequency_penalty=0.3,
+        logit_bias={1: 2.0, 9: -np.inf, 3: -3.5},
+    ),
 ]
 
 
@@ -234,7 +269,9 @@ def test_penalties_and_bias_are_those_of_the_oracle(fields):
     counts = [jnp.asarray(np.bincount(ids, minlength=12), jnp.int32) for ids in (prompt, output)]
     settings = settings_from(params, request_key(0))
     mine = jax.jit(adjust)(jnp.asarray(logits), settings, jnp.int32(5), *counts)
-    np.testing.assert_allclose(mine, oracle.adjusted(logits, params, 5, prompt, output), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        mine, oracle.adjusted(logits, params, 5, prompt, output), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_no_end_token_is_picked_before_min_tokens():
@@ -256,7 +293,11 @@ def test_penalties_act_on_what_is_drawn_but_not_on_its_log_probability():
 
 
 def test_a_bias_on_the_last_id_reaches_it_and_padding_reaches_none():
-    fields = [dict(temperature=0, logit_bias={299: 1.0}), dict(temperature=0), dict(temperature=0, logit_bias={5: 1.0})]
+    fields = [
+        dict(temperature=0, logit_bias={299: 1.0}),
+        dict(temperature=0),
+        dict(temperature=0, logit_bias={5: 1.0}),
+    ]
     tokens, _ = answers(np.zeros((3, 300)), fields, (0, 0, 0))
     np.testing.assert_array_equal(tokens, [299, 0, 5])
 
@@ -299,7 +340,9 @@ def test_bits_that_are_not_set_forbid_their_tokens_and_leave_the_others_as_they_
 def test_only_allowed_tokens_are_drawn_and_log_probabilities_stay_the_models():
     logits = np.float32(np.random.default_rng(8).normal(size=(len(MIXED), 64)))
     allowed = np.full((len(MIXED), 2), 1 << 7 | 1 << 30, np.uint32)
-    tokens, logprobs = batch(jnp.asarray(logits), stacked(MIXED), at(*range(len(MIXED))), allowed=jnp.asarray(allowed))
+    tokens, logprobs = batch(
+        jnp.asarray(logits), stacked(MIXED), at(*range(len(MIXED))), allowed=jnp.asarray(allowed)
+    )
     assert set(tokens.tolist()) <= {7, 30, 39, 62}
     for row, token, logprob in zip(logits, tokens, logprobs, strict=True):
         np.testing.assert_allclose(logprob, row[token] - np.logaddexp.reduce(row), rtol=1e-5)

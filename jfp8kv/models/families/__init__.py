@@ -8,7 +8,7 @@ and the decoder cannot do is refused by name, never approximated.
 
 from collections.abc import Callable
 
-from jfp8kv.core.errors import ConfigError, nearest
+from jfp8kv.core.errors import ConfigError, did_you_mean
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import gemma, llama, mixtral, qwen
 from jfp8kv.models.families.fields import Fields
@@ -73,4 +73,6 @@ def _architecture(d: Fields) -> str:
         if name in FAMILIES:
             return name
     given = ", ".join(names)
-    raise ConfigError(f"architecture {given}: not supported; supported are {', '.join(FAMILIES)}.{nearest(given, FAMILIES)}")
+    raise ConfigError(
+        f"architecture {given}: not supported; supported are {', '.join(FAMILIES)}.{did_you_mean(given, FAMILIES)}"
+    )

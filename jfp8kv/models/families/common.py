@@ -11,7 +11,11 @@ from jfp8kv.models.families.fields import Fields
 from jfp8kv.models.families.ropes import FULL, SLIDING, ropes
 from jfp8kv.models.quantization import declared_kv_dtype
 
-STRETCHING = ("linear", "dynamic", "yarn")  # RoPE kinds whose factor says how far beyond `max_position_embeddings` they reach
+STRETCHING = (
+    "linear",
+    "dynamic",
+    "yarn",
+)  # RoPE kinds whose factor says how far beyond `max_position_embeddings` they reach
 
 
 def llama_like(
@@ -47,7 +51,9 @@ def llama_like(
         hidden=hidden,
         layers=layers,
         q_heads=q_heads,
-        kv_heads=f.count(d, "num_key_value_heads", q_heads if "num_key_value_heads" in d else kv_heads or q_heads),
+        kv_heads=f.count(
+            d, "num_key_value_heads", q_heads if "num_key_value_heads" in d else kv_heads or q_heads
+        ),
         head_dim=head_dim,
         mlp_hidden=f.count(d, "intermediate_size"),
         max_len=reach(rest["ropes"], max_len),
@@ -67,7 +73,9 @@ def reach(ropes: Sequence[Any], max_len: int) -> int:
     lengths = [max_len]
     for rope in ropes:
         if rope.kind in STRETCHING:
-            lengths.append(int(rope.factor * (rope.original_max_len if rope.kind == "yarn" else max_len)))
+            lengths.append(
+                int(rope.factor * (rope.original_max_len if rope.kind == "yarn" else max_len))
+            )
     return max(lengths)
 
 
@@ -76,7 +84,9 @@ def layer_types(d: Fields, layers: int, default: Sequence[str]) -> list[str]:
     found = f.by_layer(d, "layer_types", layers) or list(default)
     for kind in found:
         if kind not in (FULL, SLIDING):
-            raise ConfigError(f"layer_types has {kind!r} in the model's config: supported are {FULL!r} and {SLIDING!r}.")
+            raise ConfigError(
+                f"layer_types has {kind!r} in the model's config: supported are {FULL!r} and {SLIDING!r}."
+            )
     return found
 
 
@@ -93,7 +103,13 @@ def windows(kinds: Sequence[str], window: int | None) -> tuple[int, ...]:
 
 def sliding_window(d: Fields, default: int | None = None) -> int | None:
     """`sliding_window`, tokens; None where the config says null."""
-    return default if "sliding_window" not in d else None if d["sliding_window"] is None else f.count(d, "sliding_window")
+    return (
+        default
+        if "sliding_window" not in d
+        else None
+        if d["sliding_window"] is None
+        else f.count(d, "sliding_window")
+    )
 
 
 def uniform_windows(d: Fields, window: int | None) -> tuple[int, ...]:
@@ -108,13 +124,19 @@ def experts(
     total = f.count(d, "num_hidden_layers")
     step, dense = f.count(d, "decoder_sparse_step", 1), d.get("mlp_only_layers") or []
     layers = tuple(i for i in range(total) if i not in dense and (i + 1) % step == 0)
-    key = "num_local_experts" if "num_local_experts" in d else "num_experts"  # two spellings of one field
+    key = (
+        "num_local_experts" if "num_local_experts" in d else "num_experts"
+    )  # two spellings of one field
     size, chosen = f.count(d, key, count), f.count(d, "num_experts_per_tok", top_k)
     if chosen > size:
-        raise ConfigError(f"num_experts_per_tok={chosen}, {key}={size}: a token cannot go to more experts than there are.")
+        raise ConfigError(
+            f"num_experts_per_tok={chosen}, {key}={size}: a token cannot go to more experts than there are."
+        )
     if not layers:
         return None
-    return ExpertsConfig(count=size, top_k=chosen, hidden=f.count(d, hidden_key, hidden), layers=layers, **rest)
+    return ExpertsConfig(
+        count=size, top_k=chosen, hidden=f.count(d, hidden_key, hidden), layers=layers, **rest
+    )
 
 
 def checked(config: ModelConfig) -> ModelConfig:
@@ -125,5 +147,7 @@ def checked(config: ModelConfig) -> ModelConfig:
             "multiple of the second."
         )
     if len({rope.rotated(config.head_dim) for rope in config.ropes}) > 1:
-        raise ConfigError("rope_parameters in the model's config: all layers must rotate the same share of a head.")
+        raise ConfigError(
+            "rope_parameters in the model's config: all layers must rotate the same share of a head."
+        )
     return config

@@ -84,7 +84,9 @@ def by_layer(d: Fields, key: str, layers: int) -> list[Any] | None:
     if value is None:
         return None
     if not isinstance(value, list | tuple) or len(value) < layers:
-        raise ConfigError(f"{key}={value!r} {_HERE}: must be a list with an entry for each of {layers} layers.")
+        raise ConfigError(
+            f"{key}={value!r} {_HERE}: must be a list with an entry for each of {layers} layers."
+        )
     return list(value[:layers])
 
 
@@ -99,7 +101,9 @@ def dtype(d: Fields) -> str:
     """The type the checkpoint says its weights are, old or new spelling; float32 where it says nothing."""
     name = str(d.get("dtype") or d.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
-        raise ConfigError(f"dtype={name!r} {_HERE}: not supported; supported are {', '.join(DTYPES)}.")
+        raise ConfigError(
+            f"dtype={name!r} {_HERE}: not supported; supported are {', '.join(DTYPES)}."
+        )
     return name
 
 

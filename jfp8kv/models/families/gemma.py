@@ -11,7 +11,12 @@ from jfp8kv.models.families.ropes import FULL, SLIDING, distinct, rope
 
 
 def _gemma(d: Fields, architecture: str, **rest: Any) -> ModelConfig:
-    f.refuse(d, "use_bidirectional_attention", False, why="attention to later tokens is not supported in a decoder")
+    f.refuse(
+        d,
+        "use_bidirectional_attention",
+        False,
+        why="attention to later tokens is not supported in a decoder",
+    )
     bias = f.flag(d, "attention_bias")
     return llama_like(
         d,
@@ -33,7 +38,11 @@ def _gemma(d: Fields, architecture: str, **rest: Any) -> ModelConfig:
 def gemma(d: Fields) -> ModelConfig:
     """Gemma 1. Its early configs say "gelu" and mean the tanh approximation."""
     name = d.get("hidden_act")
-    return _gemma({**d, "hidden_act": "gelu_pytorch_tanh" if name == "gelu" else name}, "GemmaForCausalLM", kv_heads=16)
+    return _gemma(
+        {**d, "hidden_act": "gelu_pytorch_tanh" if name == "gelu" else name},
+        "GemmaForCausalLM",
+        kv_heads=16,
+    )
 
 
 def _from_gemma2(d: Fields, architecture: str, kinds: list[str], **rest: Any) -> ModelConfig:
@@ -74,7 +83,9 @@ def gemma3(d: Fields) -> ModelConfig:
     head_dim, max_len = f.count(d, "head_dim", 256), f.count(d, "max_position_embeddings", 131072)
     # The old spelling: `rope_theta` and `rope_scaling` are of the layers that see all, `rope_local_base_freq` of the others.
     given = f.mapping(d, "rope_parameters")
-    full = {"rope_theta": d.get("rope_theta")} | f.mapping(given, FULL) | f.mapping(d, "rope_scaling")
+    full = (
+        {"rope_theta": d.get("rope_theta")} | f.mapping(given, FULL) | f.mapping(d, "rope_scaling")
+    )
     sliding = {"rope_theta": d.get("rope_local_base_freq")} | f.mapping(given, SLIDING)
     ropes = {
         FULL: rope(full, head_dim=head_dim, max_len=max_len, theta=1e6),
@@ -97,7 +108,14 @@ def gemma3(d: Fields) -> ModelConfig:
 def gemma3_with_vision(d: Fields) -> ModelConfig:
     """The text model inside a Gemma 3 that also sees; its `text_config` lists only what differs from the family's defaults."""
     text = {**f.mapping(d, "text_config")}
-    for key in ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "quantization_config", "tie_word_embeddings"):
+    for key in (
+        "dtype",
+        "torch_dtype",
+        "bos_token_id",
+        "eos_token_id",
+        "quantization_config",
+        "tie_word_embeddings",
+    ):
         if d.get(key) is not None:
             text.setdefault(key, d[key])
     defaults = {

@@ -19,7 +19,9 @@ from jfp8kv.models.families.ropes import FULL, SLIDING
 
 # `general.architecture`, where it is not Hugging Face's `model_type` too.
 _GGUF_TYPES = {name: name for name in ("llama", "qwen2", "qwen3")} | {"gemma3": "gemma3_text"}
-_GEMMA3_27B_LAYERS = 62  # the one size of Gemma 3 that scales scores by hidden / heads: no field of the file says so
+_GEMMA3_27B_LAYERS = (
+    62  # the one size of Gemma 3 that scales scores by hidden / heads: no field of the file says so
+)
 # A file names one or two tokens that end a text. The families' own generation configs list these, known by their text.
 _ENDS = {
     "llama": ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
@@ -28,11 +30,18 @@ _ENDS = {
     "gemma3": ("<eos>", "<end_of_turn>"),
 }
 
-_UNCHANGED = {"rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.0}
+_UNCHANGED = {
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
 
 
 def config_from_gguf(
-    fields: Mapping[str, Any], *, tensors: Mapping[str, tuple[int, ...]], rope_factors: np.ndarray | None = None
+    fields: Mapping[str, Any],
+    *,
+    tensors: Mapping[str, tuple[int, ...]],
+    rope_factors: np.ndarray | None = None,
 ) -> ModelConfig:
     """A `ModelConfig` from GGUF metadata and the shapes of the file's tensors.
 
@@ -41,14 +50,18 @@ def config_from_gguf(
     """
     arch = str(fields.get("general.architecture"))
     if arch not in _GGUF_TYPES:
-        raise ConfigError(f"GGUF architecture {arch!r}: not supported; supported are {', '.join(_GGUF_TYPES)}.")
+        raise ConfigError(
+            f"GGUF architecture {arch!r}: not supported; supported are {', '.join(_GGUF_TYPES)}."
+        )
 
     def get(key: str, default: Any = None) -> Any:
         value = fields.get(f"{arch}.{key}", default)
         return _shortest(value) if isinstance(value, float) else value
 
     if get("expert_count", 0):
-        raise ConfigError(f"{arch}.expert_count={get('expert_count')}: mixture-of-experts models are not supported.")
+        raise ConfigError(
+            f"{arch}.expert_count={get('expert_count')}: mixture-of-experts models are not supported."
+        )
     theta = _shortest(number(fields, f"{arch}.rope.freq_base", 10000.0))
     as_hf = {
         "architectures": [MODEL_TYPES[_GGUF_TYPES[arch]]],
@@ -73,9 +86,13 @@ def config_from_gguf(
         as_hf |= _gemma3(get)
     config = config_from_hf({key: value for key, value in as_hf.items() if value is not None})
     if (rotated := get("rope.dimension_count", config.head_dim)) != config.head_dim:
-        raise ConfigError(f"{arch}.rope.dimension_count={rotated}: must be the whole head_dim, {config.head_dim}.")
+        raise ConfigError(
+            f"{arch}.rope.dimension_count={rotated}: must be the whole head_dim, {config.head_dim}."
+        )
     if (value_dim := get("attention.value_length", config.head_dim)) != config.head_dim:
-        raise ConfigError(f"{arch}.attention.value_length={value_dim}: must be the keys' length, {config.head_dim}.")
+        raise ConfigError(
+            f"{arch}.attention.value_length={value_dim}: must be the keys' length, {config.head_dim}."
+        )
     return dataclasses.replace(config, o_bias="blk.0.attn_output.bias" in tensors)
 
 
@@ -102,7 +119,11 @@ def _ends(fields: Mapping[str, Any], arch: str) -> list[Any]:
     """Every token that ends a text: those the file names, then the family's own that it has."""
     named = [fields.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot", "eom")]
     tokens = fields.get("tokenizer.ggml.tokens")
-    known = [tokens.index(text) for text in _ENDS[arch] if text in tokens] if isinstance(tokens, list) else []
+    known = (
+        [tokens.index(text) for text in _ENDS[arch] if text in tokens]
+        if isinstance(tokens, list)
+        else []
+    )
     return [token for token in named if token is not None] + known
 
 
@@ -114,17 +135,23 @@ def _gemma3(get: Callable[..., Any]) -> dict[str, Any]:
         "sliding_window": window or None,
         "sliding_window_pattern": pattern,
         "rope_local_base_freq": get("rope.freq_base_swa"),
-        "query_pre_attn_scalar": (_by_width(get) if by_width else get("attention.key_length")) or _by_width(get),
+        "query_pre_attn_scalar": (_by_width(get) if by_width else get("attention.key_length"))
+        or _by_width(get),
         "final_logit_softcapping": get("final_logit_softcapping"),
     }
     if not window:
         return found | {"sliding_window_pattern": 1}
     if isinstance(pattern, list):
-        return found | {"sliding_window_pattern": None, "layer_types": [SLIDING if slides else FULL for slides in pattern]}
+        return found | {
+            "sliding_window_pattern": None,
+            "layer_types": [SLIDING if slides else FULL for slides in pattern],
+        }
     return found
 
 
-def _gguf_rope(get: Callable[..., Any], theta: float, factors: np.ndarray | None) -> dict[str, Any] | None:
+def _gguf_rope(
+    get: Callable[..., Any], theta: float, factors: np.ndarray | None
+) -> dict[str, Any] | None:
     """The scaling of the rope; without a type it is linear, and a factor of 0 is none."""
     if factors is not None:
         return llama3_rule(factors, theta)

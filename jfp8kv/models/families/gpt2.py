@@ -9,7 +9,12 @@ from jfp8kv.models.quantization import declared_kv_dtype
 
 def gpt2(d: Fields) -> ModelConfig:
     """GPT-2 in its own spelling (`n_embd`, `n_head`, ...)."""
-    f.refuse(d, "add_cross_attention", False, why="cross-attention needs an encoder; a decoder alone is supported")
+    f.refuse(
+        d,
+        "add_cross_attention",
+        False,
+        why="cross-attention needs an encoder; a decoder alone is supported",
+    )
     hidden, heads = f.count(d, "n_embd", 768), f.count(d, "n_head", 12)
     return checked(
         ModelConfig(
@@ -23,7 +28,9 @@ def gpt2(d: Fields) -> ModelConfig:
             mlp_hidden=f.count(d, "n_inner", 4 * hidden),
             max_len=f.count(d, "n_positions", 1024),
             norm_eps=f.number(d, "layer_norm_epsilon", 1e-5),
-            activation=f.activation(d.get("activation_function", "gelu_new"), "activation_function"),
+            activation=f.activation(
+                d.get("activation_function", "gelu_new"), "activation_function"
+            ),
             ropes=(),
             learned_positions=True,
             norm="layer",

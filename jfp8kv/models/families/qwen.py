@@ -2,7 +2,14 @@
 
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import fields as f
-from jfp8kv.models.families.common import experts, layer_types, llama_like, sliding_window, uniform_windows, windows
+from jfp8kv.models.families.common import (
+    experts,
+    layer_types,
+    llama_like,
+    sliding_window,
+    uniform_windows,
+    windows,
+)
 from jfp8kv.models.families.fields import Fields
 from jfp8kv.models.families.ropes import FULL, SLIDING
 
@@ -14,14 +21,21 @@ def _window(d: Fields) -> int | None:
 def _kinds(d: Fields) -> list[str]:
     """Windows on the layers from `max_window_layers` on, where windows are used at all."""
     layers, full = f.count(d, "num_hidden_layers"), f.count(d, "max_window_layers", 28, least=0)
-    return layer_types(d, layers, [SLIDING if _window(d) and i >= full else FULL for i in range(layers)])
+    return layer_types(
+        d, layers, [SLIDING if _window(d) and i >= full else FULL for i in range(layers)]
+    )
 
 
 def qwen2(d: Fields) -> ModelConfig:
     """Qwen2 and Qwen2.5."""
     kinds = _kinds(d)
     return llama_like(
-        d, "Qwen2ForCausalLM", max_len=32768, qkv_bias=True, layer_types=kinds, windows=windows(kinds, _window(d))
+        d,
+        "Qwen2ForCausalLM",
+        max_len=32768,
+        qkv_bias=True,
+        layer_types=kinds,
+        windows=windows(kinds, _window(d)),
     )
 
 
@@ -66,7 +80,11 @@ def qwen3_moe(d: Fields) -> ModelConfig:
 
 def qwen2_moe(d: Fields) -> ModelConfig:
     """Qwen1.5-MoE and Qwen2-MoE: a shared expert behind a gate; windows alternate on the layers before `max_window_layers`."""
-    layers, limit, window = f.count(d, "num_hidden_layers"), f.count(d, "max_window_layers", 28, least=0), _window(d)
+    layers, limit, window = (
+        f.count(d, "num_hidden_layers"),
+        f.count(d, "max_window_layers", 28, least=0),
+        _window(d),
+    )
     default = [SLIDING if window and i < limit and i % 2 == 0 else FULL for i in range(layers)]
     kinds = layer_types(d, layers, default)
     return llama_like(

@@ -29,16 +29,27 @@ def ropes(
     given = spelled(d)
     nested = {kind: given[kind] for kind in (FULL, SLIDING) if isinstance(given.get(kind), Mapping)}
     if not nested:
-        given = {**d, **given, **({_ORIGINAL: d[_ORIGINAL]} if d.get(_ORIGINAL) else {})}  # the model's own word goes first
+        given = {
+            **d,
+            **given,
+            **({_ORIGINAL: d[_ORIGINAL]} if d.get(_ORIGINAL) else {}),
+        }  # the model's own word goes first
         return (rope(given, head_dim=head_dim, max_len=max_len, theta=theta),), ()
     missing = set(layer_types) - set(nested)
     if missing:
-        raise ConfigError(f"rope_parameters in the model's config: nothing for layers of type {missing.pop()!r}.")
-    each = {kind: rope({**d, **nested[kind]}, head_dim=head_dim, max_len=max_len, theta=theta) for kind in nested}
+        raise ConfigError(
+            f"rope_parameters in the model's config: nothing for layers of type {missing.pop()!r}."
+        )
+    each = {
+        kind: rope({**d, **nested[kind]}, head_dim=head_dim, max_len=max_len, theta=theta)
+        for kind in nested
+    }
     return distinct([each[kind] for kind in layer_types])
 
 
-def distinct(by_layer: Sequence[RopeConfig | None]) -> tuple[tuple[RopeConfig, ...], tuple[int, ...]]:
+def distinct(
+    by_layer: Sequence[RopeConfig | None],
+) -> tuple[tuple[RopeConfig, ...], tuple[int, ...]]:
     """The different ropes of a model and each layer's index among them, -1 for None; () where all layers have the one."""
     found = tuple(dict.fromkeys(rope for rope in by_layer if rope is not None))
     if not found:
@@ -52,7 +63,9 @@ def rope(given: Fields, *, head_dim: int, max_len: int, theta: float) -> RopeCon
     kind = given.get("rope_type") or given.get("type") or "default"
     kind = _OLD_NAMES.get(kind, kind)
     if kind not in ROPE_KINDS:
-        raise ConfigError(f"rope_type={kind!r}: not supported; supported are {', '.join(ROPE_KINDS)}.")
+        raise ConfigError(
+            f"rope_type={kind!r}: not supported; supported are {', '.join(ROPE_KINDS)}."
+        )
     share = number(given, "partial_rotary_factor", 1.0)
     if share > 1 or int(head_dim * share) % 2 or not int(head_dim * share):
         raise ConfigError(
@@ -65,7 +78,11 @@ def rope(given: Fields, *, head_dim: int, max_len: int, theta: float) -> RopeCon
     why = f"for rope_type {kind!r}"
     original = count(given, _ORIGINAL, max_len)
     if kind == "longrope":
-        return RopeConfig(**base, kind="longrope", **_longrope(given, int(head_dim * share) // 2, original, max_len, why))
+        return RopeConfig(
+            **base,
+            kind="longrope",
+            **_longrope(given, int(head_dim * share) // 2, original, max_len, why),
+        )
     if kind == "yarn" and given.get("factor") is None:
         given = {**given, "factor": max_len / original}
     factor = number(given, "factor", why=why)
@@ -74,7 +91,9 @@ def rope(given: Fields, *, head_dim: int, max_len: int, theta: float) -> RopeCon
     if kind == "dynamic":
         return RopeConfig(**base, kind="dynamic", factor=factor, original_max_len=max_len)
     if kind == "yarn":
-        return RopeConfig(**base, kind="yarn", factor=factor, original_max_len=original, **_yarn(given, factor))
+        return RopeConfig(
+            **base, kind="yarn", factor=factor, original_max_len=original, **_yarn(given, factor)
+        )
     return RopeConfig(
         **base,
         kind="llama3",
@@ -101,7 +120,11 @@ def _yarn(given: Fields, factor: float) -> dict[str, float | bool]:
     if magnitude is None:
         top, bottom = given.get("mscale"), given.get("mscale_all_dim")
         both = top and bottom
-        magnitude = yarn_magnitude(factor, top) / yarn_magnitude(factor, bottom) if both else yarn_magnitude(factor)
+        magnitude = (
+            yarn_magnitude(factor, top) / yarn_magnitude(factor, bottom)
+            if both
+            else yarn_magnitude(factor)
+        )
     else:
         magnitude = number(given, "attention_factor")
     return {
@@ -112,7 +135,9 @@ def _yarn(given: Fields, factor: float) -> dict[str, float | bool]:
     }
 
 
-def _longrope(given: Fields, pairs: int, original: int, max_len: int, why: str) -> dict[str, object]:
+def _longrope(
+    given: Fields, pairs: int, original: int, max_len: int, why: str
+) -> dict[str, object]:
     """Both lists of factors, and the magnitude: `attention_factor` if given, else `longrope_magnitude`."""
     factor = number(given, "factor", max_len / original)
     return {

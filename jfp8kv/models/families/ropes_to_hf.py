@@ -41,7 +41,11 @@ def one_rope(c: ModelConfig) -> dict[str, Any]:
     scaling = _scaling(rope, positions(c))
     old = {"rope_type": rope.kind} | scaling if scaling else None
     share = {} if rope.share == 1 else {"partial_rotary_factor": rope.share}
-    return {"rope_theta": rope.theta, "rope_scaling": old, "rope_parameters": _parameters(rope, positions(c))} | share
+    return {
+        "rope_theta": rope.theta,
+        "rope_scaling": old,
+        "rope_parameters": _parameters(rope, positions(c)),
+    } | share
 
 
 def phi3_rope(c: ModelConfig) -> dict[str, Any]:
@@ -88,17 +92,29 @@ def _scaling(rope: RopeConfig, max_len: int) -> dict[str, Any]:
         case "linear" | "dynamic":
             return {"factor": rope.factor}
         case "llama3":
-            bounds = {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+            bounds = {
+                "low_freq_factor": rope.low_freq_factor,
+                "high_freq_factor": rope.high_freq_factor,
+            }
             return {"factor": rope.factor, **bounds, _ORIGINAL: rope.original_max_len}
         case "yarn":
-            bounds = {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+            bounds = {
+                "beta_fast": rope.beta_fast,
+                "beta_slow": rope.beta_slow,
+                "truncate": rope.truncate,
+            }
             return {"factor": rope.factor, _ORIGINAL: rope.original_max_len, **bounds} | _magnitude(
                 rope, yarn_magnitude(rope.factor)
             )
         case "longrope":
             usual = longrope_magnitude(rope.factor, rope.original_max_len)
-            factors = {"short_factor": list(rope.short_factors), "long_factor": list(rope.long_factors)}
-            stretch = {} if rope.factor == max_len / rope.original_max_len else {"factor": rope.factor}
+            factors = {
+                "short_factor": list(rope.short_factors),
+                "long_factor": list(rope.long_factors),
+            }
+            stretch = (
+                {} if rope.factor == max_len / rope.original_max_len else {"factor": rope.factor}
+            )
             return {_ORIGINAL: rope.original_max_len, **factors} | stretch | _magnitude(rope, usual)
 
 

@@ -12,7 +12,13 @@ from typing import Any
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import MODEL_TYPES, config_from_hf
-from jfp8kv.models.families.ropes_to_hf import gemma3_ropes, kinds_of_layers, one_rope, phi3_rope, positions
+from jfp8kv.models.families.ropes_to_hf import (
+    gemma3_ropes,
+    kinds_of_layers,
+    one_rope,
+    phi3_rope,
+    positions,
+)
 
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 _TYPES = {architecture: model_type for model_type, architecture in MODEL_TYPES.items()}
@@ -45,7 +51,11 @@ def _require_same(config: ModelConfig, written: _Written) -> None:
         raise ConfigError(
             f"a {config.architecture} with this ModelConfig has no config.json that can be read: {error}"
         ) from error
-    fields = [field.name for field in dataclasses.fields(config) if getattr(wanted, field.name) != getattr(found, field.name)]
+    fields = [
+        field.name
+        for field in dataclasses.fields(config)
+        if getattr(wanted, field.name) != getattr(found, field.name)
+    ]
     if fields:
         told = ", ".join(f"{name}={getattr(wanted, name)!r}" for name in fields)
         raise ConfigError(
@@ -62,7 +72,11 @@ def _common(c: ModelConfig) -> _Written:
         "vocab_size": c.vocab,
         "tie_word_embeddings": c.tied_embeddings,
         "bos_token_id": c.bos_id,
-        "eos_token_id": None if not c.eos_ids else c.eos_ids[0] if len(c.eos_ids) == 1 else list(c.eos_ids),
+        "eos_token_id": None
+        if not c.eos_ids
+        else c.eos_ids[0]
+        if len(c.eos_ids) == 1
+        else list(c.eos_ids),
         "dtype": c.dtype,
         "torch_dtype": c.dtype,
     }
@@ -118,7 +132,13 @@ def _phi3(c: ModelConfig) -> _Written:
 
 def _smollm3(c: ModelConfig) -> _Written:
     rotates = [int(c.rope(layer) is not None) for layer in range(c.layers)]
-    return _llama_like(c, no_rope_layers=rotates, use_sliding_window=bool(c.windows), **_layer_types(c), **_biases(c))
+    return _llama_like(
+        c,
+        no_rope_layers=rotates,
+        use_sliding_window=bool(c.windows),
+        **_layer_types(c),
+        **_biases(c),
+    )
 
 
 def _olmo2(c: ModelConfig) -> _Written:
@@ -146,8 +166,12 @@ def _qwen3(c: ModelConfig) -> _Written:
 
 def _qwen2_moe(c: ModelConfig) -> _Written:
     shared = {"shared_expert_intermediate_size": c.experts.shared_hidden} if c.experts else {}
-    last = max((layer + 1 for layer in range(c.layers) if c.window(layer)), default=c.layers)  # layers before it slide
-    return _qwen2(c) | {"qkv_bias": c.qkv_bias, "max_window_layers": last} | shared | _qwen_experts(c)
+    last = max(
+        (layer + 1 for layer in range(c.layers) if c.window(layer)), default=c.layers
+    )  # layers before it slide
+    return (
+        _qwen2(c) | {"qkv_bias": c.qkv_bias, "max_window_layers": last} | shared | _qwen_experts(c)
+    )
 
 
 def _qwen3_moe(c: ModelConfig) -> _Written:
@@ -159,13 +183,21 @@ def _qwen_experts(c: ModelConfig) -> _Written:
     dense: _Written = {"decoder_sparse_step": 1, "mlp_only_layers": list(c.dense_layers)}
     if (e := c.experts) is None:
         return dense
-    sizes = {"num_experts": e.count, "num_experts_per_tok": e.top_k, "moe_intermediate_size": e.hidden}
+    sizes = {
+        "num_experts": e.count,
+        "num_experts_per_tok": e.top_k,
+        "moe_intermediate_size": e.hidden,
+    }
     return dense | sizes | {"norm_topk_prob": e.normalized}
 
 
 def _local_experts(c: ModelConfig) -> _Written:
     """Mixtral's and gpt-oss's words for them; their width is the MLP's."""
-    return {"num_local_experts": c.experts.count, "num_experts_per_tok": c.experts.top_k} if c.experts else {}
+    return (
+        {"num_local_experts": c.experts.count, "num_experts_per_tok": c.experts.top_k}
+        if c.experts
+        else {}
+    )
 
 
 def _mixtral(c: ModelConfig) -> _Written:
@@ -188,7 +220,9 @@ def _gemma2(c: ModelConfig, **rest: Any) -> _Written:
 
 
 def _gemma3(c: ModelConfig) -> _Written:
-    return _gemma2(c, max_position_embeddings=c.max_len, use_bidirectional_attention=False, **gemma3_ropes(c))
+    return _gemma2(
+        c, max_position_embeddings=c.max_len, use_bidirectional_attention=False, **gemma3_ropes(c)
+    )
 
 
 def _gpt2(c: ModelConfig) -> _Written:
@@ -200,7 +234,9 @@ def _gpt2(c: ModelConfig) -> _Written:
         "n_positions": c.max_len,
         "n_ctx": c.max_len,
         "layer_norm_epsilon": c.norm_eps,
-        "activation_function": "gelu_new" if c.activation == "gelu_tanh" else _ACTIVATIONS[c.activation],
+        "activation_function": "gelu_new"
+        if c.activation == "gelu_tanh"
+        else _ACTIVATIONS[c.activation],
         "scale_attn_weights": c.sm_scale is None,
         "scale_attn_by_inverse_layer_idx": c.scale_by_layer,
     }
@@ -208,7 +244,12 @@ def _gpt2(c: ModelConfig) -> _Written:
 
 def _undone(value: float, do: Callable[[float], float], near: float) -> int | float:
     """The plainest number from which `do` makes exactly `value`, near `near`; that itself where there is none."""
-    tried = (*(round(near, digits) for digits in (0, 3, 6, 9)), near, math.nextafter(near, 0), math.nextafter(near, math.inf))
+    tried = (
+        *(round(near, digits) for digits in (0, 3, 6, 9)),
+        near,
+        math.nextafter(near, 0),
+        math.nextafter(near, math.inf),
+    )
     found = next((number for number in tried if number > 0 and do(number) == value), near)
     return int(found) if found == int(found) else found
 

@@ -28,7 +28,9 @@ class Family:
     relayout: Callable[[Tensors], Tensors] | None = None
     fused_experts: bool = False
     fp8: bool = False  # also with keys and values rounded, as the Llamas have it
-    embedding: float = 3.0  # standard deviation of the embeddings, times the root of the hidden size
+    embedding: float = (
+        3.0  # standard deviation of the embeddings, times the root of the hidden size
+    )
     slow_key_bias: bool = False  # 20 to 60 where RoPE hardly turns, as Qwen2 has it
     min_different: int = 14  # ids among the 24
 
@@ -38,12 +40,22 @@ class Family:
         return self.config.get("text_config", self.config)
 
 
-def saved(name: str, first_seed: int, model_type: str, sizes: dict[str, Any], /, **config: Any) -> Family:
+def saved(
+    name: str, first_seed: int, model_type: str, sizes: dict[str, Any], /, **config: Any
+) -> Family:
     """A folder as 5.23 writes it. Names of fields of `Family` among the keywords go there, the rest is configuration."""
     return _family(name, first_seed, {"model_type": model_type} | IDS | sizes, config)
 
 
-def old(name: str, first_seed: int, architecture: str, model_type: str, sizes: dict[str, Any], /, **config: Any) -> Family:
+def old(
+    name: str,
+    first_seed: int,
+    architecture: str,
+    model_type: str,
+    sizes: dict[str, Any],
+    /,
+    **config: Any,
+) -> Family:
     """A folder whose `config.json` is exactly this dictionary: older spellings, absent keys."""
     start = {"architectures": [architecture], "model_type": model_type} | IDS | sizes
     return _family(name, first_seed, start, {"as_is": True} | config)
@@ -52,13 +64,22 @@ def old(name: str, first_seed: int, architecture: str, model_type: str, sizes: d
 def _family(name: str, first_seed: int, start: dict[str, Any], given: dict[str, Any]) -> Family:
     fields = {field.name for field in dataclasses.fields(Family)}
     rest = {key: value for key, value in given.items() if key not in fields}
-    case = Family(name, first_seed, start | rest, **{key: value for key, value in given.items() if key in fields})
+    case = Family(
+        name,
+        first_seed,
+        start | rest,
+        **{key: value for key, value in given.items() if key in fields},
+    )
     if not case.as_is:
         return case
-    return dataclasses.replace(case, config=case.config | {"torch_dtype": str(case.dtype).removeprefix("torch.")})
+    return dataclasses.replace(
+        case, config=case.config | {"torch_dtype": str(case.dtype).removeprefix("torch.")}
+    )
 
 
-def sizes(vocab: int, hidden: int, mlp: int, layers: int, q_heads: int, kv_heads: int | None, **more: Any) -> dict[str, Any]:
+def sizes(
+    vocab: int, hidden: int, mlp: int, layers: int, q_heads: int, kv_heads: int | None, **more: Any
+) -> dict[str, Any]:
     """The seven numbers most configurations have, by their usual names; `kv_heads=None` leaves that key out."""
     found = {
         "vocab_size": vocab,

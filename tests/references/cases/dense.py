@@ -180,7 +180,11 @@ PHI3 = [
         sizes(113, 32, 32, 2, 2, 1),
         tie_word_embeddings=True,
         original_max_position_embeddings=256,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
     ),
     saved(  # 85 tokens never leave the original 96: short factors
         "phi3_longrope_short",
@@ -208,7 +212,12 @@ PHI3 = [
         hidden_act="silu",
         rms_norm_eps=1e-5,
         rope_theta=10000.0,
-        rope_scaling={"type": "su", "original_max_position_embeddings": 32, "short_factor": SHORT, "long_factor": LONG},
+        rope_scaling={
+            "type": "su",
+            "original_max_position_embeddings": 32,
+            "short_factor": SHORT,
+            "long_factor": LONG,
+        },
         tie_word_embeddings=False,
     ),
     old(  # the ninth new token is the first that sees more than 70
@@ -301,7 +310,13 @@ def as_published(tensors: Tensors) -> Tensors:
 
 
 def gpt2_sizes(vocab: int, hidden: int, layers: int, heads: int, positions: int) -> dict[str, int]:
-    return {"vocab_size": vocab, "n_embd": hidden, "n_layer": layers, "n_head": heads, "n_positions": positions}
+    return {
+        "vocab_size": vocab,
+        "n_embd": hidden,
+        "n_layer": layers,
+        "n_head": heads,
+        "n_positions": positions,
+    }
 
 
 GPT2 = [

@@ -73,7 +73,9 @@ GEMMA2 = [
     ),
 ]
 
-TEXT = sizes(101, 24, 24, 3, 3, 1, model_type="gemma3_text", bos_token_id=1, eos_token_id=2, pad_token_id=0)
+TEXT = sizes(
+    101, 24, 24, 3, 3, 1, model_type="gemma3_text", bos_token_id=1, eos_token_id=2, pad_token_id=0
+)
 VISION = {
     "model_type": "siglip_vision_model",
     "hidden_size": 8,
@@ -128,7 +130,12 @@ GEMMA3 = [
         query_pre_attn_scalar=20,
         final_logit_softcapping=7.0,
         sliding_window=8,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        layer_types=[
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+        ],
         rope_parameters={
             "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
@@ -140,7 +147,13 @@ GEMMA3 = [
         "gemma3",
         {},
         embedding=1.0,
-        text_config=TEXT | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 10, "sliding_window_pattern": 2},
+        text_config=TEXT
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 10,
+            "sliding_window_pattern": 2,
+        },
         vision_config=VISION,
         mm_tokens_per_image=4,
         image_token_index=4,

@@ -114,7 +114,12 @@ QWEN2_MOE = [
     ),
 ]
 
-YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "truncate": False}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "truncate": False,
+}
 GPT_OSS = [
     saved(
         "gpt_oss_saved",
@@ -153,7 +158,8 @@ GPT_OSS = [
             "quant_method": "mxfp4",
         },
         rms_norm_eps=1e-5,
-        rope_scaling=YARN | {"original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0},
+        rope_scaling=YARN
+        | {"original_max_position_embeddings": 64, "beta_fast": 32.0, "beta_slow": 1.0},
         rope_theta=1000,
         sliding_window=16,
         swiglu_limit=7.0,

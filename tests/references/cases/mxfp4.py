@@ -15,7 +15,9 @@ BIAS = 127
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The blocks and scales nearest to `weight`, the scale being that of the largest number of a block."""
     rows = weight.float().transpose(1, 2).unflatten(-1, (-1, 32))
-    exponent = rows.abs().amax(-1).log2().floor() - 2  # 4 to 8 of the largest: those past 6 are clipped
+    exponent = (
+        rows.abs().amax(-1).log2().floor() - 2
+    )  # 4 to 8 of the largest: those past 6 are clipped
     scaled = rows / exponent.exp2()[..., None]
     code = (scaled.abs()[..., None] - VALUES).abs().argmin(-1) + 8 * (scaled < 0)
     blocks = code[..., 0::2] | code[..., 1::2] << 4

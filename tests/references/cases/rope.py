@@ -5,7 +5,17 @@ from cases.case import old, saved, sizes
 
 def llama_old(name: str, seed: int, vocab: int, positions: int, **config):
     shape = sizes(vocab, 32, 24, 2, 4, 2) | {"max_position_embeddings": positions}
-    return old(name, seed, "LlamaForCausalLM", "llama", shape, head_dim=16, hidden_act="silu", rms_norm_eps=1e-5, **config)
+    return old(
+        name,
+        seed,
+        "LlamaForCausalLM",
+        "llama",
+        shape,
+        head_dim=16,
+        hidden_act="silu",
+        rms_norm_eps=1e-5,
+        **config,
+    )
 
 
 def llama_saved(name: str, seed: int, vocab: int, positions: int, **rope):
@@ -18,10 +28,28 @@ LONG = [1.0, 1.4, 2.0, 3.0, 4.5, 6.0, 8.0, 9.0]
 
 CASES = [
     # the prompt is already longer than the trained 40 positions
-    llama_old("rope_dynamic", 49, 101, 40, rope_theta=500.0, rope_scaling={"type": "dynamic", "factor": 4.0}),
+    llama_old(
+        "rope_dynamic",
+        49,
+        101,
+        40,
+        rope_theta=500.0,
+        rope_scaling={"type": "dynamic", "factor": 4.0},
+    ),
     # it becomes longer than 70 while generating
-    llama_saved("rope_dynamic_cross", 6, 103, 70, rope_type="dynamic", rope_theta=500.0, factor=8.0),
-    llama_saved("rope_yarn", 11, 107, 128, rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=32),
+    llama_saved(
+        "rope_dynamic_cross", 6, 103, 70, rope_type="dynamic", rope_theta=500.0, factor=8.0
+    ),
+    llama_saved(
+        "rope_yarn",
+        11,
+        107,
+        128,
+        rope_type="yarn",
+        rope_theta=500.0,
+        factor=4.0,
+        original_max_position_embeddings=32,
+    ),
     llama_saved(
         "rope_yarn_mscale",
         13,

@@ -36,11 +36,19 @@ class KeysInWeights:
         """None where keys have no bias, are normalized after it, or where there are shapes instead of weights."""
         layers = tree["layers"]
         bias = layers["k"].get("bias")
-        if bias is None or config.qk_norm or not config.pre_norm or isinstance(bias, jax.ShapeDtypeStruct):
+        if (
+            bias is None
+            or config.qk_norm
+            or not config.pre_norm
+            or isinstance(bias, jax.ShapeDtypeStruct)
+        ):
             return None
         shape, norm = (config.layers, config.kv_heads, config.head_dim), layers["attention_norm"]
         offset, spread = _through(
-            layers["k"]["weight"], norm["weight"], norm.get("bias"), plus_one=config.norm == "rms_plus_one"
+            layers["k"]["weight"],
+            norm["weight"],
+            norm.get("bias"),
+            plus_one=config.norm == "rms_plus_one",
         )
         constant = np.asarray(bias, np.float32) + np.asarray(offset)
         return cls(constant.reshape(shape), np.asarray(spread).reshape(shape))
@@ -78,10 +86,17 @@ def turned(config: ModelConfig, mean: np.ndarray, tokens: int) -> tuple[np.ndarr
     starts = range(0, tokens, POSITIONS)
     offset, swing = np.zeros_like(mean), np.zeros_like(mean)
     for layer in np.flatnonzero(mean.any(axis=(1, 2))).tolist():
-        sums = sum(np.asarray(_total(config, mean, layer, start, tokens), np.float64) for start in starts)
-        last = np.asarray(_turning(config, mean, layer, tokens - 1, tokens)[0], np.float64) * (len(starts) * POSITIONS - tokens)
+        sums = sum(
+            np.asarray(_total(config, mean, layer, start, tokens), np.float64) for start in starts
+        )
+        last = np.asarray(_turning(config, mean, layer, tokens - 1, tokens)[0], np.float64) * (
+            len(starts) * POSITIONS - tokens
+        )
         offset[layer] = (sums - last) / tokens
-        swing[layer] = np.max([_farthest(config, mean, layer, start, tokens, offset[layer]) for start in starts], axis=0)
+        swing[layer] = np.max(
+            [_farthest(config, mean, layer, start, tokens, offset[layer]) for start in starts],
+            axis=0,
+        )
     return offset, swing
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import BFLOAT16, KVFormat
 from jfp8kv.core.ranges import runs
-from jfp8kv.models.constant_keys import KeysInWeights, turned
+from jfp8kv.models.key_bias import KeysInWeights, turned
 from jfp8kv.models.params import Params
 
 # All in times what keys vary by: of a head as a whole, since errors in its channels add up in the scores (note 013).
@@ -23,13 +23,17 @@ TURNING = 4.0  # the most of each channel that turns away, ten times the loss (n
 FARTHEST = 16.0  # a key from its constant part, by channel, which the scale makes room for
 
 
-def without_scales(params: Params, formats: tuple[KVFormat, ...], longest: int) -> tuple[tuple[KVFormat, ...], KVScales]:
+def without_scales(
+    params: Params, formats: tuple[KVFormat, ...], longest: int
+) -> tuple[tuple[KVFormat, ...], KVScales]:
     """The format of each layer and its scales, for texts of up to `longest` tokens.
 
     `formats` are those asked for. Scales are 1 and there are no offsets unless a layer needs them.
     """
     unit = KVScales.unit(params.config.layers)
-    keys = KeysInWeights.of(params.tree, params.config) if any(fmt.is_fp8 for fmt in formats) else None
+    keys = (
+        KeysInWeights.of(params.tree, params.config) if any(fmt.is_fp8 for fmt in formats) else None
+    )
     if keys is None:
         return formats, unit
     large = _exceeds(keys.constant, LARGE, keys) & np.array([fmt.is_fp8 for fmt in formats])

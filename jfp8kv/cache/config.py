@@ -11,21 +11,21 @@ import jax
 import numpy as np
 
 from jfp8kv.cache.capacity import default_bytes, pages_for, parse_bytes
-from jfp8kv.cache.groups import LayerGroups, PageNeeds
-from jfp8kv.cache.layout import LayerKind, PoolLayout, widths
-from jfp8kv.cache.pages import KVPages, LayerScales, new_pages, page_bytes
+from jfp8kv.cache.default_scales import without_scales
+from jfp8kv.cache.groups import LayerGroups, PageRequirements
+from jfp8kv.cache.kv_dtype import layer_formats, plan_of
+from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, widths
 from jfp8kv.cache.plan import KVPlan
-from jfp8kv.cache.scales import NAMED, TOKEN_HEAD, UNIT, KVScales, check_shape
-from jfp8kv.core.errors import ConfigError, one_of
+from jfp8kv.cache.pool import KVPool, LayerScales, new_pool, page_bytes
+from jfp8kv.cache.scales import SCALE_NAMES, TOKEN_HEAD, UNIT, KVScales, check_shape
+from jfp8kv.core.errors import ConfigError, invalid_choice
 from jfp8kv.core.formats import KVFormat, kv_format
-from jfp8kv.engine.kv_dtype import layer_formats, plan_of
-from jfp8kv.engine.without_scales import without_scales
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
 
 
 @dataclasses.dataclass(frozen=True)
-class KVSetup:
+class CacheConfig:
     """What each layer of a cache keeps, and its scales; `scales` is None when all are dynamic (one per token and head, in the
     pages).
 
@@ -33,18 +33,22 @@ class KVSetup:
     the attention in use wants keys in their pages (cache/layout.py); a CPU's does.
     """
 
-    kinds: tuple[LayerKind, ...]
+    kinds: tuple[LayerCacheSpec, ...]
     scales: KVScales | None
     config: ModelConfig
     page_size: int
-    span: int
+    max_tokens_per_dispatch: int
     keys_transposed: bool = True
 
     @property
     def name(self) -> str:
         """The format's name; where layers differ, each with how many layers have it: "fp8_e4m3 x28, bfloat16 x2"."""
         counts = Counter(kind.fmt.name for kind in self.kinds)
-        return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{name} x{n}" for name, n in counts.most_common())
+        return (
+            next(iter(counts))
+            if len(counts) == 1
+            else ", ".join(f"{name} x{n}" for name, n in counts.most_common())
+        )
 
     @property
     def dynamic(self) -> bool:
@@ -63,7 +67,11 @@ class KVSetup:
 
     @property
     def _page(self) -> dict[str, Any]:
-        return {"page_size": self.page_size, "kv_heads": self.config.kv_heads, "head_dim": self.config.head_dim}
+        return {
+            "page_size": self.page_size,
+            "kv_heads": self.config.kv_heads,
+            "head_dim": self.config.head_dim,
+        }
 
     @property
     def page_bytes(self) -> int:
@@ -71,18 +79,18 @@ class KVSetup:
         return page_bytes(self.layout, **self._page)
 
     @property
-    def needs(self) -> PageNeeds:
+    def requirements(self) -> PageRequirements:
         """How many pages a text takes."""
-        return PageNeeds(self.groups, self.page_size, self.span)
+        return PageRequirements(self.groups, self.page_size, self.max_tokens_per_dispatch)
 
     @property
-    def without_windows(self) -> "KVSetup":
+    def without_windows(self) -> "CacheConfig":
         """The same cache if every layer kept the whole text."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, windows=()))
 
     def text_bytes(self, tokens: int) -> int:
         """Bytes of the pages that a text of `tokens` tokens takes in all layers."""
-        return self.needs.total(tokens) * self.page_bytes
+        return self.requirements.total_pages(tokens) * self.page_bytes
 
     def bytes_per_token(self, tokens: int) -> float:
         """`text_bytes` of a text that fills its last page, by token: without windows the same for every length."""
@@ -91,11 +99,13 @@ class KVSetup:
     def num_pages(self, memory: Any, *, most: int) -> int:
         """Pages that `memory` bytes hold (None: a share of what is free on the device), at most `most`."""
         budget = default_bytes(jax.local_devices()[0]) if memory is None else parse_bytes(memory)
-        return pages_for(budget, bytes_per_page=self.page_bytes, page_size=self.page_size, most=most)
+        return pages_for(
+            budget, bytes_per_page=self.page_bytes, page_size=self.page_size, most=most
+        )
 
-    def pool(self, num_pages: int) -> KVPages:
+    def pool(self, num_pages: int) -> KVPool:
         """A new pool on the device."""
-        return new_pages(self.layout, num_pages=num_pages, **self._page)
+        return new_pool(self.layout, num_pages=num_pages, **self._page)
 
     def layer_scales(self) -> LayerScales | None:
         """The static scales on the device."""
@@ -104,7 +114,15 @@ class KVSetup:
         return None if self.scales is None else LayerScales.of(self.scales, **sizes)
 
 
-def setup(params: Params, kv_dtype: Any, kv_scales: Any, *, page_size: Any, span: int, longest: int | None = None) -> KVSetup:
+def resolve_cache(
+    params: Params,
+    kv_dtype: Any,
+    kv_scales: Any,
+    *,
+    page_size: Any,
+    max_tokens_per_dispatch: int,
+    longest: int | None = None,
+) -> CacheConfig:
     """Resolve `kv_dtype` and `kv_scales` for this model. Raises `ConfigError` or `CheckpointError` for what cannot be.
 
     `longest` is the most tokens of a text, None what the model was trained for. The leaves of `params` may be shapes alone,
@@ -119,29 +137,45 @@ def setup(params: Params, kv_dtype: Any, kv_scales: Any, *, page_size: Any, span
     else:
         formats = layer_formats(kv_dtype, config, params.dtype.name)
         if isinstance(kv_scales, str) and kv_scales == "auto" and params.kv_scales is None:
-            dynamic, (formats, scales) = False, without_scales(params, formats, longest or config.max_len)
+            dynamic, (formats, scales) = (
+                False,
+                without_scales(params, formats, longest or config.max_len),
+            )
         else:
             dynamic, scales = _scales(params, formats, kv_scales)
-        kinds = tuple(LayerKind(fmt, dynamic and fmt.is_fp8) for fmt in formats)
+        kinds = tuple(LayerCacheSpec(fmt, dynamic and fmt.is_fp8) for fmt in formats)
     if scales is None and not all(kind.dynamic for kind in kinds):
         scales = KVScales.unit(config.layers)
-    return KVSetup(kinds, scales, config, page_size, span)
+    return CacheConfig(kinds, scales, config, page_size, max_tokens_per_dispatch)
 
 
-def _planned(plan: KVPlan, config: ModelConfig, kv_scales: Any) -> tuple[tuple[LayerKind, ...], KVScales]:
+def _planned(
+    plan: KVPlan, config: ModelConfig, kv_scales: Any
+) -> tuple[tuple[LayerCacheSpec, ...], KVScales]:
     """What a plan says. Its scales are part of it: others are refused."""
     if not (isinstance(kv_scales, str) and kv_scales == "auto"):
-        raise ConfigError(f"kv_scales={kv_scales!r}: kv_dtype is a plan, which brings its own scales; leave kv_scales out.")
+        raise ConfigError(
+            f"kv_scales={kv_scales!r}: kv_dtype is a plan, which brings its own scales; leave kv_scales out."
+        )
     plan.check(config.layers)
-    check_shape(plan.scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
+    check_shape(
+        plan.scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim
+    )
     return tuple(layer.kind for layer in plan.layers), plan.scales
 
 
-def _scales(params: Params, formats: tuple[KVFormat, ...], given: Any) -> tuple[bool, KVScales | None]:
+def _scales(
+    params: Params, formats: tuple[KVFormat, ...], given: Any
+) -> tuple[bool, KVScales | None]:
     """Whether FP8 layers have dynamic scales, and the static ones."""
     config, quantized = params.config, [fmt for fmt in formats if fmt.is_fp8]
-    if isinstance(given, str) and given not in NAMED and os.path.sep not in given and not os.path.exists(given):
-        raise one_of("kv_scales", given, (*NAMED, "a KVScales", "a path to one"))
+    if (
+        isinstance(given, str)
+        and given not in SCALE_NAMES
+        and os.path.sep not in given
+        and not os.path.exists(given)
+    ):
+        raise invalid_choice("kv_scales", given, (*SCALE_NAMES, "a KVScales", "a path to one"))
     if isinstance(given, str) and (given == UNIT or (given == "auto" and not quantized)):
         return False, KVScales.unit(config.layers)
     if not quantized:
@@ -152,12 +186,14 @@ def _scales(params: Params, formats: tuple[KVFormat, ...], given: Any) -> tuple[
         return True, None
     if isinstance(given, str) and given in ("auto", "checkpoint"):
         if params.kv_scales is None:
-            raise ConfigError("kv_scales='checkpoint': the checkpoint has none; try 'unit', 'token_head' or a KVScales.")
+            raise ConfigError(
+                "kv_scales='checkpoint': the checkpoint has none; try 'unit', 'token_head' or a KVScales."
+            )
         given = params.kv_scales
     if isinstance(given, str | os.PathLike):
         given = KVScales.load(given)
     if not isinstance(given, KVScales):
-        raise one_of("kv_scales", given, (*NAMED, "a KVScales", "a path to one"))
+        raise invalid_choice("kv_scales", given, (*SCALE_NAMES, "a KVScales", "a path to one"))
     check_shape(given, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
     return False, _for_formats(given, formats)
 
@@ -191,7 +227,9 @@ def context_length(config: ModelConfig, max_model_len: Any) -> int:
     """Most tokens of a request; None is what the model was trained for. Raises `ConfigError` for more than that."""
     length = positive("max_model_len", max_model_len) or config.max_len
     if length > config.max_len:
-        raise ConfigError(f"max_model_len={max_model_len}: this model was trained for at most {config.max_len} tokens.")
+        raise ConfigError(
+            f"max_model_len={max_model_len}: this model was trained for at most {config.max_len} tokens."
+        )
     return length
 
 

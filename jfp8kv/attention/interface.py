@@ -1,18 +1,18 @@
 """What every implementation of paged attention is given, and what it must return.
 
 All are functions of one request, batched with `vmap` (the pool unbatched). They are shown a pool whose layers are of one kind
-(`KVPages.only`), whose elements may lie in byte planes (`KVPages.stored`) and whose keys may be transposed
+(`KVPool.only`), whose elements may lie in byte planes (`KVPool.stored`) and whose keys may be transposed
 (`PoolLayout.keys_transposed`). They read the same stored bytes and agree within rounding, or raise `NotSupported`.
 """
 
 from jaxtyping import Array, Float, Int
 
-from jfp8kv.cache.pages import KVPages, Layer, LayerScales
+from jfp8kv.cache.pool import KVPool, Layer, LayerScales
 from jfp8kv.core.pytree import pytree, static
 
 
 @pytree
-class Where:
+class AttentionMetadata:
     """Where one request's tokens are: its `page_table`, and which of its tokens the queries are.
 
     Queries stand at positions `start, start + 1, ...`; the cache holds positions `0 .. length - 1`, those of the queries
@@ -44,4 +44,4 @@ class AttentionOptions:
 
 Query = Float[Array, "tokens q_heads head_dim"]
 
-__all__ = ["AttentionOptions", "KVPages", "Layer", "LayerScales", "Query", "Where"]
+__all__ = ["AttentionOptions", "KVPool", "Layer", "LayerScales", "Query", "AttentionMetadata"]

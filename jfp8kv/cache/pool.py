@@ -19,7 +19,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, UInt8
 
-from jfp8kv.cache.layout import LayerKind, PoolLayout
+from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout
 from jfp8kv.cache.scales import KVScales, exponent_inverse, exponent_scale, token_head_exponent
 from jfp8kv.core.batching import with_axis
 from jfp8kv.core.formats import KVFormat, as_values, decode, encode, join_planes, split_planes
@@ -29,7 +29,7 @@ Layer = Int[Array, ""] | int
 
 
 @pytree
-class KVPages:
+class KVPool:
     """Keys and values of every layer. `real = stored * scale`.
 
     `k_bits` and `v_bits` hold the format's bits (core/formats.py says why); `k` and `v` show them as `float8`, both with tokens
@@ -54,7 +54,7 @@ class KVPages:
         return self._kind.dynamic
 
     @property
-    def _kind(self) -> LayerKind:
+    def _kind(self) -> LayerCacheSpec:
         (kind,) = self.layout.distinct
         return kind
 
@@ -68,13 +68,13 @@ class KVPages:
         """Tokens per page."""
         return self.v_bits.shape[2]
 
-    def only(self, kind: LayerKind) -> "KVPages":
+    def only(self, kind: LayerCacheSpec) -> "KVPool":
         """The same arrays, as layers of this kind see them."""
         if self.layout.distinct == (kind,):
             return self
         layout = dataclasses.replace(self.layout, kinds=(kind,) * len(self.layout.kinds))
         exponents = (self.k_exponent, self.v_exponent) if kind.dynamic else (None, None)
-        return KVPages(self.k_bits, self.v_bits, *exponents, layout=layout)
+        return KVPool(self.k_bits, self.v_bits, *exponents, layout=layout)
 
     @property
     def first_rows(self) -> Int[Array, " layers"]:
@@ -94,7 +94,9 @@ class KVPages:
         """The same in the exponents."""
         return self._rows(self.layout.exponent_slots, layer, numbers, self.k_exponent)
 
-    def _rows(self, slots: tuple[int, ...], layer: Layer, numbers: Int[Array, " pages"], pool: Array) -> Int[Array, " pages"]:
+    def _rows(
+        self, slots: tuple[int, ...], layer: Layer, numbers: Int[Array, " pages"], pool: Array
+    ) -> Int[Array, " pages"]:
         alike = slots == tuple(range(len(slots)))
         slot = jnp.int32(layer) if alike else jnp.asarray(slots, jnp.int32)[layer]
         return jnp.where(numbers < self.num_pages, slot * self.num_pages + numbers, pool.shape[0])
@@ -110,7 +112,9 @@ class KVPages:
         """Keys as pages have them, with tokens before channels."""
         return keys.swapaxes(2, 3) if self.layout.keys_transposed else keys
 
-    def exponents(self, pool: Array, rows: Int[Array, " pages"]) -> UInt8[Array, "pages kv_heads page_size"]:
+    def exponents(
+        self, pool: Array, rows: Int[Array, " pages"]
+    ) -> UInt8[Array, "pages kv_heads page_size"]:
         """These rows of `k_exponent` or `v_exponent`; rows past the end give some row that exists."""
         return pool[jnp.minimum(rows, pool.shape[0] - 1)]
 
@@ -143,28 +147,43 @@ class LayerScales:
     def of(cls, scales: KVScales, *, layers: int, kv_heads: int, head_dim: int) -> "LayerScales":
         full = (layers, kv_heads, head_dim)
         values = (scales.k, scales.v, 1 / scales.k, 1 / scales.v, scales.k_offset)
-        return cls(*(None if x is None else jnp.broadcast_to(jnp.asarray(x, jnp.float32), full) for x in values))
+        return cls(
+            *(
+                None if x is None else jnp.broadcast_to(jnp.asarray(x, jnp.float32), full)
+                for x in values
+            )
+        )
 
 
-def new_pages(layout: PoolLayout, *, num_pages: int, page_size: int, kv_heads: int, head_dim: int) -> KVPages:
+def new_pool(
+    layout: PoolLayout, *, num_pages: int, page_size: int, kv_heads: int, head_dim: int
+) -> KVPool:
     """A pool of zeros: `num_pages` pages, of `page_size` tokens, in every slot of `layout`."""
     rows, dynamic_rows = layout.depth * num_pages, layout.exponent_depth * num_pages
     values = (page_size, head_dim)
     keys = values[::-1] if layout.keys_transposed else values
     k_bits, v_bits = (jnp.zeros((rows, kv_heads, *page), layout.stored) for page in (keys, values))
-    exponents = [jnp.zeros((dynamic_rows, kv_heads, page_size), jnp.uint8) if dynamic_rows else None for _ in "kv"]
-    return KVPages(k_bits, v_bits, *exponents, layout=layout)
+    exponents = [
+        jnp.zeros((dynamic_rows, kv_heads, page_size), jnp.uint8) if dynamic_rows else None
+        for _ in "kv"
+    ]
+    return KVPool(k_bits, v_bits, *exponents, layout=layout)
 
 
 def page_bytes(layout: PoolLayout, *, page_size: int, kv_heads: int, head_dim: int) -> int:
     """Bytes one page number takes in all its slots, K and V, exponents included."""
-    return 2 * page_size * kv_heads * (layout.depth * head_dim * layout.stored.itemsize + layout.exponent_depth)
+    return (
+        2
+        * page_size
+        * kv_heads
+        * (layout.depth * head_dim * layout.stored.itemsize + layout.exponent_depth)
+    )
 
 
 KV = Float[Array, "tokens kv_heads head_dim"]
 
 
-def by_kind(layer: Layer, layout: PoolLayout, one: Callable[[LayerKind], Any]) -> Any:
+def switch_on_spec(layer: Layer, layout: PoolLayout, one: Callable[[LayerCacheSpec], Any]) -> Any:
     """`one` of the kind of `layer`, which may be traced: a branch for each kind there is."""
     kinds = layout.distinct
     if len(kinds) == 1:
@@ -174,7 +193,7 @@ def by_kind(layer: Layer, layout: PoolLayout, one: Callable[[LayerKind], Any]) -
 
 
 def write(
-    pages: KVPages,
+    pages: KVPool,
     scales: LayerScales | None,
     k: KV,
     v: KV,
@@ -183,7 +202,7 @@ def write(
     page_table: Int[Array, " pages"],
     start: Int[Array, ""],
     length: Int[Array, ""],
-) -> KVPages:
+) -> KVPool:
     """Store tokens `start .. length-1` of one request in `layer`; rows of `k` and `v` past `length` are padding, dropped.
 
     `scales` are the static ones, and None where every layer is dynamic without an offset: each token and head is then scaled by
@@ -198,8 +217,13 @@ def write(
         k = k - scales.k_offset[layer]
 
     layout = pages.layout
-    planes, k_exponent, v_exponent = by_kind(layer, layout, lambda kind: _coded(kind, layout, scales, k, v, layer))
-    row, taken = pages.rows(layer, number), jnp.asarray([layout.planes(kind) for kind in layout.kinds], jnp.int32)
+    planes, k_exponent, v_exponent = switch_on_spec(
+        layer, layout, lambda kind: _coded(kind, layout, scales, k, v, layer)
+    )
+    row, taken = (
+        pages.rows(layer, number),
+        jnp.asarray([layout.planes(kind) for kind in layout.kinds], jnp.int32),
+    )
     k_bits, v_bits = pages.k_bits, pages.v_bits
     put_keys = _put_transposed if layout.keys_transposed else _put
     for plane, (k_plane, v_plane) in enumerate(planes):
@@ -212,11 +236,15 @@ def write(
         dynamic = jnp.asarray([kind.dynamic for kind in layout.kinds])[layer]
         row = jnp.where(dynamic, pages.exponent_rows(layer, number), pages.k_exponent.shape[0])
         new = (k_exponent, v_exponent)
-        exponents = tuple(_put(pool, row, offset, x) for pool, x in zip(exponents, new, strict=True))
-    return KVPages(k_bits, v_bits, *exponents, layout=layout)
+        exponents = tuple(
+            _put(pool, row, offset, x) for pool, x in zip(exponents, new, strict=True)
+        )
+    return KVPool(k_bits, v_bits, *exponents, layout=layout)
 
 
-def _coded(kind: LayerKind, layout: PoolLayout, scales: LayerScales | None, k: KV, v: KV, layer: Layer) -> tuple:
+def _coded(
+    kind: LayerCacheSpec, layout: PoolLayout, scales: LayerScales | None, k: KV, v: KV, layer: Layer
+) -> tuple:
     """K and V as a layer of this kind stores them, in as many planes as the widest kind has, and their exponents or None."""
     exponents: tuple = (None, None)
     if kind.dynamic:
@@ -228,7 +256,9 @@ def _coded(kind: LayerKind, layout: PoolLayout, scales: LayerScales | None, k: K
         if layout.exponent_depth:
             exponents = (jnp.zeros(k.shape[:2], jnp.uint8),) * 2
     most = max(layout.planes(each) for each in layout.distinct)
-    k_planes, v_planes = (_planes(encode(x * f, kind.fmt), layout, most) for x, f in zip((k, v), factors, strict=True))
+    k_planes, v_planes = (
+        _planes(encode(x * f, kind.fmt), layout, most) for x, f in zip((k, v), factors, strict=True)
+    )
     return tuple(zip(k_planes, v_planes, strict=True)), *exponents
 
 
@@ -237,30 +267,42 @@ def _planes(bits: Array, layout: PoolLayout, most: int) -> list[Array]:
     return planes + [jnp.zeros_like(planes[0])] * (most - len(planes))
 
 
-def given_back(
-    kind: LayerKind, scales: LayerScales | None, k: KV, v: KV, *, layer: Layer
+def fake_quant(
+    kind: LayerCacheSpec, scales: LayerScales | None, k: KV, v: KV, *, layer: Layer
 ) -> tuple[Float[Array, "tokens kv_heads head_dim"], Float[Array, "tokens kv_heads head_dim"]]:
     """What a layer of this kind would give back of keys and values, without any pool: `read` of what `write` stores."""
     layout = PoolLayout.alike(kind.fmt, 1, dynamic=kind.dynamic)
     k, v = k.astype(jnp.float32), v.astype(jnp.float32)
     offset = None if scales is None or scales.k_offset is None else scales.k_offset[layer]
-    (planes,), *exponents = _coded(kind, layout, scales, k if offset is None else k - offset, v, layer)
-    factors = [exponent_scale(e)[..., None] for e in exponents] if kind.dynamic else [scales.k[layer], scales.v[layer]]
+    (planes,), *exponents = _coded(
+        kind, layout, scales, k if offset is None else k - offset, v, layer
+    )
+    factors = (
+        [exponent_scale(e)[..., None] for e in exponents]
+        if kind.dynamic
+        else [scales.k[layer], scales.v[layer]]
+    )
     k, v = (decode(bits, kind.fmt) * factor for bits, factor in zip(planes, factors, strict=True))
     return (k if offset is None else k + offset), v
 
 
-def read(pages: KVPages, scales: LayerScales | None, *, layer: Layer, page_table: Int[Array, " pages"]) -> tuple[KV, KV]:
+def read(
+    pages: KVPool, scales: LayerScales | None, *, layer: Layer, page_table: Int[Array, " pages"]
+) -> tuple[KV, KV]:
     """Keys and values of one request in `layer`, real ones, float32: every slot of its pages, in the order of its tokens.
 
     What `write` stored comes back as it is there, an offset added again; slots never written hold anything. The whole text is
     decoded at once: for measuring and for oracles.
     """
-    k, v = by_kind(layer, pages.layout, lambda kind: _real(pages.only(kind), scales, layer, page_table))
+    k, v = switch_on_spec(
+        layer, pages.layout, lambda kind: _real(pages.only(kind), scales, layer, page_table)
+    )
     return (k, v) if scales is None or scales.k_offset is None else (k + scales.k_offset[layer], v)
 
 
-def _real(pages: KVPages, scales: LayerScales | None, layer: Layer, page_table: Array) -> tuple[KV, KV]:
+def _real(
+    pages: KVPool, scales: LayerScales | None, layer: Layer, page_table: Array
+) -> tuple[KV, KV]:
     rows = pages.rows(layer, page_table)
     values = (
         decode(pages.tokens_first(pages.stored(pages.k_bits, rows)), pages.fmt),
@@ -273,12 +315,16 @@ def _real(pages: KVPages, scales: LayerScales | None, layer: Layer, page_table: 
     else:
         assert scales is not None, "static pages need scales"
         factors = [scale[layer][:, None, :] for scale in (scales.k, scales.v)]
-    real = [x * f for x, f in zip(values, factors, strict=True)]  # [pages, kv_heads, page_size, head_dim]
+    real = [
+        x * f for x, f in zip(values, factors, strict=True)
+    ]  # [pages, kv_heads, page_size, head_dim]
     k, v = (x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3]) for x in real)
     return k, v
 
 
-def _scatter(place: Callable[[Array, Array], tuple]) -> Callable[[Array, Array, Array, Array], Array]:
+def _scatter(
+    place: Callable[[Array, Array], tuple],
+) -> Callable[[Array, Array, Array, Array], Array]:
     """`pool[place(row, offset)] = values`, rows past the end dropped; under `vmap` one scatter for all requests."""
 
     @custom_vmap
@@ -286,7 +332,9 @@ def _scatter(place: Callable[[Array, Array], tuple]) -> Callable[[Array, Array, 
         return pool.at[place(row, offset)].set(values, mode="drop")
 
     @scatter.def_vmap
-    def requests(axis_size: int, in_batched: list[bool], pool: Array, *args: Array) -> tuple[Array, bool]:
+    def requests(
+        axis_size: int, in_batched: list[bool], pool: Array, *args: Array
+    ) -> tuple[Array, bool]:
         """The requests' tokens, one after another, into the one pool they share."""
         assert not in_batched[0], "the pool is shared by the requests: vmap it with in_axes=None"
         flat = [x.reshape(-1, *x.shape[2:]) for x in with_axis(axis_size, in_batched[1:], args)]
@@ -299,9 +347,14 @@ _put = _scatter(lambda row, offset: (row, slice(None), offset))
 _put_transposed = _scatter(lambda row, offset: (row, slice(None), slice(None), offset))
 
 
-def fill(pages: KVPages, code: int) -> KVPages:
+def poison(pages: KVPool, code: int) -> KVPool:
     """The pool with every stored byte or word set to `code` (`fmt.nan_code` poisons it; 0xFF a pool of several formats),
     exponents to all ones."""
-    bits = jax.tree.map(lambda x: jnp.full_like(x, code if x.dtype != jnp.float32 else jnp.nan), (pages.k_bits, pages.v_bits))
-    exponents = [None if e is None else jnp.full_like(e, 255) for e in (pages.k_exponent, pages.v_exponent)]
-    return KVPages(*bits, *exponents, layout=pages.layout)
+    bits = jax.tree.map(
+        lambda x: jnp.full_like(x, code if x.dtype != jnp.float32 else jnp.nan),
+        (pages.k_bits, pages.v_bits),
+    )
+    exponents = [
+        None if e is None else jnp.full_like(e, 255) for e in (pages.k_exponent, pages.v_exponent)
+    ]
+    return KVPool(*bits, *exponents, layout=pages.layout)

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-LONGEST = 4  # bytes of the longest character in UTF-8, and so the most tokens one can be spread over
+LONGEST = (
+    4  # bytes of the longest character in UTF-8, and so the most tokens one can be spread over
+)
 
 
 @runtime_checkable
@@ -38,7 +40,12 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Decoder, stop: Iterable[str] = (), *, keep_stop: bool = False, context: Sequence[int] = ()
+        self,
+        tokenizer: Decoder,
+        stop: Iterable[str] = (),
+        *,
+        keep_stop: bool = False,
+        context: Sequence[int] = (),
     ) -> None:
         self._characters = _Characters(tokenizer, context)
         self._matcher = _StopMatcher(tuple(stop), keep=keep_stop)
@@ -91,7 +98,9 @@ class _Characters:
         if len(ids) > 1:
             return "".join(self.push([token]) for token in ids)
         if text == self._text and not self._decode(ids * 2):
-            return ""  # a special token, which shows nowhere: it may fall in the middle of a character
+            return (
+                ""  # a special token, which shows nowhere: it may fall in the middle of a character
+            )
         self._window, self._text = self._window + ids, text
         return self._certain_part()
 
@@ -128,7 +137,11 @@ class _StopMatcher:
         if self.found is not None:
             return ""
         text = self._held + piece
-        matches = [(start + len(stop), start, stop) for stop in self.stops if (start := text.find(stop)) >= 0]
+        matches = [
+            (start + len(stop), start, stop)
+            for stop in self.stops
+            if (start := text.find(stop)) >= 0
+        ]
         if matches:
             end, start, self.found = min(matches)
             self._held = ""
@@ -144,4 +157,6 @@ class _StopMatcher:
 
 def _overlap(text: str, stop: str) -> int:
     """The length of the longest beginning of `stop`, short of all of it, that `text` ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
+    )

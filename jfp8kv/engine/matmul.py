@@ -43,8 +43,12 @@ class KernelMatmul:
             return stacked_matmul(x, weight, layer, stored=stored, tiled=tiled)
 
         @product.def_vmap
-        def _(requests: int, batched: list[bool], x: Array, weight: Array, layer: Array) -> tuple[Array, bool]:
-            assert not any(batched[1:]), "weights and layer are shared by the requests: vmap with in_axes=None"
+        def _(
+            requests: int, batched: list[bool], x: Array, weight: Array, layer: Array
+        ) -> tuple[Array, bool]:
+            assert not any(batched[1:]), (
+                "weights and layer are shared by the requests: vmap with in_axes=None"
+            )
             if not batched[0]:
                 return product(x, weight, layer), False
             y = product(x.reshape(-1, x.shape[-1]), weight, layer)

@@ -25,12 +25,16 @@ def adjust(
     """
     logits = logits.at[settings.bias_ids].add(settings.bias_values, mode="drop")
     if prompt_counts is not None or output_counts is not None:
-        logits = _penalized(logits, settings, _or_zero(prompt_counts, logits), _or_zero(output_counts, logits))
+        logits = _penalized(
+            logits, settings, _or_zero(prompt_counts, logits), _or_zero(output_counts, logits)
+        )
     held = jnp.where(position < settings.min_tokens, -jnp.inf, jnp.inf)
     return logits.at[settings.held_ids].min(held, mode="drop")
 
 
-def allow(logits: Float32[Array, " vocab"], allowed: UInt32[Array, " words"]) -> Float32[Array, " vocab"]:
+def allow(
+    logits: Float32[Array, " vocab"], allowed: UInt32[Array, " words"]
+) -> Float32[Array, " vocab"]:
     """The logits of the tokens whose bit is set, -inf for the others: token i's is bit i % 32 of word i // 32."""
     bits = (allowed[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return jnp.where(bits.reshape(-1)[: logits.shape[0]] == 1, logits, -jnp.inf)
@@ -49,10 +53,14 @@ def _penalized(
     return logits - present - settings.frequency_penalty * output_counts.astype(jnp.float32)
 
 
-def _or_zero(counts: Int32[Array, " vocab"] | None, logits: Float32[Array, " vocab"]) -> Int32[Array, " vocab"]:
+def _or_zero(
+    counts: Int32[Array, " vocab"] | None, logits: Float32[Array, " vocab"]
+) -> Int32[Array, " vocab"]:
     return jnp.zeros(logits.shape, jnp.int32) if counts is None else counts
 
 
-def count_token(counts: Int32[Array, " vocab"], token: Int32[Array, "*tokens"]) -> Int32[Array, " vocab"]:
+def count_token(
+    counts: Int32[Array, " vocab"], token: Int32[Array, "*tokens"]
+) -> Int32[Array, " vocab"]:
     """`counts` with one more `token`, or with several, those past the last id dropped."""
     return counts.at[token].add(1, mode="drop")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jfp8kv.cache.plan import KVPlan
-from jfp8kv.core.errors import ConfigError, nearest, one_of
+from jfp8kv.core.errors import ConfigError, did_you_mean, invalid_choice
 from jfp8kv.core.formats import KV_DTYPES, KVFormat, kv_format
 from jfp8kv.models.config import ModelConfig
 
@@ -24,7 +24,9 @@ def is_name(kv_dtype: Any) -> bool:
 
 def plan_of(kv_dtype: Any) -> KVPlan | None:
     """The plan that was given, or is in the file that was; None where neither was."""
-    if isinstance(kv_dtype, os.PathLike) or (isinstance(kv_dtype, str) and os.path.isfile(kv_dtype)):
+    if isinstance(kv_dtype, os.PathLike) or (
+        isinstance(kv_dtype, str) and os.path.isfile(kv_dtype)
+    ):
         return KVPlan.load(kv_dtype)
     return kv_dtype if isinstance(kv_dtype, KVPlan) else None
 
@@ -43,7 +45,11 @@ def layer_formats(kv_dtype: Any, config: ModelConfig, weights_dtype: str) -> tup
     """
 
     def named(name: Any) -> KVFormat:
-        return kv_format((config.kv_cache_dtype or weights_dtype) if isinstance(name, str) and name == "auto" else name)
+        return kv_format(
+            (config.kv_cache_dtype or weights_dtype)
+            if isinstance(name, str) and name == "auto"
+            else name
+        )
 
     if isinstance(kv_dtype, str):
         return (named(kv_dtype),) * config.layers
@@ -55,16 +61,24 @@ def layer_formats(kv_dtype: Any, config: ModelConfig, weights_dtype: str) -> tup
                 f"kv_dtype lists {len(kv_dtype)} layers, and this model has {config.layers}: give one name for each."
             )
         return tuple(named(name) for name in kv_dtype)
-    raise ConfigError(f"kv_dtype={kv_dtype!r}: must be {_FORMS}. Names are {', '.join(map(repr, KV_DTYPES))}.")
+    raise ConfigError(
+        f"kv_dtype={kv_dtype!r}: must be {_FORMS}. Names are {', '.join(map(repr, KV_DTYPES))}."
+    )
 
 
-def _with_skipped(given: Mapping[str, Any], config: ModelConfig, named: Any) -> tuple[KVFormat, ...]:
+def _with_skipped(
+    given: Mapping[str, Any], config: ModelConfig, named: Any
+) -> tuple[KVFormat, ...]:
     for key in given:
         if key not in _KEYS:
-            raise ConfigError(f"kv_dtype has the key {key!r}: must be of {', '.join(map(repr, _KEYS))}.{nearest(key, _KEYS)}")
+            raise ConfigError(
+                f"kv_dtype has the key {key!r}: must be of {', '.join(map(repr, _KEYS))}.{did_you_mean(key, _KEYS)}"
+            )
     skip = given.get("skip", ())
     if isinstance(skip, str | int) or not isinstance(skip, Sequence):
-        raise ConfigError(f"kv_dtype skips {skip!r}: must be a list of layers, such as [0, 'sliding_window'].")
+        raise ConfigError(
+            f"kv_dtype skips {skip!r}: must be a list of layers, such as [0, 'sliding_window']."
+        )
     skipped = {layer for entry in skip for layer in _layers(entry, config)}
     usual, other = named(given.get("default", "auto")), named(given.get("skip_dtype", "bfloat16"))
     return tuple(other if layer in skipped else usual for layer in range(config.layers))
@@ -75,8 +89,12 @@ def _layers(entry: Any, config: ModelConfig) -> Sequence[int]:
     count = config.layers
     if isinstance(entry, str):
         if entry not in KINDS_OF_LAYER:
-            raise one_of("kv_dtype's skip", entry, (*KINDS_OF_LAYER, "a layer's number"))
-        return [layer for layer in range(count) if bool(config.window(layer)) == (entry == "sliding_window")]
+            raise invalid_choice("kv_dtype's skip", entry, (*KINDS_OF_LAYER, "a layer's number"))
+        return [
+            layer
+            for layer in range(count)
+            if bool(config.window(layer)) == (entry == "sliding_window")
+        ]
     if isinstance(entry, bool) or not isinstance(entry, int) or not -count <= entry < count:
         raise ConfigError(
             f"kv_dtype skips layer {entry!r}: this model's layers are 0 to {count - 1}, or -1 to -{count} from the end; "

@@ -20,20 +20,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from jfp8kv.cache.pages import KVPages, LayerScales
+from jfp8kv.cache.pool import KVPool, LayerScales
 from jfp8kv.core.pytree import pytree
 from jfp8kv.engine import step
 from jfp8kv.engine.batch import Batch, StepOutput
 from jfp8kv.engine.lookup import draft
-from jfp8kv.sampling.adjust import count_token
+from jfp8kv.sampling.penalties import count_token
 from jfp8kv.sampling.sample import sample_batch
 
 LIKELY = 3  # tokens that must speak for a draft to make it worth a wide pass (docs/log.md)
 
 Text = Int[Array, " text"]
-Chunk = Int[Array, " chunk"]  # what a pass runs of a request: its last token, then drafts, `vocab` past them
+Chunk = Int[
+    Array, " chunk"
+]  # what a pass runs of a request: its last token, then drafts, `vocab` past them
 Count = Int[Array, ""]
-Counts = Int[Array, "requests chunk vocab"] | None  # of tokens in the output before each place, where penalties ask
+Counts = (
+    Int[Array, "requests chunk vocab"] | None
+)  # of tokens in the output before each place, where penalties ask
 
 
 @pytree
@@ -53,20 +57,20 @@ class State:
     batch: Batch
     drafts: Drafts
     out: StepOutput
-    pages: KVPages
+    pages: KVPool
 
 
 def decode_ahead(
-    model: step.Model,
+    model: step.StepModel,
     weights: step.Weights,
     scales: LayerScales | None,
     batch: Batch,
-    pages: KVPages,
+    pages: KVPool,
     *,
     most_steps: int,
     drafts: int,
     top: int = 0,
-) -> tuple[StepOutput, KVPages]:
+) -> tuple[StepOutput, KVPool]:
     """The tokens of `step.decode`, in up to `batch.steps` (at most `most_steps`) passes of up to `1 + drafts` tokens each.
 
     `batch.texts` is what drafts are looked up in.
@@ -94,9 +98,15 @@ def decode_ahead(
         batch = state.batch
         active = batch.remaining > 0
         chunks = jnp.concatenate([_last(batch), guess], axis=1)
-        here = dataclasses.replace(batch, tokens=chunks, length=batch.start + jnp.where(active, 1 + tried, 0))
+        here = dataclasses.replace(
+            batch, tokens=chunks, length=batch.start + jnp.where(active, 1 + tried, 0)
+        )
         logits, pages = step.chunk_logits(model, decoder, scales, here, state.pages)
-        counts = None if batch.output_counts is None else jax.vmap(_counts_along)(batch.output_counts, chunks)
+        counts = (
+            None
+            if batch.output_counts is None
+            else jax.vmap(_counts_along)(batch.output_counts, chunks)
+        )
         new = _sampled(logits, batch, counts, top)
         made = jnp.where(active, jax.vmap(_made)(new.tokens, chunks, tried, batch.end_ids), 0)
         places = jnp.arange(chunks.shape[1], dtype=jnp.int32)
@@ -107,14 +117,18 @@ def decode_ahead(
         return State(state.passes + 1, batch, propose(batch), out, pages)
 
     def propose(batch: Batch) -> Drafts:
-        return jax.vmap(lambda *request: _drafts(*request, drafts, vocab))(batch.texts, batch.start, batch.remaining)
+        return jax.vmap(lambda *request: _drafts(*request, drafts, vocab))(
+            batch.texts, batch.start, batch.remaining
+        )
 
     def alternate(state: State) -> State:
         """Plain passes up to the next likely draft, wide ones while there are such. (Branches instead would copy the pool.)"""
         state = lax.while_loop(lambda state: unfinished(state) & ~likely(state), plain, state)
         return lax.while_loop(lambda state: unfinished(state) & likely(state), wide, state)
 
-    state = lax.while_loop(unfinished, alternate, State(jnp.int32(0), batch, propose(batch), blank, pages))
+    state = lax.while_loop(
+        unfinished, alternate, State(jnp.int32(0), batch, propose(batch), blank, pages)
+    )
     return state.out, state.pages
 
 
@@ -150,7 +164,9 @@ def _sampled(logits: Array, batch: Batch, counts: Counts, top: int) -> StepOutpu
         return jnp.repeat(jnp.asarray(x), width, axis=0)
 
     position = (batch.position[:, None] + jnp.arange(width, dtype=jnp.int32)).reshape(-1)
-    so_far = (None, None) if counts is None else (places(batch.prompt_counts), counts.reshape(-1, vocab))
+    so_far = (
+        (None, None) if counts is None else (places(batch.prompt_counts), counts.reshape(-1, vocab))
+    )
     logits = logits.reshape(-1, vocab)
     tokens, logprobs = sample_batch(logits, jax.tree.map(places, batch.settings), position, *so_far)
     each = tokens, logprobs, *step.likeliest(logits, batch.reported, top)
@@ -173,18 +189,28 @@ def _joined(out: StepOutput, new: StepOutput, at: Int[Array, " requests"]) -> St
     return dataclasses.replace(out, drafted=drafted, accepted=accepted)
 
 
-def _after(batch: Batch, new: Int[Array, "requests chunk"], made: Int[Array, " requests"], counts: Counts, vocab: int) -> Batch:
+def _after(
+    batch: Batch,
+    new: Int[Array, "requests chunk"],
+    made: Int[Array, " requests"],
+    counts: Counts,
+    vocab: int,
+) -> Batch:
     """The batch once the tokens `new` were made, `made` of each request and `vocab` past them. `counts`: as along the chunk."""
     place = jnp.maximum(made - 1, 0)
     last = jax.vmap(lambda tokens, place: tokens[place])(new, place)
-    ended = jnp.any(last[:, None] == batch.end_ids, axis=1) | (last == vocab)  # past the last token: none was left to choose
+    ended = jnp.any(last[:, None] == batch.end_ids, axis=1) | (
+        last == vocab
+    )  # past the last token: none was left to choose
     return dataclasses.replace(
         batch,
         texts=jax.vmap(_written)(batch.texts, batch.start + 1, new),
         start=batch.start + made,
         position=batch.position + made,
         remaining=jnp.where(ended, 0, batch.remaining - made),
-        output_counts=None if counts is None else jax.vmap(lambda c, at, token: count_token(c[at], token))(counts, place, last),
+        output_counts=None
+        if counts is None
+        else jax.vmap(lambda c, at, token: count_token(c[at], token))(counts, place, last),
     )
 
 

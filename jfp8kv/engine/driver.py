@@ -36,7 +36,7 @@ class _Place:
     thread: int = dataclasses.field(default_factory=threading.get_ident)
 
 
-class Service:
+class EngineDriver:
     """Runs an engine for whoever calls. `clock` is what deadlines are compared with: seconds, as `Request.submitted`."""
 
     def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.perf_counter):
@@ -45,8 +45,12 @@ class Service:
         self._lock = threading.RLock()
         self._line: deque[_Place] = deque()
         self._holder: _Place | None = None
-        self._noted: deque[tuple[Request, bool]] = deque()  # requests, and whether they come or go: in the order of asking
-        self._live: weakref.WeakSet[Request] = weakref.WeakSet()  # whatever an interrupt may do to the scheduler's lists
+        self._noted: deque[tuple[Request, bool]] = (
+            deque()
+        )  # requests, and whether they come or go: in the order of asking
+        self._live: weakref.WeakSet[Request] = (
+            weakref.WeakSet()
+        )  # whatever an interrupt may do to the scheduler's lists
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="jfp8kv")
 
     # -- requests -------------------------------------------------------------------------------------------------------
@@ -67,7 +71,9 @@ class Service:
                 self._holder = place = _Place(_never)
                 self._leave(place)
 
-    def run(self, requests: Sequence[Request], *, ended: Callable[[int], Any] = lambda count: None) -> None:
+    def run(
+        self, requests: Sequence[Request], *, ended: Callable[[int], Any] = lambda count: None
+    ) -> None:
         """Run requests to their ends, calling `ended` with how many have just ended. Raises the error that one met, and drops
         the others then."""
 
@@ -80,7 +86,9 @@ class Service:
             while left:
                 self.advance(over)
                 ran, left = left, [r for r in left if r.finish_reason is None]
-                raise_error(ran)  # asked last: a step of another's that fails sets it before a request's end
+                raise_error(
+                    ran
+                )  # asked last: a step of another's that fails sets it before a request's end
                 ended(len(ran) - len(left))
         finally:
             self.drop(requests)
@@ -129,7 +137,9 @@ class Service:
     def _enter(self, place: _Place) -> bool:
         with self._lock:
             if self._holder is not None and self._holder.thread == place.thread:
-                self._leave(self._holder)  # Ctrl-C fell just where an earlier turn of this thread's was to be given back
+                self._leave(
+                    self._holder
+                )  # Ctrl-C fell just where an earlier turn of this thread's was to be given back
             if self._holder is None:
                 if place.until():
                     return False
@@ -176,9 +186,11 @@ class Service:
         except (ConfigError, StepError):
             raise  # refused before anything ran, or told already
         except BaseException as error:
-            told = faults.of_step(error, cache_bytes=self.engine.stats.kv_bytes_capacity)
+            told = faults.step_error(error, cache_bytes=self.engine.stats.kv_bytes_capacity)
             with self._lock:
-                coming = {id(request) for request, comes in list(self._noted) if comes}  # a `drop` may add to them any moment
+                coming = {
+                    id(request) for request, comes in list(self._noted) if comes
+                }  # a `drop` may add to them any moment
                 lost = [r for r in self._live if r.finish_reason is None and id(r) not in coming]
             self.engine.abandon(lost, told)
             if told is error or not isinstance(error, Exception):

@@ -83,7 +83,9 @@ class Tokenizer:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text of a conversation, special tokens written out. Errors as for `chat`."""
         if self._chat_template is None:
-            raise ConfigError("This model's tokenizer has no chat template: give a plain text prompt instead of messages.")
+            raise ConfigError(
+                "This model's tokenizer has no chat template: give a plain text prompt instead of messages."
+            )
         check_messages(messages)
         return render_template(
             self._chat_template,
@@ -107,7 +109,9 @@ def as_tokenizer(tokenizer: Any, *, eos_ids: Iterable[int] = ()) -> Tokenizer | 
     """Our `Tokenizer` around what the caller has; None stays None. `eos_ids` serve a tokenizer that names none."""
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
         return tokenizer
-    if not callable(getattr(tokenizer, "encode", None)) or not callable(getattr(tokenizer, "decode", None)):
+    if not callable(getattr(tokenizer, "encode", None)) or not callable(
+        getattr(tokenizer, "decode", None)
+    ):
         raise ConfigError(
             f"tokenizer of type {type(tokenizer).__name__}: must be None, a Tokenizer, a transformers or tokenizers "
             "tokenizer, or an object with encode and decode."
@@ -140,7 +144,9 @@ def check_messages(messages: Any) -> None:
         )
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ConfigError(f"messages[{number}]={message!r}: must be a dict with a 'role' such as 'user'.")
+            raise ConfigError(
+                f"messages[{number}]={message!r}: must be a dict with a 'role' such as 'user'."
+            )
         if message.get("content") is None and "tool_calls" not in message:
             raise ConfigError(f"messages[{number}] from {message['role']!r} has no 'content'.")
 
@@ -162,7 +168,9 @@ def render_template(template: str, **variables: Any) -> str:
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+            return jinja2.nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -170,7 +178,9 @@ def render_template(template: str, **variables: Any) -> str:
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = refuse
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

@@ -18,7 +18,7 @@ class Stats:
     `generated_tokens` are those that requests got. `prefill_s` and `decode_s` are seconds from when the device was free until
     it was done, for the `prefill_steps` dispatches and the `decode_steps` tokens in a row of each kind. Of the `draft_tokens`
     that prompt lookup guessed and that were run, `accepted_tokens` became output, beside the one that each step makes anyway.
-    `guide_s` is what the host took to find out which tokens grammars allow, while the device ran the model.
+    `grammar_s` is what the host took to find out which tokens grammars allow, while the device ran the model.
     """
 
     kv_tokens_capacity: int = 0
@@ -38,7 +38,7 @@ class Stats:
     decode_steps: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    guide_s: float = 0.0
+    grammar_s: float = 0.0
 
     def to_dict(self) -> dict[str, int | float]:
         """All counters by name."""
@@ -54,7 +54,12 @@ class Stopwatch:
     def __enter__(self) -> None:
         self._since = time.perf_counter()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._before = self.now()
 
     def now(self) -> float:

@@ -1,7 +1,7 @@
 """Which tokens may come next, so that a text becomes what its request asks for: grammars, through llguidance.
 
 A request's *guide* reads what was generated and says, one bit per token, what may follow. It works on the host, so the engine
-asks while the device runs the model (`Engine.decode_guided`); the bits join the sampling of that very token. What was generated
+asks while the device runs the model (`Engine.decode_structured`); the bits join the sampling of that very token. What was generated
 stays when a request is preempted, and so does its guide, which only ever reads on.
 
 llguidance says where a text is complete; which tokens then end it (`stop_token_ids` too, none of the model's own under
@@ -17,10 +17,10 @@ import numpy as np
 
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.engine.request import Request
-from jfp8kv.engine.variants import asked
-from jfp8kv.models.tokenizer import Tokenizer
+from jfp8kv.engine.variants import sampling_state
 from jfp8kv.sampling.constraint import Constraint
 from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.text.tokenizer import Tokenizer
 
 NO_END = "<|end of a text, for models without one|>"
 COMPILED = 64  # grammars kept ready for more requests
@@ -30,7 +30,7 @@ WHITESPACE = r" ?|\n {0,16}"
 Mask = np.ndarray  # uint32 `[words]`: token i's is bit i % 32 of word i // 32
 
 
-class Guide:
+class GrammarMatcher:
     """One request's place in its grammar."""
 
     def __init__(self, matcher: Any, words: int, *, eos_ids: Iterable[int], end_ids: Iterable[int]):
@@ -57,7 +57,9 @@ class Guide:
     @property
     def error(self) -> str | None:
         """Why it can say nothing more: a text may run into what is too complex to follow."""
-        return self._matcher.get_error().strip().splitlines()[0] if self._matcher.is_error() else None
+        return (
+            self._matcher.get_error().strip().splitlines()[0] if self._matcher.is_error() else None
+        )
 
     def allow(self, mask: Mask) -> None:
         """Set the bits of the tokens that may come next, and no others."""
@@ -68,14 +70,16 @@ class Guide:
             bits[token // 32] &= ~_bit(token)
         for token in self._end_ids if accepting else ():
             bits[token // 32] |= _bit(token)
-        mask[:] = 0 if self._matcher.is_error() else bits[: len(mask)]  # in an error llguidance allows an end
+        mask[:] = (
+            0 if self._matcher.is_error() else bits[: len(mask)]
+        )  # in an error llguidance allows an end
 
 
 def _bit(token: int) -> np.uint32:
     return np.uint32(1 << token % 32)
 
 
-class Guides:
+class StructuredOutput:
     """The guides of one model's requests. `eos_ids`: the model's own end-of-sequence tokens."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocab: int, *, eos_ids: tuple[int, ...]):
@@ -87,15 +91,18 @@ class Guides:
         if params.constraint is not None:
             self._compiled(params.constraint)
 
-    def of(self, request: Request) -> Guide | None:
+    def of(self, request: Request) -> GrammarMatcher | None:
         """The request's guide, which has read all of its output; None for one that is free."""
-        if request.guide is None and (constraint := request.params.constraint) is not None:
-            ids = {"eos_ids": self._known.eos_tokens, "end_ids": asked(request, self._vocab, self._eos_ids).ends}
+        if request.matcher is None and (constraint := request.params.constraint) is not None:
+            ids = {
+                "eos_ids": self._known.eos_tokens,
+                "end_ids": sampling_state(request, self._vocab, self._eos_ids).ends,
+            }
             words = -(-self._known.vocab_size // 32)
-            request.guide = Guide(self._compiled(constraint).deep_copy(), words, **ids)
-        if request.guide is not None:
-            request.guide.read(request.output_ids)
-        return request.guide
+            request.matcher = GrammarMatcher(self._compiled(constraint).deep_copy(), words, **ids)
+        if request.matcher is not None:
+            request.matcher.read(request.output_ids)
+        return request.matcher
 
     def allowed(self, requests: list[Request], *, rows: int) -> np.ndarray:
         """uint32 `[rows, words]`: a mask for each request, in which a free one may have any token."""
@@ -121,7 +128,9 @@ class Guides:
         """A matcher at the beginning of a text. Raises `ConfigError`."""
         llguidance = _llguidance(constraint)
         if not callable(getattr(getattr(self._tokenizer, "backend", None), "to_str", None)):
-            raise ConfigError(f"{constraint}: needs a tokenizer of the `tokenizers` library, and this model has none.")
+            raise ConfigError(
+                f"{constraint}: needs a tokenizer of the `tokenizers` library, and this model has none."
+            )
         try:
             grammar = _grammar(llguidance.LLMatcher, constraint)
             matcher = llguidance.LLMatcher(self._known, grammar, log_level=0)
@@ -146,9 +155,13 @@ def _grammar(matcher: Any, constraint: Constraint) -> str:
     """The constraint as llguidance takes it."""
     match constraint.field:
         case "json_schema":
-            return matcher.grammar_from_json_schema(constraint.value, defaults={"whitespace_pattern": WHITESPACE})
+            return matcher.grammar_from_json_schema(
+                constraint.value, defaults={"whitespace_pattern": WHITESPACE}
+            )
         case "regex":
             return matcher.grammar_from_regex(constraint.value)
         case "choice":
-            return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in constraint.value))
+            return matcher.grammar_from_lark(
+                "start: " + " | ".join(json.dumps(text) for text in constraint.value)
+            )
     return matcher.grammar_from_lark(constraint.value)

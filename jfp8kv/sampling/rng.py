@@ -34,7 +34,9 @@ def threefry(key: tuple[Any, Any], block: tuple[Any, Any]) -> tuple[Any, Any]:
     return x, y
 
 
-def request_key(seed: int | None, *, index: int = 0, engine_seed: int = 0, number: int = 0) -> UInt32[np.ndarray, "2"]:
+def request_key(
+    seed: int | None, *, index: int = 0, engine_seed: int = 0, number: int = 0
+) -> UInt32[np.ndarray, "2"]:
     """The key of sample `index` of a request, on the host.
 
     A request with a `seed` of its own depends on that alone. One without draws from `engine_seed` and its `number` (any

@@ -9,38 +9,43 @@ import time
 
 import numpy as np
 
-from jfp8kv.engine.batch import Made, StepOutput
-from jfp8kv.engine.metrics import Stats
+from jfp8kv.engine.batch import NewTokens, StepOutput
 from jfp8kv.engine.request import DEAD_END, NO_TOKEN, Request, Status
 from jfp8kv.engine.scheduler import Scheduler
+from jfp8kv.engine.stats import Stats
 
 
-def book(made: Made, scheduler: Scheduler, switch_length: int | None) -> bool:
+def commit_tokens(made: NewTokens, scheduler: Scheduler, switch_length: int | None) -> bool:
     """The first part; False, booking nothing, for a request that was taken out since. `switch_length`: see models/rope.py."""
     request = made.request
     if request.status is not Status.RUNNING:
         return False
     request.cached += len(made.token_ids)
     request.output_ids += made.token_ids
-    if made.ended or not made.token_ids or _complete(made) or len(request.output_ids) >= request.max_tokens:
+    if (
+        made.ended
+        or not made.token_ids
+        or _complete(made)
+        or len(request.output_ids) >= request.max_tokens
+    ):
         scheduler.finish(request)
     elif switch_length is not None and request.context <= switch_length < request.num_tokens:
-        scheduler.paging.keep(request)
-        scheduler.paging.release(request)
-        request.begin_again(request.num_tokens)
+        scheduler.kv_manager.cache_prefix(request)
+        scheduler.kv_manager.release(request)
+        request.reset_for_recompute(request.num_tokens)
     return True
 
 
-def _complete(made: Made) -> bool:
+def _complete(made: NewTokens) -> bool:
     """Whether a grammar lets nothing more come."""
-    guide = made.request.guide
-    if guide is None or made.ended:
+    matcher = made.request.matcher
+    if matcher is None or made.ended:
         return False
-    guide.read(made.request.output_ids)
-    return guide.complete
+    matcher.read(made.request.output_ids)
+    return matcher.complete
 
 
-def tell(made: Made, scheduler: Scheduler, stats: Stats) -> None:
+def emit_output(made: NewTokens, scheduler: Scheduler, stats: Stats) -> None:
     """The second part, which its user sees."""
     request, now = made.request, time.perf_counter()
     before = len(request.output_ids) - len(made.token_ids)
@@ -49,7 +54,7 @@ def tell(made: Made, scheduler: Scheduler, stats: Stats) -> None:
     request.output_logprobs += made.logprobs()
     if (wanted := request.params.logprobs) is not None:
         request.top_logprobs += made.likeliest(wanted)
-    scheduler.paging.keep(request)
+    scheduler.kv_manager.cache_prefix(request)
     reason = _finish_reason(made)
     stats.generated_tokens += len(request.output_ids) - before
     if reason:
@@ -63,7 +68,7 @@ def count_drafts(output: StepOutput, stats: Stats) -> None:
         stats.accepted_tokens += int(np.asarray(output.accepted).sum())
 
 
-def _finish_reason(made: Made) -> str | None:
+def _finish_reason(made: NewTokens) -> str | None:
     request, text = made.request, made.request.detokenizer
     if text is not None:
         request.text += text.push(made.token_ids[:-1] if made.ended else made.token_ids)
@@ -74,11 +79,11 @@ def _finish_reason(made: Made) -> str | None:
     if made.ended:
         request.stop_reason = made.token_ids[-1]
         return "stop"
-    guide = request.guide
-    if guide is not None and (guide.complete if made.token_ids else guide.accepting):
+    matcher = request.matcher
+    if matcher is not None and (matcher.complete if made.token_ids else matcher.accepting):
         return "stop"
     if not made.token_ids:
-        request.stop_reason = (guide and guide.error) or NO_TOKEN
+        request.stop_reason = (matcher and matcher.error) or NO_TOKEN
         return DEAD_END
     return "length" if len(request.output_ids) >= request.max_tokens else None
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jfp8kv.cache.capacity import default_bytes, parse_bytes  # noqa: F401  (for batch runs)
+from jfp8kv.cache.kv_dtype import plan_of
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.calibration.plan import Plan as CalibrationPlan  # noqa: F401  (for the command line)
@@ -25,18 +26,19 @@ from jfp8kv.comparison.plan import plan as comparison_plan
 from jfp8kv.comparison.report import Comparison
 from jfp8kv.comparison.run import comparison
 from jfp8kv.core.errors import ConfigError, unknown_keyword
-from jfp8kv.engine.buckets import Buckets as Buckets  # for batch runs, as `Guides` and `text_of`
-from jfp8kv.engine.guides import Guides as Guides
-from jfp8kv.engine.kv_dtype import plan_of
-from jfp8kv.engine.prompts import as_list, encode, is_single
+from jfp8kv.engine.buckets import (
+    Buckets as Buckets,  # for batch runs, as `StructuredOutput` and `text_of`
+)
 from jfp8kv.engine.request import RequestOutput
 from jfp8kv.engine.scoring import text_of as text_of
+from jfp8kv.engine.structured import StructuredOutput as StructuredOutput
 from jfp8kv.inspection.report import Inspection, report
 from jfp8kv.llm import LLM, keep_compiled_programs
 from jfp8kv.models.params import Params
 from jfp8kv.planning.run import planned
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.speed import bench as bench
+from jfp8kv.text.prompts import as_list, encode, is_single
 
 _ENGINE = "_engine"  # where a `Params` keeps its warm engine
 
@@ -68,10 +70,14 @@ def generate(
     """
     also = ("kv_dtype", "kv_scales", "prompt_lookup", "sampling", "progress")
     sampling = SamplingParams.from_fields(sampling, also=also, **sampling_fields)
-    return _llm(params, kv_dtype, kv_scales, prompt_lookup).generate(prompts, sampling, progress=progress)
+    return _llm(params, kv_dtype, kv_scales, prompt_lookup).generate(
+        prompts, sampling, progress=progress
+    )
 
 
-def logits(params: Params, token_ids: Sequence[int], *, kv_dtype: Any = "auto", kv_scales: Any = "auto") -> np.ndarray:
+def logits(
+    params: Params, token_ids: Sequence[int], *, kv_dtype: Any = "auto", kv_scales: Any = "auto"
+) -> np.ndarray:
     """float32 `[tokens, vocab]`: the model's scores after each token, through the paged cache by the code that generates."""
     return _llm(params, kv_dtype, kv_scales).logits(token_ids)
 
@@ -271,7 +277,12 @@ def inspect(
 
     Raises `CheckpointError` or `ConfigError` for what cannot be loaded or served, as far as config and headers tell.
     """
-    cache = {"kv_dtype": kv_dtype, "kv_scales": kv_scales, "max_model_len": max_model_len, "page_size": page_size}
+    cache = {
+        "kv_dtype": kv_dtype,
+        "kv_scales": kv_scales,
+        "max_model_len": max_model_len,
+        "page_size": page_size,
+    }
     if isinstance(source_or_params, Params):
         return report(source_or_params, "Params", **cache)
     return report(describe(source_or_params, weights=False), os.fspath(source_or_params), **cache)
@@ -284,7 +295,9 @@ def _llm(params: Params, kv_dtype: Any, kv_scales: Any, prompt_lookup: int | Non
     """
     _require_params(params)
     kv_dtype = plan_of(kv_dtype) or kv_dtype
-    if isinstance(kv_scales, os.PathLike) or (isinstance(kv_scales, str) and os.path.isfile(kv_scales)):
+    if isinstance(kv_scales, os.PathLike) or (
+        isinstance(kv_scales, str) and os.path.isfile(kv_scales)
+    ):
         kv_scales = KVScales.load(kv_scales)
     settings, llm = params.__dict__.get(_ENGINE, (None, None))
     if prompt_lookup is None:

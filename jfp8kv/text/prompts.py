@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.models.tokenizer import Tokenizer
+from jfp8kv.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 FORMS = "a str, a list of str, a list of token id lists, or chat messages (a list of dicts, or a list of those)"
@@ -36,7 +36,11 @@ def is_single(prompts: Any) -> bool:
     prompts = _plain(prompts)
     if isinstance(prompts, str):
         return True
-    return isinstance(prompts, Sequence) and bool(prompts) and all(isinstance(x, Mapping) or _is_id(x) for x in prompts)
+    return (
+        isinstance(prompts, Sequence)
+        and bool(prompts)
+        and all(isinstance(x, Mapping) or _is_id(x) for x in prompts)
+    )
 
 
 def encode(prompt: Any, tokenizer: Tokenizer | None, *, what: str) -> Encoded:
@@ -61,7 +65,9 @@ def _whole(text: str, what: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{what} is no valid text at character {error.start}: {text[error.start]!r} stands alone.") from None
+        raise ConfigError(
+            f"{what} is no valid text at character {error.start}: {text[error.start]!r} stands alone."
+        ) from None
     return text
 
 
@@ -76,5 +82,7 @@ def _is_id(x: Any) -> bool:
 
 def _tokenizer(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
     if tokenizer is None:
-        raise ConfigError(f"{what} is text, and this model has no tokenizer: give token ids, or Params with a tokenizer.")
+        raise ConfigError(
+            f"{what} is text, and this model has no tokenizer: give token ids, or Params with a tokenizer."
+        )
     return tokenizer

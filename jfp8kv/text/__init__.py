@@ -1,0 +1,1 @@
+"""Text on its way in and out of the engine: tokenizers, prompts, detokenization."""
