@@ -309,7 +309,7 @@ MISTAKES = [
     ({"prompts": [[5, 999]]}, ConfigError, "token id 999.*from 0 to 299"),
     ({"prompts": [[5, -1]]}, ConfigError, "token id -1"),
     ({"prompts": []}, ConfigError, "prompts is empty"),
-    ({"prompts": "a\ud800"}, ConfigError, "stands alone"),
+    ({"prompts": "a\ud800"}, ConfigError, "lone surrogate"),
     ({"prompts": 3}, ConfigError, "type int"),
     ({"prompts": [["a", "b"]]}, ConfigError, "prompt 0 is of type list"),
     ({"prompts": [[5] * 4000]}, CapacityError, "max_model_len"),

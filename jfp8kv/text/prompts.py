@@ -1,88 +1,116 @@
-"""The forms a prompt may come in, sorted out once: text, token ids, or chat messages; one of them or many."""
+"""Prompts in every accepted form (text, token ids or chat messages) and their token ids."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from jfp8kv.core.errors import ConfigError
+from jfp8kv.text.tokenizer import Message as Message
 from jfp8kv.text.tokenizer import Tokenizer
 
-Message = Mapping[str, Any]
-FORMS = "a str, a list of str, a list of token id lists, or chat messages (a list of dicts, or a list of those)"
+
+@runtime_checkable
+class SupportsArray(Protocol):
+    """An array of NumPy, JAX or another library, here of token ids."""
+
+    def __array__(self) -> np.ndarray: ...
+
+
+TokenIds: TypeAlias = Sequence[int] | SupportsArray
+Prompt: TypeAlias = str | TokenIds | Sequence[Message]
+"""One prompt: a text, token ids, or a conversation as chat messages."""
+PromptLike: TypeAlias = Prompt | Sequence[Prompt]
+"""One prompt or several."""
+
+FORMS = (
+    "a str, a list of str, a list of token id lists, or chat messages "
+    "(a list of dicts, or a list of those)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A prompt as ids, with the text it came from if it came as text."""
+    """The token ids of a prompt, and its text if it was given as text or messages."""
 
     text: str | None
     ids: list[int]
 
 
-def as_list(prompts: Any) -> list[Any]:
-    """The prompts as a list: a single one, in any form, becomes a list of one."""
-    prompts = _plain(prompts)
-    if is_single(prompts):
-        return [prompts]
-    if not isinstance(prompts, Sequence):
-        raise ConfigError(f"prompts of type {type(prompts).__name__}: must be {FORMS}.")
-    return list(prompts)
+def as_list(prompts: PromptLike) -> list[Prompt]:
+    """Return the prompts as a list. A single prompt, in any form, becomes a list of one.
+
+    Raises `ConfigError` for anything but a prompt or a sequence.
+    """
+    listed = _to_list(prompts)
+    if is_single(listed):
+        return [listed]
+    if not isinstance(listed, Sequence):
+        raise ConfigError(f"prompts of type {type(listed).__name__}: must be {FORMS}.")
+    return list(listed)
 
 
-def is_single(prompts: Any) -> bool:
-    """Whether this is one prompt rather than a list of them: a text, a list of ids, or a list of messages."""
-    prompts = _plain(prompts)
-    if isinstance(prompts, str):
+def is_single(prompts: PromptLike) -> bool:
+    """Return whether this is one prompt (a text, token ids or messages), not a list of them."""
+    listed = _to_list(prompts)
+    if isinstance(listed, str):
         return True
-    return (
-        isinstance(prompts, Sequence)
-        and bool(prompts)
-        and all(isinstance(x, Mapping) or _is_id(x) for x in prompts)
-    )
+    if not isinstance(listed, Sequence) or not listed:
+        return False
+    return all(isinstance(item, Mapping) or _is_token_id(item) for item in listed)
 
 
-def encode(prompt: Any, tokenizer: Tokenizer | None, *, what: str) -> Encoded:
-    """Token ids of one prompt. Raises `ConfigError` naming `what` for a form that is not understood."""
+def encode(prompt: Prompt, tokenizer: Tokenizer | None, *, what: str) -> Encoded:
+    """Return the token ids of one prompt.
+
+    Args:
+      prompt: text, token ids or chat messages.
+      tokenizer: required for text and messages.
+      what: names the prompt in error messages.
+
+    Raises `ConfigError` for an empty text, an unknown form, or text without a tokenizer.
+    """
     if isinstance(prompt, str):
         if not prompt:
             raise ConfigError(f"{what} is empty: at least one character is needed.")
-        return Encoded(prompt, _tokenizer(tokenizer, what).encode(_whole(prompt, what)))
-    prompt = _plain(prompt)
-    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
-        if all(_is_id(x) for x in prompt):
-            return Encoded(None, [int(x) for x in prompt])
-        if all(isinstance(x, Mapping) for x in prompt):
-            tokenizer = _tokenizer(tokenizer, what)
-            text = _whole(tokenizer.render(prompt), what)
+        return Encoded(prompt, _require(tokenizer, what).encode(_check_unicode(prompt, what)))
+    listed = _to_list(prompt)
+    if isinstance(listed, Sequence) and not isinstance(listed, bytes):
+        if all(_is_token_id(item) for item in listed):
+            return Encoded(None, [int(item) for item in listed])
+        if all(isinstance(item, Mapping) for item in listed):
+            tokenizer = _require(tokenizer, what)
+            text = _check_unicode(tokenizer.render(listed), what)
             return Encoded(text, tokenizer.encode(text, add_special_tokens=False))
-    raise ConfigError(f"{what} is of type {type(prompt).__name__}: prompts must be {FORMS}.")
+    raise ConfigError(f"{what} is of type {type(listed).__name__}: prompts must be {FORMS}.")
 
 
-def _whole(text: str, what: str) -> str:
-    """`text`, unless it holds half a surrogate pair, which no tokenizer takes."""
+def _check_unicode(text: str, what: str) -> str:
+    """Return `text`. Raises `ConfigError` for a lone surrogate, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
+        lone = text[error.start]
         raise ConfigError(
-            f"{what} is no valid text at character {error.start}: {text[error.start]!r} stands alone."
+            f"{what} is not valid Unicode at character {error.start}: {lone!r} is a lone surrogate."
         ) from None
     return text
 
 
-def _plain(x: Any) -> Any:
-    """Arrays of NumPy, JAX and others as lists; anything else as it is."""
+def _to_list(x: Any) -> Any:
+    """Return an array as a list, and anything else unchanged."""
     return np.asarray(x).tolist() if hasattr(x, "__array__") else x
 
 
-def _is_id(x: Any) -> bool:
+def _is_token_id(x: object) -> bool:
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
-def _tokenizer(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
+def _require(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
     if tokenizer is None:
         raise ConfigError(
-            f"{what} is text, and this model has no tokenizer: give token ids, or Params with a tokenizer."
+            f"{what} is text, and this model has no tokenizer: "
+            "give token ids, or Params with a tokenizer."
         )
     return tokenizer

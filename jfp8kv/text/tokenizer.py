@@ -9,11 +9,12 @@ is installed.
 import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, SupportsInt
+from typing import Any, SupportsInt, TypeAlias
 
 from jfp8kv.core.errors import ConfigError
 
-Message = Mapping[str, Any]
+Message: TypeAlias = Mapping[str, object]
+"""One message of a conversation: `role` and `content`, and other fields of the chat template."""
 
 
 class Tokenizer:
