@@ -20,8 +20,8 @@ from benchmarks._common import console, header, parser, smollm2, table, text_of
 from jfp8kv.cache.config import resolve_cache
 from jfp8kv.cache.plan import LayerPlan
 from jfp8kv.core.formats import kv_format
-from jfp8kv.planning.candidates import Candidates, full
-from jfp8kv.planning.run import Trial
+from jfp8kv.quality.layer_candidates import Candidates, full
+from jfp8kv.quality.mixed_precision import SensitivityAnalysis
 
 SLOW_PAIRS = 4  # of each head
 
@@ -72,7 +72,7 @@ def losses(
         plans.index(LayerPlan("bfloat16")) - (kind.fmt is kv_format(kv_dtype))
         for kind in auto.kinds
     ]
-    trial = Trial(params, Candidates(plans, scales), measured, progress=False)
+    trial = SensitivityAnalysis(params, Candidates(plans, scales), measured, progress=False)
     return {name: trial.whole(way) for name, way in ways.items()}
 
 

@@ -18,7 +18,7 @@ KV_DTYPES, KV_SCALES = "bfloat16,fp8_e4m3,fp8_e5m2", "unit,tensor,head,channel,t
 TOLERANCE = 1e-4  # of the mean log-probability: two programs round float32 sums in different orders
 
 
-def verify(params: jfp8kv.Params, report: jfp8kv.Comparison, windows: list[list[int]]) -> None:
+def verify(params: jfp8kv.Params, report: jfp8kv.QualityReport, windows: list[list[int]]) -> None:
     """Leave unless the float32 cache's mean log-probability is that of `jfp8kv.score`, which measures nothing else."""
     scores = [
         jfp8kv.score(params, window, kv_dtype="float32") for window in windows if len(window) > 1

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from jfp8kv.checkpoint.export import export
     from jfp8kv.checkpoint.load import load
     from jfp8kv.checkpoint.orbax import save
-    from jfp8kv.comparison.report import Comparison
     from jfp8kv.core.errors import (
         CapacityError,
         CheckpointError,
@@ -29,36 +28,37 @@ if TYPE_CHECKING:
     )
     from jfp8kv.engine.request import CompletionOutput, RequestOutput
     from jfp8kv.functional import calibrate, compare, generate, inspect, logits, plan_kv, score
-    from jfp8kv.inspection.report import Inspection
     from jfp8kv.llm import LLM
     from jfp8kv.models.config import ModelConfig
     from jfp8kv.models.params import Params
+    from jfp8kv.quality.bench import BenchmarkReport, bench
+    from jfp8kv.quality.model_report import ModelReport
+    from jfp8kv.quality.quality_report import QualityReport
     from jfp8kv.sampling.params import SamplingParams
     from jfp8kv.session import Session, extend_batch
-    from jfp8kv.speed import Speed, bench
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "LLM",
+    "BenchmarkReport",
     "CapacityError",
     "CheckpointError",
-    "Comparison",
     "CompletionOutput",
     "ConfigError",
     "DeviceMemoryError",
-    "Inspection",
     "Jfp8kvError",
     "KVPlan",
     "KVScales",
     "LayerPlan",
     "ModelConfig",
+    "ModelReport",
     "NotSupported",
     "Params",
+    "QualityReport",
     "RequestOutput",
     "SamplingParams",
     "Session",
-    "Speed",
     "StepError",
     "beam_search",
     "bench",
@@ -83,7 +83,6 @@ _HOMES = {
     "checkpoint.export": ("export",),
     "checkpoint.load": ("load",),
     "checkpoint.orbax": ("save",),
-    "comparison.report": ("Comparison",),
     "core.errors": (
         "CapacityError",
         "CheckpointError",
@@ -94,13 +93,14 @@ _HOMES = {
         "StepError",
     ),
     "engine.request": ("CompletionOutput", "RequestOutput"),
-    "inspection.report": ("Inspection",),
     "llm": ("LLM",),
     "models.config": ("ModelConfig",),
     "models.params": ("Params",),
+    "quality.bench": ("BenchmarkReport", "bench"),
+    "quality.model_report": ("ModelReport",),
+    "quality.quality_report": ("QualityReport",),
     "sampling.params": ("SamplingParams",),
     "session": ("Session", "extend_batch"),
-    "speed": ("Speed", "bench"),
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 

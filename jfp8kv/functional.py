@@ -12,19 +12,10 @@ from jfp8kv.cache.capacity import default_bytes, parse_bytes  # noqa: F401  (for
 from jfp8kv.cache.kv_dtype import plan_of
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
-from jfp8kv.calibration.plan import Plan as CalibrationPlan  # noqa: F401  (for the command line)
-from jfp8kv.calibration.plan import plan as calibration_plan
-from jfp8kv.calibration.run import Calibration as Calibration
-from jfp8kv.calibration.run import calibration
 from jfp8kv.checkpoint.export import LAYOUTS as EXPORT_LAYOUTS  # noqa: F401  (for the command line)
 from jfp8kv.checkpoint.export import export as export
 from jfp8kv.checkpoint.load import describe
 from jfp8kv.checkpoint.load import load as load
-from jfp8kv.comparison.needle import DEPTHS
-from jfp8kv.comparison.plan import USUAL_DTYPES, USUAL_SCALES
-from jfp8kv.comparison.plan import plan as comparison_plan
-from jfp8kv.comparison.report import Comparison
-from jfp8kv.comparison.run import comparison
 from jfp8kv.core.errors import ConfigError, unknown_keyword
 from jfp8kv.engine.buckets import (
     Buckets as Buckets,  # for batch runs, as `StructuredOutput` and `text_of`
@@ -32,12 +23,21 @@ from jfp8kv.engine.buckets import (
 from jfp8kv.engine.request import RequestOutput
 from jfp8kv.engine.scoring import text_of as text_of
 from jfp8kv.engine.structured import StructuredOutput as StructuredOutput
-from jfp8kv.inspection.report import Inspection, report
 from jfp8kv.llm import LLM, keep_compiled_programs
 from jfp8kv.models.params import Params
-from jfp8kv.planning.run import planned
+from jfp8kv.quality.bench import bench as bench
+from jfp8kv.quality.calibrate import Calibration as Calibration
+from jfp8kv.quality.calibrate import calibration
+from jfp8kv.quality.calibration_options import Plan as CalibrationPlan  # noqa: F401  (for the command line)
+from jfp8kv.quality.calibration_options import plan as calibration_plan
+from jfp8kv.quality.compare import comparison
+from jfp8kv.quality.compare_options import USUAL_DTYPES, USUAL_SCALES
+from jfp8kv.quality.compare_options import plan as comparison_plan
+from jfp8kv.quality.mixed_precision import planned
+from jfp8kv.quality.model_report import ModelReport, report
+from jfp8kv.quality.needle import DEPTHS
+from jfp8kv.quality.quality_report import QualityReport
 from jfp8kv.sampling.params import SamplingParams
-from jfp8kv.speed import bench as bench
 from jfp8kv.text.prompts import as_list, encode, is_single
 
 _ENGINE = "_engine"  # where a `Params` keeps its warm engine
@@ -123,13 +123,13 @@ def calibrate(
       kv_dtype: the format the scales are for: "fp8_e4m3" (or "fp8") or "fp8_e5m2".
       granularity: what shares a scale in a layer: "tensor" (all of K, all of V), "head" (a KV head) or "channel".
       observer: "amax": the largest magnitude seen becomes the largest finite value. "percentile": the same of the magnitude
-        that `percentile` % of the values do not exceed, up to a factor of 33/32 (calibration/observers.py). "mse": of 25
+        that `percentile` % of the values do not exceed, up to a factor of 33/32 (quality/observers.py). "mse": of 25
         candidates from that of "amax" down to an eighth of it, the one of least squared error; goes over the data twice.
       percentile: for that observer, above 0 and up to 100; None is 99.99.
       window: cut prompts into pieces of this many tokens, each a text of its own; None takes them whole.
       max_model_len: most tokens of a prompt or a piece; None is what the model was trained for.
       k_offset: also find what is constant of the keys, channel by channel, and store keys without it; for models with large K
-        biases (calibration/offsets.py). Goes with observer "amax" and over the data twice. The scales allow for positions up
+        biases (quality/key_offsets.py). Goes with observer "amax" and over the data twice. The scales allow for positions up
         to `max_model_len`.
       headroom: for observer "amax": the scales hold so many times the largest magnitude seen, at least 1. Other texts bring
         larger values than the prompts did, and those are clipped; 2 takes no precision from a value that is not tiny.
@@ -168,7 +168,7 @@ def compare(
     max_model_len: int | None = None,
     progress: bool | None = None,
     **unknown: Any,
-) -> Comparison:
+) -> QualityReport:
     """What caches cost in quality: each against a float32 cache of the same weights, over the same texts, through the engine.
 
     Of every cache: perplexity, KL divergence and agreement with the float32 one, how well keys and values are kept by layer and
@@ -264,7 +264,7 @@ def inspect(
     kv_scales: Any = "auto",
     max_model_len: int | None = None,
     page_size: int = 64,
-) -> Inspection:
+) -> ModelReport:
     """What a model is, what its KV cache costs in each format, and a verdict on the KV scales of each layer.
 
     Weights are not read: config, headers and the scales say it all. Nothing that is wrong with a scale raises.

@@ -29,6 +29,24 @@ os.environ.setdefault("NPROC", str(max(2, (os.cpu_count() or 1) // workers)))
 import jaxtyping  # noqa: E402
 
 # The public face (functional, llm, cli, checkpoint) is left out: it meets whatever users give, and answers with errors of its own.
+QUALITY = [
+    "cache_choices",
+    "calibrate",
+    "calibration_options",
+    "compare",
+    "compare_options",
+    "data",
+    "key_offsets",
+    "metrics",
+    "needle",
+    "observers",
+    "plots",
+    "quality_report",
+    "quality_tables",
+    "quantization_stats",
+    "summary",
+    "totals",
+]
 CHECKED = [
     "core",
     "cache",
@@ -36,8 +54,7 @@ CHECKED = [
     "models",
     "sampling",
     "engine",
-    "calibration",
-    "comparison",
+    *(f"quality.{module}" for module in QUALITY),
 ]
 jaxtyping.install_import_hook(
     [f"jfp8kv.{layer}" for layer in CHECKED] + ["pallas_kernels"], "beartype.beartype"

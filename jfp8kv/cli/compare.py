@@ -76,7 +76,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _print(report: "jfp8kv.functional.Comparison", args: argparse.Namespace) -> None:
+def _print(report: "jfp8kv.functional.QualityReport", args: argparse.Namespace) -> None:
     if args.json:
         show(json.dumps(report.to_dict(), allow_nan=False))
         return

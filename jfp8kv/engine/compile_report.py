@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Group
 from rich.text import Text
 
-from jfp8kv.core.tables import Printed, empty_table
+from jfp8kv.core.report import Report, empty_table
 
 _MIB = 2**20
 
@@ -33,7 +33,7 @@ class CompiledStep:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class CompileReport(Printed):
+class CompileReport(Report):
     """The programs of an engine, in the order in which it came to need them. Prints as a table; `to_dict` has everything."""
 
     steps: tuple[CompiledStep, ...]

@@ -1,1 +1,0 @@
-"""Static scales from data: run prompts through the model, watch its keys and values, choose scales that fit them."""
