@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.backend import cdiv, dot, load
-from pallas_kernels.elements import decode, is_fp8, power
+from pallas_kernels.backend import cdiv, dot, exp2, load
+from pallas_kernels.elements import decode, decode_pairs, is_fp8, power
 from pallas_kernels.options import How
 
 LOG2E = 1.4426950408889634
@@ -30,6 +30,19 @@ MASKED = -1e30  # a masked score
 LOWEST = -1e20  # where the running maximum starts: exp2(MASKED - LOWEST) is 0, so a row that sees nothing sums to 0
 
 Refs = dict[str, Any]
+PARTS = (
+    2  # FP8 values are read by two channels at a time, and even and odd ones are multiplied apart
+)
+
+
+def by_row(how: How, x: jax.Array) -> jax.Array:
+    """A vector of rows, to be broadcast over scores or outputs."""
+    return x[None, :] if how.turned else x[:, None]
+
+
+def by_key(how: How, x: jax.Array) -> jax.Array:
+    """A vector of keys, to be broadcast over scores."""
+    return x[:, None] if how.turned else x[None, :]
 
 
 class Rows(NamedTuple):
@@ -54,7 +67,9 @@ class Keys(NamedTuple):
 class Running(NamedTuple):
     """Weighted values so far, maximum and sum of weights, and the largest exponent of a V scale (0 where scales are static)."""
 
-    out: jax.Array  # [rows, channels]
+    out: tuple[
+        jax.Array, ...
+    ]  # of [rows, channels]; [channels, rows] if turned, and then even and odd ones apart for FP8
     peak: jax.Array  # [rows]
     total: jax.Array  # [rows]
     exponent: jax.Array  # []
@@ -75,6 +90,7 @@ class Block(NamedTuple):
     token: jax.Array  # [block_k]
     known: jax.Array | None  # [block_k]
     row: jax.Array  # [] or [block_k]
+    begin: Any = None
 
 
 class Exponents(NamedTuple):
@@ -104,21 +120,27 @@ def attend(
     # it crosses shared memory; else it crosses in bytes and is taken apart there, at 1.6 times the cost of everything else.
     one = jnp.where(keys.end > keys.start, 1.0, 0.5).astype(jnp.float16)
 
-    def body(
-        i: jax.Array, state: tuple[Running, Exponents], *, masked: bool = True
-    ) -> tuple[Running, Exponents]:
-        (now, of), begin = state, keys.start + i * how.block_k
+    # The row of the next block is read a block ahead. Were it read by the block itself, its keys could not be asked for before it
+    # came: the pipeline would keep one block in flight, asked for when the one before is done, instead of two.
+    ahead_rows = how.one_page and not how.causal
+    pairs = "v_pairs" in refs
+    exp2_of = jnp.exp2 if how.causal else functools.partial(exp2, interpret=how.interpret)
+
+    def body(i: Any, state: Any, *, masked: bool = True) -> Any:
+        (now, of, row), begin = state, keys.start + i * how.block_k
         block, ahead = (
-            _block(refs, how, keys, begin, request, kv_head, masked),
+            _block(refs, how, keys, begin, request, kv_head, masked, row),
             exponents(begin + how.block_k),
         )
+        next_row = _row(refs, how, keys, request, begin + how.block_k) if ahead_rows else None
         scores = _scores(refs, how, query, block, of.k)
         if masked:
             scores = jnp.where(_seen(refs, how, rows, block), scores, MASKED)
-        peak = jnp.maximum(now.peak, jnp.max(scores, axis=1))
-        shrink = jnp.exp2(now.peak - peak)
-        weights = jnp.exp2(scores - (peak - how.shift)[:, None])
-        total = now.total * shrink + jnp.sum(weights, axis=1)
+        of_keys = 0 if how.turned else 1
+        peak = jnp.maximum(now.peak, jnp.max(scores, axis=of_keys))
+        shrink = exp2_of(now.peak - peak)
+        weights = exp2_of(scores - by_row(how, peak - how.shift))
+        total = now.total * shrink + jnp.sum(weights, axis=of_keys)
 
         exponent, factor = now.exponent, one
         if of.v is not None:
@@ -127,31 +149,53 @@ def attend(
             if how.scale_tiles:
                 factor = power(of.v - exponent).astype(jnp.float16)[:, None]
             else:
-                weights = weights * power(of.v - exponent)[None, :]
-        v = _tile(refs["v"], how, block)
-        v = (v * factor if is_fp8(how.element) else v).astype(how.compute)
-        out = now.out * shrink[:, None] + dot(
-            weights.astype(how.compute), v, interpret=how.interpret
+                weights = weights * by_key(how, power(of.v - exponent))
+        weights = weights.astype(how.compute)
+        if how.turned:
+            tiles = (
+                _pair_tiles(refs["v_pairs"], how, block)
+                if pairs
+                else (_turned_tile(refs["v"], how, block),)
+            )
+            products = [dot(v.astype(how.compute), weights, interpret=how.interpret) for v in tiles]
+        else:
+            v = _tile(refs["v"], how, block)
+            v = (v * factor if is_fp8(how.element) else v).astype(how.compute)
+            products = [dot(weights, v, interpret=how.interpret)]
+        out = tuple(
+            was * by_row(how, shrink) + new for was, new in zip(now.out, products, strict=True)
         )
-        return Running(out, peak, total, exponent), ahead
+        return Running(out, peak, total, exponent), ahead, next_row
 
     exponents = functools.partial(_exponents, refs, how, keys, request, kv_head)
     blocks = jnp.maximum(cdiv(keys.end - keys.start, how.block_k), 0)
-    state, whole = (_initial(refs, how, rows, with_sink), exponents(keys.start)), jnp.int32(0)
+    row = _row(refs, how, keys, request, keys.start) if ahead_rows else None
+    state, whole = (_initial(refs, how, rows, with_sink), exponents(keys.start), row), jnp.int32(0)
     if keys.whole is not None:
         whole = jnp.minimum(keys.whole, blocks)
         state = lax.fori_loop(0, whole, functools.partial(body, masked=False), state)
     return lax.fori_loop(whole, blocks, body, state)[0]
 
 
-def finished(refs: Refs, how: How, now: Running, kv_head: Any, *, total: jax.Array) -> jax.Array:
+def finished(
+    refs: Refs, how: How, now: Running, kv_head: Any, *, total: jax.Array
+) -> tuple[jax.Array, ...]:
     """`out` with its V scales, divided by `total`; rows that saw nothing give zeros."""
-    out = now.out / jnp.where(total == 0, 1.0, total)[:, None]
-    if "v_exponent" in refs:
-        out = out * power(now.exponent - 127)
-    if "v_scale" in refs:
-        out = out * _channels(refs, "v_scale", how, kv_head)[None, :]
-    return out
+    finished = []
+    for place, out in enumerate(now.out):
+        out = out / by_row(how, jnp.where(total == 0, 1.0, total))
+        if "v_exponent" in refs:
+            out = out * power(now.exponent - 127)
+        if "v_scale" in refs:
+            scale = _channels(refs, "v_scale", how, kv_head, channels(how, now.out, place))
+            out = out * (scale[:, None] if how.turned else scale[None, :])
+        finished.append(out)
+    return tuple(finished)
+
+
+def channels(how: How, parts: tuple[jax.Array, ...], place: int) -> jax.Array:
+    """Those of one of the parts that outputs come in."""
+    return len(parts) * jnp.arange(how.channels // len(parts), dtype=jnp.int32) + place
 
 
 def first_seen(refs: Refs, position: jax.Array) -> jax.Array:
@@ -212,17 +256,21 @@ def _scores(
             factor = factor * power(largest - 127)
         else:
             scale = power(exponents - 127)
-    scores = dot(query.rows, k.astype(how.compute).T, interpret=how.interpret) * factor[:, None]
+    k = k.astype(how.compute)
+    factors = (k, query.rows.T) if how.turned else (query.rows, k.T)
+    scores = dot(*factors, interpret=how.interpret) * by_row(how, factor)
     if scale is not None:
-        scores = scores * scale[None, :]
+        scores = scores * by_key(how, scale)
     if query.offset is not None:
-        scores = scores + query.offset[:, None]
+        scores = scores + by_row(how, query.offset)
     return scores if how.softcap is None else (how.softcap * LOG2E) * _tanh(scores)
 
 
 def _initial(refs: Refs, how: How, rows: Rows, with_sink: Any) -> Running:
     """Before any key: empty, or the sink alone, whose weight at its own maximum is 1."""
-    out = jnp.zeros((how.rows, how.channels), jnp.float32)
+    parts = PARTS if "v_pairs" in refs else 1
+    size = how.channels // parts
+    out = (jnp.zeros((size, how.rows) if how.turned else (how.rows, size), jnp.float32),) * parts
     peak, total = jnp.full((how.rows,), LOWEST, jnp.float32), jnp.zeros((how.rows,), jnp.float32)
     if "sinks" in refs:
         sink = load(refs["sinks"], refs["layer"], rows.head, mask=rows.valid, other=0.0) * LOG2E
@@ -233,7 +281,8 @@ def _initial(refs: Refs, how: How, rows: Rows, with_sink: Any) -> Running:
 
 def _seen(refs: Refs, how: How, rows: Rows, block: Block) -> jax.Array:
     """Which keys each row sees."""
-    seen = jnp.broadcast_to(block.known[None, :], (how.rows, how.block_k))
+    shape = (how.block_k, how.rows) if how.turned else (how.rows, how.block_k)
+    seen = jnp.broadcast_to(by_key(how, block.known), shape)
     if how.causal:
         seen &= block.token[None, :] <= rows.position[:, None]
         if "window" in refs:
@@ -242,16 +291,42 @@ def _seen(refs: Refs, how: How, rows: Rows, block: Block) -> jax.Array:
 
 
 def _block(
-    refs: Refs, how: How, keys: Keys, begin: jax.Array, request: Any, kv_head: Any, masked: bool
+    refs: Refs,
+    how: How,
+    keys: Keys,
+    begin: jax.Array,
+    request: Any,
+    kv_head: Any,
+    masked: bool,
+    row: Any = None,
 ) -> Block:
     token = begin + jnp.arange(how.block_k, dtype=jnp.int32)
-    known = (token >= keys.first) & (token < keys.end) if masked else None
-    # One page number for the block, or one a token: those of unknown tokens are not read.
-    page_of = (
-        begin if how.one_page else jnp.clip(token, keys.first, keys.end - 1) if masked else token
+    known = token < keys.end if masked else None
+    if masked and ("window" in refs or how.causal):
+        known &= token >= keys.first
+    if row is None:
+        # One page number for the block, or one a token: those of unknown tokens are not read.
+        page_of = (
+            begin
+            if how.one_page
+            else jnp.clip(token, keys.first, keys.end - 1)
+            if masked
+            else token
+        )
+        number = page_of // how.page_size if how.causal else lax.div(page_of, how.page_size)
+        page = load(refs["page_table"], request, number)
+        row = _inside(refs["k"], refs["first_row"] + page)
+    return Block(kv_head, token, known, row, begin)
+
+
+def _row(refs: Refs, how: How, keys: Keys, request: Any, begin: jax.Array) -> jax.Array:
+    """The row of the pools that a block of one page lies in, which may begin past the last one."""
+    page = load(
+        refs["page_table"],
+        request,
+        lax.div(jnp.minimum(begin, jnp.maximum(keys.end - 1, 0)), how.page_size),
     )
-    page = load(refs["page_table"], request, page_of // how.page_size)
-    return Block(kv_head, token, known, _inside(refs["k"], refs["first_row"] + page))
+    return _inside(refs["k"], refs["first_row"] + page)
 
 
 def _inside(ref: Any, row: jax.Array) -> jax.Array:
@@ -263,9 +338,62 @@ def _tile(ref: Any, how: How, block: Block) -> jax.Array:
     """`[block_k, channels]` of keys or values, decoded; unknown ones are zero whatever their slots hold."""
     channel, mask = across(how, block.known, how.block_k)
     row = block.row if how.one_page else block.row[:, None]
-    offset = (block.token % how.page_size)[:, None]
-    bits = load(ref, row, block.kv_head, offset, channel, mask=mask, other=0, once=True)
+    bits = load(
+        ref,
+        row,
+        block.kv_head,
+        _offset(how, block)[:, None],
+        channel,
+        mask=mask,
+        other=0,
+        once=True,
+    )
     return decode(bits, how.element, native_e4m3=how.native_e4m3)
+
+
+def _offset(how: How, block: Block) -> jax.Array:
+    """`[block_k]`: places in pages. In one page they follow each other, which the compiler would not see by itself."""
+    if how.one_page and not how.causal:
+        return lax.rem(block.begin, how.page_size) + jnp.arange(how.block_k, dtype=jnp.int32)
+    return block.token % how.page_size
+
+
+def _turned_tile(ref: Any, how: How, block: Block) -> jax.Array:
+    """`[channels, block_k]` of values that are not FP8."""
+    return decode(_turned(ref, how, block, 1), how.element, native_e4m3=how.native_e4m3)
+
+
+def _pair_tiles(ref: Any, how: How, block: Block) -> tuple[jax.Array, jax.Array]:
+    """`[channels / 2, block_k]` of even and of odd channels of FP8 values. A pool of bytes is read as 16-bit numbers: those are
+    what the hardware transposes on their way from shared memory."""
+    return decode_pairs(
+        _turned(ref, how, block, PARTS),
+        how.element,
+        native_e4m3=how.native_e4m3,
+        interpret=how.interpret,
+    )
+
+
+def _turned(ref: Any, how: How, block: Block, parts: int) -> jax.Array:
+    """What is stored, `[channels / parts, block_k]`. Loaded in this order it lies in shared memory such that reads do not collide."""
+    channel, shape = (
+        jnp.arange(how.channels // parts, dtype=jnp.int32)[:, None],
+        (how.channels // parts, how.block_k),
+    )
+    mask = None if block.known is None else jnp.broadcast_to(block.known[None, :], shape)
+    if how.channels != how.head_dim:
+        mask = both(mask, jnp.broadcast_to(channel < how.head_dim // parts, shape))
+    row = block.row if how.one_page else block.row[None, :]
+    return load(
+        ref,
+        row,
+        block.kv_head,
+        _offset(how, block)[None, :],
+        channel,
+        mask=mask,
+        other=0,
+        once=True,
+    )
 
 
 def _exponents(
@@ -290,9 +418,12 @@ def _exponents(
     return Exponents(*(exponent.astype(jnp.int32) for exponent in of))
 
 
-def _channels(refs: Refs, name: str, how: How, kv_head: Any) -> jax.Array:
-    """`[channels]` of a static scale."""
-    channel = jnp.arange(how.channels, dtype=jnp.int32)
+def _channels(
+    refs: Refs, name: str, how: How, kv_head: Any, channel: jax.Array | None = None
+) -> jax.Array:
+    """A static scale of these channels, or all."""
+    if channel is None:
+        channel = jnp.arange(how.channels, dtype=jnp.int32)
     mask = None if how.channels == how.head_dim else channel < how.head_dim
     return load(refs[name], refs["layer"], kv_head, channel, mask=mask, other=0.0)
 

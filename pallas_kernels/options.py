@@ -42,6 +42,7 @@ class How:
     causal: bool  # rows stand at different positions
     capability: tuple[int, int]
     interpret: bool
+    turned: bool = False  # scores are `[block_k, rows]` and outputs `[channels, rows]`
 
     @property
     def native_e4m3(self) -> bool:

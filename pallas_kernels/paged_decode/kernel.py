@@ -10,9 +10,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attend import MASKED, Keys, Refs, Rows, across, attend, finished, first_seen
+from pallas_kernels.attend import (
+    MASKED,
+    PARTS,
+    Keys,
+    Refs,
+    Rows,
+    attend,
+    channels,
+    finished,
+    first_seen,
+)
 from pallas_kernels.backend import cdiv, launch, power_of_two, program, store
 from pallas_kernels.options import (
     HOPPER,
@@ -67,13 +78,18 @@ def paged_decode(
             requests=requests, kv_heads=kv_heads, group=group, head_dim=head_dim, tokens=page_table.shape[1] * page_size,
             element=element, compute=compute, page_size=page_size,
         )  # fmt: skip
+    # Tensor cores take 16 by 8: with few query heads these are the 8. An odd head_dim of bytes has no pairs.
+    turned = (
+        group <= 8 and compute.itemsize == 2 and (element.itemsize == 2 or head_dim % PARTS == 0)
+    )
     how = How(
+        turned=turned,
         element=element,
         compute=compute,
         page_size=page_size,
         head_dim=head_dim,
         group=group,
-        rows=max(16, power_of_two(group)),
+        rows=max(8 if turned else 16, power_of_two(group)),
         block_k=blocks.block_k,
         sm_scale=scale_of_scores(head_dim, sm_scale),
         softcap=softcap,
@@ -86,6 +102,8 @@ def paged_decode(
         k_scale=k_scale, v_scale=v_scale, k_exponent=k_exponent, v_exponent=v_exponent, window=window, sinks=sinks,
         score_offset=score_offset,
     )  # fmt: skip
+    if turned and element.itemsize == 1 and head_dim % PARTS == 0:
+        refs |= {"v": None, "v_pairs": _in_pairs(v_pages)}
     out = {"out": jax.ShapeDtypeStruct(q.shape, q.dtype)}
     if blocks.splits > 1:
         part = (blocks.splits, requests, q_heads)
@@ -142,13 +160,25 @@ def _kernel(refs: Refs, out_refs: Refs, *, how: How, splits: int) -> None:
     )
 
     out = finished(refs, how, now, kv_head, total=now.total)
-    channel, mask = across(how, rows.valid, how.rows)
-    ref = out_refs["out"]
-    if splits == 1:
-        store(ref, request, head[:, None], channel, value=out.astype(ref.dtype), mask=mask)
-        return
     weight = jnp.where(
         now.total == 0, MASKED, now.peak + jnp.log2(jnp.where(now.total == 0, 1.0, now.total))
     )
-    store(ref, split, request, head[:, None], channel, value=out, mask=mask)
-    store(out_refs["weight"], split, request, head, value=weight, mask=rows.valid)
+    place = (request,) if splits == 1 else (split, request)
+    for i, part in enumerate(out):
+        channel = channels(how, out, i)
+        heads, channel, valid = head[:, None], channel[None, :], rows.valid[:, None]
+        if how.turned:
+            heads, channel, valid = heads.T, channel.T, valid.T
+        mask = jnp.broadcast_to(valid, part.shape) & jnp.broadcast_to(
+            channel < how.head_dim, part.shape
+        )
+        ref = out_refs["out"]
+        store(ref, *place, heads, channel, value=part.astype(ref.dtype), mask=mask)
+    if splits > 1:
+        store(out_refs["weight"], split, request, head, value=weight, mask=rows.valid)
+
+
+def _in_pairs(pages: Pool) -> jax.Array:
+    """A pool of bytes as 16-bit numbers, which costs nothing: XLA only calls it otherwise."""
+    bits = pages if pages.dtype == jnp.uint8 else lax.bitcast_convert_type(pages, jnp.uint8)
+    return lax.bitcast_convert_type(bits.reshape(*bits.shape[:3], -1, PARTS), jnp.uint16)

@@ -132,7 +132,7 @@ def _kernel(refs: Refs, out_refs: Refs, *, how: How, requests: int, block_tokens
     )
     now = attend(refs, how, rows, keys, request=request, kv_head=kv_head)
 
-    out = finished(refs, how, now, kv_head, total=now.total)
+    (out,) = finished(refs, how, now, kv_head, total=now.total)
     channel, mask = across(how, valid, how.rows)
     ref = out_refs["out"]
     store(ref, rows.query[:, None], head[:, None], channel, value=out.astype(ref.dtype), mask=mask)
