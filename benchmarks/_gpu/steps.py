@@ -25,7 +25,7 @@ from jfp8kv.cache.layout import LayerCacheSpec
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import E4M3, E5M2
 from jfp8kv.engine import step
-from jfp8kv.engine.batch import Batch, BatchBuilder
+from jfp8kv.engine.batch import BatchBuilder, DecodeBatch, ForwardBatch
 from jfp8kv.engine.buckets import Buckets, step_token_budget
 from jfp8kv.engine.matmul import KernelMatmul
 from jfp8kv.engine.request import Request
@@ -178,7 +178,7 @@ def _compile(case: StepCase, size: int) -> tuple[Any, str, int]:
     )
 
 
-def _batch(name: str, kv: CacheConfig, num_pages: int) -> Batch:
+def _batch(name: str, kv: CacheConfig, num_pages: int) -> DecodeBatch | ForwardBatch:
     """A batch as the engine builds it; which tokens and pages it names does not matter."""
     pages = LLAMA_8B.max_len // kv.page_size
     batcher = BatchBuilder(

@@ -1,6 +1,6 @@
-"""The one border between host and device: requests become padded arrays here, and arrays become tokens again.
+"""The border between host and device: requests become padded arrays, and output arrays become tokens.
 
-Padding rows have length 0 and nothing remaining: they write nothing and their results are dropped.
+Padding rows have length 0 and no tokens remaining. They write nothing, and their outputs are ignored.
 """
 
 import dataclasses
@@ -14,77 +14,141 @@ from jfp8kv.cache.groups import PageRequirements
 from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.request import Request
+from jfp8kv.engine.sampler_state import (
+    PLAIN,
+    SamplerVariant,
+    SamplingState,
+    sampling_state,
+    variant_of,
+)
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
-from jfp8kv.engine.variants import PLAIN, SamplerVariant, SamplingState, sampling_state, variant_of
 from jfp8kv.sampling.settings import PAST_THE_END, SamplerSettings, stack_settings
 
-SINCE = 64  # tokens of an output after which it is counted anew
-
-Counts = Int32[Array | np.ndarray, "requests vocab"] | None
+MIN_RECENT_TOKENS = 64  # output tokens of a request that cross to the device uncounted
 
 
 @pytree
-class Batch:
-    """What one dispatch is told of its requests. Prefill runs `tokens[i, : length[i] - start[i]]`; decode starts from the one
-    token of each row at `start` and makes up to `remaining` more."""
+class ForwardBatch:
+    """The inputs of one forward pass: a chunk of tokens per request, and its place in the cache.
+
+    Request `i` runs `tokens[i, : length[i] - start[i]]`, the tokens at positions `start[i] .. length[i] - 1`.
+
+    Attributes:
+      tokens: token ids; `vocab` is padding.
+      page_tables: page numbers by group of layers; `num_pages` is padding.
+      start: tokens in the cache before this pass.
+      length: tokens in the cache after it.
+      context: tokens the sequence had when its cache was started (models/rope.py).
+      max_length: an upper bound on `length` over all requests and all steps of a dispatch.
+    """
 
     tokens: Int32[Array | np.ndarray, "requests tokens"]
     page_tables: Int32[Array | np.ndarray, "requests groups pages"]
     start: Int32[Array | np.ndarray, " requests"]
     length: Int32[Array | np.ndarray, " requests"]
-    context: Int32[
-        Array | np.ndarray, " requests"
-    ]  # tokens a text had when its cache was begun (models/rope.py)
-    remaining: Int32[Array | np.ndarray, " requests"]
-    position: Int32[Array | np.ndarray, " requests"]  # tokens of the output so far
-    end_ids: Int32[Array | np.ndarray, "requests ends"]
-    settings: SamplerSettings
-    most_tokens: Int32[Array | np.ndarray, ""]
-    steps: Int32[Array | np.ndarray, ""]
-    reported: Int32[Array | np.ndarray, ""]  # the most likeliest tokens that a request wants to see
-    prompt_counts: Counts = None
-    output_counts: Counts = None
-    output_since: Int32[Array | np.ndarray, "requests since"] | None = (
-        None  # tokens that are not in `output_counts` yet
-    )
-    texts: Int32[Array | np.ndarray, "requests text"] | None = (
-        None  # all tokens so far, where drafts are looked up in them
-    )
-    allowed: UInt32[Array | np.ndarray, "requests words"] | None = (
-        None  # by token, one bit each (engine/structured.py)
-    )
+    context: Int32[Array | np.ndarray, " requests"]
+    max_length: Int32[Array | np.ndarray, ""]
 
     @property
     def shape(self) -> tuple[int, int]:
         """Requests and tokens, both padded."""
-        return self.tokens.shape
+        requests, tokens = self.tokens.shape
+        return requests, tokens
+
+
+@pytree
+class SamplerInputs:
+    """The sampler's settings by request, the same from step to step.
+
+    Attributes:
+      settings: temperature, filters, penalties and keys.
+      end_ids: the token ids that end the output.
+      max_logprobs: the most top log-probabilities that a request returns.
+    """
+
+    settings: SamplerSettings
+    end_ids: Int32[Array | np.ndarray, "requests ends"]
+    max_logprobs: Int32[Array | np.ndarray, ""]
+
+
+@pytree
+class TokenCounts:
+    """How often each token occurs in prompt and output, for penalties.
+
+    Attributes:
+      prompt: counts of the prompt's tokens.
+      output: counts of the output's tokens.
+      recent: output tokens not counted yet, `vocab` past the last; None once they are counted.
+    """
+
+    prompt: Int32[Array | np.ndarray, "requests vocab"]
+    output: Int32[Array | np.ndarray, "requests vocab"]
+    recent: Int32[Array | np.ndarray, "requests recent"] | None = None
+
+
+@pytree
+class DecodeBatch:
+    """The inputs of a decode: the last token of each request, and what sampling the next ones needs.
+
+    Attributes:
+      forward: the last token of each request, the first to run.
+      position: tokens in the output so far.
+      remaining: the most tokens to generate.
+      steps: the most decode steps of this dispatch.
+      sampler: the sampler's settings.
+      counts: token counts, of the full sampler.
+      sequences: prompt and output tokens, where drafts are looked up in them.
+      token_bitmask: the tokens that grammars allow, token `i` as bit `i % 32` of word `i // 32`.
+    """
+
+    forward: ForwardBatch
+    position: Int32[Array | np.ndarray, " requests"]
+    remaining: Int32[Array | np.ndarray, " requests"]
+    steps: Int32[Array | np.ndarray, ""]
+    sampler: SamplerInputs
+    counts: TokenCounts | None = None
+    sequences: Int32[Array | np.ndarray, "requests positions"] | None = None
+    token_bitmask: UInt32[Array | np.ndarray, "requests words"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Requests and tokens of the first step, both padded."""
+        return self.forward.shape
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplerInputs:
-    """What decoding rows ask of the sampler, on the device: the same from one dispatch to the next while they are the same."""
+class _CachedSampler:
+    """Sampler inputs on the device, and the batch they were built for."""
 
     requests: list[Request]
     rows: int
     variant: SamplerVariant
-    end_ids: Int32[Array, "requests ends"]
-    settings: SamplerSettings
-    reported: Int32[Array, ""]
+    inputs: SamplerInputs
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenCounts:
-    """How often decoding rows had each token when it was last counted, on the device, `after` so many tokens of each output."""
+class _CachedCounts:
+    """Token counts on the device, and the batch and output lengths they were built for."""
 
     requests: list[Request]
     rows: int
-    after: list[int]
-    prompt: Counts
-    output: Counts
+    counted: list[int]
+    counts: TokenCounts
 
 
 class BatchBuilder:
-    """Builds batches for a model with `vocab` tokens whose page tables have `pages` entries, numbers below `num_pages`."""
+    """Builds the arrays of scheduled steps.
+
+    Args:
+      buckets: the padded shapes.
+      vocab: the vocabulary size.
+      requirements: which pages a sequence needs.
+      pages: the length of a page table.
+      num_pages: pages in the pool; pads page tables.
+      max_model_len: the most tokens of a sequence.
+      eos_ids: the model's end-of-sequence tokens.
+      switch_length: the length at which a sequence restarts its cache (models/rope.py), if any.
+    """
 
     def __init__(
         self,
@@ -98,194 +162,234 @@ class BatchBuilder:
         eos_ids: tuple[int, ...],
         switch_length: int | None = None,
     ):
-        self.buckets, self.vocab, self.eos_ids = buckets, vocab, eos_ids
-        self.requirements, self.pages, self.num_pages, self.max_model_len = (
-            requirements,
-            pages,
-            num_pages,
-            max_model_len,
-        )
-        self.switch_length = (
-            switch_length  # where texts must begin their cache anew (models/rope.py), if anywhere
-        )
-        self._sampled: SamplerInputs | None = None
-        self._counted: TokenCounts | None = None
-        self._uncounted: dict[int, Counts] = {}
-        self._most_since = max(SINCE, buckets.max_new_tokens(buckets.decode_steps))
+        self.buckets = buckets
+        self.vocab = vocab
+        self.requirements = requirements
+        self.pages = pages
+        self.num_pages = num_pages
+        self.max_model_len = max_model_len
+        self.eos_ids = eos_ids
+        self.switch_length = switch_length
+        self._sampler: _CachedSampler | None = None
+        self._counts: _CachedCounts | None = None
+        self._zero_counts: dict[int, Int32[Array, "requests vocab"]] = {}
+        self._max_recent = max(MIN_RECENT_TOKENS, buckets.max_new_tokens(buckets.decode_steps))
 
-    def _asked(self, request: Request) -> SamplingState:
-        return sampling_state(request, self.vocab, self.eos_ids)
-
-    def _room(self, request: Request) -> int:
-        """Tokens this request may make in one go: all it still wants, or up to the first past `switch_length`."""
-        wanted = request.max_tokens - len(request.output_ids)
-        if self.switch_length is None or request.num_tokens > self.switch_length:
-            return wanted
-        return min(wanted, self.switch_length + 1 - request.num_tokens)
-
-    def prefill(self, plan: ScheduledPrefill) -> Batch:
-        """The arrays for chunks of prompts, padded to a bucket. What only sampling needs stays one shape."""
+    def prefill(self, plan: ScheduledPrefill) -> ForwardBatch:
+        """Return the batch for a chunk of each request, padded to a bucket."""
         rows = self.buckets.prefill_rows(len(plan.requests), plan.width)
-        return self._batch(
-            plan.requests, plan.chunks, rows, plan.width, 1, self._settings([], rows, PLAIN)
-        )
+        return self._forward(plan.requests, plan.chunks, rows=rows, width=plan.width)
 
-    def last(self, plan: ScheduledDecode) -> Batch:
-        """The arrays for running the last token of each request, from whose logits a token is then picked."""
-        rows = self.buckets.decode_rows(len(plan.requests), batch_invariant=plan.seeded)
-        return self._batch(
-            plan.requests, [1] * len(plan.requests), rows, 1, 1, self._settings([], rows, PLAIN)
-        )
+    def last_tokens(self, plan: ScheduledDecode) -> ForwardBatch:
+        """Return the batch for the last token of each request, to sample from its logits later."""
+        rows = self._decode_rows(plan)
+        return self._forward(plan.requests, [1] * len(plan.requests), rows=rows, width=1)
 
     def decode(
         self, plan: ScheduledDecode, least: SamplerVariant = PLAIN
-    ) -> tuple[Batch, SamplerVariant]:
-        """The arrays for a decode, padded to a bucket, and the program that serves these requests, or `least` at least."""
-        rows = self.buckets.decode_rows(len(plan.requests), batch_invariant=plan.seeded)
-        variant = variant_of([least, *(self._asked(r).least for r in plan.requests)])
-        last = self._sampled
-        if last is None or (last.requests, last.rows, last.variant) != (
-            plan.requests,
-            rows,
-            variant,
-        ):
-            self._sampled = last = self._settings(plan.requests, rows, variant)
-        made = self.buckets.max_new_tokens(plan.steps)
-        batch = self._batch(plan.requests, [1] * len(plan.requests), rows, 1, made, last)
-        prompt_counts, output_counts, since = (
-            self._counts(plan.requests, rows) if variant.full else (None, None, None)
-        )
-        return dataclasses.replace(
-            batch,
+    ) -> tuple[DecodeBatch, SamplerVariant]:
+        """Return the batch for a decode, padded to a bucket, and its sampler: `least` or a larger one."""
+        requests = plan.requests
+        rows = self._decode_rows(plan)
+        variant = variant_of([least, *(self._state(request).required for request in requests)])
+        position = np.zeros(rows, np.int32)
+        remaining = np.zeros(rows, np.int32)
+        for row, request in enumerate(requests):
+            position[row] = len(request.output_ids)
+            remaining[row] = self._remaining(request)
+        new_tokens = self.buckets.max_new_tokens(plan.steps)
+        batch = DecodeBatch(
+            forward=self._forward(
+                requests, [1] * len(requests), rows=rows, width=1, new_tokens=new_tokens
+            ),
+            position=position,
+            remaining=remaining,
             steps=np.array(plan.steps, np.int32),
-            prompt_counts=prompt_counts,
-            output_counts=output_counts,
-            output_since=since,
-            texts=self._texts(plan.requests, rows),
-        ), variant
+            sampler=self._sampler_inputs(requests, rows, variant),
+            counts=self._token_counts(requests, rows) if variant.full else None,
+            sequences=self._sequences(requests, rows) if self.buckets.drafts else None,
+        )
+        return batch, variant
 
-    def _batch(
+    def _decode_rows(self, plan: ScheduledDecode) -> int:
+        return self.buckets.decode_rows(len(plan.requests), batch_invariant=plan.seeded)
+
+    def _state(self, request: Request) -> SamplingState:
+        return sampling_state(request, self.vocab, self.eos_ids)
+
+    def _remaining(self, request: Request) -> int:
+        """Return the most tokens to generate in one dispatch: up to the first past `switch_length`."""
+        remaining = request.max_tokens - len(request.output_ids)
+        if self.switch_length is None or request.num_tokens > self.switch_length:
+            return remaining
+        return min(remaining, self.switch_length + 1 - request.num_tokens)
+
+    def _forward(
         self,
         requests: list[Request],
         chunks: list[int],
+        *,
         rows: int,
         width: int,
-        made: int,
-        sampled: SamplerInputs,
-    ) -> Batch:
-        """The arrays for chunks of which the last token makes up to `made` more."""
+        new_tokens: int = 1,
+    ) -> ForwardBatch:
+        """Return the next `chunks[i]` tokens of each request, and pages for `new_tokens - 1` more."""
+        groups = len(self.requirements.groups.windows)
         tokens = np.full((rows, width), self.vocab, np.int32)
-        page_tables = np.full(
-            (rows, len(self.requirements.groups.windows), self.pages), self.num_pages, np.int32
+        page_tables = np.full((rows, groups, self.pages), self.num_pages, np.int32)
+        start = np.zeros(rows, np.int32)
+        length = np.zeros(rows, np.int32)
+        context = np.zeros(rows, np.int32)
+        max_length = 0
+        for row, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
+            stop = request.cached + chunk
+            tokens[row, :chunk] = request.tokens(request.cached, stop)
+            start[row] = request.cached
+            length[row] = stop
+            context[row] = request.context
+            final = min(stop + new_tokens - 1, request.most_tokens)
+            max_length = max(max_length, final)
+            end = self.requirements.end_page(final)
+            for group, table in enumerate(request.page_tables):
+                page_tables[row, group, table.first : end] = table.pages[: end - table.first]
+        return ForwardBatch(
+            tokens=tokens,
+            page_tables=page_tables,
+            start=start,
+            length=length,
+            context=context,
+            max_length=np.array(max_length, np.int32),
         )
-        start, length, context, remaining, position = np.zeros((5, rows), np.int32)
-        longest = 0
-        for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
-            start[i], length[i] = request.cached, request.cached + chunk
-            tokens[i, :chunk] = request.tokens(request.cached, request.cached + chunk)
-            stop = min(request.cached + chunk + made - 1, request.most_tokens)
-            longest, last = max(longest, stop), self.requirements.end_page(stop)
-            for group, held in enumerate(request.page_tables):
-                page_tables[i, group, held.first : last] = held.pages[: last - held.first]
-            context[i] = request.context
-            position[i] = len(request.output_ids)
-            remaining[i] = self._room(request)
-        return Batch(
-            tokens, page_tables, start, length, context, remaining, position, sampled.end_ids, sampled.settings,
-            np.array(longest, np.int32), np.array(made, np.int32), sampled.reported,
-        )  # fmt: skip
 
-    def _settings(
+    def _sampler_inputs(
         self, requests: list[Request], rows: int, variant: SamplerVariant
     ) -> SamplerInputs:
-        each = [self._asked(request) for request in requests]
+        """Return the sampler's settings on the device, reused while the batch is the same."""
+        cached = self._sampler
+        if cached is None or (cached.requests, cached.rows, cached.variant) != (
+            requests,
+            rows,
+            variant,
+        ):
+            inputs = self._new_sampler_inputs(requests, rows, variant)
+            cached = _CachedSampler(requests, rows, variant, inputs)
+            self._sampler = cached
+        return cached.inputs
+
+    def _new_sampler_inputs(
+        self, requests: list[Request], rows: int, variant: SamplerVariant
+    ) -> SamplerInputs:
+        states = [self._state(request) for request in requests]
         end_ids = np.full((rows, variant.ends), PAST_THE_END, np.int32)
-        for i, one in enumerate(each):
-            end_ids[i, : len(one.ends)] = sorted(one.ends)
+        for row, state in enumerate(states):
+            end_ids[row, : len(state.end_ids)] = sorted(state.end_ids)
         settings = stack_settings(
-            [one.settings for one in each],
+            [state.settings for state in states],
             rows=rows,
             biased=variant.biased,
             held=variant.held,
         )
-        reported = np.array(max((r.params.logprobs or 0 for r in requests), default=0), np.int32)
-        return SamplerInputs(
-            requests, rows, variant, *jax.device_put((end_ids, settings, reported))
+        max_logprobs = max((request.params.logprobs or 0 for request in requests), default=0)
+        return jax.device_put(
+            SamplerInputs(
+                settings=settings, end_ids=end_ids, max_logprobs=np.array(max_logprobs, np.int32)
+            )
         )
 
-    def _counts(self, requests: list[Request], rows: int) -> tuple[Counts, Counts, np.ndarray]:
-        """How often each token occurs in prompt and output of those whose penalties need to know, and the tokens of outputs
-        since that was counted: so that it crosses over now and then, and not for every dispatch."""
-        since = np.full((rows, self._most_since), self.vocab, np.int32)
+    def _token_counts(self, requests: list[Request], rows: int) -> TokenCounts:
+        """Return token counts, and the output tokens since they were last computed.
+
+        The counts cross to the device only now and then, not for every dispatch.
+        """
+        recent = np.full((rows, self._max_recent), self.vocab, np.int32)
         if not any(request.params.counts_tokens for request in requests):
-            if rows not in self._uncounted:
-                self._uncounted[rows] = jnp.zeros((rows, self.vocab), jnp.int32)
-            return self._uncounted[rows], self._uncounted[rows], since
-        last = self._counted
-        if (
-            last is None
-            or (last.requests, last.rows) != (requests, rows)
-            or self._too_many_since(last)
-        ):
-            self._counted = last = self._count(requests, rows)
-        for row, request, after in zip(since, requests, last.after, strict=False):
-            row[: len(request.output_ids) - after] = request.output_ids[after:]
-        return last.prompt, last.output, since
+            zeros = self._zero_counts.get(rows)
+            if zeros is None:
+                zeros = jnp.zeros((rows, self.vocab), jnp.int32)
+                self._zero_counts[rows] = zeros
+            return TokenCounts(prompt=zeros, output=zeros, recent=recent)
+        cached = self._counts
+        if cached is None or not self._is_current(cached, requests, rows):
+            cached = self._count(requests, rows)
+            self._counts = cached
+        for row, request, counted in zip(recent, requests, cached.counted, strict=False):
+            row[: len(request.output_ids) - counted] = request.output_ids[counted:]
+        return dataclasses.replace(cached.counts, recent=recent)
 
-    def _too_many_since(self, last: TokenCounts) -> bool:
-        return any(
-            len(r.output_ids) - after > self._most_since
-            for r, after in zip(last.requests, last.after, strict=True)
+    def _is_current(self, cached: _CachedCounts, requests: list[Request], rows: int) -> bool:
+        """Return whether the cached counts and `recent` cover all output tokens of this batch."""
+        return (cached.requests, cached.rows) == (requests, rows) and all(
+            len(request.output_ids) - counted <= self._max_recent
+            for request, counted in zip(requests, cached.counted, strict=True)
         )
 
-    def _count(self, requests: list[Request], rows: int) -> TokenCounts:
-        found = np.zeros((2, rows, self.vocab), np.int32)
-        for i, request in enumerate(requests):
-            if (counts := self._asked(request).counts(request.output_ids)) is not None:
-                found[:, i] = counts
-        return TokenCounts(
-            requests,
-            rows,
-            [len(r.output_ids) for r in requests],
-            *jax.device_put((found[0], found[1])),
-        )
+    def _count(self, requests: list[Request], rows: int) -> _CachedCounts:
+        prompt = np.zeros((rows, self.vocab), np.int32)
+        output = np.zeros((rows, self.vocab), np.int32)
+        for row, request in enumerate(requests):
+            counts = self._state(request).token_counts(request.output_ids)
+            if counts is not None:
+                prompt[row], output[row] = counts
+        counts = jax.device_put(TokenCounts(prompt=prompt, output=output))
+        return _CachedCounts(requests, rows, [len(r.output_ids) for r in requests], counts)
 
-    def _texts(self, requests: list[Request], rows: int) -> np.ndarray | None:
-        """Prompts and outputs, when drafts are looked up in them."""
-        if not self.buckets.drafts:
-            return None
-        texts = np.full((rows, self.max_model_len), self.vocab, np.int32)
-        for text, request in zip(texts, requests, strict=False):
-            text[: request.num_tokens] = self._asked(request).text(request)
-        return texts
+    def _sequences(self, requests: list[Request], rows: int) -> np.ndarray:
+        """Return the prompt and output tokens of each request, padded with `vocab`."""
+        sequences = np.full((rows, self.max_model_len), self.vocab, np.int32)
+        for row, request in zip(sequences, requests, strict=False):
+            row[: request.num_tokens] = self._state(request).token_ids(request)
+        return sequences
+
+
+@pytree
+class TopLogprobs:
+    """The most likely tokens at each place, most likely first, and their log-probabilities."""
+
+    token_ids: Int32[Array, "*places top"]
+    logprobs: Float32[Array, "*places top"]
+
+
+@pytree
+class DraftCounts:
+    """Draft tokens of each request that were verified, and how many of them were accepted."""
+
+    verified: Int32[Array, " requests"]
+    accepted: Int32[Array, " requests"]
 
 
 @pytree
 class StepOutput:
-    """Tokens made per request, `vocab` past the last, and their log-probabilities; the likeliest ids if asked for; where drafts
-    are verified, how many were run and how many became tokens."""
+    """The new tokens of each request, `vocab` past the last, and their log-probabilities.
+
+    `top` is present in the output of the full sampler, `drafts` in that of speculative decoding.
+    """
 
     tokens: Int32[Array, "requests steps"]
     logprobs: Float32[Array, "requests steps"]
-    top_ids: Int32[Array, "requests steps top"] | None = None
-    top_logprobs: Float32[Array, "requests steps top"] | None = None
-    drafted: Int32[Array, " requests"] | None = None
-    accepted: Int32[Array, " requests"] | None = None
+    top: TopLogprobs | None = None
+    drafts: DraftCounts | None = None
 
     @classmethod
-    def blank(cls, requests: int, steps: int, *, vocab: int, top: int) -> "StepOutput":
-        """Nothing made yet."""
+    def empty(cls, requests: int, steps: int, *, vocab: int, top: int) -> "StepOutput":
+        """Return an output without tokens."""
+        shape = (requests, steps)
+        no_top = TopLogprobs(
+            token_ids=jnp.zeros((*shape, top), jnp.int32),
+            logprobs=jnp.zeros((*shape, top), jnp.float32),
+        )
         return cls(
-            jnp.full((requests, steps), vocab, jnp.int32),
-            jnp.zeros((requests, steps), jnp.float32),
-            jnp.zeros((requests, steps, top), jnp.int32) if top else None,
-            jnp.zeros((requests, steps, top), jnp.float32) if top else None,
+            tokens=jnp.full(shape, vocab, jnp.int32),
+            logprobs=jnp.zeros(shape, jnp.float32),
+            top=no_top if top else None,
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class NewTokens:
-    """The tokens that one request got from a dispatch; the rest of what came with them is fetched when it is asked for."""
+    """The tokens that one dispatch generated for one request.
+
+    Log-probabilities stay on the device until they are requested.
+    """
 
     request: Request
     token_ids: list[int]
@@ -294,34 +398,34 @@ class NewTokens:
 
     @property
     def ended(self) -> bool:
-        """Whether the last of them ends its request's text."""
-        return bool(self.token_ids) and self.token_ids[-1] in self.request.sampling_state.ends
+        """Whether the last of them is an end token."""
+        state = self.request.sampling_state
+        assert state is not None, "the request has decoded"
+        return bool(self.token_ids) and self.token_ids[-1] in state.end_ids
 
     def logprobs(self) -> list[float]:
-        """The log-probability of each token."""
+        """Return the log-probability of each token."""
         return np.asarray(self.output.logprobs)[self.row, : len(self.token_ids)].tolist()
 
-    def likeliest(self, count: int) -> list[dict[int, float]]:
-        """For each token the `count` likeliest ids and the one it is, with their log-probabilities."""
+    def top_logprobs(self, count: int) -> list[dict[int, float]]:
+        """Return the log-probabilities of the `count` most likely tokens and the sampled one, by id."""
         found: list[dict[int, float]] = [{} for _ in self.token_ids]
         if count:
-            ids, values = (
-                np.asarray(x)[self.row].tolist()
-                for x in (self.output.top_ids, self.output.top_logprobs)
-            )
-            found = [
-                dict(zip(i[:count], v[:count], strict=True))
-                for i, v in zip(ids, values, strict=True)
-            ]
-        own = zip(found, self.token_ids, self.logprobs(), strict=False)
-        return [likeliest | {token: logprob} for likeliest, token, logprob in own]
+            assert self.output.top is not None, "the full sampler ran"
+            ids = np.asarray(self.output.top.token_ids)[self.row, :, :count].tolist()
+            values = np.asarray(self.output.top.logprobs)[self.row, :, :count].tolist()
+            found = [dict(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
+        sampled = zip(found, self.token_ids, self.logprobs(), strict=False)
+        return [top | {token: logprob} for top, token, logprob in sampled]
 
 
 def read_new_tokens(output: StepOutput, requests: list[Request], vocab: int) -> list[NewTokens]:
-    """Wait for the device, and sort the tokens it made by request."""
+    """Wait for the device, and return the new tokens of each request."""
     tokens = np.asarray(output.tokens)
     counts = np.sum(tokens < vocab, axis=1).tolist()
     return [
-        NewTokens(r, ids[:count], output, i)
-        for i, (r, ids, count) in enumerate(zip(requests, tokens.tolist(), counts, strict=False))
+        NewTokens(request=request, token_ids=ids[:count], output=output, row=row)
+        for row, (request, ids, count) in enumerate(
+            zip(requests, tokens.tolist(), counts, strict=False)
+        )
     ]

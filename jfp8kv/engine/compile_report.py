@@ -18,7 +18,7 @@ class CompiledStep:
     """One compiled program.
 
     `requests` x `tokens` is its bucket: padded requests, and tokens of each that are run at once. `variant` of a decode is
-    "plain" or "full" (engine/variants.py). `temporary_bytes` is what it needs besides its arguments, `code_bytes` its machine
+    "plain" or "full" (engine/sampler_state.py). `temporary_bytes` is what it needs besides its arguments, `code_bytes` its machine
     code as far as the platform tells. `shared`: another engine had compiled it; `seconds` are what that took there.
     """
 

@@ -16,7 +16,14 @@ from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError
 from jfp8kv.core.platform import activation_dtype
 from jfp8kv.engine import copies, faults, matmul, postprocess, step
-from jfp8kv.engine.batch import Batch, BatchBuilder, NewTokens, StepOutput, read_new_tokens
+from jfp8kv.engine.batch import (
+    BatchBuilder,
+    DecodeBatch,
+    ForwardBatch,
+    NewTokens,
+    StepOutput,
+    read_new_tokens,
+)
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.kv_manager import KVCacheManager, SequenceHandle
 from jfp8kv.engine.lookup import draft_tokens
@@ -26,7 +33,7 @@ from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill, Scheduler
 from jfp8kv.engine.speculative import decode_ahead
 from jfp8kv.engine.stats import Stats, Stopwatch
 from jfp8kv.engine.structured import StructuredOutput
-from jfp8kv.engine.variants import PLAIN, SamplerVariant
+from jfp8kv.engine.sampler_state import PLAIN, SamplerVariant
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import switch_length
@@ -295,18 +302,20 @@ class Engine:
 
     def decode_structured(self, plan: ScheduledDecode, least: SamplerVariant = PLAIN) -> StepOutput:
         """The same for one token each. While the device runs the model, the host finds out what grammars allow."""
-        logits = self._launch(step.score, self.batch_builder.last(plan))
+        logits = self._launch(step.score, self.batch_builder.last_tokens(plan))
         batch, variant = self.batch_builder.decode(plan, least)
         began = time.perf_counter()
-        allowed = self.structured_output.allowed(plan.requests, rows=len(batch.start))
+        bitmask = self.structured_output.allowed(plan.requests, rows=len(batch.position))
         self.stats.grammar_s += time.perf_counter() - began
-        batch = dataclasses.replace(batch, allowed=allowed)
+        batch = dataclasses.replace(batch, token_bitmask=bitmask)
         top = min(variant.top, self.params.config.vocab)
         output = self.programs.compute(step.pick, logits, batch, variant=variant.name, top=top)
         self.stats.compilations = len(self.programs.built)
         return output
 
-    def _launch(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
+    def _launch(
+        self, function: Callable, batch: ForwardBatch | DecodeBatch | copies.Copies, **static: Any
+    ) -> Any:
         """Start a step on the pool, in place, after the copies of pages that it waits for."""
         self._copy_pages()
         output, self.pages = self.programs.call(function, batch, self.pages, **static)
@@ -321,7 +330,9 @@ class Engine:
             _, self.pages = self.programs.call(copies.copy, some, self.pages)
         kv_manager.copies.clear()
 
-    def run(self, function: Callable, batch: Batch | copies.Copies, **static: Any) -> Any:
+    def run(
+        self, function: Callable, batch: ForwardBatch | DecodeBatch | copies.Copies, **static: Any
+    ) -> Any:
         """Run a step on the pool, in place, and wait until it is done."""
         output = self._launch(function, batch, **static)
         return jax.block_until_ready((output, self.pages))[0]

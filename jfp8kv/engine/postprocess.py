@@ -53,7 +53,7 @@ def emit_output(made: NewTokens, scheduler: Scheduler, stats: Stats) -> None:
         request.first_token = now
     request.output_logprobs += made.logprobs()
     if (wanted := request.params.logprobs) is not None:
-        request.top_logprobs += made.likeliest(wanted)
+        request.top_logprobs += made.top_logprobs(wanted)
     scheduler.kv_manager.cache_prefix(request)
     reason = _finish_reason(made)
     stats.generated_tokens += len(request.output_ids) - before
@@ -63,9 +63,9 @@ def emit_output(made: NewTokens, scheduler: Scheduler, stats: Stats) -> None:
 
 def count_drafts(output: StepOutput, stats: Stats) -> None:
     """What came of the drafts that a decode verified, if it did."""
-    if output.drafted is not None and output.accepted is not None:
-        stats.draft_tokens += int(np.asarray(output.drafted).sum())
-        stats.accepted_tokens += int(np.asarray(output.accepted).sum())
+    if output.drafts is not None:
+        stats.draft_tokens += int(np.asarray(output.drafts.verified).sum())
+        stats.accepted_tokens += int(np.asarray(output.drafts.accepted).sum())
 
 
 def _finish_reason(made: NewTokens) -> str | None:

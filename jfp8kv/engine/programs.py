@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from jfp8kv.cache.pool import KVPool
-from jfp8kv.engine.batch import Batch
+from jfp8kv.engine.batch import DecodeBatch, ForwardBatch
 from jfp8kv.engine.compile_report import CompiledStep, CompileReport
 from jfp8kv.engine.copies import Copies
 from jfp8kv.engine.step import StepModel, Weights
@@ -72,7 +72,7 @@ class Programs:
     def call(
         self,
         step: Callable,
-        batch: Batch | Copies,
+        batch: ForwardBatch | DecodeBatch | Copies,
         pages: KVPool,
         *,
         variant: str = "",
@@ -83,7 +83,13 @@ class Programs:
         return program.run(self.weights, self.scales, batch, pages)
 
     def compute(
-        self, function: Callable, values: Any, batch: Batch, *, variant: str = "", **static: Any
+        self,
+        function: Callable,
+        values: Any,
+        batch: DecodeBatch,
+        *,
+        variant: str = "",
+        **static: Any,
     ) -> Any:
         """`function(values, batch, **static)`, compiled: what goes on outside the pool."""
         key = (function, *static.items(), _signature((values, batch)))
@@ -95,7 +101,7 @@ class Programs:
     def program(
         self,
         step: Callable,
-        batch: Batch | Copies,
+        batch: ForwardBatch | DecodeBatch | Copies,
         pages: KVPool,
         *,
         variant: str = "",
@@ -132,7 +138,7 @@ def _build(
     function: Callable,
     fixed: tuple,
     arguments: tuple,
-    batch: Batch | Copies,
+    batch: ForwardBatch | DecodeBatch | Copies,
     variant: str,
     static: dict[str, Any],
     *,

@@ -80,7 +80,7 @@ class Request:
     index: int = 0  # which of the n continuations of its prompt
     detokenizer: Detokenizer | None = None
     sampling_state: Any = (
-        None  # `params` for the device, made when first needed (engine/variants.py)
+        None  # `params` for the device, made when first needed (engine/sampler_state.py)
     )
     matcher: Any = None  # what it is held to, made when first needed (engine/structured.py)
     status: Status = Status.WAITING

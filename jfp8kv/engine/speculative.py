@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Int
 from jfp8kv.cache.pool import KVPool, LayerScales
 from jfp8kv.core.pytree import pytree
 from jfp8kv.engine import step
-from jfp8kv.engine.batch import Batch, StepOutput
+from jfp8kv.engine.batch import DecodeBatch, DraftCounts, StepOutput
 from jfp8kv.engine.lookup import draft
 from jfp8kv.sampling.penalties import count_token
 from jfp8kv.sampling.sample import sample_batch
@@ -54,7 +54,7 @@ class State:
     """Between two passes: what they came to so far, and the drafts for the next."""
 
     passes: Count
-    batch: Batch
+    batch: DecodeBatch
     drafts: Drafts
     out: StepOutput
     pages: KVPool
@@ -64,7 +64,7 @@ def decode_ahead(
     model: step.StepModel,
     weights: step.Weights,
     scales: LayerScales | None,
-    batch: Batch,
+    batch: DecodeBatch,
     pages: KVPool,
     *,
     most_steps: int,
@@ -73,13 +73,14 @@ def decode_ahead(
 ) -> tuple[StepOutput, KVPool]:
     """The tokens of `step.decode`, in up to `batch.steps` (at most `most_steps`) passes of up to `1 + drafts` tokens each.
 
-    `batch.texts` is what drafts are looked up in.
+    `batch.sequences` is what drafts are looked up in.
     """
-    decoder, batch = model.bind(weights), step.counted(batch)
-    rows, vocab, first = batch.start.shape[0], model.config.vocab, batch.position
+    decoder = model.bind(weights)
+    batch = dataclasses.replace(batch, counts=step.counted(batch.counts))
+    rows, vocab, first = batch.position.shape[0], model.config.vocab, batch.position
     none = jnp.zeros(rows, jnp.int32)
-    blank = StepOutput.blank(rows, most_steps * (1 + drafts), vocab=vocab, top=top)
-    blank = dataclasses.replace(blank, drafted=none, accepted=none)
+    empty = StepOutput.empty(rows, most_steps * (1 + drafts), vocab=vocab, top=top)
+    empty = dataclasses.replace(empty, drafts=DraftCounts(verified=none, accepted=none))
 
     def unfinished(state: State) -> Array:
         return (state.passes < batch.steps) & jnp.any(state.batch.remaining > 0)
@@ -98,27 +99,30 @@ def decode_ahead(
         batch = state.batch
         active = batch.remaining > 0
         chunks = jnp.concatenate([_last(batch), guess], axis=1)
-        here = dataclasses.replace(
-            batch, tokens=chunks, length=batch.start + jnp.where(active, 1 + tried, 0)
+        forward = batch.forward
+        forward = dataclasses.replace(
+            forward, tokens=chunks, length=forward.start + jnp.where(active, 1 + tried, 0)
         )
-        logits, pages = step.chunk_logits(model, decoder, scales, here, state.pages)
+        logits, pages = step.chunk_logits(model, decoder, scales, forward, state.pages)
         counts = (
-            None
-            if batch.output_counts is None
-            else jax.vmap(_counts_along)(batch.output_counts, chunks)
+            None if batch.counts is None else jax.vmap(_counts_along)(batch.counts.output, chunks)
         )
         new = _sampled(logits, batch, counts, top)
-        made = jnp.where(active, jax.vmap(_made)(new.tokens, chunks, tried, batch.end_ids), 0)
+        end_ids = batch.sampler.end_ids
+        made = jnp.where(active, jax.vmap(_made)(new.tokens, chunks, tried, end_ids), 0)
         places = jnp.arange(chunks.shape[1], dtype=jnp.int32)
-        new = dataclasses.replace(new, tokens=jnp.where(places < made[:, None], new.tokens, vocab))
-        new = dataclasses.replace(new, drafted=tried, accepted=jnp.maximum(made - 1, 0))
+        new = dataclasses.replace(
+            new,
+            tokens=jnp.where(places < made[:, None], new.tokens, vocab),
+            drafts=DraftCounts(verified=tried, accepted=jnp.maximum(made - 1, 0)),
+        )
         out = _joined(state.out, new, batch.position - first)
         batch = _after(batch, new.tokens, made, counts, vocab)
         return State(state.passes + 1, batch, propose(batch), out, pages)
 
-    def propose(batch: Batch) -> Drafts:
+    def propose(batch: DecodeBatch) -> Drafts:
         return jax.vmap(lambda *request: _drafts(*request, drafts, vocab))(
-            batch.texts, batch.start, batch.remaining
+            batch.sequences, batch.forward.start, batch.remaining
         )
 
     def alternate(state: State) -> State:
@@ -127,14 +131,14 @@ def decode_ahead(
         return lax.while_loop(lambda state: unfinished(state) & likely(state), wide, state)
 
     state = lax.while_loop(
-        unfinished, alternate, State(jnp.int32(0), batch, propose(batch), blank, pages)
+        unfinished, alternate, State(jnp.int32(0), batch, propose(batch), empty, pages)
     )
     return state.out, state.pages
 
 
-def _last(batch: Batch) -> Int[Array, "requests 1"]:
+def _last(batch: DecodeBatch) -> Int[Array, "requests 1"]:
     """The token that each request is about to run."""
-    return jax.vmap(lambda text, start: text[start][None])(batch.texts, batch.start)
+    return jax.vmap(lambda text, start: text[start][None])(batch.sequences, batch.forward.start)
 
 
 def _drafts(text: Text, start: Count, remaining: Count, most: int, vocab: int) -> Drafts:
@@ -155,7 +159,7 @@ def _counts_along(counts: Int[Array, " vocab"], chunk: Chunk) -> Int[Array, "chu
     return jnp.concatenate([counts[None], lax.scan(count, counts, chunk[1:])[1]])
 
 
-def _sampled(logits: Array, batch: Batch, counts: Counts, top: int) -> StepOutput:
+def _sampled(logits: Array, batch: DecodeBatch, counts: Counts, top: int) -> StepOutput:
     """A token at every place of every request."""
     rows, width, vocab = logits.shape
 
@@ -164,13 +168,20 @@ def _sampled(logits: Array, batch: Batch, counts: Counts, top: int) -> StepOutpu
         return jnp.repeat(jnp.asarray(x), width, axis=0)
 
     position = (batch.position[:, None] + jnp.arange(width, dtype=jnp.int32)).reshape(-1)
-    so_far = (
-        (None, None) if counts is None else (places(batch.prompt_counts), counts.reshape(-1, vocab))
-    )
     logits = logits.reshape(-1, vocab)
-    tokens, logprobs = sample_batch(logits, jax.tree.map(places, batch.settings), position, *so_far)
-    each = tokens, logprobs, *step.likeliest(logits, batch.reported, top)
-    return StepOutput(*(x.reshape(rows, width, *x.shape[1:]) for x in each))
+    tokens, logprobs = sample_batch(
+        logits,
+        jax.tree.map(places, batch.sampler.settings),
+        position,
+        prompt_counts=None if batch.counts is None else places(batch.counts.prompt),
+        output_counts=None if counts is None else counts.reshape(-1, vocab),
+    )
+    most_likely = step.top_of(logits, batch.sampler.max_logprobs, top)
+    return StepOutput(
+        tokens=tokens.reshape(rows, width),
+        logprobs=logprobs.reshape(rows, width),
+        top=jax.tree.map(lambda x: x.reshape(rows, width, top), most_likely),
+    )
 
 
 def _made(sampled: Chunk, chunk: Chunk, tried: Count, end_ids: Int[Array, " ends"]) -> Count:
@@ -182,35 +193,38 @@ def _made(sampled: Chunk, chunk: Chunk, tried: Count, end_ids: Int[Array, " ends
 
 
 def _joined(out: StepOutput, new: StepOutput, at: Int[Array, " requests"]) -> StepOutput:
-    """`out` with what one more pass made, from place `at` of each request on."""
-    drafted, accepted = out.drafted + new.drafted, out.accepted + new.accepted
-    out, new = (dataclasses.replace(each, drafted=None, accepted=None) for each in (out, new))
-    out = jax.tree.map(lambda all, some: jax.vmap(_written)(all, at, some), out, new)
-    return dataclasses.replace(out, drafted=drafted, accepted=accepted)
+    """Return `out` with the tokens of one more pass, from place `at` of each request on."""
+    assert out.drafts is not None and new.drafts is not None
+    drafts = jax.tree.map(jnp.add, out.drafts, new.drafts)
+    tokens = dataclasses.replace(out, drafts=None)
+    more = dataclasses.replace(new, drafts=None)
+    joined = jax.tree.map(lambda all, some: jax.vmap(_written)(all, at, some), tokens, more)
+    return dataclasses.replace(joined, drafts=drafts)
 
 
 def _after(
-    batch: Batch,
+    batch: DecodeBatch,
     new: Int[Array, "requests chunk"],
     made: Int[Array, " requests"],
     counts: Counts,
     vocab: int,
-) -> Batch:
+) -> DecodeBatch:
     """The batch once the tokens `new` were made, `made` of each request and `vocab` past them. `counts`: as along the chunk."""
     place = jnp.maximum(made - 1, 0)
     last = jax.vmap(lambda tokens, place: tokens[place])(new, place)
-    ended = jnp.any(last[:, None] == batch.end_ids, axis=1) | (
-        last == vocab
-    )  # past the last token: none was left to choose
+    # `vocab`, past the last token, means that no token was left to sample.
+    ended = jnp.any(last[:, None] == batch.sampler.end_ids, axis=1) | (last == vocab)
+    forward, token_counts = batch.forward, batch.counts
+    if token_counts is not None:
+        output = jax.vmap(lambda c, at, token: count_token(c[at], token))(counts, place, last)
+        token_counts = dataclasses.replace(token_counts, output=output)
     return dataclasses.replace(
         batch,
-        texts=jax.vmap(_written)(batch.texts, batch.start + 1, new),
-        start=batch.start + made,
+        forward=dataclasses.replace(forward, start=forward.start + made),
         position=batch.position + made,
         remaining=jnp.where(ended, 0, batch.remaining - made),
-        output_counts=None
-        if counts is None
-        else jax.vmap(lambda c, at, token: count_token(c[at], token))(counts, place, last),
+        counts=token_counts,
+        sequences=jax.vmap(_written)(batch.sequences, forward.start + 1, new),
     )
 
 

@@ -23,7 +23,7 @@ from jfp8kv.attention.paged import paged
 from jfp8kv.cache.groups import LayerGroups
 from jfp8kv.cache.pool import KVPool, LayerScales, write
 from jfp8kv.core.pytree import pytree
-from jfp8kv.engine.batch import Batch, StepOutput
+from jfp8kv.engine.batch import DecodeBatch, ForwardBatch, StepOutput, TokenCounts, TopLogprobs
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import Decoder, bind
 from jfp8kv.models.linear import Matmul, stacked_matmul
@@ -59,14 +59,14 @@ class StepModel:
 
 @pytree
 class Chunk:
-    """One request's share of a batch: the fields of `Batch` that say what it is and where it lies."""
+    """One request's row of a `ForwardBatch`."""
 
     tokens: Int[Array, " tokens"]
     page_tables: Int[Array, "groups pages"]
     start: Int[Array, ""]
     length: Int[Array, ""]
     context: Int[Array, ""]
-    most_tokens: Int[Array, ""]
+    max_length: Int[Array, ""]
 
     def metadata(self, groups: LayerGroups | None) -> Callable[[Layer], AttentionMetadata]:
         """The place of its tokens in each layer."""
@@ -78,7 +78,7 @@ class Chunk:
                 else jnp.asarray(groups.group, jnp.int32)[layer]
             )
             return AttentionMetadata(
-                self.page_tables[group], self.start, self.length, self.most_tokens
+                self.page_tables[group], self.start, self.length, self.max_length
             )
 
         return at
@@ -99,20 +99,32 @@ def _forward(
     return decoder(chunk.tokens, positions, attend=attend, carry=pages, context=chunk.context)
 
 
-def each_request(one: Callable, batch: Batch, pages: KVPool, *, out_axes: Any) -> Any:
+def each_request(one: Callable, batch: ForwardBatch, pages: KVPool, *, out_axes: Any) -> Any:
     """`one(chunk, pages)` for every request of the batch, over the pool they share."""
 
     def request(
         tokens: Array, tables: Array, start: Array, length: Array, context: Array, pages: KVPool
     ) -> Any:
-        return one(Chunk(tokens, tables, start, length, context, batch.most_tokens), pages)
+        chunk = Chunk(
+            tokens=tokens,
+            page_tables=tables,
+            start=start,
+            length=length,
+            context=context,
+            max_length=batch.max_length,
+        )
+        return one(chunk, pages)
 
     each = jax.vmap(request, in_axes=(0, 0, 0, 0, 0, None), out_axes=out_axes)
     return each(batch.tokens, batch.page_tables, batch.start, batch.length, batch.context, pages)
 
 
 def chunk_logits(
-    model: StepModel, decoder: Decoder, scales: LayerScales | None, batch: Batch, pages: KVPool
+    model: StepModel,
+    decoder: Decoder,
+    scales: LayerScales | None,
+    batch: ForwardBatch,
+    pages: KVPool,
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPool]:
     """Logits after every token of each request's chunk."""
 
@@ -123,42 +135,59 @@ def chunk_logits(
     return each_request(one, batch, pages, out_axes=(0, None))
 
 
-def counted(batch: Batch) -> Batch:
-    """The batch with all of its outputs' tokens counted."""
-    if batch.output_since is None:
-        return batch
-    return dataclasses.replace(
-        batch,
-        output_counts=jax.vmap(count_token)(batch.output_counts, batch.output_since),
-        output_since=None,
+def counted(counts: TokenCounts | None) -> TokenCounts | None:
+    """Return the counts with the recent output tokens counted."""
+    if counts is None or counts.recent is None:
+        return counts
+    output = jax.vmap(count_token)(counts.output, counts.recent)
+    return TokenCounts(prompt=counts.prompt, output=output)
+
+
+def _sampled(logits: Array, batch: DecodeBatch, top: int) -> StepOutput:
+    """Sample one token per request."""
+    counts = batch.counts
+    tokens, logprobs = sample_batch(
+        logits,
+        batch.sampler.settings,
+        batch.position,
+        prompt_counts=None if counts is None else counts.prompt,
+        output_counts=None if counts is None else counts.output,
+        allowed=batch.token_bitmask,
     )
-
-
-def _sampled(logits: Array, batch: Batch, top: int) -> StepOutput:
-    """One token per request."""
-    counts = batch.prompt_counts, batch.output_counts
-    tokens, logprobs = sample_batch(logits, batch.settings, batch.position, *counts, batch.allowed)
+    most_likely = top_of(logits, batch.sampler.max_logprobs, top)
     return StepOutput(
-        *(x[:, None] for x in (tokens, logprobs, *likeliest(logits, batch.reported, top)))
+        tokens=tokens[:, None],
+        logprobs=logprobs[:, None],
+        top=jax.tree.map(lambda x: x[:, None], most_likely),
     )
 
 
-def likeliest(logits: Float[Array, "rows vocab"], reported: Array, top: int) -> tuple[Array, ...]:
-    """The ids of the `top` likeliest tokens of each row and their log-probabilities: zeros if nothing is `reported`, no arrays
-    for a `top` of 0."""
+def top_of(
+    logits: Float[Array, "rows vocab"], max_logprobs: Int[Array, ""], top: int
+) -> TopLogprobs | None:
+    """Return the `top` most likely tokens of each row: zeros if `max_logprobs` is 0, None if `top` is."""
     if not top:
-        return ()
-    nothing = (
-        jnp.zeros((logits.shape[0], top), jnp.float32),
-        jnp.zeros((logits.shape[0], top), jnp.int32),
-    )
-    each = jax.vmap(lambda row: top_logprobs(row, top))
-    values, ids = lax.cond(reported > 0, lambda: each(logits), lambda: nothing)
-    return ids, values
+        return None
+
+    def compute() -> TopLogprobs:
+        values, ids = jax.vmap(lambda row: top_logprobs(row, top))(logits)
+        return TopLogprobs(token_ids=ids, logprobs=values)
+
+    def skip() -> TopLogprobs:
+        shape = (logits.shape[0], top)
+        return TopLogprobs(
+            token_ids=jnp.zeros(shape, jnp.int32), logprobs=jnp.zeros(shape, jnp.float32)
+        )
+
+    return lax.cond(max_logprobs > 0, compute, skip)
 
 
 def prefill(
-    model: StepModel, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPool
+    model: StepModel,
+    weights: Weights,
+    scales: LayerScales | None,
+    batch: ForwardBatch,
+    pages: KVPool,
 ) -> tuple[Int[Array, " requests"], KVPool]:
     """Cache a chunk of each request; how many tokens of each are cached now. Nothing is sampled: a prompt's last token is left
     to `decode`."""
@@ -177,7 +206,7 @@ def decode(
     model: StepModel,
     weights: Weights,
     scales: LayerScales | None,
-    batch: Batch,
+    batch: DecodeBatch,
     pages: KVPool,
     *,
     most_steps: int,
@@ -185,8 +214,8 @@ def decode(
 ) -> tuple[StepOutput, KVPool]:
     """Up to `batch.steps` (at most `most_steps`) tokens for each request, none after its end token or its `remaining`."""
     decoder = model.bind(weights)
-    rows, vocab = batch.start.shape[0], model.config.vocab
-    blank = StepOutput.blank(rows, most_steps, vocab=vocab, top=top)
+    rows, vocab = batch.position.shape[0], model.config.vocab
+    empty = StepOutput.empty(rows, most_steps, vocab=vocab, top=top)
 
     def unfinished(state: tuple) -> Array:
         step, batch, _, _ = state
@@ -195,40 +224,52 @@ def decode(
     def advance(state: tuple) -> tuple:
         step, batch, out, pages = state
         active = batch.remaining > 0
-        batch = dataclasses.replace(batch, length=batch.start + active.astype(jnp.int32))
-        logits, pages = chunk_logits(model, decoder, scales, batch, pages)
+        forward = batch.forward
+        forward = dataclasses.replace(forward, length=forward.start + active.astype(jnp.int32))
+        logits, pages = chunk_logits(model, decoder, scales, forward, pages)
         new = _sampled(logits[:, 0], batch, top)
         token = jnp.where(active, new.tokens[:, 0], vocab)
         new = dataclasses.replace(new, tokens=token[:, None])
         out = jax.tree.map(
-            lambda made, one: lax.dynamic_update_slice_in_dim(made, one, step, axis=1), out, new
+            lambda all, one: lax.dynamic_update_slice_in_dim(all, one, step, axis=1), out, new
         )
         return step + 1, _after(batch, token, active, vocab), out, pages
 
-    state = (jnp.int32(0), counted(batch), blank, pages)
+    batch = dataclasses.replace(batch, counts=counted(batch.counts))
+    state = (jnp.int32(0), batch, empty, pages)
     _, _, out, pages = lax.while_loop(unfinished, advance, state)
     return out, pages
 
 
-def _after(batch: Batch, token: Int[Array, " requests"], active: Array, vocab: int) -> Batch:
-    """The batch once `token` was made for the `active` requests."""
+def _after(
+    batch: DecodeBatch, token: Int[Array, " requests"], active: Array, vocab: int
+) -> DecodeBatch:
+    """Return the batch after `token` was generated for the `active` requests."""
     one = active.astype(jnp.int32)
-    ended = jnp.any(token[:, None] == batch.end_ids, axis=1) | (
-        token == vocab
-    )  # past the last: none was left to choose
-    counts = batch.output_counts
+    # `vocab`, past the last token, means that no token was left to sample.
+    ended = jnp.any(token[:, None] == batch.sampler.end_ids, axis=1) | (token == vocab)
+    forward, counts = batch.forward, batch.counts
+    if counts is not None:
+        counts = dataclasses.replace(counts, output=jax.vmap(count_token)(counts.output, token))
     return dataclasses.replace(
         batch,
-        tokens=jnp.where(active, token, batch.tokens[:, 0])[:, None],
-        start=batch.start + one,
+        forward=dataclasses.replace(
+            forward,
+            tokens=jnp.where(active, token, forward.tokens[:, 0])[:, None],
+            start=forward.start + one,
+        ),
         position=batch.position + one,
         remaining=jnp.where(ended, 0, batch.remaining - one),
-        output_counts=None if counts is None else jax.vmap(count_token)(counts, token),
+        counts=counts,
     )
 
 
 def score(
-    model: StepModel, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPool
+    model: StepModel,
+    weights: Weights,
+    scales: LayerScales | None,
+    batch: ForwardBatch,
+    pages: KVPool,
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPool]:
     """Cache a chunk of each request and return the logits after each of its tokens."""
     decoder = model.bind(weights)
@@ -236,7 +277,11 @@ def score(
 
 
 def score_last(
-    model: StepModel, weights: Weights, scales: LayerScales | None, batch: Batch, pages: KVPool
+    model: StepModel,
+    weights: Weights,
+    scales: LayerScales | None,
+    batch: ForwardBatch,
+    pages: KVPool,
 ) -> tuple[Float[Array, "requests vocab"], KVPool]:
     """Cache a chunk of each request and return the logits after its last token."""
     decoder = model.bind(weights)
@@ -250,7 +295,11 @@ def score_last(
 
 
 def pick(
-    logits: Float[Array, "requests tokens vocab"], batch: Batch, *, top: int = 0
+    logits: Float[Array, "requests tokens vocab"], batch: DecodeBatch, *, top: int = 0
 ) -> StepOutput:
-    """A token for each request from what `score` gave after its last one: `decode` in two, for what comes between."""
-    return _sampled(logits[:, 0], counted(batch), top)
+    """Sample a token for each request from the logits that `score` returned after its last one.
+
+    With `score` it is one step of `decode`, split so that the host can compute token bitmasks.
+    """
+    batch = dataclasses.replace(batch, counts=counted(batch.counts))
+    return _sampled(logits[:, 0], batch, top)

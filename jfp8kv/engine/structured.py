@@ -17,7 +17,7 @@ import numpy as np
 
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.engine.request import Request
-from jfp8kv.engine.variants import sampling_state
+from jfp8kv.engine.sampler_state import sampling_state
 from jfp8kv.sampling.constraint import Constraint
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.text.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ class StructuredOutput:
         if request.matcher is None and (constraint := request.params.constraint) is not None:
             ids = {
                 "eos_ids": self._known.eos_tokens,
-                "end_ids": sampling_state(request, self._vocab, self._eos_ids).ends,
+                "end_ids": sampling_state(request, self._vocab, self._eos_ids).end_ids,
             }
             words = -(-self._known.vocab_size // 32)
             request.matcher = GrammarMatcher(self._compiled(constraint).deep_copy(), words, **ids)

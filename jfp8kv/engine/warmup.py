@@ -3,18 +3,18 @@
 import jax
 
 from jfp8kv.engine import copies, step
-from jfp8kv.engine.batch import Batch
+from jfp8kv.engine.batch import ForwardBatch
 from jfp8kv.engine.buckets import padded_counts
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import prefill_only_request
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
-from jfp8kv.engine.variants import FULL, PLAIN
+from jfp8kv.engine.sampler_state import FULL, PLAIN
 
 
 def warmup(engine: Engine, *, structured: bool = False, branches: bool = False) -> None:
     """Compile every program that requests, scores and single sessions can need, but for requests with longer lists of ids than
-    `variants.FULL` has; those for grammars if `structured`, those for sessions that go on together if `branches`."""
+    `sampler_state.FULL` has; those for grammars if `structured`, those for sessions that go on together if `branches`."""
     engine.settle()
     buckets = engine.buckets
     for width in buckets.chunks:
@@ -35,7 +35,7 @@ def warmup(engine: Engine, *, structured: bool = False, branches: bool = False) 
     engine.stats.compilations = len(engine.programs.built)
 
 
-def _chunks(engine: Engine, count: int, width: int) -> Batch:
+def _chunks(engine: Engine, count: int, width: int) -> ForwardBatch:
     """A chunk for each of so many."""
     return engine.batch_builder.prefill(ScheduledPrefill(_nobody(count), [1] * count, width))
 

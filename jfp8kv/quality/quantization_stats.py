@@ -17,7 +17,7 @@ from jfp8kv.attention.interface import AttentionMetadata, Layer, Query
 from jfp8kv.attention.paged import KV, Attend, paged
 from jfp8kv.cache.pool import KVPool, LayerScales, read
 from jfp8kv.core.pytree import pytree
-from jfp8kv.engine.batch import Batch
+from jfp8kv.engine.batch import ForwardBatch
 from jfp8kv.engine.step import Chunk, StepModel, Weights, each_request
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import bind
@@ -102,7 +102,7 @@ def watched(
     model: StepModel,
     weights: Weights,
     scales: LayerScales | None,
-    batch: Batch,
+    batch: ForwardBatch,
     pages: KVPool,
     *,
     magnitudes: bool = False,

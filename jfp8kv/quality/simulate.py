@@ -19,7 +19,7 @@ from jfp8kv.cache.pool import KVPool, LayerScales, fake_quant
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import FLOAT32
 from jfp8kv.core.pytree import pytree
-from jfp8kv.engine.batch import Batch
+from jfp8kv.engine.batch import ForwardBatch
 from jfp8kv.engine.step import Chunk, StepModel, Weights, each_request
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import bind
@@ -53,7 +53,7 @@ def simulated(
     model: StepModel,
     weights: Weights,
     ways: SimulatedLayers,
-    batch: Batch,
+    batch: ForwardBatch,
     pages: KVPool,
     *,
     known: tuple[LayerCacheSpec, ...],

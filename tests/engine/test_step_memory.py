@@ -16,7 +16,7 @@ from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 from jfp8kv.engine.speculative import decode_ahead
-from jfp8kv.engine.variants import FULL, PLAIN
+from jfp8kv.engine.sampler_state import FULL, PLAIN
 from jfp8kv.sampling.params import SamplingParams
 from tests.models.test_decoder import REFERENCES
 

@@ -48,10 +48,10 @@ def test_texts_are_made_while_the_next_turn_runs(llm, monkeypatch) -> None:
         )
         tell(made, *rest)
 
-    monkeypatch.setattr(postprocess, "tell", watched)
+    monkeypatch.setattr(postprocess, "emit_output", watched)
     llm.generate([[5, 6, 7]], **LONG)
     assert len(flying) > 6
-    assert all(plans == (["Decode"] if made < 60 else []) for made, plans in flying)
+    assert all(plans == (["ScheduledDecode"] if made < 60 else []) for made, plans in flying)
 
 
 def test_prompts_are_run_beside_a_decode_and_the_host_is_a_turn_ahead_at_most(
@@ -184,7 +184,7 @@ def test_a_failure_on_the_device_is_raised_when_its_results_are_needed(
         if step == "prefill":
             return Lost(), pages
         lost = object.__new__(StepOutput)
-        lost.__dict__.update(tokens=Lost(), logprobs=Lost(), top_ids=None, top_logprobs=None)
+        lost.__dict__.update(tokens=Lost(), logprobs=Lost(), top=None, drafts=None)
         return lost, pages
 
     monkeypatch.setattr(engine.programs, "call", losing)
