@@ -29,11 +29,11 @@ from jfp8kv.engine.kv_manager import KVCacheManager, SequenceHandle
 from jfp8kv.engine.lookup import draft_tokens
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import CANCELLED, DEADLINE, Request, Status
+from jfp8kv.engine.sampler_state import PLAIN, SamplerVariant
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill, Scheduler, SchedulerOutput
 from jfp8kv.engine.speculative import decode_ahead
 from jfp8kv.engine.stats import Stats, Stopwatch
 from jfp8kv.engine.structured import StructuredOutput
-from jfp8kv.engine.sampler_state import PLAIN, SamplerVariant
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import switch_length

@@ -8,8 +8,8 @@ from jfp8kv.engine.buckets import padded_counts
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import prefill_only_request
 from jfp8kv.engine.request import Request
-from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 from jfp8kv.engine.sampler_state import FULL, PLAIN
+from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 
 
 def warmup(engine: Engine, *, structured: bool = False, branches: bool = False) -> None:

@@ -14,9 +14,9 @@ from jfp8kv.cache.pool import KVPool
 from jfp8kv.engine import copies, step
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import Request
+from jfp8kv.engine.sampler_state import FULL, PLAIN
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 from jfp8kv.engine.speculative import decode_ahead
-from jfp8kv.engine.sampler_state import FULL, PLAIN
 from jfp8kv.sampling.params import SamplingParams
 from tests.models.test_decoder import REFERENCES
 
