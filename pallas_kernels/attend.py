@@ -21,13 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.backend import cdiv, dot, exp2, load
-from pallas_kernels.elements import decode, decode_pairs, is_fp8, power
+from pallas_kernels.backend import cdiv, decode_pairs, dot, exp2, load
+from pallas_kernels.elements import LOWEST, MASKED, decode, is_fp8, power
 from pallas_kernels.options import How
 
 LOG2E = 1.4426950408889634
-MASKED = -1e30  # a masked score
-LOWEST = -1e20  # where the running maximum starts: exp2(MASKED - LOWEST) is 0, so a row that sees nothing sums to 0
 
 Refs = dict[str, Any]
 PARTS = (

@@ -1,11 +1,14 @@
-"""Stored elements inside kernels: bits to the type that is multiplied, and float32 to bits.
+"""Element formats of the cache: the FP8 cast and its inverse, and the exponents of dynamic scales.
 
-FP8 is converted to float16, in which both formats are exact, and never to bfloat16: on Hopper the first is half an instruction
-an element, the second goes through a pipe that is sixteen times slower. GPUs before compute capability 8.9 have no instruction
-for E4M3: there its bits are shifted into place.
+The kernels, XLA code and NumPy tests share this module. It imports nothing but JAX and NumPy.
 
-Float32 is converted to FP8 on its bits, which every GPU and the interpreter do alike. A minimum or maximum of floats would not:
-Triton's forget NaN.
+`encode` clips, rounds to nearest (ties to even) and stores. `astype` alone would turn a large value
+into NaN or infinity. It works on the bits of a float32, which every backend treats the same way: a
+minimum or maximum of floats in Triton drops NaN.
+
+Kernels decode FP8 to float16, in which both formats are exact, and not to bfloat16: on Hopper the
+first takes half an instruction per element, the second uses a pipe that is 16 times slower. GPUs
+before compute capability 8.9 have no instruction for E4M3: there its bits are shifted into place.
 """
 
 import jax
@@ -14,106 +17,89 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from pallas_kernels.backend import assembly
-
-E4M3, E5M2 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2)
-BFLOAT16, FLOAT16, FLOAT32 = (
-    np.dtype(ml_dtypes.bfloat16),
-    np.dtype(np.float16),
-    np.dtype(np.float32),
-)
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+E5M2 = np.dtype(ml_dtypes.float8_e5m2)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT16 = np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
 ELEMENTS = (E4M3, E5M2, BFLOAT16, FLOAT16, FLOAT32)
 
-ABSOLUTE, INFINITY = 0x7FFFFFFF, 0x7F800000  # bits of a float32: all but its sign, and its exponent
+E4M3_FACTOR = 2.0**8  # E4M3 bits in the place of float16 bits decode this much too small
+
+# Softmax constants. exp(MASKED - LOWEST) is 0, so the weights of a row without keys sum to 0.
+MASKED = -1e30  # score of a masked key
+LOWEST = -1e20  # initial running maximum
+
+ABSOLUTE, INFINITY = 0x7FFFFFFF, 0x7F800000  # float32 bits: all but the sign, and the exponent
 
 
 def is_fp8(element: np.dtype) -> bool:
+    """Return whether `element` is an 8-bit format."""
     return element.itemsize == 1
 
 
 def multiplied_in(element: np.dtype, query: np.dtype) -> np.dtype:
-    """The type both products have their operands in: float32 queries keep float32 products, 16-bit ones use tensor cores."""
+    """Return the operand type of both matmuls: float32 if either side is, else 16 bits."""
     if FLOAT32 in (query, element):
         return FLOAT32
     return FLOAT16 if is_fp8(element) else element
 
 
 def decode(bits: jax.Array, element: np.dtype, *, native_e4m3: bool) -> jax.Array:
-    """Values of stored bits, exact for every code: FP8 as float16, others as what they are."""
+    """Return the values of stored bits, exact for every code: FP8 as float16, others unchanged."""
     if element == E4M3 and not native_e4m3:
-        values = _e4m3_from_bits(bits)
-    elif bits.dtype == element:
-        values = bits
-    else:
-        values = lax.bitcast_convert_type(bits, element)
+        bits = lax.bitcast_convert_type(bits, jnp.uint8)
+        half = lax.bitcast_convert_type(e4m3_as_half(bits), jnp.float16)
+        return half * jnp.float16(E4M3_FACTOR)
+    values = bits if bits.dtype == element else lax.bitcast_convert_type(bits, element)
     return values.astype(FLOAT16) if is_fp8(element) else values
 
 
-def decode_pairs(
-    pairs: jax.Array, element: np.dtype, *, native_e4m3: bool, interpret: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Float16 values of the low and of the high bytes of uint16, exact for every FP8 code.
+def e4m3_as_half(bits: jax.Array) -> jax.Array:
+    """Return float16 bits (int16) of uint8 E4M3 codes, `E4M3_FACTOR` too small; NaN stays NaN.
 
-    A register holds the same two channels of two keys, and is wanted as one channel of both, twice. By itself the compiler takes
-    five instructions where one permutation does.
+    The 7 magnitude bits fit a float16, subnormals included. Sign extension sets bits 15 and 14:
+    clearing bit 14 takes fewer steps than moving the sign alone.
     """
-    if interpret or (element == E4M3 and not native_e4m3):
-        low, high = (((pairs >> shift) & jnp.uint16(0xFF)).astype(jnp.uint8) for shift in (0, 8))
-        return decode(low, element, native_e4m3=native_e4m3), decode(
-            high, element, native_e4m3=native_e4m3
-        )
-    if element == E4M3:
-        asm = (
-            "{ .reg .b32 t; .reg .b16 a, b; prmt.b32 t, $2, $3, %s; mov.b32 {a, b}, t; "
-            "cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"
-        )
-        orders, constraints, pack = ("0x6420", "0x7531"), "=r,=r,r,r", 4
-    else:
-        asm, orders, constraints, pack = "prmt.b32 $0, $1, 0, %s;", ("0x2404", "0x3414"), "=r,r", 2
-    low, high = (
-        assembly(asm % order, pairs, FLOAT16, constraints=constraints, pack=pack)
-        for order in orders
-    )
-    return low, high
-
-
-def _e4m3_from_bits(bits: jax.Array) -> jax.Array:
-    """The 7 magnitude bits lie in a float16 as they are, 2**8 too small; NaN alone needs another exponent."""
-    bits = lax.bitcast_convert_type(bits, jnp.uint8).astype(jnp.uint16)
-    magnitude = bits & jnp.uint16(0x7F)
-    half = ((bits & jnp.uint16(0x80)) << 8) | (magnitude << 7)
-    half = jnp.where(magnitude == jnp.uint16(0x7F), jnp.uint16(0x7E00), half)
-    return lax.bitcast_convert_type(half, jnp.float16) * jnp.float16(256)
+    wide = lax.bitcast_convert_type(bits, jnp.int8).astype(jnp.int16) << 7
+    # Bit 14, set for magnitude 0x7F only: it makes the exponent all ones.
+    nan = ((wide & jnp.int16(0x3F80)) + jnp.int16(0x80)) & jnp.int16(0x4000)
+    return (wide & jnp.int16(~0x4000)) | nan
 
 
 def encode(x: jax.Array, element: np.dtype) -> jax.Array:
-    """Bits of the value of `element` nearest to float32 `x`, ties to even, saturating at the largest finite one.
+    """Return the bits of the nearest value of `element`, saturating at its largest finite value.
 
-    The sign is kept, of zero and NaN too; any NaN becomes the quiet one. Float32 stays as it is.
+    Ties go to even. The sign is preserved, also of zero and NaN; any NaN becomes the quiet NaN.
+    Float32 is returned unchanged. Source: OCP OFP8 1.0, section 5 (saturating mode).
+
+    Args:
+      x: float32 values.
+      element: one of `ELEMENTS`.
     """
     if element == FLOAT32:
         return x
     size = 8 * element.itemsize
     bits = lax.bitcast_convert_type(x, jnp.int32)
-    magnitude = bits & ABSOLUTE  # orders as the numbers do, NaN last
+    magnitude = bits & ABSOLUTE  # ordered like the numbers, NaN last
     clipped = jnp.minimum(magnitude, _largest(element))
     if is_fp8(element):
         code = _fp8_code(clipped, element)
     else:
         half = lax.bitcast_convert_type(clipped, jnp.float32).astype(element)
         code = lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.int32)
-    quiet = int(np.array(np.nan, np.float32).astype(element).view(f"uint{size}")) & ~(
-        1 << (size - 1)
-    )
+    sign = 1 << (size - 1)
+    quiet = int(np.array(np.nan, np.float32).astype(element).view(f"uint{size}")) & ~sign
     code = jnp.where(magnitude > INFINITY, quiet, code)
-    return (code | (bits >> (32 - size)) & (1 << (size - 1))).astype(f"uint{size}")
+    return (code | (bits >> (32 - size)) & sign).astype(f"uint{size}")
 
 
 def _fp8_code(magnitude: jax.Array, element: np.dtype) -> jax.Array:
-    """The code of finite magnitudes in range, given and returned as bits in int32.
+    """Return the code of finite magnitudes in range, both as int32 bits.
 
-    Adding `2 ** (e + drop)` to a number between `2 ** e` and the next power leaves the bits that fit, rounded by the adder, at
-    the low end of the sum. Below the smallest normal number its `e` is taken: those sums count subnormals.
+    Adding `2 ** (e + drop)` to a number in `2 ** e .. 2 ** (e + 1)` leaves the mantissa bits that
+    fit, rounded by the adder, at the low end of the sum. Below the smallest normal number `e` is
+    the exponent of that number: those sums count subnormals.
     """
     info = ml_dtypes.finfo(element)
     drop = 23 - info.nmant
@@ -127,22 +113,28 @@ def _fp8_code(magnitude: jax.Array, element: np.dtype) -> jax.Array:
 
 
 def token_head_exponent(x: jax.Array, element: np.dtype) -> jax.Array:
-    """For each row of float32 `x`, the exponent, biased by 127, of the smallest power of two that brings it into range.
+    """Return the exponents of dynamic scales, one per row of float32 `x`.
 
-    At least 1, int32. Only finite values count: infinities saturate, NaN stays NaN, neither spoils its neighbours.
+    Each is the exponent, biased by 127, of the smallest power of two `s` with
+    `amax(|row|) <= largest * s`; at least 1, int32. The amax runs over finite values: infinities
+    saturate and NaN stays NaN without changing other channels.
     """
     magnitude = lax.bitcast_convert_type(x, jnp.int32) & ABSOLUTE
-    most = jnp.max(jnp.where(magnitude < INFINITY, magnitude, 0), axis=-1)
-    # The difference of exponents, and one more where the row's mantissa is the larger: a division by 2**23, rounded up.
-    above = (most - _largest(element) + 0x7FFFFF) >> 23
+    finite = jnp.where(magnitude < INFINITY, magnitude, 0)
+    # As floats: XLA:CPU reduces those four times as fast as integers.
+    amax = jnp.max(lax.bitcast_convert_type(finite, jnp.float32), axis=-1)
+    amax = lax.bitcast_convert_type(amax, jnp.int32)
+    # The difference of the exponents, plus 1 where the row's mantissa is the larger one:
+    # a division by 2**23, rounded up.
+    above = (amax - _largest(element) + 0x7FFFFF) >> 23
     return jnp.maximum(above + 127, 1)
 
 
 def _largest(element: np.dtype) -> int:
-    """The largest finite value, as the bits of a float32."""
+    """Return the float32 bits of the largest finite value."""
     return int(np.float32(ml_dtypes.finfo(element).max).view(np.int32))
 
 
 def power(exponent: jax.Array) -> jax.Array:
-    """`2 ** exponent` in float32 for int32 exponents of -126 .. 127; smaller ones give 2**-126."""
+    """Return `2 ** exponent` in float32 for int32 exponents up to 127; at least 2**-126."""
     return lax.bitcast_convert_type((jnp.maximum(exponent, -126) + 127) << 23, jnp.float32)

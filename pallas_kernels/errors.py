@@ -1,5 +1,5 @@
-"""What a kernel answers when it cannot do what it is asked."""
+"""The error of a kernel that does not support its arguments or this device."""
 
 
 class NotSupported(Exception):
-    """These kernels cannot do that; the message says what they can. Whoever calls falls back on something else."""
+    """The kernels do not support this; the message says what they do support. Callers fall back."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pallas_kernels.elements import BFLOAT16, FLOAT16, FLOAT32, multiplied_in
-from pallas_kernels.reference import Row, attention, scores, weights
+from pallas_kernels.reference import Row, attention, scores, softmax
 
 U = 2.0**-24
 HALF_LEAST = 2.0**-25  # half of the least float16
@@ -56,7 +56,7 @@ def bound(
     if scale_tiles and compute == FLOAT16:
         k_lost = _lost_in_tiles(row.k, row.k_dynamic, row.k_largest)
         v_lost = _lost_in_tiles(row.v, row.v_dynamic, row.v_largest)
-    score = scores(row, sm_scale=sm_scale, softcap=softcap)
+    score = scores(row.q, row.k, sm_scale=sm_scale, softcap=softcap, offset=row.offset)
     # A score's exponent is it less the running maximum, and the maximum itself moves on: three differences of numbers up to
     # `reach`, and a fourth between parts of a split. 16 covers the 2**10 that float16 weights are kept larger by.
     reach = 16 + np.abs(np.concatenate([score, row.sinks])).max()
@@ -64,7 +64,7 @@ def bound(
     running = 8 * U * reach + (6 * keys + 16) * U
     error = running + _error_of_scores(row, operand, k_lost, sm_scale=sm_scale, softcap=softcap)
 
-    part, sink = weights(row, score)
+    part, sink = softmax(score, row.sinks)
     grown = np.exp(np.minimum(error, MOST))
     all_grown = part @ grown + sink * np.exp(
         np.minimum(running, MOST)

@@ -1,7 +1,8 @@
-"""Paged attention as one writes it on a blackboard: a query, the keys it sees, a softmax, a sum. NumPy, in float64.
+"""Reference paged attention for one query at a time: scores, softmax, weighted sum.
 
-What the kernels are tested against. They read the same stored bits, so what separates them is how the kernels round, and
-`precision.py` says how far that goes.
+`scores` and `softmax` take NumPy or JAX arrays. The rest is NumPy in float64: the kernels are tested
+against it. Both sides read the same stored bits, so they differ by the rounding of the kernels only.
+`precision.py` derives the bound.
 """
 
 from collections.abc import Iterator
@@ -98,26 +99,49 @@ def rows(
             )
 
 
-def scores(row: Row, *, sm_scale: float | None, softcap: float | None) -> np.ndarray:
-    """`[keys]` scores, capped if they are."""
-    sm_scale = len(row.q) ** -0.5 if sm_scale is None else sm_scale
-    plain = row.k @ row.q * sm_scale + row.offset
-    return plain if softcap is None else softcap * np.tanh(plain / softcap)
+def scores(
+    q: Any,
+    k: Any,
+    *,
+    sm_scale: float | None = None,
+    softcap: float | None = None,
+    offset: Any = 0.0,
+) -> Any:
+    """Return the scores `[keys]` of one query, in the array library of `q` (NumPy or JAX).
+
+    Args:
+      q: `[head_dim]`.
+      k: `[keys, head_dim]`.
+      sm_scale: the factor on scores; `1 / sqrt(head_dim)` if None.
+      softcap: scores become `softcap * tanh(scores / softcap)`.
+      offset: added to the scores before the cap.
+    """
+    sm_scale = len(q) ** -0.5 if sm_scale is None else sm_scale
+    plain = k @ q * sm_scale + offset
+    return plain if softcap is None else softcap * q.__array_namespace__().tanh(plain / softcap)
 
 
-def weights(row: Row, scores: np.ndarray) -> tuple[np.ndarray, float]:
-    """`[keys]` weights, and the sink's."""
-    logits = np.concatenate([scores, row.sinks])
-    parts = np.exp(logits - logits.max())
-    parts = parts / parts.sum()
-    return parts[: len(scores)], float(parts[len(scores) :].sum())
+def softmax(scores: Any, sinks: Any) -> tuple[Any, Any]:
+    """Return the weights `[keys]` of one query, and the weight of its sink.
+
+    Args:
+      scores: `[keys]`; -inf for a masked key.
+      sinks: `[1]` or `[0]`: logits that join the denominator of the softmax.
+    """
+    xp = scores.__array_namespace__()
+    logits = xp.concat([scores, sinks])
+    parts = xp.exp(logits - xp.max(logits))
+    parts = parts / xp.sum(parts)
+    return parts[: len(scores)], xp.sum(parts[len(scores) :])
 
 
 def attention(
     row: Row, *, sm_scale: float | None = None, softcap: float | None = None
 ) -> np.ndarray:
     """`[head_dim]`: `softmax(q k^T) v`."""
-    part, _ = weights(row, scores(row, sm_scale=sm_scale, softcap=softcap))
+    part, _ = softmax(
+        scores(row.q, row.k, sm_scale=sm_scale, softcap=softcap, offset=row.offset), row.sinks
+    )
     return part @ row.v * row.v_scale
 
 

@@ -16,6 +16,8 @@ from jfp8kv.attention.pallas import PallasAttention
 from jfp8kv.cache.kernel_write import KernelWrite
 from jfp8kv.cache.pool import write
 from jfp8kv.core.errors import NotSupported, invalid_choice
+from pallas_kernels import check_pool, paged_decode, paged_prefill
+from pallas_kernels.errors import NotSupported as KernelNotSupported
 
 Attention = Callable[..., Query]
 Write = Callable[..., KVPool]
@@ -87,8 +89,6 @@ def _kernels(
     interpret: bool = False,
 ) -> AttentionBackend:
     """The GPU kernels, if they read this pool."""
-    import pallas_kernels  # here: it takes as long as the rest of the library, and a CPU never needs it
-
     if pool is not None and (left := _refused(pool, interpret)):
         if len(left) == len(pool.layout.distinct):
             raise NotSupported(f"attention={name!r}: {next(iter(left.values()))} Use 'xla'.")
@@ -96,8 +96,8 @@ def _kernels(
             f"{kind}: {reason}" for kind, reason in left.items()
         )
     attend = PallasAttention(
-        pallas_kernels.paged_decode,
-        pallas_kernels.paged_prefill,
+        paged_decode,
+        paged_prefill,
         capability=capability,
         interpret=interpret,
     )
@@ -106,15 +106,13 @@ def _kernels(
 
 def _refused(pool: KVPool, interpret: bool) -> dict[str, str]:
     """The kinds of layers whose pages the kernels do not read, and why."""
-    import pallas_kernels
-
     refused = {}
     for kind in pool.layout.distinct:
         exponents = pool.k_exponent if kind.dynamic else None
         try:
-            pallas_kernels.check_pool(
+            check_pool(
                 pool.v_bits, element=kind.fmt.dtype, exponents=exponents, interpret=interpret
             )
-        except pallas_kernels.NotSupported as error:
+        except KernelNotSupported as error:
             refused[str(kind)] = str(error)
     return refused

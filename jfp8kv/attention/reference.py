@@ -1,9 +1,11 @@
-"""Attention as one would write it on a blackboard: gather every key, decode, softmax, sum.
+"""Reference attention: gather and decode every key, softmax, weighted sum.
 
-The oracle the fast implementations are tested against. Needs memory for the whole context in float32.
+The fast implementations are tested against it. It needs memory for the whole context in float32.
 """
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from jfp8kv.attention.interface import (
     AttentionMetadata,
@@ -15,6 +17,7 @@ from jfp8kv.attention.interface import (
 )
 from jfp8kv.attention.masks import first_visible, live, visible
 from jfp8kv.cache.pool import read
+from pallas_kernels.reference import scores, softmax
 
 
 def attention(
@@ -26,32 +29,36 @@ def attention(
     *,
     layer: Layer,
 ) -> Query:
-    """`softmax(q k^T) v` in float32 for one request; rows that see no key give zeros."""
+    """Return `softmax(q k^T) v` in float32 for one request; rows that see no key give zeros."""
     tokens, q_heads, head_dim = q.shape
     window = None if options.window is None else options.window[layer]
-    first = first_visible(at.start, window)
     k, v = read(pages, scales, layer=layer, page_table=at.page_table)
-    positions = jnp.arange(k.shape[0], dtype=jnp.int32)
-    known = live(positions, first=first, length=at.length)[:, None, None]
-    k, v = jnp.where(known, k, 0.0), jnp.where(known, v, 0.0)
     kv_heads = k.shape[1]
-    grouped = q.astype(jnp.float32).reshape(tokens, kv_heads, q_heads // kv_heads, head_dim)
-
-    scores = jnp.einsum("thgd,nhd->htgn", grouped, k, precision="highest") * options.sm_scale
-    if options.softcap is not None:
-        scores = options.softcap * jnp.tanh(scores / options.softcap)
+    positions = jnp.arange(k.shape[0], dtype=jnp.int32)
+    known = live(positions, first=first_visible(at.start, window), length=at.length)
+    k = jnp.where(known[:, None, None], k, 0.0)
+    v = jnp.where(known[:, None, None], v, 0.0)
     query = at.start + jnp.arange(tokens, dtype=jnp.int32)
-    mask = visible(query, positions, length=at.length, window=window)[None, :, None, :]
-    scores = jnp.where(mask, scores, -jnp.inf)
-
-    peak = jnp.max(scores, axis=-1, keepdims=True, initial=-1e30)
-    sink = jnp.zeros((), jnp.float32)
+    seen = visible(query, positions, length=at.length, window=window)
+    sinks = jnp.zeros((q_heads, 0), jnp.float32)
     if options.sinks is not None:
-        logits = options.sinks[layer].astype(jnp.float32).reshape(kv_heads, 1, -1, 1)
-        peak = jnp.maximum(peak, logits)
-        sink = jnp.exp(logits - peak)
-    weights = jnp.exp(scores - peak)
-    total = jnp.sum(weights, axis=-1, keepdims=True) + sink
-    weights = weights / jnp.where(total == 0, 1.0, total)
-    out = jnp.einsum("htgn,nhd->thgd", weights, v, precision="highest")
+        sinks = options.sinks[layer].astype(jnp.float32)[:, None]
+
+    def one_query(
+        q: Float[Array, " head_dim"],
+        k: Float[Array, "keys head_dim"],
+        v: Float[Array, "keys head_dim"],
+        seen: Bool[Array, " keys"],
+        sinks: Float[Array, " sinks"],
+    ) -> Float[Array, " head_dim"]:
+        score = scores(q, k, sm_scale=options.sm_scale, softcap=options.softcap)
+        weights, _ = softmax(jnp.where(seen, score, -jnp.inf), sinks)
+        return jnp.where(jnp.any(seen), weights, 0.0) @ v
+
+    of_token = jax.vmap(one_query, in_axes=(0, None, None, 0, None))
+    of_group = jax.vmap(of_token, in_axes=(1, None, None, None, 0), out_axes=1)
+    of_heads = jax.vmap(of_group, in_axes=(1, 1, 1, None, 0), out_axes=1)
+    grouped = q.astype(jnp.float32).reshape(tokens, kv_heads, -1, head_dim)
+    with jax.default_matmul_precision("highest"):
+        out = of_heads(grouped, k, v, seen, sinks.reshape(kv_heads, q_heads // kv_heads, -1))
     return out.reshape(tokens, q_heads, head_dim).astype(q.dtype)

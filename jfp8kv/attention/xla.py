@@ -22,11 +22,10 @@ from jfp8kv.attention.interface import (
 from jfp8kv.attention.masks import first_visible, live, visible
 from jfp8kv.cache.scales import exponent_scale
 from jfp8kv.core.formats import decode_tile
+from pallas_kernels.elements import LOWEST, MASKED
 
 DECODE_TILE_TOKENS, PREFILL_TILE_TOKENS = 128, 256
-MASKED = -1e30  # a masked score
 Here = tuple[Array, Array | None]  # a tile's rows of the pool, and of the exponents
-LOWEST = -1e20  # where the running maximum starts: exp(MASKED - LOWEST) is 0, so a row that sees nothing sums to 0
 
 
 def attention(

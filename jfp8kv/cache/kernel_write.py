@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 
 from jfp8kv.cache.pool import KV, KVPool, Layer, LayerScales, write
 from jfp8kv.core.batching import with_axis
+from pallas_kernels import kv_write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,6 @@ class KernelWrite:
         return self._requests()(k, v, page_table, start, length, pages, of_layer)
 
     def _requests(self) -> Any:
-        from pallas_kernels import kv_write  # here: it takes as long as the rest of the library
-
         def batch(
             k: Array,
             v: Array,

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.core.formats import KVFormat, kv_format
+from pallas_kernels import elements
 
 UNIT, TOKEN_HEAD = "unit", "token_head"
 SCALE_NAMES = ("auto", "checkpoint", UNIT, TOKEN_HEAD)
@@ -197,19 +198,8 @@ def token_head_exponent(
     The amax runs over finite values: infinities saturate and NaN stays NaN, neither spoils its neighbours. Zero rows get the
     smallest exponent, 1.
     """
-    finite = jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.float32(0))
-    amax = lax.bitcast_convert_type(jnp.max(finite, axis=-1), jnp.uint32)
-    largest = np.float32(fmt.largest).view(np.uint32)
-    below = (amax & jnp.uint32(0x7FFFFF)) <= jnp.uint32(
-        largest & 0x7FFFFF
-    )  # mantissa fits under the largest value's
-    exponent = (
-        (amax >> 23).astype(jnp.int32)
-        - int(largest >> 23)
-        + 127
-        + jnp.where(below, 0, 1).astype(jnp.int32)
-    )
-    return jnp.maximum(exponent, 1).astype(jnp.uint8)
+    exponent = elements.token_head_exponent(x.astype(jnp.float32), fmt.dtype)
+    return exponent.astype(jnp.uint8)
 
 
 def exponent_scale(exponent: UInt8[Array, "*dims"]) -> Float[Array, "*dims"]:

@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jfp8kv.core.errors import invalid_choice
+from pallas_kernels import elements
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,9 @@ def _format(
     return KVFormat(name, dtype, np.dtype(stored), exponent_bits, mantissa_bits, largest, **rest)
 
 
-E4M3 = _format("fp8_e4m3", ml_dtypes.float8_e4m3fn, np.uint8, 4, 3, tile_factor=2.0**8)
+E4M3 = _format(
+    "fp8_e4m3", ml_dtypes.float8_e4m3fn, np.uint8, 4, 3, tile_factor=elements.E4M3_FACTOR
+)
 E5M2 = _format("fp8_e5m2", ml_dtypes.float8_e5m2, np.uint8, 5, 2)
 BFLOAT16 = _format("bfloat16", ml_dtypes.bfloat16, np.uint16, 8, 7)
 FLOAT16 = _format("float16", np.float16, np.uint16, 5, 10)
@@ -102,39 +105,7 @@ def encode(x: Float[Array, "*dims"], fmt: KVFormat) -> Array:
 
     NaN stays NaN and the sign of zero is kept. Source: OCP OFP8 1.0, section 5 (saturating mode).
     """
-    x = x.astype(jnp.float32)
-    if fmt is FLOAT32:
-        return x
-    if not fmt.is_fp8:
-        clipped = jnp.clip(x, -fmt.largest, fmt.largest)
-        return lax.bitcast_convert_type(clipped.astype(fmt.dtype), fmt.stored)
-    return _encode_fp8(x, fmt)
-
-
-def _encode_fp8(x: Float[Array, "*dims"], fmt: KVFormat) -> Array:
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    sign = (bits >> 24) & jnp.uint32(0x80)
-    magnitude = jnp.minimum(jnp.abs(x), jnp.float32(fmt.largest))
-    u = lax.bitcast_convert_type(magnitude, jnp.uint32)
-
-    drop = 23 - fmt.mantissa_bits  # float32 mantissa bits that do not fit
-    half_and_odd = jnp.uint32((1 << (drop - 1)) - 1) + ((u >> drop) & jnp.uint32(1))
-    normal = ((u + half_and_odd) >> drop) - jnp.uint32((127 - fmt.bias) << fmt.mantissa_bits)
-
-    # Adding 2**23 smallest subnormals leaves their count, rounded by the adder, in the low mantissa bits.
-    magic = np.float32(fmt.smallest_subnormal * 2.0**23)
-    subnormal = lax.bitcast_convert_type(magnitude + magic, jnp.uint32) - jnp.uint32(
-        magic.view(np.uint32)
-    )
-
-    code = jnp.where(magnitude < jnp.float32(fmt.smallest_normal), subnormal, normal)
-    code = jnp.where(jnp.isnan(x), jnp.uint32(_nan_code(fmt)), code)
-    return (code | sign).astype(jnp.uint8)
-
-
-def _nan_code(fmt: KVFormat) -> int:
-    """The code NumPy's cast gives a NaN: quiet, and all ones where the format has but one."""
-    return int(np.array(np.nan, np.float32).astype(fmt.dtype).view(np.uint8)) & 0x7F
+    return elements.encode(x.astype(jnp.float32), fmt.dtype)
 
 
 def encode_numpy(x: np.ndarray, fmt: KVFormat) -> np.ndarray:
@@ -153,12 +124,7 @@ def decode_tile(bits: Array, fmt: KVFormat) -> Float[Array, "*dims"]:
     if fmt is E5M2:
         half = bits.astype(jnp.uint16) << 8
     elif fmt is E4M3:
-        # Widened as a signed number, the sign is in bits 15 and 14 and bit 14 has to go: fewer steps than moving it alone.
-        wide = lax.bitcast_convert_type(bits, jnp.int8).astype(jnp.int16) << 7
-        nan = ((wide & jnp.int16(0x3F80)) + jnp.int16(0x80)) & jnp.int16(
-            0x4000
-        )  # set for code 0x7F alone: exponent all ones
-        half = (wide & jnp.int16(~0x4000)) | nan
+        half = elements.e4m3_as_half(bits)
     return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32)
 
 

@@ -13,6 +13,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from jfp8kv.models.linear import Matmul, stacked_matmul
+from pallas_kernels import layer_matmul
 
 MOST_ROWS = 256  # beyond them reading the matrix is no longer what takes time
 ALIGNED = 16  # bytes a thread copies at once: a row of the matrix must be so many, or a multiple
@@ -57,8 +58,6 @@ class KernelMatmul:
         return product(x, weight, jnp.asarray(layer, jnp.int32))
 
     def _by_kernel(self, x: Array, weight: Array, layer: Array) -> Array:
-        from pallas_kernels import layer_matmul  # here: it takes as long as the rest of the library
-
         return layer_matmul(x, weight, layer, interpret=self.interpret)
 
 

@@ -14,7 +14,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attend import (
-    MASKED,
     PARTS,
     Keys,
     Refs,
@@ -25,6 +24,7 @@ from pallas_kernels.attend import (
     first_seen,
 )
 from pallas_kernels.backend import cdiv, launch, power_of_two, program, store
+from pallas_kernels.elements import MASKED
 from pallas_kernels.options import (
     HOPPER,
     ByLayer,

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 
-from pallas_kernels.attend import LOG2E, LOWEST, MASKED, first_seen
-from pallas_kernels.elements import FLOAT16, is_fp8, power
+from pallas_kernels.attend import LOG2E, first_seen
+from pallas_kernels.backend import pallas
+from pallas_kernels.elements import FLOAT16, LOWEST, MASKED, is_fp8, power
 from pallas_kernels.options import opened
 
 Refs = dict[str, Any]
@@ -136,7 +136,7 @@ def _kernel(gpu: Any, how: MosaicHow, refs: Refs) -> None:
     share, split, program = _share(how, refs), lax.axis_index("split"), lax.axis_index("program")
     gpu.copy_gmem_to_smem(refs["q"].at[share.request, program], refs["q_here"], refs["q_arrived"])
     for i in range(how.blocks.stages):
-        pl.when(i < share.blocks)(
+        pallas().when(i < share.blocks)(
             functools.partial(_fetch, gpu, how, refs, share, jnp.int32(i), jnp.int32(i))
         )
     factor, offset = (
@@ -206,7 +206,7 @@ def _block(
         _exponents(gpu, how, refs, share, begin, name) for name in ("k_exponent", "v_exponent")
     )
 
-    scores = pl.run_scoped(
+    scores = pallas().run_scoped(
         functools.partial(_products, gpu, how, refs, slot),
         gpu.ACC((block_k, how.heads), jnp.float32),
     )
@@ -230,7 +230,7 @@ def _block(
         weights = jnp.exp2(scores - _rows(largest - how.shift, block_k))
     refs["weights"].T[...] = weights.astype(how.compute)
 
-    @pl.when((begin < share.first) | (begin + block_k > share.end))
+    @pallas().when((begin < share.first) | (begin + block_k > share.end))
     def unknown_values_are_zero() -> None:
         known = _known(gpu, share, begin, values.shape)
         values[...] = jnp.where(
@@ -238,7 +238,7 @@ def _block(
         )
 
     def next_block() -> None:
-        pl.when(i + stages < share.blocks)(
+        pallas().when(i + stages < share.blocks)(
             functools.partial(_fetch, gpu, how, refs, share, i + stages, slot)
         )
 
@@ -250,7 +250,7 @@ def _block(
         gpu.wgmma(product, values.T, refs["weights"].T)
         return product[...]
 
-    product = pl.run_scoped(weighted, gpu.ACC((how.head_dim, how.heads), jnp.float32))
+    product = pallas().run_scoped(weighted, gpu.ACC((how.head_dim, how.heads), jnp.float32))
     if not is_fp8(how.element):
         next_block()
     return Running(
@@ -267,7 +267,7 @@ def _fetch(
     """Have a block's keys and values brought to its slot."""
     for piece in range(how.blocks.block_k // how.piece):
         token = share.start + block * how.blocks.block_k + piece * how.piece
-        there = (slot, pl.ds(piece * how.piece, how.piece))
+        there = (slot, pallas().ds(piece * how.piece, how.piece))
         for name in ("k", "v"):
             source = refs[name].at[_place(how, refs, share, token, name)]
             gpu.copy_gmem_to_smem(
@@ -285,7 +285,7 @@ def _place(
     ]
     row = refs["first_exponent_row" if name.endswith("exponent") else "first_row"] + page
     here = (
-        pl.ds(lax.rem(token, jnp.int32(how.page_size)), how.piece)
+        pallas().ds(lax.rem(token, jnp.int32(how.page_size)), how.piece)
         if how.page_size > how.piece
         else slice(None)
     )

@@ -1,5 +1,9 @@
 """Stored bits to values: every code of every element against ml_dtypes, and the powers of two of dynamic scales."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,3 +70,9 @@ def test_float32_on_either_side_keeps_float32_products() -> None:
         for query in (BFLOAT16, FLOAT16):
             want = FLOAT32 if element == FLOAT32 else BFLOAT16 if element == BFLOAT16 else FLOAT16
             assert multiplied_in(element, query) == want
+
+
+def test_importing_the_kernels_does_not_import_pallas() -> None:
+    """A machine without a GPU shares the FP8 cast only."""
+    code = "import sys, pallas_kernels; sys.exit('jax.experimental.pallas' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
