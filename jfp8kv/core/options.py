@@ -1,42 +1,50 @@
 """Option classes: frozen dataclasses whose fields carry their range and their sentence of help.
 
-An option is declared once. Python keywords, YAML configs and the command line are derived from the
-fields: `Options.from_fields` takes keywords, `Options.specs` lists what a schema or a parser needs.
+An option is declared once. Everything else is derived from the declaration: `Options.from_fields`
+takes keywords, `Options.specs` describes the fields to a schema or a parser, `core.keywords` writes
+the `TypedDict` for signatures, and the class docstring lists every field.
 
     @options
     class EngineOptions(Options):
-        max_num_seqs: int | None = option(None, "Most requests that run at once.", minimum=1)
+        max_num_seqs: int | None = option(None, "Maximum number of running requests.", minimum=1)
+
+This module imports nothing heavy, so that `jfp8kv --help` does not wait for JAX.
 """
 
 import dataclasses
 import math
 import numbers
+import sys
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable
-from typing import Any, Self, TypeVar, dataclass_transform
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
 
 from jfp8kv.core.errors import ConfigError, invalid_choice, unknown_keyword
 
 _SPEC = "option"
 _NUMBERS = {int: "a whole number", float: "a number"}
+_SEQUENCES = (tuple, list, Sequence)
+_DOC_WIDTH = 96
 C = TypeVar("C", bound="type[Options]")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptionSpec:
-    """One option: its name, type, default and help, and which values it allows.
+    """One option: its name, type, default and help, and the values it allows.
 
-    `types` are the members of its annotation without None; `choices` the values of a `Literal`.
+    `annotation` is the declared type. `types` are the members of that union without None, `choices`
+    the values of a `Literal`, `element` the type of the items where the option is a sequence.
     """
 
     name: str
     annotation: Any
     default: Any
     help: str
-    minimum: float | None = None
-    above: float | None = None
-    maximum: float | None = None
+    minimum: int | float | None = None
+    above: int | float | None = None
+    maximum: int | float | None = None
     hint: str = ""
     convert: Callable[[Any], Any] | None = None
 
@@ -58,54 +66,79 @@ class OptionSpec:
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """The values of a `Literal`; empty for other types."""
-        (only, *rest) = self.types
-        return (
-            () if rest or typing.get_origin(only) is not typing.Literal else typing.get_args(only)
-        )
+        """The values of all `Literal` members: the known names; empty for other types."""
+        literals = (m for m in self.types if typing.get_origin(m) is typing.Literal)
+        return tuple(value for literal in literals for value in typing.get_args(literal))
+
+    @property
+    def closed(self) -> bool:
+        """Whether the only allowed values are `choices` and, if the option is optional, None."""
+        return all(typing.get_origin(member) is typing.Literal for member in self.types)
+
+    @property
+    def element(self) -> Any:
+        """The type of the items of a sequence such as `Sequence[int]`; None for other types."""
+        if len(self.types) != 1 or typing.get_origin(self.types[0]) not in _SEQUENCES:
+            return None
+        return typing.get_args(self.types[0])[0]
 
     @property
     def range(self) -> str:
         """The allowed range in words, such as "of at least 1"; empty where there is none."""
         parts = []
         if self.minimum is not None:
-            parts.append(f"of at least {self.minimum:g}")
+            parts.append(f"of at least {_shown(self.minimum)}")
         if self.above is not None:
-            parts.append(f"above {self.above:g}")
+            parts.append(f"above {_shown(self.above)}")
         if self.maximum is not None:
-            parts.append(f"at most {self.maximum:g}")
+            parts.append(f"at most {_shown(self.maximum)}")
         return " and ".join(parts)
 
     def checked(self, value: Any) -> Any:
-        """`value` in its stored form. Raises `ConfigError`: what was given, what is allowed, what to try."""
+        """Return `value` in its stored form.
+
+        Raises `ConfigError`: the value given, the values allowed, and what to try.
+        """
         if self.convert is not None:
             return self.convert(value)
         if value is None and self.optional:
             return None
-        if self.choices:
-            if not any(value is choice or value == choice for choice in self.choices):
+        if self.closed:
+            if not any(type(value) is type(c) and value == c for c in self.choices):
                 raise invalid_choice(self.name, value, self.choices)
             return value
-        (kind, *rest) = self.types
-        if kind in _NUMBERS and not rest:
+        if self.element is not None:
+            return self._sequence(value)
+        if len(self.types) == 1:
+            return self._scalar(self.types[0], value)
+        return value
+
+    def _scalar(self, kind: Any, value: Any) -> Any:
+        if kind in _NUMBERS:
             return self._number(kind, value)
-        if kind is bool and not rest and not isinstance(value, bool):
+        if kind is bool and not isinstance(value, bool):
             raise ConfigError(f"{self.name}={value!r}: must be True or False.")
-        if kind is str and not rest and not isinstance(value, str):
+        if kind is str and not isinstance(value, str):
             raise ConfigError(f"{self.name}={value!r}: must be a string{self._hint}.")
         return value
 
-    def _number(self, kind: type, value: Any) -> Any:
+    def _sequence(self, values: Any) -> tuple[Any, ...]:
+        if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+            raise ConfigError(f"{self.name}={values!r}: must be a list{self._hint}.")
+        return tuple(self._scalar(self.element, value) for value in values)
+
+    def _number(self, kind: Any, value: Any) -> int | float:
         known = numbers.Integral if kind is int else numbers.Real
         number = isinstance(value, known) and not isinstance(value, bool)
-        if not number or math.isnan(value) or not self._in_range(value):
+        if not number or not self._in_range(value):
             allowed = " ".join(filter(None, (_NUMBERS[kind], self.range)))
             raise ConfigError(f"{self.name}={value!r}: must be {allowed}{self._hint}.")
         return kind(value)
 
     def _in_range(self, value: Any) -> bool:
         return (
-            (self.minimum is None or value >= self.minimum)
+            (isinstance(value, numbers.Integral) or math.isfinite(value))
+            and (self.minimum is None or value >= self.minimum)
             and (self.above is None or value > self.above)
             and (self.maximum is None or value <= self.maximum)
         )
@@ -114,26 +147,32 @@ class OptionSpec:
     def _hint(self) -> str:
         return f"; {self.hint}" if self.hint else ""
 
+    def describe(self) -> str:
+        """Return the help sentence with the type, the range and the default, for docstrings."""
+        names = map(repr, self.choices) if self.choices else map(_type_name, self.types)
+        allowed = " ".join(filter(None, (" | ".join(names), self.range)))
+        return f"{self.name} ({allowed}): {self.help} Default: {self.default!r}."
+
 
 def option(
     default: Any,
     help: str,
     *,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
+    minimum: int | float | None = None,
+    above: int | float | None = None,
+    maximum: int | float | None = None,
     hint: str = "",
     convert: Callable[[Any], Any] | None = None,
     hash: bool = True,
 ) -> Any:
-    """A field of an option class.
+    """Declare a field of an option class.
 
     Args:
       default: the value where none is given.
-      help: one sentence: what the option does, and what its default means.
-      minimum, above, maximum: the range of a number.
-      hint: what to try instead of a value out of range; ends the error message.
-      convert: checks and converts a value of any other type; raises `ConfigError`.
+      help: one or two sentences: what the option does, and what a None default means.
+      minimum, above, maximum: the range of a number, or of each number of a sequence.
+      hint: what to try instead of an invalid value; ends the error message.
+      convert: checks and converts a value of any other type. Raises `ConfigError`.
       hash: whether the field takes part in the hash of the options.
     """
     spec = {
@@ -149,12 +188,18 @@ def option(
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
 def options(cls: C) -> C:
-    """Make `cls`, a subclass of `Options`, a frozen dataclass with keyword-only fields."""
-    return typing.cast(C, dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+    """Make `cls`, a subclass of `Options`, a frozen dataclass, with its fields in its docstring."""
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    # Invalid values are reported by `OptionSpec.checked`, never by a run-time type checker.
+    made.__no_type_check__ = True  # type: ignore[attr-defined]
+    made.__doc__ = f"{typing.cast(str, cls.__doc__).rstrip()}\n\n{fields_section(made)}"
+    return typing.cast(C, made)
 
 
 class Options:
-    """Base of the option classes. Creating one checks every field; `check` checks fields together."""
+    """Base of the option classes. Creating one checks every field, and `check` the combination."""
+
+    ARGUMENT: ClassVar[str] = "options"  # the usual name of a parameter that takes these options
 
     def __post_init__(self) -> None:
         for spec in self.specs():
@@ -162,30 +207,34 @@ class Options:
         self.check()
 
     def check(self) -> None:
-        """Raise `ConfigError` for fields that do not go together. Subclasses override it."""
+        """Raise `ConfigError` for an invalid combination of fields. Subclasses override it."""
 
     @classmethod
     def specs(cls) -> list[OptionSpec]:
-        """All options, in the order of their declaration."""
+        """Return all options, in the order of their declaration."""
         return [
-            OptionSpec(field.name, field.type, field.default, **field.metadata[_SPEC])
+            OptionSpec(
+                field.name, _resolved(cls, field.type), field.default, **field.metadata[_SPEC]
+            )
             for field in dataclasses.fields(cls)  # type: ignore[arg-type]
         ]
 
     @classmethod
     def names(cls) -> list[str]:
-        """The names of all options."""
-        return [spec.name for spec in cls.specs()]
+        """Return the names of all options."""
+        return [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
 
     @classmethod
     def from_fields(
         cls, base: Self | None = None, *, also: Iterable[str] = (), **fields: Any
     ) -> Self:
-        """`base` (or the defaults) with `fields` in place of its own.
+        """Return `base` (or the defaults) with `fields` replaced.
 
-        Raises `ConfigError` for an unknown field; it names the nearest of the known fields and of
-        `also`, the other keywords of the function that passes the fields on.
+        Raises `ConfigError` for an unknown field. The message names the nearest of the known fields
+        and of `also`, the other keywords of the calling function.
         """
+        if base is not None and not isinstance(base, cls):
+            raise ConfigError(f"{cls.ARGUMENT}={base!r}: must be a {cls.__name__} or None.")
         known = cls.names()
         for name in fields:
             if name not in known:
@@ -193,3 +242,46 @@ class Options:
         if base is None:
             return cls(**fields)
         return dataclasses.replace(base, **fields)  # type: ignore[type-var]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, in their stored form."""
+        return {name: getattr(self, name) for name in self.names()}
+
+
+def fields_section(cls: type[Options]) -> str:
+    """Return the `Fields:` section of a docstring: one entry for each option of `cls`."""
+    entries = (
+        textwrap.fill(
+            spec.describe(), _DOC_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 8
+        )
+        for spec in cls.specs()
+    )
+    return "\n".join(["    Fields:", *entries, "    "])
+
+
+def _resolved(cls: type, annotation: Any) -> Any:
+    """Return the annotation of a field, where it is a string as the type that it names.
+
+    A type imported under `TYPE_CHECKING` alone is unknown at run time. It stands for itself: such
+    an option needs `convert`.
+    """
+    if not isinstance(annotation, str):
+        return annotation
+    try:
+        return eval(annotation, vars(sys.modules[cls.__module__]))
+    except NameError:
+        return typing.ForwardRef(annotation)
+
+
+def _type_name(kind: Any) -> str:
+    """Return the name of a type, without its module."""
+    if isinstance(kind, typing.ForwardRef):
+        return kind.__forward_arg__
+    return getattr(kind, "__name__", str(kind))
+
+
+def _shown(limit: int | float) -> str:
+    """Return a limit as text; 2**n - 1 in that form where its digits say nothing."""
+    if isinstance(limit, int) and limit >= 2**31 - 1 and not limit & (limit + 1):
+        return f"2**{limit.bit_length()} - 1"
+    return f"{limit:g}"
