@@ -62,7 +62,7 @@ def main() -> None:
     header()
     llm = jfp8kv.LLM(
         given.model or smollm2(),
-        kv_cache_dtype="fp8_e4m3",
+        kv_dtype="fp8_e4m3",
         kv_cache_memory="64MiB",
         max_num_seqs=16,
     )

@@ -92,7 +92,7 @@ def main() -> None:
     header()
     params = jfp8kv.load(given.model or smollm2())
     sizes = {"max_model_len": 256, "max_num_seqs": given.requests, "kv_cache_memory": "512MiB"}
-    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **sizes)
+    llm = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", **sizes)
     rows = []
     for name, fields in ASKED.items():
         measure(llm, given.requests, 1, fields)  # compiles

@@ -19,7 +19,7 @@ import jfp8kv
 from benchmarks._common import header, median, parser, smollm2, table, text_of
 
 DRAFTS = (0, 2, 4, 8)
-SIZES = {"kv_cache_dtype": "fp8_e4m3", "kv_cache_memory": "128MiB", "max_model_len": 2048}
+SIZES = {"kv_dtype": "fp8_e4m3", "kv_cache_memory": "128MiB", "max_model_len": 2048}
 FREE = (
     "a lighthouse",
     "an old clock",

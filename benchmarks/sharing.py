@@ -35,7 +35,7 @@ def reuse(params: jfp8kv.Params, text: str, requests: int) -> None:
     rows = []
     for sharing in (False, True):
         llm = jfp8kv.LLM(
-            params, kv_cache_dtype="fp8_e4m3", kv_cache_memory="1GiB", prefix_caching=sharing
+            params, kv_dtype="fp8_e4m3", kv_cache_memory="1GiB", prefix_caching=sharing
         )
         timed(llm, [ids[::-1] for ids in asked[:2]], 2)  # compiles
         seconds, first = timed(llm, asked, 2)
@@ -55,7 +55,7 @@ def pressure(params: jfp8kv.Params, text: str, requests: int, output: int) -> No
     ids = params.tokenizer.encode(text)
     rng = np.random.default_rng(0)
     asked = [ids[start : start + 64] for start in rng.integers(0, len(ids) - 64, requests)]
-    probe = jfp8kv.LLM(params, kv_cache_dtype="bfloat16", kv_cache_memory="64MiB")._engine
+    probe = jfp8kv.LLM(params, kv_dtype="bfloat16", kv_cache_memory="64MiB")._engine
     whole = requests * probe.kv.text_bytes(64 + output)
     rows = []
     for name in ("bfloat16", "fp8_e4m3"):
@@ -69,7 +69,7 @@ def pressure(params: jfp8kv.Params, text: str, requests: int, output: int) -> No
                 "max_num_seqs": requests,
                 "max_model_len": 64 + output,
             }
-            llm = jfp8kv.LLM(params, kv_cache_dtype=name, prefix_caching=False, **sizes)
+            llm = jfp8kv.LLM(params, kv_dtype=name, prefix_caching=False, **sizes)
             timed(llm, asked, output)  # compiles what the same requests need again
             before = llm.stats.preemptions
             seconds, _ = timed(llm, asked, output)

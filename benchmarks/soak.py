@@ -169,7 +169,7 @@ def soak(
 ) -> Report:
     """Run it. The pool has this share of the pages that the texts asked for at one time would take, on average."""
     asked, sizes = requests_of(params.config.vocab), SIZES | sizes
-    probe = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_cache_memory="100kB", **sizes)._engine
+    probe = jfp8kv.LLM(params, kv_dtype=kv_dtype, kv_cache_memory="100kB", **sizes)._engine
     text_pages = np.mean(
         [
             probe.requirements.total_pages(len(prompt) + sampling.max_tokens)
@@ -177,7 +177,7 @@ def soak(
         ]
     )
     pages = int(CALLERS * (1 + TOGETHER) / 2 * text_pages * share)
-    cache = {"kv_cache_dtype": kv_dtype, "kv_cache_memory": pages * probe.kv.page_bytes}
+    cache = {"kv_dtype": kv_dtype, "kv_cache_memory": pages * probe.kv.page_bytes}
     alone = jfp8kv.LLM(params, prefix_caching=False, **cache, **sizes)
     known = [
         Kind(prompt, sampling, alone.generate([prompt], sampling)[0].text)

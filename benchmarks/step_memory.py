@@ -38,7 +38,7 @@ def main() -> None:
     params = jfp8kv.load(given.model or smollm2())
     rows = []
     for kv_dtype in ("bfloat16", "fp8_e4m3", "fp8_e5m2"):
-        llm = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_cache_memory="32MiB", max_num_seqs=16)
+        llm = jfp8kv.LLM(params, kv_dtype=kv_dtype, kv_cache_memory="32MiB", max_num_seqs=16)
         engine = llm._engine
         requests = [
             Request([1] * 100, SamplingParams(), np.zeros(2, np.uint32), max_tokens=4)

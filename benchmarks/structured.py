@@ -70,7 +70,7 @@ def main() -> None:
     header()
     params = jfp8kv.load(given.model or smollm2())
     sizes = {"max_num_seqs": given.requests, "max_model_len": 512, "kv_cache_memory": "256MiB"}
-    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **sizes)
+    llm = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", **sizes)
     llm.warmup(structured=True)
     compiled(llm)
     watch = Watch(llm)

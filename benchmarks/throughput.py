@@ -20,7 +20,7 @@ FIRST_TOKEN = """
 import sys, time
 began = time.perf_counter()
 import jfp8kv
-llm = jfp8kv.LLM(sys.argv[1], kv_cache_dtype="fp8_e4m3", kv_cache_memory="64MiB")
+llm = jfp8kv.LLM(sys.argv[1], kv_dtype="fp8_e4m3", kv_cache_memory="64MiB")
 loaded = time.perf_counter()
 next(llm.stream("The capital of France is", max_tokens=8, temperature=0.0))
 print(loaded - began, time.perf_counter() - began)

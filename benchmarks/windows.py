@@ -41,7 +41,7 @@ def check(params: jfp8kv.Params, ids: list[int]) -> None:
     """
     want, got = (
         jfp8kv.LLM(
-            params, kv_cache_dtype="float32", max_model_len=len(ids), max_num_seqs=1, attention=name
+            params, kv_dtype="float32", max_model_len=len(ids), max_num_seqs=1, attention=name
         ).logits(ids)
         for name in ("reference", "xla")
     )
@@ -54,7 +54,7 @@ class Side:
 
     def __init__(self, params: jfp8kv.Params, kv_dtype: str, prompt: list[int], new: int):
         self.llm = jfp8kv.LLM(
-            params, kv_cache_dtype=kv_dtype, max_model_len=len(prompt) + new, max_num_seqs=1
+            params, kv_dtype=kv_dtype, max_model_len=len(prompt) + new, max_num_seqs=1
         )
         (group,) = self.llm._groups(
             [prompt], None, {"max_tokens": new, "temperature": 0.0, "ignore_eos": True}

@@ -32,7 +32,7 @@ print(outs[0].text)
 
 # %%
 FORMATS = ["bfloat16", "fp8_e4m3", "fp8_e5m2"]
-llms = {name: jfp8kv.LLM(params, kv_cache_dtype=name, kv_cache_memory="256MiB") for name in FORMATS}
+llms = {name: jfp8kv.LLM(params, kv_dtype=name, kv_cache_memory="256MiB") for name in FORMATS}
 PROMPT = "The best way to learn a language is"
 outs = {name: llm.generate(PROMPT, temperature=0.0, max_tokens=32)[0] for name, llm in llms.items()}
 for name, out in outs.items():

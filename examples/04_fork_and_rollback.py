@@ -17,7 +17,7 @@ MODEL = (
     if spec
     else "path, or hub id, of your model"
 )
-llm = jfp8kv.LLM(MODEL, kv_cache_dtype="fp8_e4m3", kv_cache_memory="64MiB", page_size=4)
+llm = jfp8kv.LLM(MODEL, kv_dtype="fp8_e4m3", kv_cache_memory="64MiB", page_size=4)
 
 # %%
 with llm.session("The capital of France is") as session:

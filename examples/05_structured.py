@@ -16,7 +16,7 @@ MODEL = (
     if spec
     else "path, or hub id, of your model"
 )
-llm = jfp8kv.LLM(MODEL, kv_cache_dtype="fp8_e4m3", kv_cache_memory="64MiB")
+llm = jfp8kv.LLM(MODEL, kv_dtype="fp8_e4m3", kv_cache_memory="64MiB")
 
 
 def ask(question, **fields):

@@ -65,7 +65,7 @@ def main() -> None:
     began = time.perf_counter()
     params = jfp8kv.load(find_model())
     llms = {
-        name: jfp8kv.LLM(params, kv_cache_dtype=kv, kv_cache_memory=CACHE)
+        name: jfp8kv.LLM(params, kv_dtype=kv, kv_cache_memory=CACHE)
         for name, kv in FORMATS.items()
     }
     console.print(

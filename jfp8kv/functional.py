@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jfp8kv.cache.capacity import default_bytes, parse_bytes  # noqa: F401  (for batch runs)
+from jfp8kv.cache.capacity import default_bytes  # noqa: F401  (for batch runs)
 from jfp8kv.cache.kv_dtype import plan_of
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
@@ -17,9 +17,12 @@ from jfp8kv.checkpoint.export import export as export
 from jfp8kv.checkpoint.load import describe
 from jfp8kv.checkpoint.load import load as load
 from jfp8kv.core.errors import ConfigError, unknown_keyword
+from jfp8kv.core.paths import looks_like_path
+from jfp8kv.core.sizes import parse_bytes as parse_bytes  # for batch runs
 from jfp8kv.engine.buckets import (
     Buckets as Buckets,  # for batch runs, as `StructuredOutput` and `text_of`
 )
+from jfp8kv.engine.options import EngineOptions
 from jfp8kv.engine.request import RequestOutput
 from jfp8kv.engine.scoring import text_of as text_of
 from jfp8kv.engine.structured import StructuredOutput as StructuredOutput
@@ -50,7 +53,7 @@ def generate(
     kv_dtype: Any = "auto",
     kv_scales: Any = "auto",
     prompt_lookup: int = 0,
-    sampling: SamplingParams | None = None,
+    sampling_params: SamplingParams | None = None,
     progress: bool | None = None,
     **sampling_fields: Any,
 ) -> list[RequestOutput]:
@@ -63,13 +66,13 @@ def generate(
         or by layer, a `KVPlan` among others: see `LLM`.
       kv_scales: "auto", "checkpoint", "unit", "token_head", a `KVScales` or a path to one; see `LLM`.
       prompt_lookup: tokens to guess ahead from what the text has said before, 0 for none; see `LLM`.
-      sampling: a `SamplingParams`; `sampling_fields` (`max_tokens=64, temperature=0.0, ...`) override its fields.
+      sampling_params: a `SamplingParams`; `sampling_fields` (`max_tokens=64, temperature=0.0, ...`) override its fields.
       progress: show a bar; None shows one for more than 8 prompts on a terminal.
 
     Raises `ConfigError` for anything that cannot be served, naming it, before anything runs.
     """
-    also = ("kv_dtype", "kv_scales", "prompt_lookup", "sampling", "progress")
-    sampling = SamplingParams.from_fields(sampling, also=also, **sampling_fields)
+    also = ("kv_dtype", "kv_scales", "prompt_lookup", "sampling_params", "progress")
+    sampling = SamplingParams.from_fields(sampling_params, also=also, **sampling_fields)
     return _llm(params, kv_dtype, kv_scales, prompt_lookup).generate(
         prompts, sampling, progress=progress
     )
@@ -277,11 +280,14 @@ def inspect(
 
     Raises `CheckpointError` or `ConfigError` for what cannot be loaded or served, as far as config and headers tell.
     """
+    given = EngineOptions(
+        kv_dtype=kv_dtype, kv_scales=kv_scales, max_model_len=max_model_len, page_size=page_size
+    )
     cache = {
-        "kv_dtype": kv_dtype,
-        "kv_scales": kv_scales,
-        "max_model_len": max_model_len,
-        "page_size": page_size,
+        "kv_dtype": given.kv_dtype,
+        "kv_scales": given.kv_scales,
+        "max_model_len": given.max_model_len,
+        "page_size": given.page_size,
     }
     if isinstance(source_or_params, Params):
         return report(source_or_params, "Params", **cache)
@@ -295,9 +301,7 @@ def _llm(params: Params, kv_dtype: Any, kv_scales: Any, prompt_lookup: int | Non
     """
     _require_params(params)
     kv_dtype = plan_of(kv_dtype) or kv_dtype
-    if isinstance(kv_scales, os.PathLike) or (
-        isinstance(kv_scales, str) and os.path.isfile(kv_scales)
-    ):
+    if looks_like_path(kv_scales):
         kv_scales = KVScales.load(kv_scales)
     settings, llm = params.__dict__.get(_ENGINE, (None, None))
     if prompt_lookup is None:
@@ -305,7 +309,7 @@ def _llm(params: Params, kv_dtype: Any, kv_scales: Any, prompt_lookup: int | Non
     wanted = (kv_dtype, kv_scales, prompt_lookup)
     if settings is None or not all(map(_same, settings, wanted)):
         params.__dict__.pop(_ENGINE, None)  # its pool is freed before the next one is made
-        llm = LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales, prompt_lookup=prompt_lookup)
+        llm = LLM(params, kv_dtype=kv_dtype, kv_scales=kv_scales, prompt_lookup=prompt_lookup)
         params.__dict__[_ENGINE] = (wanted, llm)
     return llm
 

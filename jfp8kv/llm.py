@@ -1,21 +1,19 @@
 """`LLM`: the engine as an object that stays warm."""
 
 import contextlib
-import inspect
 import itertools
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
 
 from jfp8kv.attention import dispatch
-from jfp8kv.cache.kv_dtype import is_name
-from jfp8kv.checkpoint.load import load
-from jfp8kv.core.errors import ConfigError, unknown_keyword
-from jfp8kv.core.formats import kv_format
+from jfp8kv.checkpoint.load import ModelLike, as_params
+from jfp8kv.core.errors import ConfigError
+from jfp8kv.core.options import takes
 from jfp8kv.core.platform import cache_folder
 from jfp8kv.engine import forward
 from jfp8kv.engine.compile_report import CompileReport
@@ -23,106 +21,66 @@ from jfp8kv.engine.driver import EngineDriver, raise_error
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.feed import feed
 from jfp8kv.engine.group import OutputStream, RequestGroup
-from jfp8kv.engine.lookup import draft_tokens
+from jfp8kv.engine.keywords import EngineFields
+from jfp8kv.engine.options import EngineOptions, KVDtype
 from jfp8kv.engine.request import Request, RequestOutput
 from jfp8kv.engine.scoring import Scored, score_iter
 from jfp8kv.engine.stats import Stats
 from jfp8kv.engine.warmup import warmup
 from jfp8kv.models.params import Params
-from jfp8kv.sampling.params import MAX_SEED, SamplingParams
+from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.session import Session
 from jfp8kv.text.prompts import Encoded, Message, as_list, encode
 from jfp8kv.text.tokenizer import Tokenizer
 
 
+@takes(EngineOptions)
 class LLM:
     """A model with its KV cache and compiled programs.
 
-    Args:
-      model: what `load` takes (a folder, a .gguf file, a hub id), or a `Params`.
-      kv_cache_dtype: "auto" (the checkpoint's FP8 if it declares one, else the weights' type), "bfloat16", "float16",
-        "float32", "fp8_e4m3" (or "fp8") or "fp8_e5m2". By layer: {"default": "fp8_e4m3", "skip": [0, "sliding_window"]}, whose
-        skipped layers keep bfloat16 (or "skip_dtype"), a list of one name per layer, a `KVPlan` or a path to one.
-      kv_scales: "auto" (the checkpoint's, else 1), "checkpoint", "unit", "token_head" (dynamic), a `KVScales` or a path to one.
-      kv_cache_memory: bytes of cache ("2GiB", 500_000_000); None takes a share of what is free on the device (85% on an
-        accelerator, 10% of a computer's memory), or less if `max_num_seqs` full contexts need less.
-      max_model_len: most tokens of a request, prompt and output; None is what the model was trained for.
-      max_num_seqs: most requests run at once; None is 64, or as many as leave prompts half of `max_num_batched_tokens`.
-      dtype: of the weights when `model` is loaded here; None keeps the checkpoint's.
-      strict: whether KV scales that are missing or broken are an error when `model` is loaded here; see `load`.
-      seed: what requests without a seed of their own draw from, with their number.
-      max_num_batched_tokens: most tokens of a turn, padding included: two of each of `max_num_seqs` requests that decode, the
-        rest of prompts. It bounds for how long a prompt holds up others. None leaves 512 for prompts on a CPU, 2048 elsewhere.
-        Guesses (`prompt_lookup`) do not count: with them a token of a request that decodes may be so many more in a pass.
-      page_size: tokens per page.
-      attention: "pallas" (GPU kernels), "xla" or "reference"; None picks the fastest that runs here. `llm.attention` says which
-        runs and why.
-      prefix_caching: whether texts that begin alike share what is cached of their beginning.
-      prompt_lookup: tokens to guess ahead where the text has said its last words before, verified in one pass (0: none). The
-        text stays the same as far as rounding lets it (an FP8 cache may put one of two near tokens for the other, as batches of
-        another size do: docs/notes/017), and takes fewer passes where it repeats itself or its prompt; `llm.stats` counts right
-        guesses. 4 is good for a few requests that copy, edit or quote; on a CPU many at once gain little.
+        llm = jfp8kv.LLM("path/or/hub-id", kv_dtype="fp8", kv_cache_memory="2GiB")
+        llm.generate("Once upon a time", max_tokens=64)[0].text
 
-    Raises `ConfigError`, `CheckpointError`, `NotSupported` for an attention that cannot run here, `DeviceMemoryError` when the
-    cache finds no room. Threads and event loops may share it: what they ask for runs together, and all get on with every step.
-    When a step fails (`StepError`, `DeviceMemoryError`) or is interrupted, all callers are told, and the next call is served.
+    Args:
+      model: a path or a hub id as for `load`, or a `Params`.
+      kv_cache_dtype: alias of `kv_dtype`, the name of this option in vLLM.
+      **options: the fields of `EngineOptions`, listed below.
+
+    Threads and event loops may share an `LLM`. Their requests run in the same batches, and every
+    step advances all of them. If a step fails (`StepError`, `DeviceMemoryError`) or is interrupted,
+    every caller with a request in it receives the error, and the engine serves the next call.
+
+    Raises:
+      ConfigError: an invalid option, or one that does not fit the model.
+      CheckpointError: a model that cannot be loaded.
+      NotSupported: an attention implementation that cannot run on this device.
+      DeviceMemoryError: no room for the KV cache.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | Params,
+        model: ModelLike,
         *,
-        kv_cache_dtype: Any = "auto",
-        kv_scales: Any = "auto",
-        kv_cache_memory: int | str | None = None,
-        max_model_len: int | None = None,
-        max_num_seqs: int | None = None,
-        dtype: Any = None,
-        strict: bool = True,
-        seed: int = 0,
-        max_num_batched_tokens: int | None = None,
-        page_size: int = 64,
-        attention: str | None = None,
-        prefix_caching: bool = True,
-        prompt_lookup: int = 0,
-        **unknown: Any,
+        kv_cache_dtype: KVDtype | None = None,
+        **options: Unpack[EngineFields],
     ):
-        for name in unknown:
-            meant = "kv_cache_dtype" if name == "kv_dtype" else None
-            raise unknown_keyword(name, list(inspect.signature(LLM).parameters)[1:-1], meant=meant)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-            raise ConfigError(f"seed={seed!r}: must be an integer from 0 to 2**64 - 1.")
-        if isinstance(model, Params) and dtype is not None:
-            raise ConfigError(
-                f"dtype={dtype!r}: the Params given are {model.dtype.name} already; cast them, or load with dtype."
-            )
-        if isinstance(model, Params) and not strict:
-            raise ConfigError(
-                f"strict={strict!r}: the Params given are loaded already; load them with strict={strict!r}."
-            )
-        if is_name(kv_cache_dtype) and kv_cache_dtype != "auto":
-            kv_format(kv_cache_dtype)  # refused now rather than after loading
-        draft_tokens(prompt_lookup)
-        dispatch.select_backend(attention)
+        if kv_cache_dtype is not None:
+            kv_dtype = options.setdefault("kv_dtype", kv_cache_dtype)
+            if kv_dtype != kv_cache_dtype:
+                raise ConfigError(
+                    f"kv_cache_dtype={kv_cache_dtype!r}: an alias of kv_dtype, which is given as "
+                    f"{kv_dtype!r}; give one of them."
+                )
+        given = EngineOptions.from_fields(also=("model", "kv_cache_dtype"), **options)
+        dispatch.select_backend(given.attention)  # an unsupported one is refused before loading
         keep_compiled_programs()
-        self._engine = Engine(
-            model if isinstance(model, Params) else load(model, dtype=dtype, strict=strict),
-            kv_dtype=kv_cache_dtype,
-            kv_scales=kv_scales,
-            kv_cache_memory=kv_cache_memory,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            page_size=page_size,
-            attention=attention,
-            prefix_caching=prefix_caching,
-            prompt_lookup=prompt_lookup,
-        )
+        params = as_params(model, dtype=given.dtype, strict=given.strict)
+        self._engine = Engine(params, given)
         self._service = EngineDriver(self._engine)
         self._scoring = (
             threading.Lock()
         )  # one text at a time: of two that grow, each could hold what the other needs
-        self._seed = seed
+        self._seed = given.seed
         self._numbers = itertools.count()
 
     @property

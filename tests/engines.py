@@ -12,7 +12,7 @@ from tests.models.test_decoder import REFERENCES
 def tiny(family: str = "llama_gqa", **options) -> jfp8kv.LLM:
     """A poisoned engine of a reference model in float32, with an E4M3 cache unless `options` say otherwise."""
     params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
-    return poisoned(jfp8kv.LLM(params, **{"kv_cache_dtype": "fp8_e4m3"} | options))
+    return poisoned(jfp8kv.LLM(params, **{"kv_dtype": "fp8_e4m3"} | options))
 
 
 def poisoned(llm: jfp8kv.LLM) -> jfp8kv.LLM:

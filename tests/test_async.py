@@ -26,7 +26,7 @@ SIZES = {
 @pytest.fixture(scope="module")
 def llm() -> jfp8kv.LLM:
     return jfp8kv.LLM(
-        jfp8kv.load(REFERENCES[0], dtype="float32"), kv_cache_dtype="fp8_e4m3", **SIZES
+        jfp8kv.load(REFERENCES[0], dtype="float32"), kv_dtype="fp8_e4m3", **SIZES
     )
 
 

@@ -107,7 +107,7 @@ def test_the_texts_are_those_of_a_plain_search_over_whole_texts(
 
 
 def test_windows_change_nothing() -> None:
-    llm = engine("gemma3_new", kv_cache_dtype="fp8_e5m2")
+    llm = engine("gemma3_new", kv_dtype="fp8_e5m2")
     prompt = np.random.default_rng(0).integers(3, 90, 22).tolist()
     asked = {"beams": 3, "max_tokens": 9, "length_penalty": 1.0, "early_stopping": False}
     (out,) = jfp8kv.beam_search(llm, prompt, ignore_eos=True, **asked)

@@ -24,7 +24,7 @@ def params() -> jfp8kv.Params:
 def llm(params) -> jfp8kv.LLM:
     return jfp8kv.LLM(
         model=params,
-        kv_cache_dtype="fp8",
+        kv_dtype="fp8",
         max_num_batched_tokens=64,
         max_num_seqs=4,
         kv_cache_memory="1MB",
@@ -32,7 +32,7 @@ def llm(params) -> jfp8kv.LLM:
 
 
 def test_the_fields_seed_example_runs() -> None:
-    llm = jfp8kv.LLM(model=str(FOLDER), kv_cache_dtype="fp8", max_num_batched_tokens=64)
+    llm = jfp8kv.LLM(model=str(FOLDER), kv_dtype="fp8", max_num_batched_tokens=64)
     text = (
         llm.generate("Once upon a time", SamplingParams(temperature=0.7, top_p=0.8, max_tokens=8))[
             0
@@ -358,16 +358,17 @@ def test_one_bad_prompt_among_many_is_refused_before_any_runs(llm) -> None:
         ({"kv_cache_memory": 10}, "holds no page"),
         ({"seed": -1}, "seed=-1"),
         ({"dtype": "float32"}, "already"),
-        ({"strict": False}, "strict=False: the Params given are loaded already"),
-        ({"kv_dtype": "fp8"}, "Did you mean 'kv_cache_dtype'"),
+        ({"strict": False}, "strict=False: the given Params are loaded already"),
+        ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype='bfloat16': an alias of kv_dtype"),
+        ({"kv_dtpye": "fp8"}, "Did you mean 'kv_dtype'"),
         ({"attention": "flash"}, "attention='flash'"),
-        ({"prompt_lookup": -1}, "prompt_lookup=-1: must be a number of draft tokens from 0"),
+        ({"prompt_lookup": -1}, "prompt_lookup=-1: must be a whole number of at least 0 and at most 32; try 4"),
         ({"kv_scales": jfp8kv.KVScales.unit(99)}, "layers=2"),
     ],
 )
 def test_an_engine_that_cannot_be_is_refused(params, options, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        jfp8kv.LLM(params, **{"kv_cache_dtype": "fp8"} | options)
+        jfp8kv.LLM(params, **{"kv_dtype": "fp8"} | options)
 
 
 def test_a_broken_scale_is_refused_unless_loading_is_not_strict(tmp_path) -> None:

@@ -39,7 +39,7 @@ TREES = {
     "nothing shared with others": {"prefix_caching": False},
     "two formats, scales by token and head, windows": {
         "family": "gemma3_new",
-        "kv_cache_dtype": {"default": "fp8_e5m2", "skip": [0]},
+        "kv_dtype": {"default": "fp8_e5m2", "skip": [0]},
         "kv_scales": "token_head",
     },
     "ropes that change with length": {"family": "phi3_longrope_cross"},

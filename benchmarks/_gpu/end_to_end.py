@@ -16,11 +16,11 @@ import jfp8kv
 from benchmarks._common import median
 from benchmarks._gpu.problems import random_bits
 from benchmarks._gpu.session import Session
-from jfp8kv.cache.capacity import parse_bytes
 from jfp8kv.cache.config import resolve_cache
 from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.errors import NotSupported
 from jfp8kv.core.formats import FORMATS
+from jfp8kv.core.sizes import parse_bytes
 from jfp8kv.engine.buckets import DECODE_STEPS
 from jfp8kv.engine.request import Request, Status
 from jfp8kv.models.config import ModelConfig
@@ -74,7 +74,7 @@ def time_decode(
     )
     requests = max(1, int(parse_bytes(memory) // kv.text_bytes(context + new)))
     engine, attention = open_engine(
-        params, asked["attention"], kv_cache_dtype=kv_dtype, kv_cache_memory=memory, max_model_len=context + new,
+        params, asked["attention"], kv_dtype=kv_dtype, kv_cache_memory=memory, max_model_len=context + new,
         max_num_seqs=requests, prefix_caching=False,
         **({} if kv_dtype == "bfloat16" else {"kv_scales": "unit"}),
     )  # fmt: skip

@@ -19,10 +19,10 @@ ALIKE = (
     2.0**-6
 )  # of the norm of logits: three products of TF32 or bfloat16 a layer, and roundings to FP8 that fall elsewhere
 CACHES = {
-    "bf16": {"kv_cache_dtype": "bfloat16"},
-    "e4m3": {"kv_cache_dtype": "fp8_e4m3", "kv_scales": "unit"},
-    "e5m2": {"kv_cache_dtype": "fp8_e5m2", "kv_scales": "unit"},
-    "e4m3, token and head scales": {"kv_cache_dtype": "fp8_e4m3", "kv_scales": "token_head"},
+    "bf16": {"kv_dtype": "bfloat16"},
+    "e4m3": {"kv_dtype": "fp8_e4m3", "kv_scales": "unit"},
+    "e5m2": {"kv_dtype": "fp8_e5m2", "kv_scales": "unit"},
+    "e4m3, token and head scales": {"kv_dtype": "fp8_e4m3", "kv_scales": "token_head"},
 }
 
 

@@ -16,12 +16,12 @@ from jfp8kv.attention.pallas import PallasAttention
 from jfp8kv.cache.kernel_write import KernelWrite
 from jfp8kv.cache.pool import write
 from jfp8kv.core.errors import NotSupported, invalid_choice
+from jfp8kv.core.types import ATTENTIONS
 from pallas_kernels import check_pool, paged_decode, paged_prefill
 from pallas_kernels.errors import NotSupported as KernelNotSupported
 
 Attention = Callable[..., Query]
 Write = Callable[..., KVPool]
-IMPLEMENTATIONS = ("reference", "xla", "pallas", "pallas_interpret")
 LEAST_CAPABILITY = (8, 0)
 
 
@@ -52,7 +52,7 @@ def select_backend(implementation: Any = None, pool: KVPool | None = None) -> At
             "pallas_interpret", "asked for; interpreted, for tests", pool, (9, 0), interpret=True
         )
     if implementation is not None:
-        raise invalid_choice("attention", implementation, IMPLEMENTATIONS)
+        raise invalid_choice("attention", implementation, ATTENTIONS)
     if jax.default_backend() == "cpu":
         return AttentionBackend("xla", xla.attention, "the fast one for cpu")
     try:

@@ -47,7 +47,7 @@ class Local:
             model, kv_scales = config.model, config.kv_scales
             asked |= {"dtype": config.dtype, "strict": config.strict}
         self.llm = LLM(
-            model, kv_cache_dtype=kv_dtype(config), kv_scales=kv_scales, seed=config.seed, **asked
+            model, kv_dtype=kv_dtype(config), kv_scales=kv_scales, seed=config.seed, **asked
         )
         self.about = about(self.llm)
         if (

@@ -1,40 +1,13 @@
 """How many pages a byte budget buys, and what the budget is when nobody says."""
 
 import os
-import re
-from typing import Any
 
 import jax
 
-from jfp8kv.core.errors import CapacityError, ConfigError
+from jfp8kv.core.errors import CapacityError
 
 DEVICE_SHARE = 0.85  # of what is free on an accelerator once the weights are there
 HOST_SHARE = 0.10  # of what is free in a computer's memory, which others use too
-
-_UNITS = {"": 1, "b": 1} | {
-    f"{p}{b}": base**i for b, base in (("b", 1000), ("ib", 1024)) for i, p in enumerate("kmgt", 1)
-}
-
-
-def parse_bytes(value: Any) -> int:
-    """Bytes of `2_000_000`, "2GiB", "512 MB". Raises `ConfigError` for anything else, zero and negatives included."""
-    match = (
-        re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", value.lower())
-        if isinstance(value, str)
-        else None
-    )
-    if match and match[2] in _UNITS:
-        value = float(match[1]) * _UNITS[match[2]]
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not value >= 1
-        or value == float("inf")
-    ):
-        raise ConfigError(
-            f'kv_cache_memory={value!r}: must be a positive number of bytes, or text such as "512MiB" or "2GB".'
-        )
-    return int(value)
 
 
 def free_bytes(device: jax.Device) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import warnings
 from collections import Counter
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jfp8kv.cache.capacity import default_bytes, pages_for, parse_bytes
+from jfp8kv.cache.capacity import default_bytes, pages_for
 from jfp8kv.cache.default_scales import without_scales
 from jfp8kv.cache.groups import LayerGroups, PageRequirements
 from jfp8kv.cache.kv_dtype import layer_formats, plan_of
@@ -20,6 +19,8 @@ from jfp8kv.cache.pool import KVPool, LayerScales, new_pool, page_bytes
 from jfp8kv.cache.scales import SCALE_NAMES, TOKEN_HEAD, UNIT, KVScales, check_shape
 from jfp8kv.core.errors import ConfigError, invalid_choice
 from jfp8kv.core.formats import KVFormat, kv_format
+from jfp8kv.core.paths import looks_like_path
+from jfp8kv.core.sizes import parse_bytes
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
 
@@ -96,7 +97,7 @@ class CacheConfig:
         """`text_bytes` of a text that fills its last page, by token: without windows the same for every length."""
         return self.text_bytes(tokens) / (-(-tokens // self.page_size) * self.page_size)
 
-    def num_pages(self, memory: Any, *, most: int) -> int:
+    def num_pages(self, memory: int | str | None, *, most: int) -> int:
         """Pages that `memory` bytes hold (None: a share of what is free on the device), at most `most`."""
         budget = default_bytes(jax.local_devices()[0]) if memory is None else parse_bytes(memory)
         return pages_for(
@@ -119,7 +120,7 @@ def resolve_cache(
     kv_dtype: Any,
     kv_scales: Any,
     *,
-    page_size: Any,
+    page_size: int,
     max_tokens_per_dispatch: int,
     longest: int | None = None,
 ) -> CacheConfig:
@@ -129,8 +130,6 @@ def resolve_cache(
     which do not say whether a model needs more than scale 1.
     """
     config = params.config
-    if isinstance(page_size, bool) or not isinstance(page_size, int) or page_size < 1:
-        raise ConfigError(f"page_size={page_size!r}: must be a positive number of tokens; try 64.")
     plan = plan_of(kv_dtype)
     if plan is not None:
         kinds, scales = _planned(plan, config, kv_scales)
@@ -169,12 +168,7 @@ def _scales(
 ) -> tuple[bool, KVScales | None]:
     """Whether FP8 layers have dynamic scales, and the static ones."""
     config, quantized = params.config, [fmt for fmt in formats if fmt.is_fp8]
-    if (
-        isinstance(given, str)
-        and given not in SCALE_NAMES
-        and os.path.sep not in given
-        and not os.path.exists(given)
-    ):
+    if isinstance(given, str) and given not in SCALE_NAMES and not looks_like_path(given):
         raise invalid_choice("kv_scales", given, (*SCALE_NAMES, "a KVScales", "a path to one"))
     if isinstance(given, str) and (given == UNIT or (given == "auto" and not quantized)):
         return False, KVScales.unit(config.layers)
@@ -190,7 +184,7 @@ def _scales(
                 "kv_scales='checkpoint': the checkpoint has none; try 'unit', 'token_head' or a KVScales."
             )
         given = params.kv_scales
-    if isinstance(given, str | os.PathLike):
+    if looks_like_path(given):
         given = KVScales.load(given)
     if not isinstance(given, KVScales):
         raise invalid_choice("kv_scales", given, (*SCALE_NAMES, "a KVScales", "a path to one"))

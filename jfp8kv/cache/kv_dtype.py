@@ -1,12 +1,13 @@
 """From what a user says of `kv_dtype` to the format of each layer."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.core.errors import ConfigError, did_you_mean, invalid_choice
-from jfp8kv.core.formats import KV_DTYPES, KVFormat, kv_format
+from jfp8kv.core.formats import KVFormat, kv_format
+from jfp8kv.core.paths import looks_like_path
+from jfp8kv.core.types import KV_DTYPES
 from jfp8kv.models.config import ModelConfig
 
 KINDS_OF_LAYER = ("sliding_window", "full_attention")
@@ -19,14 +20,12 @@ _FORMS = (
 
 def is_name(kv_dtype: Any) -> bool:
     """Whether this can only be one format's name, known or not."""
-    return isinstance(kv_dtype, str) and not os.path.isfile(kv_dtype)
+    return isinstance(kv_dtype, str) and not looks_like_path(kv_dtype)
 
 
 def plan_of(kv_dtype: Any) -> KVPlan | None:
     """The plan that was given, or is in the file that was; None where neither was."""
-    if isinstance(kv_dtype, os.PathLike) or (
-        isinstance(kv_dtype, str) and os.path.isfile(kv_dtype)
-    ):
+    if looks_like_path(kv_dtype):
         return KVPlan.load(kv_dtype)
     return kv_dtype if isinstance(kv_dtype, KVPlan) else None
 

@@ -23,10 +23,11 @@ from jaxtyping import Array, Float, UInt8
 
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.core.formats import KVFormat, kv_format
+from jfp8kv.core.types import KV_SCALES
 from pallas_kernels import elements
 
 UNIT, TOKEN_HEAD = "unit", "token_head"
-SCALE_NAMES = ("auto", "checkpoint", UNIT, TOKEN_HEAD)
+SCALE_NAMES = KV_SCALES
 
 
 class KVScales:

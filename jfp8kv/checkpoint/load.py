@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -65,6 +65,32 @@ def load(source: str | os.PathLike[str], dtype: Any = None, *, strict: bool = Tr
     if path.is_dir() and is_saved(path):
         return load_saved(path, target)
     return _read(_describe(path, needs_weights=True), target, strict)
+
+
+ModelLike: TypeAlias = Params | str | os.PathLike[str]
+"""A model: weights in memory, or a path or hub id that `load` takes."""
+
+
+def as_params(model: ModelLike, *, dtype: Any = None, strict: bool = True) -> Params:
+    """Return `model` if it is a `Params`, else what `load` reads.
+
+    Raises `ConfigError` for another type, and for `dtype` or `strict` of weights in memory.
+    """
+    if isinstance(model, str | os.PathLike):
+        return load(model, dtype=dtype, strict=strict)
+    if not isinstance(model, Params):
+        raise ConfigError(
+            f"model of type {type(model).__name__}: must be a Params, a path or a hub id; "
+            "wrap a tree with Params.from_pytree(tree, config)."
+        )
+    if dtype is not None:
+        raise ConfigError(
+            f"dtype={dtype!r}: the given Params are {model.dtype.name} already; "
+            "cast them, or load with dtype."
+        )
+    if not strict:
+        raise ConfigError("strict=False: the given Params are loaded already; load with strict.")
+    return model
 
 
 @dataclasses.dataclass(frozen=True)

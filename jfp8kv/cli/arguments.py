@@ -73,7 +73,7 @@ def load(args: argparse.Namespace) -> "jfp8kv.functional.LLM":
             )  # a terminal that lacks a character still shows the others
     return LLM(
         args.model,
-        kv_cache_dtype=args.kv_dtype,
+        kv_dtype=args.kv_dtype,
         kv_scales=args.kv_scales,
         kv_cache_memory=args.kv_cache_memory,
         max_model_len=args.max_model_len,

@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jfp8kv.core.errors import invalid_choice
+from jfp8kv.core.types import KV_DTYPES
 from pallas_kernels import elements
 
 
@@ -88,7 +89,6 @@ FLOAT16 = _format("float16", np.float16, np.uint16, 5, 10)
 FLOAT32 = _format("float32", np.float32, np.float32, 8, 23)
 
 FORMATS = {f.name: f for f in (BFLOAT16, FLOAT16, FLOAT32, E4M3, E5M2)}
-KV_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2")
 
 
 def kv_format(name: Any) -> KVFormat:

@@ -12,6 +12,7 @@ This module imports nothing heavy, so that `jfp8kv --help` does not wait for JAX
 """
 
 import dataclasses
+import inspect
 import math
 import numbers
 import sys
@@ -19,7 +20,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from jfp8kv.core.errors import ConfigError, invalid_choice, unknown_keyword
 
@@ -28,6 +29,8 @@ _NUMBERS = {int: "a whole number", float: "a number"}
 _SEQUENCES = (tuple, list, Sequence)
 _DOC_WIDTH = 96
 C = TypeVar("C", bound="type[Options]")
+F = TypeVar("F", bound=Callable[..., Any])
+O = TypeVar("O", bound="Options")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +229,8 @@ class Options:
 
     @classmethod
     def from_fields(
-        cls, base: Self | None = None, *, also: Iterable[str] = (), **fields: Any
-    ) -> Self:
+        cls: type[O], base: O | None = None, *, also: Iterable[str] = (), **fields: Any
+    ) -> O:
         """Return `base` (or the defaults) with `fields` replaced.
 
         Raises `ConfigError` for an unknown field. The message names the nearest of the known fields
@@ -241,22 +244,56 @@ class Options:
                 raise unknown_keyword(name, [*also, *known])
         if base is None:
             return cls(**fields)
-        return dataclasses.replace(base, **fields)  # type: ignore[type-var]
+        return dataclasses.replace(base, **fields)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, in their stored form."""
         return {name: getattr(self, name) for name in self.names()}
 
 
-def fields_section(cls: type[Options]) -> str:
-    """Return the `Fields:` section of a docstring: one entry for each option of `cls`."""
+def takes(*classes: type[Options]) -> Callable[[F], F]:
+    """Document the options that a function, or the `__init__` of a class, takes as `**keywords`.
+
+    Its signature lists each option in place of `**keywords`, for `help()` and for completion in
+    notebooks, and its docstring ends with their help.
+    """
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        parameters = [
+            parameter
+            for parameter in signature.parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        known = {parameter.name for parameter in parameters}
+        parameters += [
+            inspect.Parameter(
+                spec.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=spec.default,
+                annotation=spec.annotation,
+            )
+            for cls in classes
+            for spec in cls.specs()
+            if spec.name not in known
+        ]
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        sections = [fields_section(cls, title=cls.__name__) for cls in classes]
+        function.__doc__ = "\n\n".join([(function.__doc__ or "").rstrip(), *sections])
+        return function
+
+    return decorate
+
+
+def fields_section(cls: type[Options], title: str = "Fields") -> str:
+    """Return a section of a docstring with one entry for each option of `cls`."""
     entries = (
         textwrap.fill(
             spec.describe(), _DOC_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 8
         )
         for spec in cls.specs()
     )
-    return "\n".join(["    Fields:", *entries, "    "])
+    return "\n".join([f"    {title}:", *entries, "    "])
 
 
 def _resolved(cls: type, annotation: Any) -> Any:

@@ -11,7 +11,7 @@ import jax
 
 from jfp8kv.attention import dispatch
 from jfp8kv.cache.allocator import PageAllocator
-from jfp8kv.cache.config import context_length, positive, resolve_cache
+from jfp8kv.cache.config import context_length, resolve_cache
 from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError
 from jfp8kv.core.platform import activation_dtype
@@ -26,7 +26,7 @@ from jfp8kv.engine.batch import (
 )
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.kv_manager import KVCacheManager, SequenceHandle
-from jfp8kv.engine.lookup import draft_tokens
+from jfp8kv.engine.options import EngineOptions
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import CANCELLED, DEADLINE, Request, Status
 from jfp8kv.engine.sampler_state import PLAIN, SamplerVariant
@@ -50,49 +50,37 @@ class Flight:
 
 
 class Engine:
-    """Runs requests of one model over one pool of pages. See `jfp8kv.LLM` for the arguments."""
+    """Run requests of one model over one pool of pages."""
 
-    def __init__(
-        self,
-        params: Params,
-        *,
-        kv_dtype: Any = "auto",
-        kv_scales: Any = "auto",
-        kv_cache_memory: Any = None,
-        max_model_len: Any = None,
-        max_num_seqs: Any = None,
-        max_num_batched_tokens: Any = None,
-        page_size: Any = 64,
-        attention: Any = None,
-        prefix_caching: bool = True,
-        prompt_lookup: Any = 0,
-    ):
+    def __init__(self, params: Params, options: EngineOptions):
         config = params.config
         cpu = jax.default_backend() == "cpu"
-        self.max_model_len = context_length(config, max_model_len)
+        self.max_model_len = context_length(config, options.max_model_len)
         halves_on_cpu = cpu and activation_dtype(params.dtype).itemsize == 2
-        asked = (
-            positive("max_num_seqs", max_num_seqs),
-            positive("max_num_batched_tokens", max_num_batched_tokens),
-        )
         self.buckets = Buckets.of(
-            *asked, min_decode_rows=2 if halves_on_cpu else 1, drafts=draft_tokens(prompt_lookup)
+            options.max_num_seqs,
+            options.max_num_batched_tokens,
+            min_decode_rows=2 if halves_on_cpu else 1,
+            drafts=options.prompt_lookup,
         )
 
         self.params = params
-        sizes = {
-            "page_size": page_size,
-            "max_tokens_per_dispatch": self.buckets.max_tokens_per_dispatch,
-            "longest": self.max_model_len,
-        }
-        self.cache_config = resolve_cache(params, kv_dtype, kv_scales, **sizes)
+        page_size = options.page_size
+        self.cache_config = resolve_cache(
+            params,
+            options.kv_dtype,
+            options.kv_scales,
+            page_size=page_size,
+            max_tokens_per_dispatch=self.buckets.max_tokens_per_dispatch,
+            longest=self.max_model_len,
+        )
         self.requirements = self.cache_config.requirements
         longest = self.requirements.total_pages(self.max_model_len)
         self.num_pages = self.cache_config.num_pages(
-            kv_cache_memory, most=longest * self.buckets.max_requests
+            options.kv_cache_memory, most=longest * self.buckets.max_requests
         )
         self.attention = dispatch.select_backend(
-            attention, jax.eval_shape(lambda: self.cache_config.pool(self.num_pages))
+            options.attention, jax.eval_shape(lambda: self.cache_config.pool(self.num_pages))
         )
         self.cache_config = dataclasses.replace(
             self.cache_config, keys_transposed=self.attention.keys_transposed
@@ -129,7 +117,7 @@ class Engine:
             params.tokenizer, config.vocab, eos_ids=self.batch_builder.eos_ids
         )
         self._kv_manager_options = {
-            "reuse": prefix_caching,
+            "reuse": options.prefix_caching,
             "by_context": any(rope.kind in ("dynamic", "longrope") for rope in config.ropes),
         }
         self.stats = Stats(

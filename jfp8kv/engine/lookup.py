@@ -5,28 +5,10 @@ what came after them then is a guess at what comes now (a *draft*), and takes no
 decoding"). `engine/speculative.py` verifies it: a wrong guess costs time alone.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jfp8kv.core.errors import ConfigError
-
 LONGEST = 3  # tokens compared: longer occurrences are followed no more faithfully (docs/log.md)
-MOST_DRAFTS = 32  # a pass of more costs more than even a text that only repeats itself gives back
-
-
-def draft_tokens(prompt_lookup: Any) -> int:
-    """How many tokens to draft at a time, 0 for none; `ConfigError` for what is no such number."""
-    if (
-        isinstance(prompt_lookup, bool)
-        or not isinstance(prompt_lookup, int)
-        or not 0 <= prompt_lookup <= MOST_DRAFTS
-    ):
-        raise ConfigError(
-            f"prompt_lookup={prompt_lookup!r}: must be a number of draft tokens from 0 (none) to {MOST_DRAFTS}; try 4."
-        )
-    return prompt_lookup
 
 
 def draft(

@@ -136,7 +136,7 @@ def bench(
 
     Args:
       model: what `load` takes, or a `Params`.
-      kv_dtypes: caches to measure, each as `kv_cache_dtype` of `LLM`.
+      kv_dtypes: caches to measure, each as `kv_dtype` of `LLM`.
       kv_scales: of the FP8 ones, each as for `LLM`.
       requests: how many.
       prompt_tokens: of each.
@@ -170,7 +170,7 @@ def bench(
     sides = [
         LLM(
             params,
-            kv_cache_dtype=of,
+            kv_dtype=of,
             kv_scales=scales,
             attention=attention,
             prefix_caching=False,

@@ -20,6 +20,7 @@ from jfp8kv.core.errors import ConfigError
 from jfp8kv.engine.buckets import default_prefill_chunk, max_tokens_per_dispatch, step_token_budget
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import run_chunks
+from jfp8kv.engine.options import EngineOptions
 from jfp8kv.models.params import Params
 from jfp8kv.quality.cache_choices import CacheChoice, choices, with_calibrated
 from jfp8kv.quality.compare_options import Plan
@@ -142,17 +143,24 @@ def _sides(
     budget = step_token_budget(chunk, 1)
     sides: list[CacheRun] = []
     for choice in asked:
-        cache = {"kv_dtype": choice.kv_dtype, "kv_scales": choice.kv_scales, "page_size": PAGE_SIZE}
         room = resolve_cache(
-            params, **cache, max_tokens_per_dispatch=max_tokens_per_dispatch(chunk), longest=most
+            params,
+            choice.kv_dtype,
+            choice.kv_scales,
+            page_size=PAGE_SIZE,
+            max_tokens_per_dispatch=max_tokens_per_dispatch(chunk),
+            longest=most,
         ).text_bytes(longest)
-        sizes = {
-            "max_model_len": most,
-            "kv_cache_memory": room,
-            "max_num_seqs": 1,
-            "max_num_batched_tokens": budget,
-        }
-        engine = Engine(params, **cache, **sizes)
+        engine_options = EngineOptions(
+            kv_dtype=choice.kv_dtype,
+            kv_scales=choice.kv_scales,
+            kv_cache_memory=room,
+            max_model_len=most,
+            max_num_seqs=1,
+            max_num_batched_tokens=budget,
+            page_size=PAGE_SIZE,
+        )
+        engine = Engine(params, engine_options)
         if sides:
             engine.programs.weights = sides[0].engine.programs.weights
         sides.append(CacheRun(choice, engine, Totals(), base=not sides))

@@ -8,7 +8,7 @@ from typing import Any
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import SCALE_NAMES, TOKEN_HEAD, KVScales
 from jfp8kv.core.errors import ConfigError, invalid_choice
-from jfp8kv.core.formats import KV_DTYPES
+from jfp8kv.core.types import KV_DTYPES
 from jfp8kv.quality.calibration_options import plan as calibration_plan
 from jfp8kv.quality.needle import DEPTHS, depths_for, lengths_for
 from jfp8kv.quality.observers import GRANULARITIES

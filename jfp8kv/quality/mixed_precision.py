@@ -17,6 +17,7 @@ from jfp8kv.core.formats import BFLOAT16
 from jfp8kv.engine.buckets import default_prefill_chunk, max_tokens_per_dispatch, step_token_budget
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import run_chunks
+from jfp8kv.engine.options import EngineOptions
 from jfp8kv.engine.programs import Programs
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
@@ -178,12 +179,13 @@ class SensitivityAnalysis:
         )
         self.known = tuple(dict.fromkeys([UNQUANTIZED, *(plan.kind for plan in candidates.plans)]))
         longest = max(map(len, texts))
-        sizes = {
-            "max_model_len": longest,
-            "max_num_seqs": 1,
-            "max_num_batched_tokens": step_token_budget(WINDOW, 1),
-        }
-        self.engine = Engine(params, kv_dtype="float32", **sizes)
+        engine_options = EngineOptions(
+            kv_dtype="float32",
+            max_model_len=longest,
+            max_num_seqs=1,
+            max_num_batched_tokens=step_token_budget(WINDOW, 1),
+        )
+        self.engine = Engine(params, engine_options)
         self.plain = [None] * self.config.layers
         weights = self.engine.programs.weights
         self.engine.programs = Programs(self.engine.model, weights, self._ways(self.plain))

@@ -130,7 +130,7 @@ class SamplingParams:
         """
         if base is not None and not isinstance(base, cls):
             raise ConfigError(
-                f"sampling={base!r}: must be a SamplingParams or None; try SamplingParams(temperature=0.7)."
+                f"sampling_params={base!r}: must be a SamplingParams or None; try SamplingParams(temperature=0.7)."
             )
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:

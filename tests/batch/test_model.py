@@ -44,7 +44,7 @@ def llm() -> jfp8kv.LLM:
     params = jfp8kv.load(MODEL, dtype="float32")
     return jfp8kv.LLM(
         params,
-        kv_cache_dtype="float32",
+        kv_dtype="float32",
         max_num_seqs=4,
         max_num_batched_tokens=64,
         kv_cache_memory="1MB",

@@ -3,36 +3,12 @@
 import jax
 import pytest
 
-from jfp8kv.cache.capacity import default_bytes, free_bytes, pages_for, parse_bytes
+from jfp8kv.cache.capacity import default_bytes, free_bytes, pages_for
 from jfp8kv.cache.groups import LayerGroups
 from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, widths
 from jfp8kv.cache.pool import new_pool, page_bytes
-from jfp8kv.core.errors import CapacityError, ConfigError
+from jfp8kv.core.errors import CapacityError
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT32
-
-
-@pytest.mark.parametrize(
-    ("given", "bytes_"),
-    [
-        (1000, 1000),
-        ("1000", 1000),
-        ("2KB", 2000),
-        ("2 KiB", 2048),
-        ("1.5GiB", 3 * 2**29),
-        ("3GB", 3_000_000_000),
-        ("7B", 7),
-    ],
-)
-def test_sizes_are_read_in_the_usual_spellings(given, bytes_) -> None:
-    assert parse_bytes(given) == bytes_
-
-
-@pytest.mark.parametrize(
-    "bad", ["", "two GiB", "-1GB", 0, -5, True, None, float("inf"), float("nan"), "3 XB", "1Gi"]
-)
-def test_other_sizes_are_refused_with_an_example(bad) -> None:
-    with pytest.raises(ConfigError, match="512MiB"):
-        parse_bytes(bad)
 
 
 def test_a_budget_buys_whole_pages_up_to_a_limit_and_never_none() -> None:

@@ -150,7 +150,7 @@ def test_a_model_says_the_same_tokens_after_export(tmp_path, case):
     scales = scales_of(**CASES[case])
     export(params, tmp_path, kv_scales=scales)
     sizes = {"kv_cache_memory": "1MB", "max_model_len": 64, "max_num_seqs": 1}
-    before = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", kv_scales=scales, **sizes)
+    before = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", kv_scales=scales, **sizes)
     after = jfp8kv.LLM(str(tmp_path), **sizes)
     said = [
         llm.generate("the end", max_tokens=24, temperature=0, ignore_eos=True)[0].token_ids

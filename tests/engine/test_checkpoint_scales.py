@@ -86,7 +86,7 @@ def test_for_e5m2_scales_are_converted_by_the_ratio_of_maxima_and_it_is_said(
     k, v = random_scales(HEADS)
     params = jfp8kv.load(with_scales(tmp_path, k, v), dtype="float32")
     with pytest.warns(UserWarning, match=r"made for fp8_e4m3: for fp8_e5m2 .* 448 / 57344"):
-        got = logits(params, kv_cache_dtype="fp8_e5m2", kv_scales=kv_scales)
+        got = logits(params, kv_dtype="fp8_e5m2", kv_scales=kv_scales)
     assert rms(got, expected("e5m2", k / 128, v / 128)) <= ROUNDING
 
 
@@ -95,8 +95,7 @@ def test_scales_that_a_user_gives_are_for_the_cache_they_are_given_for(tmp_path)
     params = jfp8kv.load(with_scales(tmp_path, k, v), dtype="float32")
     own = jfp8kv.KVScales(k[..., None], v[..., None])
     assert (
-        rms(logits(params, kv_cache_dtype="fp8_e5m2", kv_scales=own), expected("e5m2", k, v))
-        <= ROUNDING
+        rms(logits(params, kv_dtype="fp8_e5m2", kv_scales=own), expected("e5m2", k, v)) <= ROUNDING
     )
 
 
@@ -104,11 +103,9 @@ def test_scales_that_a_user_gives_are_for_the_cache_they_are_given_for(tmp_path)
 def test_wider_caches_leave_the_checkpoints_scales_out(tmp_path, kv_dtype) -> None:
     params = jfp8kv.load(with_scales(tmp_path, *random_scales(1)), dtype="float32")
     plain = jfp8kv.load(FOLDER, dtype="float32")
-    assert np.array_equal(
-        logits(params, kv_cache_dtype=kv_dtype), logits(plain, kv_cache_dtype=kv_dtype)
-    )
+    assert np.array_equal(logits(params, kv_dtype=kv_dtype), logits(plain, kv_dtype=kv_dtype))
     with pytest.raises(ConfigError, match="scales belong to an FP8 cache"):
-        logits(params, kv_cache_dtype=kv_dtype, kv_scales="checkpoint")
+        logits(params, kv_dtype=kv_dtype, kv_scales="checkpoint")
 
 
 def test_scales_alone_do_not_make_the_cache_fp8(tmp_path) -> None:
@@ -116,7 +113,7 @@ def test_scales_alone_do_not_make_the_cache_fp8(tmp_path) -> None:
     with pytest.warns(UserWarning, match="declares no FP8 cache"):
         params = jfp8kv.load(model(tmp_path, scale_tensors("ModelOpt", k, v)), dtype="float32")
     assert np.array_equal(logits(params), logits(jfp8kv.load(FOLDER, dtype="float32")))
-    assert rms(logits(params, kv_cache_dtype="fp8_e4m3"), expected("e4m3", k, v)) <= ROUNDING
+    assert rms(logits(params, kv_dtype="fp8_e4m3"), expected("e4m3", k, v)) <= ROUNDING
 
 
 def test_other_scales_are_other_arguments_of_the_same_program(tmp_path) -> None:

@@ -36,9 +36,7 @@ def full() -> jax.errors.JaxRuntimeError:
 
 @pytest.fixture(scope="module")
 def llm() -> jfp8kv.LLM:
-    return jfp8kv.LLM(
-        jfp8kv.load(REFERENCES[0], dtype="float32"), kv_cache_dtype="fp8_e4m3", **SIZES
-    )
+    return jfp8kv.LLM(jfp8kv.load(REFERENCES[0], dtype="float32"), kv_dtype="fp8_e4m3", **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +141,7 @@ def test_a_pool_that_finds_no_room_is_refused_with_what_was_asked_and_what_to_tr
         DeviceMemoryError,
         match=r"KV cache of \d+ bytes found no room.*bytes are free.*smaller kv_cache_memory",
     ):
-        jfp8kv.LLM(llm.params, kv_cache_dtype="fp8_e4m3", **SIZES)
+        jfp8kv.LLM(llm.params, kv_dtype="fp8_e4m3", **SIZES)
 
 
 def test_a_pool_that_was_lost_is_made_again_as_soon_as_there_is_room(

@@ -19,7 +19,7 @@ def llm() -> jfp8kv.LLM:
     params = jfp8kv.load(FOLDER, dtype="float32")
     return jfp8kv.LLM(
         params,
-        kv_cache_dtype="float32",
+        kv_dtype="float32",
         max_num_batched_tokens=64,
         max_num_seqs=2,
         kv_cache_memory="1MB",

@@ -23,9 +23,7 @@ def params() -> jfp8kv.Params:
 @pytest.fixture(scope="module", params=FORMATS)
 def llm(request, params) -> jfp8kv.LLM:
     """An engine whose pool holds NaN codes wherever nothing was written."""
-    return poisoned(
-        jfp8kv.LLM(params, kv_cache_dtype=request.param, max_num_batched_tokens=64, **SIZES)
-    )
+    return poisoned(jfp8kv.LLM(params, kv_dtype=request.param, max_num_batched_tokens=64, **SIZES))
 
 
 def prompts(count: int, seed: int = 0, longest: int = 90) -> list[list[int]]:
@@ -50,14 +48,14 @@ def test_batched_is_alone(llm) -> None:
 def test_chunked_prefill_is_whole_prefill(llm, params) -> None:
     whole = tokens(llm.generate(prompts(4), **GREEDY))
     dtype = llm._engine.cache_config.name
-    small = poisoned(jfp8kv.LLM(params, kv_cache_dtype=dtype, max_num_batched_tokens=16, **SIZES))
+    small = poisoned(jfp8kv.LLM(params, kv_dtype=dtype, max_num_batched_tokens=16, **SIZES))
     assert tokens(small.generate(prompts(4), **GREEDY)) == whole
 
 
 def other(llm: jfp8kv.LLM, params: jfp8kv.Params, **changed) -> jfp8kv.LLM:
     """Another engine with the same kind of cache, poisoned too."""
     sizes = {"max_num_batched_tokens": 64} | SIZES | changed
-    return poisoned(jfp8kv.LLM(params, kv_cache_dtype=llm._engine.cache_config.name, **sizes))
+    return poisoned(jfp8kv.LLM(params, kv_dtype=llm._engine.cache_config.name, **sizes))
 
 
 def test_a_prefix_hit_gives_the_tokens_of_a_miss(llm, params) -> None:
@@ -130,9 +128,7 @@ def test_unseeded_requests_differ_and_another_engine_with_the_same_seed_repeats_
 ) -> None:
     runs = []
     for _ in range(2):
-        llm = jfp8kv.LLM(
-            params, kv_cache_dtype="fp8_e4m3", seed=3, max_num_batched_tokens=64, **SIZES
-        )
+        llm = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", seed=3, max_num_batched_tokens=64, **SIZES)
         runs.append(tokens(llm.generate([[9, 8, 7]] * 3, max_tokens=10, ignore_eos=True)))
     assert runs[0] == runs[1] and len({tuple(t) for t in runs[0]}) == 3
 
@@ -172,7 +168,7 @@ def test_a_stream_that_is_dropped_gives_its_pages_back(params) -> None:
 
 
 def test_a_failed_step_frees_everything_and_the_next_call_is_served(params, monkeypatch) -> None:
-    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", max_num_batched_tokens=64, **SIZES)
+    llm = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", max_num_batched_tokens=64, **SIZES)
     want = tokens(llm.generate(prompts(3), **GREEDY))
     programs, calls = llm._engine.programs, []
     real = programs.call
@@ -191,7 +187,7 @@ def test_a_failed_step_frees_everything_and_the_next_call_is_served(params, monk
 
 
 def test_failed_logits_leave_an_engine_that_works(params, monkeypatch) -> None:
-    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", max_num_batched_tokens=64, **SIZES)
+    llm = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", max_num_batched_tokens=64, **SIZES)
     want = llm.logits([5, 6, 7])
     program = llm._engine.programs
     real = program.call
@@ -208,7 +204,7 @@ def test_failed_logits_leave_an_engine_that_works(params, monkeypatch) -> None:
 
 
 def test_what_only_sampling_needs_does_not_recompile_prefill(params) -> None:
-    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", max_num_batched_tokens=64, **SIZES)
+    llm = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", max_num_batched_tokens=64, **SIZES)
     llm.generate([[5] * 20], max_tokens=2)
     built = sum(p.name == "prefill" for p in llm._engine.programs.built)
     llm.generate(
@@ -224,14 +220,14 @@ def test_what_only_sampling_needs_does_not_recompile_prefill(params) -> None:
 
 def test_a_request_too_large_for_the_pool_is_refused_with_what_would_do(params) -> None:
     sizes = SIZES | {"kv_cache_memory": "10kB"}
-    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", max_num_batched_tokens=64, **sizes)
+    llm = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", max_num_batched_tokens=64, **sizes)
     capacity = llm.stats.kv_tokens_capacity
     with pytest.raises(CapacityError, match=r"kv_cache_memory of at least (\d+) bytes") as error:
         llm.generate([[5] * 30], max_tokens=capacity)
     enough = int(str(error.value).split("at least ")[1].split(" ")[0])
     roomy = jfp8kv.LLM(
         params,
-        kv_cache_dtype="fp8_e4m3",
+        kv_dtype="fp8_e4m3",
         max_num_batched_tokens=64,
         **sizes | {"kv_cache_memory": enough},
     )
@@ -246,7 +242,7 @@ def test_output_stops_where_the_context_ends(llm) -> None:
 
 
 def test_stats_count_what_happened(params) -> None:
-    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", max_num_batched_tokens=64, **SIZES)
+    llm = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", max_num_batched_tokens=64, **SIZES)
     llm.generate([[5] * 20, [6] * 3], max_tokens=4, ignore_eos=True)
     config, stats = params.config, llm.stats
     assert (stats.prompt_tokens, stats.generated_tokens) == (23, 8)

@@ -33,14 +33,14 @@ def tokens(family: str, attention: str, **cache) -> tuple[list[list[int]], str]:
 @pytest.mark.parametrize(
     ("family", "cache"),
     [
-        ("llama_gqa", {"kv_cache_dtype": "fp8_e4m3"}),
+        ("llama_gqa", {"kv_dtype": "fp8_e4m3"}),
         (
             "gemma2_caps",
-            {"kv_cache_dtype": "fp8_e5m2", "kv_scales": "token_head"},
+            {"kv_dtype": "fp8_e5m2", "kv_scales": "token_head"},
         ),  # windows and a cap on scores
-        ("gpt_oss_saved", {"kv_cache_dtype": "bfloat16"}),  # sinks
+        ("gpt_oss_saved", {"kv_dtype": "bfloat16"}),  # sinks
     ],
-    ids=lambda x: x if isinstance(x, str) else x["kv_cache_dtype"],
+    ids=lambda x: x if isinstance(x, str) else x["kv_dtype"],
 )
 def test_a_text_is_the_same_by_kernels_and_by_xla(family, cache) -> None:
     by_kernels, why = tokens(family, "pallas_interpret", **cache)
@@ -49,7 +49,7 @@ def test_a_text_is_the_same_by_kernels_and_by_xla(family, cache) -> None:
 
 
 def test_layers_that_kernels_cannot_read_are_left_to_xla_and_named() -> None:
-    mixed = {"kv_cache_dtype": {"default": "fp8_e4m3", "skip": [0]}}
+    mixed = {"kv_dtype": {"default": "fp8_e4m3", "skip": [0]}}
     by_kernels, why = tokens("llama_gqa", "pallas_interpret", **mixed)
     assert "'xla' for layers of bfloat16: pages of uint8 hold bfloat16 in pieces" in why
     assert by_kernels == tokens("llama_gqa", "xla", **mixed)[0]

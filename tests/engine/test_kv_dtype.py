@@ -58,7 +58,7 @@ STORES = {
     "kv_dtype", [["fp8_e4m3", "float32"], ["float32", "fp8_e4m3"], ["fp8_e4m3", "fp8_e5m2"]]
 )
 def test_each_layer_keeps_what_its_format_rounds(params, kv_dtype) -> None:
-    llm = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, **ENGINE)
+    llm = jfp8kv.LLM(params, kv_dtype=kv_dtype, **ENGINE)
     want = expected(*(STORES[name] for name in kv_dtype))
     assert rms(llm.logits(tokens()), want) <= ROUNDING
     assert rms(expected(STORES["fp8_e4m3"], STORES["fp8_e4m3"]), want) > 5 * ROUNDING, (
@@ -74,9 +74,7 @@ def test_skipped_layers_keep_bfloat16_and_need_no_scales(params) -> None:
     assert rms(got, want) <= ROUNDING + 2**-8, (
         "the layer in bfloat16 adds a rounding of 2**-9 to each value"
     )
-    assert (
-        jfp8kv.LLM(params, kv_cache_dtype=skipping, **ENGINE).kv_dtype == "fp8_e4m3 x1, bfloat16 x1"
-    )
+    assert jfp8kv.LLM(params, kv_dtype=skipping, **ENGINE).kv_dtype == "fp8_e4m3 x1, bfloat16 x1"
 
 
 def test_a_list_of_one_format_is_that_format(params) -> None:
@@ -113,7 +111,7 @@ def test_a_plan_is_its_layers_and_its_scales_and_survives_a_file(params, tmp_pat
 def test_whole_and_chunked_prefill_give_the_same_tokens_where_layers_differ(params) -> None:
     rng = np.random.default_rng(2)
     prompts = [rng.integers(5, 200, n).tolist() for n in (50, 9, 33)]
-    kv = {"kv_cache_dtype": ["bfloat16", "fp8_e4m3"], "kv_scales": "token_head"}
+    kv = {"kv_dtype": ["bfloat16", "fp8_e4m3"], "kv_scales": "token_head"}
     made = []
     for budget in (64, 16):
         llm = jfp8kv.LLM(params, **ENGINE | {"max_num_batched_tokens": budget} | kv)
@@ -128,9 +126,7 @@ def test_whole_and_chunked_prefill_give_the_same_tokens_where_layers_differ(para
 
 def test_bytes_per_token_are_those_of_the_layers(params) -> None:
     c = params.config
-    llm = jfp8kv.LLM(
-        params, kv_cache_dtype=["bfloat16", "fp8_e4m3"], kv_scales="token_head", **ENGINE
-    )
+    llm = jfp8kv.LLM(params, kv_dtype=["bfloat16", "fp8_e4m3"], kv_scales="token_head", **ENGINE)
     assert llm.stats.kv_bytes_per_token == 2 * c.kv_heads * (2 * c.head_dim + (c.head_dim + 1))
 
 
@@ -167,7 +163,7 @@ def test_layers_are_named_by_number_from_either_end_and_by_kind() -> None:
 )
 def test_what_cannot_be_is_refused_by_name(params, given, said) -> None:
     with pytest.raises(ConfigError, match=said):
-        jfp8kv.LLM(params, kv_cache_dtype=given, **ENGINE)
+        jfp8kv.LLM(params, kv_dtype=given, **ENGINE)
 
 
 def test_a_plan_brings_its_own_scales_and_a_file_must_hold_one(params, tmp_path) -> None:

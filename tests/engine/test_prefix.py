@@ -21,7 +21,7 @@ def test_sharing_and_preemption_change_no_text(family) -> None:
     params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
 
     def engine(*, sharing: bool) -> jfp8kv.LLM:
-        cache = {"kv_cache_dtype": "fp8_e4m3", "kv_cache_memory": "2MB", "prefix_caching": sharing}
+        cache = {"kv_dtype": "fp8_e4m3", "kv_cache_memory": "2MB", "prefix_caching": sharing}
         return poisoned(jfp8kv.LLM(params, **cache, **SIZES))
 
     rng = np.random.default_rng(0)

@@ -22,7 +22,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def llm() -> jfp8kv.LLM:
     params = jfp8kv.load(FOLDER, dtype="float32")
-    cache = {"kv_cache_dtype": "float32", "kv_cache_memory": "1MB", "page_size": 8}
+    cache = {"kv_dtype": "float32", "kv_cache_memory": "1MB", "page_size": 8}
     return jfp8kv.LLM(params, max_num_batched_tokens=64, max_num_seqs=2, **cache)
 
 

@@ -9,7 +9,7 @@ PROMPTS = ["The capital of France is", "Once upon a time there was", "In the yea
 def test_seeded_texts_of_a_real_model_do_not_depend_on_their_company(smollm2_path) -> None:
     """Without `BATCH_INVARIANT_ROWS` the second parts from itself at its 13th token."""
     llm = jfp8kv.LLM(
-        smollm2_path, kv_cache_dtype="fp8_e4m3", kv_cache_memory="16MiB", prefix_caching=False
+        smollm2_path, kv_dtype="fp8_e4m3", kv_cache_memory="16MiB", prefix_caching=False
     )
     seeded = [
         SamplingParams(seed=i, temperature=0.7, max_tokens=16, ignore_eos=True)

@@ -48,7 +48,7 @@ def params() -> jfp8kv.Params:
 def engine(params: jfp8kv.Params, drafts: int, kv_dtype: str = "fp8_e4m3", **changed) -> jfp8kv.LLM:
     """An engine whose pool holds NaN codes wherever nothing was written, and whose batches are of one size, to compile less."""
     sizes = SIZES | changed
-    llm = poisoned(jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, prompt_lookup=drafts, **sizes))
+    llm = poisoned(jfp8kv.LLM(params, kv_dtype=kv_dtype, prompt_lookup=drafts, **sizes))
     of = llm._engine
     of.buckets = dataclasses.replace(of.buckets, min_decode_rows=sizes["max_num_seqs"])
     of.batch_builder.buckets = of.scheduler.buckets = of.buckets

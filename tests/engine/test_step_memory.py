@@ -62,7 +62,7 @@ def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased
         "max_num_seqs": 8,
         "prompt_lookup": 3 if kind == "decode ahead" else 0,
     }
-    engine = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales, **sizes)._engine
+    engine = jfp8kv.LLM(params, kv_dtype=kv_dtype, kv_scales=kv_scales, **sizes)._engine
     requests = [
         Request([1] * 40, SamplingParams(), np.zeros(2, np.uint32), max_tokens=4) for _ in range(4)
     ]

@@ -77,7 +77,7 @@ def params() -> jfp8kv.Params:
 
 @pytest.fixture(scope="module")
 def llm(params) -> jfp8kv.LLM:
-    return jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES)
+    return jfp8kv.LLM(params, kv_dtype="fp8_e4m3", **SIZES)
 
 
 @pytest.mark.parametrize(
@@ -320,9 +320,7 @@ def test_tokenizers_of_gguf_files_spell_what_a_grammar_asks_for(params, tmp_path
     tokenizer = tokenizer_from_gguf(fields, eos_ids=(2,), where=tmp_path)
     config = dataclasses.replace(params.config, eos_ids=(2,))
     assert tokenizer.vocab < config.vocab
-    llm = jfp8kv.LLM(
-        jfp8kv.Params(params.tree, config, tokenizer), kv_cache_dtype="fp8_e4m3", **SIZES
-    )
+    llm = jfp8kv.LLM(jfp8kv.Params(params.tree, config, tokenizer), kv_dtype="fp8_e4m3", **SIZES)
     ask = SamplingParams(regex=r"hello( hello| é){1,3}\n日?", temperature=2.0, max_tokens=60, n=4)
     for out in llm.generate("hello", ask)[0].outputs:
         assert re.fullmatch(ask.regex, out.text) and out.finish_reason == "stop"
@@ -331,7 +329,7 @@ def test_tokenizers_of_gguf_files_spell_what_a_grammar_asks_for(params, tmp_path
 def test_after_warmup_structured_requests_compile_nothing(params) -> None:
     llm = jfp8kv.LLM(
         params,
-        kv_cache_dtype="fp8_e4m3",
+        kv_dtype="fp8_e4m3",
         **SIZES | {"max_num_seqs": 1, "max_num_batched_tokens": 18},
     )
     llm.warmup(structured=True)

@@ -32,7 +32,7 @@ def params() -> jfp8kv.Params:
 
 @pytest.fixture
 def llm(params) -> jfp8kv.LLM:
-    return jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES)
+    return jfp8kv.LLM(params, kv_dtype="fp8_e4m3", **SIZES)
 
 
 def test_texts_are_made_while_the_next_turn_runs(llm, monkeypatch) -> None:
@@ -115,7 +115,7 @@ def test_a_stream_that_is_closed_while_its_tokens_are_made_disturbs_nobody(llm) 
 
 
 def test_penalties_count_every_token_of_a_long_text_whoever_decodes_beside_it(params) -> None:
-    llm = jfp8kv.LLM(params, kv_cache_dtype="float32", **SIZES | {"kv_cache_memory": "1MB"})
+    llm = jfp8kv.LLM(params, kv_dtype="float32", **SIZES | {"kv_cache_memory": "1MB"})
     fields = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2}
     sampling = {"temperature": 0.0, "ignore_eos": True, **fields}
     prompts, lengths = [[5, 6, 7, 7], [40] * 9], [110, 90]
@@ -220,8 +220,8 @@ def test_texts_branch_beside_streams_in_a_pool_too_small_for_all_and_nobody_read
     params,
 ) -> None:
     """Copies, preemptions and stop strings that are found late, while turns are on the device."""
-    tight = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES | {"kv_cache_memory": "8KiB"})
-    apart = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", prefix_caching=False, **SIZES)
+    tight = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", **SIZES | {"kv_cache_memory": "8KiB"})
+    apart = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", prefix_caching=False, **SIZES)
     prompt, sampling = "hello hello", LONG | {"max_tokens": 30}
     wholes = [apart.generate(prompt, seed=seed, **sampling)[0].text for seed in range(4)]
     stops = [text[6 + 2 * seed : 9 + 2 * seed] for seed, text in enumerate(wholes)]

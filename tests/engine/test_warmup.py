@@ -34,7 +34,7 @@ def params() -> jfp8kv.Params:
 
 @pytest.fixture(scope="module")
 def llm(params) -> jfp8kv.LLM:
-    llm = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES)
+    llm = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", **SIZES)
     llm.warmup(branches=True)
     return llm
 
@@ -162,7 +162,7 @@ def test_the_report_lists_every_program_with_its_bucket_its_seconds_and_bytes(pa
     assert sum(not s.shared for s in report.steps) == llm.stats.compilations
     assert report.seconds == pytest.approx(sum(s.seconds for s in report.steps if not s.shared))
 
-    other = jfp8kv.LLM(params, kv_cache_dtype="fp8_e4m3", **SIZES)
+    other = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", **SIZES)
     other.generate([[5]], max_tokens=2)
     (found,) = other.compile_report().steps
     assert found.shared and other.stats.compilations == 0 and other.compile_report().seconds == 0

@@ -76,8 +76,8 @@ def test_a_large_constant_costs_nothing_where_scale_1_loses_the_keys(size, kv_dt
     ids = np.random.default_rng(2).integers(0, 100, LONGEST).tolist()
 
     def error(params: jfp8kv.Params, **cache) -> float:
-        exact = jfp8kv.LLM(params, kv_cache_dtype="float32", **SIZES).logits(ids)
-        return rms(jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, **cache, **SIZES).logits(ids), exact)
+        exact = jfp8kv.LLM(params, kv_dtype="float32", **SIZES).logits(ids)
+        return rms(jfp8kv.LLM(params, kv_dtype=kv_dtype, **cache, **SIZES).logits(ids), exact)
 
     params = with_bias(size, pair=-1)
     found = error(params)

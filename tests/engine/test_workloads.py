@@ -72,10 +72,10 @@ def kinds(vocab: int) -> list[Kind]:
 
 def engine(params: jfp8kv.Params, kv_dtype: str, **options) -> jfp8kv.LLM:
     page_bytes = jfp8kv.LLM(
-        params, kv_cache_dtype=kv_dtype, kv_cache_memory="100kB", **SIZES
+        params, kv_dtype=kv_dtype, kv_cache_memory="100kB", **SIZES
     )._engine.cache_config.page_bytes
     return jfp8kv.LLM(
-        params, kv_cache_dtype=kv_dtype, kv_cache_memory=PAGES * page_bytes, **SIZES, **options
+        params, kv_dtype=kv_dtype, kv_cache_memory=PAGES * page_bytes, **SIZES, **options
     )
 
 

@@ -36,7 +36,7 @@ def rms(got: np.ndarray, want: np.ndarray) -> float:
 
 def engine(folder: Path, kv_dtype: str, **options) -> jfp8kv.LLM:
     return jfp8kv.LLM(
-        jfp8kv.load(folder, dtype="float32"), kv_cache_dtype=kv_dtype, **ENGINE | options
+        jfp8kv.load(folder, dtype="float32"), kv_dtype=kv_dtype, **ENGINE | options
     )
 
 

@@ -11,7 +11,7 @@ from tests.models.test_decoder import rms
 ROOT = Path(__file__).parent.parent / "references"
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/reference.npz"))
 SIZES = {
-    "kv_cache_dtype": "float32",
+    "kv_dtype": "float32",
     "kv_cache_memory": "2MB",
     "max_model_len": 88,
     "max_num_seqs": 2,

@@ -78,7 +78,7 @@ CACHES = {
 def engine(label: str) -> jfp8kv.LLM:
     kv_dtype, kv_scales = CACHES[label]()
     settings = {"max_model_len": LONGEST, "max_num_seqs": 1, "max_num_batched_tokens": LONGEST}
-    return jfp8kv.LLM(load(NAME), kv_cache_dtype=kv_dtype, kv_scales=kv_scales, **settings)
+    return jfp8kv.LLM(load(NAME), kv_dtype=kv_dtype, kv_scales=kv_scales, **settings)
 
 
 @cache
@@ -131,7 +131,7 @@ def test_quality_is_what_numpy_makes_of_the_logits(report, label):
 def test_bytes_per_token_are_those_of_an_engine(report, label):
     settings = {"max_model_len": LONGEST, "kv_cache_memory": "1MB"}
     kv_dtype, kv_scales = CACHES[label]()
-    stats = jfp8kv.LLM(load(NAME), kv_cache_dtype=kv_dtype, kv_scales=kv_scales, **settings).stats
+    stats = jfp8kv.LLM(load(NAME), kv_dtype=kv_dtype, kv_scales=kv_scales, **settings).stats
     assert report[label].bytes_per_token == stats.kv_bytes_per_token
 
 
@@ -285,7 +285,7 @@ def test_windows_and_chunks_change_nothing_but_bytes(monkeypatch):
     monkeypatch.setattr(run, "LOGITS_BYTES", 4 * params.config.vocab * 16)
     found = compare(name, ids, max_model_len=256)["fp8_e4m3 unit"]
     settings = {
-        "kv_cache_dtype": "fp8_e4m3",
+        "kv_dtype": "fp8_e4m3",
         "kv_scales": "unit",
         "max_model_len": 256,
         "max_num_seqs": 1,

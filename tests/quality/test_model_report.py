@@ -176,7 +176,7 @@ def test_an_engine_counts_the_same_bytes(windows, cache, monkeypatch):
     )
     (cost,) = (cost for cost in found.caches if cost.asked)
     sizes = {"max_model_len": 2000, "page_size": 16, "max_num_seqs": 1, "prefix_caching": False}
-    llm = jfp8kv.LLM(params, kv_cache_dtype=kv_dtype, kv_scales=kv_scales, **sizes)
+    llm = jfp8kv.LLM(params, kv_dtype=kv_dtype, kv_scales=kv_scales, **sizes)
     assert cost.bytes_per_token == llm.stats.kv_bytes_per_token
     assert cost.bytes_per_token_without_windows == llm.stats.kv_bytes_per_token_without_windows
     assert (cost.bytes_per_token < cost.bytes_per_token_without_windows) == bool(windows)

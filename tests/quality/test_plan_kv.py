@@ -56,7 +56,7 @@ def test_the_loss_is_that_of_the_real_cache(half) -> None:
 
 def test_the_bytes_are_those_of_the_engine_and_within_the_budget(half) -> None:
     params = load(NAME)
-    llm = jfp8kv.LLM(params, kv_cache_dtype=half, max_model_len=LONGEST, kv_cache_memory="2MB")
+    llm = jfp8kv.LLM(params, kv_dtype=half, max_model_len=LONGEST, kv_cache_memory="2MB")
     assert llm.stats.kv_bytes_per_token == half.bytes_per_token
     c = params.config
     assert half.bytes_per_token <= 0.8 * c.layers * 2 * c.kv_heads * c.head_dim * 2
