@@ -320,7 +320,7 @@ MISTAKES = [
     ({"max_tokens": 0}, ConfigError, "max_tokens"),
     ({"temprature": 0.5}, ConfigError, "Did you mean 'temperature'"),
     ({"kv_dtyp": "fp8"}, ConfigError, "Did you mean 'kv_dtype'"),
-    ({"sampling": {"temperature": 1}}, ConfigError, "SamplingParams"),
+    ({"sampling_params": {"temperature": 1}}, ConfigError, "SamplingParams"),
     ({"kv_dtype": "fp8_e4m4"}, ConfigError, "Did you mean 'fp8_e4m3'"),
     ({"kv_dtype": 8}, ConfigError, "kv_dtype=8"),
     ({"kv_scales": "unity"}, ConfigError, "Did you mean 'unit'"),

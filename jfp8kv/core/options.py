@@ -30,7 +30,7 @@ _SEQUENCES = (tuple, list, Sequence)
 _DOC_WIDTH = 96
 C = TypeVar("C", bound="type[Options]")
 F = TypeVar("F", bound=Callable[..., Any])
-O = TypeVar("O", bound="Options")
+Self = TypeVar("Self", bound="Options")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +229,8 @@ class Options:
 
     @classmethod
     def from_fields(
-        cls: type[O], base: O | None = None, *, also: Iterable[str] = (), **fields: Any
-    ) -> O:
+        cls: type[Self], base: Self | None = None, *, also: Iterable[str] = (), **fields: Any
+    ) -> Self:
         """Return `base` (or the defaults) with `fields` replaced.
 
         Raises `ConfigError` for an unknown field. The message names the nearest of the known fields
