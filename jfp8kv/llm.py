@@ -16,13 +16,13 @@ from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.options import takes
 from jfp8kv.core.platform import cache_folder
 from jfp8kv.engine import forward
-from jfp8kv.engine.compile_report import CompileReport
 from jfp8kv.engine.driver import EngineDriver, raise_error
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.feed import feed
 from jfp8kv.engine.group import OutputStream, RequestGroup
 from jfp8kv.engine.keywords import EngineFields
 from jfp8kv.engine.options import EngineOptions, KVDtype
+from jfp8kv.engine.programs import CompileReport
 from jfp8kv.engine.request import Request, RequestOutput
 from jfp8kv.engine.scoring import Scored, score_iter
 from jfp8kv.engine.stats import Stats

@@ -1,10 +1,43 @@
-"""Pages copied on the device, in place: what makes a branch of a text its own when it is first written to."""
+"""Copies of pages on the device, in place: what copy-on-write needs (engine/kv_manager.py)."""
+
+from collections.abc import Iterator, Sequence
 
 import jax
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Int32
 
 from jfp8kv.cache.pool import KVPool
+from jfp8kv.core.pytree import pytree
+
+MAX_COPIES = 64  # per dispatch. The loop ends after the last copy, so one program serves all counts.
+
+
+@pytree
+class PageCopies:
+    """Pages to copy, in this order. Entries from `count` on are padding."""
+
+    source: Int32[Array | np.ndarray, " copies"]
+    target: Int32[Array | np.ndarray, " copies"]
+    count: Int32[Array | np.ndarray, ""]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of one page each, padded."""
+        return self.source.shape[0], 1
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[int, int]]) -> "PageCopies":
+        """Return the copies of at most `MAX_COPIES` pairs `(source, target)`."""
+        rows = np.zeros((2, MAX_COPIES), np.int32)
+        rows[:, : len(pairs)] = np.asarray(pairs, np.int32).reshape(-1, 2).T
+        return cls(source=rows[0], target=rows[1], count=np.array(len(pairs), np.int32))
+
+
+def batched(pairs: Sequence[tuple[int, int]]) -> Iterator[PageCopies]:
+    """Yield the same copies, in order, up to `MAX_COPIES` at a time."""
+    for first in range(0, len(pairs), MAX_COPIES):
+        yield PageCopies.of(pairs[first : first + MAX_COPIES])
 
 
 def copy_pages(
@@ -13,11 +46,11 @@ def copy_pages(
     target: Int[Array, " copies"],
     count: Int[Array, ""],
 ) -> KVPool:
-    """Page number `target[i]` has what `source[i]` has, in all its slots and with its scales, for each `i` below `count`, one
-    after another: a page may be copied again.
+    """Copy page `source[i]` to page `target[i]`, scales included, for each `i` below `count`.
 
-    Entries from `count` on are padding. A donated pool is changed in place, and one page is all the memory that this takes.
-    (A gather and a scatter of all rows at once took that of all the copies, and on a CPU longer for few.)
+    Copies run one after another, so a copied page may be copied again. A donated pool is updated in
+    place, and the temporaries are one page. (A gather and a scatter of all rows at once needed the
+    memory of all copies, and took longer for few copies on a CPU.)
     """
 
     def put(index: Array, pages: KVPool) -> KVPool:

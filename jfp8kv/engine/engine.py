@@ -4,22 +4,21 @@ import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import jax
 
 from jfp8kv.attention import dispatch
+from jfp8kv.cache import copy
 from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.cache.config import context_length, resolve_cache
 from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError
 from jfp8kv.core.platform import activation_dtype
-from jfp8kv.engine import copies, faults, matmul, postprocess, step
+from jfp8kv.engine import faults, matmul, postprocess, step
 from jfp8kv.engine.batch import (
     BatchBuilder,
-    DecodeBatch,
-    ForwardBatch,
     NewTokens,
     StepOutput,
     read_new_tokens,
@@ -27,12 +26,13 @@ from jfp8kv.engine.batch import (
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.kv_manager import KVCacheManager, SequenceHandle
 from jfp8kv.engine.options import EngineOptions
-from jfp8kv.engine.programs import Programs
+from jfp8kv.engine.programs import Output, Programs, Step, StepInputs
 from jfp8kv.engine.request import CANCELLED, DEADLINE, Request, Status
 from jfp8kv.engine.sampler_state import PLAIN, SamplerVariant
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill, Scheduler, SchedulerOutput
 from jfp8kv.engine.speculative import decode_ahead
 from jfp8kv.engine.stats import Stats, Stopwatch
+from jfp8kv.engine.step import Weights
 from jfp8kv.engine.structured import StructuredOutput
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
@@ -52,7 +52,9 @@ class Flight:
 class Engine:
     """Run requests of one model over one pool of pages."""
 
-    def __init__(self, params: Params, options: EngineOptions):
+    def __init__(
+        self, params: Params, options: EngineOptions, *, weights: Weights | None = None
+    ):
         config = params.config
         cpu = jax.default_backend() == "cpu"
         self.max_model_len = context_length(config, options.max_model_len)
@@ -97,9 +99,10 @@ class Engine:
             self.attention.write,
             matmul.beside(self.attention.name),
         )
-        weights = (
-            jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
-        )
+        if weights is None:
+            weights = (
+                jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
+            )
         self.programs = Programs(self.model, weights, self.cache_config.layer_scales())
 
         table_pages = -(-self.max_model_len // page_size)
@@ -298,31 +301,33 @@ class Engine:
         batch = dataclasses.replace(batch, token_bitmask=bitmask)
         top = min(variant.top, self.params.config.vocab)
         output = self.programs.compute(step.pick, logits, batch, variant=variant.name, top=top)
-        self.stats.compilations = len(self.programs.built)
+        self.stats.compilations = len(self.programs.compiled)
         return output
 
     def _launch(
-        self, function: Callable, batch: ForwardBatch | DecodeBatch | copies.Copies, **static: Any
-    ) -> Any:
+        self, function: Step[Output], batch: StepInputs, *, scales: Any = None, **static: Hashable
+    ) -> Output:
         """Start a step on the pool, in place, after the copies of pages that it waits for."""
         self._copy_pages()
-        output, self.pages = self.programs.call(function, batch, self.pages, **static)
-        self.stats.compilations = len(self.programs.built)
+        output, self.pages = self.programs.call(
+            function, batch, self.pages, scales=scales, **static
+        )
+        self.stats.compilations = len(self.programs.compiled)
         return output
 
     def _copy_pages(self) -> None:
         """Hand the copies that were noted to the device. Whatever became of their pages since, on the host: nothing has written
         to these in between, as every step comes after all that were noted before it."""
         kv_manager = self.scheduler.kv_manager
-        for some in copies.dispatches(kv_manager.copies):
-            _, self.pages = self.programs.call(copies.copy, some, self.pages)
+        for copies in copy.batched(kv_manager.copies):
+            _, self.pages = self.programs.call(step.copy, copies, self.pages)
         kv_manager.copies.clear()
 
     def run(
-        self, function: Callable, batch: ForwardBatch | DecodeBatch | copies.Copies, **static: Any
-    ) -> Any:
-        """Run a step on the pool, in place, and wait until it is done."""
-        output = self._launch(function, batch, **static)
+        self, function: Step[Output], batch: StepInputs, *, scales: Any = None, **static: Hashable
+    ) -> Output:
+        """Run a step on the pool, in place, and wait until it is done. `scales`: see `Programs.call`."""
+        output = self._launch(function, batch, scales=scales, **static)
         return jax.block_until_ready((output, self.pages))[0]
 
     def _collect(self, *, everything: bool = False) -> None:

@@ -39,7 +39,7 @@ def logits(engine: Engine, token_ids: list[int]) -> Iterator[np.ndarray]:
 
 
 def run_chunks(
-    engine: Engine, token_ids: list[int], function: Callable, **static: Any
+    engine: Engine, token_ids: list[int], function: Callable, *, scales: Any = None, **static: Any
 ) -> Iterator[tuple[range, Any]]:
     """Run a text through `function` (a step such as `step.score`) chunk by chunk: the positions, and what it gave.
 
@@ -50,7 +50,7 @@ def run_chunks(
     text = SequenceHandle(engine.scheduler.kv_manager, prefill_only_request(token_ids))
     try:
         for _, (positions,), out in _run(
-            engine, [text.request], function, engine.buckets.chunk, **static
+            engine, [text.request], function, engine.buckets.chunk, scales=scales, **static
         ):
             yield positions, out
     finally:
@@ -100,6 +100,8 @@ def _run(
     requests: list[Request],
     function: Callable,
     width: Callable[[int], int],
+    *,
+    scales: Any = None,
     **static: Any,
 ) -> Iterator[Ran]:
     """Run what is not cached of these texts, as many at a time as go. `width`: of their chunks, for the most tokens that one of
@@ -123,7 +125,7 @@ def _run(
         yield (
             chosen,
             positions,
-            engine.run(function, batch, **static),
+            engine.run(function, batch, scales=scales, **static),
         )  # not kept here: it may be large
         for request, length in zip(chosen, lengths, strict=True):
             request.cached += length

@@ -1,159 +1,329 @@
-"""Compiled step programs: built once for each set of shapes, counted, and shared by engines with an equal model.
+"""Compiled steps of one engine, and the report of what was compiled.
 
-An engine keeps its own programs; the last few that any engine used are kept for the next one. No more, since each holds about
-two hundred memory maps on a CPU, and Linux allows a process 65,530.
+Compilation is explicit (`lower`, `compile`) instead of left to a jit cache: a call with new shapes is a new entry here and a
+line in the log, not a silent pause.
 
-Compilation is explicit (`lower`, `compile`), not left to a jit cache: what is compiled is known, and a call with other shapes
-is a new entry here rather than a silent pause.
+A program is compiled for a model and a set of shapes, so engines of equal models share it through a `ProgramCache`. The cache
+is small because a program takes about two hundred memory maps on a CPU, and Linux allows a process 65,530.
 """
 
 import dataclasses
 import functools
+import logging
+import math
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
+from rich import box
+from rich.console import Group
+from rich.text import Text
 
 from jfp8kv.cache.pool import KVPool
-from jfp8kv.engine.batch import DecodeBatch, ForwardBatch
-from jfp8kv.engine.compile_report import CompiledStep, CompileReport
-from jfp8kv.engine.copies import Copies
+from jfp8kv.core.log import logger
+from jfp8kv.core.report import Report, empty_table
 from jfp8kv.engine.step import StepModel, Weights
 
-Key = tuple[Any, ...]
+_MIB = 2**20
+
+Output = TypeVar("Output")
+Key = tuple[Hashable, ...]
+# (model, weights, scales, batch, pages, **static) -> (output, pages)
+Step = Callable[..., tuple[Output, KVPool]]
+
+
+@runtime_checkable
+class StepInputs(Protocol):
+    """The arrays of a step beside the weights and the pool, such as a `ForwardBatch`."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Requests and tokens, both padded."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled step and what compiling it took."""
+    """A compiled step.
 
-    name: str
+    Attributes:
+      step: the name of the step function.
+      requests: padded requests.
+      tokens: padded tokens of each request that run at once.
+      variant: the sampler, see `SamplerVariant.name`.
+      seconds: what compiling took.
+      run: (weights, scales, batch, pages) -> (output, pages). The pages are donated.
+    """
+
+    step: str
     requests: int
     tokens: int
     variant: str
     seconds: float
-    run: Any  # jax.stages.Compiled; of a step: (weights, scales, batch, pages) -> (output, pages), the pages donated
+    run: jax.stages.Compiled
 
     @property
     def memory(self) -> Any:
-        """XLA's account of the program: `temp_size_in_bytes`, `alias_size_in_bytes`, ..."""
+        """XLA's memory analysis: `temp_size_in_bytes`, `alias_size_in_bytes`, ..."""
         return self.run.memory_analysis()
 
-    def described(self, *, shared: bool) -> CompiledStep:
-        """Its line of a report."""
-        sizes = (
-            getattr(self.memory, f"{part}_size_in_bytes", 0) for part in ("temp", "generated_code")
-        )
+    def describe(self, *, shared: bool) -> "CompiledStep":
+        """Return the program's line of a report."""
+        memory = self.memory
         return CompiledStep(
-            self.name, self.requests, self.tokens, self.variant, self.seconds, *sizes, shared
+            step=self.step,
+            requests=self.requests,
+            tokens=self.tokens,
+            variant=self.variant,
+            seconds=self.seconds,
+            temporary_bytes=getattr(memory, "temp_size_in_bytes", 0),
+            code_bytes=getattr(memory, "generated_code_size_in_bytes", 0),
+            shared=shared,
         )
 
 
-KEPT = 64  # programs kept for engines to come
+class ProgramCache:
+    """The programs used last by any engine, at most `size` of them. Thread-safe."""
 
-_recent: OrderedDict[Key, Program] = OrderedDict()
+    def __init__(self, size: int = 64):
+        self._size = size
+        self._lock = threading.Lock()
+        self._programs: OrderedDict[Key, Program] = OrderedDict()
+
+    def get(self, key: Key) -> Program | None:
+        """Return the program and mark it as used, or None."""
+        with self._lock:
+            program = self._programs.get(key)
+            if program is not None:
+                self._programs.move_to_end(key)
+            return program
+
+    def put(self, key: Key, program: Program) -> None:
+        """Add a program, and drop the least recently used beyond `size`."""
+        with self._lock:
+            self._programs[key] = program
+            self._programs.move_to_end(key)
+            while len(self._programs) > self._size:
+                self._programs.popitem(last=False)
+
+
+_SHARED = ProgramCache()
 
 
 class Programs:
-    """The programs of one engine: calls them by name, building those that nobody built before.
+    """The compiled steps of one engine, compiled when they are first needed.
 
-    `scales` are an argument of every call and may be others at the next, of the same shapes: static scales, None, or whatever
-    tree a step of somebody else's takes in their place.
+    Args:
+      model: what the steps are compiled for, apart from shapes.
+      weights: the model's weights on the device.
+      scales: static scales of the cache, or None.
+      cache: where engines share programs.
     """
 
-    def __init__(self, model: StepModel, weights: Weights, scales: Any):
-        self.model, self.weights, self.scales = model, weights, scales
-        self.built: list[Program] = []  # by this engine, in order
+    def __init__(
+        self,
+        model: StepModel,
+        weights: Weights,
+        scales: Any,
+        *,
+        cache: ProgramCache = _SHARED,
+    ):
+        self.model = model
+        self.weights = weights
+        self.scales = scales
+        self._cache = cache
         self._own: dict[Key, Program] = {}
-        self._fixed = (model, _signature((weights, scales)))
+        self._compiled: list[Program] = []
+        self._warm = False
+        self._fixed = (model, _signature(weights))
+
+    @property
+    def compiled(self) -> tuple[Program, ...]:
+        """The programs that this engine compiled, in order. Programs of other engines are not among them."""
+        return tuple(self._compiled)
+
+    def mark_warm(self) -> None:
+        """Log compilations from here on as warnings: a request waits for each."""
+        self._warm = True
 
     def call(
         self,
-        step: Callable,
-        batch: ForwardBatch | DecodeBatch | Copies,
+        step: Step[Output],
+        batch: StepInputs,
         pages: KVPool,
         *,
+        scales: Any = None,
         variant: str = "",
-        **static: Any,
-    ) -> tuple[Any, KVPool]:
-        """`step(model, weights, scales, batch, pages, **static)`, compiled; `pages` is donated."""
-        program = self.program(step, batch, pages, variant=variant, **static)
-        return program.run(self.weights, self.scales, batch, pages)
+        **static: Hashable,
+    ) -> tuple[Output, KVPool]:
+        """Return `step(model, weights, scales, batch, pages, **static)`, compiled. `pages` is donated.
+
+        Args:
+          scales: used instead of the engine's scales; any pytree that `step` takes in their place.
+          variant: the name of the sampler in the report.
+        """
+        scales = self.scales if scales is None else scales
+        program = self.program(step, batch, pages, scales=scales, variant=variant, **static)
+        return program.run(self.weights, scales, batch, pages)
 
     def compute(
         self,
-        function: Callable,
-        values: Any,
-        batch: DecodeBatch,
+        function: Callable[..., Output],
+        values: jax.Array,
+        batch: StepInputs,
         *,
         variant: str = "",
-        **static: Any,
-    ) -> Any:
-        """`function(values, batch, **static)`, compiled: what goes on outside the pool."""
+        **static: Hashable,
+    ) -> Output:
+        """Return `function(values, batch, **static)`, compiled: a computation without the pool."""
         key = (function, *static.items(), _signature((values, batch)))
-        program = self._found(
-            key, lambda: _build(function, (), (values, batch), batch, variant, static)
-        )
+        jitted = jax.jit(functools.partial(function, **static))
+        program = self._find(key, function.__name__, batch, variant, jitted, (values, batch))
         return program.run(values, batch)
 
     def program(
         self,
-        step: Callable,
-        batch: ForwardBatch | DecodeBatch | Copies,
+        step: Step[Any],
+        batch: StepInputs,
         pages: KVPool,
         *,
+        scales: Any = None,
         variant: str = "",
-        **static: Any,
+        **static: Hashable,
     ) -> Program:
-        """The compiled program for a step on arrays shaped like these (shapes suffice). `variant` names it in the report."""
-        key = (step, *static.items(), self._fixed, _signature((batch, pages)))
-        arguments = (self.weights, self.scales, batch, pages)
-        return self._found(
-            key, lambda: _build(step, (self.model,), arguments, batch, variant, static, donated=3)
-        )
+        """Return the program of a step on arrays of these shapes. Abstract arrays suffice."""
+        scales = self.scales if scales is None else scales
+        key = (step, *static.items(), self._fixed, _signature((scales, batch, pages)))
+        jitted = jax.jit(functools.partial(step, self.model, **static), donate_argnums=3)
+        arguments = (self.weights, scales, batch, pages)
+        return self._find(key, step.__name__, batch, variant, jitted, arguments)
 
-    def _found(self, key: Key, build: Callable[[], Program]) -> Program:
-        if key not in self._own:
-            program = _recent.pop(
-                key, None
-            )  # and put back as the latest; engines of other threads do the same
-            if program is None:
-                self.built.append(program := build())
-            self._own[key] = _recent[key] = program
-            while len(_recent) > KEPT:
-                _recent.popitem(last=False)
-        return self._own[key]
-
-    def report(self) -> CompileReport:
-        """What was compiled for this engine, or found ready."""
-        built = set(map(id, self.built))
+    def report(self) -> "CompileReport":
+        """Return what this engine compiled, or found compiled by another."""
+        compiled = set(map(id, self._compiled))
         return CompileReport(
-            tuple(p.described(shared=id(p) not in built) for p in self._own.values())
+            tuple(
+                program.describe(shared=id(program) not in compiled)
+                for program in self._own.values()
+            )
         )
 
+    def _find(
+        self,
+        key: Key,
+        name: str,
+        batch: StepInputs,
+        variant: str,
+        jitted: Any,
+        arguments: tuple[Any, ...],
+    ) -> Program:
+        """Return the program of `key`: this engine's, another engine's, or newly compiled."""
+        program = self._own.get(key)
+        if program is not None:
+            return program
+        program = self._cache.get(key)
+        if program is None:
+            program = self._compile(name, batch, variant, jitted, arguments)
+        self._own[key] = program
+        self._cache.put(key, program)
+        return program
 
-def _build(
-    function: Callable,
-    fixed: tuple,
-    arguments: tuple,
-    batch: ForwardBatch | DecodeBatch | Copies,
-    variant: str,
-    static: dict[str, Any],
-    *,
-    donated: int | tuple[int, ...] = (),
-) -> Program:
-    """`function(*fixed, *arguments, **static)`, compiled for arguments shaped like these."""
-    began = time.perf_counter()
-    jitted = jax.jit(functools.partial(function, *fixed, **static), donate_argnums=donated)
-    compiled = jitted.lower(*arguments).compile()
-    requests, tokens = batch.shape
-    return Program(
-        function.__name__, requests, tokens, variant, time.perf_counter() - began, compiled
-    )
+    def _compile(
+        self, name: str, batch: StepInputs, variant: str, jitted: Any, arguments: tuple[Any, ...]
+    ) -> Program:
+        started = time.perf_counter()
+        run = jitted.lower(*arguments).compile()
+        seconds = time.perf_counter() - started
+        requests, tokens = batch.shape
+        program = Program(name, requests, tokens, variant, seconds, run)
+        self._compiled.append(program)
+        logger.log(
+            logging.WARNING if self._warm else logging.INFO,
+            "compiled step %s%s for %d x %d tokens in %.1f s%s",
+            name,
+            f" ({variant})" if variant else "",
+            requests,
+            tokens,
+            seconds,
+            " while serving, after warm-up" if self._warm else "",
+        )
+        return program
 
 
 def _signature(tree: Any) -> Key:
+    """Return the structure, shapes and dtypes of a pytree."""
     leaves, structure = jax.tree.flatten(tree)
     return (structure, *((x.shape, x.dtype) for x in leaves))
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """One compiled program.
+
+    Attributes:
+      step: the name of the step.
+      requests: padded requests of its bucket.
+      tokens: padded tokens of each request that run at once.
+      variant: the sampler of a decode, "plain" or "full" (engine/sampler_state.py).
+      seconds: what compiling took, here or in the other engine.
+      temporary_bytes: memory it needs besides its arguments and outputs.
+      code_bytes: size of its machine code, 0 where the platform does not report it.
+      shared: whether another engine compiled it.
+    """
+
+    step: str
+    requests: int
+    tokens: int
+    variant: str
+    seconds: float
+    temporary_bytes: int
+    code_bytes: int
+    shared: bool
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class CompileReport(Report):
+    """The programs of an engine, in the order in which it needed them. Prints as a table."""
+
+    steps: tuple[CompiledStep, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that this engine spent compiling, or reading from the compilation cache."""
+        return math.fsum(step.seconds for step in self.steps if not step.shared)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields by name, as JSON types."""
+        return dataclasses.asdict(self) | {"seconds": self.seconds}
+
+    def __repr__(self) -> str:
+        return f"CompileReport({len(self.steps)} programs, {self.seconds:.1f} s)"
+
+    def _layout(self, lines: box.Box | None) -> Group:
+        columns = (
+            "step",
+            "requests x tokens",
+            "variant",
+            "seconds",
+            "temporaries MiB",
+            "code KiB",
+            "",
+        )
+        table = empty_table(lines, *columns, text=["variant", ""])
+        for step in self.steps:
+            table.add_row(
+                step.step,
+                f"{step.requests} x {step.tokens}",
+                step.variant,
+                f"{step.seconds:.2f}",
+                f"{step.temporary_bytes / _MIB:.2f}",
+                f"{step.code_bytes / 1024:.0f}",
+                "from another engine" if step.shared else "",
+            )
+        compiled = sum(not step.shared for step in self.steps)
+        return Group(
+            Text(f"{len(self.steps)} programs, {compiled} compiled here in {self.seconds:.1f} s"),
+            table,
+        )

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from jfp8kv.attention.dispatch import Attention, Write
 from jfp8kv.attention.interface import AttentionMetadata, AttentionOptions, Layer
 from jfp8kv.attention.paged import paged
+from jfp8kv.cache.copy import PageCopies, copy_pages
 from jfp8kv.cache.groups import LayerGroups
 from jfp8kv.cache.pool import KVPool, LayerScales, write
 from jfp8kv.core.pytree import pytree
@@ -303,3 +304,14 @@ def pick(
     """
     batch = dataclasses.replace(batch, counts=counted(batch.counts))
     return _sampled(logits[:, 0], batch, top)
+
+
+def copy(
+    model: StepModel,
+    weights: Weights,
+    scales: LayerScales | None,
+    copies: PageCopies,
+    pages: KVPool,
+) -> tuple[None, KVPool]:
+    """Copy pages. A step like the others, although it does not run the model."""
+    return None, copy_pages(pages, copies.source, copies.target, copies.count)

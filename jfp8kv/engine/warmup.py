@@ -2,7 +2,8 @@
 
 import jax
 
-from jfp8kv.engine import copies, step
+from jfp8kv.cache.copy import PageCopies
+from jfp8kv.engine import step
 from jfp8kv.engine.batch import ForwardBatch
 from jfp8kv.engine.buckets import padded_counts
 from jfp8kv.engine.engine import Engine
@@ -25,14 +26,15 @@ def warmup(engine: Engine, *, structured: bool = False, branches: bool = False) 
             engine.programs.program(function, _chunks(engine, 1, width), engine.pages)
         for rows in padded_counts(buckets.prefill_requests(width)) if branches else ():
             engine.programs.program(step.score_last, _chunks(engine, rows, width), engine.pages)
-    engine.run(copies.copy, copies.Copies.of([]))
+    engine.run(step.copy, PageCopies.of([]))
     for rows in padded_counts(buckets.max_requests):
         for variant in (PLAIN, FULL):
             for decode in (
                 (engine.decode, engine.decode_structured) if structured else (engine.decode,)
             ):
                 jax.block_until_ready(decode(ScheduledDecode(_nobody(rows), 1), variant))
-    engine.stats.compilations = len(engine.programs.built)
+    engine.programs.mark_warm()
+    engine.stats.compilations = len(engine.programs.compiled)
 
 
 def _chunks(engine: Engine, count: int, width: int) -> ForwardBatch:

@@ -160,9 +160,8 @@ def _sides(
             max_num_batched_tokens=budget,
             page_size=PAGE_SIZE,
         )
-        engine = Engine(params, engine_options)
-        if sides:
-            engine.programs.weights = sides[0].engine.programs.weights
+        weights = sides[0].engine.programs.weights if sides else None
+        engine = Engine(params, engine_options, weights=weights)
         sides.append(CacheRun(choice, engine, Totals(), base=not sides))
     return sides
 

@@ -18,7 +18,6 @@ from jfp8kv.engine.buckets import default_prefill_chunk, max_tokens_per_dispatch
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import run_chunks
 from jfp8kv.engine.options import EngineOptions
-from jfp8kv.engine.programs import Programs
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
 from jfp8kv.quality.calibration_options import plan as calibration_plan
@@ -187,8 +186,6 @@ class SensitivityAnalysis:
         )
         self.engine = Engine(params, engine_options)
         self.plain = [None] * self.config.layers
-        weights = self.engine.programs.weights
-        self.engine.programs = Programs(self.engine.model, weights, self._ways(self.plain))
 
     def by_layer(self) -> np.ndarray:
         """KL divergence in nats per token `[layers, ways]` if that layer alone is kept so."""
@@ -220,8 +217,10 @@ class SensitivityAnalysis:
 
     def _logits(self, ids: list[int], ways: list[int | None]) -> Iterator[tuple[int, Any]]:
         """How many tokens a chunk has, and the logits after each `[requests, tokens, vocab]`, on the device."""
-        self.engine.programs.scales = self._ways(ways)
-        for chunk, logits in run_chunks(self.engine, ids, simulated, known=self.known):
+        layers = self._ways(ways)
+        for chunk, logits in run_chunks(
+            self.engine, ids, simulated, scales=layers, known=self.known
+        ):
             yield len(chunk), logits
 
     def _ways(self, ways: list[int | None]) -> SimulatedLayers:

@@ -206,7 +206,7 @@ def test_failed_logits_leave_an_engine_that_works(params, monkeypatch) -> None:
 def test_what_only_sampling_needs_does_not_recompile_prefill(params) -> None:
     llm = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", max_num_batched_tokens=64, **SIZES)
     llm.generate([[5] * 20], max_tokens=2)
-    built = sum(p.name == "prefill" for p in llm._engine.programs.built)
+    built = sum(p.step == "prefill" for p in llm._engine.programs.compiled)
     llm.generate(
         [[5] * 20],
         max_tokens=3,
@@ -215,7 +215,7 @@ def test_what_only_sampling_needs_does_not_recompile_prefill(params) -> None:
         logit_bias={3: 1.0},
         stop_token_ids=range(9),
     )
-    assert sum(p.name == "prefill" for p in llm._engine.programs.built) == built
+    assert sum(p.step == "prefill" for p in llm._engine.programs.compiled) == built
 
 
 def test_a_request_too_large_for_the_pool_is_refused_with_what_would_do(params) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 import jfp8kv
 from jfp8kv.cache.config import resolve_cache
+from jfp8kv.cache.copy import PageCopies
 from jfp8kv.cache.pool import KVPool
-from jfp8kv.engine import copies, step
+from jfp8kv.engine import step
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.sampler_state import FULL, PLAIN
@@ -73,7 +74,7 @@ def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased
             {},
         )
     elif kind == "copy":
-        function, batch, static = copies.copy, copies.Copies.of([(0, 1)]), {}
+        function, batch, static = step.copy, PageCopies.of([(0, 1)]), {}
     else:
         batch, variant = engine.batch_builder.decode(
             ScheduledDecode(requests, 4), FULL if kind == "full decode" else PLAIN
