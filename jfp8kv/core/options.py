@@ -139,7 +139,7 @@ class OptionSpec:
         return kind(value)
 
     def _in_range(self, value: Any) -> bool:
-        return (
+        return bool(
             (isinstance(value, numbers.Integral) or math.isfinite(value))
             and (self.minimum is None or value >= self.minimum)
             and (self.above is None or value > self.above)
@@ -153,7 +153,7 @@ class OptionSpec:
     def describe(self) -> str:
         """Return the help sentence with the type, the range and the default, for docstrings."""
         names = map(repr, self.choices) if self.choices else map(_type_name, self.types)
-        allowed = " ".join(filter(None, (" | ".join(names), self.range)))
+        allowed = ", ".join(filter(None, (" | ".join(names), self.range.removeprefix("of "))))
         return f"{self.name} ({allowed}): {self.help} Default: {self.default!r}."
 
 
@@ -229,7 +229,7 @@ class Options:
 
     @classmethod
     def from_fields(
-        cls: type[Self], base: Self | None = None, *, also: Iterable[str] = (), **fields: Any
+        cls: type[Self], base: object = None, *, also: Iterable[str] = (), **fields: Any
     ) -> Self:
         """Return `base` (or the defaults) with `fields` replaced.
 
@@ -314,7 +314,9 @@ def _type_name(kind: Any) -> str:
     """Return the name of a type, without its module."""
     if isinstance(kind, typing.ForwardRef):
         return kind.__forward_arg__
-    return getattr(kind, "__name__", str(kind))
+    name = getattr(kind, "__name__", str(kind))
+    arguments = ", ".join(map(_type_name, typing.get_args(kind)))
+    return f"{name}[{arguments}]" if arguments else name
 
 
 def _shown(limit: int | float) -> str:

@@ -1,17 +1,17 @@
-"""What a request asks of its sampler, checked before anything runs.
+"""`SamplingParams`: how one request is sampled. Values are checked before anything runs.
 
-The order in which the fields act is that of `sampling.sample`: bias, penalties, min_tokens, what a grammar allows, then
-temperature, top-k, top-p, min-p. The defaults sample from the model's own distribution.
+`sampling.sample` applies the fields in this order: logit bias, penalties, min_tokens, structured
+output, then temperature, top-k, top-p and min-p. The defaults sample from the model's distribution.
 """
 
-import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast, no_type_check
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from jfp8kv.core.errors import ConfigError, unknown_keyword
+from jfp8kv.core.errors import ConfigError
+from jfp8kv.core.options import Options, option, options
 from jfp8kv.sampling.constraint import (
     CONSTRAINTS,
     Constraint,
@@ -22,130 +22,232 @@ from jfp8kv.sampling.constraint import (
 )
 
 MAX_LOGPROBS = 20
-MAX_RATE = (
-    1000  # of temperature and repetition penalty: past it nothing changes but float32 overflows
-)
+MAX_RATE = 1000  # temperature, repetition penalty: larger values only overflow float32
 MAX_BIAS = 1e6
 MAX_SEED = 2**64 - 1
-MAX_ID = 2**31 - 1  # the device pads id lists with this one
+MAX_ID = 2**31 - 1  # padding of id lists on the device
 
 
-@no_type_check  # at run time: what is given meets the rules below, whose errors are the user's, and no other checker
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """How to continue one prompt. Raises `ConfigError` for a value outside its range.
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    stop = () if stop is None else stop
+    several = (stop,) if isinstance(stop, str) else stop
+    strings = _as_tuple("stop", several, "a string or a list of strings")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ConfigError(
+                f"stop={stop!r}: each stop string must be a string of at least one character, "
+                f"not {string!r}."
+            )
+    return strings
 
-    Length: at most `max_tokens` tokens are made. No end-of-sequence or stop token is picked before `min_tokens` of
-    them; `ignore_eos` continues past the model's own end-of-sequence tokens. `stop` (a string or several) ends the
-    text before the match, or with it if `include_stop_str_in_output` (`min_tokens` does not hold it off);
-    `stop_token_ids` end it at the token.
 
-    Choice: `temperature` 0 is greedy (ties: the lowest id). `top_k` keeps the k most likely tokens (0 or -1: all),
-    `top_p` the smallest set of likely tokens that holds that share of the probability, `min_p` those at least that
-    share as likely as the likeliest. `seed` fixes the text whatever runs beside it (for which few texts are decoded in 8
-    rows: a text alone takes longer); `n` samples differ from each other and sample 0 is the text of `n=1`.
+def _stop_token_ids(ids: Any) -> tuple[int, ...]:
+    ids = () if ids is None else ids
+    several = (ids,) if isinstance(ids, numbers.Number) else ids
+    ids = _as_tuple("stop_token_ids", several, "a list of token ids")
+    return tuple(_token_id("stop_token_ids", token) for token in ids)
 
-    `best_of` makes that many samples and returns the `n` of highest mean log-probability per token, best first. Those that end
-    in a dead end or at a deadline, or at `max_tokens` before their structure is complete, come after all others.
 
-    Penalties: `repetition_penalty` divides positive and multiplies negative logits of tokens of the prompt and the
-    output (CTRL, arXiv:1909.05858, section 4.1). `presence_penalty` is subtracted from the logit of a token the
-    output already holds, `frequency_penalty` once for each time it holds it. `logit_bias` is added to the logits of
-    the given ids; `-inf` forbids a token.
+def _token_id(name: str, token: Any) -> int:
+    integer = isinstance(token, numbers.Integral) and not isinstance(token, bool)
+    if not integer or not 0 <= token < MAX_ID:
+        raise ConfigError(f"{name}: {token!r} is not a token id; ids are whole numbers from 0.")
+    return int(token)
 
-    Structure: the text is JSON that satisfies `json_schema` (a dict, JSON, or a class with `model_json_schema()`), a full match
-    of `regex`, one of the strings of `choice`, or derived from `grammar` (Lark, with llguidance's extensions). It ends where
-    that is complete; until then no end-of-sequence token is picked, and `min_tokens` makes it no longer. What `max_tokens`,
-    `stop` or `stop_token_ids` cut short may not be complete. Where `logit_bias` and `min_tokens` leave no token that is
-    allowed, it ends with the finish reason "dead_end". Needs the extra `jfp8kv[structured]`.
 
-    Report: `logprobs` gives the log-probability of each token made and of that many likeliest alternatives (up to 20),
-    `prompt_logprobs` the same for the prompt. Both speak of the model's distribution, before anything above is applied.
+def _as_tuple(name: str, values: Any, wanted: str) -> tuple[Any, ...]:
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ConfigError(f"{name}={values!r}: must be {wanted}.")
+    return tuple(values)
 
-    Time: `deadline_s` seconds after the call the text ends with what it has by then, perhaps nothing, and finish reason
-    "deadline".
+
+def _logit_bias(bias: Any) -> dict[int, float] | None:
+    if bias is None:
+        return None
+    if not isinstance(bias, Mapping):
+        raise ConfigError(f"logit_bias={bias!r}: must map token ids to numbers; try {{50: -1.5}}.")
+    for token, value in bias.items():
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not number or not (abs(value) <= MAX_BIAS or value == -math.inf):
+            raise ConfigError(
+                f"logit_bias: {value!r} for id {token!r} must be a number between {-MAX_BIAS:g} "
+                f"and {MAX_BIAS:g}, or -inf to forbid the token; try -100."
+            )
+    return {_token_id("logit_bias", token): float(value) for token, value in bias.items()}
+
+
+@options
+class SamplingParams(Options):
+    """Sampling parameters of one request.
+
+        SamplingParams(max_tokens=64, temperature=0.7, top_p=0.9, stop=["\\n\\n"])
+
+    Structured output needs the extra `jfp8kv[structured]` and one of `json_schema`, `regex`,
+    `choice` and `grammar`. The output ends where it is complete: until then no end-of-sequence
+    token is sampled, and `min_tokens` does not extend it. An output that `max_tokens`, `stop` or
+    `stop_token_ids` ends may be incomplete. If `logit_bias` and `min_tokens` leave no allowed
+    token, the finish reason is "dead_end".
+
+    A request with a `seed` gives the same tokens in every batch. Few requests are then decoded in
+    8 rows, which is slower for a single one.
+
+    `logprobs` and `prompt_logprobs` report the model's distribution before any other field applies.
+
+    Raises `ConfigError` for a value outside its range.
     """
 
-    max_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    stop: str | Iterable[str] = ()
-    stop_token_ids: int | Iterable[int] = ()
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    n: int = 1
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    seed: int | None = None
-    logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
-    min_tokens: int = 0
-    best_of: int | None = None
-    deadline_s: float | None = None
-    json_schema: Any = None
-    regex: str | None = None
-    choice: Iterable[str] | None = None
-    grammar: str | None = None
+    ARGUMENT = "sampling_params"
 
-    def __post_init__(self) -> None:
-        for rule in _RULES:
-            self._set(rule.name, rule.checked(getattr(self, rule.name)))
-        self._set("stop", _stop_strings(self.stop))
-        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
-        self._set("logit_bias", _bias(self.logit_bias))
-        self._set("json_schema", schema_text(self.json_schema))
-        self._set("regex", pattern("regex", self.regex))
-        self._set("choice", choices(self.choice))
-        self._set("grammar", pattern("grammar", self.grammar))
+    max_tokens: int = option(
+        128, "Maximum number of tokens to generate.", minimum=1, hint="try 128"
+    )
+    temperature: float = option(
+        1.0,
+        "Divisor of the logits. 0 is greedy: the most likely token, the lowest id in a tie.",
+        minimum=0,
+        maximum=MAX_RATE,
+        hint="try 0 for greedy decoding, 0.7 for variety",
+    )
+    top_k: int = option(
+        0,
+        "Sample from the k most likely tokens. 0 or -1 takes all.",
+        minimum=-1,
+        hint="0 and -1 take all tokens, try 50",
+    )
+    top_p: float = option(
+        1.0,
+        "Sample from the smallest set of most likely tokens with at least this total probability.",
+        above=0,
+        maximum=1,
+        hint="1.0 takes all tokens, try 0.9",
+    )
+    min_p: float = option(
+        0.0,
+        "Sample from tokens with at least this fraction of the highest token probability.",
+        minimum=0,
+        maximum=1,
+        hint="0 takes all tokens, try 0.05",
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "Divides positive and multiplies negative logits of tokens in the prompt or the output "
+        "(CTRL, arXiv:1909.05858, section 4.1).",
+        minimum=1 / MAX_RATE,
+        maximum=MAX_RATE,
+        hint="1.0 turns it off, try 1.1",
+    )
+    presence_penalty: float = option(
+        0.0,
+        "Subtracted from the logit of each token that occurs in the output.",
+        minimum=-2,
+        maximum=2,
+        hint="0 turns it off",
+    )
+    frequency_penalty: float = option(
+        0.0,
+        "Subtracted from the logit of a token once for each occurrence in the output.",
+        minimum=-2,
+        maximum=2,
+        hint="0 turns it off",
+    )
+    stop: Sequence[str] = option(
+        (),
+        "Strings that end the output before their first match. min_tokens does not delay them.",
+        convert=_stop_strings,
+    )
+    stop_token_ids: Sequence[int] = option(
+        (), "Token ids that end the output.", convert=_stop_token_ids
+    )
+    ignore_eos: bool = option(False, "Continue past the end-of-sequence tokens of the model.")
+    include_stop_str_in_output: bool = option(False, "Include the matched stop string in the text.")
+    n: int = option(1, "Number of outputs per prompt.", minimum=1, hint="try 1")
+    logprobs: int | None = option(
+        None,
+        "Return the log-probability of each output token and of this many most likely tokens.",
+        minimum=0,
+        maximum=MAX_LOGPROBS,
+        hint="None returns none",
+    )
+    prompt_logprobs: int | None = option(
+        None,
+        "Return the same for each token of the prompt.",
+        minimum=0,
+        maximum=MAX_LOGPROBS,
+        hint="None returns none",
+    )
+    seed: int | None = option(
+        None,
+        "Seed of the request. None derives one from the engine's seed.",
+        minimum=0,
+        maximum=MAX_SEED,
+        hint="None derives one from the engine's seed",
+    )
+    logit_bias: Mapping[int, float] | None = option(
+        None,
+        "Added to the logits of the given token ids; -inf forbids a token.",
+        convert=_logit_bias,
+        hash=False,
+    )
+    min_tokens: int = option(
+        0,
+        "Minimum number of tokens before an end-of-sequence or stop token can be sampled.",
+        minimum=0,
+        hint="0 sets no minimum",
+    )
+    best_of: int | None = option(
+        None,
+        "Number of outputs to generate, of which the n with the highest mean log-probability per "
+        "token are returned, best first. Outputs that are incomplete come last. None is n.",
+        minimum=1,
+        hint="None is n",
+    )
+    deadline_s: float | None = option(
+        None,
+        'Seconds after the call at which the output ends, with the finish reason "deadline".',
+        above=0,
+        hint="None sets no deadline",
+    )
+    json_schema: str | Mapping[str, Any] | type | None = option(
+        None,
+        "JSON schema of the output: a dict, a JSON string, or a class with model_json_schema().",
+        convert=schema_text,
+    )
+    regex: str | None = option(
+        None,
+        "Regular expression that the whole output matches.",
+        convert=functools.partial(pattern, "regex"),
+    )
+    choice: Sequence[str] | None = option(
+        None, "Strings, one of which is the output.", convert=choices
+    )
+    grammar: str | None = option(
+        None,
+        "Grammar of the output, in Lark syntax with the extensions of llguidance.",
+        convert=functools.partial(pattern, "grammar"),
+    )
+
+    def check(self) -> None:
+        """Raise `ConfigError` for an invalid combination of fields."""
         refuse_several(self._constraints)
-        for name in ("ignore_eos", "include_stop_str_in_output"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ConfigError(f"{name}={value!r}: must be True or False.")
         if self.min_tokens > self.max_tokens:
             raise ConfigError(
                 f"min_tokens={self.min_tokens}: must not exceed max_tokens={self.max_tokens}; "
                 f"try max_tokens={self.min_tokens} or more."
             )
-
         if self.best_of is not None and self.best_of < self.n:
             raise ConfigError(
-                f"best_of={self.best_of}: must be at least n={self.n}, the number to return; try best_of={self.n}."
+                f"best_of={self.best_of}: must be at least n={self.n}, the number of returned "
+                f"outputs; try best_of={self.n}."
             )
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    @classmethod
-    def from_fields(
-        cls, base: "SamplingParams | None" = None, *, also: Iterable[str] = (), **fields: Any
-    ) -> "SamplingParams":
-        """`base` (or the defaults) with `fields` in place of its own.
-
-        Raises `ConfigError` for an unknown field, naming the nearest of the known ones and of `also`, the other keywords of
-        whoever passes the fields on.
-        """
-        if base is not None and not isinstance(base, cls):
-            raise ConfigError(
-                f"sampling_params={base!r}: must be a SamplingParams or None; try SamplingParams(temperature=0.7)."
-            )
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                raise unknown_keyword(name, [*also, *known])
-        return dataclasses.replace(base or cls(), **fields)
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken every time."""
+        """Whether the most likely token is taken every time."""
         return self.temperature == 0
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether a penalty needs to know which tokens came before."""
+        """Whether a penalty needs the counts of earlier tokens."""
         return (
             self.repetition_penalty != 1
             or self.presence_penalty != 0
@@ -154,7 +256,7 @@ class SamplingParams:
 
     @functools.cached_property
     def constraint(self) -> Constraint | None:
-        """What the text must look like, if anything is asked."""
+        """The structured-output constraint, if one is given."""
         return next(iter(self._constraints), None)
 
     @property
@@ -163,168 +265,12 @@ class SamplingParams:
         return [Constraint(name, value) for name, value in values if value is not None]
 
     def check_vocab(self, vocab: int) -> None:
-        """Raise `ConfigError` if `stop_token_ids` or `logit_bias` name an id the model does not have."""
-        stop_ids = cast(tuple[int, ...], self.stop_token_ids)
-        for name, ids in (
-            ("stop_token_ids", stop_ids),
-            ("logit_bias", tuple(self.logit_bias or ())),
-        ):
+        """Raise `ConfigError` for a stop token id or a biased id outside the vocabulary."""
+        given = {"stop_token_ids": self.stop_token_ids, "logit_bias": self.logit_bias or ()}
+        for name, ids in given.items():
             for token in ids:
                 if token >= vocab:
                     raise ConfigError(
-                        f"{name}: id {token} is outside the vocabulary; ids go from 0 to {vocab - 1}."
+                        f"{name}: id {token} is outside the vocabulary; "
+                        f"ids go from 0 to {vocab - 1}."
                     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rule:
-    """The kind and range of one numeric field, in code and in words."""
-
-    name: str
-    kind: Callable[[Any], Any]  # int or float
-    fits: Callable[[Any], bool]
-    allowed: str
-    advice: str
-    optional: bool = False
-
-    def checked(self, value: Any) -> Any:
-        """`value` as a plain Python number, or a `ConfigError`."""
-        if value is None and self.optional:
-            return None
-        whole = self.kind is int
-        right_kind = isinstance(
-            value, numbers.Integral if whole else numbers.Real
-        ) and not isinstance(value, bool)
-        if not right_kind or not self.fits(value):
-            noun = "a whole number" if whole else "a number"
-            raise ConfigError(
-                f"{self.name}={value!r}: must be {noun} {self.allowed}; {self.advice}."
-            )
-        return self.kind(value)
-
-
-def _up_to(limit: int) -> Callable[[Any], bool]:
-    return lambda x: 0 <= x <= limit
-
-
-def _is_bias(x: Any) -> bool:
-    return abs(x) <= MAX_BIAS or x == -math.inf
-
-
-def _penalty(x: Any) -> bool:
-    return -2 <= x <= 2
-
-
-_RULES = (
-    _Rule("max_tokens", int, lambda x: x >= 1, "of at least 1", "try 128"),
-    _Rule("min_tokens", int, lambda x: x >= 0, "of at least 0", "0 is no minimum"),
-    _Rule("n", int, lambda x: x >= 1, "of at least 1", "try 1"),
-    _Rule("best_of", int, lambda x: x >= 1, "of at least 1", "None is n", optional=True),
-    _Rule(
-        "deadline_s",
-        float,
-        lambda x: 0 < x < math.inf,
-        "of seconds above 0",
-        "None is no deadline",
-        optional=True,
-    ),
-    _Rule(
-        "temperature",
-        float,
-        _up_to(MAX_RATE),
-        f"of at least 0 and at most {MAX_RATE}",
-        "try 0 for greedy decoding, 0.7 for variety",
-    ),
-    _Rule("top_k", int, lambda x: x >= -1, "of at least 1, or 0 or -1 for no limit", "try 50"),
-    _Rule(
-        "top_p",
-        float,
-        lambda x: 0 < x <= 1,
-        "above 0 and at most 1",
-        "1.0 keeps every token, try 0.9",
-    ),
-    _Rule(
-        "min_p", float, lambda x: 0 <= x <= 1, "between 0 and 1", "0 keeps every token, try 0.05"
-    ),
-    _Rule(
-        "repetition_penalty",
-        float,
-        lambda x: 1 / MAX_RATE <= x <= MAX_RATE,
-        f"from {1 / MAX_RATE} to {MAX_RATE}",
-        "1.0 is none, try 1.1",
-    ),
-    _Rule("presence_penalty", float, _penalty, "between -2 and 2", "0 is none"),
-    _Rule("frequency_penalty", float, _penalty, "between -2 and 2", "0 is none"),
-    _Rule(
-        "logprobs",
-        int,
-        _up_to(MAX_LOGPROBS),
-        f"from 0 to {MAX_LOGPROBS}",
-        "None reports nothing",
-        optional=True,
-    ),
-    _Rule(
-        "prompt_logprobs",
-        int,
-        _up_to(MAX_LOGPROBS),
-        f"from 0 to {MAX_LOGPROBS}",
-        "None reports nothing",
-        optional=True,
-    ),
-    _Rule(
-        "seed",
-        int,
-        _up_to(MAX_SEED),
-        "from 0 to 2**64 - 1",
-        "None takes the engine's",
-        optional=True,
-    ),
-)
-
-
-def _stop_strings(stop: Any) -> tuple[str, ...]:
-    stop = () if stop is None else stop
-    strings = (
-        (stop,)
-        if isinstance(stop, str)
-        else _sequence("stop", stop, "a string or a list of strings")
-    )
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise ConfigError(
-                f"stop={stop!r}: each stop must be a string of at least one character, not {string!r}."
-            )
-    return strings
-
-
-def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
-    ids = () if ids is None else ids
-    ids = (ids,) if isinstance(ids, numbers.Number) else _sequence(name, ids, "a list of token ids")
-    return tuple(_token_id(name, token) for token in ids)
-
-
-def _token_id(name: str, token: Any) -> int:
-    whole = isinstance(token, numbers.Integral) and not isinstance(token, bool)
-    if not whole or not 0 <= token < MAX_ID:
-        raise ConfigError(f"{name}: {token!r} is not a token id; ids are whole numbers from 0.")
-    return int(token)
-
-
-def _sequence(name: str, values: Any, wanted: str) -> tuple:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
-        raise ConfigError(f"{name}={values!r}: must be {wanted}.")
-    return tuple(values)
-
-
-def _bias(bias: Any) -> dict[int, float] | None:
-    if bias is None:
-        return None
-    if not isinstance(bias, Mapping):
-        raise ConfigError(f"logit_bias={bias!r}: must map token ids to numbers; try {{50: -1.5}}.")
-    for token, value in bias.items():
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not _is_bias(value):
-            raise ConfigError(
-                f"logit_bias: {value!r} for id {token!r} must be a number between {-MAX_BIAS:g} and {MAX_BIAS:g}, "
-                "or -inf to forbid the token; try -100."
-            )
-    return {_token_id("logit_bias", token): float(value) for token, value in bias.items()}

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jfp8kv.sampling import SamplingParams, settings_from
 from jfp8kv.sampling.filters import Outside, keep, ordered, weights
+from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.sampling.rng import request_key
+from jfp8kv.sampling.settings import settings_from
 
 spec = importlib.util.spec_from_file_location(
     "sampling_oracle", Path(__file__).with_name("oracle.py")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.sampling import SamplingParams
+from jfp8kv.sampling.params import SamplingParams
 
 
 def test_the_defaults_are_those_of_the_contract():
@@ -98,7 +98,7 @@ def test_a_refusal_names_the_value_and_the_range_and_what_to_try():
     with pytest.raises(ConfigError, match=r"best_of=2: must be at least n=3, .*; try best_of=3"):
         SamplingParams(n=3, best_of=2)
     with pytest.raises(
-        ConfigError, match=r"deadline_s=0: must be a number of seconds above 0; None is no deadline"
+        ConfigError, match=r"deadline_s=0: must be a number above 0; None sets no deadline"
     ):
         SamplingParams(deadline_s=0)
 

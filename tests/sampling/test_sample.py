@@ -8,18 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jfp8kv.sampling import (
-    SamplingParams,
-    logprob_at,
-    sample,
-    sample_batch,
-    settings_from,
-    stack_settings,
-    top_logprobs,
-)
+from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.sampling.penalties import adjust, allow, count_token
 from jfp8kv.sampling.rng import request_key
-from jfp8kv.sampling.sample import argmax
+from jfp8kv.sampling.sample import argmax, logprob_at, sample, sample_batch, top_logprobs
+from jfp8kv.sampling.settings import settings_from, stack_settings
 
 spec = importlib.util.spec_from_file_location(
     "sampling_oracle", Path(__file__).with_name("oracle.py")
