@@ -1,6 +1,6 @@
-"""The border between host and device: requests become padded arrays, and output arrays become tokens.
+"""The border between host and device: padded arrays from requests, tokens from output arrays.
 
-Padding rows have length 0 and no tokens remaining. They write nothing, and their outputs are ignored.
+Padding rows have length 0 and no tokens remaining. They write nothing and their outputs are ignored.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ MIN_RECENT_TOKENS = 64  # output tokens of a request that cross to the device un
 class ForwardBatch:
     """The inputs of one forward pass: a chunk of tokens per request, and its place in the cache.
 
-    Request `i` runs `tokens[i, : length[i] - start[i]]`, the tokens at positions `start[i] .. length[i] - 1`.
+    Request `i` runs `tokens[i, : length[i] - start[i]]`, at positions `start[i] .. length[i] - 1`.
 
     Attributes:
       tokens: token ids; `vocab` is padding.
@@ -88,7 +88,7 @@ class TokenCounts:
 
 @pytree
 class DecodeBatch:
-    """The inputs of a decode: the last token of each request, and what sampling the next ones needs.
+    """The inputs of a decode: the last token of each request, and the inputs of the sampler.
 
     Attributes:
       forward: the last token of each request, the first to run.
@@ -188,7 +188,7 @@ class BatchBuilder:
     def decode(
         self, plan: ScheduledDecode, least: SamplerVariant = PLAIN
     ) -> tuple[DecodeBatch, SamplerVariant]:
-        """Return the batch for a decode, padded to a bucket, and its sampler: `least` or a larger one."""
+        """Return the batch for a decode, padded to a bucket, and its sampler: at least `least`."""
         requests = plan.requests
         rows = self._decode_rows(plan)
         variant = variant_of([least, *(self._state(request).required for request in requests)])
@@ -218,7 +218,7 @@ class BatchBuilder:
         return sampling_state(request, self.vocab, self.eos_ids)
 
     def _remaining(self, request: Request) -> int:
-        """Return the most tokens to generate in one dispatch: up to the first past `switch_length`."""
+        """Return the most tokens to generate, up to the first past `switch_length`."""
         remaining = request.max_tokens - len(request.output_ids)
         if self.switch_length is None or request.num_tokens > self.switch_length:
             return remaining
@@ -233,7 +233,7 @@ class BatchBuilder:
         width: int,
         new_tokens: int = 1,
     ) -> ForwardBatch:
-        """Return the next `chunks[i]` tokens of each request, and pages for `new_tokens - 1` more."""
+        """Return the next `chunks[i]` tokens of each request, with pages for `new_tokens - 1` more."""
         groups = len(self.requirements.groups.windows)
         tokens = np.full((rows, width), self.vocab, np.int32)
         page_tables = np.full((rows, groups, self.pages), self.num_pages, np.int32)
@@ -408,7 +408,7 @@ class NewTokens:
         return np.asarray(self.output.logprobs)[self.row, : len(self.token_ids)].tolist()
 
     def top_logprobs(self, count: int) -> list[dict[int, float]]:
-        """Return the log-probabilities of the `count` most likely tokens and the sampled one, by id."""
+        """Return log-probabilities of the `count` most likely tokens and the sampled one, by id."""
         found: list[dict[int, float]] = [{} for _ in self.token_ids]
         if count:
             assert self.output.top is not None, "the full sampler ran"

@@ -52,9 +52,7 @@ class Flight:
 class Engine:
     """Run requests of one model over one pool of pages."""
 
-    def __init__(
-        self, params: Params, options: EngineOptions, *, weights: Weights | None = None
-    ):
+    def __init__(self, params: Params, options: EngineOptions, *, weights: Weights | None = None):
         config = params.config
         cpu = jax.default_backend() == "cpu"
         self.max_model_len = context_length(config, options.max_model_len)
@@ -120,8 +118,8 @@ class Engine:
             params.tokenizer, config.vocab, eos_ids=self.batch_builder.eos_ids
         )
         self._kv_manager_options = {
-            "reuse": options.prefix_caching,
-            "by_context": any(rope.kind in ("dynamic", "longrope") for rope in config.ropes),
+            "prefix_caching": options.prefix_caching,
+            "hash_context": any(rope.kind in ("dynamic", "longrope") for rope in config.ropes),
         }
         self.stats = Stats(
             kv_tokens_capacity=self.num_pages * page_size * table_pages // longest,

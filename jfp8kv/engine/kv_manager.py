@@ -1,12 +1,14 @@
-"""Which pages a request holds: taken as its text grows, let go where no window reaches, found again where a text begins alike.
+"""The KV cache manager: which pages each sequence owns, the prefix cache, and copy-on-write.
 
-What lies in a page never changes while others hold it, so whoever needs the same tokens under the same conditions may hold it
-too. Its key says which: a hash of its tokens and of all before them (and of the length that some ropes depend on); the format,
-the scales and the weights are those of the engine. Pages that nobody holds any more stay findable until the pool needs them.
+A page is allocated as its sequence grows, and freed when no later query can see it (sliding
+windows). Full pages are registered in the prefix cache under a hash of their tokens and of all tokens before
+them, so sequences with the same prefix share them. Formats, scales and weights are the same for all
+sequences of an engine and take no part in the hash. Pages that no sequence owns can still be found
+until the pool needs them.
 
-Full pages are found, and so is a page filled in part by a text that was run just so far before: `n` continuations of a prompt
-run it once, to its last token but one. Whoever writes to a page that others hold copies it first (*copy on write*); that is
-noted here and done on the device before the next step. What others have found, or may find, stays as it is.
+A partly filled page is registered as well, while its sequence has no output: `n` continuations of a
+prompt run it once, up to its last token but one. A sequence that writes to a shared page copies it
+first (copy-on-write). The manager records the copy, and the engine runs it before the next step.
 """
 
 import dataclasses
@@ -23,8 +25,13 @@ from jfp8kv.engine.request import Request
 
 @dataclasses.dataclass
 class PageTable:
-    """Pages in a row of a text's pages, of one group of layers: the `first` and those after it. Full ones with numbers below
-    `registered` may be found by others."""
+    """The pages of one sequence in one group of layers.
+
+    Attributes:
+      first: the index in the sequence of the first page still allocated.
+      pages: page numbers in the pool, from `first` on.
+      registered: full pages with a lower index are in the prefix cache.
+    """
 
     first: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -32,24 +39,36 @@ class PageTable:
 
     @property
     def end(self) -> int:
-        """The first page not held any more."""
+        """The index behind the last allocated page."""
         return self.first + len(self.pages)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefixMatch:
-    """The first `tokens` of a text, in pages that can be found by these `keys`, and the key of its next page, if it has one."""
+    """The longest cached prefix of a sequence.
+
+    Attributes:
+      tokens: its length.
+      keys: the keys of its pages in the prefix cache.
+      next_key: the key of the page behind it, None if the sequence has no such page.
+    """
 
     tokens: int = 0
     keys: tuple[bytes, ...] = ()
-    following: bytes | None = None
+    next_key: bytes | None = None
 
 
 class KVCacheManager:
-    """The pool's pages as requests hold them.
+    """Allocates the pool's pages to sequences.
 
-    `reuse`: whether texts that begin alike share pages. `by_context`: keys depend on `Request.context` (models/rope.py).
-    `copies` are pages to be copied on the device before the next step, `(from, to)`, in this order.
+    Args:
+      allocator: the pool's pages.
+      requirements: how many pages a sequence needs.
+      prefix_caching: whether sequences with the same prefix share pages.
+      hash_context: whether keys depend on `Request.context` (models/rope.py).
+
+    Attributes:
+      copies: pages to copy on the device before the next step, `(source, target)` in order.
     """
 
     def __init__(
@@ -57,219 +76,233 @@ class KVCacheManager:
         allocator: PageAllocator,
         requirements: PageRequirements,
         *,
-        reuse: bool = True,
-        by_context: bool = False,
+        prefix_caching: bool = True,
+        hash_context: bool = False,
     ):
-        self.allocator, self.requirements, self.reuse, self.by_context = (
-            allocator,
-            requirements,
-            reuse,
-            by_context,
-        )
-        self._groups = range(len(requirements.groups.windows))
+        self.allocator = allocator
+        self.requirements = requirements
+        self.prefix_caching = prefix_caching
+        self.hash_context = hash_context
         self.copies: list[tuple[int, int]] = []
+        self._groups = range(len(requirements.groups.windows))
+
+    # Allocation
 
     def pages_needed(self, request: Request, stop: int) -> int:
-        """Pages more than `request` holds that it needs at any one time until tokens up to `stop` were run."""
-        held = request.page_tables or [PageTable() for _ in self._groups]
+        """Return how many pages to allocate, at most, until tokens up to `stop` have run."""
+        tables = request.page_tables or [PageTable() for _ in self._groups]
         return sum(
-            self._pages_needed(group, each, request.cached, stop) for group, each in enumerate(held)
+            self._pages_needed(group, table, request.cached, stop)
+            for group, table in enumerate(tables)
         )
 
-    def _pages_needed(self, group: int, held: PageTable, start: int, stop: int) -> int:
-        passed = max(0, self.requirements.first_page(group, start) - held.first)
-        still = len(held.pages[passed:]) - self._to_copy(held, start)
-        freed = sum(self.allocator.ref_count(page) == 1 for page in held.pages[:passed])
-        return max(0, self.requirements.pages_between(group, start, stop) - still) - freed
-
-    def _to_copy(self, held: PageTable, start: int) -> bool:
-        """Whether the page that the token at `start` goes to has tokens already, and is others' too."""
-        page, slot = divmod(start, self.requirements.page_size)
-        return slot > 0 and self.allocator.ref_count(held.pages[page - held.first]) > 1
+    def _pages_needed(self, group: int, table: PageTable, start: int, stop: int) -> int:
+        passed = max(0, self.requirements.first_page(group, start) - table.first)
+        usable = len(table.pages[passed:]) - self._needs_copy(table, start)
+        freed = sum(self.allocator.ref_count(page) == 1 for page in table.pages[:passed])
+        return max(0, self.requirements.pages_between(group, start, stop) - usable) - freed
 
     def allocate(self, request: Request, stop: int) -> bool:
-        """Let go of pages no query from here on sees and take those for tokens up to `stop`, the first of them copied if it is
-        others' too; False, taking none, if too few are free."""
+        """Allocate the pages for tokens up to `stop`, and free those that no later query can see.
+
+        A shared page that the next token is written to is copied. Returns False and allocates
+        nothing if too few pages are free.
+        """
         if not request.page_tables:
             request.page_tables = [PageTable() for _ in self._groups]
-        for group, held in zip(self._groups, request.page_tables, strict=True):
+        for group, table in enumerate(request.page_tables):
             first = self.requirements.first_page(group, request.cached)
-            passed = max(0, first - held.first)
-            self.allocator.release(held.pages[:passed])
-            held.first, held.pages = max(held.first, first), held.pages[passed:]
-        counts = [
-            max(0, self.requirements.end_page(stop) - held.end) for held in request.page_tables
-        ]
-        copies = sum(self._to_copy(held, request.cached) for held in request.page_tables)
+            passed = max(0, first - table.first)
+            self.allocator.release(table.pages[:passed])
+            table.first = max(table.first, first)
+            table.pages = table.pages[passed:]
+        end = self.requirements.end_page(stop)
+        counts = [max(0, end - table.end) for table in request.page_tables]
+        copies = sum(self._needs_copy(table, request.cached) for table in request.page_tables)
         if sum(counts) + copies > self.allocator.free_pages:
             return False
-        for held, count in zip(request.page_tables, counts, strict=True):
-            self._copy_on_write(held, request.cached)
-            held.pages += self.allocator.allocate(count)
+        for table, count in zip(request.page_tables, counts, strict=True):
+            self._prepare_write(table, request.cached)
+            table.pages += self.allocator.allocate(count)
         return True
 
-    def _copy_on_write(self, held: PageTable, start: int) -> None:
-        """Make the page that the token at `start` goes to its holder's own."""
+    def _needs_copy(self, table: PageTable, start: int) -> bool:
+        """Return whether the page of the token at `start` has tokens already and is shared."""
         page, slot = divmod(start, self.requirements.page_size)
-        index = page - held.first
-        if self._to_copy(held, start):
-            (own,) = self.allocator.allocate(1)
-            self.copies.append((held.pages[index], own))
-            self.allocator.release([held.pages[index]])
-            held.pages[index] = own
+        return slot > 0 and self.allocator.ref_count(table.pages[page - table.first]) > 1
+
+    def _prepare_write(self, table: PageTable, start: int) -> None:
+        """Make the page of the token at `start` exclusive to this sequence."""
+        page, slot = divmod(start, self.requirements.page_size)
+        index = page - table.first
+        if self._needs_copy(table, start):
+            (target,) = self.allocator.allocate(1)
+            self.copies.append((table.pages[index], target))
+            self.allocator.release([table.pages[index]])
+            table.pages[index] = target
         elif slot:
-            self.allocator.invalidate_from(held.pages[index], slot)
+            self.allocator.invalidate_from(table.pages[index], slot)
 
     def share(self, request: Request) -> list[PageTable]:
-        """What `request` holds of its cached tokens, held by another as well."""
+        """Return page tables for a fork, with the pages' reference counts incremented."""
         end = self.requirements.end_page(request.cached)
         shared = [
-            PageTable(held.first, held.pages[: end - held.first], held.registered)
-            for held in request.page_tables
+            PageTable(table.first, table.pages[: end - table.first], table.registered)
+            for table in request.page_tables
         ]
-        for held in shared:
-            self.allocator.share(held.pages)
+        for table in shared:
+            self.allocator.share(table.pages)
         return shared
 
     def truncate(self, request: Request, tokens: int) -> None:
-        """Let go of all but a text's first `tokens` tokens, and of pages it took to go on; of all of it, if pages that they see
-        were let go before."""
+        """Truncate the sequence to `tokens` cached tokens, and free the pages behind them.
+
+        If a page in the window of the next token has been freed, nothing stays cached.
+        """
         tokens = min(tokens, request.cached)
         if not tokens or any(
-            self.requirements.first_page(group, tokens) < held.first
-            for group, held in enumerate(request.page_tables)
+            self.requirements.first_page(group, tokens) < table.first
+            for group, table in enumerate(request.page_tables)
         ):
             self.release(request)
             request.reset_for_recompute()
             return
-        for held in request.page_tables:
-            end = max(0, self.requirements.end_page(tokens) - held.first)
-            self.allocator.release(held.pages[end:])
-            del held.pages[end:]
-            held.registered = min(held.registered, tokens // self.requirements.page_size)
+        for table in request.page_tables:
+            end = max(0, self.requirements.end_page(tokens) - table.first)
+            self.allocator.release(table.pages[end:])
+            del table.pages[end:]
+            table.registered = min(table.registered, tokens // self.requirements.page_size)
         request.cached = tokens
 
     def release(self, request: Request) -> None:
-        """Take all pages of `request` back."""
-        for held in request.page_tables:
-            self.allocator.release(held.pages)
+        """Free all pages of `request`. Registered ones stay in the prefix cache until evicted."""
+        for table in request.page_tables:
+            self.allocator.release(table.pages)
         request.page_tables = []
 
-    # -- texts that begin alike -----------------------------------------------------------------------------------------
+    # Prefix cache
 
-    def match_prefix(self, request: Request, most: int = sys.maxsize) -> PrefixMatch:
-        """What of a request's first tokens is in pages that can be found: at most so many and never its last, whole pages or
-        all."""
-        if not self.reuse:
+    def match_prefix(self, request: Request, limit: int = sys.maxsize) -> PrefixMatch:
+        """Return the longest cached prefix of at most `limit` tokens.
+
+        It ends at a page boundary, or at the sequence's last token but one: the last token always
+        runs, for its logits.
+        """
+        if not self.prefix_caching:
             return PrefixMatch()
         keys = self.page_hashes(request)
-        there = 0  # whole texts' groups need every page from the start on
-        while there < len(keys) and all(
-            self.allocator.find((keys[there], group)) is not None
-            for group in self._groups
-            if not self.requirements.groups.windows[group]
-        ):
-            there += 1
-        ends = [
-            min(pages * self.requirements.page_size, request.num_tokens - 1)
-            for pages in range(there, 0, -1)
+        full_groups = [
+            group for group in self._groups if not self.requirements.groups.windows[group]
         ]
-        tokens = next((end for end in ends if end <= most and self._has(keys, end)), 0)
-        pages = self.requirements.end_page(tokens)
-        return PrefixMatch(tokens, tuple(keys[:pages]), keys[pages] if pages < len(keys) else None)
+        cached = 0  # pages from the start on that groups without a window have
+        while cached < len(keys) and all(
+            self.allocator.find((keys[cached], group)) is not None for group in full_groups
+        ):
+            cached += 1
+        for pages in range(cached, 0, -1):
+            tokens = min(pages * self.requirements.page_size, request.num_tokens - 1)
+            if tokens <= limit and self._is_cached(keys, tokens):
+                break
+        else:
+            tokens = 0
+        end = self.requirements.end_page(tokens)
+        next_key = keys[end] if end < len(keys) else None
+        return PrefixMatch(tokens=tokens, keys=tuple(keys[:end]), next_key=next_key)
 
-    def _has(self, keys: list[bytes], tokens: int) -> bool:
-        """Whether a text that goes on after so many tokens finds all that its queries see."""
+    def _is_cached(self, keys: list[bytes], tokens: int) -> bool:
+        """Return whether all pages are cached that a query behind `tokens` tokens sees."""
+        end = self.requirements.end_page(tokens)
         return all(
             self.allocator.find((keys[page], group)) is not None
             for group in self._groups
-            for page in range(
-                self.requirements.first_page(group, tokens), self.requirements.end_page(tokens)
-            )
+            for page in range(self.requirements.first_page(group, tokens), end)
         )
 
-    def adopt_prefix(self, request: Request, found: PrefixMatch) -> None:
-        """Hold the pages that were found, and nothing else: their tokens are in the cache."""
+    def adopt_prefix(self, request: Request, match: PrefixMatch) -> None:
+        """Give the request the pages of a cached prefix in place of its own."""
         self.release(request)
         request.reset_for_recompute()
         for group in self._groups:
-            first = self.requirements.first_page(group, found.tokens)
-            pages = [
-                page
-                for key in found.keys[first:]
-                if (page := self.allocator.find((key, group))) is not None
-            ]
+            first = self.requirements.first_page(group, match.tokens)
+            found = [self.allocator.find((key, group)) for key in match.keys[first:]]
+            pages = [page for page in found if page is not None]
+            assert len(pages) == len(found), "match_prefix found these pages"
             self.allocator.share(pages)
-            request.page_tables.append(
-                PageTable(first, pages, registered=found.tokens // self.requirements.page_size)
-            )
-        request.cached = found.tokens
+            registered = match.tokens // self.requirements.page_size
+            request.page_tables.append(PageTable(first, pages, registered))
+        request.cached = match.tokens
 
     def cache_prefix(self, request: Request) -> None:
-        """What `request` has in full pages may be found by others, and in the last one too before it has made any token."""
-        if not self.reuse or not request.page_tables:
+        """Register the request's full pages in the prefix cache.
+
+        The last, partly filled page is registered too while the request has no output.
+        """
+        if not self.prefix_caching or not request.page_tables:
             return
         size = self.requirements.page_size
-        keys = self._full(request, min(request.cached, request.num_tokens))
-        for group, held in zip(self._groups, request.page_tables, strict=True):
-            for number in range(max(held.first, held.registered), min(held.end, len(keys))):
-                self.allocator.register(
-                    held.pages[number - held.first], (keys[number], group), size
-                )
-            held.registered = max(held.registered, len(keys))
+        keys = self._full_page_hashes(request, min(request.cached, request.num_tokens))
+        for group, table in enumerate(request.page_tables):
+            for page in range(max(table.first, table.registered), min(table.end, len(keys))):
+                self.allocator.register(table.pages[page - table.first], (keys[page], group), size)
+            table.registered = max(table.registered, len(keys))
         page, slots = divmod(request.num_tokens - 1, size)
         if slots and not request.output_ids and request.cached >= request.num_tokens - 1:
             key = self.page_hashes(request)[page]
-            for group, held in zip(self._groups, request.page_tables, strict=True):
-                self.allocator.register(held.pages[page - held.first], (key, group), slots)
+            for group, table in enumerate(request.page_tables):
+                self.allocator.register(table.pages[page - table.first], (key, group), slots)
 
     def pending_prefixes(self, requests: Iterable[Request]) -> set[bytes]:
-        """Keys of pages that these requests are about to fill with what they were given."""
-        if not self.reuse:
+        """Return the keys of pages that these requests are about to fill with prompt tokens."""
+        if not self.prefix_caching:
             return set()
+        size = self.requirements.page_size
         return {
             key
-            for r in requests
-            for key in self.page_hashes(r)[r.cached // self.requirements.page_size :]
+            for request in requests
+            for key in self.page_hashes(request)[request.cached // size :]
         }
 
     def page_hashes(self, request: Request) -> list[bytes]:
-        """A key for each page of all its tokens but the last: for the one that they fill in part, too."""
+        """Return a key per page for all tokens but the last, the partly filled page included."""
         tokens = request.num_tokens - 1
-        keys, rest = self._full(request, tokens), tokens % self.requirements.page_size
-        return [*keys, self._key(request, keys, tokens - rest, tokens)] if rest else keys
+        keys = self._full_page_hashes(request, tokens)
+        rest = tokens % self.requirements.page_size
+        return [*keys, self._hash(request, keys, tokens - rest, tokens)] if rest else keys
 
-    def _full(self, request: Request, tokens: int) -> list[bytes]:
-        """A key for each full page of the first `tokens` tokens. Computed once."""
-        size, known = self.requirements.page_size, request.page_hashes
+    def _full_page_hashes(self, request: Request, tokens: int) -> list[bytes]:
+        """Return a key per full page of the first `tokens` tokens. Each is computed once."""
+        size = self.requirements.page_size
+        known = request.page_hashes
         for page in range(len(known), tokens // size):
-            known.append(self._key(request, known, page * size, (page + 1) * size))
+            known.append(self._hash(request, known, page * size, (page + 1) * size))
         return known[: tokens // size]
 
-    def _key(self, request: Request, known: list[bytes], start: int, stop: int) -> bytes:
-        """The key of tokens `start .. stop-1`, after those that the last known key speaks of."""
-        before = known[-1] if known else str(request.context if self.by_context else "").encode()
+    def _hash(self, request: Request, before: list[bytes], start: int, stop: int) -> bytes:
+        """Return the key of tokens `start .. stop-1`, chained to the key of the page before."""
+        context = str(request.context if self.hash_context else "").encode()
+        parent = before[-1] if before else context
         ids = np.asarray(request.tokens(start, stop), np.int32)
-        return hashlib.blake2b(before + ids.tobytes(), digest_size=16).digest()
+        return hashlib.blake2b(parent + ids.tobytes(), digest_size=16).digest()
 
 
 @dataclasses.dataclass(eq=False)
 class SequenceHandle:
-    """A text that is no request's, and whose pages it holds."""
+    """A sequence outside the scheduler, such as a session's, with its pages."""
 
     kv_manager: KVCacheManager
     request: Request
 
     def fork(self) -> "SequenceHandle":
-        """The same text, its pages held once more."""
-        text = self.request
+        """Return a copy of the sequence that shares its pages."""
+        request = self.request
         twin = Request(
-            list(text.prompt_ids),
-            text.params,
-            text.key,
-            text.max_tokens,
-            context=text.context,
-            cached=text.cached,
+            list(request.prompt_ids),
+            request.params,
+            request.key,
+            request.max_tokens,
+            context=request.context,
+            cached=request.cached,
+            page_tables=self.kv_manager.share(request),
+            page_hashes=list(request.page_hashes),
         )
-        twin.page_tables, twin.page_hashes = self.kv_manager.share(text), list(text.page_hashes)
         return SequenceHandle(self.kv_manager, twin)

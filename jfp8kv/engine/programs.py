@@ -1,10 +1,11 @@
 """Compiled steps of one engine, and the report of what was compiled.
 
-Compilation is explicit (`lower`, `compile`) instead of left to a jit cache: a call with new shapes is a new entry here and a
-line in the log, not a silent pause.
+Compilation is explicit (`lower`, `compile`) instead of left to a jit cache: a call with new shapes
+is a new entry here and a line in the log, not a silent pause.
 
-A program is compiled for a model and a set of shapes, so engines of equal models share it through a `ProgramCache`. The cache
-is small because a program takes about two hundred memory maps on a CPU, and Linux allows a process 65,530.
+A program is compiled for a model and a set of shapes, so engines of equal models share it through a
+`ProgramCache`. The cache is small because a program takes about two hundred memory maps on a CPU, and
+Linux allows a process 65,530.
 """
 
 import dataclasses
@@ -141,7 +142,7 @@ class Programs:
 
     @property
     def compiled(self) -> tuple[Program, ...]:
-        """The programs that this engine compiled, in order. Programs of other engines are not among them."""
+        """The programs that this engine compiled, in order, without those found compiled."""
         return tuple(self._compiled)
 
     def mark_warm(self) -> None:
@@ -158,7 +159,9 @@ class Programs:
         variant: str = "",
         **static: Hashable,
     ) -> tuple[Output, KVPool]:
-        """Return `step(model, weights, scales, batch, pages, **static)`, compiled. `pages` is donated.
+        """Return `step(model, weights, scales, batch, pages, **static)`, compiled.
+
+        `pages` is donated.
 
         Args:
           scales: used instead of the engine's scales; any pytree that `step` takes in their place.

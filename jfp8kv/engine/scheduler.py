@@ -1,15 +1,17 @@
-"""Which requests run next. Plain Python, read in a sitting.
+"""Continuous batching: which requests run in the next step. Plain Python.
 
-First come, first served. A request is admitted when the pool has pages for its text so far and for one dispatch more, beside
-what those that run are about to take. Texts grow; when pages run out the one that came last gives its up and waits again, to be
-run anew (*preemption*): whoever came first always gets on, and since the empty pool could hold any one request, all end. What a
-preempted request had made stays made.
+Requests are served first come, first served. A request is admitted when the pool has pages for its
+tokens so far and for one more dispatch, on top of what the running requests are about to allocate.
+When pages run out, the most recent request is preempted: it loses its pages, waits again, and is
+recomputed later, its output tokens kept. The oldest request always makes progress, and the empty
+pool has room for any one request, so all requests finish.
 
-Each turn decodes every request that has only its last token left to run, and beside that prefills chunks of those that have
-more, under one budget of tokens. Decode is served first and takes few steps while there is something to prefill: a long prompt
-stalls nobody, and whoever decodes gets tokens every turn.
+Each step decodes every request that has only its last token left to run, and prefills chunks of
+those that have more, under one budget of tokens. Decode comes first. It takes few tokens per dispatch
+while there are prompts to prefill, so a long prompt does not stall decoding requests.
 
-A request whose next page is just being made by another waits for it, to share it (engine/kv_manager.py).
+A request waits while a running request is computing its next page, to share that page
+(engine/kv_manager.py).
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from jfp8kv.core.errors import CapacityError
+from jfp8kv.core.log import logger
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.kv_manager import KVCacheManager
 from jfp8kv.engine.request import Request, Status
@@ -35,32 +38,32 @@ class ScheduledPrefill:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledDecode:
-    """Generate tokens for each of `requests` in up to `steps` steps."""
+    """Generate tokens for each of `requests` in up to `steps` decode steps."""
 
     requests: list[Request]
     steps: int
 
     @property
     def seeded(self) -> bool:
-        """Whether a text among them has a seed, and so must not depend on who decodes beside it."""
+        """Whether a request has a seed, so its output must not depend on the batch."""
         return any(request.params.seed is not None for request in self.requests)
 
-    def only_running(self) -> "ScheduledDecode | None":
-        """The same without those that were preempted since it was planned."""
-        left = [r for r in self.requests if r.status is Status.RUNNING]
-        return ScheduledDecode(left, self.steps) if left else None
+    def without_preempted(self) -> "ScheduledDecode | None":
+        """Return the decode without requests that were preempted since it was planned."""
+        running = [request for request in self.requests if request.status is Status.RUNNING]
+        return ScheduledDecode(running, self.steps) if running else None
 
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerOutput:
-    """What is dispatched together, decode first; one of them may be None."""
+    """What one scheduler step dispatches: the decode first, then the prefill."""
 
     decode: ScheduledDecode | None
     prefill: ScheduledPrefill | None
 
 
 class Scheduler:
-    """Waiting and running requests, the first come first, and the pages they hold."""
+    """Waiting and running requests, oldest first, and their pages."""
 
     def __init__(
         self, kv_manager: KVCacheManager, buckets: Buckets, stats: Stats, *, max_requests: int
@@ -73,15 +76,13 @@ class Scheduler:
         self.running: list[Request] = []
 
     def add(self, request: Request) -> None:
-        """Queue `request`. The caller has checked that the empty pool could hold it."""
-        assert (
-            self.kv_manager.requirements.total_pages(request.most_tokens)
-            <= self.kv_manager.allocator.num_pages
-        )
+        """Queue `request`. The caller has checked that the empty pool has room for it."""
+        pages = self.kv_manager.requirements.total_pages(request.most_tokens)
+        assert pages <= self.kv_manager.allocator.num_pages
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
-        """Take `request` out, whatever its state, and give its pages back."""
+        """Remove `request` in any state and free its pages."""
         if request.status is Status.WAITING:
             self.waiting.remove(request)
         elif request.status is Status.RUNNING:
@@ -89,101 +90,117 @@ class Scheduler:
         request.status = Status.FINISHED
 
     def schedule(self) -> SchedulerOutput | None:
-        """The next turn, its pages taken, or None when nothing is left to do."""
+        """Return the next step with its pages allocated, or None if there are no requests.
+
+        Raises `CapacityError` if the first waiting request does not fit beside open sessions.
+        """
         self._admit()
         while self.running:
             decode = self._decode([r for r in self.running if not r.prefilling])
             prefill = self._prefill([r for r in self.running if r.prefilling])
-            decode = (
-                decode and decode.only_running()
-            )  # whoever prefills and came first may have taken pages of who came last
+            # An older request's prefill may have preempted a request of the decode.
+            decode = decode.without_preempted() if decode else None
             if decode or prefill:
                 return SchedulerOutput(decode, prefill)
         if self.waiting:
-            self._refuse(self._soon(self.waiting[0]))
+            self._refuse(self._tokens_after_decode(self.waiting[0]))
         return None
 
     def make_room(self, request: Request, stop: int) -> None:
-        """Pages for a text that is no request's, up to `stop` tokens; requests that run make room. Raises `CapacityError`."""
+        """Allocate pages up to `stop` tokens for a sequence outside the scheduler.
+
+        Preempts running requests, most recent first. Raises `CapacityError` if that does not
+        suffice.
+        """
         while not self.kv_manager.allocate(request, stop):
             if not self.running:
                 self._refuse(stop)
             self._preempt(self.running[-1])
 
     def _refuse(self, tokens: int) -> NoReturn:
-        pages, allocator = (
-            self.kv_manager.requirements.total_pages(tokens),
-            self.kv_manager.allocator,
-        )
+        allocator = self.kv_manager.allocator
         raise CapacityError(
-            f"a text of {tokens} tokens needs up to {pages} pages of cache, and {allocator.free_pages} of "
-            f"{allocator.num_pages} are free while sessions hold the rest: close some, or give a larger kv_cache_memory."
+            f"a sequence of {tokens} tokens needs up to "
+            f"{self.kv_manager.requirements.total_pages(tokens)} pages of the KV cache, and "
+            f"{allocator.free_pages} of {allocator.num_pages} are free. Open sessions own the "
+            "others: close some, or give a larger kv_cache_memory."
         )
 
     def _admit(self) -> None:
+        """Move waiting requests to the running ones, in order, while their pages fit."""
         while self.waiting and len(self.running) < self.max_requests:
             request = self.waiting[0]
-            found = self.kv_manager.match_prefix(request)
-            if found.following in self.kv_manager.pending_prefixes(
-                r for r in self.running if r.prefilling
-            ):
+            match = self.kv_manager.match_prefix(request)
+            pending = self.kv_manager.pending_prefixes(r for r in self.running if r.prefilling)
+            if match.next_key in pending:
                 return
-            self.kv_manager.adopt_prefix(request, found)
-            promised = sum(
-                self.kv_manager.pages_needed(r, self._soon(r)) for r in (*self.running, request)
+            self.kv_manager.adopt_prefix(request, match)
+            needed = sum(
+                self.kv_manager.pages_needed(r, self._tokens_after_decode(r))
+                for r in (*self.running, request)
             )
-            if promised > self.kv_manager.allocator.free_pages:
+            if needed > self.kv_manager.allocator.free_pages:
                 self.kv_manager.release(request)
                 request.cached = 0
-                return  # its turn comes when others finish; nobody overtakes it
-            self.stats.prefix_hit_tokens += found.tokens
+                return
+            if match.tokens:
+                logger.debug("prefix cache hit: %d of %d tokens", match.tokens, request.num_tokens)
+            self.stats.prefix_hit_tokens += match.tokens
             request.status = Status.RUNNING
             self.running.append(self.waiting.popleft())
 
-    def _soon(self, request: Request) -> int:
-        """Tokens of its text once it has been run so far, and decoded once."""
-        return min(
-            request.num_tokens + self.buckets.max_new_tokens(self.buckets.decode_steps),
-            request.most_tokens,
-        )
+    def _tokens_after_decode(self, request: Request) -> int:
+        """Return the length of the sequence after its prefill and one decode."""
+        new_tokens = self.buckets.max_new_tokens(self.buckets.decode_steps)
+        return min(request.num_tokens + new_tokens, request.most_tokens)
 
     def _decode(self, requests: list[Request]) -> ScheduledDecode | None:
         if not requests:
             return None
-        first = any(not r.output_ids for r in requests)  # some have yet to show their first token
-        few, seeded = (
-            first or len(requests) < len(self.running),
-            ScheduledDecode(requests, 1).seeded,
-        )
+        first_token = any(not request.output_ids for request in requests)
+        few = first_token or len(requests) < len(self.running)
+        seeded = ScheduledDecode(requests, 1).seeded
         steps = self.buckets.steps(len(requests), few=few, batch_invariant=seeded)
         steps = min(steps, max(r.max_tokens - len(r.output_ids) for r in requests))
-        if any(r.params.constraint for r in requests):
-            steps = 1  # a grammar has its say before each token
-        chosen = self._with_room(
-            requests, lambda r: min(r.cached + self.buckets.max_new_tokens(steps), r.most_tokens)
-        )
-        return ScheduledDecode(chosen, steps) if chosen else None
+        if any(request.params.constraint for request in requests):
+            steps = 1  # the token bitmask is computed before each token
+        new_tokens = self.buckets.max_new_tokens(steps)
+        running = self._allocate(requests, lambda r: min(r.cached + new_tokens, r.most_tokens))
+        return ScheduledDecode(running, steps) if running else None
 
     def _prefill(self, requests: list[Request]) -> ScheduledPrefill | None:
         if not requests:
             return None
         width = self.buckets.chunk(requests[0].uncached - 1)
         chosen = requests[: self.buckets.prefill_requests(width)]
-        chunks = {id(r): min(r.uncached - 1, width) for r in chosen}
-        chosen = self._with_room(chosen, lambda r: r.cached + chunks[id(r)])
-        return ScheduledPrefill(chosen, [chunks[id(r)] for r in chosen], width) if chosen else None
+        chunks = {id(request): min(request.uncached - 1, width) for request in chosen}
+        chosen = self._allocate(chosen, lambda request: request.cached + chunks[id(request)])
+        if not chosen:
+            return None
+        return ScheduledPrefill(chosen, [chunks[id(request)] for request in chosen], width)
 
-    def _with_room(self, requests: list[Request], stop: Callable[[Request], int]) -> list[Request]:
-        """Those of `requests` that hold pages for their next tokens, up to `stop`; whoever came last makes room."""
+    def _allocate(self, requests: list[Request], stop: Callable[[Request], int]) -> list[Request]:
+        """Allocate pages up to `stop` for each request, and preempt the most recent if needed.
+
+        Returns the requests that are still running.
+        """
         for request in requests:
             while request.status is Status.RUNNING and not self.kv_manager.allocate(
                 request, stop(request)
             ):
                 self._preempt(self.running[-1])
-        return [r for r in requests if r.status is Status.RUNNING]
+        return [request for request in requests if request.status is Status.RUNNING]
 
     def _preempt(self, request: Request) -> None:
-        """Back to the head of those that wait, without pages; those that were full may still be found when it returns."""
+        """Free the request's pages and put it at the head of the queue, to be recomputed.
+
+        Its full pages can be found in the prefix cache when it returns.
+        """
+        logger.info(
+            "preempted a request after %d tokens: no free page among %d",
+            request.num_tokens,
+            self.kv_manager.allocator.num_pages,
+        )
         self._stop(request)
         request.reset_for_recompute()
         request.status = Status.WAITING
@@ -191,8 +208,11 @@ class Scheduler:
         self.stats.preemptions += 1
 
     def _stop(self, request: Request) -> None:
-        """Off the device, its pages given back, to be found by others. What is still running there may write to
-        them yet; whoever gets them next writes after that, for the device runs in order."""
+        """Register the request's pages in the prefix cache and free them.
+
+        A step in flight may still write to them. The next owner's writes come later: the device
+        runs steps in order.
+        """
         self.running.remove(request)
         self.kv_manager.cache_prefix(request)
         self.kv_manager.release(request)

@@ -1,4 +1,4 @@
-"""What an engine counts."""
+"""Counters of one engine."""
 
 import dataclasses
 import time
@@ -7,18 +7,30 @@ from types import TracebackType
 
 @dataclasses.dataclass
 class Stats:
-    """Counters since the engine was made, and the state of its cache. `llm.stats` is a live view: read, do not write.
+    """Counters since the engine was created, and the state of its cache.
 
-    `kv_bytes_per_token` covers K and V of all layers, dynamic scales included, as a text of `max_model_len` tokens takes them:
-    layers with a sliding window keep its tokens alone, and `kv_bytes_per_token_without_windows` is what all layers would take
-    if they kept everything. `kv_tokens_capacity` is for such texts too. `kv_tokens_used` are those of running requests;
-    `kv_bytes_used` is what they and sessions hold of `kv_bytes_capacity`, shared pages once. `prefix_hit_tokens` are tokens
-    that were found in the cache and not run again; `preemptions` counts how often a request gave its pages up to be run anew.
-    `compilations` counts step programs built (a warm engine builds none).
-    `generated_tokens` are those that requests got. `prefill_s` and `decode_s` are seconds from when the device was free until
-    it was done, for the `prefill_steps` dispatches and the `decode_steps` tokens in a row of each kind. Of the `draft_tokens`
-    that prompt lookup guessed and that were run, `accepted_tokens` became output, beside the one that each step makes anyway.
-    `grammar_s` is what the host took to find out which tokens grammars allow, while the device ran the model.
+    `llm.stats` is a live view: read it, do not write to it.
+
+    Attributes:
+      kv_tokens_capacity: tokens of full-length sequences (`max_model_len`) that fit the cache.
+      kv_bytes_per_token: bytes of K and V in all layers, dynamic scales included, per token of a
+        sequence of `max_model_len` tokens. Layers with a sliding window keep only its tokens.
+      kv_bytes_per_token_without_windows: the same if all layers kept all tokens.
+      kv_tokens_used: cached tokens of running requests.
+      kv_bytes_capacity: size of the pool.
+      kv_bytes_used: pages of running requests and sessions, shared pages counted once.
+      prefix_hit_tokens: tokens found in the prefix cache instead of computed.
+      preemptions: how often a request lost its pages and was recomputed.
+      compilations: step programs compiled. A warm engine compiles none.
+      prompt_tokens: prompt tokens of all requests.
+      generated_tokens: output tokens of all requests.
+      draft_tokens: draft tokens that prompt lookup proposed and the model verified.
+      accepted_tokens: draft tokens that became output, beside the one that each step generates.
+      prefill_steps: prefill dispatches.
+      decode_steps: decode steps, each one token per request (more with accepted drafts).
+      prefill_s: seconds of device time of prefill, from when the device was free.
+      decode_s: seconds of device time of decode.
+      grammar_s: seconds the host took to compute token bitmasks, while the device ran.
     """
 
     kv_tokens_capacity: int = 0
@@ -41,15 +53,16 @@ class Stats:
     grammar_s: float = 0.0
 
     def to_dict(self) -> dict[str, int | float]:
-        """All counters by name."""
+        """Return all counters by name."""
         return dataclasses.asdict(self)
 
 
 class Stopwatch:
-    """Seconds spent inside `with watch:`; what passes while nobody drives the engine does not count."""
+    """Seconds spent inside `with watch:`. Time when no caller drives the engine does not count."""
 
     def __init__(self) -> None:
-        self._before, self._since = 0.0, 0.0
+        self._before = 0.0
+        self._since = 0.0
 
     def __enter__(self) -> None:
         self._since = time.perf_counter()
@@ -63,5 +76,5 @@ class Stopwatch:
         self._before = self.now()
 
     def now(self) -> float:
-        """Seconds so far; asked inside."""
+        """Return the seconds so far. Called inside the block."""
         return self._before + time.perf_counter() - self._since

@@ -40,7 +40,7 @@ def scheduler(
         LayerGroups.of([0, WINDOW] if windows else [0, 0]), PAGE, max_tokens_per_dispatch=BUDGET
     )
     return Scheduler(
-        KVCacheManager(PageAllocator(num_pages), requirements, reuse=reuse),
+        KVCacheManager(PageAllocator(num_pages), requirements, prefix_caching=reuse),
         buckets,
         Stats(),
         max_requests=max_requests,
@@ -160,7 +160,7 @@ def test_every_request_ends_as_if_alone_and_every_page_comes_back(
     sizes, pages, reuse, windows, cancelled
 ) -> None:
     pages += windows * 45  # the empty pool must hold any one of them
-    sched = scheduler(pages, reuse=reuse, windows=windows)
+    sched = scheduler(pages, prefix_caching=reuse, windows=windows)
     device = Device(sched)
     beginning = np.random.default_rng(1).integers(0, 9, 40).tolist()
     coming = [
@@ -311,7 +311,7 @@ def test_pages_of_a_window_are_shared_only_if_all_that_it_shows_is_there() -> No
 
 def test_a_text_whose_ropes_depend_on_its_length_shares_with_its_like_alone() -> None:
     sched = scheduler(num_pages=60)
-    device, sched.kv_manager.by_context = Device(sched), True
+    device, sched.kv_manager.hash_context = Device(sched), True
     run_all(device, request([1] * 30, 3))
     run_all(device, request([1] * 31, 3))
     assert sched.stats.prefix_hit_tokens == 0
