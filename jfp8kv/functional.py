@@ -14,7 +14,7 @@ from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint.export import LAYOUTS as EXPORT_LAYOUTS  # noqa: F401  (for the command line)
 from jfp8kv.checkpoint.export import export as export
-from jfp8kv.checkpoint.load import describe
+from jfp8kv.checkpoint.load import read_checkpoint_info
 from jfp8kv.checkpoint.load import load as load
 from jfp8kv.core.errors import ConfigError, unknown_keyword
 from jfp8kv.core.paths import looks_like_path
@@ -291,7 +291,7 @@ def inspect(
     }
     if isinstance(source_or_params, Params):
         return report(source_or_params, "Params", **cache)
-    return report(describe(source_or_params, weights=False), os.fspath(source_or_params), **cache)
+    return report(read_checkpoint_info(source_or_params, weights=False), os.fspath(source_or_params), **cache)
 
 
 def _llm(params: Params, kv_dtype: Any, kv_scales: Any, prompt_lookup: int | None = None) -> LLM:

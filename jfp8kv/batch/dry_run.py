@@ -78,9 +78,9 @@ def dry_run(config: Config) -> DryRun:
     """Look at everything a run would meet. Raises `ConfigError` or `CheckpointError` for what would keep it from starting."""
     import jax
 
-    from jfp8kv.functional import Buckets, default_bytes, describe, inspect, parse_bytes
+    from jfp8kv.functional import Buckets, default_bytes, inspect, parse_bytes, read_checkpoint_info
 
-    shapes = describe(config.model, weights=False).shapes()
+    shapes = read_checkpoint_info(config.model, weights=False).abstract_params()
     scales = "unit" if isinstance(config.kv_scales, CalibrateFirst) else config.kv_scales
     limits = {"max_model_len": config.engine.max_model_len, "page_size": config.engine.page_size}
     found = inspect(shapes, kv_dtype=kv_dtype(config), kv_scales=scales, **limits)

@@ -1,5 +1,4 @@
-"""Reading checkpoints into `Params`: Hugging Face folders and hub ids, GGUF files, tokenizers, and what `save` wrote; and
-writing them: `save` in a form of our own, `export` (in its module) as a Hugging Face folder."""
+"""Checkpoints: load Hugging Face folders, hub ids, GGUF files and saved folders; save; export."""
 
 from jfp8kv.checkpoint.load import load
 from jfp8kv.checkpoint.orbax import save

@@ -1,9 +1,9 @@
-"""Reading GGUF files: metadata, and tensors that are dequantized while they stream.
+"""Read GGUF files: metadata, and tensors that are dequantized while they are read.
 
-The header is parsed here, because the gguf library's reader takes seconds over a vocabulary of 50 thousand strings;
-the value and tensor types, block sizes and dequantization are the library's. Two conventions are turned into ours:
-dimensions are listed fastest first, and llama files keep the rows of q and k in pairs for interleaved RoPE, which are
-put back into halves. Source: the GGUF specification in the ggml repository (versions 2 and 3, little-endian).
+The header is parsed here, because the gguf library's reader takes seconds for a vocabulary of 50
+thousand strings. Value and tensor types, block sizes and dequantization come from the library. GGUF
+lists dimensions fastest first; shapes here are slowest first. Source: the GGUF specification in the
+ggml repository (versions 2 and 3, little-endian).
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _SCALARS = {
     gguf.GGUFValueType.INT64: "<q",
     gguf.GGUFValueType.FLOAT64: "<d",
 }
-_PLAIN = {
+_FLOATS = {
     gguf.GGMLQuantizationType.F32: np.dtype(np.float32),
     gguf.GGMLQuantizationType.F16: np.dtype(np.float16),
     gguf.GGMLQuantizationType.BF16: BFLOAT16,
@@ -54,8 +54,8 @@ class GGUFFile:
     config: ModelConfig
     tensors: Mapping[str, StoredTensor]
 
-    def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer inside the file; None, with a warning, when it has none that is read here."""
+    def read_tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer of the file; None, with a warning, if it is not supported."""
         return tokenizer_from_gguf(self.fields, eos_ids=self.config.eos_ids, where=self.path)
 
 
@@ -68,15 +68,18 @@ def open_gguf(path: Path) -> GGUFFile:
     """
     fields, tensors = read_header(path)
     factors = tensors.pop(_ROPE_FACTORS, None)
+    rope_factors = None if factors is None else _values(factors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config = config_from_gguf(
-        fields, tensors=shapes, rope_factors=None if factors is None else _values(factors)
-    )
+    config = config_from_gguf(fields, tensors=shapes, rope_factors=rope_factors)
     return GGUFFile(path, fields, config, tensors)
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """The metadata and the tensors of any GGUF file by name; shapes slowest dimension first. Errors as `open_gguf`."""
+    """Return the metadata and the tensors of any GGUF file by name.
+
+    Raises:
+      CheckpointError: the file is truncated, damaged or not GGUF.
+    """
     try:
         return _read_header(path)
     except OSError as error:
@@ -91,47 +94,51 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         version = header.number("<I")
         if version not in (2, 3):
             raise CheckpointError(
-                f"{path}: GGUF version {version} is not read; versions 2 and 3, little-endian, are."
+                f"{path}: GGUF version {version} is not supported: must be 2 or 3, little-endian."
             )
         tensor_count, field_count = header.number("<Q"), header.number("<Q")
         fields = {header.string(): header.value() for _ in range(field_count)}
         if (parts := _integer(path, fields, "split.count", 0)) > 1:
             raise CheckpointError(
-                f"{path}: one of {parts} parts; merge them with llama-gguf-split --merge."
+                f"{path}: one of {parts} parts: merge them with llama-gguf-split --merge."
             )
         infos = [header.tensor_info() for _ in range(tensor_count)]
         alignment = _integer(
-            path, fields, "general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT, least=1
+            path, fields, "general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT, minimum=1
         )
         data_start = -(-file.tell() // alignment) * alignment
     return fields, {name: _tensor(path, name, *info, data_start) for name, *info in infos}
 
 
-def _integer(path: Path, fields: Mapping[str, Any], key: str, default: int, least: int = 0) -> int:
+def _integer(
+    path: Path, fields: Mapping[str, Any], key: str, default: int, minimum: int = 0
+) -> int:
     value = fields.get(key, default)
-    if type(value) is not int or value < least:
+    if type(value) is not int or value < minimum:
         raise CheckpointError(
-            f"{path}: {key}={value!r}: must be an integer, {least} or more: damaged header."
+            f"{path}: {key}={value!r}: must be an integer of at least {minimum}: damaged header."
         )
     return value
 
 
 class _Header:
-    """A cursor over the header that says so when the file ends."""
+    """A cursor over the header. Raises `CheckpointError` where the file ends early."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        self._file, self._path, self._size = file, path, path.stat().st_size
+        self._file = file
+        self._path = path
+        self._size = path.stat().st_size
 
     def take(self, count: int) -> bytes:
         data = self._file.read(count) if count <= self._size else b""
         if len(data) < count:
             raise CheckpointError(
-                f"{self._path}: truncated or damaged: its header asks for bytes past the end of the file."
+                f"{self._path}: truncated or damaged: its header goes past the end of the file."
             )
         return data
 
-    def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+    def number(self, fmt: str) -> Any:
+        return struct.unpack(fmt, self.take(struct.calcsize(fmt)))[0]
 
     def string(self) -> str:
         return self.take(self.number("<Q")).decode("utf-8", errors="replace")
@@ -140,7 +147,8 @@ class _Header:
         return self._value_of(self._enum(gguf.GGUFValueType))
 
     def tensor_info(self) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]:
-        name, dims = self.string(), self.number("<I")
+        name = self.string()
+        dims = self.number("<I")
         shape = struct.unpack(f"<{dims}Q", self.take(8 * dims))[::-1]
         return name, shape, self._enum(gguf.GGMLQuantizationType), self.number("<Q")
 
@@ -149,7 +157,8 @@ class _Header:
             return self.string()
         if kind != gguf.GGUFValueType.ARRAY:
             return self.number(_SCALARS[kind])
-        item, count = self._enum(gguf.GGUFValueType), self.number("<Q")
+        item = self._enum(gguf.GGUFValueType)
+        count = self.number("<Q")
         if item in _SCALARS:
             size = struct.calcsize(_SCALARS[item])
             return list(struct.unpack(f"<{count}{_SCALARS[item][1]}", self.take(size * count)))
@@ -161,7 +170,8 @@ class _Header:
             return kind(number)
         except ValueError as error:
             raise CheckpointError(
-                f"{self._path}: unknown {kind.__name__} {number}: damaged, or newer than gguf."
+                f"{self._path}: unknown {kind.__name__} {number}: damaged, or newer than the "
+                "installed gguf library."
             ) from error
 
 
@@ -176,14 +186,17 @@ def _tensor(
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     if not shape or shape[-1] % block:
         raise CheckpointError(
-            f"{path}: {name} {kind.name} {list(shape)}: rows must be whole blocks of {block}: damaged header."
+            f"{path}: {name} {kind.name} {list(shape)}: rows must be whole blocks of {block}: "
+            "damaged header."
         )
-    start, end = data_start + offset, data_start + offset + math.prod(shape) // block * block_bytes
-    if end > path.stat().st_size:
+    start = data_start + offset
+    end = start + math.prod(shape) // block * block_bytes
+    size = path.stat().st_size
+    if end > size:
         raise CheckpointError(
-            f"{path}: truncated: {name} ends at byte {end}, the file has {path.stat().st_size}: fetch it again."
+            f"{path}: truncated: {name} ends at byte {end}, the file has {size}: fetch it again."
         )
-    dtype = _PLAIN.get(kind) or (BFLOAT16 if _dequantizes(kind) else None)
+    dtype = _FLOATS.get(kind) or (BFLOAT16 if _dequantizes(kind) else None)
     return StoredTensor(
         name, shape, kind.name, dtype, path, partial(_read, path, start, kind, shape)
     )
@@ -191,7 +204,7 @@ def _tensor(
 
 @lru_cache
 def _dequantizes(kind: gguf.GGMLQuantizationType) -> bool:
-    """Whether the gguf library can dequantize this type, asked of it with one block of zeros."""
+    """Return whether the gguf library can dequantize this type, by trying one block of zeros."""
     try:
         gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
     except NotImplementedError:
@@ -202,19 +215,19 @@ def _dequantizes(kind: gguf.GGMLQuantizationType) -> bool:
 def _read(
     path: Path, start: int, kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], out: np.ndarray
 ) -> None:
-    if _PLAIN.get(kind) == out.dtype:
-        return read_exactly(path, start, out)
+    if _FLOATS.get(kind) == out.dtype:
+        read_exactly(path, start, out)
+        return
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     row_bytes = shape[-1] // block * block_bytes
     rows = out.reshape(-1, shape[-1])
     for part in chunks(len(rows), 4 * shape[-1]):
         raw = np.empty((part.stop - part.start, row_bytes), np.uint8)
         read_exactly(path, start + part.start * row_bytes, raw)
+        is_float = kind in _FLOATS
+        values = raw.view(_FLOATS[kind]) if is_float else gguf.quants.dequantize(raw, kind)
         with np.errstate(over="ignore"):  # read_into reports values that do not fit
-            rows[part] = (
-                raw.view(_PLAIN[kind]) if kind in _PLAIN else gguf.quants.dequantize(raw, kind)
-            ).astype(out.dtype)
-    return None
+            rows[part] = values.astype(out.dtype)
 
 
 def _values(tensor: StoredTensor) -> np.ndarray:

@@ -1,9 +1,10 @@
-"""The tokenizer and chat template inside a GGUF file.
+"""Build the tokenizer of a GGUF file, with its chat template.
 
-GGUF keeps a vocabulary, merges or scores, token types, and for byte-level BPE the *name* of a pre-tokenizer, not its
-rule. The rules are listed here, as the models' own `tokenizer.json` files have them. A name that is not listed gives
-no tokenizer, with a warning: splitting text by the wrong rule would change every answer quietly. Where llama.cpp and the
-model's `tokenizer.json` differ, ids are the latter's: it normalizes Unicode for Qwen, for one.
+GGUF stores a vocabulary, merges or scores, token types, and for byte-level BPE the *name* of a
+pre-tokenizer instead of its rule. The rules are listed here as in the `tokenizer.json` files of the
+models. An unknown name gives no tokenizer and a warning, because the wrong rule would silently
+change every output. Where llama.cpp and the model's `tokenizer.json` differ, ids follow the latter:
+for example, it normalizes Unicode for Qwen.
 """
 
 import warnings
@@ -26,15 +27,16 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 def tokenizer_from_gguf(
     fields: Mapping[str, Any], *, eos_ids: Iterable[int], where: Path
 ) -> Tokenizer | None:
-    """A `Tokenizer` from GGUF metadata; None, with a warning, when the file has none that is read here."""
+    """Return the `Tokenizer` of GGUF metadata; None, with a warning, if it is not supported."""
     build = _MODELS.get(fields.get("tokenizer.ggml.model", ""))
-    fields = _with_spaces_marked(fields)
+    fields = _with_marked_spaces(fields)
     backend = build(fields) if build and "tokenizer.ggml.tokens" in fields else None
     if backend is None:
         name = " / ".join(str(fields.get(f"tokenizer.ggml.{key}")) for key in ("model", "pre"))
         warnings.warn(
-            f"{where}: its tokenizer ({name}) is not read here, so prompts must be token ids. Models: "
-            f"{', '.join(_MODELS)}; pre-tokenizers: {', '.join(_PRE_TOKENIZERS)}.",
+            f"{where}: its tokenizer ({name}) is not supported, so prompts must be token ids. "
+            f"Supported models: {', '.join(_MODELS)}; pre-tokenizers: "
+            f"{', '.join(_PRE_TOKENIZERS)}.",
             stacklevel=4,
         )
         return None
@@ -43,7 +45,7 @@ def tokenizer_from_gguf(
     bos = special.get("bos_token") if _adds_bos(fields) else None
     eos = special.get("eos_token") if fields.get("tokenizer.ggml.add_eos_token") else None
     if bos or eos:
-        _surround(backend, bos, eos)
+        _add_around_text(backend, bos, eos)
     return Tokenizer(
         backend,
         chat_template=fields.get("tokenizer.chat_template"),
@@ -52,9 +54,10 @@ def tokenizer_from_gguf(
     )
 
 
-def _with_spaces_marked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields, runs of spaces that are tokens (Gemma has them) spelled "▁" as in the model's own file, not " "."""
-    tokens, kinds = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.token_type")
+def _with_marked_spaces(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Spell tokens of only spaces (in Gemma's vocabulary) with "▁", as tokenizer.json does."""
+    tokens = fields.get("tokenizer.ggml.tokens")
+    kinds = fields.get("tokenizer.ggml.token_type")
     if fields.get("tokenizer.ggml.model") != "llama" or not tokens or not kinds:
         return fields
     marked = [
@@ -65,7 +68,10 @@ def _with_spaces_marked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _adds_bos(fields: Mapping[str, Any]) -> bool:
-    """The file's word, or llama.cpp's default: sentencepiece vocabularies and Llama 3's add BOS, the rest do not."""
+    """Return whether BOS is added: as the file says, else llama.cpp's default.
+
+    By default sentencepiece and Llama 3 vocabularies add BOS, and others do not.
+    """
     default = (
         fields["tokenizer.ggml.model"] == "llama"
         or fields.get("tokenizer.ggml.pre") in _LLAMA3_NAMES
@@ -73,8 +79,8 @@ def _adds_bos(fields: Mapping[str, Any]) -> bool:
     return bool(fields.get("tokenizer.ggml.add_bos_token", default))
 
 
-def _surround(backend: Any, bos: str | None, eos: str | None) -> None:
-    """Make a `tokenizers.Tokenizer` put these tokens around every text."""
+def _add_around_text(backend: Any, bos: str | None, eos: str | None) -> None:
+    """Make a `tokenizers.Tokenizer` add these tokens before and after every text."""
     from tokenizers.processors import TemplateProcessing
 
     tokens = [token for token in (bos, eos) if token]
@@ -95,30 +101,23 @@ def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _mark_special(backend: Any, fields: Mapping[str, Any]) -> None:
-    """Control tokens are found in text and left out of it again; user-defined ones are found and kept."""
+    """Register control and user-defined tokens. Decoding drops the control tokens."""
     from tokenizers import AddedToken
 
-    typed = list(
-        zip(
-            fields["tokenizer.ggml.tokens"],
-            fields.get("tokenizer.ggml.token_type", ()),
-            strict=False,
-        )
-    )
-    control = [
-        AddedToken(t, normalized=False, special=True)
-        for t, kind in typed
-        if kind in (_CONTROL, _UNKNOWN)
-    ]
-    kept = [
-        AddedToken(t, normalized=False, special=False) for t, kind in typed if kind == _USER_DEFINED
-    ]
+    kinds = fields.get("tokenizer.ggml.token_type", ())
+    control = []
+    user_defined = []
+    for token, kind in zip(fields["tokenizer.ggml.tokens"], kinds, strict=False):
+        if kind in (_CONTROL, _UNKNOWN):
+            control.append(AddedToken(token, normalized=False, special=True))
+        elif kind == _USER_DEFINED:
+            user_defined.append(AddedToken(token, normalized=False, special=False))
     backend.add_special_tokens(control)
-    backend.add_tokens(kept)
+    backend.add_tokens(user_defined)
 
 
 def _byte_level_bpe(fields: Mapping[str, Any]) -> Any | None:
-    """Byte-level BPE (GPT-2's kind). Llama 3 takes a whole word that is a token before it looks at merges."""
+    """Return byte-level BPE, as in GPT-2. Llama 3 ignores merges for a word that is a token."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
 
@@ -142,7 +141,7 @@ def _gpt2() -> Any:
 
 
 def _single_digits() -> Any:
-    """GPT-2's rule after every digit has been split off by itself."""
+    """Return GPT-2's rule after splitting every digit off."""
     from tokenizers import pre_tokenizers as pre
 
     return pre.Sequence([pre.Digits(individual_digits=True), _gpt2()])
@@ -160,7 +159,7 @@ def _by_regex(pattern: str) -> Callable[[], Any]:
 
 
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-_COMPOSED = ("qwen2",)  # "e" and a combining accent become one letter first
+_COMPOSED = ("qwen2",)  # names whose text is NFC-normalized
 _PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "gpt-2": _gpt2,
     "smollm": _single_digits,
@@ -172,63 +171,68 @@ _PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
 
 
 def _sentencepiece(fields: Mapping[str, Any]) -> Any | None:
-    """The sentencepiece BPE of Llama 1 and 2 and of Gemma: no merges are stored, the best-scored piece is joined first."""
+    """Return the sentencepiece BPE of Llama 1 and 2 and of Gemma.
+
+    No merges are stored: the pair whose joined piece has the best score is merged first.
+    """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
 
-    tokens, scores = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.scores")
+    tokens = fields["tokenizer.ggml.tokens"]
+    scores = fields.get("tokenizer.ggml.scores")
     if scores is None:
         return None
     vocab = {token: number for number, token in enumerate(tokens)}
     kinds = fields.get("tokenizer.ggml.token_type", ())
-    kept = dict.fromkeys(
+    user_defined = dict.fromkeys(
         token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED
     )
-    unknown = _special_tokens(fields).get("unk_token")
     model = models.BPE(
-        vocab, _merges(vocab, scores, kept), unk_token=unknown, fuse_unk=True, byte_fallback=True
+        vocab,
+        _merges(vocab, scores, user_defined),
+        unk_token=_special_tokens(fields).get("unk_token"),
+        fuse_unk=True,
+        byte_fallback=True,
     )
     backend = Backend(model)
-    prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
     space = normalizers.Replace(" ", "▁")
-    backend.normalizer = (
-        normalizers.Sequence([normalizers.Prepend("▁"), space]) if prefix else space
-    )
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    if fields.get("tokenizer.ggml.add_space_prefix", True):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space])
+        backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    else:
+        backend.normalizer = space
+        backend.decoder = decoders.Sequence(steps)
     return backend
 
 
 def _merges(
-    vocab: Mapping[str, int], scores: Sequence[float], kept: Collection[str]
+    vocab: Mapping[str, int], scores: Sequence[float], user_defined: Collection[str]
 ) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, best score of the third first, then in order of ids, as in Llama 2's own file.
+    """Return every pair of pieces that joins to a third, in the order of merging.
 
-    User-defined pieces (`kept`) go before all, the longest left part first, so that a run of spaces is one token for as long
-    as there is one. Their scores in the file mean nothing.
+    The best score of the joined piece goes first, then the order of ids, as in Llama 2's
+    tokenizer.json. User-defined pieces, whose scores have no meaning, go before all others, the
+    longest left part first, so that a run of spaces is one token as long as there is one.
     """
     first = sorted(
-        (pair for piece in kept for pair in _splits(piece, vocab)),
+        (pair for piece in user_defined for pair in _splits(piece, vocab)),
         key=lambda pair: (-len(pair[0]), -len(pair[1])),
     )
     ranked = sorted(
-        (piece for piece in vocab if piece not in kept), key=lambda piece: -scores[vocab[piece]]
+        (piece for piece in vocab if piece not in user_defined),
+        key=lambda piece: -scores[vocab[piece]],
     )
     return first + [pair for piece in ranked for pair in _splits(piece, vocab)]
 
 
 def _splits(piece: str, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    cuts = range(1, len(piece))
-    found = [
-        (left, right)
-        for cut in cuts
-        if (left := piece[:cut]) in vocab and (right := piece[cut:]) in vocab
-    ]
-    return (
-        sorted(found, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        if len(found) > 1
-        else found
-    )
+    """Return the splits of a piece into two pieces of the vocabulary, in the order of ids."""
+    pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+    known = [(left, right) for left, right in pairs if left in vocab and right in vocab]
+    if len(known) < 2:
+        return known
+    return sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
 
 
 _MODELS: dict[str, Callable[[Mapping[str, Any]], Any | None]] = {

@@ -1,52 +1,61 @@
-"""Scales of an FP8 cache as a checkpoint publishes them, in the layout of compressed-tensors that LLM Compressor writes and
-vLLM reads.
+"""Write KV-cache scales into a checkpoint: the compressed-tensors layout, and a separate file.
 
-    model.layers.<n>.self_attn.k_scale, v_scale    float32, [1] for a tensor or [kv_heads, 1, 1] for each head
-    config.json: quantization_config               says that the cache is FP8 and how its scales are given
+The layout is what LLM Compressor writes and vLLM reads:
 
-The layout has E4M3FN, one kind of scale for keys and values, and neither scales by channel nor offsets. What goes beyond that
-is kept whole in a file of our own (kv_file.py), and the layout gets the scale that holds the same values: nothing clips there.
+    model.layers.<n>.self_attn.k_scale, v_scale  float32, [1], or [kv_heads, 1, 1] for one per head
+    config.json: quantization_config             declares the FP8 cache and the granularity
+
+It is for E4M3FN, with one granularity for K and V, and has neither scales per channel nor K
+offsets. Scales that it cannot express are written in full to `kv_scales.jfp8kv` (the format of
+`KVScales.save`), and the layout gets scales that clip no value. The file's suffix keeps loaders
+that read every .safetensors file of a folder from taking it for weights. `load` prefers the file as
+long as the scale tensors match what would be exported from it. So a folder that another tool
+calibrates later is not overridden by an outdated file.
 """
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jfp8kv.cache.scales import KVScales
+from jfp8kv.cache.scales import KVScales, check_shape
+from jfp8kv.checkpoint.kv_scales import ScaleIssue, ScaleReport
+from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.core.formats import E4M3, kv_format
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.layouts import full_name, hf_modules
 
 COMPRESSED_TENSORS = "compressed-tensors"
+KV_FILE = "kv_scales.jfp8kv"
 
 
-def for_e4m3(scales: KVScales) -> KVScales:
-    """The same scales for E4M3FN, which is what the layout is for: changed so that the largest value stays the largest, where
-    they were made for another format."""
-    made_for = kv_format(scales.kv_dtype) if scales.kv_dtype else E4M3
-    if made_for is E4M3:
+def to_e4m3fn(scales: KVScales) -> KVScales:
+    """Convert scales to E4M3FN, by the ratio of the largest values of the formats."""
+    fmt = kv_format(scales.kv_dtype) if scales.kv_dtype else E4M3
+    if fmt is E4M3:
         return scales
-    ratio = np.float32(made_for.largest / E4M3.largest)
+    ratio = np.float32(fmt.largest / E4M3.largest)
     return KVScales(scales.k * ratio, scales.v * ratio, scales.k_offset, E4M3.name)
 
 
-def published(scales: KVScales) -> KVScales:
-    """What the layout can say of scales for E4M3FN: one for each layer or each head, of keys and values alike.
+def to_public_layout(scales: KVScales) -> KVScales:
+    """Reduce E4M3FN scales to what the layout can express: one granularity, per layer or per head.
 
-    Of several channels it is the largest; keys stored less an offset `o` need `scale + |o| / 448` without it.
+    The largest scale of a head's channels is used. Keys that are stored less an offset `o` need
+    `scale + |o| / 448` without it.
     """
-    k = (
-        scales.k
-        if scales.k_offset is None
-        else scales.k + np.abs(scales.k_offset) / np.float32(E4M3.largest)
-    )
-    k, v = (value.max(axis=2, keepdims=True) for value in (k, scales.v))
+    k = scales.k
+    if scales.k_offset is not None:
+        k = k + np.abs(scales.k_offset) / np.float32(E4M3.largest)
+    k = k.max(axis=2, keepdims=True)
+    v = scales.v.max(axis=2, keepdims=True)
     shape = np.broadcast_shapes(k.shape, v.shape)
     return KVScales(np.broadcast_to(k, shape), np.broadcast_to(v, shape), kv_dtype=E4M3.name)
 
 
-def same_numbers(a: KVScales, b: KVScales) -> bool:
-    """Whether a cache does the same under both, whatever shapes they are kept in."""
+def equal_values(a: KVScales, b: KVScales) -> bool:
+    """Return whether two scales have the same effect, in whatever shapes they are stored."""
 
     def equal(x: np.ndarray | None, y: np.ndarray | None) -> bool:
         return x is y or (x is not None and y is not None and bool(np.all(x == y)))
@@ -54,26 +63,30 @@ def same_numbers(a: KVScales, b: KVScales) -> bool:
     return equal(a.k, b.k) and equal(a.v, b.v) and equal(a.k_offset, b.k_offset)
 
 
-def same_arrays(a: KVScales, b: KVScales) -> bool:
-    """The same, and the shapes too."""
-    shapes = [{name: array.shape for name, array in each.arrays.items()} for each in (a, b)]
-    return shapes[0] == shapes[1] and same_numbers(a, b)
+def identical(a: KVScales, b: KVScales) -> bool:
+    """Return whether two scales have equal values and equal shapes."""
+    a_shapes = {name: array.shape for name, array in a.arrays.items()}
+    b_shapes = {name: array.shape for name, array in b.arrays.items()}
+    return a_shapes == b_shapes and equal_values(a, b)
 
 
 def scale_tensors(config: ModelConfig, scales: KVScales) -> dict[str, np.ndarray]:
-    """The tensors of what `published` gives, by name."""
+    """Return the tensors of the layout by name, for scales from `to_public_layout`."""
     attention = hf_modules(config, ())["layers.o"].path.rpartition(".")[0]
     tensors = {}
     for layer in range(config.layers):
         for part, values in (("k", scales.k), ("v", scales.v)):
-            one = values[layer]
+            value = values[layer]
             name = full_name(config, f"{attention.format(layer=layer)}.{part}_scale")
-            tensors[name] = one.reshape(-1, 1, 1) if len(one) > 1 else one.reshape(1)
+            tensors[name] = value.reshape(-1, 1, 1) if len(value) > 1 else value.reshape(1)
     return tensors
 
 
 def quantization_config(scales: KVScales) -> dict[str, Any]:
-    """The entry of config.json, every field of the schema spelled out. How the scales were found, `observer`, is not known."""
+    """Return the `quantization_config` of config.json, with every field of the schema.
+
+    `observer` is null: how the scales were calibrated is not known.
+    """
     scheme = {
         "num_bits": 8,
         "type": "float",
@@ -97,3 +110,39 @@ def quantization_config(scales: KVScales) -> dict[str, Any]:
         "kv_cache_scheme": scheme,
         "quantization_status": "frozen",
     }
+
+
+def prefer_kv_file(report: ScaleReport, folder: Path, config: ModelConfig) -> ScaleReport:
+    """Return the report on `kv_scales.jfp8kv` if the folder has it, else `report` unchanged.
+
+    A file that is unreadable, or that does not match the scale tensors, is an issue of the report,
+    and the scale tensors are used.
+    """
+    path = folder / KV_FILE
+    if not path.is_file():
+        return report
+    scales, error = _read_kv_file(path, report, config)
+    if scales is None:
+        used = report.scales is not None
+        fallback = "the scales in the weights are used" if used else "it is ignored"
+        issue = ScaleIssue(None, KV_FILE, error, fallback)
+        return dataclasses.replace(report, issues=(*report.issues, issue))
+    layers = ScaleReport.from_kv_scales(scales, source=KV_FILE).layers
+    return dataclasses.replace(report, layers=layers, file=KV_FILE, scales=scales)
+
+
+def _read_kv_file(
+    path: Path, report: ScaleReport, config: ModelConfig
+) -> tuple[KVScales | None, str]:
+    """Return the scales, or None and the reason why they cannot be used."""
+    try:
+        scales = KVScales.load(path)
+        check_shape(
+            scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim
+        )
+    except (ConfigError, CheckpointError) as error:
+        return None, f"cannot be used: {error}".removesuffix(".")
+    exported = to_public_layout(to_e4m3fn(scales))
+    if report.scales is not None and not equal_values(exported, report.scales):
+        return None, "does not match the scales in the weights: they are from another calibration"
+    return scales, ""

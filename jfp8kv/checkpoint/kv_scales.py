@@ -1,452 +1,356 @@
-"""The KV-cache scales that come with a checkpoint: read, checked layer by layer, and reported.
+"""Check the KV-cache scales of a checkpoint layer by layer, and report on them.
 
-FP8 caches fail in practice through scales: of a name that nobody matched, zero, for a layer that is not there, made for
-another format. So nothing found is dropped unsaid. `find_scales` never raises for a bad scale: it gives a report,
-`FoundScales`, whose `say` raises or warns. Scales are float32 and belong to E4M3FN (largest 448), whatever they were made
-for; `real = stored * scale`. Why each choice is as it is: docs/notes/008.
+FP8 caches fail in practice through their scales: a name that no loader matched, a zero, a scale for
+a layer that the model lacks, a scale for another format. So every scale that is found is used or
+reported. `check_scales` never raises for an invalid scale: it returns a `ScaleReport`, whose
+`raise_or_warn` applies strict or lenient loading. Scales are float32 and for E4M3FN (largest 448)
+after conversion; `real = stored * scale`. The choices and their reasons: docs/notes/008.
 """
 
 import dataclasses
 import functools
-import math
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jfp8kv.cache.scales import KVScales
-from jfp8kv.checkpoint.kv_names import of_layer, scale_name
-from jfp8kv.checkpoint.kv_sidecar import SIDECAR, Sidecar
-from jfp8kv.checkpoint.safetensors import DTYPES
+from jfp8kv.checkpoint.kv_scale_tensors import (
+    GRANULARITIES,
+    SIDECAR,
+    TO_E4M3FN,
+    Sidecar,
+    StoredScale,
+    parse_scale_name,
+    read_scale_tensor,
+    rename_layer,
+)
 from jfp8kv.checkpoint.tensors import StoredTensor
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.quantization import is_static_kv, scales_made_for
 
-# What a scale is multiplied by to mean the same in E4M3FN. A code of E4M3FNUZ is half of what it is in E4M3FN, so tools double
-# the scales for it; those for E5M2 reach 57344 where E4M3FN's reach 448.
-FACTORS = {"fp8_e4m3": 1.0, "fp8_e4m3fnuz": 0.5, "fp8_e5m2": 57344 / 448}
-_CONVERTED = {
-    "fp8_e4m3fnuz": "halved, as a code of that format (largest 240) means half of what it does in E4M3FN",
-    "fp8_e5m2": "multiplied by 128, the ratio of the largest values of E5M2 and E4M3FN (57344 / 448)",
+IGNORED = "it is ignored"
+_UNIT_SCALE = "scale 1 is used instead"
+_UNUSED = "it would not be used anyway"
+_SHOWN = 8  # issues that an error lists; a warning lists all
+_CONVERSIONS = {
+    "fp8_e4m3fnuz": (
+        "halved, because a code of that format (largest 240) is half the value of the same code "
+        "in E4M3FN"
+    ),
+    "fp8_e5m2": (
+        "multiplied by 128, the ratio of the largest values of E5M2 and E4M3FN (57344 / 448)"
+    ),
 }
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0")
-# Outside of these, one over a scale, or a scale times the largest code, leaves float32's normal numbers.
-_SMALLEST, _LARGEST = 2.0**-110, 2.0**110
-_FALLBACK = "scale 1 is used there"
-LEFT_OUT = "it is left out"
-_NOT_USED = "it would not be used anyway"
-_SHOWN = 8  # problems that an error lists; a warning lists all
 
-
-GRANULARITIES = ("tensor", "head", "channel")  # by the number of axes of one layer's scale
 Place = tuple[int, str]  # a layer, and "k" or "v"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class ReadScale:
-    """One scale as it was read.
-
-    Attributes:
-      part: "k", "v", "kv" (for both), "q" or "prob".
-      value: float32, `[]` or `[heads]`, converted to E4M3FN; None if it cannot be used.
-      source: the tensor's full name, or the file and layer.
-      stored: the dtype in the file.
-      made_for: the format it was made for.
-      problem: why it cannot be used, as the end of a sentence that begins with `source`; None when it can.
-    """
-
-    layer: int
-    part: str
-    value: np.ndarray | None
-    source: str
-    stored: str
-    made_for: str = "fp8_e4m3"
-    problem: str | None = None
-
-    @property
-    def granularity(self) -> str:
-        """ "tensor" for one scale a layer, "head", or "channel" (of our own files alone)."""
-        return GRANULARITIES[0 if self.value is None else self.value.ndim]
-
-
-class Problem(NamedTuple):
-    """Something that strict loading refuses. `layer` is None for what belongs to none."""
+class ScaleIssue(NamedTuple):
+    """Something that strict loading refuses. `layer` is None if it belongs to no single layer."""
 
     layer: int | None
     source: str
-    what: str
+    message: str
     fallback: str
 
     def __str__(self) -> str:
-        return (
-            "" if self.layer is None else f"layer {self.layer}: "
-        ) + f"{self.source} {self.what}"
+        layer = "" if self.layer is None else f"layer {self.layer}: "
+        return f"{layer}{self.source} {self.message}"
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerFound:
-    """What one layer of the model got.
+class LayerScales:
+    """The scales of one layer of the model.
 
     Attributes:
-      k, v: float32, `[]` or `[kv_heads]` (or `[kv_heads, head_dim]`, of our own files alone); 1 stands in for what is no good.
-      read: the scales that are there for it, good or not.
-      used: those behind `k` and `v`.
-      problems: what is wrong with them.
-      k_offset: what is subtracted from keys, of the same shapes (of our own files alone).
+      k, v: float32, `[]` or `[kv_heads]` (or `[kv_heads, head_dim]`, only from files written by
+        this library); 1 in place of a missing or invalid scale.
+      stored: the scales that the checkpoint has for the layer, valid or not.
+      used: the scales that `k` and `v` come from.
+      issues: what strict loading refuses.
+      k_offset: what is subtracted from keys, of the same shapes (only from files written by this
+        library).
     """
 
     layer: int
     k: np.ndarray
     v: np.ndarray
-    read: tuple[ReadScale, ...]
-    used: tuple[ReadScale, ...]
-    problems: tuple[Problem, ...] = ()
+    stored: tuple[StoredScale, ...]
+    used: tuple[StoredScale, ...]
+    issues: tuple[ScaleIssue, ...] = ()
     k_offset: np.ndarray | None = None
 
     @property
     def granularity(self) -> str | None:
-        """The finest of the scales used, None if none is."""
-        return max(
-            (scale.granularity for scale in self.used), key=GRANULARITIES.index, default=None
-        )
+        """The finest granularity of the scales used, None if none is used."""
+        found = (scale.granularity for scale in self.used)
+        return max(found, key=GRANULARITIES.index, default=None)
 
     @property
-    def made_for(self) -> tuple[str, ...]:
-        """The formats that the scales used were converted from."""
-        return tuple(sorted({scale.made_for for scale in self.used} - {"fp8_e4m3"}))
+    def converted_from(self) -> tuple[str, ...]:
+        """The formats other than E4M3FN that the scales used were stored for."""
+        return tuple(sorted({scale.fp8_format for scale in self.used} - {"fp8_e4m3"}))
 
 
 @dataclasses.dataclass(frozen=True)
-class FoundScales:
-    """A checkpoint's KV scales.
+class ScaleReport:
+    """The KV scales of a checkpoint, and what is wrong with them.
 
     Attributes:
-      layers: one entry for each layer of the model, or none if no K or V scale was found.
-      others: scales of queries and probabilities: reported, not used, since attention itself is not quantized here.
-      problems: what strict loading refuses.
-      notes: what there is to say beside.
-      declares: the `kv_dtype` that the side-car declares, else None.
-      file: the file beside the weights that scales come from, if there is one.
-      scales: what an FP8 cache uses, None if nothing was found or what was found is for another kind of cache.
+      layers: one entry per layer of the model; empty if the checkpoint has no K or V scale.
+      other_scales: scales of queries and probabilities. They are not used, because attention itself
+        is not quantized here.
+      issues: what strict loading refuses.
+      notes: warnings that are not errors, each a sentence.
+      declared_kv_dtype: the `kv_dtype` that the side-car declares, else None.
+      file: the file beside the weights that the scales come from, if any.
+      scales: the scales that an FP8 cache uses; None without any, or if they are for another kind
+        of cache.
     """
 
-    layers: tuple[LayerFound, ...] = ()
-    others: tuple[ReadScale, ...] = ()
-    problems: tuple[Problem, ...] = ()
+    layers: tuple[LayerScales, ...] = ()
+    other_scales: tuple[StoredScale, ...] = ()
+    issues: tuple[ScaleIssue, ...] = ()
     notes: tuple[str, ...] = ()
-    declares: str | None = None
+    declared_kv_dtype: str | None = None
     file: str | None = None
     scales: KVScales | None = None
 
     @classmethod
-    def of(cls, scales: KVScales, *, source: str) -> "FoundScales":
-        """The report on scales from a file of ours, `source`: sound, or there would be no `KVScales`."""
+    def from_kv_scales(
+        cls, scales: KVScales, *, source: str, file: str | None = None
+    ) -> "ScaleReport":
+        """Return the report on a `KVScales`, which is valid by construction."""
         layers = []
         for layer in range(len(scales.k)):
-            own = {name: _trimmed(value[layer]) for name, value in scales.arrays.items()}
-            used = tuple(ReadScale(layer, part, own[part], source, "F32") for part in "kv")
+            values = {name: _squeezed(value[layer]) for name, value in scales.arrays.items()}
+            used = tuple(StoredScale(layer, part, values[part], source, "F32") for part in "kv")
+            k_offset = values.get("k_offset")
             layers.append(
-                LayerFound(layer, own["k"], own["v"], used, used, k_offset=own.get("k_offset"))
+                LayerScales(layer, values["k"], values["v"], used, used, k_offset=k_offset)
             )
-        return cls(layers=tuple(layers), scales=scales)
+        return cls(layers=tuple(layers), file=file, scales=scales)
 
-    def say(self, where: Path, *, strict: bool, stacklevel: int = 2) -> None:
-        """Warn of `notes`; of problems too, or raise a `CheckpointError`, if strict. Layers and tensors are named."""
-        if strict and self.problems:
-            shown = "; ".join(map(str, self.problems[:_SHOWN]))
-            more = (
-                f"; and {len(self.problems) - _SHOWN} more" if len(self.problems) > _SHOWN else ""
-            )
+    def raise_or_warn(self, where: Path, *, strict: bool, stacklevel: int = 2) -> None:
+        """Raise a `CheckpointError` for the issues if strict, else warn about them.
+
+        `notes` are always warnings. Messages name layers and tensors.
+        """
+        if strict and self.issues:
+            shown = "; ".join(map(str, self.issues[:_SHOWN]))
+            more = len(self.issues) - _SHOWN
+            rest = f"; and {more} more" if more > 0 else ""
             raise CheckpointError(
-                f"{where}: its KV-cache scales cannot be used as they are. At fault: {shown}{more}. `jfp8kv inspect` shows "
-                "all layers. Fix them; or have scale 1 stand in for what is missing or broken, and what belongs nowhere left "
-                "out: load with strict=False, or give --lenient on the command line."
+                f"{where}: invalid KV-cache scales: {shown}{rest}. `jfp8kv inspect` shows all "
+                "layers. Fix the scales, or load with strict=False (--lenient on the command "
+                "line), which uses scale 1 for missing and invalid scales and ignores scales "
+                "that belong to no layer."
             )
-        if self.problems:
-            told = "; ".join(f"{problem}: {problem.fallback}" for problem in self.problems)
-            warnings.warn(f"{where}: KV-cache scales: {told}.", stacklevel=stacklevel)
+        if self.issues:
+            listed = "; ".join(f"{issue}: {issue.fallback}" for issue in self.issues)
+            warnings.warn(f"{where}: KV-cache scales: {listed}.", stacklevel=stacklevel)
         for note in self.notes:
             warnings.warn(f"{where}: {note}", stacklevel=stacklevel)
 
 
-def find_scales(
+def check_scales(
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],
     *,
     quantization: Mapping[str, Any] | None = None,
     sidecar: Sidecar | None = None,
     model_types: Collection[str | None] = (),
-) -> FoundScales:
-    """Read and judge the scales of a checkpoint. Only a few bytes are read: weights are not touched.
+) -> ScaleReport:
+    """Read and check the scales of a checkpoint. Weights are not read.
 
     Args:
-      config: the model's.
-      tensors: every tensor that `kv_names.is_kv_scale` knows, by its full name.
-      quantization: config.json's `quantization_config`.
-      sidecar: what `kv_cache_scales.json` says, if there is one.
-      model_types: config.json's, one of which the side-car must be made for; none accept any.
+      config: the model's config.
+      tensors: the scale tensors (`is_kv_scale`), by full name.
+      quantization: `quantization_config` of config.json.
+      sidecar: the content of `kv_cache_scales.json`, if there is one.
+      model_types: the `model_type`s of config.json. The side-car must be for one of them; an empty
+        collection accepts any.
 
     Raises:
-      CheckpointError: a tensor whose bytes are not there; a malformed config.
+      CheckpointError: a truncated tensor, or a malformed config.
     """
-    made_for = scales_made_for(quantization)
-    if made_for not in FACTORS and tensors:
-        note = f"{len(tensors)} KV-cache scale tensors (such as {next(iter(tensors))}) are left out: they are made for {made_for}."
-        return FoundScales(notes=(note,))
-    read, problems = _read_tensors(config, tensors, made_for) if tensors else ([], [])
+    fp8_format = scales_made_for(quantization)
+    if fp8_format not in TO_E4M3FN and tensors:
+        note = (
+            f"{len(tensors)} KV-cache scale tensors (such as {next(iter(tensors))}) are ignored: "
+            f"they are for {fp8_format}."
+        )
+        return ScaleReport(notes=(note,))
+    stored, issues = _read_tensors(config, tensors, fp8_format)
     if sidecar is not None:
-        read += _read_sidecar(sidecar)
-        if sidecar.model_type and any(model_types) and sidecar.model_type not in model_types:
-            theirs = " or ".join(repr(each) for each in model_types if each)
-            what = f"is made for model_type {sidecar.model_type!r}, and this model is {theirs}"
-            problems.append(Problem(None, SIDECAR, what, "it is used all the same"))
-    others = tuple(scale for scale in read if scale.part in ("q", "prob"))
-    problems += [
-        Problem(scale.layer, scale.source, scale.problem, _NOT_USED)
+        stored += sidecar.scales()
+        issues += _model_type_issues(sidecar, model_types)
+    others = tuple(scale for scale in stored if scale.part in ("q", "prob"))
+    issues += [
+        ScaleIssue(scale.layer, scale.source, scale.error, _UNUSED)
         for scale in others
-        if scale.problem is not None
+        if scale.error is not None
     ]
-    problems += [_no_such_layer(scale, config) for scale in read if scale.layer >= config.layers]
-    by_place = _by_place(read, config)
-    found = tuple(_judge(layer, by_place) for layer in range(config.layers)) if by_place else ()
-    return FoundScales(
-        layers=found,
-        others=others,
-        problems=(*problems, *(problem for layer in found for problem in layer.problems)),
-        notes=tuple(_notes(config, found, quantization, sidecar)),
-        declares=sidecar.kv_dtype if sidecar else None,
+    issues += [_unknown_layer(scale, config) for scale in stored if scale.layer >= config.layers]
+    by_place = _by_place(stored, config)
+    layers: tuple[LayerScales, ...] = ()
+    if by_place:
+        layers = tuple(_layer_scales(layer, by_place) for layer in range(config.layers))
+    return ScaleReport(
+        layers=layers,
+        other_scales=others,
+        issues=(*issues, *(issue for layer in layers for issue in layer.issues)),
+        notes=tuple(_notes(config, layers, quantization, sidecar)),
+        declared_kv_dtype=sidecar.kv_dtype if sidecar else None,
         file=SIDECAR if sidecar else None,
-        scales=_stacked(found) if found else None,
+        scales=_stacked(layers) if layers else None,
     )
-
-
-# Reading
 
 
 def _read_tensors(
-    config: ModelConfig, tensors: Mapping[str, StoredTensor], made_for: str
-) -> tuple[list[ReadScale], list[Problem]]:
-    read, problems = [], []
+    config: ModelConfig, tensors: Mapping[str, StoredTensor], fp8_format: str
+) -> tuple[list[StoredScale], list[ScaleIssue]]:
+    """Return the scales in the order of their layers, and an issue per unknown name."""
+    scales = []
+    issues = []
     for tensor in tensors.values():
-        name = scale_name(tensor.name)
+        name = parse_scale_name(tensor.name)
         if name is None:
-            what = "looks like a KV-cache scale, but of no published layout: its use is not known"
-            problems.append(Problem(None, tensor.name, what, LEFT_OUT))
-        elif name.is_zero_point:
-            if np.any(_values(tensor)):
-                # It stands for the scale beside it, which is no good without it.
-                what = "is not zero: a cache that is not symmetric is not supported"
-                read.append(
-                    ReadScale(
-                        name.layer, name.part, None, tensor.name, tensor.stored, made_for, what
-                    )
-                )
-        else:
-            heads = {"q": config.q_heads, "prob": 1}.get(name.part, config.kv_heads)
-            value, problem = _checked(tensor, heads, FACTORS[made_for])
-            read.append(
-                ReadScale(
-                    name.layer, name.part, value, tensor.name, tensor.stored, made_for, problem
-                )
-            )
-    return sorted(read, key=lambda scale: scale.layer), problems
+            message = "looks like a KV-cache scale, but its name follows no known convention"
+            issues.append(ScaleIssue(None, tensor.name, message, IGNORED))
+        elif scale := read_scale_tensor(tensor, name, config, fp8_format):
+            scales.append(scale)
+    return sorted(scales, key=lambda scale: scale.layer), issues
 
 
-def _checked(
-    tensor: StoredTensor, heads: int, factor: float
-) -> tuple[np.ndarray | None, str | None]:
-    """The scale, `[]` or `[heads]`, or what is wrong with it."""
-    if tensor.stored not in _FLOATS:
-        return None, f"is stored as {tensor.stored}: must be one of {', '.join(_FLOATS)}"
-    sizes = [size for size in tensor.shape if size != 1]
-    if sizes not in ([], [heads]):
-        per_head = (
-            f", or [{heads}] or [{heads}, 1, 1], one for each of its heads" if heads > 1 else ""
-        )
-        return (
-            None,
-            f"has shape {list(tensor.shape)}: must be [] or [1], one for the layer{per_head}",
-        )
-    value = _values(tensor).reshape(sizes)
-    return (
-        (None, problem)
-        if (problem := _broken(value))
-        else (np.asarray(value * np.float32(factor)), None)
-    )
+def _model_type_issues(sidecar: Sidecar, model_types: Collection[str | None]) -> list[ScaleIssue]:
+    known = [each for each in model_types if each]
+    if not sidecar.model_type or not known or sidecar.model_type in known:
+        return []
+    expected = " or ".join(map(repr, known))
+    message = f"is for model_type {sidecar.model_type!r}, and this model is {expected}"
+    return [ScaleIssue(None, SIDECAR, message, "it is used anyway")]
 
 
-def _values(tensor: StoredTensor) -> np.ndarray:
-    values = np.full(tensor.shape, np.nan, np.float32)
-    if tensor.stored in DTYPES:
-        tensor.read(values)
-    return values
+def _unknown_layer(scale: StoredScale, config: ModelConfig) -> ScaleIssue:
+    message = f"belongs to no layer: the model has {config.layers}, 0 to {config.layers - 1}"
+    return ScaleIssue(scale.layer, scale.source, message, IGNORED)
 
 
-def _broken(value: np.ndarray) -> str | None:
-    bad = ~((value >= _SMALLEST) & (value <= _LARGEST))  # NaN is neither
-    if not bad.any():
-        return None
-    at = np.unravel_index(int(np.argmax(bad)), value.shape)
-    number, head = float(value[at]), f" for head {int(at[0])}" if value.ndim else ""
-    if math.isfinite(number) and number > 0:
-        return f"is {number:g}{head}: a scale must lie between {_SMALLEST:.2g} and {_LARGEST:.2g}"
-    return f"is {number:g}{head}: a scale must be positive and finite"
-
-
-def _read_sidecar(sidecar: Sidecar) -> list[ReadScale]:
-    """One scale a layer: the largest of its ranks'."""
-    read = []
-    for layer, ranks in sidecar.layers.items():
-        problem = next(
-            (told for rank, scale in enumerate(ranks) if (told := _broken_rank(rank, scale))), None
-        )
-        value = None
-        if problem is None:
-            value = np.array(
-                max(scale for scale in ranks if scale is not None) * FACTORS[sidecar.made_for],
-                np.float32,
-            )
-        read.append(
-            ReadScale(
-                layer, "kv", value, f"{SIDECAR}: layer {layer}", "JSON", sidecar.made_for, problem
-            )
-        )
-    return read
-
-
-def _broken_rank(rank: int, scale: float | None) -> str | None:
-    return f"has no scale for rank {rank}" if scale is None else _broken(np.array(scale))
-
-
-# Judging
-
-
-def _by_place(read: Iterable[ReadScale], config: ModelConfig) -> dict[Place, list[ReadScale]]:
-    """The scales for K and for V of each layer that the model has, in the order of the layers."""
+def _by_place(stored: Iterable[StoredScale], config: ModelConfig) -> dict[Place, list[StoredScale]]:
+    """Group the scales for K and for V by the layers of the model."""
     by_place = defaultdict(list)
-    for scale in read:
+    for scale in stored:
         if scale.layer < config.layers and scale.part in ("k", "v", "kv"):
             for part in scale.part:
                 by_place[scale.layer, part].append(scale)
     return dict(by_place)
 
 
-def _judge(layer: int, by_place: Mapping[Place, list[ReadScale]]) -> LayerFound:
-    """What this layer uses, and what is wrong with its scales."""
-    values, read, used, problems = {}, [], [], []
-    for part in "kv":
-        values[part], behind, wrong = _choose(layer, part, by_place)
-        read += by_place.get((layer, part), [])
-        used += behind
-        problems += wrong
-    once = [
-        tuple(dict.fromkeys(each)) for each in (read, used, problems)
-    ]  # one scale for both is read, and wrong, once
-    return LayerFound(layer, values["k"], values["v"], *once)
+def _layer_scales(layer: int, by_place: Mapping[Place, list[StoredScale]]) -> LayerScales:
+    """Return the scales that a layer uses, and what is wrong with them."""
+    k, k_used, k_issues = _choose(layer, "k", by_place)
+    v, v_used, v_issues = _choose(layer, "v", by_place)
+    stored = [*by_place.get((layer, "k"), []), *by_place.get((layer, "v"), [])]
+    # A scale for both K and V is listed once.
+    return LayerScales(
+        layer,
+        k,
+        v,
+        stored=tuple(dict.fromkeys(stored)),
+        used=tuple(dict.fromkeys([*k_used, *v_used])),
+        issues=tuple(dict.fromkeys([*k_issues, *v_issues])),
+    )
 
 
 def _choose(
-    layer: int, part: str, by_place: Mapping[Place, list[ReadScale]]
-) -> tuple[np.ndarray, list[ReadScale], list[Problem]]:
-    """The value for K or V of a layer, the scales it comes from, and why it is not simply what the file says."""
-    there = by_place.get((layer, part), [])
-    broken = [
-        Problem(layer, scale.source, scale.problem, _FALLBACK)
-        for scale in there
-        if scale.problem is not None
+    layer: int, part: str, by_place: Mapping[Place, list[StoredScale]]
+) -> tuple[np.ndarray, list[StoredScale], list[ScaleIssue]]:
+    """Return the scale of K or V in a layer, the stored scales it comes from, and the issues."""
+    stored = by_place.get((layer, part), [])
+    issues = [
+        ScaleIssue(layer, scale.source, scale.error, _UNIT_SCALE)
+        for scale in stored
+        if scale.error is not None
     ]
-    if not there:
-        broken = [_missing(layer, part, by_place)]
-    if broken:
-        return np.ones((), np.float32), [], broken
-    values = [scale.value for scale in there if scale.value is not None]
+    if not stored:
+        issues = [_missing(layer, part, by_place)]
+    if issues:
+        return np.ones((), np.float32), [], issues
+    values = [scale.value for scale in stored if scale.value is not None]
     if all(np.array_equal(value, values[0]) for value in values):
-        return values[0], there, []
-    others = " and ".join(scale.source for scale in there[1:])
-    what = f"and {others} differ, and only one of them can be the scale of {part.upper()}"
-    return (
-        functools.reduce(np.maximum, values),
-        there,
-        [Problem(layer, there[0].source, what, "the larger is used")],
-    )
+        return values[0], stored, []
+    others = " and ".join(scale.source for scale in stored[1:])
+    message = f"and {others} differ, and only one of them can be the scale of {part.upper()}"
+    issue = ScaleIssue(layer, stored[0].source, message, "the larger is used")
+    return functools.reduce(np.maximum, values), stored, [issue]
 
 
-def _missing(layer: int, part: str, by_place: Mapping[Place, list[ReadScale]]) -> Problem:
-    """Named after the same part's scale in another layer, or where none has it, after the half of the pair that is there."""
-    named = {
-        place: [s.source for s in there if not s.source.endswith("zero_point")]
-        for place, there in by_place.items()
-    }
-    half = (named.get((layer, "v" if part == "k" else "k")) or [""])[0]
-    alike = next(
-        (sources[0] for (_, other), sources in named.items() if other == part and sources), None
-    )
-    if alike is None:
-        anyone = half or next(
-            (sources[0] for sources in named.values() if sources), f"{part}_scale"
-        )
-        return Problem(
-            layer,
-            of_layer(anyone, layer),
-            f"has no {part.upper()} scale beside it: half a pair",
-            _FALLBACK,
-        )
-    return Problem(
-        layer,
-        of_layer(alike, layer),
-        f"is missing{half and f' beside {half}: half a pair'}",
-        _FALLBACK,
-    )
+def _missing(layer: int, part: str, by_place: Mapping[Place, list[StoredScale]]) -> ScaleIssue:
+    """Return the issue for a missing scale, with the name it would have.
+
+    The name follows the same part's scale in another layer, or, if no layer has one, the other half
+    of the pair.
+    """
+    names = {place: _scale_names(stored) for place, stored in by_place.items()}
+    pair = (names.get((layer, "v" if part == "k" else "k")) or [""])[0]
+    same_part = next((found[0] for (_, p), found in names.items() if p == part and found), None)
+    if same_part is not None:
+        beside = f" beside {pair}: half a pair" if pair else ""
+        source = rename_layer(same_part, layer)
+        return ScaleIssue(layer, source, f"is missing{beside}", _UNIT_SCALE)
+    any_name = pair or next((found[0] for found in names.values() if found), f"{part}_scale")
+    message = f"has no {part.upper()} scale beside it: half a pair"
+    return ScaleIssue(layer, rename_layer(any_name, layer), message, _UNIT_SCALE)
 
 
-def _no_such_layer(scale: ReadScale, config: ModelConfig) -> Problem:
-    what = f"belongs to no layer: the model has {config.layers}, from 0 to {config.layers - 1}"
-    return Problem(scale.layer, scale.source, what, LEFT_OUT)
+def _scale_names(stored: Iterable[StoredScale]) -> list[str]:
+    return [scale.source for scale in stored if not scale.source.endswith("zero_point")]
 
 
-def _stacked(found: Iterable[LayerFound]) -> KVScales:
+def _stacked(layers: Sequence[LayerScales]) -> KVScales:
     def stack(values: list[np.ndarray]) -> np.ndarray:
         heads = max(value.size for value in values)
         return np.stack([np.broadcast_to(value, heads) for value in values])[..., None]
 
-    return KVScales(
-        stack([layer.k for layer in found]),
-        stack([layer.v for layer in found]),
-        kv_dtype="fp8_e4m3",
-    )
+    k = stack([layer.k for layer in layers])
+    v = stack([layer.v for layer in layers])
+    return KVScales(k, v, kv_dtype="fp8_e4m3")
 
 
-def _trimmed(value: np.ndarray) -> np.ndarray:
-    """`[kv_heads or 1, head_dim or 1]` without the trailing axes that one scale spans."""
+def _squeezed(value: np.ndarray) -> np.ndarray:
+    """Remove the trailing axes of size 1 of a `[kv_heads or 1, head_dim or 1]` array."""
     while value.ndim and value.shape[-1] == 1:
         value = value[..., 0]
     return value
 
 
-# Telling
-
-
 def _notes(
-    config: ModelConfig, found: tuple[LayerFound, ...], quantization: Any, sidecar: Sidecar | None
+    config: ModelConfig,
+    layers: tuple[LayerScales, ...],
+    quantization: Mapping[str, Any] | None,
+    sidecar: Sidecar | None,
 ) -> Iterator[str]:
-    for made_for in sorted({made_for for layer in found for made_for in layer.made_for}):
-        yield f"its KV-cache scales are made for {made_for}: {_CONVERTED[made_for]}."
-    if sidecar is not None and (
-        uneven := [layer for layer, ranks in sidecar.layers.items() if len(set(ranks)) > 1]
-    ):
+    for fp8_format in sorted({each for layer in layers for each in layer.converted_from}):
+        yield f"its KV-cache scales are for {fp8_format}: {_CONVERSIONS[fp8_format]}."
+    if sidecar is not None:
+        uneven = [layer for layer, ranks in sidecar.layers.items() if len(set(ranks)) > 1]
+        if uneven:
+            yield (
+                f"{SIDECAR} has scales of {len(sidecar.layers[uneven[0]])} tensor-parallel ranks "
+                f"that differ (in {len(uneven)} layers, first in layer {uneven[0]}): the largest "
+                "is used, which clips no values."
+            )
+    declared = config.kv_cache_dtype or (sidecar.kv_dtype if sidecar else None)
+    if layers and not declared:
         yield (
-            f"{SIDECAR} has scales of {len(sidecar.layers[uneven[0]])} tensor-parallel ranks that differ (in {len(uneven)} "
-            f"layers, first in layer {uneven[0]}): the largest is used, which clips nothing."
+            "it has KV-cache scales, but its config declares no FP8 cache: kv_dtype='auto' keeps "
+            "the dtype of the weights; kv_dtype='fp8_e4m3' uses the scales."
         )
-    declared = config.kv_cache_dtype or (sidecar and sidecar.kv_dtype)
-    if found and not declared:
-        yield (
-            "KV-cache scales found, but its config declares no FP8 cache: kv_dtype='auto' stays at the weights' dtype; "
-            "kv_dtype='fp8_e4m3' uses them."
-        )
-    if not found and declared and is_static_kv(quantization):
-        yield f"its config declares an {declared} cache but no scales for it are there: scale 1 is used."
+    if not layers and declared and is_static_kv(quantization):
+        yield f"its config declares an {declared} cache but has no scales for it: scale 1 is used."

@@ -1,8 +1,8 @@
-"""`load`: a folder, a file or a hub id becomes `Params`.
+"""`load`: read a checkpoint (folder, GGUF file or hub id) into `Params`.
 
-What a source is gets decided here and nowhere else; each kind has its reader beside this file. `describe` reads the config and
-the headers, and `load` then the weights. Nothing runs code from a checkpoint: no pickles, no remote code, and chat
-templates are rendered in a sandbox.
+This file decides what a source is. Each format has its reader in a file of this package.
+`read_checkpoint_info` reads the config and the headers; `load` then reads the weights. No code of a
+checkpoint runs: no pickles, no remote code, and chat templates are rendered in a sandbox.
 """
 
 import dataclasses
@@ -15,15 +15,21 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
-from jfp8kv.checkpoint import folder as hf
-from jfp8kv.checkpoint.hub import fetch
-from jfp8kv.checkpoint.kv_file import with_own_file
-from jfp8kv.checkpoint.kv_scales import FoundScales, find_scales
-from jfp8kv.checkpoint.orbax import KV_SCALES, describe_saved, is_saved, load_saved
-from jfp8kv.checkpoint.quantized import dequantized, warn_dequantized
-from jfp8kv.checkpoint.tensors import FLOATS, StoredTensor, assemble, same_values, weights_dtype
-from jfp8kv.checkpoint.tokenizer import read_tokenizer
+from jfp8kv.checkpoint import hf_folder as hf
+from jfp8kv.checkpoint.hf_tokenizer import read_tokenizer
+from jfp8kv.checkpoint.kv_export import prefer_kv_file
+from jfp8kv.checkpoint.kv_scales import ScaleReport, check_scales
+from jfp8kv.checkpoint.orbax import KV_SCALES, is_saved, load_saved, read_saved_info
+from jfp8kv.checkpoint.quantized import dequantize, warn_dequantized
+from jfp8kv.checkpoint.tensors import (
+    FLOAT_DTYPES,
+    StoredTensor,
+    equal_tensors,
+    load_tree,
+    most_common_dtype,
+)
 from jfp8kv.core.errors import CheckpointError, ConfigError, invalid_choice
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
@@ -38,33 +44,42 @@ _HEAD = "lm_head.weight"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def load(source: str | os.PathLike[str], dtype: Any = None, *, strict: bool = True) -> Params:
-    """Load a checkpoint's weights, config, tokenizer and the scales of its KV cache (`Params.kv_scales`; those in the file that
-    `export` writes for what other engines do not read go first).
+def load(
+    source: str | os.PathLike[str], dtype: DTypeLike | None = None, *, strict: bool = True
+) -> Params:
+    """Load the weights, config, tokenizer and KV scales of a checkpoint.
 
-    Weights are streamed: memory peaks below 1.3 times their size. torch is never imported. FP8 and MXFP4 weights are
-    dequantized on the way, which a warning says.
+    Weights are streamed: peak memory stays below 1.3 times their size. torch is never imported.
+    FP8 and MXFP4 weights are dequantized while they are read, with a warning. KV scales come from
+    the file that `export` writes for scales per channel and K offsets, if there is one, else from
+    the tensors and the side-car of the checkpoint.
+
+        params = jfp8kv.load("HuggingFaceTB/SmolLM2-135M-Instruct")
+        params = jfp8kv.load("models/smollm2.gguf", dtype="float32")
 
     Args:
-      source: a Hugging Face folder (config.json and safetensors), a folder that `save` wrote, a .gguf file, or a hub id
-        such as "HuggingFaceTB/SmolLM2-135M-Instruct", fetched through huggingface_hub and its cache (`HF_HUB_OFFLINE` is
-        honoured).
-      dtype: of the weights: "float32", "bfloat16", "float16", the same as a NumPy or JAX dtype, or None to keep the
-        checkpoint's (for FP8 and MXFP4 weights the one that config.json declares; bfloat16 for a quantized GGUF file).
-      strict: whether a KV scale that is missing for a layer, zero, negative, not finite, of a wrong shape, of a layer or a name
-        that the model does not have, or half a pair, is an error. If not, a warning names layer and tensor, and scale 1 (values
-        are stored as they are) stands in for what is missing or broken.
+      source: a Hugging Face folder (config.json and safetensors files), a folder written by `save`,
+        a .gguf file, or a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct". An existing folder
+        of that name is used before the hub. Hub models are downloaded through huggingface_hub and
+        its cache (`HF_HUB_OFFLINE` is honoured). A `PathLike` is never a hub id.
+      dtype: of the weights: "float32", "bfloat16", "float16", the same as a NumPy or JAX dtype, or
+        None for the checkpoint's dtype (for FP8 and MXFP4 weights the one that config.json
+        declares; bfloat16 for a quantized GGUF file).
+      strict: raise for invalid KV scales: missing for a layer, zero, negative, not finite, of the
+        wrong shape, of a layer or name that the model does not have, or half a pair. If False, warn
+        with layer and tensor, and use scale 1 (values are stored unscaled) in place of missing and
+        invalid scales.
 
     Raises:
-      CheckpointError: a source that is missing, damaged, incomplete, a pickle, or quantized in a way that is not read,
-        naming file and tensor; KV scales that are not as they should be, naming layer and tensor.
-      ConfigError: an unknown `dtype`, or an architecture or setting that is not supported.
+      CheckpointError: a source that is missing, damaged, incomplete, a pickle, or quantized in an
+        unsupported way, naming file and tensor; invalid KV scales, naming layer and tensor.
+      ConfigError: an unknown `dtype`, or an unsupported architecture or setting.
     """
     target = resolve_dtype(dtype)
     path = locate(source)
     if path.is_dir() and is_saved(path):
         return load_saved(path, target)
-    return _read(_describe(path, needs_weights=True), target, strict)
+    return _load_weights(_read_info(path, needs_weights=True), target, strict)
 
 
 ModelLike: TypeAlias = Params | str | os.PathLike[str]
@@ -94,19 +109,23 @@ def as_params(model: ModelLike, *, dtype: Any = None, strict: bool = True) -> Pa
 
 
 @dataclasses.dataclass(frozen=True)
-class Described:
-    """A checkpoint as its config and headers have it. Of the weights nothing is read.
+class CheckpointInfo:
+    """A checkpoint according to its config and headers. The weights are not read.
 
     Attributes:
-      path: the folder or file; `kind` says of what sort, for people.
-      config: with `dtype` as the weights are stored. Where it ties the output to the embeddings and the checkpoint repeats
-        them, `load` looks whether they are the same.
-      weights: every tensor of the text model, under the names that `modules` gives or our own; none where they are not there.
-      tokenizer: reads the tokenizer, None if there is none.
-      scales: the KV-cache scale tensors by their full names.
-      found: what those, a side-car or a file of ours say, layer by layer.
-      vision: how many tensors of a vision part are left out.
-      scheme: how the weights are quantized; `quantized_by` names the tool, which may have quantized the cache alone.
+      path: the folder or file.
+      kind: the format in words, for people.
+      config: with `dtype` as the weights are stored. If it ties the output to the embeddings and
+        the checkpoint has an output head too, `load` compares their values.
+      weights: every tensor of the text model, under the names that `modules` gives (or our names
+        for a folder written by `save`); empty if the weights are not present.
+      modules: the layout of the weights; empty for a folder written by `save`.
+      read_tokenizer: returns the tokenizer, or None if there is none.
+      scale_tensors: the KV-cache scale tensors, by full name.
+      scale_report: the KV scales of those tensors, of a side-car, or of a file of this library.
+      vision_tensors: the number of tensors of a vision encoder, which are ignored.
+      weight_scheme: how the weights are quantized, None if they are not.
+      quant_method: the tool that quantized the checkpoint, perhaps only its KV cache.
     """
 
     path: Path
@@ -114,62 +133,79 @@ class Described:
     config: ModelConfig
     weights: Mapping[str, StoredTensor]
     modules: Mapping[str, Module]
-    tokenizer: Callable[[], Tokenizer | None]
-    scales: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
-    found: FoundScales = dataclasses.field(default_factory=FoundScales)
-    vision: int = 0
-    scheme: WeightScheme | None = None
-    quantized_by: str | None = None
+    read_tokenizer: Callable[[], Tokenizer | None]
+    scale_tensors: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
+    scale_report: ScaleReport = dataclasses.field(default_factory=ScaleReport)
+    vision_tensors: int = 0
+    weight_scheme: WeightScheme | None = None
+    quant_method: str | None = None
 
-    def shapes(self) -> Params:
-        """The `Params` that `load` gives, with a `jax.ShapeDtypeStruct` in the place of every array."""
-        usual = FLOATS[self.config.dtype]
-        dtypes = (
-            {} if self.modules else {name: tensor.dtype for name, tensor in self.weights.items()}
-        )
-        shapes = expected_shapes(self.config).items()
-        tree = nest(
-            {name: jax.ShapeDtypeStruct(shape, dtypes.get(name, usual)) for name, shape in shapes}
-        )
-        return Params(tree, self.config, self.tokenizer(), self.found.scales)
+    def abstract_params(self) -> Params:
+        """Return the `Params` that `load` gives, with a `jax.ShapeDtypeStruct` per array."""
+        default = FLOAT_DTYPES[self.config.dtype]
+        dtypes = {}
+        if not self.modules:
+            dtypes = {name: tensor.dtype for name, tensor in self.weights.items()}
+        leaves = {
+            name: jax.ShapeDtypeStruct(shape, dtypes.get(name, default))
+            for name, shape in expected_shapes(self.config).items()
+        }
+        return Params(nest(leaves), self.config, self.read_tokenizer(), self.scale_report.scales)
 
 
-def describe(source: str | os.PathLike[str], *, weights: bool = True) -> Described:
-    """What `load` would load, without reading the weights.
+def read_checkpoint_info(source: str | os.PathLike[str], *, weights: bool = True) -> CheckpointInfo:
+    """Return what `load` would load, without reading the weights.
 
     Args:
       source: as for `load`.
-      weights: False asks for no weights: of a hub model they are not fetched, and a folder may have none. Their headers are
-        read where they are there.
+      weights: if False, the weights may be missing: those of a hub model are not downloaded, and
+        headers are read only where the files are present.
 
     Raises:
-      CheckpointError, ConfigError: as `load`, for all that config and headers can tell.
+      CheckpointError, ConfigError: as `load`, for the config and the headers.
     """
-    return _describe(locate(source, weights=weights), needs_weights=weights)
+    return _read_info(locate(source, weights=weights), needs_weights=weights)
 
 
-def _describe(path: Path, *, needs_weights: bool) -> Described:
-    if not path.is_dir():
-        return _describe_gguf(path)
-    return _describe_saved(path) if is_saved(path) else _describe_folder(path, needs_weights)
+def read_scale_report(source: str | os.PathLike[str]) -> ScaleReport:
+    """Return the report on the KV scales of a checkpoint. Weights are not read.
+
+    Invalid scales do not raise: they are issues of the report.
+
+    Raises:
+      CheckpointError, ConfigError: as `load`, for the config and the headers.
+    """
+    path = locate(source)
+    if path.is_dir() and not is_saved(path):
+        declared = hf.read_config(path)
+        _, scales = hf.split_scales(hf.open_weights(path))
+        return _folder_scale_report(path, declared, config_from_hf(declared), scales)
+    return _read_info(path, needs_weights=True).scale_report
 
 
-def resolve_dtype(dtype: Any) -> np.dtype | None:
-    """A weight dtype from its name or a NumPy or JAX dtype; None stays None, `ConfigError` with the list otherwise."""
+def resolve_dtype(dtype: DTypeLike | None) -> np.dtype | None:
+    """Return a weight dtype from its name or from a NumPy or JAX dtype; None stays None.
+
+    Raises:
+      ConfigError: an unknown dtype, with the list of those that are supported.
+    """
     if dtype is None:
         return None
     try:
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     except TypeError:
         name = str(dtype)
-    if name not in FLOATS:
-        raise invalid_choice("dtype", name, FLOATS)
-    return FLOATS[name]
+    if name not in FLOAT_DTYPES:
+        raise invalid_choice("dtype", name, FLOAT_DTYPES)
+    return FLOAT_DTYPES[name]
 
 
 def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
-    """The folder or .gguf file that `source` means; a hub id that nothing here is named after is fetched, with its weights
-    or without."""
+    """Return the folder or .gguf file of a source. Hub models are downloaded.
+
+    A folder is used before a hub id of the same name. A file is used if `source` looks like a path:
+    if it is `PathLike`, or has a separator or a suffix.
+    """
     if not isinstance(source, str | os.PathLike) or not str(source).strip():
         raise ConfigError(
             f"source={source!r}: must be a folder, a .gguf file or a hub id such as 'owner/name'."
@@ -177,127 +213,136 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         return path
-    if path.exists():
-        return _readable_file(path)
+    if path.exists() and _looks_like_path(source):
+        return _checked_file(path)
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".gguf":
-        return fetch(source, weights=weights)
+        return hf.download(source, weights=weights)
     raise CheckpointError(f"{source}: no such file or folder.")
 
 
-def _readable_file(path: Path) -> Path:
+def _looks_like_path(source: str | os.PathLike[str]) -> bool:
+    if not isinstance(source, str):
+        return True
+    return os.sep in source or "/" in source or bool(Path(source).suffix)
+
+
+def _checked_file(path: Path) -> Path:
     if path.suffix in hf.PICKLES:
         raise CheckpointError(f"{path}: {hf.PICKLE_ADVICE}")
     if path.suffix == ".safetensors":
         raise CheckpointError(
-            f"{path}: give the folder that holds it and its config.json: {path.parent}"
+            f"{path}: give the folder that contains it and its config.json: {path.parent}"
         )
     if path.suffix != ".gguf":
         raise CheckpointError(f"{path}: neither a folder nor a .gguf file.")
     return path
 
 
-def load_kv_scales(source: str | os.PathLike[str]) -> FoundScales:
-    """The KV scales that come with a checkpoint, layer by layer with a verdict on each. Weights are not read, and nothing
-    that is wrong with a scale raises: it is in the report.
-
-    Raises:
-      CheckpointError, ConfigError: as `load`, for what its config and headers tell.
-    """
-    path = locate(source)
-    if path.is_dir() and not is_saved(path):
-        declared = hf.read_config(path)
-        _, scales = hf.split_scales(hf.open_weights(path))
-        return _found_scales(path, declared, config_from_hf(declared), scales)
-    return _describe(path, needs_weights=True).found
+def _read_info(path: Path, *, needs_weights: bool) -> CheckpointInfo:
+    if not path.is_dir():
+        return _gguf_info(path)
+    if is_saved(path):
+        return _saved_info(path)
+    return _folder_info(path, needs_weights=needs_weights)
 
 
-def _found_scales(
-    folder: Path,
-    described: Mapping[str, Any],
-    config: ModelConfig,
-    scales: Mapping[str, StoredTensor],
-) -> FoundScales:
-    found = find_scales(
-        config,
-        scales,
-        quantization=described.get("quantization_config"),
-        sidecar=hf.open_sidecar(folder),
-        model_types={
-            part.get("model_type") for part in (described, described.get("text_config") or {})
-        },
-    )
-    return with_own_file(found, folder, config)
-
-
-def _describe_folder(folder: Path, needs_weights: bool) -> Described:
+def _folder_info(folder: Path, *, needs_weights: bool) -> CheckpointInfo:
     declared = hf.read_config(folder)
-    config, scheme = config_from_hf(declared), weight_scheme(declared.get("quantization_config"))
-    tensors = hf.open_weights(folder) if needs_weights or any(folder.glob("*.safetensors")) else {}
-    weights, scales = hf.split_scales(tensors)
-    seen = hf.without_vision(weights) if "vision_config" in declared else weights
-    text = dequantized(seen, scheme, FLOATS[config.dtype])
-    found = _found_scales(folder, declared, config, scales)
-    if not tensors:  # what is missing among them cannot be told
-        found = dataclasses.replace(
-            found, notes=(*(found.notes if found.layers else ()), hf.unread_scales(folder))
-        )
+    config = config_from_hf(declared)
+    scheme = weight_scheme(declared.get("quantization_config"))
+    has_weights = needs_weights or any(folder.glob("*.safetensors"))
+    tensors = hf.open_weights(folder) if has_weights else {}
+    all_weights, scales = hf.split_scales(tensors)
+    is_multimodal = "vision_config" in declared
+    stored_weights = hf.text_weights(all_weights) if is_multimodal else all_weights
+    weights = dequantize(stored_weights, scheme, FLOAT_DTYPES[config.dtype])
+    report = _folder_scale_report(folder, declared, config, scales)
+    if not tensors:  # missing scales cannot be detected
+        notes = report.notes if report.layers else ()
+        report = dataclasses.replace(report, notes=(*notes, hf.unread_scales_note(folder)))
     config = dataclasses.replace(
         config,
-        kv_cache_dtype=config.kv_cache_dtype or found.declares,
-        dtype=weights_dtype(text).name if text else config.dtype,
-        eos_ids=ids([*config.eos_ids, *ids(hf.generation_eos_ids(folder))]),
+        kv_cache_dtype=config.kv_cache_dtype or report.declared_kv_dtype,
+        dtype=most_common_dtype(weights).name if weights else config.dtype,
+        eos_ids=ids([*config.eos_ids, *ids(hf.read_generation_eos_ids(folder))]),
     )
-    return Described(
+    return CheckpointInfo(
         folder,
         "Hugging Face folder",
         config,
-        text,
-        hf_modules(config, text),
+        weights,
+        hf_modules(config, weights),
         partial(read_tokenizer, folder, eos_ids=config.eos_ids),
-        scales=scales,
-        found=found,
-        vision=len(weights) - len(seen),
-        scheme=scheme,
-        quantized_by=mapping(declared, "quantization_config").get("quant_method"),
+        scale_tensors=scales,
+        scale_report=report,
+        vision_tensors=len(all_weights) - len(stored_weights),
+        weight_scheme=scheme,
+        quant_method=mapping(declared, "quantization_config").get("quant_method"),
     )
 
 
-def _describe_gguf(path: Path) -> Described:
-    from jfp8kv.checkpoint.gguf import open_gguf  # the gguf library is only needed here
+def _folder_scale_report(
+    folder: Path,
+    declared: Mapping[str, Any],
+    config: ModelConfig,
+    scales: Mapping[str, StoredTensor],
+) -> ScaleReport:
+    parts = (declared, declared.get("text_config") or {})
+    report = check_scales(
+        config,
+        scales,
+        quantization=declared.get("quantization_config"),
+        sidecar=hf.read_sidecar(folder),
+        model_types={part.get("model_type") for part in parts},
+    )
+    return prefer_kv_file(report, folder, config)
+
+
+def _gguf_info(path: Path) -> CheckpointInfo:
+    from jfp8kv.checkpoint.gguf import open_gguf  # imports the gguf library
 
     file = open_gguf(path)
-    config = dataclasses.replace(file.config, dtype=weights_dtype(file.tensors).name)
-    return Described(path, "GGUF file", config, file.tensors, gguf_modules(config), file.tokenizer)
+    config = dataclasses.replace(file.config, dtype=most_common_dtype(file.tensors).name)
+    modules = gguf_modules(config)
+    return CheckpointInfo(path, "GGUF file", config, file.tensors, modules, file.read_tokenizer)
 
 
-def _describe_saved(folder: Path) -> Described:
-    config, tokenizer, scales, weights = describe_saved(folder)
-    found = (
-        FoundScales()
-        if scales is None
-        else dataclasses.replace(FoundScales.of(scales, source=KV_SCALES), file=KV_SCALES)
+def _saved_info(folder: Path) -> CheckpointInfo:
+    saved, weights = read_saved_info(folder)
+    report = ScaleReport()
+    if saved.kv_scales is not None:
+        report = ScaleReport.from_kv_scales(saved.kv_scales, source=KV_SCALES, file=KV_SCALES)
+    return CheckpointInfo(
+        folder,
+        "folder of jfp8kv.save",
+        saved.config,
+        weights,
+        {},
+        lambda: saved.tokenizer,
+        scale_report=report,
     )
-    return Described(
-        folder, "folder of jfp8kv.save", config, weights, {}, lambda: tokenizer, found=found
-    )
 
 
-def _read(found: Described, dtype: np.dtype | None, strict: bool) -> Params:
-    config, weights = _with_its_head(found)
-    hf.warn_without_vision(found.path, found.vision)
-    found.found.say(found.path, strict=strict, stacklevel=4)
-    dtype = dtype or FLOATS[config.dtype]
-    warn_dequantized(found.path, found.scheme, weights, dtype)
-    tree = assemble(config, weights, found.modules, dtype, where=found.path)
-    return Params(tree, config, found.tokenizer(), found.found.scales)
+def _load_weights(info: CheckpointInfo, dtype: np.dtype | None, strict: bool) -> Params:
+    config, weights = _resolve_tied_head(info)
+    hf.warn_vision_ignored(info.path, info.vision_tensors)
+    info.scale_report.raise_or_warn(info.path, strict=strict, stacklevel=4)
+    dtype = dtype or FLOAT_DTYPES[config.dtype]
+    warn_dequantized(info.path, info.weight_scheme, weights, dtype)
+    tree = load_tree(config, weights, info.modules, dtype, where=info.path)
+    return Params(tree, config, info.read_tokenizer(), info.scale_report.scales)
 
 
-def _with_its_head(found: Described) -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
-    """The config and weights once it is known what a head beside tied embeddings is: a copy of them, which is left out, or a
-    head of its own, whatever the config says."""
-    config, weights = found.config, found.weights
+def _resolve_tied_head(info: CheckpointInfo) -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
+    """Compare the output head with the embeddings, where the config ties them and both are stored.
+
+    An equal head is dropped. A different head is used: the config is then untied.
+    """
+    config = info.config
+    weights = info.weights
     if not config.tied_embeddings or _HEAD not in weights:
         return config, weights
-    tied = same_values(weights[_HEAD], weights.get(f"{found.modules['embed'].path}.weight"))
-    kept = {name: tensor for name, tensor in weights.items() if not (tied and name == _HEAD)}
-    return dataclasses.replace(config, tied_embeddings=tied), kept
+    embedding = weights.get(f"{info.modules['embed'].path}.weight")
+    if equal_tensors(weights[_HEAD], embedding):
+        return config, {name: tensor for name, tensor in weights.items() if name != _HEAD}
+    return dataclasses.replace(config, tied_embeddings=False), weights

@@ -1,31 +1,38 @@
-"""`save` writes `Params` as a folder that `load` reads back exactly: weights through Orbax, the rest as JSON beside them.
+"""`save` writes `Params` to a folder that `load` reads back exactly: weights through Orbax, JSON.
 
-    folder/jfp8kv.json             the format's version, the `ModelConfig`, the tokenizer's template and special tokens
+    folder/jfp8kv.json             format version, `ModelConfig`, chat template and special tokens
     folder/weights/                an Orbax checkpoint of `Params.tree`
     folder/tokenizer.json          if there is a tokenizer
     folder/kv_scales.safetensors   if there are KV scales
 
-The folder appears whole or not at all. Weights are read one parameter at a time, the largest first, so that what is held
-twice is never more than what is still to come.
+The folder is written atomically. Weights are read one parameter at a time, the largest first, so
+that the temporary copy is never larger than the weights that are still to be read.
 """
 
+import dataclasses
+import functools
 import json
 import math
 import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+import pydantic
 
 from jfp8kv.cache.scales import KVScales, check_shape
-from jfp8kv.checkpoint.folder import INDEX, read_json
-from jfp8kv.checkpoint.plain import from_plain, to_plain
-from jfp8kv.checkpoint.tensors import StoredTensor, chunks, parameter
-from jfp8kv.checkpoint.tokenizer import TOKENIZER, require_written_form, written_special_tokens
-from jfp8kv.checkpoint.whole import is_free, written_whole
+from jfp8kv.checkpoint.atomic_folder import atomic_folder, is_missing_or_empty
+from jfp8kv.checkpoint.hf_folder import INDEX, read_json
+from jfp8kv.checkpoint.hf_tokenizer import (
+    TOKENIZER,
+    read_backend,
+    require_serializable,
+    special_tokens_json,
+)
+from jfp8kv.checkpoint.tensors import StoredTensor, chunks, load_parameter
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.names import Shape, Source, expected_shapes, nest, require_names, require_shape
@@ -33,79 +40,92 @@ from jfp8kv.models.params import Params
 from jfp8kv.text.tokenizer import Tokenizer
 
 FORMAT, VERSION = "jfp8kv.Params", 1
-ABOUT, WEIGHTS, KV_SCALES = "jfp8kv.json", "weights", "kv_scales.safetensors"
+DESCRIPTION, WEIGHTS, KV_SCALES = "jfp8kv.json", "weights", "kv_scales.safetensors"
 _HUGGING_FACE = ("config.json", "model.safetensors", INDEX)
-_ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
-_CHUNK_BYTES = 64 << 20  # allocations of this size go back to the system when freed
+_TREE = "_METADATA"  # Orbax's list of the arrays, a JSON object
+_ORBAX = ("_CHECKPOINT_METADATA", _TREE, "manifest.ocdbt")
+_CHUNK_BYTES = 64 << 20  # allocations of this size return to the system when freed
+# Orbax and TensorStore raise these for checkpoints that are damaged or cannot be written.
+_ORBAX_ERRORS = (OSError, ValueError, KeyError)
+_CLASS_TAG = "type"  # the key that names the class of a dataclass in JSON
+
+T = TypeVar("T")
+
+
+# Writing
 
 
 def save(params: Params, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write a model to a folder that `load` reads back bit for bit: weights, config, tokenizer and KV scales.
+    """Write a model to a folder that `load` reads back bit for bit.
+
+    The folder has the weights, the config, the tokenizer and the KV scales.
 
     Args:
-      folder: where to; folders above it are made. It must not exist, or be empty.
-      overwrite: replace what `save` wrote there before. Any other folder is left alone.
+      folder: must not exist, or be empty. Parent folders are created.
+      overwrite: replace a folder that `save` wrote. Any other folder is refused.
 
     Raises:
       CheckpointError: the folder exists, or cannot be written.
-      ConfigError: something that is not `Params`, or whose tokenizer or scales have no written form.
+      ConfigError: not a `Params`, or a tokenizer or scales that cannot be written.
     """
     if not isinstance(params, Params):
         raise ConfigError(
-            f"params of type {type(params).__name__}: must be a Params, as from load or Params.from_pytree."
+            f"params of type {type(params).__name__}: must be a Params, as from load or "
+            "Params.from_pytree."
         )
     path = Path(os.path.expanduser(folder)).resolve()
-    about = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": to_plain(params.config),
-        **_described(params),
-    }
-    with written_whole(path) as beside:
+    description = _description(params)
+    with atomic_folder(path) as temporary:
         _require_free(path, overwrite)
-        _write(params, about, beside)
+        _write(params, description, temporary)
 
 
-def _described(params: Params) -> dict[str, Any]:
-    tokenizer, scales = params.tokenizer, params.kv_scales
-    require_written_form(tokenizer)
+def _description(params: Params) -> dict[str, Any]:
+    tokenizer = params.tokenizer
+    require_serializable(tokenizer)
+    scales = params.kv_scales
     if scales is not None and not isinstance(scales, KVScales):
         raise ConfigError(
             f"kv_scales of type {type(scales).__name__}: must be a KVScales, or None."
         )
-    about: dict[str, Any] = {"tokenizer": None, "kv_scales": scales is not None}
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": to_json(params.config),
+        "tokenizer": None,
+        "kv_scales": scales is not None,
+    }
     if tokenizer is not None:
-        about["tokenizer"] = {
+        description["tokenizer"] = {
             "chat_template": tokenizer.chat_template,
-            "special_tokens": written_special_tokens(tokenizer),
+            "special_tokens": special_tokens_json(tokenizer),
             "eos_ids": list(tokenizer.eos_ids),
         }
-    return about
+    return description
 
 
 def _require_free(path: Path, overwrite: bool) -> None:
-    if is_free(path):
+    if is_missing_or_empty(path):
         return
-    if not (path / ABOUT).is_file():
+    if not (path / DESCRIPTION).is_file():
         raise CheckpointError(
             f"{path}: exists and was not written by jfp8kv.save: give another folder."
         )
     if not overwrite:
         raise CheckpointError(
-            f"{path}: holds a saved model already: give another folder, or overwrite=True."
+            f"{path}: already contains a saved model: give another folder, or overwrite=True."
         )
 
 
-def _write(params: Params, about: Mapping[str, Any], folder: Path) -> None:
+def _write(params: Params, description: Mapping[str, Any], folder: Path) -> None:
     import orbax.checkpoint as ocp
 
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params.tree)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(
-                folder / WEIGHTS, args=ocp.args.PyTreeSave(params.tree, save_args=save_args)
-            )
-    except Exception as error:  # Orbax lets through those of its writers and of TensorStore
+        with _checkpointer() as checkpointer:
+            args = ocp.args.PyTreeSave(params.tree, save_args=save_args)
+            checkpointer.save(folder / WEIGHTS, args=args)
+    except _ORBAX_ERRORS as error:
         raise CheckpointError(
             f"{folder.parent}: the weights cannot be written ({_first_line(error)})."
         ) from error
@@ -113,89 +133,140 @@ def _write(params: Params, about: Mapping[str, Any], folder: Path) -> None:
         (folder / TOKENIZER).write_text(params.tokenizer.backend.to_str(), encoding="utf-8")
     if params.kv_scales is not None:
         params.kv_scales.save(folder / KV_SCALES)
-    (folder / ABOUT).write_text(
-        json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(description, indent=2, ensure_ascii=False)
+    (folder / DESCRIPTION).write_text(f"{text}\n", encoding="utf-8")
+
+
+# Reading
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """What `save` wrote beside the weights."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    kv_scales: KVScales | None
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save` wrote this folder.
+    """Return whether `save` wrote this folder.
 
     Raises:
-      CheckpointError: it holds a Hugging Face model too, or is an Orbax checkpoint of something else.
+      CheckpointError: the folder contains a Hugging Face model too, or is another Orbax checkpoint.
     """
-    theirs = next((name for name in _HUGGING_FACE if (folder / name).exists()), None)
-    if (folder / ABOUT).is_file():
-        if theirs:
+    hugging_face = next((name for name in _HUGGING_FACE if (folder / name).exists()), None)
+    if (folder / DESCRIPTION).is_file():
+        if hugging_face:
             raise CheckpointError(
-                f"{folder}: holds both {ABOUT} of a saved model and {theirs} of a Hugging Face one: keep one of them there."
+                f"{folder}: contains both {DESCRIPTION} of a saved model and {hugging_face} of a "
+                "Hugging Face model: keep one of them."
             )
         return True
-    if theirs is None and (
-        found := next((name for name in _ORBAX if (folder / name).exists()), None)
-    ):
+    orbax = next((name for name in _ORBAX if (folder / name).exists()), None)
+    if orbax and not hugging_face:
         raise CheckpointError(
-            f"{folder}: an Orbax checkpoint ({found}) without {ABOUT}, so not written by jfp8kv.save. If it is the weights of "
-            "one that was, give the folder above; else restore it with Orbax and use Params.from_pytree(tree, config)."
+            f"{folder}: an Orbax checkpoint ({orbax}) without {DESCRIPTION}, so not written by "
+            "jfp8kv.save. If it is the weights of a saved model, give the folder above; else "
+            "restore it with Orbax and use Params.from_pytree(tree, config)."
         )
     return False
 
 
 def load_saved(folder: Path, dtype: np.dtype | None) -> Params:
-    """The `Params` that `save` wrote; weights in their own dtypes, or all in `dtype`.
+    """Return the `Params` that `save` wrote, in their dtypes or all in `dtype`.
 
     Raises:
       CheckpointError: written by a newer version, damaged, truncated, or out of `dtype`'s range.
     """
-    config, tokenizer, scales = _about(folder)
-    expected, path = expected_shapes(config), folder / WEIGHTS
+    saved = _read_description(folder)
+    shapes = expected_shapes(saved.config)
+    sources = {name: [Source(name, shape, shape)] for name, shape in shapes.items()}
+    leaves = {}
     with _checkpointer() as checkpointer:
-        found = _checked(path, expected, checkpointer)
-        largest_first = sorted(expected, key=lambda name: math.prod(expected[name]), reverse=True)
-        whole = {name: [Source(name, shape, shape)] for name, shape in expected.items()}
-        read = {
-            name: parameter(expected[name], whole[name], found, dtype or found[name].dtype)
-            for name in largest_first
-        }
-    return Params(nest({name: read[name] for name in expected}), config, tokenizer, scales)
+        stored = _open_weights(folder / WEIGHTS, shapes, checkpointer)
+        for name in sorted(shapes, key=lambda name: math.prod(shapes[name]), reverse=True):
+            target = dtype or stored[name].dtype
+            assert target is not None, "arrays of Orbax checkpoints have a dtype"
+            leaves[name] = load_parameter(shapes[name], sources[name], stored, target)
+    tree = nest({name: leaves[name] for name in shapes})
+    return Params(tree, saved.config, saved.tokenizer, saved.kv_scales)
 
 
-def describe_saved(
-    folder: Path,
-) -> tuple[ModelConfig, Tokenizer | None, KVScales | None, dict[str, StoredTensor]]:
-    """What `load_saved` would load: config, tokenizer, KV scales, and the weights by name, unread. Errors as there."""
-    config, tokenizer, scales = _about(folder)
+def read_saved_info(folder: Path) -> tuple[SavedModel, dict[str, StoredTensor]]:
+    """Return what `load_saved` would load, and the unread weights by name. Raises the same."""
+    saved = _read_description(folder)
     with _checkpointer() as checkpointer:
-        return (
-            config,
-            tokenizer,
-            scales,
-            _checked(folder / WEIGHTS, expected_shapes(config), checkpointer),
+        weights = _open_weights(folder / WEIGHTS, expected_shapes(saved.config), checkpointer)
+    return saved, weights
+
+
+class _SavedTokenizer(pydantic.BaseModel):
+    """The entry "tokenizer" of the description."""
+
+    chat_template: str | None
+    special_tokens: dict[str, Any]
+    eos_ids: tuple[int, ...]
+
+
+class _Description(pydantic.BaseModel):
+    """The entries of jfp8kv.json that are read after its version."""
+
+    config: Any
+    tokenizer: _SavedTokenizer | None
+    kv_scales: bool
+
+
+def _read_description(folder: Path) -> SavedModel:
+    path = folder / DESCRIPTION
+    content = read_json(path)
+    _require_version(folder, content)
+    try:
+        description = _Description.model_validate(content)
+        config = from_json(ModelConfig, description.config)
+    except pydantic.ValidationError as error:
+        raise CheckpointError(f"{path}: damaged ({_validation_issues(error)}).") from error
+    tokenizer = description.tokenizer
+    return SavedModel(
+        config,
+        tokenizer and _read_tokenizer(folder / TOKENIZER, tokenizer),
+        _read_scales(folder / KV_SCALES, config) if description.kv_scales else None,
+    )
+
+
+def _require_version(folder: Path, content: Mapping[str, Any]) -> None:
+    version = content.get("version")
+    if content.get("format") != FORMAT or type(version) is not int or version < 1:
+        raise CheckpointError(
+            f"{folder / DESCRIPTION}: damaged: format {content.get('format')!r}, "
+            f"version {version!r}."
+        )
+    if version > VERSION:
+        raise CheckpointError(
+            f"{folder}: saved in version {version} of the format by a newer jfp8kv; this one reads "
+            f"up to {VERSION}: upgrade it."
         )
 
 
-def _about(folder: Path) -> tuple[ModelConfig, Tokenizer | None, KVScales | None]:
-    """All that lies beside the weights."""
-    about = read_json(folder / ABOUT)
-    _require_version(folder, about)
-    try:
-        config = from_plain(about["config"])
-        if not isinstance(config, ModelConfig):
-            raise TypeError(f"config is a {type(config).__name__}")
-        expected_shapes(config)  # raises where a field of the config is of the wrong type
-        tokenizer = _tokenizer(folder, about["tokenizer"])
-        has_scales = about["kv_scales"]
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever a field of the wrong type leads to
-        raise CheckpointError(
-            f"{folder / ABOUT}: damaged ({type(error).__name__}: {error})."
-        ) from error
-    return config, tokenizer, _scales(folder / KV_SCALES, config) if has_scales else None
+def _validation_issues(error: pydantic.ValidationError) -> str:
+    """Return the first three issues on one line, such as "config.vocab: Field required"."""
+    issues = error.errors(include_url=False)
+    shown = [f"{'.'.join(map(str, issue['loc']))}: {issue['msg']}" for issue in issues[:3]]
+    more = [f"and {len(issues) - 3} more"] if len(issues) > 3 else []
+    return "; ".join(shown + more)
 
 
-def _scales(path: Path, config: ModelConfig) -> KVScales:
-    """Scales from a file of ours, which belong to a model of this config."""
+def _read_tokenizer(path: Path, saved: _SavedTokenizer) -> Tokenizer:
+    return Tokenizer(
+        read_backend(path),
+        chat_template=saved.chat_template,
+        special_tokens=saved.special_tokens,
+        eos_ids=saved.eos_ids,
+    )
+
+
+def _read_scales(path: Path, config: ModelConfig) -> KVScales:
+    """Return the scales in a file, checked against the shapes of the config."""
     try:
         scales = KVScales.load(path)
         check_shape(
@@ -206,100 +277,121 @@ def _scales(path: Path, config: ModelConfig) -> KVScales:
     return scales
 
 
-def _require_version(folder: Path, about: Mapping[str, Any]) -> None:
-    version = about.get("version")
-    if about.get("format") != FORMAT or type(version) is not int or version < 1:
-        raise CheckpointError(
-            f"{folder / ABOUT}: damaged: format {about.get('format')!r}, version {version!r}."
-        )
-    if version > VERSION:
-        raise CheckpointError(
-            f"{folder}: saved in version {version} of the format by a newer jfp8kv; this one reads up to {VERSION}: upgrade it."
-        )
-
-
-def _tokenizer(folder: Path, about: Mapping[str, Any] | None) -> Tokenizer | None:
-    if about is None:
-        return None
-    import tokenizers
-
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
-    except Exception as error:  # the library raises bare Exception for what it cannot parse
-        raise CheckpointError(
-            f"{folder / TOKENIZER}: not a readable tokenizer: {error}."
-        ) from error
-    return Tokenizer(
-        backend,
-        chat_template=about["chat_template"],
-        special_tokens=about["special_tokens"],
-        eos_ids=about["eos_ids"],
-    )
-
-
 def _checkpointer() -> Any:
     import orbax.checkpoint as ocp
 
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
-def _checked(
+def _open_weights(
     path: Path, expected: Mapping[str, Shape], checkpointer: Any
 ) -> dict[str, StoredTensor]:
-    """Every array of the weights by its dotted name, once names and shapes are those expected."""
-    found = _stored(path, checkpointer)
-    require_names(found, expected, where=str(path))
+    """Return every array by its dotted name, after checking names and shapes."""
+    stored = _stored_tensors(path, checkpointer)
+    require_names(stored, expected, where=str(path))
     for name, shape in expected.items():
-        require_shape(name, found[name].shape, shape, where=str(path))
-    return found
+        require_shape(name, stored[name].shape, shape, where=str(path))
+    return stored
 
 
-def _stored(path: Path, checkpointer: Any) -> dict[str, StoredTensor]:
-    """Every array of an Orbax checkpoint, by its dotted name."""
+def _stored_tensors(path: Path, checkpointer: Any) -> dict[str, StoredTensor]:
+    if (path / _TREE).is_file():
+        read_json(path / _TREE)  # Orbax assumes that it is a JSON object
     try:
-        described = checkpointer.metadata(path).item_metadata
-        if described is None:
-            raise ValueError("the list of its arrays is missing or damaged")
-        leaves = jax.tree_util.tree_leaves_with_path(described.tree)
-        found = {
-            jax.tree_util.keystr(keys, simple=True, separator="."): leaf for keys, leaf in leaves
-        }
-        return {
-            name: StoredTensor(
-                name,
-                tuple(leaf.shape),
-                str(leaf.dtype),
-                np.dtype(leaf.dtype),
-                path,
-                partial(_read, path, checkpointer, name),
-            )
-            for name, leaf in found.items()
-        }
-    except (
-        Exception
-    ) as error:  # Orbax lets through those of its readers, of JSON and of TensorStore
-        raise CheckpointError(
-            f"{path}: not a readable Orbax checkpoint ({_first_line(error)}): fetch or save it again."
-        ) from error
+        metadata = checkpointer.metadata(path).item_metadata
+    except _ORBAX_ERRORS as error:
+        raise _unreadable(path, _first_line(error)) from error
+    if metadata is None:
+        raise _unreadable(path, "the list of its arrays is missing or damaged")
+    leaves = {
+        jax.tree_util.keystr(keys, simple=True, separator="."): leaf
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(metadata.tree)
+    }
+    return {
+        name: StoredTensor(
+            name,
+            tuple(leaf.shape),
+            str(leaf.dtype),
+            np.dtype(leaf.dtype),
+            path,
+            partial(_read_array, path, checkpointer, name),
+        )
+        for name, leaf in leaves.items()
+    }
 
 
-def _read(path: Path, checkpointer: Any, name: str, out: np.ndarray) -> None:
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: not a readable Orbax checkpoint ({reason}): fetch or save it again."
+    )
+
+
+def _read_array(path: Path, checkpointer: Any, name: str, out: np.ndarray) -> None:
     import orbax.checkpoint as ocp
 
     target = nest({name: 0})
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     restore = ocp.args.PyTreeRestore(item=target, restore_args=as_numpy, partial_restore=True)
     try:
-        (array,) = jax.tree.leaves(checkpointer.restore(path, args=restore))
-    except Exception as error:  # as above
+        restored = checkpointer.restore(path, args=restore)
+    except _ORBAX_ERRORS as error:
         raise CheckpointError(
             f"{path}: {name} cannot be read ({_first_line(error)}): fetch or save it again."
         ) from error
-    flat, source = out.reshape(-1), np.asarray(array).reshape(-1)
+    (array,) = jax.tree.leaves(restored)
+    flat = out.reshape(-1)
+    source = np.asarray(array).reshape(-1)
     for part in chunks(flat.size, source.dtype.itemsize):
         with np.errstate(over="ignore"):  # read_into reports values that do not fit
             flat[part] = source[part].astype(out.dtype)
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0][:200] or type(error).__name__
+
+
+# Configs as JSON
+
+
+def to_json(value: Any) -> Any:
+    """Convert a config to JSON values: dataclasses become objects with a tag, tuples lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+        assert _CLASS_TAG not in fields, f"no field can be called {_CLASS_TAG!r}"
+        return {_CLASS_TAG: type(value).__name__, **fields}
+    if isinstance(value, tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    assert value is None or isinstance(value, str | bool | int | float), f"{value!r} is not JSON"
+    return value
+
+
+def from_json(cls: type[T], value: Any) -> T:
+    """Return the config of class `cls` that `to_json` converted.
+
+    A missing field gets its default, so that files of older versions can be read.
+
+    Raises:
+      pydantic.ValidationError: an unknown field, or a missing or invalid value.
+    """
+    config: T = _validator(cls).model_validate({"config": _without_tags(value)}).config
+    return config
+
+
+@functools.cache
+def _validator(cls: type) -> Any:
+    """Return a model with one field of type `cls`; its settings apply to nested dataclasses too."""
+    settings = pydantic.ConfigDict(extra="forbid")
+    return pydantic.create_model("Saved", __config__=settings, config=(cls, ...))
+
+
+def _without_tags(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_tags(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _without_tags(item) for name, item in value.items() if name != _CLASS_TAG}
+    return value

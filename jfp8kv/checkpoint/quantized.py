@@ -1,9 +1,10 @@
-"""Quantized weights become plain ones while they stream: each is a `StoredTensor` that dequantizes as it is read.
+"""Dequantize FP8 and MXFP4 weights while they are read: each becomes a `StoredTensor` of floats.
 
-A float8 weight lies beside its scales: one for the tensor, for each output channel, or for each block of rows and
-columns. All three are the last one with blocks of different sizes, and `real = stored * scale` always, whatever the name
-of the scale tensor says: `weight_scale_inv` multiplies too. MXFP4 experts keep two 4-bit values a byte, low half first,
-and a power of two for every 32. Nothing is held beyond one chunk of a weight and that weight's scales.
+A float8 weight has its scales in a second tensor: one scale for the tensor, for each output
+channel, or for each block of rows and columns. The first two are blocks too, of other sizes.
+`real = stored * scale` holds for every name of the scale tensor: `weight_scale_inv` is multiplied
+too. MXFP4 experts have two 4-bit values per byte, the low half first, and a power of two for every
+32 values. Only one chunk of a weight and the weight's scales are in memory at a time.
 """
 
 import dataclasses
@@ -27,127 +28,148 @@ FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtyp
 MXFP4 = "MXFP4"
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
 _SCALES = ("_scale", "_scale_inv")
-# What every code means, by code.
+# The value of every code.
 _FP8_VALUES = {
     stored: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
     for stored, dtype in FP8.items()
 }
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 _E2M1_VALUES = np.concatenate([_E2M1, -_E2M1])
-_E2M1_PAIRS = np.stack(
-    [np.tile(_E2M1_VALUES, 16), np.repeat(_E2M1_VALUES, 16)], axis=1
-)  # byte -> low half, high half
+# By byte: the values of the low half and of the high half.
+_E2M1_PAIRS = np.stack([np.tile(_E2M1_VALUES, 16), np.repeat(_E2M1_VALUES, 16)], axis=1)
 _MX_GROUP_BYTES = 16
 
-# Scales of activations, which stay unquantized here.
+# Scales of activations. They are ignored, because activations are not quantized here.
 _ACTIVATIONS = re.compile(
     r"(\.|_proj_)(input_scale|input_zero_point|input_scale_ub|activation_scale)$"
 )
-_ORPHANS = re.compile(r"(\.weight|_proj)_(scale|scale_inv|zero_point)$")
+_WEIGHT_SCALES = re.compile(r"(\.weight|_proj)_(scale|scale_inv|zero_point)$")
 
 
-def dequantized(
+def dequantize(
     tensors: Mapping[str, StoredTensor], scheme: WeightScheme | None, dtype: np.dtype
 ) -> dict[str, StoredTensor]:
-    """The same weights with every quantized one as a plain weight of `dtype`; its scales, and activations', are gone.
+    """Replace every quantized weight by one that reads as `dtype`, and drop all scales.
 
-    Names, shapes and dtypes are checked here, the values when they are read: then too a `CheckpointError` names the
-    tensor. Without a scheme nothing changes.
+    Names, shapes and dtypes are checked here, values when they are read. Without a scheme the
+    weights are returned unchanged.
 
     Raises:
-      CheckpointError: a quantized weight whose scale is missing or of the wrong shape or dtype; a scale without weight.
+      CheckpointError: a quantized weight whose scale is missing or of the wrong shape or dtype, or
+        a scale without a quantized weight; when values are read, an invalid scale or weight.
     """
     if scheme is None:
         return dict(tensors)
-    left = {name: tensor for name, tensor in tensors.items() if not _ACTIVATIONS.search(name)}
-    plain = (
-        _mxfp4_weights(left, dtype) if scheme.kind == "mxfp4" else _fp8_weights(left, scheme, dtype)
-    )
-    for name, tensor in left.items():
-        if _ORPHANS.search(name):
+    remaining = {name: each for name, each in tensors.items() if not _ACTIVATIONS.search(name)}
+    if scheme.kind == "mxfp4":
+        weights = _mxfp4_weights(remaining, dtype)
+    else:
+        weights = _fp8_weights(remaining, scheme, dtype)
+    for name, tensor in remaining.items():
+        if _WEIGHT_SCALES.search(name):
             raise CheckpointError(
-                f"{tensor.file}: {tensor.name} is the scale of a weight that is not quantized, or not there."
+                f"{tensor.file}: {tensor.name} is the scale of a weight that is missing or not "
+                "quantized."
             )
-    return left | plain
+    return remaining | weights
 
 
 def warn_dequantized(
     folder: Path, scheme: WeightScheme | None, tensors: Mapping[str, StoredTensor], dtype: np.dtype
 ) -> None:
-    """Say which weights were quantized, and what they have become."""
+    """Warn that quantized weights are dequantized to `dtype`. No warning without a scheme."""
     if scheme is None:
         return
-    count = sum(tensor.stored in (*FP8, MXFP4) for tensor in tensors.values())
+    count = sum(tensor.stored_dtype in (*FP8, MXFP4) for tensor in tensors.values())
     if count:
-        told = f"{count} quantized weights ({scheme}) are dequantized to {dtype.name}, {dtype.itemsize} bytes an element."
+        message = (
+            f"{count} quantized weights ({scheme}) are dequantized to {dtype.name}, "
+            f"{dtype.itemsize} bytes per element."
+        )
     else:
-        told = f"its config declares quantized weights ({scheme}), but none is: they are loaded as they are."
-    warnings.warn(f"{folder}: {told}", stacklevel=4)
+        message = (
+            f"its config declares quantized weights ({scheme}), but no weight is quantized: the "
+            "weights are loaded unchanged."
+        )
+    warnings.warn(f"{folder}: {message}", stacklevel=4)
 
 
 def _fp8_weights(
-    left: dict[str, StoredTensor], scheme: WeightScheme, dtype: np.dtype
+    remaining: dict[str, StoredTensor], scheme: WeightScheme, dtype: np.dtype
 ) -> dict[str, StoredTensor]:
-    """The float8 weights of `left`, which loses their scales."""
-    _drop_zero_points(left)
-    found = {}
-    for name in [
-        name for name, tensor in left.items() if tensor.stored in FP8 and not name.endswith(_SCALES)
-    ]:
-        weight = left[name]
-        scales = [left.pop(name + end) for end in _SCALES if name + end in left]
-        if len(scales) != 1:
-            names = " and ".join(weight.name + end for end in _SCALES)
-            problem = "has two scales" if scales else "has no scale"
-            raise CheckpointError(
-                f"{weight.file}: {weight.name} is {weight.stored} and {problem}: one of {names} is needed."
-            )
-        read = partial(_read_fp8, weight, scales[0], _block(weight, scales[0], scheme))
-        found[name] = dataclasses.replace(weight, dtype=dtype, read=read, offset=None)
-    return found
+    """Return the float8 weights, dequantized, and remove their scales from `remaining`."""
+    _drop_zero_points(remaining)
+    names = [
+        name
+        for name, tensor in remaining.items()
+        if tensor.stored_dtype in FP8 and not name.endswith(_SCALES)
+    ]
+    weights = {}
+    for name in names:
+        weight = remaining[name]
+        scale = _scale_of(name, weight, remaining)
+        block = _block(weight, scale, scheme)
+        read = partial(_read_fp8, weight, scale, block)
+        weights[name] = dataclasses.replace(weight, dtype=dtype, read=read, offset=None)
+    return weights
 
 
-def _drop_zero_points(left: dict[str, StoredTensor]) -> None:
-    """Some tools write zero points beside symmetric scales: zeros, which say nothing."""
-    for name in [name for name in left if _ORPHANS.search(name) and name.endswith("_zero_point")]:
-        tensor = left.pop(name)
+def _scale_of(name: str, weight: StoredTensor, remaining: dict[str, StoredTensor]) -> StoredTensor:
+    """Remove the scale of a weight from `remaining` and return it."""
+    scales = [remaining.pop(name + suffix) for suffix in _SCALES if name + suffix in remaining]
+    if len(scales) == 1:
+        return scales[0]
+    allowed = " and ".join(weight.name + suffix for suffix in _SCALES)
+    problem = "has two scales" if scales else "has no scale"
+    raise CheckpointError(
+        f"{weight.file}: {weight.name} is {weight.stored_dtype} and {problem}: exactly one of "
+        f"{allowed} is needed."
+    )
+
+
+def _drop_zero_points(remaining: dict[str, StoredTensor]) -> None:
+    """Remove the zero points of symmetric scales, which some tools write. They must be zero."""
+    names = [name for name in remaining if _WEIGHT_SCALES.search(name)]
+    for name in [name for name in names if name.endswith("_zero_point")]:
+        tensor = remaining.pop(name)
         values = np.empty(tensor.shape, np.float32)
         tensor.read(values)
         if values.any():
             raise CheckpointError(
-                f"{tensor.file}: {tensor.name} is not zero: asymmetric float8 weights are not read."
+                f"{tensor.file}: {tensor.name} is not zero: asymmetric float8 weights are not "
+                "supported."
             )
 
 
 def _block(weight: StoredTensor, scale: StoredTensor, scheme: WeightScheme) -> Block:
-    """The rows and columns that one scale serves: the block of the scheme that this scale's shape fits."""
-    if scale.stored not in _SCALE_DTYPES:
+    """Return the rows and columns that share a scale: the scheme's block that fits the shapes."""
+    if scale.stored_dtype not in _SCALE_DTYPES:
         raise CheckpointError(
-            f"{scale.file}: {scale.name} is stored as {scale.stored}: a scale must be one of {', '.join(_SCALE_DTYPES)}."
+            f"{scale.file}: {scale.name} is stored as {scale.stored_dtype}: a scale must be one of "
+            f"{', '.join(_SCALE_DTYPES)}."
         )
     rows, columns = (1, *weight.shape)[-2:]
-    fits, allowed = set(), []
-    for block in scheme.blocks:
-        block = (min(block[0], rows) or rows or 1, min(block[1], columns) or columns or 1)
+    fitting = set()
+    allowed: list[Shape] = []
+    for block_rows, block_columns in scheme.blocks:
+        block = (min(block_rows, rows) or rows or 1, min(block_columns, columns) or columns or 1)
         shapes = _scale_shapes(weight.shape, block)
         allowed += shapes
         if scale.shape in shapes:
-            fits.add(block)
-    if len(fits) != 1:
-        problem = (
-            "fits more than one of its blocks"
-            if fits
-            else "must be " + " or ".join(str(list(s)) for s in allowed)
-        )
-        raise CheckpointError(
-            f"{scale.file}: {scale.name} has shape {list(scale.shape)}, for a weight {list(weight.shape)} and {scheme} "
-            f"it {problem}."
-        )
-    return fits.pop()
+            fitting.add(block)
+    if len(fitting) == 1:
+        return fitting.pop()
+    problem = "must be " + " or ".join(str(list(shape)) for shape in allowed)
+    if fitting:
+        problem = "fits more than one of its blocks"
+    raise CheckpointError(
+        f"{scale.file}: {scale.name} has shape {list(scale.shape)}; for a weight of shape "
+        f"{list(weight.shape)} and {scheme} it {problem}."
+    )
 
 
 def _scale_shapes(weight: Shape, block: Block) -> list[Shape]:
-    """The shapes that tools give a grid of scales: in full, or without the axes that one scale spans."""
+    """Return the shapes that tools give a grid of scales: in full, or without axes of size 1."""
     *lead, rows, columns = (1, *weight) if len(weight) == 1 else weight
     grid = (*lead, -(-rows // block[0]), -(-columns // block[1]))
     shapes = [grid]
@@ -161,10 +183,10 @@ def _scale_shapes(weight: Shape, block: Block) -> list[Shape]:
 
 def _read_fp8(weight: StoredTensor, scale: StoredTensor, block: Block, out: np.ndarray) -> None:
     rows, columns = (1, *weight.shape)[-2:]
-    grid = _read_scales(scale).reshape(
-        -1, -(-columns // block[1])
-    )  # leading axes and blocks of rows on one axis
+    # Leading axes and blocks of rows are on one axis.
+    grid = _read_scales(scale).reshape(-1, -(-columns // block[1]))
     blocks = -(-rows // block[0])
+    assert weight.offset is not None, "float8 weights are read from their file directly"
     flat = _rows(out, columns)
     for part in chunks(len(flat), 4 * columns):
         codes = np.empty((part.stop - part.start, columns), np.uint8)
@@ -173,7 +195,7 @@ def _read_fp8(weight: StoredTensor, scale: StoredTensor, block: Block, out: np.n
         scales = grid[row // rows * blocks + row % rows // block[0]]
         if scales.shape[1] > 1:
             scales = np.repeat(scales, block[1], axis=1)[:, :columns]
-        values = _FP8_VALUES[weight.stored][codes]
+        values = _FP8_VALUES[weight.stored_dtype][codes]
         with np.errstate(over="ignore", invalid="ignore"):  # checked below
             flat[part] = values * scales
         _require_finite(weight, values, flat[part])
@@ -186,7 +208,8 @@ def _read_scales(scale: StoredTensor) -> np.ndarray:
     if bad.any():
         at = np.argwhere(bad)[0].tolist()
         raise CheckpointError(
-            f"{scale.file}: {scale.name} is {values[tuple(at)]} at {at}: scales must be positive and finite."
+            f"{scale.file}: {scale.name} is {values[tuple(at)]} at {at}: scales must be positive "
+            "and finite."
         )
     return values
 
@@ -196,11 +219,12 @@ def _require_finite(weight: StoredTensor, values: np.ndarray, out: np.ndarray) -
         return
     if not np.isfinite(values).all():
         raise CheckpointError(
-            f"{weight.file}: {weight.name} holds NaN or infinity in its {weight.stored} codes: damaged."
+            f"{weight.file}: {weight.name} has {weight.stored_dtype} codes of NaN or infinity: "
+            "damaged."
         )
     raise CheckpointError(
-        f"{weight.file}: {weight.name}, multiplied by its scales, has values beyond {out.dtype.name}'s largest, "
-        f"{float(ml_dtypes.finfo(out.dtype).max):g}; load with a dtype of more range, 'bfloat16' or 'float32'."
+        f"{weight.file}: {weight.name} times its scales exceeds {out.dtype.name}'s largest value, "
+        f"{float(ml_dtypes.finfo(out.dtype).max):g}; load with dtype='bfloat16' or 'float32'."
     )
 
 
@@ -210,48 +234,59 @@ def _rows(out: np.ndarray, columns: int) -> np.ndarray:
     return flat
 
 
-def _mxfp4_weights(left: dict[str, StoredTensor], dtype: np.dtype) -> dict[str, StoredTensor]:
-    """The MXFP4 weights of `left`, which loses their blocks and scales. `[experts, in, out]`, as gpt-oss in bfloat16 is."""
-    found = {}
-    for name in sorted(
-        {
-            name.removesuffix(end)
-            for name in left
-            for end in ("_blocks", "_scales")
-            if name.endswith(end)
-        }
-    ):
-        blocks, scales = left.pop(name + "_blocks", None), left.pop(name + "_scales", None)
+def _mxfp4_weights(remaining: dict[str, StoredTensor], dtype: np.dtype) -> dict[str, StoredTensor]:
+    """Return the MXFP4 weights, dequantized, and remove their tensors from `remaining`.
+
+    Their shape is `[experts, in, out]`, as in gpt-oss's bfloat16 checkpoints.
+    """
+    names = {
+        name.removesuffix(suffix)
+        for name in remaining
+        for suffix in ("_blocks", "_scales")
+        if name.endswith(suffix)
+    }
+    weights = {}
+    for name in sorted(names):
+        blocks = remaining.pop(f"{name}_blocks", None)
+        scales = remaining.pop(f"{name}_scales", None)
         if blocks is None or scales is None:
-            there = blocks or scales
-            missing = "_scales" if scales is None else "_blocks"
-            raise CheckpointError(f"{there.file}: {there.name} is there without {name + missing}.")
-        if blocks.stored != "U8" or len(blocks.shape) != 4 or blocks.shape[-1] != _MX_GROUP_BYTES:
-            raise CheckpointError(
-                f"{blocks.file}: {blocks.name} {blocks.stored} {list(blocks.shape)}: must be U8 "
-                f"[experts, rows, groups, {_MX_GROUP_BYTES}]."
-            )
-        if scales.stored != "U8" or scales.shape != blocks.shape[:-1]:
-            raise CheckpointError(
-                f"{scales.file}: {scales.name} {scales.stored} {list(scales.shape)}: must be U8 {list(blocks.shape[:-1])}, "
-                "one exponent a group of its blocks."
-            )
+            missing = f"{name}_blocks" if blocks is None else f"{name}_scales"
+            present = blocks or scales
+            assert present is not None
+            raise CheckpointError(f"{present.file}: {present.name} has no {missing}.")
+        _require_mxfp4(blocks, scales)
         experts, rows, groups, _ = blocks.shape
-        shape, read = (
+        weights[name] = StoredTensor(
+            blocks.name.removesuffix("_blocks"),
             (experts, 2 * _MX_GROUP_BYTES * groups, rows),
+            MXFP4,
+            dtype,
+            blocks.file,
             partial(_read_mxfp4, blocks, scales),
         )
-        found[name] = StoredTensor(
-            blocks.name.removesuffix("_blocks"), shape, MXFP4, dtype, blocks.file, read
+    return weights
+
+
+def _require_mxfp4(blocks: StoredTensor, scales: StoredTensor) -> None:
+    """Check dtypes and shapes of an MXFP4 weight."""
+    shape = blocks.shape
+    if blocks.stored_dtype != "U8" or len(shape) != 4 or shape[-1] != _MX_GROUP_BYTES:
+        raise CheckpointError(
+            f"{blocks.file}: {blocks.name} {blocks.stored_dtype} {list(shape)}: must be U8 "
+            f"[experts, rows, groups, {_MX_GROUP_BYTES}]."
         )
-    return found
+    if scales.stored_dtype != "U8" or scales.shape != shape[:-1]:
+        raise CheckpointError(
+            f"{scales.file}: {scales.name} {scales.stored_dtype} {list(scales.shape)}: must be U8 "
+            f"{list(shape[:-1])}, one exponent per group of the blocks."
+        )
 
 
 def _read_mxfp4(blocks: StoredTensor, scales: StoredTensor, out: np.ndarray) -> None:
     experts, rows, groups, _ = blocks.shape
-    for expert, part in itertools.product(
-        range(experts), chunks(rows, 4 * 2 * _MX_GROUP_BYTES * groups)
-    ):
+    assert blocks.offset is not None and scales.offset is not None
+    row_bytes = 4 * 2 * _MX_GROUP_BYTES * groups  # of the float32 values
+    for expert, part in itertools.product(range(experts), chunks(rows, row_bytes)):
         codes = np.empty((part.stop - part.start, groups, _MX_GROUP_BYTES), np.uint8)
         exponents = np.empty((part.stop - part.start, groups, 1), np.uint8)
         first = (expert * rows + part.start) * groups
@@ -259,7 +294,7 @@ def _read_mxfp4(blocks: StoredTensor, scales: StoredTensor, out: np.ndarray) -> 
         read_exactly(scales.file, scales.offset + first, exponents)
         if (exponents == 255).any():
             raise CheckpointError(
-                f"{scales.file}: {scales.name} holds 255, the exponent that means NaN: damaged."
+                f"{scales.file}: {scales.name} contains 255, the exponent that means NaN: damaged."
             )
         values = _E2M1_PAIRS[codes].reshape(len(codes), groups, -1)
         with np.errstate(over="ignore"):  # checked below

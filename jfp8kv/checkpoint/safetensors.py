@@ -1,9 +1,8 @@
-"""Reading and writing safetensors files: a length, a JSON header, and raw little-endian bytes.
+"""Read and write safetensors files: a length, a JSON header, and raw little-endian bytes.
 
-The file is read by its header's offsets with plain reads instead of the safetensors library, for two reasons: the
-library maps the file, so its pages count as our memory beside the copy, and it cannot hand float8 tensors to NumPy. It is
-written likewise, one tensor after another, where the library wants all of them at once.
-Source: the format's description in the safetensors repository.
+The safetensors library is not used, for two reasons. It maps the file, so the mapped pages count as
+our memory beside the copy, and it cannot convert float8 tensors to NumPy. For writing, it needs all
+tensors in memory at once. Source: the description of the format in the safetensors repository.
 """
 
 import dataclasses
@@ -45,12 +44,12 @@ WEIGHTS = {
     "F16": np.dtype(np.float16),
     "BF16": BFLOAT16,
 }
-_ALIGNMENT = 8  # bytes, of where the data begins
-_MAX_HEADER = 100 << 20  # the format's own limit
+_ALIGNMENT = 8  # bytes; where the data begins
+_MAX_HEADER = 100 << 20  # bytes; a limit of the format
 
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a file by its name; only the header is read.
+    """Return every tensor of a file by its name. Only the header is read.
 
     Raises:
       CheckpointError: the file is truncated, not safetensors, or cannot be opened.
@@ -71,7 +70,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= _MAX_HEADER:
             raise CheckpointError(
-                f"{path}: not a safetensors file (its header would take {length} bytes)."
+                f"{path}: not a safetensors file (its header would have {length} bytes)."
             )
         text = file.read(length)
     if len(text) < length:
@@ -90,59 +89,75 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) -> StoredTensor:
-    damaged = CheckpointError(f"{path}: the header's entry for {name} is damaged: {entry!r}.")
-    try:
-        stored, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    except (TypeError, KeyError, ValueError) as error:
-        raise damaged from error
-    if not isinstance(stored, str) or not all(
-        type(number) is int and number >= 0 for number in (*shape, start, end)
-    ):
-        raise damaged
-    dtype = DTYPES.get(stored)
+    stored_dtype, shape, start, end = _entry(path, name, entry)
+    dtype = DTYPES.get(stored_dtype)
     if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(
-            f"{path}: {name} {stored} {list(shape)} does not fit its {end - start} bytes: damaged header."
+            f"{path}: {name} {stored_dtype} {list(shape)} does not fit its {end - start} bytes: "
+            "damaged header."
         )
     if end > data_bytes:
         raise CheckpointError(
-            f"{path}: truncated: {name} ends at byte {data_start + end}, the file has {data_start + data_bytes}: fetch "
-            "it again."
+            f"{path}: truncated: {name} ends at byte {data_start + end}, the file has "
+            f"{data_start + data_bytes}: fetch it again."
         )
-    read = partial(_read, path, data_start + start, dtype)
-    return StoredTensor(name, shape, stored, WEIGHTS.get(stored), path, read, data_start + start)
+    return StoredTensor(
+        name,
+        shape,
+        stored_dtype,
+        WEIGHTS.get(stored_dtype),
+        path,
+        partial(_read, path, data_start + start, dtype),
+        data_start + start,
+    )
 
 
-def _read(path: Path, offset: int, stored: np.dtype, out: np.ndarray) -> None:
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """Return dtype, shape and byte range of a tensor from its entry in the header."""
+    damaged = CheckpointError(f"{path}: the header's entry for {name} is damaged: {entry!r}.")
+    if not isinstance(entry, dict):
+        raise damaged
+    dtype = entry.get("dtype")
+    shape = entry.get("shape")
+    offsets = entry.get("data_offsets")
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not isinstance(offsets, list):
+        raise damaged
+    if len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+        raise damaged
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _read(path: Path, offset: int, stored: np.dtype | None, out: np.ndarray) -> None:
+    assert stored is not None, "tensors of unknown dtypes are not read"
     if out.dtype == stored:
-        return read_exactly(path, offset, out)
+        read_exactly(path, offset, out)
+        return
     flat = out.reshape(-1)
     for part in chunks(flat.size, stored.itemsize):
         raw = np.empty(part.stop - part.start, stored)
         read_exactly(path, offset + part.start * stored.itemsize, raw)
         with np.errstate(over="ignore"):  # read_into reports values that do not fit
             flat[part] = raw.astype(out.dtype)
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
-class NewTensor:
-    """A tensor to be written; `make` gives its values when its turn comes."""
+class LazyTensor:
+    """A tensor to write. `compute` returns its values when it is written."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    make: Callable[[], np.ndarray]
+    compute: Callable[[], np.ndarray]
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path: Path, tensors: Iterable[NewTensor], metadata: dict[str, str]) -> None:
-    """Write a file of `tensors`, those with the widest elements first, so that each lies at a multiple of its element's size.
+def write_safetensors(path: Path, tensors: Iterable[LazyTensor], metadata: dict[str, str]) -> None:
+    """Write a file of `tensors`, one at a time in memory.
 
-    One tensor at a time is held.
+    Tensors with the widest elements go first, so that each is aligned to its element size.
     """
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -162,7 +177,7 @@ def write_safetensors(path: Path, tensors: Iterable[NewTensor], metadata: dict[s
             file.write(_bytes(tensor))
 
 
-def _bytes(tensor: NewTensor) -> np.ndarray:
-    values = np.ascontiguousarray(tensor.make())
+def _bytes(tensor: LazyTensor) -> np.ndarray:
+    values = np.ascontiguousarray(tensor.compute())
     assert (values.shape, values.dtype) == (tensor.shape, tensor.dtype), tensor.name
     return values.reshape(-1).view(np.uint8)

@@ -1,14 +1,16 @@
-"""A tensor that is still in a file, and the streaming of many of them into a model's tree.
+"""Tensors in checkpoint files, and streaming them into the parameter tree of a model.
 
-Memory is the point. Each parameter is one aligned host array, filled tensor by tensor with plain reads (mapped pages
-would count as ours) and handed to JAX, which takes over the memory as it is on a CPU and copies it to any other
-device. Nothing else is ever held but one chunk of the tensor being converted.
+Memory is what matters here. Each parameter is one aligned host array. It is filled tensor by tensor
+with plain reads (memory-mapped pages would count as ours) and handed to JAX, which adopts the
+memory on a CPU and copies it to any other device. Nothing else is in memory but one chunk of the
+tensor that is being converted.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -29,39 +31,50 @@ from jfp8kv.models.names import (
 )
 
 CHUNK_BYTES = 4 << 20
-ALIGNMENT = 64  # bytes; what XLA:CPU asks of memory it is to use without a copy
+ALIGNMENT = 64  # bytes; XLA:CPU adopts host memory without a copy at this alignment
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOATS = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+FLOAT_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": BFLOAT16,
+    "float16": np.dtype(np.float16),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """One tensor in a file.
 
-    `stored` says how the file keeps it ("BF16", "Q4_K"); `dtype` is the float dtype that keeps it best, or None when it
-    cannot be read as a weight. `read(out)` fills an array of `shape`, in the float dtype of `out`. `offset` is where its
-    bytes begin in `file`, when they lie there in C order.
+    Attributes:
+      stored_dtype: the file's name for its type, such as "BF16" or "Q4_K".
+      dtype: the float dtype that represents it best, None if it cannot be read as a weight.
+      read: fills an array of `shape`, in the float dtype of that array.
+      offset: where its bytes begin in `file`, if they are stored there in C order.
     """
 
     name: str
     shape: Shape
-    stored: str
+    stored_dtype: str
     dtype: np.dtype | None
     file: Path
     read: Callable[[np.ndarray], None]
     offset: int | None = None
 
     def read_into(self, out: np.ndarray) -> None:
-        """Fill `out`, or raise a `CheckpointError` naming file and tensor when a value does not fit its dtype."""
+        """Fill `out`.
+
+        Raises:
+          CheckpointError: a value does not fit the dtype of `out`, naming file and tensor.
+        """
         self.read(out)
         if out.dtype == np.float16 and self.dtype != np.float16 and not np.isfinite(out).all():
             raise CheckpointError(
-                f"{self.file}: {self.name} has values beyond float16's largest, 65504; load with dtype='bfloat16' or 'float32'."
+                f"{self.file}: {self.name} has values beyond float16's largest, 65504; load with "
+                "dtype='bfloat16' or 'float32'."
             )
 
 
-def weights_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
-    """The dtype most of the elements are stored in."""
+def most_common_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
+    """Return the dtype that most elements are stored in."""
     counts: dict[np.dtype, int] = {}
     for tensor in tensors.values():
         if tensor.dtype is not None:
@@ -69,77 +82,82 @@ def weights_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
     return max(counts, key=counts.__getitem__, default=BFLOAT16)
 
 
-def assemble(
+def load_tree(
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],
     modules: Mapping[str, Module],
     dtype: np.dtype,
     *,
     where: Path,
-) -> dict:
-    """The native tree of a model, streamed from its tensors. All names, shapes and dtypes are checked before any read.
+) -> dict[str, Any]:
+    """Read the parameter tree of a model. All names, shapes and dtypes are checked before any read.
 
     Args:
-      tensors: every weight of the checkpoint under the names that `modules` gives.
-      modules: the checkpoint's layout (models/layouts.py).
+      tensors: every weight of the checkpoint, under the names that `modules` gives.
+      modules: the layout of the checkpoint (models/layouts.py).
       dtype: of every parameter of the result.
-      where: the checkpoint, for messages.
+      where: the checkpoint, for error messages.
 
     Raises:
-      CheckpointError: a tensor missing, unexpected, of the wrong shape, quantized, or out of `dtype`'s range.
+      CheckpointError: a tensor is missing, unexpected, of the wrong shape, quantized in an
+        unsupported way, or out of `dtype`'s range.
     """
-    found, shapes = sources(config, modules), expected_shapes(config)
-    each = each_source(found)
-    _refuse_quantized(tensors)
-    require_names(tensors, each, where=str(where))
-    for name, shape in each.items():
+    parts = sources(config, modules)
+    shapes = expected_shapes(config)
+    expected = each_source(parts)
+    _require_floats(tensors)
+    require_names(tensors, expected, where=str(where))
+    for name, shape in expected.items():
         tensor = tensors[name]
         require_shape(tensor.name, tensor.shape, shape, where=str(tensor.file))
     return nest(
-        {ours: parameter(shapes[ours], parts, tensors, dtype) for ours, parts in found.items()}
+        {name: load_parameter(shapes[name], each, tensors, dtype) for name, each in parts.items()}
     )
 
 
-def parameter(
+def load_parameter(
     shape: Shape, parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: np.dtype
 ) -> jax.Array:
-    """One parameter on the default device, its parts read one after another."""
+    """Read one parameter, part by part, onto the default device."""
     host = aligned_empty(shape, dtype)
     rows = host.reshape(len(parts), *parts[0].part)
     for row, part in zip(rows, parts, strict=True):
         if part.take is None:
             tensors[part.name].read_into(row)
         else:
-            whole = np.empty(part.shape, np.float32 if part.wide else dtype)
-            tensors[part.name].read_into(whole)
-            row[...] = part.take(whole)
+            tensor = np.empty(part.shape, np.float32 if part.wide else dtype)
+            tensors[part.name].read_into(tensor)
+            row[...] = part.take(tensor)
     array = jax.device_put(host, may_alias=True)
-    array.block_until_ready()  # frees the host copy before the next parameter where the device has memory of its own
+    # Where the device has separate memory, this frees the host copy before the next parameter.
+    array.block_until_ready()
     return array
 
 
-def same_values(a: StoredTensor, b: StoredTensor | None) -> bool:
-    """Whether `b` is there and holds the same values as `a`. Reads both."""
-    if b is None or a.shape != b.shape or None in (a.dtype, b.dtype):
+def equal_tensors(a: StoredTensor, b: StoredTensor | None) -> bool:
+    """Read both tensors and return whether their values are equal. False if `b` is None."""
+    if b is None or a.shape != b.shape or a.dtype is None or b.dtype is None:
         return False
-    first, second = (np.empty(t.shape, a.dtype) for t in (a, b))
-    a.read_into(first)
-    b.read_into(second)
-    return np.array_equal(first, second)
+    a_values = np.empty(a.shape, a.dtype)
+    b_values = np.empty(b.shape, a.dtype)
+    a.read_into(a_values)
+    b.read_into(b_values)
+    return np.array_equal(a_values, b_values)
 
 
-def _refuse_quantized(tensors: Mapping[str, StoredTensor]) -> None:
+def _require_floats(tensors: Mapping[str, StoredTensor]) -> None:
     for tensor in tensors.values():
         if tensor.dtype is None:
             raise CheckpointError(
-                f"{tensor.file}: {tensor.name} is stored as {tensor.stored}: quantized weights of this kind are not "
-                "read; weights may be F32, BF16 or F16, float8 where config.json declares how, and in GGUF the quantized "
-                "types that the gguf library reads."
+                f"{tensor.file}: {tensor.name} is stored as {tensor.stored_dtype}, which is not "
+                "supported for weights. Supported are F32, BF16 and F16, float8 where config.json "
+                "declares the quantization, and in GGUF files the quantized types that the gguf "
+                "library reads."
             )
 
 
 def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """Uninitialized host memory that XLA:CPU can adopt without a copy."""
+    """Return uninitialized host memory that XLA:CPU can adopt without a copy."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -147,7 +165,11 @@ def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
 
 
 def read_exactly(path: Path, offset: int, out: np.ndarray) -> None:
-    """Fill the bytes of a contiguous array from a file, or raise a `CheckpointError` when the file ends early."""
+    """Fill the bytes of a contiguous array from a file.
+
+    Raises:
+      CheckpointError: the file ends early.
+    """
     view = memoryview(out.reshape(-1).view(np.uint8))
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
@@ -155,13 +177,14 @@ def read_exactly(path: Path, offset: int, out: np.ndarray) -> None:
             count = file.readinto(view)
             if not count:
                 raise CheckpointError(
-                    f"{path}: the file ends {len(view)} bytes early; it is truncated: fetch it again."
+                    f"{path}: the file ends {len(view)} bytes early; it is truncated: fetch it "
+                    "again."
                 )
             view = view[count:]
 
 
 def chunks(rows: int, row_bytes: int) -> Iterator[slice]:
-    """Slices over `rows` of about `CHUNK_BYTES` each."""
+    """Yield slices over `rows` of about `CHUNK_BYTES` each."""
     step = max(1, CHUNK_BYTES // max(1, row_bytes))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

@@ -14,7 +14,7 @@ import jax
 
 from jfp8kv.cache.config import CacheConfig, context_length, resolve_cache
 from jfp8kv.cache.scales import TOKEN_HEAD, UNIT
-from jfp8kv.checkpoint.load import Described
+from jfp8kv.checkpoint.load import CheckpointInfo
 from jfp8kv.engine.buckets import default_prefill_chunk, max_tokens_per_dispatch
 from jfp8kv.models.config import ModelConfig, RopeConfig
 from jfp8kv.models.params import Params
@@ -120,7 +120,7 @@ class ModelReport:
 
 
 def report(
-    found: Described | Params,
+    found: CheckpointInfo | Params,
     source: str,
     *,
     kv_dtype: Any,
@@ -128,8 +128,8 @@ def report(
     max_model_len: Any,
     page_size: Any,
 ) -> ModelReport:
-    """Inspect what `describe` found, or weights in memory, under these settings of a cache."""
-    params = found if isinstance(found, Params) else found.shapes()
+    """Inspect what `read_checkpoint_info` returned, or weights in memory, under these settings of a cache."""
+    params = found if isinstance(found, Params) else found.abstract_params()
     config, span = params.config, max_tokens_per_dispatch(default_prefill_chunk())
     longest = context_length(config, max_model_len)
     asked = resolve_cache(
@@ -141,7 +141,7 @@ def report(
         longest=longest,
     )
     lengths = sorted({*(length for length in LENGTHS if length < longest), longest})
-    unread = isinstance(found, Described)
+    unread = isinstance(found, CheckpointInfo)
     return ModelReport(
         source=source,
         kind=found.kind if unread else "Params in memory",
@@ -149,7 +149,7 @@ def report(
         weights=_weights_of_files(found, params) if unread else _weights_in_memory(params),
         attention=_attention(config),
         caches=_costs(params, asked, lengths),
-        scales=Scales.of(found.found, found.scales)
+        scales=Scales.of(found.scale_report, found.scale_tensors)
         if unread
         else Scales.in_memory(params.kv_scales),
         tokenizer=params.tokenizer is not None,
@@ -160,16 +160,16 @@ def report(
     )
 
 
-def _weights_of_files(found: Described, shapes: Params) -> Weights:
+def _weights_of_files(found: CheckpointInfo, shapes: Params) -> Weights:
     files = {tensor.file for tensor in found.weights.values()}
     return Weights(
         parameters=shapes.size,
         dtype=shapes.dtype.name,
         bytes_in_memory=shapes.nbytes,
         bytes_on_disk=sum(map(_size, files)) if files else None,
-        tensors=_counted(tensor.stored for tensor in found.weights.values()),
-        quantization=str(found.scheme) if found.scheme else found.quantized_by,
-        vision_tensors=found.vision,
+        tensors=_counted(tensor.stored_dtype for tensor in found.weights.values()),
+        quantization=str(found.weight_scheme) if found.weight_scheme else found.quant_method,
+        vision_tensors=found.vision_tensors,
     )
 
 

@@ -6,14 +6,8 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from jfp8kv.cache.scales import KVScales
-from jfp8kv.checkpoint.kv_scales import (
-    GRANULARITIES,
-    LEFT_OUT,
-    FoundScales,
-    LayerFound,
-    Problem,
-    ReadScale,
-)
+from jfp8kv.checkpoint.kv_scale_tensors import GRANULARITIES, StoredScale
+from jfp8kv.checkpoint.kv_scales import IGNORED, LayerScales, ScaleIssue, ScaleReport
 
 IN_MEMORY = "Params.kv_scales"
 Spread = tuple[float, float]
@@ -64,10 +58,10 @@ class Scales:
     unused: tuple[str, ...]
 
     @classmethod
-    def of(cls, found: FoundScales, tensors: Iterable[str]) -> "Scales":
+    def of(cls, found: ScaleReport, tensors: Iterable[str]) -> "Scales":
         """What a checkpoint's reader reported; `tensors` are the names it was given."""
-        unused = [scale.source for scale in found.others] + [
-            p.source for p in found.problems if p.fallback == LEFT_OUT
+        unused = [scale.source for scale in found.other_scales] + [
+            p.source for p in found.issues if p.fallback == IGNORED
         ]
         rows, made_for = tuple(_rows(found)), found.scales and found.scales.kv_dtype
         return cls(
@@ -78,7 +72,7 @@ class Scales:
                 default=None,
             ),
             rows=rows,
-            problems=tuple(f"{problem}: {problem.fallback}" for problem in found.problems),
+            problems=tuple(f"{problem}: {problem.fallback}" for problem in found.issues),
             elsewhere=found.file,
             notes=(
                 *found.notes,
@@ -95,44 +89,44 @@ class Scales:
     def in_memory(cls, scales: KVScales | None) -> "Scales":
         """Those of a `Params`."""
         return cls.of(
-            FoundScales() if scales is None else FoundScales.of(scales, source=IN_MEMORY), ()
+            ScaleReport() if scales is None else ScaleReport.from_kv_scales(scales, source=IN_MEMORY), ()
         )
 
 
-def _rows(found: FoundScales) -> Iterator[ScaleRow]:
+def _rows(found: ScaleReport) -> Iterator[ScaleRow]:
     layers = {layer.layer: layer for layer in found.layers}
     told = {
         *layers,
-        *(scale.layer for scale in found.others),
-        *(p.layer for p in found.problems if p.layer is not None),
+        *(scale.layer for scale in found.other_scales),
+        *(p.layer for p in found.issues if p.layer is not None),
     }
     for number in sorted(told):
-        others = [scale for scale in found.others if scale.layer == number]
-        problems = [problem for problem in found.problems if problem.layer == number]
+        others = [scale for scale in found.other_scales if scale.layer == number]
+        problems = [problem for problem in found.issues if problem.layer == number]
         yield _row(number, layers.get(number), others, problems)
 
 
 def _row(
-    number: int, layer: LayerFound | None, others: list[ReadScale], problems: list[Problem]
+    number: int, layer: LayerScales | None, others: list[StoredScale], problems: list[ScaleIssue]
 ) -> ScaleRow:
-    first = layer.problems if layer else ()
+    first = layer.issues if layer else ()
     problems = [
         *first,
         *(problem for problem in problems if problem not in first),
     ]  # of K and V, then of what is not used
     bad = [problem.source for problem in problems]
-    verdict = [f"{problem.source} {problem.what}: {problem.fallback}" for problem in problems]
-    if layer is not None and not layer.problems:
+    verdict = [f"{problem.source} {problem.message}: {problem.fallback}" for problem in problems]
+    if layer is not None and not layer.issues:
         verdict.insert(
             0,
-            "used" + (f", converted from {' and '.join(layer.made_for)}" if layer.made_for else ""),
+            "used" + (f", converted from {' and '.join(layer.converted_from)}" if layer.converted_from else ""),
         )
     verdict += [
         f"{scale.source} ({_value(scale)}) has no use here"
         for scale in others
         if scale.source not in bad
     ]
-    read = [scale.source for scale in (*(layer.read if layer else ()), *others)]
+    read = [scale.source for scale in (*(layer.stored if layer else ()), *others)]
     return ScaleRow(
         layer=number,
         k=layer and spread(layer.k),
@@ -157,5 +151,5 @@ def words(found: Spread | None) -> str:
     return "-" if low is None else f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
 
 
-def _value(scale: ReadScale) -> str:
+def _value(scale: StoredScale) -> str:
     return words(None if scale.value is None else spread(scale.value))

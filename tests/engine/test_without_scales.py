@@ -8,7 +8,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv.cache.config import CacheConfig, resolve_cache
-from jfp8kv.checkpoint.load import describe
+from jfp8kv.checkpoint.load import read_checkpoint_info
 from jfp8kv.models.key_bias import KeysInWeights
 from tests.models.test_decoder import FAMILIES, rms
 
@@ -130,4 +130,4 @@ def test_a_large_constant_that_turns_leaves_its_layer_unquantized_aloud() -> Non
 def test_a_cache_that_is_not_fp8_and_shapes_without_weights_ask_nothing_of_the_weights() -> None:
     params = with_bias(300.0, pair=0)
     assert resolved(params, "bfloat16").name == "bfloat16"
-    assert resolved(describe(BIASED).shapes()).scales.k_offset is None
+    assert resolved(read_checkpoint_info(BIASED).abstract_params()).scales.k_offset is None

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jfp8kv
-from jfp8kv.checkpoint.folder import read_config
+from jfp8kv.checkpoint.hf_folder import read_config
 from jfp8kv.models.config import ExpertsConfig, ModelConfig, RopeConfig
 from jfp8kv.models.decoder import Decoder, bind
 from jfp8kv.models.families import config_from_hf
