@@ -14,8 +14,8 @@ from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint.export import LAYOUTS as EXPORT_LAYOUTS  # noqa: F401  (for the command line)
 from jfp8kv.checkpoint.export import export as export
-from jfp8kv.checkpoint.load import read_checkpoint_info
 from jfp8kv.checkpoint.load import load as load
+from jfp8kv.checkpoint.load import read_checkpoint_info
 from jfp8kv.core.errors import ConfigError, unknown_keyword
 from jfp8kv.core.paths import looks_like_path
 from jfp8kv.core.sizes import parse_bytes as parse_bytes  # for batch runs

@@ -420,7 +420,7 @@ def test_a_broken_scale_is_shown_by_inspect_and_a_lenient_run_goes_on_without_it
     status, out, err = run("inspect", folder)
     assert (status, err) == (0, "")
     assert re.search(
-        r"\n +1 +1 +1 +kv_cache_scales.json: layer 1 +- +.* is 0: .*: scale 1 is used there\n", out
+        r"\n +1 +1 +1 +kv_cache_scales.json: layer 1 +- +.* is 0: .*: scale 1 is used instead\n", out
     )
     (tmp_path / "data.txt").write_text("the end")
     commands = {
@@ -437,7 +437,7 @@ def test_a_broken_scale_is_shown_by_inspect_and_a_lenient_run_goes_on_without_it
             warnings.simplefilter("always")
             status, _, err = run(*argv, "--lenient")
         assert (status, err.count("\n")) == (0, 1) and re.match(
-            "jfp8kv: warning: .*layer 1 is 0.*: scale 1 is used there", err
+            "jfp8kv: warning: .*layer 1 is 0.*: scale 1 is used instead", err
         )
 
 

@@ -378,7 +378,7 @@ def test_a_broken_scale_is_refused_unless_loading_is_not_strict(tmp_path) -> Non
         match="layer 1 is 0.*strict=False, or give --lenient on the command line",
     ):
         jfp8kv.LLM(str(folder))
-    with pytest.warns(UserWarning, match="layer 1 is 0.*: scale 1 is used there"):
+    with pytest.warns(UserWarning, match="layer 1 is 0.*: scale 1 is used instead"):
         llm = jfp8kv.LLM(str(folder), strict=False)
     assert llm.kv_dtype == "fp8_e4m3" and llm.params.kv_scales.k.ravel().tolist() == [0.5, 1]
 

@@ -31,6 +31,7 @@ from jfp8kv.checkpoint.tensors import (
     most_common_dtype,
 )
 from jfp8kv.core.errors import CheckpointError, ConfigError, invalid_choice
+from jfp8kv.core.paths import looks_like_path
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
 from jfp8kv.models.families.fields import ids, mapping
@@ -213,17 +214,11 @@ def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         return path
-    if path.exists() and _looks_like_path(source):
+    if path.exists() and looks_like_path(source):
         return _checked_file(path)
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".gguf":
         return hf.download(source, weights=weights)
     raise CheckpointError(f"{source}: no such file or folder.")
-
-
-def _looks_like_path(source: str | os.PathLike[str]) -> bool:
-    if not isinstance(source, str):
-        return True
-    return os.sep in source or "/" in source or bool(Path(source).suffix)
 
 
 def _checked_file(path: Path) -> Path:

@@ -28,7 +28,7 @@ from jfp8kv.models.params import Params
 ROOT = Path(__file__).parent.parent / "references"
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/config.json"))
 BF16 = np.dtype(ml_dtypes.bfloat16)
-loads_with_remarks = pytest.mark.filterwarnings("ignore:.*(dequantized to|only text is served)")
+loads_with_remarks = pytest.mark.filterwarnings("ignore:.*(dequantized to|only text is supported)")
 
 
 def bits(leaf):
@@ -194,7 +194,7 @@ def test_a_file_is_one_that_its_own_library_and_transformers_take(tmp_path):
         "empty": np.ones((0, 2), np.float16),
     }
     given = [
-        writer.NewTensor(name, each.shape, each.dtype, lambda each=each: each)
+        writer.LazyTensor(name, each.shape, each.dtype, lambda each=each: each)
         for name, each in values.items()
     ]
     path = tmp_path / "x.safetensors"
@@ -348,7 +348,7 @@ def test_what_has_no_form_in_a_folder_is_refused_by_name_before_anything_is_writ
         (params.tree, "params of type dict: must be a Params"),
         (
             dataclasses.replace(params, tokenizer=Tokenizer(Bytes())),
-            "tokenizer of type Bytes: has no written form",
+            "tokenizer of type Bytes: cannot be written",
         ),
         (
             dataclasses.replace(params, config=config),

@@ -41,7 +41,7 @@ def test_what_the_layout_cannot_hold_is_a_warning(run, tmp_path):
     status, _, said = run("export", MODEL, tmp_path / "out", "--kv-scales", scales)
     warned, wrote = said.splitlines()
     assert status == 0 and warned.startswith(
-        "jfp8kv: warning: The layout 'compressed-tensors' has no place for channel scales"
+        "jfp8kv: warning: The layout 'compressed-tensors' cannot express channel scales"
     )
     assert wrote.endswith("weights bfloat16, KV scales per channel")
 

@@ -12,8 +12,9 @@ import safetensors.numpy
 
 import jfp8kv
 from jfp8kv.cache.scales import KVScales
-from jfp8kv.checkpoint import hub, load
+from jfp8kv.checkpoint import load
 from jfp8kv.checkpoint.export import export
+from jfp8kv.checkpoint.load import read_checkpoint_info
 from jfp8kv.core.errors import CheckpointError, ConfigError
 
 ROOT = Path(__file__).parent.parent / "references"
@@ -23,7 +24,7 @@ SHAPES = {
     "head": (LAYERS, HEADS, 1),
     "channel": (LAYERS, HEADS, HEAD_DIM),
 }
-OURS_ALONE = "ignore:The layout 'compressed-tensors' has no place"
+OURS_ALONE = "ignore:The layout 'compressed-tensors' cannot express"
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def test_one_kv_heads_channels_come_back_too(tmp_path):
     params = load(ROOT / "llama_mqa")
     shape = (2, 1, 32)
     scales = scales_of(shape, shape, shape)
-    with pytest.warns(UserWarning, match="Other engines see one scale per tensor"):
+    with pytest.warns(UserWarning, match="Other engines get one scale per tensor"):
         export(params, tmp_path, kv_scales=scales)
     assert equal(load(tmp_path).kv_scales, scales)
     seen = jfp8kv.inspect(tmp_path).scales
@@ -200,8 +201,8 @@ def test_what_is_ours_alone_is_said(params, tmp_path, case, what):
     with pytest.warns(UserWarning) as said:
         export(params, tmp_path, kv_scales=scales_of(**CASES[case]))
     (said,) = said
-    assert f"has no place for {what}: they are in kv_scales.jfp8kv" in str(said.message)
-    assert "Other engines see one scale per head" in str(said.message) and said.filename == __file__
+    assert f"cannot express {what}: they are in kv_scales.jfp8kv" in str(said.message)
+    assert "Other engines get one scale per head" in str(said.message) and said.filename == __file__
     assert (tmp_path / "kv_scales.jfp8kv").stat().st_mode == (
         tmp_path / "config.json"
     ).stat().st_mode
@@ -241,7 +242,7 @@ def test_values_that_fit_ours_fit_the_published_scales_and_no_smaller_ones(param
 def test_scales_for_e5m2_are_published_for_e4m3_and_it_is_said(params, tmp_path):
     scales = scales_of(kv_dtype="fp8_e5m2")
     with pytest.warns(
-        UserWarning, match="made for fp8_e5m2.*is for fp8_e4m3: they are multiplied"
+        UserWarning, match="KV scales are for fp8_e5m2.*is for fp8_e4m3: they are multiplied"
     ) as said:
         export(params, tmp_path, kv_scales=scales)
     assert said[0].filename == __file__
@@ -268,7 +269,7 @@ def test_a_declaration_that_changes_is_said(params, tmp_path):
         export(declaring("fp8_e4m3"), tmp_path / "a")
     assert load(tmp_path / "a").config.kv_cache_dtype is None
     with pytest.warns(
-        UserWarning, match="declares an fp8_e5m2 cache: the folder, as its layout has it, fp8_e4m3"
+        UserWarning, match="declares an fp8_e5m2 cache: the folder declares fp8_e4m3"
     ):
         export(declaring("fp8_e5m2"), tmp_path / "b", kv_scales=scales_of())
     export(declaring("fp8_e4m3"), tmp_path / "c", kv_scales=scales_of())
@@ -304,11 +305,9 @@ def test_scales_of_another_tool_in_the_weights_go_before_our_file(exported):
     tensors = safetensors.numpy.load_file(path)
     tensors["model.layers.1.self_attn.k_scale"] *= np.float32(1.5)
     safetensors.numpy.save_file(tensors, path)
-    refused(
-        exported, "kv_scales.jfp8kv does not belong to the scales in the weights", "strict=False"
-    )
+    refused(exported, "kv_scales.jfp8kv does not match the scales in the weights", "strict=False")
     with pytest.warns(
-        UserWarning, match="kv_scales.jfp8kv does not belong .*: the scales in the weights are used"
+        UserWarning, match="kv_scales.jfp8kv does not match .*: the scales in the weights are used"
     ):
         found = load(exported, strict=False).kv_scales
     assert found.granularity == "head" and np.array_equal(
@@ -337,8 +336,17 @@ def test_our_file_alone_gives_its_scales(params, tmp_path):
     assert equal(load(tmp_path).kv_scales, scales)
 
 
-def test_our_file_is_fetched_from_the_hub_with_the_small_ones():
-    assert "kv_scales.jfp8kv" in hub.SMALL and "kv_scales.jfp8kv" in hub.FILES
+@pytest.mark.parametrize("weights", [True, False])
+def test_the_kv_file_is_downloaded_from_the_hub_with_and_without_weights(monkeypatch, weights):
+    patterns = []
+
+    def snapshot_download(repo, *, allow_patterns, ignore_patterns):
+        patterns.extend(allow_patterns)
+        return str(ROOT / "llama_gqa")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    read_checkpoint_info("owner/name", weights=weights)
+    assert "kv_scales.jfp8kv" in patterns and ("*.safetensors" in patterns) == weights
 
 
 # What cannot be

@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jfp8kv.checkpoint import kv_names, load
+from jfp8kv.checkpoint import kv_scale_tensors, load
 from jfp8kv.checkpoint import safetensors as reader
-from jfp8kv.checkpoint.load import load_kv_scales
+from jfp8kv.checkpoint.load import read_scale_report
 from jfp8kv.core.errors import CheckpointError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -69,7 +69,7 @@ def test_every_layout_dtype_and_shape_gives_its_numbers_layer_by_layer(
     heads = max((1, *shape))
     k, v = numbers(2, 2, heads)
     v = k if layout == "AutoFP8" else v
-    scales = load_kv_scales(
+    scales = read_scale_report(
         only_scales(tiny, tmp_path, tiny.scales(layout, k, v, dtype, shape), layout)
     ).scales
     assert scales.k.shape == scales.v.shape == (2, heads, 1) and scales.k.dtype == np.float32
@@ -91,7 +91,7 @@ def test_a_model_is_loaded_with_its_scales(tiny, tmp_path, layout):
 
 def test_granularity_may_differ_between_layers_and_between_keys_and_values(tiny, tmp_path):
     tensors = tiny.scales("ModelOpt", [[0.5, 0.25], [2.0]], [[1.0], [4.0]])
-    found = load_kv_scales(only_scales(tiny, tmp_path, tensors, "ModelOpt"))
+    found = read_scale_report(only_scales(tiny, tmp_path, tensors, "ModelOpt"))
     assert found.scales.k[..., 0].tolist() == [
         [0.5, 0.25],
         [2, 2],
@@ -108,7 +108,7 @@ def test_a_scale_belongs_to_the_layer_of_its_number_whatever_stands_before_it(ti
     folder = only_scales(
         tiny, tmp_path, tiny.scales("compressed-tensors", k, v, at=at), num_hidden_layers=12
     )
-    scales = load_kv_scales(folder).scales
+    scales = read_scale_report(folder).scales
     assert scales.k.ravel().tolist() == k.tolist() and scales.v.ravel().tolist() == v.tolist()
 
 
@@ -116,7 +116,7 @@ def test_one_layer_is_enough(tiny, tmp_path):
     folder = only_scales(
         tiny, tmp_path, tiny.scales("Quark", [0.5], [0.25]), "Quark", num_hidden_layers=1
     )
-    assert load_kv_scales(folder).scales.k.tolist() == [[[0.5]]]
+    assert read_scale_report(folder).scales.k.tolist() == [[[0.5]]]
 
 
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -135,8 +135,8 @@ def test_experts_scales_are_told_from_the_caches(tiny, tmp_path, architecture, b
         f"model.layers.0.{beside}": np.zeros(3, np.float32)
     }
     config = {"architectures": [architecture], "model_type": None, "rope_scaling": None} | more
-    found = load_kv_scales(only_scales(tiny, tmp_path, tensors, "ModelOpt", **config))
-    assert found.scales.k.ravel().tolist() == [0.5, 2] and found.problems == ()
+    found = read_scale_report(only_scales(tiny, tmp_path, tensors, "ModelOpt", **config))
+    assert found.scales.k.ravel().tolist() == [0.5, 2] and found.issues == ()
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_experts_scales_are_told_from_the_caches(tiny, tmp_path, architecture, b
     ],
 )
 def test_a_name_says_layer_and_part(name, layer, part):
-    found = kv_names.scale_name(name)
+    found = kv_scale_tensors.parse_scale_name(name)
     assert (found.layer, found.part, found.is_zero_point) == (layer, part, False)
-    point = kv_names.scale_name(f"{name.removesuffix('scale')}zero_point")
+    point = kv_scale_tensors.parse_scale_name(f"{name.removesuffix('scale')}zero_point")
     assert (point.layer, point.part, point.is_zero_point) == (layer, part, True)
 
 
@@ -163,8 +163,8 @@ def test_a_vision_parts_scales_are_not_the_text_models(tiny, tmp_path):
         f"model.vision_tower.encoder.{name.removeprefix('model.')}": np.asarray(tensor * 3)
         for name, tensor in tensors.items()
     }
-    found = load_kv_scales(only_scales(tiny, tmp_path, tensors | seeing))
-    assert found.scales.k.ravel().tolist() == [0.5, 2] and found.problems == ()
+    found = read_scale_report(only_scales(tiny, tmp_path, tensors | seeing))
+    assert found.scales.k.ravel().tolist() == [0.5, 2] and found.issues == ()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_vision_parts_scales_are_not_the_text_models(tiny, tmp_path):
     ],
 )
 def test_a_weight_and_its_scale_are_no_scale_of_the_cache(name):
-    assert not kv_names.is_kv_scale(LAYER.format(0) + name)
+    assert not kv_scale_tensors.is_kv_scale(LAYER.format(0) + name)
 
 
 def test_only_the_scales_bytes_are_read(tiny, tmp_path, monkeypatch):
@@ -193,7 +193,7 @@ def test_only_the_scales_bytes_are_read(tiny, tmp_path, monkeypatch):
         "read_exactly",
         lambda path, at, out: (sizes.append(out.nbytes), real(path, at, out)),
     )
-    assert load_kv_scales(folder).scales is not None and sum(sizes) == 4 * 4
+    assert read_scale_report(folder).scales is not None and sum(sizes) == 4 * 4
 
 
 # The report
@@ -201,8 +201,8 @@ def test_only_the_scales_bytes_are_read(tiny, tmp_path, monkeypatch):
 
 def test_the_report_has_an_entry_for_each_layer(tiny, tmp_path):
     tensors = tiny.scales("compressed-tensors", [0.5, np.nan], [[0.25, 1.0], [2.0]])
-    first, second = load_kv_scales(only_scales(tiny, tmp_path, tensors)).layers
-    assert (first.k.tolist(), first.v.tolist(), first.granularity, first.problems) == (
+    first, second = read_scale_report(only_scales(tiny, tmp_path, tensors)).layers
+    assert (first.k.tolist(), first.v.tolist(), first.granularity, first.issues) == (
         0.5,
         [0.25, 1],
         "head",
@@ -213,9 +213,9 @@ def test_the_report_has_an_entry_for_each_layer(tiny, tmp_path):
         LAYER.format(0) + "v_scale",
     ]
     assert (second.k.tolist(), second.v.tolist(), second.granularity) == (1, 2, "tensor")
-    assert ([s.source for s in second.read], [s.source for s in second.used]) == ([K1, V1], [V1])
+    assert ([s.source for s in second.stored], [s.source for s in second.used]) == ([K1, V1], [V1])
     what = "is nan: a scale must be positive and finite"
-    assert second.problems == ((1, K1, what, "scale 1 is used there"),)
+    assert second.issues == ((1, K1, what, "scale 1 is used instead"),)
 
 
 def test_scales_of_queries_and_probabilities_are_reported_and_not_used(tiny, tmp_path):
@@ -224,20 +224,20 @@ def test_scales_of_queries_and_probabilities_are_reported_and_not_used(tiny, tmp
         LAYER.format(0) + "q_proj.output_scale": np.ones(4, BF16),
         LAYER.format(1) + "prob_output_scale": np.float32([3]),
     }
-    found = load_kv_scales(only_scales(tiny, tmp_path, tensors, "Quark"))
-    assert [(s.layer, s.part, s.stored, s.granularity) for s in found.others] == [
+    found = read_scale_report(only_scales(tiny, tmp_path, tensors, "Quark"))
+    assert [(s.layer, s.part, s.stored_dtype, s.granularity) for s in found.other_scales] == [
         (0, "q", "BF16", "head"),
         (1, "prob", "F32", "tensor"),
     ]
-    assert found.problems == () and found.scales.k.ravel().tolist() == [0.5, 2]
+    assert found.issues == () and found.scales.k.ravel().tolist() == [0.5, 2]
 
 
 def test_a_model_without_scales_has_an_empty_report(tiny, tmp_path):
-    found = load_kv_scales(folder_of(tiny, tmp_path, quantization_config=None))
-    assert found.layers == () and found.scales is None and found.problems == found.notes == ()
+    found = read_scale_report(folder_of(tiny, tmp_path, quantization_config=None))
+    assert found.layers == () and found.scales is None and found.issues == found.notes == ()
     config = tiny.config()
     assert (
-        load_kv_scales(tiny.gguf(tmp_path / "model.gguf", config, tiny.tensors(config))).layers
+        read_scale_report(tiny.gguf(tmp_path / "model.gguf", config, tiny.tensors(config))).layers
         == ()
     )
 
@@ -279,12 +279,12 @@ def edits(tiny):
         ),
         "unmatched": (
             {K1.replace("k_scale", "key_scale"): np.float32([1])},
-            ["key_scale", "no published layout"],
+            ["key_scale", "no known convention"],
             (2, 4),
         ),
         "no layer": (
             {"model.k_scale": np.float32([1])},
-            ["model.k_scale", "no published layout"],
+            ["model.k_scale", "no known convention"],
             (2, 4),
         ),
         "two that differ": (
@@ -346,14 +346,14 @@ def test_half_of_every_pair_is_refused(tiny, tmp_path, part, other):
         folder,
         f"layer 0: {LAYER.format(0)}{part}_proj.{part}_scale has no {other.upper()} scale beside it: half a pair",
     )
-    with pytest.warns(UserWarning, match="half a pair: scale 1 is used there"):
+    with pytest.warns(UserWarning, match="half a pair: scale 1 is used instead"):
         assert (getattr(load(folder, strict=False).kv_scales, other) == 1).all()
 
 
 def test_a_layer_without_the_scale_for_both_is_named_once(tiny, tmp_path):
     tensors = tiny.scales("AutoFP8", [0.5], [0.5])
-    found = load_kv_scales(only_scales(tiny, tmp_path, tensors, "AutoFP8"))
-    assert [str(problem) for problem in found.problems] == [
+    found = read_scale_report(only_scales(tiny, tmp_path, tensors, "AutoFP8"))
+    assert [str(problem) for problem in found.issues] == [
         f"layer 1: {LAYER.format(1)}kv_scale is missing"
     ]
 
@@ -403,14 +403,16 @@ def test_scales_for_e4m3fnuz_are_halved_and_it_is_said(tiny, tmp_path, quantizat
         more=tiny.scales("Quark", [0.5, 2.0], [1.0, 4.0]),
         quantization_config=quantization,
     )
-    with pytest.warns(UserWarning, match="made for fp8_e4m3fnuz: halved"):
+    with pytest.warns(UserWarning, match="for fp8_e4m3fnuz: halved"):
         params = load(folder)
     assert params.config.kv_cache_dtype == "fp8_e4m3"
     assert params.kv_scales.k.ravel().tolist() == [
         0.25,
         1,
     ] and params.kv_scales.v.ravel().tolist() == [0.5, 2]
-    assert {layer.made_for for layer in load_kv_scales(folder).layers} == {("fp8_e4m3fnuz",)}
+    assert {layer.converted_from for layer in read_scale_report(folder).layers} == {
+        ("fp8_e4m3fnuz",)
+    }
 
 
 @pytest.mark.parametrize(
@@ -438,7 +440,7 @@ def test_scales_for_what_is_no_fp8_cache_are_left_out_and_it_is_said(
     )
     with pytest.warns(UserWarning) as warned:
         params = load(folder)
-    assert any(f"left out: they are made for {said}" in str(warning.message) for warning in warned)
+    assert any(f"ignored: they are for {said}" in str(warning.message) for warning in warned)
     assert params.kv_scales is None and params.config.kv_cache_dtype is None
 
 
@@ -455,7 +457,7 @@ def test_scales_that_no_config_declares_are_kept_and_do_not_switch_the_cache(tin
 
 
 def test_a_declared_cache_without_any_scale_is_said(tiny, tmp_path):
-    with pytest.warns(UserWarning, match="declares an fp8_e4m3 cache but no scales"):
+    with pytest.warns(UserWarning, match="declares an fp8_e4m3 cache but has no scales"):
         assert load(folder_of(tiny, tmp_path / "a")).kv_scales is None
     dynamic = tiny.scale_layouts["compressed-tensors"][2] | {
         "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": True}
@@ -473,7 +475,7 @@ def test_a_sidecar_gives_one_scale_for_both_and_declares_the_cache(tiny, tmp_pat
     params = load(folder)
     assert params.kv_scales.k.ravel().tolist() == params.kv_scales.v.ravel().tolist() == [0.5, 2]
     assert params.config.kv_cache_dtype == "fp8_e4m3"
-    found = load_kv_scales(folder)
+    found = read_scale_report(folder)
     assert [layer.used[0].source for layer in found.layers] == [
         f"kv_cache_scales.json: layer {n}" for n in (0, 1)
     ]
@@ -503,7 +505,7 @@ def test_of_ranks_that_differ_the_largest_is_used_and_it_is_said(tiny, tmp_path)
 )
 def test_a_sidecar_of_another_format_is_converted(tiny, tmp_path, dtype, factor, kv_dtype):
     folder = tiny.sidecar(folder_of(tiny, tmp_path, quantization_config=None), [[0.5, 2.0]], dtype)
-    with pytest.warns(UserWarning, match=f"made for {dtype.replace('float8', 'fp8')}"):
+    with pytest.warns(UserWarning, match=f"scales are for {dtype.replace('float8', 'fp8')}"):
         params = load(folder)
     assert (
         params.kv_scales.k.ravel().tolist() == [0.5 * factor, 2 * factor]
@@ -535,9 +537,7 @@ def test_a_sidecar_of_another_model_is_refused(tiny, tmp_path):
     folder = tiny.sidecar(
         folder_of(tiny, tmp_path, quantization_config=None), [[0.5, 2.0]], model_type="qwen2"
     )
-    refused(
-        folder, "kv_cache_scales.json is made for model_type 'qwen2', and this model is 'llama'"
-    )
+    refused(folder, "kv_cache_scales.json is for model_type 'qwen2', and this model is 'llama'")
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from jfp8kv.checkpoint import load
 from jfp8kv.checkpoint.tensors import aligned_empty
@@ -129,7 +131,7 @@ def test_harmless_buffers_are_dropped(tiny, tmp_path):
 def test_modelopts_own_config_file_declares_the_cache(folder):
     declared = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
     (folder / "hf_quant_config.json").write_text(json.dumps(declared))
-    with pytest.warns(UserWarning, match="declares an fp8_e4m3 cache but no scales"):
+    with pytest.warns(UserWarning, match="declares an fp8_e4m3 cache but has no scales"):
         assert load(folder).config.kv_cache_dtype == "fp8_e4m3"
 
 
@@ -284,6 +286,40 @@ def test_paths_that_are_no_checkpoint_are_told_apart(folder, tmp_path):
         load(" ")
 
 
+def test_a_folder_goes_before_a_hub_id_and_a_file_of_a_bare_name_does_not(folder, monkeypatch):
+    downloaded = []
+
+    def download(repo, *, weights):
+        downloaded.append(repo)
+        return folder
+
+    monkeypatch.setattr("jfp8kv.checkpoint.hf_folder.download", download)
+    monkeypatch.chdir(folder.parent)
+    assert load(folder.name).size > 0 and not downloaded
+    (folder.parent / "gpt2").touch()
+    assert load("gpt2").size > 0 and downloaded == ["gpt2"]
+    refused("./gpt2", "neither a folder nor a .gguf file")
+    refused(Path("gpt2"), "neither a folder nor a .gguf file")
+    refused(Path("absent"), "no such file or folder")
+
+
+def test_connection_errors_of_the_hub_say_what_to_try(monkeypatch):
+    def unreachable(*_, **__):
+        raise HfHubHTTPError.__bases__[0]("connection reset")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    refused("owner/name", "owner/name: not a local folder", "connection reset", "hf auth login")
+
+
+def test_a_bug_while_downloading_is_not_reported_as_a_missing_model(monkeypatch):
+    def bug(*_, **__):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", bug)
+    with pytest.raises(TypeError, match="a bug"):
+        load("owner/name")
+
+
 def test_a_home_folder_path_is_expanded(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     assert load(os.path.join("~", folder.name)).size > 0
@@ -311,5 +347,5 @@ def test_a_hub_id_is_read_from_the_cache_and_a_missing_one_says_what_to_try(tiny
     assert shown[0].startswith("Params(LlamaForCausalLM")
     assert all(
         part in shown[1]
-        for part in ("owner/absent", "no such folder here", "HF_HUB_OFFLINE", "hf auth login")
+        for part in ("owner/absent", "not a local folder", "HF_HUB_OFFLINE", "hf auth login")
     )

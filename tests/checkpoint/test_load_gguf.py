@@ -257,7 +257,7 @@ def test_what_is_not_gguf_is_named(path):
 
 def test_another_version_is_named(path):
     path.write_bytes(b"GGUF" + (7).to_bytes(4, "little") + path.read_bytes()[8:])
-    refused(path, "version 7", "2 and 3")
+    refused(path, "version 7", "must be 2 or 3")
 
 
 def test_a_damaged_count_is_not_believed(path):

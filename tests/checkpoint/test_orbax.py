@@ -17,7 +17,7 @@ import safetensors.numpy
 import jfp8kv
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint import Tokenizer, load, save
-from jfp8kv.checkpoint.load import load_kv_scales
+from jfp8kv.checkpoint.load import read_scale_report
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.names import expected_shapes, nest
@@ -122,7 +122,7 @@ def test_scales_of_the_cache_come_back(params, tmp_path):
     assert (
         (back.k == scales.k).all() and (back.v == scales.v).all() and back.granularity == "channel"
     )
-    layers = load_kv_scales(tmp_path / "saved").layers
+    layers = read_scale_report(tmp_path / "saved").layers
     assert [(layer.used[0].source, layer.granularity) for layer in layers] == [
         ("kv_scales.safetensors", "channel")
     ] * 2
@@ -200,7 +200,7 @@ def test_save_is_at_the_front_door(params, tmp_path, monkeypatch):
 
 def test_nothing_is_overwritten_unless_asked(params, saved, tmp_path):
     other = dataclasses.replace(params, tree=jax.tree.map(lambda leaf: leaf + 1, params.tree))
-    with pytest.raises(CheckpointError, match="holds a saved model already.*overwrite=True"):
+    with pytest.raises(CheckpointError, match="already contains a saved model.*overwrite=True"):
         save(other, saved)
     assert same(load(saved), params)
     (saved / "stale").touch()
@@ -239,7 +239,7 @@ def test_a_save_that_fails_leaves_nothing_and_keeps_what_was_there(
 
 def test_a_folder_that_is_two_models_or_none_is_told(tiny, saved, tmp_path):
     (saved / "config.json").write_text(json.dumps(tiny.config()))
-    refused(saved, "holds both jfp8kv.json", "config.json")
+    refused(saved, "contains both jfp8kv.json", "config.json")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no config.json", "no jfp8kv.json")
 
@@ -278,7 +278,7 @@ def test_a_newer_version_of_the_format_is_refused(saved):
 )
 def test_a_damaged_description_is_named(saved, entry):
     change(saved, **entry)
-    refused(saved, "jfp8kv.json" if "tokenizer" not in entry else "tokenizer.json")
+    refused(saved, "jfp8kv.json: damaged")
 
 
 def test_a_config_field_that_is_not_known_is_named_and_one_that_is_missing_has_its_default(
@@ -301,6 +301,12 @@ def test_missing_parts_are_named(params, saved, tmp_path):
 
 def test_weights_whose_list_is_damaged_are_named(saved):
     (saved / "weights" / "_METADATA").write_text("{")
+    refused(saved, "weights/_METADATA: cannot be read as JSON")
+    (saved / "weights" / "_METADATA").write_text("[]")
+    refused(saved, "weights/_METADATA: must contain a JSON object")
+    (saved / "weights" / "_METADATA").write_text("{}")
+    refused(saved, "weights: not a readable Orbax checkpoint", "tree_metadata")
+    (saved / "weights" / "_METADATA").unlink()
     refused(
         saved,
         "weights: not a readable Orbax checkpoint",
@@ -316,6 +322,38 @@ def test_weights_of_another_model_are_named(saved):
     refused(saved, "missing: layers.q.bias")
     change(saved, config=config | {"tied_embeddings": True})
     refused(saved, "not part of this architecture: head.weight")
+
+
+@pytest.mark.parametrize(
+    "function", ["from_json", "expected_shapes", "_stored_tensors", "read_backend", "check_shape"]
+)
+@pytest.mark.parametrize("error", [TypeError, AttributeError])
+def test_a_bug_while_loading_is_not_reported_as_a_damaged_file(
+    tiny, params, tmp_path, monkeypatch, function, error
+):
+    def bug(*_, **__):
+        raise error("a bug")
+
+    folder = tiny.tokenizer(
+        tiny.folder(tmp_path / "hf", tiny.config(), tiny.tensors(tiny.config()))
+    )
+    params = dataclasses.replace(load(folder), kv_scales=KVScales.unit(2))
+    save(params, tmp_path / "saved")
+    monkeypatch.setattr(f"jfp8kv.checkpoint.orbax.{function}", bug)
+    with pytest.raises(error, match="a bug"):
+        load(tmp_path / "saved")
+
+
+def test_a_bug_while_saving_is_not_reported_as_a_folder_that_cannot_be_written(
+    params, tmp_path, monkeypatch
+):
+    def bug(*_, **__):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", bug)
+    with pytest.raises(TypeError, match="a bug"):
+        save(params, tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
 
 
 # When one read fails, Orbax closes its event loop over the others, which then complain to nobody.

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from jfp8kv.checkpoint import load
-from jfp8kv.checkpoint.quantized import dequantized
+from jfp8kv.checkpoint.quantized import dequantize
 from jfp8kv.checkpoint.safetensors import open_safetensors
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.params import Params
@@ -196,7 +196,9 @@ def test_a_warning_says_the_scheme_how_many_and_into_which_dtype(tiny, tmp_path)
 
 def test_a_scheme_without_a_quantized_weight_is_said(tiny, tmp_path):
     config = config_of(tiny, "modelopt")
-    with pytest.warns(UserWarning, match=r"declares quantized weights \(modelopt.*but none is"):
+    with pytest.warns(
+        UserWarning, match=r"declares quantized weights \(modelopt.*but no weight is"
+    ):
         assert load(tiny.folder(tmp_path, config, tiny.tensors(config, BF16))).dtype == BF16
 
 
@@ -342,7 +344,10 @@ def test_a_product_beyond_the_dtype_is_refused_by_name(tiny, tmp_path):
     stored, _ = quantize(tiny.tensors(config, np.float16), "modelopt")
     stored[UP + "_scale"] = np.full((), 200, np.float32)
     refused(
-        tiny.folder(tmp_path, config, stored), UP, "beyond float16's largest, 65504", "bfloat16"
+        tiny.folder(tmp_path, config, stored),
+        UP,
+        "exceeds float16's largest value, 65504",
+        "bfloat16",
     )
 
 
@@ -365,7 +370,7 @@ E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 def read_file(path, tensors, quantization, dtype):
     """The weights of a file of any names, dequantized into `dtype`."""
     safetensors.numpy.save_file(tensors, path)
-    found = dequantized(open_safetensors(path), weight_scheme(quantization), np.dtype(dtype))
+    found = dequantize(open_safetensors(path), weight_scheme(quantization), np.dtype(dtype))
     out = {name: np.empty(tensor.shape, dtype) for name, tensor in found.items()}
     for name, tensor in found.items():
         tensor.read_into(out[name])
@@ -408,8 +413,8 @@ def test_mxfp4_experts_come_out_as_in_the_bfloat16_checkpoint(tmp_path, dtype, m
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"_scales": None}, ["gate_up_proj_blocks is there without", "gate_up_proj_scales"]),
-        ({"_blocks": None}, ["gate_up_proj_scales is there without", "gate_up_proj_blocks"]),
+        ({"_scales": None}, ["gate_up_proj_blocks has no", "gate_up_proj_scales"]),
+        ({"_blocks": None}, ["gate_up_proj_scales has no", "gate_up_proj_blocks"]),
         (
             {"_scales": np.zeros((3, 10, 3), np.uint8)},
             ["gate_up_proj_scales U8 [3, 10, 3]", "[3, 10, 4]"],
@@ -418,10 +423,13 @@ def test_mxfp4_experts_come_out_as_in_the_bfloat16_checkpoint(tmp_path, dtype, m
             {"_blocks": np.zeros((3, 10, 64), np.uint8)},
             ["gate_up_proj_blocks U8 [3, 10, 64]", "[experts, rows, groups, 16]"],
         ),
-        ({"_scales": np.full((3, 10, 4), 255, np.uint8)}, ["gate_up_proj_scales holds 255", "NaN"]),
+        (
+            {"_scales": np.full((3, 10, 4), 255, np.uint8)},
+            ["gate_up_proj_scales contains 255", "NaN"],
+        ),
         (
             {"_scales": np.full((3, 10, 4), 254, np.uint8)},
-            ["gate_up_proj_blocks", "beyond bfloat16's largest"],
+            ["gate_up_proj_blocks", "exceeds bfloat16's largest value"],
         ),
     ],
 )

@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from jfp8kv.checkpoint import Tokenizer, load
 from jfp8kv.checkpoint.gguf_tokenizer import tokenizer_from_gguf
-from jfp8kv.checkpoint.tokenizer import read_tokenizer
+from jfp8kv.checkpoint.hf_tokenizer import read_tokenizer
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.text.tokenizer import as_tokenizer, check_messages, render_template
 
@@ -298,11 +298,26 @@ def test_truncation_in_the_file_does_not_cut_prompts(folder):
     assert len(tokenizer.encode("hello")) == 1
 
 
+@pytest.mark.parametrize("error", [TypeError, RuntimeError])
+def test_a_bug_while_reading_a_tokenizer_is_not_reported_as_damage(
+    tiny, tmp_path, monkeypatch, error
+):
+    class Backend:
+        @staticmethod
+        def from_str(content):
+            raise error("a bug")
+
+    folder = tiny.tokenizer(tmp_path)
+    monkeypatch.setattr("tokenizers.Tokenizer", Backend)
+    with pytest.raises(error, match="a bug"):
+        read_tokenizer(folder)
+
+
 def test_tokens_that_only_the_config_lists_are_added_in_their_place(tiny, tmp_path):
     entry = {"content": "<tool>", "special": True, "normalized": False}
     tokenizer = read_tokenizer(tiny.tokenizer(tmp_path, added_tokens_decoder={"266": entry}))
     assert tokenizer.encode("<tool>") == [266]
-    with pytest.raises(CheckpointError, match="'<tool>' at id 300"):
+    with pytest.raises(CheckpointError, match="'<tool>' the id 300"):
         read_tokenizer(tiny.tokenizer(tmp_path, added_tokens_decoder={"300": entry}))
 
 

@@ -57,7 +57,7 @@ BOTH_WAYS = (
 
 pytestmark = [
     pytest.mark.quick_compile,
-    pytest.mark.filterwarnings("ignore:.*(dequantized to|only text is served)"),
+    pytest.mark.filterwarnings("ignore:.*(dequantized to|only text is supported)"),
 ]
 
 

@@ -234,7 +234,7 @@ def test_a_saved_model_is_described_by_what_lies_beside_its_weights(tmp_path, mo
     )
     jfp8kv.save(params, tmp_path / "saved")
     monkeypatch.setattr(
-        "jfp8kv.checkpoint.orbax.parameter", lambda *_: pytest.fail("a weight was read")
+        "jfp8kv.checkpoint.orbax.load_parameter", lambda *_: pytest.fail("a weight was read")
     )
     found, memory = jfp8kv.inspect(tmp_path / "saved"), jfp8kv.inspect(params)
     assert (found.model, found.caches) == (memory.model, memory.caches)

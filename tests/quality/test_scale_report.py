@@ -81,7 +81,7 @@ def test_only_the_scales_are_read_and_those_of_heads_are_shown_from_least_to_lar
 
 
 # What is done to sound scales of layer 1, what its row then has as K and V, which tensors it names and what its verdict says.
-IS_NO_SCALE = "a scale must be positive and finite: scale 1 is used there"
+IS_NO_SCALE = "a scale must be positive and finite: scale 1 is used instead"
 Q1, FUSED = AT.format(1, "q_scale"), AT.format(1, "k_proj.k_scale")
 BROKEN = {
     "zero": ({K1: np.float32([0])}, (1, 4), [K1, V1], f"{K1} is 0: {IS_NO_SCALE}"),
@@ -100,13 +100,13 @@ BROKEN = {
         {K1: None, V1: None},
         (1, 1),
         [],
-        f"{K1} is missing: scale 1 is used there; {V1} is missing",
+        f"{K1} is missing: scale 1 is used instead; {V1} is missing",
     ),
     "half a pair": (
         {V1: None},
         (2, 1),
         [K1],
-        f"{V1} is missing beside {K1}: half a pair: scale 1 is used there",
+        f"{V1} is missing beside {K1}: half a pair: scale 1 is used instead",
     ),
     "two that differ": (
         {FUSED: np.float32([3])},
@@ -162,11 +162,11 @@ def test_what_belongs_to_no_layer_is_shown_too(tmp_path):
     assert (row.layer, row.k, row.v, row.sources) == (7, None, None, (AT.format(7, "k_scale"),))
     assert (
         row.verdict
-        == f"{AT.format(7, 'k_scale')} belongs to no layer: the model has 2, from 0 to 1: it is left out"
+        == f"{AT.format(7, 'k_scale')} belongs to no layer: the model has 2, 0 to 1: it is ignored"
     )
     assert f"\n7 - - {AT.format(7, 'k_scale')} - {row.verdict}" in in_words(found)
     assert (
-        f"\n{AT.format(0, 'key_scale')} looks like a KV-cache scale, but of no published layout"
+        f"\n{AT.format(0, 'key_scale')} looks like a KV-cache scale, but its name follows no known convention"
         in str(found)
     )
     assert set(found.scales.unused) == set(more)
@@ -211,7 +211,7 @@ def test_a_sidecar_is_named_and_what_it_was_made_for_is_said(tmp_path):
         found.scales.elsewhere == "kv_cache_scales.json"
         and "in kv_cache_scales.json; one per tensor" in str(found)
     )
-    assert "Note: its KV-cache scales are made for fp8_e4m3fnuz" in str(found)
+    assert "Note: its KV-cache scales are for fp8_e4m3fnuz" in str(found)
 
 
 def test_without_weights_the_scales_among_them_are_said_to_be_unread(tmp_path):
@@ -223,12 +223,12 @@ def test_without_weights_the_scales_among_them_are_said_to_be_unread(tmp_path):
     assert found.scales.rows == found.scales.problems == ()
     (note,) = found.scales.notes
     assert (
-        note.startswith("its weights are not here")
+        note.startswith("its weights are not present")
         and "lists 4 (such as model.layers.0.self_attn.k_proj.k_scale)" in note
     )
     (tmp_path / "model.safetensors.index.json").unlink()
     assert jfp8kv.inspect(tmp_path).scales.notes == (
-        "its weights are not here, so the KV-cache scales among them are not read.",
+        "its weights are not present, so KV-cache scales among them are not read.",
     )
 
 

@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 import numpy as np
+import pydantic
 import pytest
 
-from jfp8kv.checkpoint.plain import from_plain, to_plain
-from jfp8kv.models import config as configs
+from jfp8kv.checkpoint.orbax import from_json, to_json
 from jfp8kv.models.config import ExpertsConfig, ModelConfig, RopeConfig
 
 
@@ -23,13 +23,8 @@ class Later:
     on: bool = True
 
 
-@pytest.fixture(autouse=True)
-def later(monkeypatch):
-    monkeypatch.setattr(configs, "Later", Later, raising=False)
-
-
 def through_json(value):
-    return from_plain(json.loads(json.dumps(to_plain(value))))
+    return from_json(type(value), json.loads(json.dumps(to_json(value))))
 
 
 @pytest.mark.parametrize(
@@ -66,16 +61,20 @@ def test_numpys_numbers_become_plain_ones():
 
 
 @pytest.mark.parametrize(
-    "value",
+    ("value", "named"),
     [
-        {"type": "Literal"},
-        {"type": "dataclasses"},
-        {"theta": 1.0},
-        {"type": "Later"},
-        {"type": "RopeConfig", "thetas": 1.0},
-        {"type": "Later", "ropes": [{"type": "?"}]},
+        (None, "config"),
+        ([], "config"),
+        ({"theta": 1.0}, "config.ropes"),
+        ({"type": "Later"}, "config.ropes"),
+        ({"type": "Later", "ropes": [{"type": "?", "thetas": 1.0}]}, "config.ropes.0.thetas"),
+        ({"type": "Later", "ropes": [{"theta": "high"}]}, "config.ropes.0.theta"),
+        ({"type": "Later", "ropes": [], "windows": 3}, "config.windows"),
+        ({"type": "Later", "ropes": [], "other": 3}, "config.other"),
     ],
 )
-def test_what_is_no_config_is_refused(value):
-    with pytest.raises((TypeError, ValueError)):
-        from_plain(value)
+def test_an_invalid_config_is_refused_with_the_field(value, named):
+    with pytest.raises(pydantic.ValidationError) as error:
+        from_json(Later, value)
+    fields = [".".join(map(str, issue["loc"])) for issue in error.value.errors()]
+    assert named in fields
