@@ -196,9 +196,9 @@ def test_a_fork_in_a_full_pool_goes_on_once_there_is_room_and_nothing_is_lost_be
         branches = [stem.fork() for _ in range(3)]
         assert pages(llm) == 6
         want = stem.extend([1])
-        with pytest.raises(CapacityError, match="while sessions hold the rest"):
+        with pytest.raises(CapacityError, match="Open sessions own the others"):
             branches[0].extend([1])
-        with pytest.raises(CapacityError, match="while sessions hold the rest"):
+        with pytest.raises(CapacityError, match="Open sessions own the others"):
             jfp8kv.extend_batch(branches, [1, 1, 1])
         assert {len(branch) for branch in branches} == {17} and pages(llm) == 7
         other.close()
@@ -213,7 +213,7 @@ def test_what_a_text_took_to_go_on_is_given_back_when_others_find_no_room() -> N
     llm = engine(kv_cache_memory=6 * engine()._engine.cache_config.page_bytes)
     with llm.session([7] * 24), llm.session([9] * 16) as stem, stem.fork() as branch:
         assert pages(llm) == 5
-        with pytest.raises(CapacityError, match="while sessions hold the rest"):
+        with pytest.raises(CapacityError, match="Open sessions own the others"):
             jfp8kv.extend_batch([stem, branch], [1, 2])
         assert pages(llm) == 5 and stem.pages == branch.pages
         assert stem.extend([1]).shape[0] == 1 and pages(llm) == 6
@@ -303,9 +303,9 @@ def test_sessions_that_hold_all_memory_are_named_in_the_refusal_and_the_next_cal
 ):
     llm = engine(kv_cache_memory=6 * engine()._engine.cache_config.page_bytes)
     with llm.session([7] * 24), llm.session([9] * 17) as session:
-        with pytest.raises(CapacityError, match="while sessions hold the rest: close some"):
+        with pytest.raises(CapacityError, match="Open sessions own the others: close some"):
             llm.generate([[8] * 20], max_tokens=4)
-        with pytest.raises(CapacityError, match="while sessions hold the rest"):
+        with pytest.raises(CapacityError, match="Open sessions own the others"):
             session.extend([1] * 10)
         assert session.token_ids == [9] * 17 and session.extend([1]).shape[0] == 1
     assert len(llm.generate([[8] * 20], max_tokens=4, ignore_eos=True)[0].token_ids) == 4
@@ -321,7 +321,7 @@ def test_a_text_that_just_ended_is_not_refused_for_want_of_room() -> None:
     stop = second[2:5]
     tight = jfp8kv.LLM(params, **SIZES, kv_cache_memory=8 * llm._engine.cache_config.page_bytes)
     with tight.session([7] * 41):
-        with pytest.raises(CapacityError, match="while sessions hold the rest"):
+        with pytest.raises(CapacityError, match="Open sessions own the others"):
             tight.generate("abc", **sampling)
         assert (
             tight.generate("abc", stop=stop, **sampling)[0].text

@@ -1,6 +1,6 @@
 """The border between host and device: padded arrays from requests, tokens from output arrays.
 
-Padding rows have length 0 and no tokens remaining. They write nothing and their outputs are ignored.
+Padding rows have length 0 and no tokens remaining. They write nothing.
 """
 
 import dataclasses
@@ -233,7 +233,7 @@ class BatchBuilder:
         width: int,
         new_tokens: int = 1,
     ) -> ForwardBatch:
-        """Return the next `chunks[i]` tokens of each request, with pages for `new_tokens - 1` more."""
+        """Return the next `chunks[i]` tokens of each request, and pages for further ones."""
         groups = len(self.requirements.groups.windows)
         tokens = np.full((rows, width), self.vocab, np.int32)
         page_tables = np.full((rows, groups, self.pages), self.num_pages, np.int32)

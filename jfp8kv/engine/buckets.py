@@ -94,8 +94,8 @@ class Buckets:
             raise ConfigError(
                 f"max_num_batched_tokens={max_num_batched_tokens}: decoding max_num_seqs="
                 f"{max_num_seqs} requests takes {least - 1} tokens of a step, which leaves none "
-                f"for prompts: give at least {step_token_budget(MIN_PREFILL_CHUNK, max_num_seqs)}, or "
-                "a smaller max_num_seqs."
+                "for prompts: give at least "
+                f"{step_token_budget(MIN_PREFILL_CHUNK, max_num_seqs)}, or a smaller max_num_seqs."
             )
         return cls(
             max_requests=max_num_seqs,

@@ -1,10 +1,10 @@
 """The KV cache manager: which pages each sequence owns, the prefix cache, and copy-on-write.
 
 A page is allocated as its sequence grows, and freed when no later query can see it (sliding
-windows). Full pages are registered in the prefix cache under a hash of their tokens and of all tokens before
-them, so sequences with the same prefix share them. Formats, scales and weights are the same for all
-sequences of an engine and take no part in the hash. Pages that no sequence owns can still be found
-until the pool needs them.
+windows). Full pages are registered in the prefix cache under a hash of their tokens and of all
+tokens before them, so sequences with the same prefix share them. Formats, scales and weights are the
+same for all sequences of an engine and take no part in the hash. Pages that no sequence owns can
+still be found until the pool needs them.
 
 A partly filled page is registered as well, while its sequence has no output: `n` continuations of a
 prompt run it once, up to its last token but one. A sequence that writes to a shared page copies it
@@ -219,7 +219,7 @@ class KVCacheManager:
         )
 
     def adopt_prefix(self, request: Request, match: PrefixMatch) -> None:
-        """Give the request the pages of a cached prefix in place of its own."""
+        """Replace the request's pages by those of a cached prefix."""
         self.release(request)
         request.reset_for_recompute()
         for group in self._groups:

@@ -4,8 +4,8 @@ Compilation is explicit (`lower`, `compile`) instead of left to a jit cache: a c
 is a new entry here and a line in the log, not a silent pause.
 
 A program is compiled for a model and a set of shapes, so engines of equal models share it through a
-`ProgramCache`. The cache is small because a program takes about two hundred memory maps on a CPU, and
-Linux allows a process 65,530.
+`ProgramCache`. The cache is small because a program takes about two hundred memory maps on a CPU,
+and Linux allows a process 65,530.
 """
 
 import dataclasses

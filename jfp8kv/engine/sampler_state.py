@@ -1,7 +1,7 @@
 """Per-request sampling state on the host, and the choice of the compiled sampler for a batch.
 
 There are two compiled samplers. The plain one draws tokens. The full one also counts tokens for
-penalties, adds `logit_bias`, masks end tokens for `min_tokens` and returns the top log-probabilities.
+penalties, adds `logit_bias`, masks end tokens for `min_tokens` and returns top log-probabilities.
 Its lists of ids are long enough for practically every request. A request with longer lists gets a
 separate program, compiled when the first such request decodes.
 """

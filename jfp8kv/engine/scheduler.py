@@ -7,8 +7,8 @@ recomputed later, its output tokens kept. The oldest request always makes progre
 pool has room for any one request, so all requests finish.
 
 Each step decodes every request that has only its last token left to run, and prefills chunks of
-those that have more, under one budget of tokens. Decode comes first. It takes few tokens per dispatch
-while there are prompts to prefill, so a long prompt does not stall decoding requests.
+those that have more, under one budget of tokens. Decode comes first. It takes few tokens per
+dispatch while there are prompts to prefill, so a long prompt does not stall decoding requests.
 
 A request waits while a running request is computing its next page, to share that page
 (engine/kv_manager.py).
@@ -90,7 +90,7 @@ class Scheduler:
         request.status = Status.FINISHED
 
     def schedule(self) -> SchedulerOutput | None:
-        """Return the next step with its pages allocated, or None if there are no requests.
+        """Return the next step with its pages allocated, or None without requests.
 
         Raises `CapacityError` if the first waiting request does not fit beside open sessions.
         """

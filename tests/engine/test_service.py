@@ -265,7 +265,7 @@ def test_what_is_refused_before_it_runs_drops_nothing() -> None:
 def test_a_request_that_can_never_fit_is_told_so_whoever_makes_the_step() -> None:
     def during() -> None:
         if big in engine.queue:
-            big.error = CapacityError("sessions hold the rest")
+            big.error = CapacityError("sessions own the others")
             engine.cancel([big])
 
     service = EngineDriver(engine := FakeEngine(during))
@@ -273,7 +273,7 @@ def test_a_request_that_can_never_fit_is_told_so_whoever_makes_the_step() -> Non
     service.submit([big])
     service.run([small])
     assert small.finish_reason == "length" and small.error is None
-    with pytest.raises(CapacityError, match="sessions hold the rest"):
+    with pytest.raises(CapacityError, match="sessions own the others"):
         service.run([big])
 
 
