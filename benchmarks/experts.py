@@ -1,8 +1,8 @@
-"""A mixture of experts: tiles of one expert each, against a grouped product, against every expert on every token.
+"""Mixture of experts: one expert per tile, against a grouped matmul, against all experts on all tokens.
 
     python -m benchmarks.experts
 
-The same tokens, router and bf16 weights on every side; each is checked against the last before anything is timed.
+All sides have the same tokens, router and bf16 weights, and agree before anything is timed.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def module(shape: dict, *, tiled: bool) -> tuple[nnx.GraphDef, nnx.State]:
-    """One layer of experts with the same random weights each time; `tiled` ones are kept as a CPU keeps them."""
+    """Return one layer of experts with fixed random weights; `tiled` selects the weight layout of CPUs."""
     config = ExpertsConfig(
         count=shape["experts"], top_k=shape["top_k"], hidden=shape["mlp"], layers=(0,)
     )
@@ -37,12 +37,12 @@ def module(shape: dict, *, tiled: bool) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def chosen_experts(experts: Experts, x: jax.Array) -> jax.Array:
-    """The library's own: each token through the experts it was sent to."""
+    """Run each token through the experts it was routed to, with the library's implementation."""
     return experts(x, 0, jnp.ones(x.shape[0], bool))
 
 
 def every_expert(experts: Experts, x: jax.Array) -> jax.Array:
-    """What one writes without thinking: all experts see all tokens, and most of it is multiplied by zero."""
+    """Run all experts on all tokens and multiply most results by zero: the naive implementation."""
     share, chosen = experts.route(x, 0)
     weight = (
         jnp.zeros((x.shape[0], experts.config.count))
@@ -59,7 +59,7 @@ def every_expert(experts: Experts, x: jax.Array) -> jax.Array:
 def compiled(
     forward: Callable, graph: nnx.GraphDef, state: nnx.State
 ) -> Callable[[jax.Array], jax.Array]:
-    """`forward(experts, x)`, the weights an argument: as constants they would be widened while compiling."""
+    """Return `forward(experts, x)`, compiled with the weights as an argument: constants would be folded."""
     step = jax.jit(lambda state, x: forward(nnx.merge(graph, state), x))
     return lambda x: step(state, x)
 
@@ -72,11 +72,11 @@ def run(name: str, shape: dict, rounds: int) -> None:
             np.random.default_rng(tokens).normal(size=(tokens, shape["hidden"])), jnp.float32
         )
         sides = {
-            "tiles of one expert": compiled(chosen_experts, *tiled),
+            "one expert per tile": compiled(chosen_experts, *tiled),
             "ragged_dot": compiled(chosen_experts, *grouped),
-            "every expert": compiled(every_expert, *tiled),
+            "all experts": compiled(every_expert, *tiled),
         }
-        want = np.asarray(sides["every expert"](x))
+        want = np.asarray(sides["all experts"](x))
         for side, call in sides.items():
             error = float(np.abs(np.asarray(call(x)) - want).max() / np.abs(want).max())
             assert error < 1e-4, f"{side} is wrong by {error}: not timed"
@@ -88,15 +88,15 @@ def run(name: str, shape: dict, rounds: int) -> None:
             [
                 str(tokens),
                 *(f"{ms[s]:.1f}" for s in sides),
-                f"{ms['every expert'] / ms['tiles of one expert']:.1f}x",
+                f"{ms['all experts'] / ms['one expert per tile']:.1f}x",
             ]
         )
     columns = [
         "tokens",
-        "tiles of one expert, ms",
+        "one expert per tile, ms",
         "ragged_dot, ms",
-        "every expert, ms",
-        "tiles against every",
+        "all experts, ms",
+        "tiles vs all experts",
     ]
     table(f"{name}: {shape}", columns, rows)
 
