@@ -1,0 +1,280 @@
+"""Rows from files, read lazily: JSONL, CSV, Parquet, plain lines, OpenAI batch requests.
+
+Batch runs and the command line read their data here, so the same file gives them the same prompts.
+A row has a number, from 0 over all rows of the file, and the line where it begins. Reading the
+fields of an invalid row raises `RowError`; the rows after it are not affected.
+"""
+
+import contextlib
+import csv
+import importlib.util
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NoReturn, TypeAlias
+
+from jfp8kv.core.errors import ConfigError, NotSupported
+
+Fields: TypeAlias = dict[str, Any]
+RowFormat: TypeAlias = Literal["jsonl", "csv", "parquet", "lines", "openai"]
+
+FORMATS: dict[str, RowFormat] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "lines",
+}
+OPENAI_KEYS = frozenset(("custom_id", "method", "url", "body"))
+PROMPT_FIELDS = ("prompt", "messages", "text")  # the first one that a row has is its prompt
+PARQUET_ROWS = 256  # rows that are read at a time
+
+
+class RowError(ConfigError):
+    """A row that cannot be run. The run continues with the other rows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the input.
+
+    Attributes:
+      number: index of the row in the file, invalid rows included.
+      line: line where the row begins, from 1; in a Parquet file the row, from 1.
+      read: parses the row.
+    """
+
+    number: int
+    line: int
+    read: Callable[[], Fields]
+
+    def fields(self) -> Fields:
+        """Return the fields by name. Raises `RowError` for a row that cannot be parsed."""
+        return self.read()
+
+
+class Reader:
+    """The rows of a file, and how much of it has been read."""
+
+    def __init__(self, path: str | os.PathLike[str], format: RowFormat | Literal["auto"] = "auto"):
+        self.path = Path(path)
+        self.format = format_of(path, format)
+        self._stream: BinaryIO | None = None
+        self._fraction = 0.0
+
+    @property
+    def fraction(self) -> float:
+        """The fraction of the file that has been read."""
+        if self._stream is None:
+            return self._fraction
+        try:
+            size = os.fstat(self._stream.fileno()).st_size
+            return min(1.0, self._stream.tell() / max(1, size))
+        except ValueError:  # closed: all of it was read
+            return 1.0
+
+    def __iter__(self) -> Generator[Row, None, None]:
+        if self.format == "parquet":
+            yield from self._parquet_rows()
+            return
+        with self.path.open("rb") as stream:
+            self._stream = stream
+            if self.format == "csv":
+                yield from _csv_rows(stream)
+            else:
+                parse = _parse_line if self.format == "lines" else _parse_json
+                yield from _line_rows(stream, parse)
+
+    def _parquet_rows(self) -> Iterator[Row]:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+
+        number = 0
+        try:
+            with ParquetFile(self.path) as file:
+                total = max(1, file.metadata.num_rows)
+                for batch in file.iter_batches(PARQUET_ROWS):
+                    for fields in batch.to_pylist():
+                        yield Row(number, number + 1, partial(dict, fields))
+                        number += 1
+                    self._fraction = number / total
+        except (ArrowException, ValueError) as error:
+            raise ConfigError(f"{self.path}: cannot be read as Parquet: {error}.") from None
+
+
+def check(path: str | os.PathLike[str], format: RowFormat | Literal["auto"] = "auto") -> None:
+    """Raise unless the file exists, has a known format, and the library for it is installed."""
+    if not Path(path).is_file():
+        problem = "must be a regular file" if Path(path).exists() else "no such file"
+        raise ConfigError(f"{path}: {problem}.")
+    if format_of(path, format) == "parquet":
+        require_parquet()
+
+
+def require_parquet() -> None:
+    """Raise `NotSupported` unless pyarrow is installed."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise NotSupported(
+            "Parquet needs pyarrow, which is not installed: pip install 'jfp8kv[parquet]'."
+        )
+
+
+def format_of(
+    path: str | os.PathLike[str], format: RowFormat | Literal["auto"] = "auto"
+) -> RowFormat:
+    """Return the format of a file: the given one, or the one of its suffix and first row."""
+    if format != "auto":
+        return format
+    suffix = Path(path).suffix.lower()
+    if suffix not in FORMATS:
+        raise ConfigError(
+            f"{path}: unknown suffix: give a format, or a name that ends in {', '.join(FORMATS)}."
+        )
+    found = FORMATS[suffix]
+    return "openai" if found == "jsonl" and _is_openai(Path(path)) else found
+
+
+def prompt_of(fields: Fields, field: str | None = None, *, hint: str) -> Any:
+    """Return the prompt of a row: its `field`, or the first of `PROMPT_FIELDS` that it has.
+
+    Raises `RowError` for a row without it. `hint` ends the message: how to name the field.
+    """
+    names = PROMPT_FIELDS if field is None else (field,)
+    for name in names:
+        if name in fields:
+            return fields[name]
+    found = ", ".join(map(repr, fields)) or "no fields"
+    raise RowError(f"has no {' or '.join(map(repr, names))}, but {found}: {hint}.")
+
+
+def _is_openai(path: Path) -> bool:
+    """Return whether the first valid row of a JSONL file is an OpenAI batch request."""
+    with path.open("rb") as stream:
+        for row in _line_rows(stream, _parse_json):
+            try:
+                return row.fields().keys() >= OPENAI_KEYS
+            except RowError:
+                continue
+    return False
+
+
+# -- lines: JSONL, OpenAI requests, plain text -----------------------------------------------------
+
+
+def _line_rows(stream: BinaryIO, parse: Callable[[bytes], Fields]) -> Iterator[Row]:
+    """Yield a row for each line that is not blank."""
+    number = 0
+    for line, content in enumerate(stream, 1):
+        if line == 1:
+            content = content.removeprefix(b"\xef\xbb\xbf")
+        if content.strip():
+            yield Row(number, line, partial(parse, content))
+            number += 1
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise RowError(f"invalid UTF-8: {error.reason} at byte {error.start}.") from None
+
+
+def _parse_line(content: bytes) -> Fields:
+    return {"prompt": _decode(content)}
+
+
+def _parse_json(content: bytes) -> Fields:
+    text = _decode(content)
+    try:
+        value = _JSON.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"invalid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise RowError(f"JSON of type {kind}: must be an object with the fields of the row.")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+# -- CSV -------------------------------------------------------------------------------------------
+
+
+def _csv_rows(stream: BinaryIO) -> Iterator[Row]:
+    """Yield a row for each record after the header, which names the fields.
+
+    Invalid UTF-8 is an error of its record only, not of the file.
+    """
+    with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        reader = csv.reader(text, strict=True)
+        header: list[str] = []
+        try:
+            while not header:
+                record = _next_record(reader)
+                if record is None:
+                    return
+                header = record
+        except csv.Error as error:
+            where = f"{stream.name}:{reader.line_num}"
+            raise ConfigError(f"{where}: the header is invalid CSV: {error}.") from None
+        duplicates = {name for name in header if header.count(name) > 1}
+        if duplicates:
+            where = f"{stream.name}:{reader.line_num}"
+            raise ConfigError(f"{where}: the header has the field {min(duplicates)!r} twice.")
+        for number, (line, read) in enumerate(_csv_records(reader, header)):
+            yield Row(number, line, read)
+
+
+def _csv_records(reader: Any, header: list[str]) -> Iterator[tuple[int, Callable[[], Fields]]]:
+    """Yield the first line of each record and a function that parses it; skip blank lines."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            record = _next_record(reader)
+        except csv.Error as error:
+            yield line, partial(_refuse, f"invalid CSV: {error}.")
+            continue
+        if record is None:
+            return
+        if record:
+            yield line, partial(_parse_record, header, record)
+
+
+def _next_record(reader: Any) -> list[str] | None:
+    """Return the next record, None at the end of the file."""
+    with _unlimited_csv_fields():
+        return next(reader, None)
+
+
+@contextlib.contextmanager
+def _unlimited_csv_fields() -> Iterator[None]:
+    """Lift the `csv` module's limit of 128 KiB per field, which is global to the process."""
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parse_record(header: list[str], record: list[str]) -> Fields:
+    if len(record) != len(header):
+        raise RowError(f"has {len(record)} values, but the header has {len(header)} fields.")
+    try:
+        "".join(record).encode()
+    except UnicodeEncodeError:
+        raise RowError("invalid UTF-8.") from None
+    return dict(zip(header, record, strict=True))
+
+
+def _refuse(message: str) -> NoReturn:
+    raise RowError(message)
