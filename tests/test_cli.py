@@ -17,10 +17,13 @@ import pytest
 
 import jfp8kv
 from jfp8kv.engine import engine
+from jfp8kv.engine.options import EngineOptions, LoadOptions
+from jfp8kv.sampling.params import SamplingParams
 from tests.checkpoint.conftest import write_sidecar
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests" / "references" / "llama_bf16"
+PROMPT = ("--prompt", "hi")
 ASK = ("--prompt", "the end", "--temperature", "0", "--max-tokens", "12")
 
 
@@ -141,14 +144,38 @@ def test_stop_ends_the_text_before_the_match(run, expected):
     assert run("generate", MODEL, *ASK, "--stop", stop)[1] == expected.text.split(stop)[0] + "\n"
 
 
-def test_what_is_not_asked_for_is_as_the_library_has_it(run):
-    help_text = run("generate", "--help")[1]
-    defaults = dict(re.findall(r"--([a-z-]+) [NX] [^-]*?\(default ([0-9.]+)\)", help_text))
-    assert set(defaults) == {"n", "max-tokens", "temperature", "top-p", "top-k", "min-p"}
-    library = jfp8kv.SamplingParams()
-    assert {name: float(value) for name, value in defaults.items()} == {
-        name: getattr(library, name.replace("-", "_")) for name in defaults
-    }
+@pytest.mark.parametrize(
+    ("command", "options", "omitted"),
+    [
+        ("generate", EngineOptions, {"seed"}),
+        ("generate", SamplingParams, {"logprobs", "prompt_logprobs", "logit_bias"}),
+        ("chat", EngineOptions, {"seed"}),
+        ("chat", SamplingParams, {"logprobs", "prompt_logprobs", "logit_bias", "n", "best_of"}),
+        ("export", LoadOptions, set()),
+    ],
+)
+def test_the_help_has_every_option_of_the_library_with_its_help(run, command, options, omitted):
+    help_text = " ".join(run(command, "--help")[1].replace("prompt-\n", "prompt-").split())
+    for spec in options.specs():
+        if spec.name not in omitted:
+            assert f"--{spec.name.replace('_', '-')} " in help_text
+            assert spec.help.replace("prompt- lookup", "prompt-lookup") in help_text.replace(
+                "prompt- lookup", "prompt-lookup"
+            )
+
+
+def test_defaults_are_those_of_the_library(run, monkeypatch):
+    seen = {}
+
+    def record(model, **fields):
+        seen.update(fields)
+        raise jfp8kv.ConfigError("enough")
+
+    monkeypatch.setattr("jfp8kv.llm.LLM", record)
+    run("generate", MODEL, *PROMPT)
+    assert seen == {}
+    run("generate", MODEL, *PROMPT, "--page-size", 16, "--no-strict", "--no-prefix-caching")
+    assert seen == {"page_size": 16, "strict": False, "prefix_caching": False}
 
 
 # -- chat -------------------------------------------------------------------------------------------------------------
@@ -173,8 +200,8 @@ def test_a_conversation_remembers_until_it_is_reset(run, says, llm):
     assert second != fresh
     assert (status, out) == (0, f"{first}\n{second}\n{fresh}\n")
     assert err.splitlines() == [
-        "jfp8kv: forgotten: a new conversation begins",
-        "jfp8kv: no command /what: the commands are /reset and /exit",
+        "jfp8kv: conversation cleared",
+        "jfp8kv: unknown command /what: the commands are /reset and /exit",
     ]
 
 
@@ -191,7 +218,7 @@ def test_a_conversation_that_outgrows_the_context_forgets_its_oldest_turns(run, 
     assert status == 0
     assert out.endswith(second[0].text + "\n")
     notice, refused = err.splitlines()
-    assert "the context of 64 tokens is full: forgot your oldest message" in notice
+    assert "the context of 64 tokens is full: dropped your oldest message" in notice
     assert "this message alone exceeds the context of 64 tokens" in refused
 
 
@@ -207,8 +234,8 @@ def ctrl_c(monkeypatch):
                 raise KeyboardInterrupt
             return read(*args)
 
-        read = engine.read
-        monkeypatch.setattr(engine, "read", interrupted)
+        read = engine.read_new_tokens
+        monkeypatch.setattr(engine, "read_new_tokens", interrupted)
 
     return ctrl_c
 
@@ -282,7 +309,6 @@ def test_inspect_draws_lines_and_colours_on_a_terminal_and_keeps_to_its_width():
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
-PROMPT = ("--prompt", "hi")
 ASK_HI = ("generate", MODEL, *PROMPT)
 MISTAKES = {
     "no command": ((), "COMMAND"),
@@ -413,9 +439,7 @@ def test_a_spoiled_checkpoint_is_one_line_that_names_the_file(run, tmp_path, spo
     assert named in err
 
 
-def test_a_broken_scale_is_shown_by_inspect_and_a_lenient_run_goes_on_without_it(
-    run, says, tmp_path
-):
+def test_an_invalid_scale_is_in_the_report_and_no_strict_replaces_it(run, says, tmp_path):
     folder = write_sidecar(shutil.copytree(MODEL, tmp_path / "model"), [[0.5, 0.0]])
     status, out, err = run("inspect", folder)
     assert (status, err) == (0, "")
@@ -432,10 +456,12 @@ def test_a_broken_scale_is_shown_by_inspect_and_a_lenient_run_goes_on_without_it
         says()
         argv = (command, folder, *options, "--quiet")
         status, _, err = run(*argv)
-        assert (status, err.count("\n")) == (2, 1) and "layer 1 is 0" in err and "--lenient" in err
+        assert (
+            (status, err.count("\n")) == (2, 1) and "layer 1 is 0" in err and "--no-strict" in err
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("always")
-            status, _, err = run(*argv, "--lenient")
+            status, _, err = run(*argv, "--no-strict")
         assert (status, err.count("\n")) == (0, 1) and re.match(
             "jfp8kv: warning: .*layer 1 is 0.*: scale 1 is used instead", err
         )
@@ -462,7 +488,7 @@ def test_a_warning_of_the_library_is_one_line(run, monkeypatch):
         warnings.warn("scales found\nand not applied", stacklevel=1)
         raise jfp8kv.ConfigError("enough")
 
-    monkeypatch.setattr("jfp8kv.functional.LLM", warn)
+    monkeypatch.setattr("jfp8kv.llm.LLM", warn)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         assert run("generate", MODEL, *ASK)[2].splitlines() == [

@@ -375,7 +375,7 @@ def test_a_broken_scale_is_refused_unless_loading_is_not_strict(tmp_path) -> Non
     folder = write_sidecar(shutil.copytree(FOLDER, tmp_path / "model"), [[0.5, 0.0]])
     with pytest.raises(
         jfp8kv.CheckpointError,
-        match="layer 1 is 0.*strict=False, or give --lenient on the command line",
+        match="layer 1 is 0.*strict=False, or give --no-strict on the command line",
     ):
         jfp8kv.LLM(str(folder))
     with pytest.warns(UserWarning, match="layer 1 is 0.*: scale 1 is used instead"):

@@ -147,7 +147,7 @@ class ScaleReport:
             rest = f"; and {more} more" if more > 0 else ""
             raise CheckpointError(
                 f"{where}: invalid KV-cache scales: {shown}{rest}. `jfp8kv inspect` shows all "
-                "layers. Fix the scales, or load with strict=False (--lenient on the command "
+                "layers. Fix the scales, or load with strict=False (--no-strict on the command "
                 "line), which uses scale 1 for missing and invalid scales and ignores scales "
                 "that belong to no layer."
             )

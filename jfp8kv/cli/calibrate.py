@@ -6,20 +6,77 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jfp8kv.cli.arguments import quiet_jax
-from jfp8kv.cli.data import check, check_field, check_writable, texts
+from jfp8kv.cli.arguments import add_model, add_options, given, quiet_jax
+from jfp8kv.cli.data import check_data, check_field, check_writable, prompts
 from jfp8kv.cli.output import say
+from jfp8kv.engine.options import LoadOptions
 
 if TYPE_CHECKING:
     import jfp8kv.functional
 
+SUMMARY = "compute scales for an FP8 cache"
+ABOUT = "Compute scales for an FP8 cache from data, and write a file that --kv-scales reads."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add_model(parser)
+    data = "a text file with a prompt on each line, or a .jsonl file with a prompt in each record"
+    parser.add_argument("data", metavar="DATA", help=data)
+
+    def option(name, metavar, text, kind=str, **rest):
+        parser.add_argument(name, metavar=metavar, type=kind, help=text, **rest)
+
+    option("--out", "FILE", "where the scales go (safetensors)", required=True)
+    option("--kv-dtype", "DTYPE", "fp8_e4m3 (or fp8, default) or fp8_e5m2", default="fp8_e4m3")
+    option(
+        "--granularity",
+        "WHAT",
+        "what shares a scale: tensor, head (default) or channel",
+        default="head",
+    )
+    option("--observer", "NAME", "amax (default), percentile or mse", default="amax")
+    option(
+        "--percentile",
+        "X",
+        "of magnitudes that need no clipping (default 99.99), for --observer percentile",
+        float,
+    )
+    parser.add_argument(
+        "--k-offset",
+        action="store_true",
+        help="store keys less a constant: for models with large K biases",
+    )
+    option(
+        "--headroom",
+        "X",
+        "times the largest value seen that scales hold (default 1), for amax",
+        float,
+        default=1.0,
+    )
+    option(
+        "--window",
+        "N",
+        "cut prompts into pieces of N tokens; a text file is then one text, not a prompt a line",
+        int,
+    )
+    option(
+        "--field", "NAME", "of a record that holds the prompt (default: text, prompt or messages)"
+    )
+    option("--max-model-len", "N", "most tokens of a prompt (default: the model's)", int)
+    add_options(parser, LoadOptions)
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    parser.add_argument(
+        "--quiet", action="store_true", help="print the summary alone: no progress, no remarks"
+    )
+
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate, write the scales and say what they are; the exit status."""
-    data, out = Path(args.data), Path(args.out)
-    check_field(args.field, data)
-    check_writable(out, "--out", args.out)
-    check(data, "DATA", args.data)
+    out = Path(args.out)
+    check_field(args.field, args.data)
+    check_writable(args.out, "--out")
+    check_data(args.data, "DATA")
     from jfp8kv.functional import calibration, calibration_plan, load
 
     plan = calibration_plan(
@@ -33,11 +90,11 @@ def run(args: argparse.Namespace) -> int:
         headroom=args.headroom,
     )
     quiet_jax()
-    params = load(args.model, dtype=args.dtype, strict=not args.lenient)
+    params = load(args.model, **given(args, LoadOptions))
     began = time.perf_counter()
     done = calibration(
         params,
-        texts(data, field=args.field, whole=args.window is not None),
+        prompts(args.data, field=args.field, whole=args.window is not None),
         plan,
         progress=False if args.quiet else None,
     )

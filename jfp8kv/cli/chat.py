@@ -1,4 +1,4 @@
-"""`jfp8kv chat`: a conversation in the terminal, or over a pipe with a message on each line."""
+"""`jfp8kv chat`: a conversation in the terminal, or over a pipe with one message per line."""
 
 import argparse
 import contextlib
@@ -9,20 +9,37 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from jfp8kv.cli.arguments import load, sampling
+from jfp8kv.cli.arguments import add_model, add_quiet
+from jfp8kv.cli.engine import add_engine, add_sampling, load, sampling
 from jfp8kv.cli.output import print_stream, rate, say
 from jfp8kv.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    import jfp8kv.functional
+    from jfp8kv.llm import LLM
+    from jfp8kv.sampling.params import SamplingParams
 
+SUMMARY = "chat with a model"
+ABOUT = (
+    "Chat with a model. /reset clears the conversation, /exit or Ctrl-D ends the program, Ctrl-C "
+    "stops a reply."
+)
 COMMANDS = "/reset and /exit"
+ONE_OUTPUT = ("n", "best_of")  # a reply is one output
 
 Message = dict[str, str]
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add_model(parser)
+    parser.add_argument("--system", metavar="TEXT", help="the system message of the conversation")
+    add_engine(parser)
+    add_sampling(parser, omit=ONE_OUTPUT, defaults={"max_tokens": 512, "temperature": 0.7})
+    add_quiet(parser, json=False)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Talk until /exit or the end of stdin; the exit status."""
+    """Chat until /exit or the end of stdin, and return the exit status."""
     params = sampling(args)
     llm = load(args)
     if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
@@ -33,22 +50,22 @@ def run(args: argparse.Namespace) -> int:
     context = min(llm.max_model_len, llm.stats.kv_tokens_capacity)
     conversation = Conversation(llm, params, system, context, quiet=args.quiet)
     if not args.quiet:
-        say(f"{args.model} listens; {COMMANDS} are commands, Ctrl-D leaves")
+        say(f"chatting with {args.model}; commands are {COMMANDS}, Ctrl-D exits")
     for text in _lines():
         if text == "/exit":
             break
         if text == "/reset":
-            conversation.turns.clear()
-            say("forgotten: a new conversation begins")
+            conversation.messages.clear()
+            say("conversation cleared")
         elif re.fullmatch(r"/\w*", text):
-            say(f"no command {text}: the commands are {COMMANDS}")
+            say(f"unknown command {text}: the commands are {COMMANDS}")
         elif text:
-            conversation.ask(text)
+            conversation.reply(text)
     return 0
 
 
 def _lines() -> Iterator[str]:
-    """What the user says, line by line, until the end of stdin or Ctrl-C at the prompt."""
+    """Yield the user's lines until the end of stdin or Ctrl-C at the prompt."""
     terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
     if terminal:
         with contextlib.suppress(ImportError):
@@ -65,48 +82,55 @@ def _lines() -> Iterator[str]:
 
 @dataclasses.dataclass
 class Conversation:
-    """What was said so far, kept within `context` tokens. `turns` are the user's and the model's in turn."""
+    """A conversation within a context of `context` tokens.
 
-    llm: "jfp8kv.functional.LLM"
-    params: "jfp8kv.functional.SamplingParams"
+    `messages` alternate between user and assistant. The oldest pairs are dropped when the context
+    is full; the system message stays.
+    """
+
+    llm: "LLM"
+    params: "SamplingParams"
     system: list[Message]
     context: int
     quiet: bool
-    turns: list[Message] = dataclasses.field(default_factory=list)
+    messages: list[Message] = dataclasses.field(default_factory=list)
 
-    def ask(self, text: str) -> None:
-        """Print the answer and remember both. Ctrl-C ends an answer; a message that can never fit is refused."""
-        asked: Message = {"role": "user", "content": text}
-        if self._room([], asked) < 1:
-            say(
-                f"error: this message alone exceeds the context of {self.context} tokens: say it in fewer words"
-            )
+    def reply(self, text: str) -> None:
+        """Print a reply to the user's message and add both to the conversation.
+
+        Ctrl-C ends the reply. A message longer than the context is refused.
+        """
+        message: Message = {"role": "user", "content": text}
+        if self._room([], message) < 1:
+            say(f"error: this message alone exceeds the context of {self.context} tokens")
             return
-        self._forget(asked)
-        began, before = time.perf_counter(), self.llm.stats.generated_tokens
-        room = min(self.params.max_tokens, self._room(self.turns, asked))
-        said: list[str] = []
-        stream = self.llm.stream([*self.system, *self.turns, asked], self.params, max_tokens=room)
+        self._drop_oldest(message)
+        start = time.perf_counter()
+        before = self.llm.stats.generated_tokens
+        room = min(self.params.max_tokens, self._room(self.messages, message))
+        printed: list[str] = []
+        prompt = [*self.system, *self.messages, message]
         with contextlib.suppress(KeyboardInterrupt):
-            print_stream(stream, said)
-        self.turns += [asked, {"role": "assistant", "content": "".join(said)}]
+            print_stream(self.llm.stream(prompt, self.params, max_tokens=room), printed)
+        self.messages += [message, {"role": "assistant", "content": "".join(printed)}]
         if not self.quiet:
-            say(rate(self.llm.stats.generated_tokens - before, time.perf_counter() - began))
+            say(rate(self.llm.stats.generated_tokens - before, time.perf_counter() - start))
 
-    def _room(self, turns: list[Message], asked: Message) -> int:
-        """Tokens that the context leaves for an answer to `asked` after these turns."""
+    def _room(self, messages: list[Message], message: Message) -> int:
+        """Return how many tokens the context leaves for a reply to `message` after `messages`."""
         assert self.llm.tokenizer is not None
-        return self.context - len(self.llm.tokenizer.chat([*self.system, *turns, asked]))
+        return self.context - len(self.llm.tokenizer.chat([*self.system, *messages, message]))
 
-    def _forget(self, asked: Message) -> None:
-        """Drop the oldest turns while an answer has less room than it may take, and than a quarter of the context."""
+    def _drop_oldest(self, message: Message) -> None:
+        """Drop the oldest messages until a reply has room for `max_tokens` or 1/4 of the context."""
         wanted = min(self.params.max_tokens, self.context // 4)
-        forgotten = 0
-        while self.turns and self._room(self.turns, asked) < wanted:
-            del self.turns[:2]
-            forgotten += 1
-        if forgotten:
-            what = "message" if forgotten == 1 else f"{forgotten} messages"
+        dropped = 0
+        while self.messages and self._room(self.messages, message) < wanted:
+            del self.messages[:2]
+            dropped += 1
+        if dropped:
+            count = "message" if dropped == 1 else f"{dropped} messages"
             say(
-                f"the context of {self.context} tokens is full: forgot your oldest {what} and what came in answer"
+                f"the context of {self.context} tokens is full: dropped your oldest {count} and "
+                "the replies"
             )

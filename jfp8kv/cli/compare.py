@@ -7,15 +7,75 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jfp8kv.cli.arguments import names, quiet_jax
-from jfp8kv.cli.data import check, check_field, check_writable, texts
+from jfp8kv.cli.arguments import add_model, add_options, given, quiet_jax
+from jfp8kv.cli.data import check_data, check_field, check_writable, prompts
 from jfp8kv.cli.output import say, show
 from jfp8kv.core.errors import ConfigError, NotSupported, invalid_choice
+from jfp8kv.engine.options import LoadOptions
 
 if TYPE_CHECKING:
     import jfp8kv.functional
 
 PICTURES = (".png", ".pdf", ".svg")
+
+SUMMARY = "compare caches by quality"
+ABOUT = "Compare KV caches by quality and size, over a text, against a float32 cache."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add_model(parser)
+    parser.add_argument(
+        "text", metavar="TEXT", help="a text file, or a .jsonl file with a text in each record"
+    )
+    scales = (
+        "of the FP8 ones, by commas: auto, unit, token_head, checkpoint, files of KVScales, or tensor, head, channel, found on "
+        "--calibration (default auto,token_head)"
+    )
+
+    def option(name, metavar, text, kind=str, **rest):
+        parser.add_argument(name, metavar=metavar, type=kind, help=text, **rest)
+
+    dtypes = "bfloat16,fp8_e4m3,fp8_e5m2"
+    option(
+        "--kv-dtypes",
+        "LIST",
+        f"formats to compare, or files of KVPlans, by commas (default {dtypes})",
+        default=dtypes,
+    )
+    option("--kv-scales", "LIST", scales, default="auto,token_head")
+    option("--calibration", "FILE", "texts to calibrate scales on, as TEXT; not the same ones")
+    option(
+        "--window",
+        "N",
+        "cut texts into pieces of N tokens (default: the most that the model takes)",
+        int,
+    )
+    option(
+        "--needle-lengths",
+        "LIST",
+        "tokens of the haystacks, by commas, or none (default 256,1024, if the model takes them)",
+    )
+    option(
+        "--needle-depths",
+        "LIST",
+        "where the needle is, 0 the beginning, 1 the end, by commas (default 0,0.5,1)",
+    )
+    option("--field", "NAME", "of a record that holds the text (default: text, prompt or messages)")
+    option("--max-model-len", "N", "most tokens of a piece (default: the model's)", int)
+    add_options(parser, LoadOptions)
+    option("--plot", "FILE", "draw it, too: a .png, .pdf or .svg file")
+    parser.add_argument(
+        "--by-layer", action="store_true", help="print what is kept layer by layer, too"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    parser.add_argument(
+        "--quiet", action="store_true", help="print the result alone: no progress, no remarks"
+    )
+
+
+def names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,14 +88,14 @@ def run(args: argparse.Namespace) -> int:
 
     comparison_plan(**asked)  # a mistake is said before the model is loaded
     quiet_jax()
-    params = load(args.model, dtype=args.dtype, strict=not args.lenient)
+    params = load(args.model, **given(args, LoadOptions))
     began = time.perf_counter()
     report = compare(
         params,
-        texts(data, field=args.field, whole=True),
+        prompts(args.text, field=args.field, whole=True),
         calibration=None
         if calibration is None
-        else texts(calibration, field=args.field, whole=True),
+        else prompts(args.calibration, field=args.field, whole=True),
         progress=False if args.quiet else None,
         **asked,
     )
@@ -56,10 +116,10 @@ def _files(args: argparse.Namespace) -> tuple[Path, Path | None]:
         Path(args.text),
         None if args.calibration is None else Path(args.calibration),
     )
-    check(data, "TEXT", args.text)
+    check_data(args.text, "TEXT")
     if calibration is not None:
-        check(calibration, "--calibration", args.calibration)
-    check_field(args.field, data, *([calibration] if calibration else []))
+        check_data(args.calibration, "--calibration")
+    check_field(args.field, args.text, *([args.calibration] if args.calibration else []))
     return data, calibration
 
 
@@ -101,7 +161,7 @@ def _check_picture(given: str) -> None:
     path = Path(given)
     if path.suffix.lower() not in PICTURES:
         raise invalid_choice("--plot", path.suffix, PICTURES)
-    check_writable(path, "--plot", given)
+    check_writable(given, "--plot")
     if importlib.util.find_spec("matplotlib") is None:
         raise NotSupported(
             "--plot needs matplotlib, which is not installed: pip install 'jfp8kv[notebooks]'."

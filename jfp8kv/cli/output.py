@@ -1,36 +1,38 @@
-"""What the commands print: text to stdout as it is made, remarks to stderr."""
+"""Output of the commands: results on stdout, everything else on stderr."""
 
 import sys
 from collections.abc import Iterable
-from typing import Any
 
 
 def say(text: str) -> None:
-    """One line to the user, on stderr."""
-    if sys.stderr is not None:  # None when it was closed, which print would take for stdout
+    """Print one line to the user, on stderr."""
+    if sys.stderr is not None:  # closed: print would write to stdout instead
         print("jfp8kv: " + " ".join(text.split()), file=sys.stderr, flush=True)
 
 
-def print_stream(pieces: Iterable[str], said: list[str]) -> None:
-    """Print pieces of text as they come, then end the line. `said` grows by what was printed, whatever ends it."""
+def print_stream(pieces: Iterable[str], printed: list[str]) -> None:
+    """Print pieces of text as they arrive, append each to `printed`, and end the line.
+
+    `printed` is complete also when the stream is interrupted.
+    """
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
-            said.append(piece)
+            printed.append(piece)
     finally:
         print(flush=True)
 
 
-def show(found: Any) -> None:
-    """A result on stdout; tables get lines and colours on a terminal alone."""
-    if sys.stdout is not None and sys.stdout.isatty() and not isinstance(found, str):
+def show(result: object) -> None:
+    """Print a result on stdout; tables have lines and colours on a terminal only."""
+    if sys.stdout is not None and sys.stdout.isatty() and not isinstance(result, str):
         from rich.console import Console
 
-        Console().print(found)
+        Console().print(result)
     else:
-        print(found, flush=True)
+        print(result, flush=True)
 
 
 def rate(tokens: int, seconds: float) -> str:
-    """Tokens, seconds and their ratio, in words."""
+    """Return tokens, seconds and their ratio as text."""
     return f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s"

@@ -79,11 +79,14 @@ class OptionSpec:
         return all(typing.get_origin(member) is typing.Literal for member in self.types)
 
     @property
+    def is_sequence(self) -> bool:
+        """Whether the type is a sequence such as `Sequence[int]`, or an optional one."""
+        return len(self.types) == 1 and typing.get_origin(self.types[0]) in _SEQUENCES
+
+    @property
     def element(self) -> Any:
-        """The type of the items of a sequence such as `Sequence[int]`; None for other types."""
-        if len(self.types) != 1 or typing.get_origin(self.types[0]) not in _SEQUENCES:
-            return None
-        return typing.get_args(self.types[0])[0]
+        """The type of the items of a sequence; None for other types."""
+        return typing.get_args(self.types[0])[0] if self.is_sequence else None
 
     @property
     def range(self) -> str:
@@ -172,7 +175,8 @@ def option(
 
     Args:
       default: the value where none is given.
-      help: one or two sentences: what the option does, and what a None default means.
+      help: a sentence on what the option does. Where the default is None, a second one says what
+        that means: "By default ...".
       minimum, above, maximum: the range of a number, or of each number of a sequence.
       hint: what to try instead of an invalid value; ends the error message.
       convert: checks and converts a value of any other type. Raises `ConfigError`.

@@ -58,12 +58,13 @@ class LoadOptions(Options):
 
     dtype: WeightsDtype | None = option(
         None,
-        'Dtype of the weights: "bfloat16", "float16" or "float32". None keeps the checkpoint\'s.',
+        'Dtype of the weights: "bfloat16", "float16" or "float32". By default that of the '
+        "checkpoint.",
     )
     strict: bool = option(
         True,
-        "Refuse a checkpoint whose KV scales are missing or invalid. If False, scale 1 is used "
-        "for those, with a warning.",
+        "Refuse a checkpoint whose KV scales are missing or invalid. Otherwise scale 1 replaces "
+        "them, with a warning.",
     )
 
 
@@ -90,33 +91,33 @@ class EngineOptions(LoadOptions):
     )
     kv_cache_memory: int | str | None = option(
         None,
-        'Size of the KV cache in bytes, such as "2GiB". None takes a share of the free memory of '
+        'Size of the KV cache in bytes, such as "2GiB". By default a share of the free memory of '
         "the device (85% of an accelerator's, 10% of a host's), or less where max_num_seqs full "
         "contexts need less.",
         convert=_memory,
     )
     max_model_len: int | None = option(
         None,
-        "Maximum number of tokens of a sequence, prompt and output. None is the model's limit.",
+        "Maximum number of tokens of a sequence, prompt and output. By default the model's limit.",
         minimum=1,
     )
     max_num_seqs: int | None = option(
         None,
-        "Maximum number of requests that run at once. None is 64, or as many as leave prompts half "
-        "of max_num_batched_tokens.",
+        "Maximum number of requests that run at once. By default 64, or as many as leave prompts "
+        "half of max_num_batched_tokens.",
         minimum=1,
     )
     max_num_batched_tokens: int | None = option(
         None,
         "Maximum number of tokens per scheduler step, padding included. It bounds how long a "
-        "prompt delays decoding. None leaves 512 tokens for prompts on a CPU, 2048 elsewhere.",
+        "prompt delays decoding. By default prompts get 512 tokens on a CPU, 2048 elsewhere.",
         minimum=1,
     )
     page_size: int = option(
         64, "Number of tokens per page of the KV cache.", minimum=1, hint="try 64"
     )
     attention: AttentionName | None = option(
-        None, "Attention implementation. None selects the fastest one that runs on this device."
+        None, "Attention implementation. By default the fastest one that runs on this device."
     )
     prefix_caching: bool = option(True, "Share cached pages between sequences with equal prefixes.")
     prompt_lookup: int = option(

@@ -212,7 +212,7 @@ def _layers_scales(scales: Scales, lines: box.Box | None) -> Iterator[Renderable
     ]
     if scales.problems:
         told.append(
-            "Strict loading refuses these scales; strict=False, or --lenient, goes on as the verdicts say."
+            "Strict loading refuses these scales; strict=False, or --no-strict, goes on as the verdicts say."
         )
     yield from ([""] if told and not (lines and scales.rows) else [])
     yield from map(Text, told)

@@ -177,7 +177,7 @@ class SamplingParams(Options):
     )
     seed: int | None = option(
         None,
-        "Seed of the request. None derives one from the engine's seed.",
+        "Seed of the request. By default derived from the engine's seed.",
         minimum=0,
         maximum=MAX_SEED,
         hint="None derives one from the engine's seed",
@@ -197,7 +197,7 @@ class SamplingParams(Options):
     best_of: int | None = option(
         None,
         "Number of outputs to generate, of which the n with the highest mean log-probability per "
-        "token are returned, best first. Outputs that are incomplete come last. None is n.",
+        "token are returned, best first. Incomplete outputs come last. By default n.",
         minimum=1,
         hint="None is n",
     )

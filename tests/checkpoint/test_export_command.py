@@ -54,8 +54,8 @@ def test_without_scales_it_says_so(run, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        ((MODEL, MODEL), f"FOLDER {MODEL}: exists and is not an empty folder"),
-        ((MODEL, MODEL / "config.json"), "config.json: exists and is not an empty folder"),
+        ((MODEL, MODEL), f"FOLDER {MODEL}: exists and is not empty"),
+        ((MODEL, MODEL / "config.json"), "config.json: exists and is not empty"),
         (
             (MODEL, "OUT", "--layout", "modelopt"),
             "--layout='modelopt': must be one of 'compressed-tensors'.",

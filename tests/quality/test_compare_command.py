@@ -76,11 +76,11 @@ MISTAKES = {
     "a needle too short": (["--needle-lengths", "12"], "each must be from 49 tokens"),
     "a depth beyond the end": (["--needle-depths", "0,2"], "needle_depths="),
     "no such calibration": (["--calibration", "/no/texts"], "/no/texts: no such file"),
-    "a field of a text": (["--field", "text"], "belongs to records"),
+    "a field of a text": (["--field", "text"], "names a field of a row"),
     "no picture": (["--plot", "out.gif"], "--plot='.gif': must be one of '.png'"),
     "a picture nowhere": (
         ["--plot", "/no/out.png"],
-        "--plot /no/out.png: no file can be written there",
+        "--plot /no/out.png: cannot be written",
     ),
     "a misspelt option": (["--kv-dtype", "fp8"], "Did you mean '--kv-dtypes'?"),
 }
@@ -100,7 +100,7 @@ def test_a_mistake_is_one_line_and_status_two_before_the_model_is_read(run, text
     [
         (None, [], "text.txt: no such file. TEXT is"),
         ("", [], "texts is empty"),
-        (b"\xff\xfe", [], "cannot be read as UTF-8"),
+        (b"\xff\xfe", [], "text.txt: invalid UTF-8"),
         (TEXT, ["--kv-scales", "head"], "give it prompts"),
         (TEXT, ["--kv-scales", "checkpoint"], "the checkpoint has none"),
         (TEXT, ["--needle-lengths", "257"], "to 256, the most that the model takes"),

@@ -60,7 +60,7 @@ def test_a_plan_is_written_within_the_budget_and_serves_generate(text, tmp_path,
         (["--budget", "sixty"], "budget='sixty'"),
         (
             ["--budget", "60%", "--out", "no/such/folder/plan"],
-            "--out no/such/folder/plan: no file can be written",
+            "--out no/such/folder/plan: cannot be written",
         ),
         (["--budget", "60%", "--filed", "x"], "Did you mean '--field'"),
     ],

@@ -22,7 +22,7 @@ AT = "model.layers.{}.self_attn.{}"
 K0, V0, K1, V1 = (AT.format(layer, f"{part}_scale") for layer in (0, 1) for part in "kv")
 GIVEN = [0.5, 2.0], [0.25, 4.0]
 STRICT = (
-    "Strict loading refuses these scales; strict=False, or --lenient, goes on as the verdicts say."
+    "Strict loading refuses these scales; strict=False, or --no-strict, goes on as the verdicts say."
 )
 
 
