@@ -1,7 +1,7 @@
-"""What a request's text must look like: a JSON schema, a regular expression, one of several texts, or a grammar.
+"""Options of structured output: a JSON schema, a regular expression, a list of choices, a grammar.
 
-Here is the user's side: which forms each may have, and that only one is asked for. What it means, and whether it can be met, is
-decided where it is compiled (engine/structured.py).
+This module checks their form on the host. engine/structured.py compiles them and reports
+constraints that cannot be satisfied.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """One of `CONSTRAINTS` and its value: a text, or a tuple of texts for `choice`."""
+    """One of `CONSTRAINTS` and its value: a string, or a tuple of strings for `choice`."""
 
     field: str
     value: str | tuple[str, ...]
@@ -25,68 +25,74 @@ class Constraint:
         return f"{self.field}={_short(self.value)}"
 
 
-def refuse_several(given: Sequence[Constraint]) -> None:
-    """Raise `ConfigError` for more than one."""
-    if len(given) > 1:
-        asked = " and ".join(each.field for each in given)
-        raise ConfigError(f"{asked}: a text can be held to only one of {', '.join(CONSTRAINTS)}.")
+def check_single(constraints: Sequence[Constraint]) -> None:
+    """Raise `ConfigError` if there is more than one."""
+    if len(constraints) > 1:
+        names = " and ".join(constraint.field for constraint in constraints)
+        raise ConfigError(f"{names}: a request can have only one of {', '.join(CONSTRAINTS)}.")
 
 
-def schema_text(schema: Any) -> str | None:
-    """A JSON schema as JSON: from a dict, from JSON, or from a class or object with `model_json_schema()`."""
+def schema_json(schema: Any) -> str | None:
+    """Return a JSON schema as JSON text.
+
+    Accepts a dict, JSON text, or a class or object with `model_json_schema()`.
+    """
     if schema is None:
         return None
-    if callable(made := getattr(schema, "model_json_schema", None)):
-        schema = made()
+    model_schema = getattr(schema, "model_json_schema", None)
+    if callable(model_schema):
+        schema = model_schema()
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
         if isinstance(parsed, Mapping):
             return json.dumps(dict(parsed), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"json_schema={_short(schema)}: is no JSON: {error}.") from None
+        raise ConfigError(f"json_schema={_short(schema)}: invalid JSON: {error}.") from None
     raise ConfigError(
-        f"json_schema={_short(schema)}: must be a dict, the JSON text of one, or a class with model_json_schema() such as a "
-        "pydantic model; try {'type': 'object', 'properties': {'name': {'type': 'string'}}}."
+        f"json_schema={_short(schema)}: must be a dict, the JSON text of one, or a class with "
+        "model_json_schema() such as a pydantic model; "
+        "try {'type': 'object', 'properties': {'name': {'type': 'string'}}}."
     )
 
 
 def pattern(name: str, text: Any) -> str | None:
-    """The text of a regular expression or a grammar."""
-    return (
-        None
-        if text is None
-        else _whole(
-            name, text, f"{name}={_short(text)}: must be a string of at least one character."
-        )
-    )
+    """Return the text of a regular expression or a grammar, checked."""
+    if text is None:
+        return None
+    advice = f"{name}={_short(text)}: must be a string of at least one character."
+    return _check_text(name, text, advice)
 
 
 def choices(values: Any) -> tuple[str, ...] | None:
-    """The texts to choose from."""
+    """Return the strings to choose from, checked."""
     if values is None:
         return None
-    advice = f"choice={_short(values)}: must be a list of strings of at least one character; try ['yes', 'no']."
+    advice = (
+        f"choice={_short(values)}: must be a list of strings of at least one character; "
+        "try ['yes', 'no']."
+    )
     if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
         raise ConfigError(advice)
-    texts = tuple(_whole("choice", value, advice) for value in values)
+    texts = tuple(_check_text("choice", value, advice) for value in values)
     if not texts:
         raise ConfigError(advice)
     return texts
 
 
-def _whole(name: str, text: Any, advice: str) -> str:
-    """`text`, if it is one that can be made."""
+def _check_text(name: str, text: Any, advice: str) -> str:
+    """Return `text` if it is a non-empty string that UTF-8 can encode."""
     if not isinstance(text, str) or not text:
         raise ConfigError(advice)
     try:
         text.encode()
     except UnicodeEncodeError as error:
+        lone = text[error.start]
         raise ConfigError(
-            f"{name} is no valid text at character {error.start}: {text[error.start]!r} stands alone."
+            f"{name} is not valid Unicode at character {error.start}: {lone!r} is a lone surrogate."
         ) from None
     return text
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."

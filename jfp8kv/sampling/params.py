@@ -15,10 +15,10 @@ from jfp8kv.core.options import Options, option, options
 from jfp8kv.sampling.constraint import (
     CONSTRAINTS,
     Constraint,
+    check_single,
     choices,
     pattern,
-    refuse_several,
-    schema_text,
+    schema_json,
 )
 
 MAX_LOGPROBS = 20
@@ -210,7 +210,7 @@ class SamplingParams(Options):
     json_schema: str | Mapping[str, Any] | type | None = option(
         None,
         "JSON schema of the output: a dict, a JSON string, or a class with model_json_schema().",
-        convert=schema_text,
+        convert=schema_json,
     )
     regex: str | None = option(
         None,
@@ -228,7 +228,7 @@ class SamplingParams(Options):
 
     def check(self) -> None:
         """Raise `ConfigError` for an invalid combination of fields."""
-        refuse_several(self._constraints)
+        check_single(self._constraints)
         if self.min_tokens > self.max_tokens:
             raise ConfigError(
                 f"min_tokens={self.min_tokens}: must not exceed max_tokens={self.max_tokens}; "
