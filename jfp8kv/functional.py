@@ -20,11 +20,10 @@ from jfp8kv.core.errors import ConfigError, unknown_keyword
 from jfp8kv.core.paths import looks_like_path
 from jfp8kv.core.sizes import parse_bytes as parse_bytes  # for batch runs
 from jfp8kv.engine.buckets import (
-    Buckets as Buckets,  # for batch runs, as `StructuredOutput` and `text_of`
+    Buckets as Buckets,  # for batch runs, as `StructuredOutput` and `encode_pair`
 )
 from jfp8kv.engine.options import EngineOptions
 from jfp8kv.engine.request import RequestOutput
-from jfp8kv.engine.scoring import text_of as text_of
 from jfp8kv.engine.structured import StructuredOutput as StructuredOutput
 from jfp8kv.llm import LLM, keep_compiled_programs
 from jfp8kv.models.params import Params
@@ -41,7 +40,7 @@ from jfp8kv.quality.model_report import ModelReport, report
 from jfp8kv.quality.needle import DEPTHS
 from jfp8kv.quality.quality_report import QualityReport
 from jfp8kv.sampling.params import SamplingParams
-from jfp8kv.text.prompts import as_list, encode, is_single
+from jfp8kv.text.prompts import encode_pair as encode_pair
 
 _ENGINE = "_engine"  # where a `Params` keeps its warm engine
 
@@ -92,13 +91,7 @@ def score(
 
     A list of texts (or of token id lists) gives a list of arrays; one text (or one list of ids) gives one array.
     """
-    llm = _llm(params, kv_dtype, kv_scales)
-    texts = as_list(texts_or_token_ids)
-    if not texts:
-        raise ConfigError("texts is empty: give at least one.")
-    ids = [encode(text, params.tokenizer, what=f"text {i}").ids for i, text in enumerate(texts)]
-    scores = [llm.score(text) for text in ids]
-    return scores[0] if is_single(texts_or_token_ids) else scores
+    return _llm(params, kv_dtype, kv_scales).score(texts_or_token_ids)
 
 
 def calibrate(

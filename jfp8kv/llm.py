@@ -3,8 +3,7 @@
 import contextlib
 import itertools
 import os
-import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 
 from jfp8kv.attention import dispatch
 from jfp8kv.checkpoint.load import ModelLike, as_params
-from jfp8kv.core.errors import ConfigError
+from jfp8kv.core.errors import ConfigError, Jfp8kvError
 from jfp8kv.core.options import takes
 from jfp8kv.core.platform import cache_folder
 from jfp8kv.engine import forward
@@ -24,13 +23,29 @@ from jfp8kv.engine.keywords import EngineFields
 from jfp8kv.engine.options import EngineOptions, KVDtype
 from jfp8kv.engine.programs import CompileReport
 from jfp8kv.engine.request import Request, RequestOutput
-from jfp8kv.engine.scoring import Scored, score_iter
+from jfp8kv.engine.scoring import (
+    Scored,
+    ScoreRequest,
+    logits_request,
+    score_iter,
+)
 from jfp8kv.engine.stats import Stats
 from jfp8kv.engine.warmup import warmup
 from jfp8kv.models.params import Params
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.session import Session
-from jfp8kv.text.prompts import Encoded, Message, as_list, encode
+from jfp8kv.text.prompts import (
+    Encoded,
+    EncodedPair,
+    Message,
+    Prompt,
+    PromptLike,
+    TokenIds,
+    as_list,
+    encode,
+    encode_pair,
+    is_single,
+)
 from jfp8kv.text.tokenizer import Tokenizer
 
 
@@ -77,9 +92,6 @@ class LLM:
         params = as_params(model, dtype=given.dtype, strict=given.strict)
         self._engine = Engine(params, given)
         self._service = EngineDriver(self._engine)
-        self._scoring = (
-            threading.Lock()
-        )  # one text at a time: of two that grow, each could hold what the other needs
         self._seed = given.seed
         self._numbers = itertools.count()
 
@@ -150,8 +162,6 @@ class LLM:
         Raises `ConfigError` for a prompt or parameter that cannot be served, naming it, before anything runs.
         """
         groups = self._groups(as_list(prompts), sampling_params, fields)
-        for group in groups:
-            self._score_prompt(group)
         self._run([r for group in groups for r in group.requests], progress)
         return [group.output() for group in groups]
 
@@ -191,7 +201,6 @@ class LLM:
             (group,) = self._groups(
                 [prompt], None if given else params, dict(params) if given else {}
             )
-            self._score_prompt(group)
             return group
 
         return feed(self._service, group, requests, 2 * self._engine.buckets.max_requests)
@@ -310,64 +319,57 @@ class LLM:
 
     # -- scoring --------------------------------------------------------------------------------------------------------
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """float32 `[tokens, vocab]`: the model's scores after each token, computed through the paged cache."""
+    def logits(self, token_ids: TokenIds) -> np.ndarray:
+        """Return the logits after each token, float32 `[tokens, vocab]`, through the paged cache."""
         ids = encode(token_ids, None, what="token_ids").ids
-        found: list[np.ndarray] = []
-        self._run_text(ids, found.append, what="token_ids")
-        return np.concatenate(found)
+        self._engine.check(ids, forward.PREFILL_ONLY, what="token_ids", more=0)
+        request = logits_request(ids)
+        self._service.run([request])
+        assert request.prompt_outputs is not None
+        (logits,) = request.prompt_outputs.arrays
+        return logits
 
-    def score(self, text_or_token_ids: Any) -> np.ndarray:
-        """float32 `[tokens - 1]`: log-probability of each token but the first, given those before it."""
-        ids = encode(text_or_token_ids, self.tokenizer, what="text").ids
-        return np.asarray(
-            self._logprobs(ids, lambda row, token: row[token], what="text"), np.float32
-        )
+    def score(self, prompts: PromptLike) -> np.ndarray | list[np.ndarray]:
+        """Return the log-probability of each token but the first, given those before it.
+
+        Args:
+          prompts: one prompt or several, as for `generate`. All run together.
+
+        Returns float32 `[tokens - 1]`, or a list of such arrays for a list of prompts. Raises
+        `ConfigError` or `CapacityError` for a prompt that cannot be scored, before anything runs.
+        """
+        listed = as_list(prompts)
+        if not listed:
+            raise ConfigError("prompts is empty: give at least one.")
+        scores = [
+            ScoreRequest.of(self._engine, encode_pair(prompt, None, self.tokenizer))
+            for prompt in listed
+        ]
+        self._service.run([request for score in scores for request in score.requests])
+        found = [score.logprobs() for score in scores]
+        return found[0] if is_single(prompts) else found
 
     def score_iter(
-        self, asked: Iterable[tuple[Any, str | None]]
-    ) -> Iterator[tuple[int, Scored | Exception]]:
-        """Score completions after their prompts, from an iterator, which may be endless: `(number, result)` of each.
+        self, pairs: Iterable[tuple[Prompt, str | None]]
+    ) -> Iterator[tuple[int, Scored | Jfp8kvError]]:
+        """Score completions from an iterator, which may be endless.
 
-        Pairs of a prompt and a completion (None: all of the prompt is scored), counted from 0, several in a dispatch, those of
-        like length first. What is in the cache of a prompt is not run again. One that cannot be scored gives its error.
+        Args:
+          pairs: prompts and their completions. None scores the prompt.
+
+        Yields `(number, result)`, counted from 0, in the order they finish. Sequences of similar
+        length run together, and prompts that are in the prefix cache are not run again. A pair that
+        cannot be scored yields its error. Closing the iterator cancels what is in flight.
         """
-        return score_iter(self._service, asked, self.tokenizer)
 
-    def _score_prompt(self, group: RequestGroup) -> None:
-        """If asked for: for each prompt token but the first (None), its log-probability and those of so many likeliest ids."""
-        if (count := group.params.prompt_logprobs) is None:
-            return
+        def encoded() -> Iterator[EncodedPair | Jfp8kvError]:
+            for prompt, completion in pairs:
+                try:
+                    yield encode_pair(prompt, completion, self.tokenizer)
+                except Jfp8kvError as error:
+                    yield error
 
-        def likeliest(row: np.ndarray, token: int) -> dict[int, float]:
-            found = (
-                np.argpartition(-row, count)[:count] if count < len(row) else np.arange(len(row))
-            )
-            ordered = sorted(found.tolist(), key=lambda i: (-row[i], i))
-            return {i: float(row[i]) for i in (*ordered, token)}
-
-        group.prompt_logprobs = [None, *self._logprobs(group.prompt.ids, likeliest, what="prompt")]
-
-    def _logprobs(
-        self, ids: list[int], pick: Callable[[np.ndarray, int], Any], *, what: str
-    ) -> list[Any]:
-        """What `pick` takes for each token but the first, given the log-probabilities (float64 `[vocab]`) it was met with."""
-        picked, following = [], iter(ids[1:])
-
-        def look(logits: np.ndarray) -> None:
-            for row, token in zip(logits.astype(np.float64), following, strict=False):
-                peak = row.max()
-                picked.append(pick(row - (peak + np.log(np.exp(row - peak).sum())), token))
-
-        self._run_text(ids, look, what=what)
-        return picked
-
-    def _run_text(self, ids: list[int], look: Callable[[np.ndarray], Any], *, what: str) -> None:
-        """Show `look` the logits after each token, chunk by chunk; others get on between them."""
-        self._engine.check(ids, forward.PREFILL_ONLY, what=what, more=0)
-        with self._scoring:
-            for logits in self._service.each(forward.logits(self._engine, ids)):
-                look(logits)
+        return score_iter(self._service, encoded())
 
 
 def keep_compiled_programs() -> None:

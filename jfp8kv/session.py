@@ -92,7 +92,7 @@ class Session:
         with _longer([self], [tokens]) as (first,):
             rows = []
             steps = forward.prefill_sessions(
-                self._engine, [self._holding], step.score, wanted=first
+                self._engine, [self._holding], step.logits, logits_from=first
             )
             for _, (positions,), out in self._service.each(steps):
                 if positions.stop > first:
@@ -223,7 +223,7 @@ def extend_batch(
     logits = np.empty((len(sessions), engine.params.config.vocab), np.float32)
     with _longer(sessions, tokens):
         steps = forward.prefill_sessions(
-            engine, [session._holding for session in sessions], step.score_last
+            engine, [session._holding for session in sessions], step.last_logits
         )
         for requests, _, out in sessions[0]._service.each(steps):
             of_a_chunk = np.asarray(out)[: len(requests)]  # a later chunk's replace an earlier's

@@ -178,7 +178,7 @@ def test_a_search_that_finds_no_room_or_fails_gives_back_what_it_held(monkeypatc
 
     def failing(step, *args, **kwargs):
         calls.append(step.__name__)
-        if calls.count("score_last") == 3:
+        if calls.count("last_logits") == 3:
             raise RuntimeError("the device is gone")
         return call(step, *args, **kwargs)
 

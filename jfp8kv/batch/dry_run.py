@@ -178,9 +178,9 @@ def _sampling(request: Request, vocab: int, guides: Any) -> Any:
 
 def _count(counts: Counts, request: Request, sampling: Any, tokenizer: Any, most: int) -> None:
     """Add a row; nothing is made of it without `sampling`. Raises `ConfigError` for one that the engine would refuse."""
-    from jfp8kv.functional import text_of
+    from jfp8kv.functional import encode_pair
 
-    prompt = len(text_of(request.prompt, request.completion, tokenizer).ids)
+    prompt = len(encode_pair(request.prompt, request.completion, tokenizer).ids)
     if not 0 < prompt <= most - (sampling is not None):
         raise ConfigError(f"the prompt has {prompt} tokens, and max_model_len is {most}.")
     texts = 1 if sampling is None else sampling.best_of or sampling.n

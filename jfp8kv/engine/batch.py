@@ -57,6 +57,26 @@ class ForwardBatch:
 
 
 @pytree
+class LogprobsBatch:
+    """The inputs of a prefill that returns log-probabilities.
+
+    Attributes:
+      forward: a chunk of each request.
+      next_tokens: the token after each token of the chunk, whose log-probability is returned.
+      max_logprobs: the most top log-probabilities that a request returns.
+    """
+
+    forward: ForwardBatch
+    next_tokens: Int32[Array | np.ndarray, "requests tokens"]
+    max_logprobs: Int32[Array | np.ndarray, ""]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Requests and tokens, both padded."""
+        return self.forward.shape
+
+
+@pytree
 class SamplerInputs:
     """The sampler's settings by request, the same from step to step.
 
@@ -179,6 +199,21 @@ class BatchBuilder:
         """Return the batch for a chunk of each request, padded to a bucket."""
         rows = self.buckets.prefill_rows(len(plan.requests), plan.width)
         return self._forward(plan.requests, plan.chunks, rows=rows, width=plan.width)
+
+    def logprobs(self, plan: ScheduledPrefill) -> LogprobsBatch:
+        """Return the batch for a chunk of each request and the log-probabilities of the next tokens."""
+        forward = self.prefill(plan)
+        next_tokens = np.full(forward.shape, self.vocab, np.int32)
+        for row, request, chunk in zip(next_tokens, plan.requests, plan.chunks, strict=False):
+            tokens = request.tokens(request.cached + 1, request.cached + chunk + 1)
+            row[: len(tokens)] = tokens
+        outputs = [request.prompt_outputs for request in plan.requests]
+        max_logprobs = max(output.top for output in outputs if output is not None)
+        return LogprobsBatch(
+            forward=forward,
+            next_tokens=next_tokens,
+            max_logprobs=np.array(max_logprobs, np.int32),
+        )
 
     def last_tokens(self, plan: ScheduledDecode) -> ForwardBatch:
         """Return the batch for the last token of each request, to sample from its logits later."""

@@ -18,7 +18,7 @@ DEFAULT_MAX_NUM_SEQS = 64
 BATCH_INVARIANT_ROWS = 8
 # Narrower chunks save little: a CPU or GPU reads all weights even for a single token.
 MIN_PREFILL_CHUNK = 16
-# Float32 logits that one step may return. All steps that return the logits of whole chunks obey it.
+# The most float32 logits of prompt tokens in device memory at once, for all callers.
 MAX_LOGITS_BYTES = 256 * 2**20
 
 
@@ -37,9 +37,9 @@ def max_tokens_per_dispatch(chunk: int) -> int:
     return max(chunk, DECODE_STEPS)
 
 
-def max_scored_tokens(vocab: int) -> int:
-    """Return the most tokens whose logits one step returns: `MAX_LOGITS_BYTES` of float32."""
-    return max(MIN_PREFILL_CHUNK, MAX_LOGITS_BYTES // (4 * vocab))
+def max_logits_tokens(vocab: int) -> int:
+    """Return the most tokens whose float32 logits fit in `MAX_LOGITS_BYTES`."""
+    return max(1, MAX_LOGITS_BYTES // (4 * vocab))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Buckets:
         (models/linear.py).
       drafts: the most draft tokens per decode step (engine/speculative.py). They do not count
         towards the budget (note 017).
+      vocab: the vocabulary size, which limits chunks that return logits.
     """
 
     max_requests: int
@@ -65,6 +66,7 @@ class Buckets:
     decode_steps: int = DECODE_STEPS
     min_decode_rows: int = 1
     drafts: int = 0
+    vocab: int = 1
 
     @classmethod
     def of(
@@ -74,6 +76,7 @@ class Buckets:
         *,
         min_decode_rows: int = 1,
         drafts: int = 0,
+        vocab: int = 1,
     ) -> "Buckets":
         """Return the buckets for these options.
 
@@ -102,6 +105,7 @@ class Buckets:
             token_budget=budget,
             min_decode_rows=min_decode_rows,
             drafts=drafts,
+            vocab=vocab,
         )
 
     @property
@@ -130,20 +134,19 @@ class Buckets:
         """Return the narrowest chunk width for `tokens` tokens, or the widest there is."""
         return next((width for width in self.chunks if width >= tokens), self.max_prefill_chunk)
 
+    @property
+    def max_logits_chunk(self) -> int:
+        """The widest chunk whose logits fit in `MAX_LOGITS_BYTES`, or the narrowest there is."""
+        limit = max_logits_tokens(self.vocab)
+        return max((width for width in self.chunks if width <= limit), default=self.chunks[0])
+
+    def logits_chunk(self, tokens: int) -> int:
+        """Return the narrowest chunk that fits `tokens` and may return their logits."""
+        return min(self.chunk(tokens), self.max_logits_chunk)
+
     def session_chunk(self, tokens: int) -> int:
         """Return the chunk width for sessions, which are often extended by a single token."""
         return 1 if tokens == 1 else self.chunk(tokens)
-
-    def scored_chunk(self, tokens: int, vocab: int) -> int:
-        """Return the chunk width for a step that returns all logits, within `max_scored_tokens`."""
-        limit = max_scored_tokens(vocab)
-        allowed = [width for width in self.chunks if width <= limit] or [self.chunks[0]]
-        return next((width for width in allowed if width >= tokens), allowed[-1])
-
-    def scored_requests(self, width: int, vocab: int) -> int:
-        """Return how many chunks of this width such a step takes at once."""
-        fitting = max(1, max_scored_tokens(vocab) // width)
-        return min(self.prefill_requests(width), 1 << fitting.bit_length() - 1)
 
     def prefill_requests(self, width: int) -> int:
         """Return how many chunks of this width one prefill takes."""

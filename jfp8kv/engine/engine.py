@@ -27,7 +27,7 @@ from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.kv_manager import KVCacheManager, SequenceHandle
 from jfp8kv.engine.options import EngineOptions
 from jfp8kv.engine.programs import Output, Programs, Step, StepInputs
-from jfp8kv.engine.request import CANCELLED, DEADLINE, Request, Status
+from jfp8kv.engine.request import CANCELLED, DEADLINE, PrefillOutput, Request, Status
 from jfp8kv.engine.sampler_state import PLAIN, SamplerVariant
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill, Scheduler, SchedulerOutput
 from jfp8kv.engine.speculative import decode_ahead
@@ -37,7 +37,7 @@ from jfp8kv.engine.structured import StructuredOutput
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import switch_length
-from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.sampling.params import MAX_LOGPROBS, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Flight:
     turn: int
     plan: ScheduledDecode | ScheduledPrefill
     output: Any
+    positions: tuple[range, ...] = ()  # of a prefill, by request
 
 
 class Engine:
@@ -62,6 +63,7 @@ class Engine:
             options.max_num_batched_tokens,
             min_decode_rows=2 if halves_on_cpu else 1,
             drafts=options.prompt_lookup,
+            vocab=config.vocab,
         )
 
         self.params = params
@@ -210,7 +212,11 @@ class Engine:
         with self._watch:
             self._collect()
             try:
-                self._dispatch(self.scheduler.schedule())
+                scheduled = self.scheduler.schedule()
+                if scheduled is None:
+                    self._collect(everything=True)
+                else:
+                    self._dispatch(scheduled)
             except CapacityError as error:
                 first = self.scheduler.waiting[0]
                 self._tell()  # which may show that it has ended
@@ -257,10 +263,8 @@ class Engine:
 
     # -- the device -----------------------------------------------------------------------------------------------------
 
-    def _dispatch(self, turn: SchedulerOutput | None) -> None:
+    def _dispatch(self, turn: SchedulerOutput) -> None:
         """Hand a turn to the device, which runs it while the host goes on."""
-        if turn is None:
-            return
         if not self._flying:
             self._free_since = self._watch.now()
         self._turn += 1
@@ -270,13 +274,28 @@ class Engine:
             self._flying.append(Flight(self._turn, turn.decode, output))
             self.stats.decode_steps += turn.decode.steps
         if turn.prefill is not None:
-            output = self._launch(step.prefill, self.batch_builder.prefill(turn.prefill))
-            self._flying.append(Flight(self._turn, turn.prefill, output))
+            output = self.prefill(turn.prefill)
+            chunks = list(zip(turn.prefill.requests, turn.prefill.chunks, strict=True))
+            positions = tuple(range(r.cached, r.cached + chunk) for r, chunk in chunks)
+            self._flying.append(Flight(self._turn, turn.prefill, output, positions))
             self.stats.prefill_steps += 1
-            for request, chunk in zip(turn.prefill.requests, turn.prefill.chunks, strict=True):
+            for request, chunk in chunks:
                 request.cached += chunk
                 self.scheduler.kv_manager.cache_prefix(request)
+                if request.prefill_only and not request.prefilling:
+                    self.scheduler.finish(request)  # its outputs are stored once they are there
         self.count_used()
+
+    def prefill(self, plan: ScheduledPrefill) -> Any:
+        """Start a prefill, and return its output on the device."""
+        match plan.output:
+            case PrefillOutput.NONE:
+                return self._launch(step.prefill, self.batch_builder.prefill(plan))
+            case PrefillOutput.LOGITS:
+                return self._launch(step.logits, self.batch_builder.prefill(plan))
+            case PrefillOutput.LOGPROBS:
+                top = min(MAX_LOGPROBS, self.params.config.vocab)
+                return self._launch(step.logprobs, self.batch_builder.logprobs(plan), top=top)
 
     def decode(self, plan: ScheduledDecode, least: SamplerVariant = PLAIN) -> StepOutput:
         """Start a decode, by the program `least` at least."""
@@ -291,14 +310,14 @@ class Engine:
 
     def decode_structured(self, plan: ScheduledDecode, least: SamplerVariant = PLAIN) -> StepOutput:
         """The same for one token each. While the device runs the model, the host finds out what grammars allow."""
-        logits = self._launch(step.score, self.batch_builder.last_tokens(plan))
+        logits = self._launch(step.logits, self.batch_builder.last_tokens(plan))
         batch, variant = self.batch_builder.decode(plan, least)
         began = time.perf_counter()
         bitmask = self.structured_output.allowed(plan.requests, rows=len(batch.position))
         self.stats.grammar_s += time.perf_counter() - began
         batch = dataclasses.replace(batch, token_bitmask=bitmask)
         top = min(variant.top, self.params.config.vocab)
-        output = self.programs.compute(step.pick, logits, batch, variant=variant.name, top=top)
+        output = self.programs.compute(step.sample, logits, batch, variant=variant.name, top=top)
         self.stats.compilations = len(self.programs.compiled)
         return output
 
@@ -344,6 +363,10 @@ class Engine:
             if isinstance(flight.plan, ScheduledPrefill):
                 jax.block_until_ready(flight.output)
                 self.stats.prefill_s += self._seconds()
+                if flight.plan.output is not PrefillOutput.NONE:
+                    postprocess.store_prompt_outputs(
+                        flight.output, flight.plan, flight.positions, self.scheduler
+                    )
             elif any(r.status is Status.RUNNING for r in flight.plan.requests):
                 made = read_new_tokens(
                     flight.output, flight.plan.requests, self.params.config.vocab

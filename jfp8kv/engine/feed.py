@@ -1,65 +1,87 @@
-"""Requests from an iterator, results as they are made: what keeps an engine full without a list of everything.
+"""Run requests from an iterator and return results as they finish.
 
-Requests are taken only while fewer than `most` are in flight, so that neither memory nor the wait for a first result grows with
-how many there are, and nobody waits for the slowest of a group.
+The engine stays full without a list of all requests: they are taken only while fewer than `limit`
+are in flight. Neither memory nor the wait for the first result grows with their number.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Protocol, TypeVar, runtime_checkable
 
+from jfp8kv.core.errors import Jfp8kvError
 from jfp8kv.engine.driver import EngineDriver
-from jfp8kv.engine.group import RequestGroup
+from jfp8kv.engine.request import Request
+
+Item = TypeVar("Item")
+Output = TypeVar("Output", covariant=True)
+
+
+@runtime_checkable
+class Group(Protocol[Output]):
+    """Requests with one output."""
+
+    @property
+    def requests(self) -> list[Request]: ...
+
+    def output(self) -> Output: ...
 
 
 def feed(
-    service: EngineDriver, group_of: Callable[[Any], RequestGroup], asked: Iterable[Any], most: int
-) -> Iterator[tuple[int, Any]]:
-    """`(number, result)` of each of `asked`, counted from 0, in the order in which they finish.
+    driver: EngineDriver,
+    group_of: Callable[[Item], Group[Output]],
+    items: Iterable[Item],
+    limit: int,
+) -> Iterator[tuple[int, Output | Jfp8kvError]]:
+    """Yield `(number, result)` for each item, counted from 0, in the order they finish.
 
-    The result is what the group's `output()` gives, or the error that `group_of` raised for it, or the error of a step that it
-    was in, which is everybody's who was: they are gone from the engine, and the next are taken. Closing the iterator cancels
-    what is in flight.
+    The result is the group's `output()`, the `Jfp8kvError` that `group_of` raised, or the error of a
+    failed step. A failed step ends all requests in flight, and the next ones are taken. Other
+    exceptions propagate. Closing the iterator cancels what is in flight.
     """
-    coming, more = enumerate(asked), True
-    flying: dict[int, RequestGroup] = {}
+    numbered = enumerate(items)
+    exhausted = False
+    in_flight: dict[int, Group[Output]] = {}
     try:
-        while more or flying:
-            while more and len(flying) < most:
-                number, item = next(coming, (None, None))
-                if more := number is not None:
-                    try:
-                        flying[number] = group_of(item)
-                    except Exception as error:
-                        yield number, error
-                        continue
-                    service.submit(flying[number].requests)
-            failed = _advanced(service, flying) if flying else None
-            for number, group in list(flying.items()):
-                ended = _ended(group)
-                error = _error(group) or (
-                    None if ended else failed
-                )  # what had ended before a step failed is whole
-                if error or ended:
-                    del flying[number]
-                    service.drop(group.requests)
+        while in_flight or not exhausted:
+            while not exhausted and len(in_flight) < limit:
+                try:
+                    number, item = next(numbered)
+                except StopIteration:
+                    exhausted = True
+                    break
+                try:
+                    group = group_of(item)
+                except Jfp8kvError as error:
+                    yield number, error
+                    continue
+                in_flight[number] = group
+                driver.submit(group.requests)
+            step_error = _advance(driver, in_flight) if in_flight else None
+            for number, group in list(in_flight.items()):
+                finished = _finished(group)
+                # A group that finished before a step failed has its output.
+                error = _error(group) or (None if finished else step_error)
+                if error or finished:
+                    del in_flight[number]
+                    driver.drop(group.requests)
                     yield number, error or group.output()
     finally:
-        service.drop([request for group in flying.values() for request in group.requests])
+        driver.drop([request for group in in_flight.values() for request in group.requests])
 
 
-def _advanced(service: EngineDriver, flying: dict[int, RequestGroup]) -> Exception | None:
-    """A step of ours, or others' steps until one of ours has ended: the error that it failed with, if it did."""
+def _advance(driver: EngineDriver, in_flight: dict[int, Group[Output]]) -> Jfp8kvError | None:
+    """Run steps until a group is finished. Returns the error of a failed step, if any."""
+    groups = list(in_flight.values())
     try:
-        service.advance(lambda: any(_error(group) or _ended(group) for group in flying.values()))
-    except Exception as error:
+        driver.advance(lambda: any(_error(group) or _finished(group) for group in groups))
+    except Jfp8kvError as error:
         return error
     return None
 
 
-def _ended(group: RequestGroup) -> bool:
+def _finished(group: Group[Output]) -> bool:
     return all(request.finish_reason for request in group.requests)
 
 
-def _error(group: RequestGroup) -> Exception | None:
-    """What went wrong with one of its requests."""
+def _error(group: Group[Output]) -> Jfp8kvError | None:
+    """Return the error of one of the group's requests, if any."""
     return next((request.error for request in group.requests if request.error is not None), None)

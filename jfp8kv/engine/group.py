@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from jfp8kv.engine.request import Request, RequestOutput
+from jfp8kv.engine.request import PromptOutputs, Request, RequestOutput
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.sampling.rng import request_key
 from jfp8kv.text.detokenizer import Detokenizer
@@ -21,7 +21,6 @@ class RequestGroup:
     prompt: Encoded
     params: SamplingParams
     requests: list[Request]
-    prompt_logprobs: list[dict[int, float] | None] | None = None
 
     @classmethod
     def of(
@@ -52,6 +51,9 @@ class RequestGroup:
             )
             for index in range(params.best_of or params.n)
         ]
+        if params.prompt_logprobs is not None:
+            first, *_ = requests
+            first.prompt_outputs = PromptOutputs.logprobs(prompt.ids, top=params.prompt_logprobs)
         return cls(prompt, params, requests)
 
     def output(self) -> RequestOutput:
@@ -66,7 +68,8 @@ class RequestGroup:
                 dataclasses.replace(r.output(), index=index)
                 for index, r in enumerate(self._chosen())
             ],
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=first.prompt_outputs
+            and first.prompt_outputs.top_logprobs(self.prompt.ids),
             first_token_s=min(began) - first.submitted if began else None,
             total_s=max(ended) - first.submitted if ended else None,
         )

@@ -50,7 +50,7 @@ class PrefixMatch:
     Attributes:
       tokens: its length.
       keys: the keys of its pages in the prefix cache.
-      next_key: the key of the page behind it, None if the sequence has no such page.
+      next_key: the key of the page behind it, None if there is none that may be reused.
     """
 
     tokens: int = 0
@@ -199,14 +199,18 @@ class KVCacheManager:
             self.allocator.find((keys[cached], group)) is not None for group in full_groups
         ):
             cached += 1
+        page_size = self.requirements.page_size
+        last = request.num_tokens - 1
         for pages in range(cached, 0, -1):
-            tokens = min(pages * self.requirements.page_size, request.num_tokens - 1)
+            tokens = min(pages * page_size, last)
             if tokens <= limit and self._is_cached(keys, tokens):
                 break
         else:
             tokens = 0
         end = self.requirements.end_page(tokens)
-        next_key = keys[end] if end < len(keys) else None
+        next_key = None
+        if end < len(keys) and min((end + 1) * page_size, last) <= limit:
+            next_key = keys[end]
         return PrefixMatch(tokens=tokens, keys=tuple(keys[:end]), next_key=next_key)
 
     def _is_cached(self, keys: list[bytes], tokens: int) -> bool:

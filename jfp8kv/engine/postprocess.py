@@ -6,12 +6,15 @@ So a stop string is found a turn late, and what its request has on the device by
 """
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from jfp8kv.engine.batch import NewTokens, StepOutput
 from jfp8kv.engine.request import DEAD_END, NO_TOKEN, Request, Status
-from jfp8kv.engine.scheduler import Scheduler
+from jfp8kv.engine.scheduler import ScheduledPrefill, Scheduler
 from jfp8kv.engine.stats import Stats
 
 
@@ -59,6 +62,20 @@ def emit_output(made: NewTokens, scheduler: Scheduler, stats: Stats) -> None:
     stats.generated_tokens += len(request.output_ids) - before
     if reason:
         finish(request, reason, scheduler)
+
+
+def store_prompt_outputs(
+    output: Any, plan: ScheduledPrefill, positions: Sequence[range], scheduler: Scheduler
+) -> None:
+    """Store a prefill's outputs in its requests, and finish those that requested nothing more."""
+    arrays = [np.asarray(array) for array in jax.tree.leaves(output)]
+    for row, (request, chunk) in enumerate(zip(plan.requests, positions, strict=True)):
+        outputs = request.prompt_outputs
+        if outputs is None or request.finish_reason is not None:
+            continue
+        outputs.store(chunk, [array[row] for array in arrays])
+        if request.prefill_only and outputs.complete:
+            finish(request, "length", scheduler)
 
 
 def count_drafts(output: StepOutput, stats: Stats) -> None:

@@ -3,8 +3,12 @@
 import dataclasses
 import enum
 import math
+import sys
 import time
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from jfp8kv.core.errors import Jfp8kvError
 from jfp8kv.sampling.params import SamplingParams
@@ -65,6 +69,77 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
+class PrefillOutput(enum.Enum):
+    """What a prefill returns for each token, besides filling the KV cache."""
+
+    NONE = "none"
+    LOGPROBS = "logprobs"  # the log-probability of the next token, and the top ones
+    LOGITS = "logits"
+
+
+@dataclasses.dataclass(eq=False)
+class PromptOutputs:
+    """Outputs of the tokens of a prompt, collected chunk by chunk while it is prefilled.
+
+    Attributes:
+      kind: what the outputs are.
+      next: the first position whose output is requested and missing.
+      stop: the position behind the last one whose output is requested.
+      top: top log-probabilities per token.
+      arrays: the outputs so far, `[stop, ...]` each.
+    """
+
+    kind: PrefillOutput
+    next: int
+    stop: int
+    top: int = 0
+    arrays: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def logprobs(cls, token_ids: list[int], *, first: int = 1, top: int = 0) -> "PromptOutputs":
+        """Request the log-probabilities of a prompt's tokens from `first` on.
+
+        `top`: the number of most likely tokens to return with each.
+        """
+        return cls(PrefillOutput.LOGPROBS, first - 1, len(token_ids) - 1, top)
+
+    @classmethod
+    def logits(cls, token_ids: list[int]) -> "PromptOutputs":
+        """Request the logits after each token of a prompt."""
+        return cls(PrefillOutput.LOGITS, 0, len(token_ids))
+
+    @property
+    def complete(self) -> bool:
+        return self.next >= self.stop
+
+    def top_logprobs(self, prompt_ids: list[int]) -> list[dict[int, float] | None]:
+        """Return the log-probability of each prompt token and of the most likely ones, by token id.
+
+        None for tokens without one: the first, and those not scored before a deadline.
+        """
+        found: list[dict[int, float] | None] = [None] * len(prompt_ids)
+        if not self.arrays:
+            return found
+        values, top_ids, top_values = self.arrays
+        for position in range(self.next):
+            token = prompt_ids[position + 1]
+            ids = top_ids[position, : self.top].tolist()
+            logprobs = top_values[position, : self.top].tolist()
+            found[position + 1] = dict(zip(ids, logprobs, strict=True)) | {
+                token: float(values[position])
+            }
+        return found
+
+    def store(self, positions: range, outputs: Sequence[np.ndarray]) -> None:
+        """Store the outputs of a chunk at `positions`. Rows past the chunk are padding."""
+        if not self.arrays:
+            self.arrays = [np.zeros((self.stop, *x.shape[1:]), x.dtype) for x in outputs]
+        stop = min(positions.stop, self.stop)
+        for array, output in zip(self.arrays, outputs, strict=True):
+            array[positions.start : stop] = output[: stop - positions.start]
+        self.next = max(self.next, stop)
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """A sequence in the engine: the prompt, what was generated, and where its tokens lie.
@@ -78,6 +153,7 @@ class Request:
     key: Any  # uint32[2]: the random key of this sequence
     max_tokens: int  # of output: what the parameters ask for, as far as the context has room
     index: int = 0  # which of the n continuations of its prompt
+    prompt_outputs: PromptOutputs | None = None  # scores or logits of the prompt, if requested
     detokenizer: Detokenizer | None = None
     sampling_state: Any = (
         None  # `params` for the device, made when first needed (engine/sampler_state.py)
@@ -139,8 +215,33 @@ class Request:
         return self.num_tokens - self.cached
 
     @property
+    def prefill_only(self) -> bool:
+        """Whether the request is finished once its prompt outputs are computed."""
+        return self.max_tokens == 0
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens left to prefill. The last token of a request that generates is left to decode."""
+        if self.prefill_only and self.prompt_outputs is not None:
+            return self.prompt_outputs.stop - self.cached
+        return self.uncached - 1
+
+    @property
     def prefilling(self) -> bool:
-        return self.uncached > 1
+        return self.prefill_tokens > 0
+
+    @property
+    def prefill_output(self) -> PrefillOutput:
+        """What the next prefill of this request must return."""
+        outputs = self.prompt_outputs
+        return PrefillOutput.NONE if outputs is None or outputs.complete else outputs.kind
+
+    @property
+    def max_prefix(self) -> int:
+        """The most tokens to reuse from the prefix cache: those whose outputs are not needed."""
+        if self.prompt_outputs is None or self.prompt_outputs.complete:
+            return sys.maxsize
+        return self.prompt_outputs.next
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids at positions `start .. stop-1`, prompt and output as one sequence."""

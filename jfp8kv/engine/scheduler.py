@@ -23,17 +23,18 @@ from jfp8kv.core.errors import CapacityError
 from jfp8kv.core.log import logger
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.kv_manager import KVCacheManager
-from jfp8kv.engine.request import Request, Status
+from jfp8kv.engine.request import PrefillOutput, Request, Status
 from jfp8kv.engine.stats import Stats
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledPrefill:
-    """Run the next `chunks[i]` tokens of `requests[i]`, padded to `width`."""
+    """Run the next `chunks[i]` tokens of `requests[i]`, padded to `width`, and return `output`."""
 
     requests: list[Request]
     chunks: list[int]
     width: int
+    output: PrefillOutput = PrefillOutput.NONE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Scheduler:
         """Move waiting requests to the running ones, in order, while their pages fit."""
         while self.waiting and len(self.running) < self.max_requests:
             request = self.waiting[0]
-            match = self.kv_manager.match_prefix(request)
+            match = self.kv_manager.match_prefix(request, request.max_prefix)
             pending = self.kv_manager.pending_prefixes(r for r in self.running if r.prefilling)
             if match.next_key in pending:
                 return
@@ -171,13 +172,20 @@ class Scheduler:
     def _prefill(self, requests: list[Request]) -> ScheduledPrefill | None:
         if not requests:
             return None
-        width = self.buckets.chunk(requests[0].uncached - 1)
+        output = requests[0].prefill_output
+        requests = [r for r in requests if r.prefill_output is output]
+        width = self.buckets.chunk(requests[0].prefill_tokens)
+        if output is PrefillOutput.LOGITS:  # large, so one request at a time
+            width = self.buckets.logits_chunk(requests[0].prefill_tokens)
+            requests = requests[:1]
         chosen = requests[: self.buckets.prefill_requests(width)]
-        chunks = {id(request): min(request.uncached - 1, width) for request in chosen}
+        chunks = {id(request): min(request.prefill_tokens, width) for request in chosen}
         chosen = self._allocate(chosen, lambda request: request.cached + chunks[id(request)])
         if not chosen:
             return None
-        return ScheduledPrefill(chosen, [chunks[id(request)] for request in chosen], width)
+        return ScheduledPrefill(
+            chosen, [chunks[id(request)] for request in chosen], width, output=output
+        )
 
     def _allocate(self, requests: list[Request], stop: Callable[[Request], int]) -> list[Request]:
         """Allocate pages up to `stop` for each request, and preempt the most recent if needed.

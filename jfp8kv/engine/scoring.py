@@ -1,153 +1,110 @@
-"""How likely given texts are, several of them in a dispatch."""
+"""Scoring: the log-probabilities of given tokens, as prefill-only requests.
+
+`LLM.score`, `LLM.score_iter` and `prompt_logprobs` all run through here. A scored sequence is an
+ordinary request that generates nothing: it waits for free pages, is batched with other requests,
+and can be preempted. Log-probabilities are computed on the device in float32 (`step.logprobs`).
+"""
 
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
-from os.path import commonprefix
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32
 
-from jfp8kv.core.errors import ConfigError
-from jfp8kv.engine import step
+from jfp8kv.core.errors import ConfigError, Jfp8kvError, StepError
 from jfp8kv.engine.driver import EngineDriver
 from jfp8kv.engine.engine import Engine
-from jfp8kv.engine.forward import PREFILL_ONLY, prefill_only_request, prefill_sessions
-from jfp8kv.engine.kv_manager import SequenceHandle
-from jfp8kv.text.prompts import encode
-from jfp8kv.text.tokenizer import Tokenizer
+from jfp8kv.engine.feed import feed
+from jfp8kv.engine.forward import PREFILL_ONLY
+from jfp8kv.engine.request import PromptOutputs, Request
+from jfp8kv.text.prompts import EncodedPair
 
-WINDOW = 64  # texts that are looked at together, to find some of like length
+SORT_WINDOW = 64  # sequences sorted by length, so that those of similar length share a batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Log-probabilities of a completion's tokens, each given all before it."""
+    """The log-probabilities of a completion's tokens, each given all tokens before it."""
 
     prompt_tokens: int
     logprobs: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
-    """Token ids, how many of them are the prompt's, and from which one on they are scored."""
+class ScoreRequest:
+    """A sequence to score: the tokens after its prompt, or all but the first without a prompt."""
 
-    ids: list[int]
     prompt_tokens: int
+    requests: list[Request]
 
-    @property
-    def first(self) -> int:
-        return max(1, self.prompt_tokens)
+    @classmethod
+    def of(cls, engine: Engine, pair: EncodedPair) -> "ScoreRequest":
+        """Return a checked request.
+
+        Raises `ConfigError` or `CapacityError` for a sequence that cannot be scored.
+        """
+        first = max(1, pair.prompt_tokens)
+        if len(pair.ids) <= first:
+            raise ConfigError("nothing to score: at least one token must follow another.")
+        engine.check(pair.ids, PREFILL_ONLY, what="the sequence", more=0)
+        outputs = PromptOutputs.logprobs(pair.ids, first=first)
+        return cls(pair.prompt_tokens, [_prefill_only(pair.ids, outputs)])
+
+    def logprobs(self) -> np.ndarray:
+        """Return the log-probabilities of the scored tokens, float32 `[scored tokens]`."""
+        (request,) = self.requests
+        assert request.prompt_outputs is not None
+        return request.prompt_outputs.arrays[0][max(0, self.prompt_tokens - 1) :]
+
+    def output(self) -> Scored:
+        """Return the result, once the request is finished."""
+        return Scored(self.prompt_tokens, self.logprobs().tolist())
 
 
-def text_of(prompt: Any, completion: str | None, tokenizer: Tokenizer | None) -> Text:
-    """What is scored: a completion after its prompt, or all of the prompt. Raises `ConfigError`.
-
-    Tokens are those of the one text that the two are, as far as they are text: a token that has of both is the completion's.
-    """
-    if completion is None:
-        return Text(encode(prompt, tokenizer, what="the prompt").ids, 0)
-    if isinstance(prompt, str):
-        ids = encode(prompt + completion, tokenizer, what="the text").ids
-        assert tokenizer is not None  # or this had raised
-        return Text(ids, len(commonprefix([tokenizer.encode(prompt), ids])))
-    before = encode(prompt, tokenizer, what="the prompt").ids
-    if tokenizer is None:
-        raise ConfigError("the completion is text, and this model has no tokenizer.")
-    return Text(before + tokenizer.encode(completion, add_special_tokens=False), len(before))
+def logits_request(token_ids: list[int]) -> Request:
+    """Return a request for the logits after each token."""
+    return _prefill_only(token_ids, PromptOutputs.logits(token_ids))
 
 
 def score_iter(
-    service: EngineDriver, asked: Iterable[tuple[Any, str | None]], tokenizer: Tokenizer | None
-) -> Iterator[tuple[int, Scored | Exception]]:
-    """`(number, result)` of each of `asked`, counted from 0: what it scored, or the error that it met."""
-    coming = enumerate(asked)
-    while window := list(itertools.islice(coming, WINDOW)):
-        texts: dict[int, Text] = {}
-        for number, (prompt, completion) in window:
-            try:
-                texts[number] = _checked(service.engine, text_of(prompt, completion, tokenizer))
-            except Exception as error:
-                yield number, error
-        for group in _groups(service.engine, texts):
-            yield from _results(service, {number: texts[number] for number in group})
+    driver: EngineDriver, pairs: Iterable[EncodedPair | Jfp8kvError]
+) -> Iterator[tuple[int, Scored | Jfp8kvError]]:
+    """Yield `(number, result)` for each sequence, counted from 0, in the order they finish.
+
+    The result is an error for a sequence that cannot be scored, or that could not be encoded.
+    Sequences of a failed step are retried one at a time: one of them does not fail the others.
+    """
+    taken: dict[int, tuple[int, EncodedPair | Jfp8kvError]] = {}
+
+    def by_length() -> Iterator[EncodedPair | Jfp8kvError]:
+        numbered = enumerate(pairs)
+        indices = itertools.count()
+        while window := list(itertools.islice(numbered, SORT_WINDOW)):
+            for item in sorted(window, key=lambda item: _length(item[1]), reverse=True):
+                taken[next(indices)] = item
+                yield item[1]
+
+    def request(pair: EncodedPair | Jfp8kvError) -> ScoreRequest:
+        if isinstance(pair, Jfp8kvError):
+            raise pair
+        return ScoreRequest.of(driver.engine, pair)
+
+    for index, result in feed(driver, request, by_length(), 2 * driver.engine.buckets.max_requests):
+        number, pair = taken.pop(index)
+        if isinstance(result, StepError):
+            ((_, result),) = feed(driver, request, [pair], 1)
+        yield number, result
 
 
-def _checked(engine: Engine, text: Text) -> Text:
-    if len(text.ids) <= text.first:
-        raise ConfigError("there is no token to score: the first has none before it.")
-    engine.check(text.ids, PREFILL_ONLY, what="the text", more=0)
-    return text
+def _length(pair: EncodedPair | Jfp8kvError) -> int:
+    return 0 if isinstance(pair, Jfp8kvError) else len(pair.ids)
 
 
-def _groups(engine: Engine, texts: dict[int, Text]) -> Iterator[list[int]]:
-    """Texts for a dispatch each, the longest first."""
-    order = sorted(texts, key=lambda number: -len(texts[number].ids))
-    while order:
-        longest = len(texts[order[0]].ids)
-        room = engine.num_pages // engine.requirements.total_pages(longest)
-        most = max(1, min(room, engine.buckets.prefill_requests(engine.buckets.chunk(longest))))
-        yield order[:most]
-        order = order[most:]
-
-
-def _results(
-    service: EngineDriver, group: dict[int, Text]
-) -> Iterator[tuple[int, Scored | Exception]]:
-    """What came of a group. If it fails, each of it runs alone: one of them may be why."""
-    try:
-        found = _logprobs(service, list(group.values()))
-    except Exception as error:
-        if len(group) == 1:
-            yield next(iter(group)), error
-        else:
-            for number, text in group.items():
-                yield from _results(service, {number: text})
-        return
-    for (number, text), logprobs in zip(group.items(), found, strict=True):
-        yield number, Scored(text.prompt_tokens, logprobs.tolist())
-
-
-def _logprobs(service: EngineDriver, texts: list[Text]) -> list[np.ndarray]:
-    """float32 `[tokens]` for each text, from its `first` on. What the cache has of what is before is not run."""
-    engine = service.engine
-    holdings = [
-        SequenceHandle(engine.scheduler.kv_manager, prefill_only_request(text.ids))
-        for text in texts
-    ]
-    found = {
-        id(holding.request): np.empty(len(text.ids) + 1, np.float32)
-        for holding, text in zip(holdings, texts, strict=True)
-    }
-    try:
-        steps = prefill_sessions(
-            engine, holdings, step.score, wanted=min(text.first for text in texts) - 1
-        )
-        for requests, positions, logits in service.each(steps):
-            following = np.zeros(logits.shape[:2], np.int32)
-            for row, request, at in zip(following, requests, positions, strict=False):
-                ids = request.prompt_ids[at.start + 1 : at.stop + 1]
-                row[: len(ids)] = ids
-            for row, request, at in zip(
-                np.asarray(_picked(logits, following)), requests, positions, strict=False
-            ):
-                found[id(request)][at.start + 1 : at.stop + 1] = row[: len(at)]
-    finally:
-        engine.dropped.extend(holdings)
-        service.drop()
-    return [
-        found[id(holding.request)][text.first : -1]
-        for holding, text in zip(holdings, texts, strict=True)
-    ]
-
-
-@jax.jit
-def _picked(
-    logits: Float32[Array, "requests tokens vocab"], following: Int32[Array, "requests tokens"]
-) -> Float32[Array, "requests tokens"]:
-    """The log-probability of the token that follows each."""
-    chosen = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+def _prefill_only(token_ids: list[int], outputs: PromptOutputs) -> Request:
+    return Request(
+        token_ids,
+        PREFILL_ONLY,
+        np.zeros(2, np.uint32),
+        max_tokens=0,
+        prompt_outputs=outputs,
+    )

@@ -1,10 +1,15 @@
-"""The step functions. The model runs on one request and `vmap` makes it a batch; `engine/programs.py` compiles them.
+"""The step functions: the model runs on one request, `vmap` batches it, `programs.py` compiles it.
 
-Four steps: `prefill` caches a chunk of each request, up to the last token of its prompt; `decode` takes it from there and
-makes several tokens per dispatch in a loop on the device, ending early when every request is done; `score` runs a chunk and
-returns the logits of every position, from which `pick` makes a token where the host has a say in it; `score_last` returns those
-of the last. The pool goes in and comes out: donated, it is updated in place, and what a step needs besides does not grow with
-it.
+- `prefill` caches a chunk of each request, up to the last token but one of its prompt.
+- `logprobs` and `logits` do the same and return log-probabilities or logits of the chunk's tokens.
+- `decode` runs the last token and generates several tokens in a loop on the device. The loop ends
+  early when all requests are finished.
+- `last_logits` caches a chunk and returns the logits after its last token.
+- `sample` samples from the output of `logits`. The two are `decode` for structured output, where
+  the host computes token bitmasks in between.
+
+The pool is an argument and a result. It is donated and updated in place, and the temporary memory
+of a step does not grow with it.
 """
 
 import dataclasses
@@ -15,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from jfp8kv.attention.dispatch import Attention, Write
 from jfp8kv.attention.interface import AttentionMetadata, AttentionOptions, Layer
@@ -24,37 +29,57 @@ from jfp8kv.cache.copy import PageCopies, copy_pages
 from jfp8kv.cache.groups import LayerGroups
 from jfp8kv.cache.pool import KVPool, LayerScales, write
 from jfp8kv.core.pytree import pytree
-from jfp8kv.engine.batch import DecodeBatch, ForwardBatch, StepOutput, TokenCounts, TopLogprobs
+from jfp8kv.engine.batch import (
+    DecodeBatch,
+    ForwardBatch,
+    LogprobsBatch,
+    StepOutput,
+    TokenCounts,
+    TopLogprobs,
+)
+from jfp8kv.engine.buckets import max_logits_tokens
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import Decoder, bind
 from jfp8kv.models.linear import Matmul, stacked_matmul
 from jfp8kv.sampling.penalties import count_token
-from jfp8kv.sampling.sample import sample_batch, top_logprobs
+from jfp8kv.sampling.sample import logprob_at, sample_batch, top_logprobs
 
-Weights = Any  # the tree of `Params`, 16-bit leaves perhaps as their bits
+Weights = Any  # the tree of `Params`; on some backends 16-bit leaves are stored as their bits
 
 
 @dataclasses.dataclass(frozen=True)
 class StepModel:
-    """What a step is compiled for, apart from shapes: hashable, so equal models share compiled programs."""
+    """The static part of a step besides shapes. Hashable: equal models share compiled programs.
+
+    Attributes:
+      config: the model.
+      dtype: of the weights.
+      attention: the attention implementation.
+      groups: the page table that each layer reads; None if there is one for all.
+      write: writes keys and values to the pool.
+      matmul: the matmul with layer-stacked weights.
+    """
 
     config: ModelConfig
-    dtype: np.dtype  # of the weights
+    dtype: np.dtype
     attention: Attention
-    groups: LayerGroups | None = None  # which page table each layer reads; None: all of them one
+    groups: LayerGroups | None = None
     write: Write = write
     matmul: Matmul = stacked_matmul
 
     def bind(self, weights: Weights) -> Decoder:
-        """The decoder around these weights."""
+        """Return the decoder with these weights."""
         return bind(self.config, weights, self.dtype, matmul=self.matmul)
 
     def options(self, decoder: Decoder) -> AttentionOptions:
-        """What this model asks of attention, its sinks read from the weights."""
-        c = self.config
-        windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
+        """Return the attention options of this model. The sinks are weights."""
+        config = self.config
+        windows = jnp.asarray(config.windows, jnp.int32) if config.windows else None
         return AttentionOptions(
-            window=windows, sinks=decoder.sinks(), sm_scale=c.attention_scale, softcap=c.softcap
+            window=windows,
+            sinks=decoder.sinks(),
+            sm_scale=config.attention_scale,
+            softcap=config.softcap,
         )
 
 
@@ -70,17 +95,14 @@ class Chunk:
     max_length: Int[Array, ""]
 
     def metadata(self, groups: LayerGroups | None) -> Callable[[Layer], AttentionMetadata]:
-        """The place of its tokens in each layer."""
+        """Return a function from a layer to the attention metadata of this chunk."""
 
         def at(layer: Layer) -> AttentionMetadata:
-            group = (
-                0
-                if groups is None or groups.uniform
-                else jnp.asarray(groups.group, jnp.int32)[layer]
-            )
-            return AttentionMetadata(
-                self.page_tables[group], self.start, self.length, self.max_length
-            )
+            if groups is None or groups.uniform:
+                page_table = self.page_tables[0]
+            else:
+                page_table = self.page_tables[jnp.asarray(groups.group, jnp.int32)[layer]]
+            return AttentionMetadata(page_table, self.start, self.length, self.max_length)
 
         return at
 
@@ -88,7 +110,7 @@ class Chunk:
 def _forward(
     model: StepModel, decoder: Decoder, scales: LayerScales | None, chunk: Chunk, pages: KVPool
 ) -> tuple[Float[Array, "tokens hidden"], KVPool]:
-    """One request's chunk through the model, its keys and values written first."""
+    """Run the chunk of one request. Its keys and values are written before they are read."""
     attend = paged(
         model.attention,
         scales,
@@ -101,7 +123,7 @@ def _forward(
 
 
 def each_request(one: Callable, batch: ForwardBatch, pages: KVPool, *, out_axes: Any) -> Any:
-    """`one(chunk, pages)` for every request of the batch, over the pool they share."""
+    """Return `one(chunk, pages)` for each request of the batch. The pool is shared."""
 
     def request(
         tokens: Array, tables: Array, start: Array, length: Array, context: Array, pages: KVPool
@@ -127,7 +149,7 @@ def chunk_logits(
     batch: ForwardBatch,
     pages: KVPool,
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPool]:
-    """Logits after every token of each request's chunk."""
+    """Cache a chunk of each request and return the logits after each of its tokens."""
 
     def one(chunk: Chunk, pages: KVPool) -> tuple[Array, KVPool]:
         hidden, pages = _forward(model, decoder, scales, chunk, pages)
@@ -166,7 +188,10 @@ def _sampled(logits: Array, batch: DecodeBatch, top: int) -> StepOutput:
 def top_of(
     logits: Float[Array, "rows vocab"], max_logprobs: Int[Array, ""], top: int
 ) -> TopLogprobs | None:
-    """Return the `top` most likely tokens of each row: zeros if `max_logprobs` is 0, None if `top` is."""
+    """Return the `top` most likely tokens of each row.
+
+    The result is zeros if no request needs it (`max_logprobs` is 0), and None if `top` is 0.
+    """
     if not top:
         return None
 
@@ -190,16 +215,14 @@ def prefill(
     batch: ForwardBatch,
     pages: KVPool,
 ) -> tuple[Int[Array, " requests"], KVPool]:
-    """Cache a chunk of each request; how many tokens of each are cached now. Nothing is sampled: a prompt's last token is left
-    to `decode`."""
+    """Cache a chunk of each request, and return the number of tokens that are cached now."""
     decoder = model.bind(weights)
 
     def one(chunk: Chunk, pages: KVPool) -> KVPool:
         return _forward(model, decoder, scales, chunk, pages)[1]
 
-    cached = jnp.maximum(
-        batch.start, batch.length
-    )  # computed, so that it is there when the step is done and not before
+    # A computed output, not an input: it is ready when the step is finished, not earlier.
+    cached = jnp.maximum(batch.start, batch.length)
     return cached, each_request(one, batch, pages, out_axes=None)
 
 
@@ -213,7 +236,10 @@ def decode(
     most_steps: int,
     top: int = 0,
 ) -> tuple[StepOutput, KVPool]:
-    """Up to `batch.steps` (at most `most_steps`) tokens for each request, none after its end token or its `remaining`."""
+    """Generate up to `batch.steps` tokens for each request, at most `most_steps`.
+
+    A request stops at an end token and after `remaining` tokens.
+    """
     decoder = model.bind(weights)
     rows, vocab = batch.position.shape[0], model.config.vocab
     empty = StepOutput.empty(rows, most_steps, vocab=vocab, top=top)
@@ -265,19 +291,71 @@ def _after(
     )
 
 
-def score(
+def logits(
     model: StepModel,
     weights: Weights,
     scales: LayerScales | None,
     batch: ForwardBatch,
     pages: KVPool,
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPool]:
-    """Cache a chunk of each request and return the logits after each of its tokens."""
+    """Cache a chunk of each request and return the logits after each of its tokens.
+
+    The caller limits the chunk: `Buckets.max_logits_chunk`.
+    """
     decoder = model.bind(weights)
     return chunk_logits(model, decoder, scales, batch, pages)
 
 
-def score_last(
+@pytree
+class PromptLogprobs:
+    """Log-probabilities of the next token of each token, and the most likely ones."""
+
+    logprobs: Float32[Array, "requests tokens"]
+    top: TopLogprobs
+
+
+def logprobs(
+    model: StepModel,
+    weights: Weights,
+    scales: LayerScales | None,
+    batch: LogprobsBatch,
+    pages: KVPool,
+    *,
+    top: int,
+) -> tuple[PromptLogprobs, KVPool]:
+    """Cache a chunk of each request and return the log-probabilities of `batch.next_tokens`.
+
+    Logits are computed for a block of tokens at a time, so that they never exceed
+    `MAX_LOGITS_BYTES`.
+    """
+    decoder = model.bind(weights)
+
+    def one(chunk: Chunk, pages: KVPool) -> tuple[Array, KVPool]:
+        return _forward(model, decoder, scales, chunk, pages)
+
+    def score(block: tuple[Array, Array]) -> tuple[Array, TopLogprobs | None]:
+        hidden, next_tokens = block
+        logits = decoder.logits(hidden)
+        return jax.vmap(logprob_at)(logits, next_tokens), top_of(logits, batch.max_logprobs, top)
+
+    hidden, pages = each_request(one, batch.forward, pages, out_axes=(0, None))
+    requests, tokens, size = hidden.shape
+    count = requests * tokens
+    block = min(max_logits_tokens(model.config.vocab), count)
+    padding = -count % block
+    flat = jnp.pad(hidden.reshape(count, size), ((0, padding), (0, 0)))
+    targets = jnp.pad(batch.next_tokens.reshape(count), (0, padding))
+    scores = lax.map(score, (flat.reshape(-1, block, size), targets.reshape(-1, block)))
+    values, most_likely = jax.tree.map(
+        lambda x: x.reshape(count + padding, *x.shape[2:])[:count].reshape(
+            requests, tokens, *x.shape[2:]
+        ),
+        scores,
+    )
+    return PromptLogprobs(logprobs=values, top=most_likely), pages
+
+
+def last_logits(
     model: StepModel,
     weights: Weights,
     scales: LayerScales | None,
@@ -295,7 +373,7 @@ def score_last(
     return each_request(one, batch, pages, out_axes=(0, None))
 
 
-def pick(
+def sample(
     logits: Float[Array, "requests tokens vocab"], batch: DecodeBatch, *, top: int = 0
 ) -> StepOutput:
     """Sample a token for each request from the logits that `score` returned after its last one.

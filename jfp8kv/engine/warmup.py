@@ -8,7 +8,7 @@ from jfp8kv.engine.batch import ForwardBatch
 from jfp8kv.engine.buckets import padded_counts
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import prefill_only_request
-from jfp8kv.engine.request import Request
+from jfp8kv.engine.request import PrefillOutput, PromptOutputs, Request
 from jfp8kv.engine.sampler_state import FULL, PLAIN
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 
@@ -21,11 +21,14 @@ def warmup(engine: Engine, *, structured: bool = False, branches: bool = False) 
     for width in buckets.chunks:
         for rows in padded_counts(buckets.prefill_requests(width)):
             engine.run(step.prefill, _chunks(engine, rows, width))
+            plan = ScheduledPrefill(_nobody(rows), [1] * rows, width, output=PrefillOutput.LOGPROBS)
+            jax.block_until_ready(engine.prefill(plan))
     for width in (buckets.session_chunk(1), *buckets.chunks):
-        for function in (step.prefill, step.score):
-            engine.programs.program(function, _chunks(engine, 1, width), engine.pages)
+        engine.programs.program(step.prefill, _chunks(engine, 1, width), engine.pages)
+        if width <= buckets.max_logits_chunk:
+            engine.programs.program(step.logits, _chunks(engine, 1, width), engine.pages)
         for rows in padded_counts(buckets.prefill_requests(width)) if branches else ():
-            engine.programs.program(step.score_last, _chunks(engine, rows, width), engine.pages)
+            engine.programs.program(step.last_logits, _chunks(engine, rows, width), engine.pages)
     engine.run(step.copy, PageCopies.of([]))
     for rows in padded_counts(buckets.max_requests):
         for variant in (PLAIN, FULL):
@@ -44,4 +47,7 @@ def _chunks(engine: Engine, count: int, width: int) -> ForwardBatch:
 
 def _nobody(count: int) -> list[Request]:
     """Requests that own no page: running them writes nothing."""
-    return [prefill_only_request([0]) for _ in range(count)]
+    requests = [prefill_only_request([0]) for _ in range(count)]
+    for request in requests:
+        request.prompt_outputs = PromptOutputs.logprobs([0])
+    return requests

@@ -17,7 +17,12 @@ import numpy as np
 
 from jfp8kv.cache.config import context_length, resolve_cache
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.engine.buckets import default_prefill_chunk, max_tokens_per_dispatch, step_token_budget
+from jfp8kv.engine.buckets import (
+    default_prefill_chunk,
+    max_logits_tokens,
+    max_tokens_per_dispatch,
+    step_token_budget,
+)
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import run_chunks
 from jfp8kv.engine.options import EngineOptions
@@ -33,7 +38,6 @@ from jfp8kv.quality.summary import magnitudes_of, summary
 from jfp8kv.quality.totals import Totals
 
 PAGE_SIZE = 64
-LOGITS_BYTES = 2**28  # of one chunk's logits, at most
 
 
 def comparison(
@@ -138,7 +142,7 @@ def _sides(
 ) -> list[CacheRun]:
     """Engines that serve texts of up to `most` tokens, which some choose scales by, with room for one of `longest`."""
     chunk = min(
-        default_prefill_chunk(), max(16, LOGITS_BYTES // (4 * params.config.vocab)), longest
+        default_prefill_chunk(), max(16, max_logits_tokens(params.config.vocab)), longest
     )
     budget = step_token_budget(chunk, 1)
     sides: list[CacheRun] = []

@@ -107,7 +107,7 @@ def watched(
     *,
     magnitudes: bool = False,
 ) -> tuple[tuple[Float[Array, "requests tokens vocab"], Seen], KVPool]:
-    """`engine.step.score`, and what was seen of each request's keys and values."""
+    """`engine.step.logits`, and what was seen of each request's keys and values."""
     decoder = bind(model.config, weights, model.dtype)
 
     def one(chunk: Chunk, pages: KVPool) -> tuple[tuple[Array, Seen], KVPool]:

@@ -205,13 +205,31 @@ def argmax(x: Float32[Array, " tokens"]) -> Int32[Array, ""]:
 
 
 def logprob_at(logits: Float32[Array, " vocab"], token: Int32[Array, ""]) -> Float32[Array, ""]:
-    """The log-probability of `token` under softmax(logits)."""
-    return logits[token] - jax.nn.logsumexp(logits)
+    """Return the log-probability of `token` under softmax(logits)."""
+    peak, log_total = _log_normalizer(logits)
+    return (logits[token] - peak) - log_total
 
 
 def top_logprobs(
     logits: Float32[Array, " vocab"], k: int
 ) -> tuple[Float32[Array, " k"], Int32[Array, " k"]]:
-    """The `k` largest log-probabilities under softmax(logits) and their ids, likeliest first (ties: by id)."""
+    """Return the `k` largest log-probabilities under softmax(logits) and their ids.
+
+    The most likely token comes first, and of equally likely ones the lowest id.
+    """
     values, ids = jax.lax.top_k(logits, k)
-    return values - jax.nn.logsumexp(logits), ids
+    peak, log_total = _log_normalizer(logits)
+    return (values - peak) - log_total, ids
+
+
+def _log_normalizer(
+    logits: Float32[Array, " vocab"],
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Return the maximum m of the logits, and log(sum(exp(logits - m))).
+
+    The two are subtracted from a logit one after the other. Their sum would round to the precision of
+    m, which may be far from the logit's log-probability.
+    """
+    peak = jnp.max(logits)
+    finite = jnp.where(peak > -jnp.inf, peak, 0)  # -inf - -inf is NaN
+    return finite, jnp.log(jnp.sum(jnp.exp(logits - finite)))

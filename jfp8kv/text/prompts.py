@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -84,6 +85,32 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None, *, what: str) -> Encoded
             text = _check_unicode(tokenizer.render(listed), what)
             return Encoded(text, tokenizer.encode(text, add_special_tokens=False))
     raise ConfigError(f"{what} is of type {type(listed).__name__}: prompts must be {FORMS}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedPair:
+    """The token ids of a prompt and its completion, and how many of them are the prompt's."""
+
+    ids: list[int]
+    prompt_tokens: int
+
+
+def encode_pair(prompt: Prompt, completion: str | None, tokenizer: Tokenizer | None) -> EncodedPair:
+    """Return the token ids of a prompt and a completion. None: the prompt alone.
+
+    Two texts are tokenized as one. A token that spans both belongs to the completion.
+
+    Raises `ConfigError` as `encode` does.
+    """
+    if completion is None:
+        return EncodedPair(encode(prompt, tokenizer, what="the prompt").ids, 0)
+    if isinstance(prompt, str):
+        ids = encode(prompt + completion, tokenizer, what="the text").ids
+        alone = _require(tokenizer, "the text").encode(prompt)
+        return EncodedPair(ids, len(commonprefix([alone, ids])))
+    ids = encode(prompt, tokenizer, what="the prompt").ids
+    tokenizer = _require(tokenizer, "the completion")
+    return EncodedPair(ids + tokenizer.encode(completion, add_special_tokens=False), len(ids))
 
 
 def _check_unicode(text: str, what: str) -> str:

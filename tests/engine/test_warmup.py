@@ -151,11 +151,11 @@ def test_the_report_lists_every_program_with_its_bucket_its_seconds_and_bytes(pa
     assert len(set(steps)) == len(steps)
     prefill = [("prefill", 1, 28, ""), ("prefill", 2, 28, ""), ("prefill", 1, 56, "")]
     decode = [("decode", rows, 1, variant) for rows in (1, 2, 4) for variant in ("plain", "full")]
-    assert set(steps) >= {*prefill, *decode, ("score", 1, 28, ""), ("score", 1, 56, "")}
-    assert set(steps) >= {("prefill", 1, 1, ""), ("score", 1, 1, ""), ("copy", 64, 1, "")}, (
+    assert set(steps) >= {*prefill, *decode, ("logits", 1, 28, ""), ("logits", 1, 56, "")}
+    assert set(steps) >= {("prefill", 1, 1, ""), ("logits", 1, 1, ""), ("copy", 64, 1, "")}, (
         "tokens of sessions, pages of forks"
     )
-    assert set(steps) >= {("score_last", rows, 1, "") for rows in (1, 2, 4)}, (
+    assert set(steps) >= {("last_logits", rows, 1, "") for rows in (1, 2, 4)}, (
         "and of those that go on together"
     )
     assert all(s.seconds > 0 and s.temporary_bytes > 0 and s.code_bytes >= 0 for s in report.steps)

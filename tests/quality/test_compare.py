@@ -282,7 +282,7 @@ def test_windows_and_chunks_change_nothing_but_bytes(monkeypatch):
     """A model whose layers see 8 or all tokens, in texts and pools that are used again, in chunks of 16 tokens."""
     name = "gemma3_new"
     params, ids = load(name), prompts(name, 60, 50)
-    monkeypatch.setattr(run, "LOGITS_BYTES", 4 * params.config.vocab * 16)
+    monkeypatch.setattr(buckets, "MAX_LOGITS_BYTES", 4 * params.config.vocab * 16)
     found = compare(name, ids, max_model_len=256)["fp8_e4m3 unit"]
     settings = {
         "kv_dtype": "fp8_e4m3",
