@@ -64,6 +64,8 @@ NO_TOKEN = "logit_bias, min_tokens and what the text must look like leave no tok
 
 
 class Status(enum.Enum):
+    """The state of a request in the scheduler."""
+
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"

@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 import jfp8kv
 from jfp8kv import ConfigError
 from jfp8kv.cache.config import resolve_cache
+from jfp8kv.engine import buckets
 from jfp8kv.quality import compare as run
 from jfp8kv.quality.needle import CUE_TOKENS, NEEDLE_TOKENS, needles
 from tests.engine.test_without_scales import with_bias
