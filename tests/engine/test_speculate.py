@@ -16,7 +16,7 @@ from scipy import stats
 import jfp8kv
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.speculative import _made
-from tests.engine.test_scheduler import PAGE, Device, next_token, request, run_all, scheduler
+from tests.engine.fake_device import PAGE_SIZE, FakeDevice, new_request, new_scheduler, next_token
 from tests.engines import poisoned
 from tests.models.test_decoder import REFERENCES
 
@@ -263,19 +263,19 @@ def test_a_warm_engine_never_compiles(params) -> None:
     assert llm._engine.programs._own == programs
 
 
-class Speculating(Device):
+class Speculating(FakeDevice):
     """A device that also writes drafts past the text: of those none is right, or one, or all."""
 
     def decode(self, r: Request, steps: int) -> None:
         for turn in range(steps):
-            drafted = min(self.sched.buckets.drafts, r.max_tokens - len(r.output_ids) - 1)
+            drafted = min(self.scheduler.buckets.drafts, r.max_tokens - len(r.output_ids) - 1)
             for held in r.page_tables:
                 for position in range(r.cached, r.cached + 1 + drafted):
-                    page = held.pages[position // PAGE - held.first]
-                    assert self.sched.kv_manager.allocator.ref_count(page) == 1, (
+                    page = held.pages[position // PAGE_SIZE - held.first]
+                    assert self.scheduler.kv_manager.allocator.ref_count(page) == 1, (
                         "a page that is written has one owner"
                     )
-                    self.slots[page, position % PAGE] = b"a draft"
+                    self.slots[page, position % PAGE_SIZE] = b"a draft"
             right = (0, 1, drafted)[(turn + r.cached) % 3]
             super().decode(r, 1 + min(drafted, right))
 
@@ -290,13 +290,13 @@ class Speculating(Device):
     windows=st.booleans(),
 )
 def test_drafts_lie_in_pages_of_their_own_and_are_never_seen(sizes, pages, windows) -> None:
-    sched = scheduler(pages + windows * 45, windows=windows)
+    sched = new_scheduler(pages + windows * 45, windows=windows)
     sched.buckets = dataclasses.replace(sched.buckets, drafts=3)
     everyone = [
-        request([1] * shared + [2 + i] * own, output)
+        new_request([1] * shared + [2 + i] * own, output)
         for i, (shared, own, output) in enumerate(sizes)
     ]
-    run_all(Speculating(sched), *everyone)
+    Speculating(sched).run_all(*everyone)
     for r in everyone:
         alone = list(r.prompt_ids)
         for _ in range(r.max_tokens):
