@@ -1,4 +1,4 @@
-"""`python -m jfp8kv` is the command line."""
+"""`python -m jfp8kv` runs the command line."""
 
 import sys
 

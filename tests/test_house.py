@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import typing
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,10 +68,33 @@ def test_only_the_command_line_prints(path):
     assert not prints, f"print() in lines {prints}: return the text, log it or raise it"
 
 
-def test_every_public_name_is_there_and_documented():
+def test_every_public_name_can_be_imported_and_has_a_docstring():
     for name in jfp8kv.__all__:
         thing = getattr(jfp8kv, name)
         assert isinstance(thing, str) or inspect.getdoc(thing), f"jfp8kv.{name} has no docstring"
+
+
+def received_types(function: object) -> Iterator[type]:
+    """Yield the classes of this library in the return annotation of a function or property."""
+    if isinstance(function, property):
+        function = function.fget
+    queue = [typing.get_type_hints(function).get("return")]
+    while queue:
+        hint = queue.pop()
+        queue += typing.get_args(hint)
+        if isinstance(hint, type) and hint.__module__.startswith("jfp8kv."):
+            yield hint
+
+
+def test_every_class_that_a_public_function_returns_is_public():
+    functions = [getattr(jfp8kv, name) for name in jfp8kv.__all__]
+    functions = [thing for thing in functions if inspect.isfunction(thing)]
+    for cls in (jfp8kv.LLM, jfp8kv.Session):
+        members = [value for name, value in vars(cls).items() if not name.startswith("_")]
+        functions += [m for m in members if inspect.isfunction(m) or isinstance(m, property)]
+    for function in functions:
+        for found in received_types(function):
+            assert found.__name__ in jfp8kv.__all__, f"{function} returns {found}"
 
 
 def test_the_version_is_the_one_in_pyproject():
