@@ -1,4 +1,4 @@
-"""Tiny checkpoints, written by the formats' own libraries: safetensors, gguf, tokenizers are the independent side."""
+"""Write tiny checkpoints with the libraries of their formats: safetensors, gguf and tokenizers."""
 
 import json
 import os
@@ -17,14 +17,16 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def hf_config(**changes: Any) -> dict[str, Any]:
-    """A `config.json` of two small layers with grouped queries; `changes` replace entries, None removes one."""
+    """Return a `config.json` of two GQA layers. `changes` replace entries, None removes one."""
     base = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -47,7 +49,7 @@ def hf_config(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (base | changes).items() if value is not None}
 
 
-# What a config of each family that GGUF files are read for has beside or instead of `hf_config`'s entries.
+# By family that GGUF files are supported for: the entries that differ from `hf_config`'s.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {
@@ -72,14 +74,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def family_config(family: str, **changes: Any) -> dict[str, Any]:
-    """A small `config.json` of a family, as `hf_config`."""
+    """Return a small `config.json` of a family, like `hf_config`."""
     return hf_config(**(FAMILIES[family] | changes))
 
 
 def hf_tensors(
     config: Mapping[str, Any], dtype: Any = np.float32, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Random weights under Hugging Face's names, spelled out one by one."""
+    """Return random weights under Hugging Face's names, listed one by one."""
     random = np.random.default_rng(seed)
     family, hidden, mlp = config["model_type"], config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
@@ -124,7 +126,7 @@ def hf_tensors(
 def write_folder(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], shards: int = 1
 ) -> Path:
-    """A Hugging Face folder in one file, or in shards with their index."""
+    """Write a Hugging Face folder with one weight file, or with shards and their index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:
@@ -148,7 +150,7 @@ _QUARK = {
     f"*{part}_proj": {"output_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}}
     for part in "kv"
 }
-# By layout: where K's and V's scale stand in a layer, and what config.json declares.
+# By naming convention: the names of K's and V's scale in a layer, and what config.json declares.
 SCALE_LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "compressed-tensors": (
         "self_attn.k_scale",
@@ -185,7 +187,7 @@ def scale_tensors(
     shape: tuple[int, ...] | None = None,
     at: str = "model.layers.",
 ) -> dict[str, np.ndarray]:
-    """The scales of each layer, `k` and `v` `[layers]` or `[layers, heads]`, under the names of a layout and in a `shape`."""
+    """Return scale tensors from `k` and `v`, `[layers]` or `[layers, heads]`, in a `shape`."""
     tensors = {}
     for name, values in zip(SCALE_LAYOUTS[layout], (k, v), strict=False):
         for layer, value in enumerate(values):
@@ -197,7 +199,7 @@ def scale_tensors(
 def write_sidecar(
     folder: Path, ranks: Any, dtype: str = "float8_e4m3fn", model_type: str = "llama"
 ) -> Path:
-    """vLLM's `kv_cache_scales.json`; `ranks` are lists of one scale a layer."""
+    """Write vLLM's `kv_cache_scales.json`. `ranks` are lists of one scale per layer."""
     factors = {
         str(rank): {
             str(layer): s if isinstance(s, int) else float(s) for layer, s in enumerate(scales)
@@ -210,14 +212,14 @@ def write_sidecar(
 
 
 def byte_level_vocab() -> tuple[list[str], list[str]]:
-    """Tokens and merges of a small byte-level BPE with ChatML's special tokens first."""
+    """Return tokens and merges of a small byte-level BPE, ChatML's special tokens first."""
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "1 2", "12 3"]
     return SPECIAL + bytes_ + [merge.replace(" ", "") for merge in merges], merges
 
 
 def write_tokenizer(folder: Path, chat_template: str | None = CHATML, **settings: Any) -> Path:
-    """`tokenizer.json` and `tokenizer_config.json` of the small byte-level BPE."""
+    """Write `tokenizer.json` and `tokenizer_config.json` of the small byte-level BPE."""
     tokens, merges = byte_level_vocab()
     vocab = {token: number for number, token in enumerate(tokens)}
     backend = tokenizers.Tokenizer(models.BPE(vocab, [tuple(merge.split()) for merge in merges]))
@@ -237,7 +239,7 @@ def write_tokenizer(folder: Path, chat_template: str | None = CHATML, **settings
 
 
 def rows_in_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
-    """q or k as llama.cpp stores it: row 2j of a head is row j, row 2j + 1 is row half + j. One row at a time."""
+    """Permute q or k as llama.cpp does: row 2j of a head is row j, row 2j + 1 is row half + j."""
     head_dim = len(weight) // heads
     half = head_dim // 2
     out = np.empty_like(weight)
@@ -256,9 +258,9 @@ def write_gguf(
     more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     skip: tuple[str, ...] = (),
 ) -> Path:
-    """The same model as llama.cpp's converter writes it: names by gguf's own table, matrices quantized to `quantize`.
+    """Write a model as llama.cpp's converter does, with matrices quantized to `quantize`.
 
-    Vectors are float32; Llama's q and k have their rows in pairs, and Gemma's norms their 1 added.
+    Vectors are float32, rows of Llama's q and k are permuted, and Gemma's norms have 1 added.
     """
     arch = config["model_type"].removesuffix("_text")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
@@ -291,7 +293,7 @@ def write_gguf(
 
 
 def write_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
-    """What a `config.json` says, under GGUF's names; each family leaves out what its converter does."""
+    """Write the entries of a `config.json` under GGUF's names, as the family's converter does."""
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -326,7 +328,7 @@ def write_metadata(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
 
 
 def run_python(code: str, *args: object, **env: str) -> str:
-    """Run a fresh interpreter on `code` and give what it printed; a failure shows its traceback."""
+    """Run `code` in a new interpreter and return its output. A failure shows the traceback."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, args)],
         env=os.environ | {"JAX_PLATFORMS": "cpu"} | env,
@@ -341,7 +343,7 @@ def run_python(code: str, *args: object, **env: str) -> str:
 
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
-    """The writers of this file."""
+    """Give tests the writers of this file."""
     return SimpleNamespace(
         config=hf_config,
         family=family_config,

@@ -1,4 +1,4 @@
-"""A config of any fields comes back from JSON equal, tuples as tuples."""
+"""A config round-trips through JSON: equal, with tuples as tuples."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from jfp8kv.models.config import ExpertsConfig, ModelConfig, RopeConfig
 
 @dataclasses.dataclass(frozen=True)
 class Later:
-    """What `ModelConfig` may grow into."""
+    """A config with fields of every kind that a later `ModelConfig` may have."""
 
     ropes: tuple[RopeConfig | None, ...]
     windows: tuple[tuple[int, ...], ...] = ()
@@ -51,12 +51,12 @@ def through_json(value):
         Later((), cap=float("inf"), on=False),
     ],
 )
-def test_a_config_comes_back_equal_and_hashable(config):
+def test_a_config_round_trips_through_json_equal_and_hashable(config):
     back = through_json(config)
     assert back == config and hash(back) == hash(config) and repr(back) == repr(config)
 
 
-def test_numpys_numbers_become_plain_ones():
+def test_numpy_scalars_become_python_numbers():
     assert through_json(Later((), cap=np.float32(0.5))) == Later((), cap=0.5)
 
 

@@ -1,4 +1,4 @@
-"""A model becomes a Hugging Face folder: read back bit for bit, by independent readers too, and never half there."""
+"""`export` writes a folder that loads bit for bit, also in other libraries, and is atomic."""
 
 import dataclasses
 import json
@@ -28,7 +28,9 @@ from jfp8kv.models.params import Params
 ROOT = Path(__file__).parent.parent / "references"
 FOLDERS = sorted(path.parent for path in ROOT.glob("*/config.json"))
 BF16 = np.dtype(ml_dtypes.bfloat16)
-loads_with_remarks = pytest.mark.filterwarnings("ignore:.*(dequantized to|only text is supported)")
+ignore_load_warnings = pytest.mark.filterwarnings(
+    "ignore:.*(dequantized to|only text is supported)"
+)
 
 
 def bits(leaf):
@@ -58,9 +60,9 @@ def params(tiny):
 # Weights and config
 
 
-@loads_with_remarks
+@ignore_load_warnings
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_every_family_comes_back_bit_for_bit_with_its_config(folder, tmp_path):
+def test_every_family_round_trips_bit_for_bit_with_its_config(folder, tmp_path):
     params = load(folder)
     export(params, tmp_path)
     back = load(tmp_path)
@@ -93,8 +95,8 @@ SAVED_BY_TRANSFORMERS = [
 
 
 @pytest.mark.parametrize("name", SAVED_BY_TRANSFORMERS)
-def test_the_tensors_are_those_that_transformers_saved_under_the_same_names(name, tmp_path):
-    """Fused and split, transposed and stacked again; read by the safetensors library."""
+def test_exported_tensors_equal_those_that_transformers_saved(name, tmp_path):
+    """Compare fused, split, transposed and stacked weights, read by the safetensors library."""
     export(load(ROOT / name), tmp_path)
     ours, theirs = tensors_of(tmp_path), tensors_of(ROOT / name)
     assert set(ours) == set(theirs)
@@ -104,27 +106,27 @@ def test_the_tensors_are_those_that_transformers_saved_under_the_same_names(name
         )
 
 
-@loads_with_remarks
-def test_experts_of_four_bits_are_written_as_what_they_were_loaded_as(tmp_path):
+@ignore_load_warnings
+def test_mxfp4_experts_are_exported_dequantized(tmp_path):
     export(load(ROOT / "gpt_oss_mxfp4"), tmp_path)
     written = tensors_of(tmp_path)
     assert written["model.layers.0.mlp.experts.gate_up_proj"].shape == (
         3,
         64,
         128,
-    )  # [experts, in, gate and up in turns]
+    )  # [experts, in, gate and up interleaved]
     assert {tensor.dtype for tensor in written.values()} == {BF16}
     assert not [name for name in written if name.endswith(("_blocks", "_scales"))]
 
 
-def test_the_dtype_is_that_of_the_weights_in_memory(tmp_path):
+def test_the_exported_dtype_is_that_of_the_weights_in_memory(tmp_path):
     export(load(ROOT / "llama_bf16", dtype="float32"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float32"
     assert {tensor.dtype for tensor in tensors_of(tmp_path).values()} == {np.dtype(np.float32)}
 
 
-def test_each_weight_keeps_its_own_dtype_and_fused_ones_the_widest(tmp_path):
+def test_each_weight_keeps_its_dtype_and_fused_weights_get_the_widest(tmp_path):
     params = load(ROOT / "phi3_plain")
     for name in ("q", "attention_norm"):
         weight = params.tree["layers"][name]["weight"]
@@ -144,7 +146,7 @@ def test_each_weight_keeps_its_own_dtype_and_fused_ones_the_widest(tmp_path):
     )
 
 
-def test_a_gguf_file_a_numpy_tree_and_placed_arrays_are_exported_alike(tiny, params, tmp_path):
+def test_gguf_numpy_and_sharded_weights_export_equal_tensors(tiny, params, tmp_path):
     config = tiny.config(vocab_size=266)
     tensors = tiny.tensors(config)
     with pytest.warns(UserWarning, match="its tokenizer"):
@@ -163,7 +165,7 @@ def test_a_gguf_file_a_numpy_tree_and_placed_arrays_are_exported_alike(tiny, par
         assert same(load(tmp_path / str(number)), params)
 
 
-def test_beyond_a_size_weights_go_into_shards_with_an_index(params, tmp_path, monkeypatch):
+def test_large_weights_are_sharded_with_an_index(params, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "_SHARD_BYTES", 20_000)
     scales = jfp8kv.KVScales(np.full((2, 2, 1), 0.5), np.full((2, 2, 1), 0.25))
     export(params, tmp_path, kv_scales=scales)
@@ -186,8 +188,8 @@ def test_beyond_a_size_weights_go_into_shards_with_an_index(params, tmp_path, mo
     )
 
 
-def test_a_file_is_one_that_its_own_library_and_transformers_take(tmp_path):
-    """Elements lie at multiples of their size, whatever stands before them, and the file says what it is for."""
+def test_written_files_are_aligned_and_readable_by_the_safetensors_library(tmp_path):
+    """Offsets are multiples of the element size, and the metadata has the format."""
     values = {
         "a": np.ones(3, BF16),
         "é": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -210,12 +212,12 @@ def test_a_file_is_one_that_its_own_library_and_transformers_take(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_one_tensor_at_a_time_is_held(tmp_path):
+def test_export_has_one_tensor_in_memory_at_a_time(tmp_path):
     config = ModelConfig("Phi3ForCausalLM", 2000, 256, 6, 8, 4, 32, 512, 128)
     tree = nest(
         {name: np.ones(shape, np.float32) for name, shape in expected_shapes(config).items()}
     )
-    params, largest = Params(tree, config), 2 * 512 * 256 * 4  # gate and up in one
+    params, largest = Params(tree, config), 2 * 512 * 256 * 4  # gate and up fused
     tracemalloc.start()
     export(params, tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
@@ -223,7 +225,7 @@ def test_one_tensor_at_a_time_is_held(tmp_path):
     assert params.nbytes > 10 * largest and peak < 2 * largest
 
 
-# Tokens
+# Tokenizer
 
 
 def with_tokenizer(tiny, folder, **config):
@@ -237,7 +239,7 @@ CHAT = [{"role": "user", "content": "hello 123"}]
 TEXT = "<|im_start|>héllo 日本\n hello  123"
 
 
-def test_the_tokenizer_comes_back_and_transformers_reads_it_too(tiny, tmp_path):
+def test_the_tokenizer_round_trips_and_transformers_reads_it(tiny, tmp_path):
     params = with_tokenizer(tiny, tmp_path / "hf", eos_token_id=[2, 0])
     export(params, tmp_path / "out")
     left, right = params.tokenizer, load(tmp_path / "out").tokenizer
@@ -265,7 +267,7 @@ def test_the_tokenizer_comes_back_and_transformers_reads_it_too(tiny, tmp_path):
     assert generation.eos_token_id == config.eos_token_id == [2, 0] and config.pad_token_id == 0
 
 
-def test_a_tokenizer_from_a_gguf_file_gets_its_files(tiny, tmp_path):
+def test_a_gguf_tokenizer_is_exported_as_tokenizer_json(tiny, tmp_path):
     tokens, merges = tiny.vocab()
 
     def more(file):
@@ -287,17 +289,17 @@ def test_a_tokenizer_from_a_gguf_file_gets_its_files(tiny, tmp_path):
     assert back.tokenizer.chat(CHAT) == params.tokenizer.chat(CHAT)
 
 
-def test_a_tokenizers_own_end_is_kept_where_the_config_has_none(tiny, params, tmp_path):
+def test_eos_of_the_tokenizer_is_exported_if_the_config_has_none(tiny, params, tmp_path):
     tokenizer = Tokenizer(with_tokenizer(tiny, tmp_path / "hf").tokenizer.backend, eos_ids=(2,))
     config = dataclasses.replace(params.config, eos_ids=())
     export(dataclasses.replace(params, config=config, tokenizer=tokenizer), tmp_path / "out")
     assert load(tmp_path / "out").tokenizer.eos_ids == (2,)
 
 
-# What cannot be
+# Errors
 
 
-def test_a_folder_that_holds_something_is_left_alone(params, tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_and_unchanged(params, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     (tmp_path / "file").touch()
@@ -310,14 +312,14 @@ def test_a_folder_that_holds_something_is_left_alone(params, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mine"]
 
 
-def test_folders_above_are_made_and_home_is_found(params, tmp_path, monkeypatch):
+def test_parent_folders_are_created_and_home_is_expanded(params, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     jfp8kv.export(params, "~/a/b")
     assert same(jfp8kv.load(str(tmp_path / "a" / "b")), params)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
-def test_what_fails_leaves_nothing_behind(params, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_no_files(params, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -328,9 +330,7 @@ def test_what_fails_leaves_nothing_behind(params, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["out"]
 
 
-def test_what_has_no_form_in_a_folder_is_refused_by_name_before_anything_is_written(
-    params, tmp_path
-):
+def test_inexpressible_models_are_refused_before_any_write(params, tmp_path):
     class Bytes:
         def encode(self, text, add_special_tokens=True):
             return list(text.encode())

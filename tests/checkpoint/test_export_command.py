@@ -1,4 +1,4 @@
-"""`jfp8kv export` in this process: a folder, one line on what it holds, and one line for a mistake, with its exit status."""
+"""`jfp8kv export`, run in this process: the folder, the summary line, errors and exit status."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ def scales_file(path, *shape):
     return path
 
 
-def test_a_model_is_written_with_scales_from_a_file_and_it_is_said(run, tmp_path):
+def test_export_writes_scales_from_a_file_and_prints_a_summary(run, tmp_path):
     scales, out = scales_file(tmp_path / "scales.safetensors", 2, 2, 1), tmp_path / "out"
-    status, shown, said = run("export", MODEL, out, "--kv-scales", scales, "--dtype", "float32")
-    assert (status, shown) == (0, "")
+    status, stdout, stderr = run("export", MODEL, out, "--kv-scales", scales, "--dtype", "float32")
+    assert (status, stdout) == (0, "")
     size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
     assert (
-        said
+        stderr
         == f"jfp8kv: wrote {out}: 5 files, {size:.1f} MB, weights float32, KV scales per head\n"
     )
     back = jfp8kv.load(out)
@@ -36,19 +36,19 @@ def test_a_model_is_written_with_scales_from_a_file_and_it_is_said(run, tmp_path
 
 
 @pytest.mark.filterwarnings("always")
-def test_what_the_layout_cannot_hold_is_a_warning(run, tmp_path):
+def test_scales_that_the_layout_cannot_express_give_a_warning(run, tmp_path):
     scales = scales_file(tmp_path / "scales.safetensors", 2, 2, 16)
-    status, _, said = run("export", MODEL, tmp_path / "out", "--kv-scales", scales)
-    warned, wrote = said.splitlines()
+    status, _, stderr = run("export", MODEL, tmp_path / "out", "--kv-scales", scales)
+    warned, wrote = stderr.splitlines()
     assert status == 0 and warned.startswith(
         "jfp8kv: warning: The layout 'compressed-tensors' cannot express channel scales"
     )
     assert wrote.endswith("weights bfloat16, KV scales per channel")
 
 
-def test_without_scales_it_says_so(run, tmp_path):
-    status, _, said = run("export", MODEL, tmp_path / "out")
-    assert status == 0 and said.endswith("weights bfloat16, no KV scales\n")
+def test_the_summary_says_when_there_are_no_scales(run, tmp_path):
+    status, _, stderr = run("export", MODEL, tmp_path / "out")
+    assert status == 0 and stderr.endswith("weights bfloat16, no KV scales\n")
 
 
 @pytest.mark.parametrize(
@@ -71,16 +71,16 @@ def test_without_scales_it_says_so(run, tmp_path):
         ((MODEL,), "the following arguments are required: FOLDER"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(run, tmp_path, argv, named):
+def test_a_usage_error_is_one_line_and_status_2(run, tmp_path, argv, named):
     files = {"OUT": tmp_path / "out", "OTHER": scales_file(tmp_path / "other.safetensors", 3, 1, 1)}
-    status, shown, said = run("export", *(files.get(arg, arg) for arg in argv))
-    assert (status, shown) == (2, "") and len(said.splitlines()) == 1
-    assert said.startswith("jfp8kv: error: ") and named in said
+    status, stdout, stderr = run("export", *(files.get(arg, arg) for arg in argv))
+    assert (status, stdout) == (2, "") and len(stderr.splitlines()) == 1
+    assert stderr.startswith("jfp8kv: error: ") and named in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
 
 
-def test_help_says_what_it_takes(run):
-    status, shown, _ = run("export", "--help")
+def test_help_lists_arguments_and_options(run):
+    status, stdout, _ = run("export", "--help")
     assert status == 0 and all(
-        part in shown for part in ("MODEL FOLDER", "--kv-scales", "--layout", "--dtype")
+        part in stdout for part in ("MODEL FOLDER", "--kv-scales", "--layout", "--dtype")
     )

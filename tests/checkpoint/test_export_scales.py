@@ -1,4 +1,4 @@
-"""KV scales leave in the layout that others read and come back as they were; what the layout cannot hold is kept and said."""
+"""`export` writes KV scales that other engines read, and that `load` reads back unchanged."""
 
 import dataclasses
 import json
@@ -24,17 +24,17 @@ SHAPES = {
     "head": (LAYERS, HEADS, 1),
     "channel": (LAYERS, HEADS, HEAD_DIM),
 }
-OURS_ALONE = "ignore:The layout 'compressed-tensors' cannot express"
+IGNORE_LAYOUT_WARNING = "ignore:The layout 'compressed-tensors' cannot express"
 
 
 @pytest.fixture(scope="module")
 def params():
-    """Two layers with two KV heads of 16."""
+    """A model of two layers with two KV heads of dimension 16."""
     return load(ROOT / "llama_gqa")
 
 
 def scales_of(k="head", v="head", offset=None, seed=0, kv_dtype="fp8_e4m3"):
-    """Random ones; a granularity or a shape of each."""
+    """Return random scales. `k`, `v` and `offset` are a granularity or a shape."""
     random = np.random.default_rng(seed)
     k, v, o = (SHAPES.get(each, each) for each in (k, v, offset))
     k, v = random.uniform(0.005, 0.05, k), random.uniform(0.005, 0.05, v)
@@ -42,7 +42,7 @@ def scales_of(k="head", v="head", offset=None, seed=0, kv_dtype="fp8_e4m3"):
 
 
 def equal(a, b):
-    """The same arrays, bit for bit, for the same format."""
+    """Return whether arrays (bit for bit) and formats are equal."""
     return a.kv_dtype == b.kv_dtype and {
         name: each.tobytes() for name, each in a.arrays.items()
     } == {name: each.tobytes() for name, each in b.arrays.items()}
@@ -70,7 +70,7 @@ SCHEME = {
     "observer": None,
     "observer_kwargs": {},
 }
-# Of compressed-tensors 0.20: `QuantizationConfig`, and `QuantizationArgs` for the scheme, which allows no other field.
+# compressed-tensors 0.20: `QuantizationConfig`; SCHEME has all fields of `QuantizationArgs`.
 SCHEMA = {
     "quant_method": "compressed-tensors",
     "config_groups": {},
@@ -85,7 +85,7 @@ SCHEMA = {
     ("granularity", "strategy", "shape"),
     [("tensor", "tensor", (1,)), ("head", "attn_head", (HEADS, 1, 1))],
 )
-def test_scales_are_published_as_llm_compressor_writes_them_field_by_field(
+def test_scales_are_written_as_by_llm_compressor_field_by_field(
     params, tmp_path, granularity, strategy, shape
 ):
     scales = scales_of(granularity, granularity)
@@ -109,7 +109,7 @@ def test_scales_are_published_as_llm_compressor_writes_them_field_by_field(
     ]
 
 
-def test_other_architectures_have_them_on_their_attention_too(tmp_path):
+def test_scale_names_follow_the_architecture(tmp_path):
     params = load(ROOT / "gpt2_saved")
     scales = KVScales(np.full((3, 3, 1), 0.5), np.full((3, 3, 1), 0.25), kv_dtype="fp8_e4m3")
     export(params, tmp_path, kv_scales=scales)
@@ -119,7 +119,7 @@ def test_other_architectures_have_them_on_their_attention_too(tmp_path):
     assert equal(load(tmp_path).kv_scales, scales)
 
 
-# There and back
+# Round trip
 
 
 CASES = {
@@ -134,9 +134,9 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings(OURS_ALONE)
+@pytest.mark.filterwarnings(IGNORE_LAYOUT_WARNING)
 @pytest.mark.parametrize("case", CASES)
-def test_scales_come_back_bit_for_bit_and_declare_the_cache(params, tmp_path, case):
+def test_scales_round_trip_bit_for_bit_and_declare_the_cache(params, tmp_path, case):
     scales = scales_of(**CASES[case])
     export(params, tmp_path, kv_scales=scales)
     back = load(tmp_path)
@@ -144,23 +144,24 @@ def test_scales_come_back_bit_for_bit_and_declare_the_cache(params, tmp_path, ca
     assert dataclasses.replace(back.config, kv_cache_dtype=None) == params.config
 
 
-@pytest.mark.filterwarnings(OURS_ALONE)
+@pytest.mark.filterwarnings(IGNORE_LAYOUT_WARNING)
 @pytest.mark.parametrize("case", ["tensor", "head", "channel", "channel and offset"])
-def test_a_model_says_the_same_tokens_after_export(tmp_path, case):
+def test_a_model_generates_the_same_tokens_after_export(tmp_path, case):
     params = load(ROOT / "llama_bf16")
     scales = scales_of(**CASES[case])
     export(params, tmp_path, kv_scales=scales)
     sizes = {"kv_cache_memory": "1MB", "max_model_len": 64, "max_num_seqs": 1}
     before = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", kv_scales=scales, **sizes)
     after = jfp8kv.LLM(str(tmp_path), **sizes)
-    said = [
+    tokens = [
         llm.generate("the end", max_tokens=24, temperature=0, ignore_eos=True)[0].token_ids
         for llm in (before, after)
     ]
-    assert said[0] == said[1] and after.stats.kv_bytes_per_token == before.stats.kv_bytes_per_token
+    assert tokens[0] == tokens[1]
+    assert after.stats.kv_bytes_per_token == before.stats.kv_bytes_per_token
 
 
-def test_one_kv_heads_channels_come_back_too(tmp_path):
+def test_channel_scales_of_one_kv_head_round_trip(tmp_path):
     params = load(ROOT / "llama_mqa")
     shape = (2, 1, 32)
     scales = scales_of(shape, shape, shape)
@@ -174,7 +175,7 @@ def test_one_kv_heads_channels_come_back_too(tmp_path):
     )
 
 
-def test_what_the_model_brings_is_exported_unless_others_are_given(params, tmp_path):
+def test_given_scales_replace_those_of_the_model(params, tmp_path):
     own, other = scales_of(seed=1), scales_of(seed=2)
     params = dataclasses.replace(params, kv_scales=own)
     other.save(tmp_path / "scales.safetensors")
@@ -185,7 +186,7 @@ def test_what_the_model_brings_is_exported_unless_others_are_given(params, tmp_p
         assert equal(load(tmp_path / str(number)).kv_scales, expected)
 
 
-# What others see of what the layout cannot hold
+# What other engines read
 
 
 @pytest.mark.parametrize(
@@ -197,28 +198,30 @@ def test_what_the_model_brings_is_exported_unless_others_are_given(params, tmp_p
         ("keys as one, values by channel", "channel scales"),
     ],
 )
-def test_what_is_ours_alone_is_said(params, tmp_path, case, what):
-    with pytest.warns(UserWarning) as said:
+def test_scales_that_only_jfp8kv_reads_give_a_warning(params, tmp_path, case, what):
+    with pytest.warns(UserWarning) as warned:
         export(params, tmp_path, kv_scales=scales_of(**CASES[case]))
-    (said,) = said
-    assert f"cannot express {what}: they are in kv_scales.jfp8kv" in str(said.message)
-    assert "Other engines get one scale per head" in str(said.message) and said.filename == __file__
+    (warned,) = warned
+    assert f"cannot express {what}: they are in kv_scales.jfp8kv" in str(warned.message)
+    assert (
+        "Other engines get one scale per head" in str(warned.message)
+        and warned.filename == __file__
+    )
     assert (tmp_path / "kv_scales.jfp8kv").stat().st_mode == (
         tmp_path / "config.json"
     ).stat().st_mode
 
 
-def test_a_shape_that_the_layout_lacks_is_kept_and_is_no_news_to_others(params, tmp_path):
-    """Warnings are errors here."""
+def test_a_shape_that_loses_no_values_gives_no_warning(params, tmp_path):
     export(params, tmp_path, kv_scales=scales_of(**CASES["keys by head, values as one"]))
     assert (tmp_path / "kv_scales.jfp8kv").is_file()
 
 
-@pytest.mark.filterwarnings(OURS_ALONE)
+@pytest.mark.filterwarnings(IGNORE_LAYOUT_WARNING)
 @pytest.mark.parametrize(
     "case", ["channel", "channel and offset", "head and offset", "tensor and offset"]
 )
-def test_values_that_fit_ours_fit_the_published_scales_and_no_smaller_ones(params, tmp_path, case):
+def test_exported_scales_are_the_smallest_that_clip_no_value(params, tmp_path, case):
     scales = scales_of(**CASES[case])
     export(params, tmp_path, kv_scales=scales)
     (tmp_path / "kv_scales.jfp8kv").unlink()
@@ -239,24 +242,24 @@ def test_values_that_fit_ours_fit_the_published_scales_and_no_smaller_ones(param
         assert of(public.v)[0] == max(of(scales.v))
 
 
-def test_scales_for_e5m2_are_published_for_e4m3_and_it_is_said(params, tmp_path):
+def test_scales_for_e5m2_are_converted_to_e4m3_with_a_warning(params, tmp_path):
     scales = scales_of(kv_dtype="fp8_e5m2")
     with pytest.warns(
         UserWarning, match="KV scales are for fp8_e5m2.*is for fp8_e4m3: they are multiplied"
-    ) as said:
+    ) as warned:
         export(params, tmp_path, kv_scales=scales)
-    assert said[0].filename == __file__
+    assert warned[0].filename == __file__
     expected = KVScales(scales.k * np.float32(128), scales.v * np.float32(128), kv_dtype="fp8_e4m3")
     assert equal(load(tmp_path).kv_scales, expected)
 
 
-def test_scales_for_any_format_are_published_for_e4m3(params, tmp_path):
+def test_scales_without_a_format_are_exported_for_e4m3(params, tmp_path):
     scales = scales_of(kv_dtype=None)
     export(params, tmp_path, kv_scales=scales)
     assert equal(load(tmp_path).kv_scales, KVScales(scales.k, scales.v, kv_dtype="fp8_e4m3"))
 
 
-def test_a_declaration_that_changes_is_said(params, tmp_path):
+def test_a_changed_cache_declaration_gives_a_warning(params, tmp_path):
     def declaring(kv_dtype):
         return dataclasses.replace(
             params, config=dataclasses.replace(params.config, kv_cache_dtype=kv_dtype)
@@ -275,19 +278,19 @@ def test_a_declaration_that_changes_is_said(params, tmp_path):
     export(declaring("fp8_e4m3"), tmp_path / "c", kv_scales=scales_of())
 
 
-# Our own file beside the weights
+# kv_scales.jfp8kv
 
 
 @pytest.fixture
 def exported(params, tmp_path):
-    """A folder with channel scales, beside what it is published as."""
+    """A folder with channel scales in kv_scales.jfp8kv, and head scales in its tensors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         export(params, tmp_path / "model", kv_scales=scales_of("channel", "channel"))
     return tmp_path / "model"
 
 
-def test_inspect_has_our_files_scales_layer_by_layer(exported):
+def test_inspect_shows_the_kv_file_layer_by_layer(exported):
     found = jfp8kv.inspect(exported).scales
     assert (found.elsewhere, found.granularity, found.problems) == (
         "kv_scales.jfp8kv",
@@ -299,8 +302,8 @@ def test_inspect_has_our_files_scales_layer_by_layer(exported):
     ] * LAYERS
 
 
-def test_scales_of_another_tool_in_the_weights_go_before_our_file(exported):
-    """Who calibrates the folder anew does not know our file, which is then of before."""
+def test_newer_scale_tensors_override_an_outdated_kv_file(exported):
+    """A tool that calibrates the folder again does not know kv_scales.jfp8kv."""
     path = exported / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
     tensors["model.layers.1.self_attn.k_scale"] *= np.float32(1.5)
@@ -315,8 +318,8 @@ def test_scales_of_another_tool_in_the_weights_go_before_our_file(exported):
     )
 
 
-@pytest.mark.parametrize("what", ["damaged", "of another model", "of no such format"])
-def test_our_file_if_it_cannot_be_used_is_refused_or_left(exported, what):
+@pytest.mark.parametrize("what", ["damaged", "of another model", "of another format"])
+def test_an_unusable_kv_file_is_refused_or_ignored(exported, what):
     path = exported / "kv_scales.jfp8kv"
     if what == "damaged":
         path.write_bytes(path.read_bytes()[:100])
@@ -329,7 +332,7 @@ def test_our_file_if_it_cannot_be_used_is_refused_or_left(exported, what):
         assert load(exported, strict=False).kv_scales.granularity == "head"
 
 
-def test_our_file_alone_gives_its_scales(params, tmp_path):
+def test_a_kv_file_without_scale_tensors_is_used(params, tmp_path):
     export(params, tmp_path)
     scales = scales_of("channel", "channel")
     scales.save(tmp_path / "kv_scales.jfp8kv")
@@ -349,10 +352,10 @@ def test_the_kv_file_is_downloaded_from_the_hub_with_and_without_weights(monkeyp
     assert "kv_scales.jfp8kv" in patterns and ("*.safetensors" in patterns) == weights
 
 
-# What cannot be
+# Errors
 
 
-def test_scales_that_have_no_form_in_a_checkpoint_are_refused_and_nothing_is_left(params, tmp_path):
+def test_inexpressible_scales_are_refused_and_leave_no_files(params, tmp_path):
     plan = jfp8kv.KVPlan(
         (jfp8kv.LayerPlan("bfloat16"), jfp8kv.LayerPlan("fp8_e4m3", "unit")),
         KVScales.unit(2),

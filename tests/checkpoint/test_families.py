@@ -1,4 +1,4 @@
-"""What a `config.json` says, in every spelling, becomes a `ModelConfig`; what is not supported is refused by name."""
+"""Configs in every spelling become a `ModelConfig`; unsupported settings are refused by name."""
 
 import warnings
 
@@ -33,7 +33,7 @@ def test_old_and_new_spellings_give_the_same_config(tiny):
     assert config_from_hf(new).dtype == "bfloat16"
 
 
-def test_what_is_left_out_or_null_has_its_default(tiny):
+def test_missing_and_null_entries_get_their_defaults(tiny):
     config = config_from_hf(
         tiny.config(num_key_value_heads=None, head_dim=None)
         | {"head_dim": None, "rope_scaling": None}
@@ -48,7 +48,7 @@ def test_eos_ids_may_be_one_several_or_none(tiny, given, expected):
     assert config_from_hf(tiny.config(eos_token_id=given)).eos_ids == expected
 
 
-def test_linear_rope_under_its_oldest_name(tiny):
+def test_linear_rope_scaling_under_its_oldest_name(tiny):
     config = config_from_hf(tiny.config(rope_scaling={"type": "linear", "factor": 2}))
     assert config.ropes[0] == RopeConfig(kind="linear", factor=2.0)
 
@@ -84,7 +84,7 @@ def test_attention_bias_is_on_all_four_projections(tiny):
         ({"torch_dtype": "int8"}, ["int8", "bfloat16"]),
     ],
 )
-def test_what_is_not_supported_is_named_with_what_is(tiny, change, named):
+def test_unsupported_settings_are_refused_with_the_supported_ones(tiny, change, named):
     with pytest.raises(ConfigError) as error:
         config_from_hf(tiny.config(**change))
     assert all(part in str(error.value) for part in named), error.value
@@ -112,14 +112,14 @@ def test_what_is_not_supported_is_named_with_what_is(tiny, change, named):
         ("torch_dtype", ["float32"]),
     ],
 )
-def test_a_damaged_entry_is_named_with_what_it_holds(tiny, key, value):
+def test_a_malformed_entry_is_refused_with_its_value(tiny, key, value):
     named = key.removeprefix("torch_").removesuffix("s")
     with pytest.raises(ConfigError) as error:
         config_from_hf(tiny.config() | {key: value})
     assert named in str(error.value) and str(value) in str(error.value), error.value
 
 
-def test_an_architecture_may_stand_outside_a_list(tiny):
+def test_the_architecture_may_be_a_string(tiny):
     assert config_from_hf(tiny.config(architectures="LlamaForCausalLM")) == config_from_hf(
         tiny.config()
     )
@@ -143,13 +143,13 @@ def test_a_checkpoint_that_quantizes_only_its_cache_declares_fp8(tiny, scheme):
     assert config_from_hf(tiny.config(quantization_config=scheme)).kv_cache_dtype == "fp8_e4m3"
 
 
-def test_an_unknown_cache_scheme_is_said_and_ignored(tiny):
+def test_an_unknown_cache_scheme_is_ignored_with_a_warning(tiny):
     scheme = {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "NVFP4"}
     with pytest.warns(UserWarning, match="NVFP4"):
         assert config_from_hf(tiny.config(quantization_config=scheme)).kv_cache_dtype is None
 
 
-def test_no_cache_scheme_is_no_warning(tiny):
+def test_without_a_cache_scheme_there_is_no_warning(tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert config_from_hf(tiny.config(quantization_config={})).kv_cache_dtype is None
@@ -171,12 +171,12 @@ def llama3_divisors(factor, theta, head_dim):
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_scaling_is_read_back_from_the_divisors_that_gguf_stores(factor):
+def test_llama3_rope_scaling_is_recovered_from_gguf_divisors(factor):
     rule = llama3_rule(llama3_divisors(factor, 5e5, 128), 5e5)
     assert rule == {"rope_type": "llama3", **LLAMA31, "factor": factor}
 
 
-def test_divisors_of_another_rule_are_refused():
+def test_rope_divisors_of_another_rule_are_refused():
     with pytest.raises(CheckpointError, match=r"rope_freqs\.weight"):
         llama3_rule(np.linspace(1.0, 8.0, 64), 5e5)
 
@@ -217,13 +217,13 @@ GGUF = {
         ({"tokenizer.ggml.eos_token_id": "</s>"}, ["eos_token_id=['</s>']"]),
     ],
 )
-def test_gguf_metadata_that_is_not_supported_is_named(change, named):
+def test_unsupported_gguf_metadata_is_refused_by_name(change, named):
     with pytest.raises(ConfigError) as error:
         config_from_gguf(GGUF | change, tensors={"output.weight": (40, 32)})
     assert all(part in str(error.value) for part in named), error.value
 
 
-def test_gguf_metadata_gives_linear_rope_biases_ties_and_every_end_token():
+def test_gguf_metadata_gives_rope_biases_tied_embeddings_and_eos_ids():
     ends = {"tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.eot_token_id": 5}
     scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
     config = config_from_gguf(
@@ -245,7 +245,7 @@ def test_gguf_metadata_gives_linear_rope_biases_ties_and_every_end_token():
         ({"type": "linear", "factor": 0.0}, RopeConfig()),
     ],
 )
-def test_a_gguf_rope_is_scaled_as_llama_cpp_reads_it(scaling, expected):
+def test_gguf_rope_scaling_follows_llama_cpp(scaling, expected):
     config = config_from_gguf(
         GGUF | {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}, tensors={}
     )
@@ -268,7 +268,7 @@ def gemma3(**more):
     return config_from_gguf(metadata | {"general.architecture": "gemma3"}, tensors={})
 
 
-def test_a_gemma3_gguf_has_its_windows_and_ropes_by_default_or_as_listed():
+def test_gemma3_gguf_has_default_or_listed_windows_and_ropes():
     usual = gemma3()
     assert usual.windows == (24, 24, 24, 24, 24, 0, 24, 24) and usual.layer_ropes == (
         0,
@@ -292,7 +292,7 @@ def test_a_gemma3_gguf_has_its_windows_and_ropes_by_default_or_as_listed():
         assert config.windows == () and [rope.theta for rope in config.ropes] == [1e6]
 
 
-def test_gemma3s_length_counts_its_ropes_scaling_already():
+def test_gemma3_gguf_max_length_includes_the_rope_scaling():
     assert gemma3(**{"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}).max_len == 128
 
 
@@ -304,7 +304,7 @@ def test_gemma3s_length_counts_its_ropes_scaling_already():
         ("llama", ["<|eot_id|>", "a", "</s>", "<|im_end|>"], (2, 0)),
     ],
 )
-def test_a_gguf_text_ends_at_the_files_end_token_and_the_familys_others(arch, tokens, expected):
+def test_gguf_eos_ids_include_those_of_the_family(arch, tokens, expected):
     metadata = {key.replace("llama.", f"{arch}."): value for key, value in GGUF.items()} | {
         "general.architecture": arch
     }
@@ -312,7 +312,7 @@ def test_a_gguf_text_ends_at_the_files_end_token_and_the_familys_others(arch, to
     assert config_from_gguf(metadata, tensors={}).eos_ids == expected
 
 
-def test_a_gguf_without_key_length_or_kv_heads_has_what_follows_from_the_others():
+def test_gguf_key_length_and_kv_heads_have_defaults():
     metadata = {
         key.replace("llama.", "qwen3."): value
         for key, value in GGUF.items()
@@ -323,6 +323,6 @@ def test_a_gguf_without_key_length_or_kv_heads_has_what_follows_from_the_others(
 
 
 @pytest.mark.parametrize("entry", [{"kv_cache_scheme": "fp8"}, {"kv_cache_quant_config": "fp8"}])
-def test_a_malformed_quantization_config_is_named(entry) -> None:
+def test_a_malformed_quantization_config_is_refused(entry) -> None:
     with pytest.raises(CheckpointError, match="quantization_config=.*malformed"):
         declared_kv_dtype({"quant_method": "compressed-tensors"} | entry)

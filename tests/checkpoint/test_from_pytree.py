@@ -1,4 +1,4 @@
-"""`Params` is a pytree of weights, and `from_pytree` takes each tree people hold or says which parameter is wrong."""
+"""`Params` is a pytree; `from_pytree` accepts common trees and names invalid parameters."""
 
 import dataclasses
 import json
@@ -64,14 +64,14 @@ def test_the_tree_has_exactly_the_expected_names_and_shapes(params):
     assert found == expected_shapes(params.config)
 
 
-def test_a_tree_without_the_leading_model_is_the_same(params, config, tensors):
+def test_the_prefix_model_may_be_missing(params, config, tensors):
     assert same(
         params,
         Params.from_pytree({n.removeprefix("model."): t for n, t in tensors.items()}, config),
     )
 
 
-def test_nested_and_wrapped_trees_are_the_same(params, config, tensors):
+def test_nested_wrapped_and_tuple_keyed_trees_are_equal(params, config, tensors):
     assert same(params, Params.from_pytree(nest(tensors), config))
     assert same(params, Params.from_pytree({"params": nest(tensors)}, config))
     assert same(
@@ -90,7 +90,7 @@ def test_a_flax_tree_has_its_kernels_transposed(params, config, tensors):
     assert same(params, Params.from_pytree(nest(flax), config))
 
 
-def test_the_native_tree_comes_back_without_a_copy(params):
+def test_the_native_tree_is_not_copied(params):
     again = Params.from_pytree(params.tree, params.config)
     assert same(params, again)
     assert again.tree["layers"]["q"]["weight"] is params.tree["layers"]["q"]["weight"]
@@ -116,22 +116,22 @@ class Model(nnx.Module):
             Weight(tree["head"]),
         )
         self.layers = Layers(tree["layers"])
-        self.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))  # state that is no parameter
+        self.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))  # state that is not a parameter
 
 
-def test_an_nnx_module_and_its_state_are_taken(params):
+def test_an_nnx_module_and_its_state_are_accepted(params):
     model = Model(params.tree)
     assert same(params, Params.from_pytree(model, params.config))
     assert same(params, Params.from_pytree(nnx.state(model), params.config))
     assert same(params, Params.from_pytree(nnx.state(model, nnx.Param), params.config))
 
 
-def test_tied_trees_may_list_the_head_again(tiny, tensors):
+def test_a_tree_with_tied_embeddings_may_repeat_the_head(tiny, tensors):
     config = tiny.config(attention_bias=True, tie_word_embeddings=True)
     assert "head" not in Params.from_pytree(tensors, config).tree
 
 
-def test_a_config_may_be_ours_a_dict_or_a_transformers_object(params, config, tensors):
+def test_a_config_may_be_a_model_config_a_dict_or_a_transformers_object(params, config, tensors):
     class Theirs:
         def to_dict(self):
             return config
@@ -142,7 +142,7 @@ def test_a_config_may_be_ours_a_dict_or_a_transformers_object(params, config, te
         Params.from_pytree(tensors, 3)
 
 
-def test_what_is_wrong_with_a_tree_is_named(config, tensors):
+def test_an_invalid_tree_is_refused_by_parameter(config, tensors):
     name = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(
         CheckpointError, match=r"missing: layers\.1\.mlp\.up_proj\.weight \[64, 32\]"
@@ -173,11 +173,11 @@ def test_a_missing_head_hints_at_tied_embeddings(config, tensors):
         Params.from_pytree({n: t for n, t in tensors.items() if n != "lm_head.weight"}, config)
 
 
-def test_leaves_are_the_weights_and_the_rest_survives_every_transformation(params):
+def test_leaves_are_the_weights_and_static_fields_survive_transformations(params):
     tokenizer, scales = (
         Tokenizer(object()),
         {"k": np.ones(2)},
-    )  # neither hashable by value nor comparable
+    )  # hashed and compared by identity
     params = dataclasses.replace(params, tokenizer=tokenizer, kv_scales=scales)
     assert len(jax.tree.leaves(params)) == len(expected_shapes(params.config))
     mapped = jax.tree.map(lambda x: x * 2, params)
@@ -205,12 +205,13 @@ def test_the_same_params_do_not_compile_twice(params):
     assert len(traces) == 1
 
 
-def test_repr_says_what_and_how_large(params):
+def test_repr_has_architecture_and_size(params):
     bf16 = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     count = sum(np.prod(shape) for shape in expected_shapes(params.config).values())
     assert (bf16.size, bf16.nbytes, bf16.dtype) == (count, 2 * count, jnp.bfloat16)
     assert repr(bf16) == (
-        f"Params(LlamaForCausalLM, {count / 1e3:.1f} k parameters, {2 * count / 1e3:.1f} kB, bfloat16, tokenizer=no)"
+        f"Params(LlamaForCausalLM, {count / 1e3:.1f} k parameters, {2 * count / 1e3:.1f} kB, "
+        "bfloat16, tokenizer=no)"
     )
     assert repr(jax.tree.map(lambda x: None, params)) == "Params(LlamaForCausalLM)"
 
@@ -218,16 +219,16 @@ def test_repr_says_what_and_how_large(params):
 FAMILIES = sorted(
     path.parent for path in (Path(__file__).parent.parent / "references").glob("*/config.json")
 )
-NOT_PLAIN = (
+ONLY_LOAD_READS = (
     "gpt_oss_mxfp4",
     "gemma3_vision",
-)  # what is not the text model's weights as they are: `load` alone reads those
+)  # quantized weights, and weights of a vision encoder
 
 
 @pytest.mark.parametrize(
-    "folder", [f for f in FAMILIES if f.name not in NOT_PLAIN], ids=lambda f: f.name
+    "folder", [f for f in FAMILIES if f.name not in ONLY_LOAD_READS], ids=lambda f: f.name
 )
-def test_a_familys_tensors_under_their_own_names_are_its_parameters(folder):
+def test_from_pytree_equals_load_for_every_family(folder):
     tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     params = Params.from_pytree(tensors, json.loads((folder / "config.json").read_text()))
     loaded = load(folder)

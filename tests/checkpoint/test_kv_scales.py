@@ -1,4 +1,4 @@
-"""The KV scales of every published layout are found under the layer they belong to; a bad one is named, or stood in for."""
+"""KV scales of every naming convention are read by layer; invalid ones are refused or replaced."""
 
 import json
 import warnings
@@ -33,13 +33,13 @@ def numbers(*shape):
 
 
 def folder_of(tiny, path, layout="compressed-tensors", more=None, **config):
-    """A folder with a model of two layers, and scales `edit`ed in the layout."""
+    """Write a model of two layers, with the tensors `more`."""
     config = tiny.config(**({"quantization_config": tiny.scale_layouts[layout][2]} | config))
     return tiny.folder(path, config, tiny.tensors(config) | (more or {}))
 
 
 def only_scales(tiny, path, scales, layout="compressed-tensors", **config):
-    """The same without weights, which reading the scales does not need."""
+    """Write the same folder with only the tensors `scales`."""
     return tiny.folder(
         path,
         tiny.config(**({"quantization_config": tiny.scale_layouts[layout][2]} | config)),
@@ -55,7 +55,7 @@ def refused(folder, *named):
     assert all(part in str(error.value) for part in (str(folder), *named)), error.value
 
 
-# Layouts, shapes, dtypes
+# Names, shapes, dtypes
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -63,7 +63,7 @@ def refused(folder, *named):
     "dtype", [np.float32, np.float16, BF16, np.float64], ids=["f32", "f16", "bf16", "f64"]
 )
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (2,), (2, 1, 1), (1, 2, 1, 1)], ids=str)
-def test_every_layout_dtype_and_shape_gives_its_numbers_layer_by_layer(
+def test_every_convention_dtype_and_shape_gives_its_values_by_layer(
     tiny, tmp_path, layout, dtype, shape
 ):
     heads = max((1, *shape))
@@ -103,7 +103,7 @@ def test_granularity_may_differ_between_layers_and_between_keys_and_values(tiny,
     "at",
     ["model.layers.", "layers.", "model.language_model.layers.", "language_model.model.layers."],
 )
-def test_a_scale_belongs_to_the_layer_of_its_number_whatever_stands_before_it(tiny, tmp_path, at):
+def test_the_layer_number_of_a_scale_does_not_depend_on_the_prefix(tiny, tmp_path, at):
     k, v = numbers(2, 12)
     folder = only_scales(
         tiny, tmp_path, tiny.scales("compressed-tensors", k, v, at=at), num_hidden_layers=12
@@ -112,7 +112,7 @@ def test_a_scale_belongs_to_the_layer_of_its_number_whatever_stands_before_it(ti
     assert scales.k.ravel().tolist() == k.tolist() and scales.v.ravel().tolist() == v.tolist()
 
 
-def test_one_layer_is_enough(tiny, tmp_path):
+def test_a_model_of_one_layer_has_scales(tiny, tmp_path):
     folder = only_scales(
         tiny, tmp_path, tiny.scales("Quark", [0.5], [0.25]), "Quark", num_hidden_layers=1
     )
@@ -130,7 +130,7 @@ GPT_OSS = MIXTRAL | {"sliding_window": 8, "layer_types": ["sliding_attention", "
         ("GptOssForCausalLM", "mlp.experts.down_proj_scales", GPT_OSS),
     ],
 )
-def test_experts_scales_are_told_from_the_caches(tiny, tmp_path, architecture, beside, more):
+def test_scales_of_experts_are_not_taken_for_kv_scales(tiny, tmp_path, architecture, beside, more):
     tensors = tiny.scales("ModelOpt", [0.5, 2.0], [1.0, 4.0]) | {
         f"model.layers.0.{beside}": np.zeros(3, np.float32)
     }
@@ -150,14 +150,14 @@ def test_experts_scales_are_told_from_the_caches(tiny, tmp_path, architecture, b
         ("model.layers.2.self_attn.q.scale", 2, "q"),
     ],
 )
-def test_a_name_says_layer_and_part(name, layer, part):
+def test_a_scale_name_gives_layer_and_part(name, layer, part):
     found = kv_scale_tensors.parse_scale_name(name)
     assert (found.layer, found.part, found.is_zero_point) == (layer, part, False)
     point = kv_scale_tensors.parse_scale_name(f"{name.removesuffix('scale')}zero_point")
     assert (point.layer, point.part, point.is_zero_point) == (layer, part, True)
 
 
-def test_a_vision_parts_scales_are_not_the_text_models(tiny, tmp_path):
+def test_scales_of_a_vision_encoder_are_ignored(tiny, tmp_path):
     tensors = tiny.scales("compressed-tensors", [0.5, 2.0], [1.0, 4.0])
     seeing = {
         f"model.vision_tower.encoder.{name.removeprefix('model.')}": np.asarray(tensor * 3)
@@ -178,11 +178,11 @@ def test_a_vision_parts_scales_are_not_the_text_models(tiny, tmp_path):
         "q_norm.scale",
     ],
 )
-def test_a_weight_and_its_scale_are_no_scale_of_the_cache(name):
+def test_weights_and_their_scales_are_not_kv_scales(name):
     assert not kv_scale_tensors.is_kv_scale(LAYER.format(0) + name)
 
 
-def test_only_the_scales_bytes_are_read(tiny, tmp_path, monkeypatch):
+def test_reading_scales_does_not_read_weights(tiny, tmp_path, monkeypatch):
     folder, sizes = (
         folder_of(tiny, tmp_path, more=tiny.scales("compressed-tensors", *numbers(2, 2))),
         [],
@@ -218,7 +218,7 @@ def test_the_report_has_an_entry_for_each_layer(tiny, tmp_path):
     assert second.issues == ((1, K1, what, "scale 1 is used instead"),)
 
 
-def test_scales_of_queries_and_probabilities_are_reported_and_not_used(tiny, tmp_path):
+def test_query_and_probability_scales_are_reported_but_not_used(tiny, tmp_path):
     tensors = tiny.scales("Quark", [0.5, 2.0], [1.0, 4.0])
     tensors |= {
         LAYER.format(0) + "q_proj.output_scale": np.ones(4, BF16),
@@ -242,11 +242,11 @@ def test_a_model_without_scales_has_an_empty_report(tiny, tmp_path):
     )
 
 
-# What is wrong
+# Invalid scales
 
 
 def edits(tiny):
-    """By case: what is done to sound scales, what the error names beside the layer, and what K and V of layer 1 become."""
+    """By case: edits of valid scales, parts of the error, and the scales of K and V in layer 1."""
     k0 = LAYER.format(0) + "k_scale"
     return {
         "zero": ({K1: np.float32([0])}, [K1, "is 0", "positive and finite"], (1, 4)),
@@ -300,9 +300,7 @@ CASES = list(edits(None))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_scale_that_cannot_be_used_is_refused_by_name_or_said_and_stood_in_for(
-    tiny, tmp_path, case
-):
+def test_an_invalid_scale_is_refused_or_replaced_with_a_warning(tiny, tmp_path, case):
     edit, named, expected = edits(tiny)[case]
     tensors = tiny.scales("compressed-tensors", [0.5, 2.0], [0.25, 4.0]) | edit
     folder = folder_of(
@@ -312,30 +310,29 @@ def test_a_scale_that_cannot_be_used_is_refused_by_name_or_said_and_stood_in_for
     )
     layer = [] if case in ("unmatched", "no layer", "no such layer") else ["layer 1: "]
     refused(folder, *layer, *named, "strict=False")
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning) as warned:
         params = load(folder, strict=False)
-    (said,) = [str(warning.message) for warning in said]
-    assert all(part in said for part in (str(folder), *layer, *named)), said
+    (warned,) = [str(warning.message) for warning in warned]
+    assert all(part in warned for part in (str(folder), *layer, *named)), warned
     assert params.kv_scales.k[:, 0, 0].tolist() == [0.5, expected[0]]
     assert params.kv_scales.v[:, 0, 0].tolist() == [0.25, expected[1]]
 
 
-def test_all_that_is_wrong_is_said(tiny, tmp_path):
-    """An error shows the first and counts the rest; a warning has every one."""
+def test_errors_count_further_issues_and_warnings_list_all(tiny, tmp_path):
     folder = folder_of(
         tiny, tmp_path, more=tiny.scales("Quark", np.zeros(12), np.ones(12)), num_hidden_layers=12
     )
     refused(folder, "layer 7: ", "and 4 more")
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning) as warned:
         assert (load(folder, strict=False).kv_scales.k == 1).all()
     assert all(
-        f"layer {layer}: {LAYER.format(layer)}k_proj.output_scale is 0" in str(said[0].message)
+        f"layer {layer}: {LAYER.format(layer)}k_proj.output_scale is 0" in str(warned[0].message)
         for layer in range(12)
     )
 
 
 @pytest.mark.parametrize(("part", "other"), [("k", "v"), ("v", "k")])
-def test_half_of_every_pair_is_refused(tiny, tmp_path, part, other):
+def test_k_scales_without_v_scales_and_conversely_are_refused(tiny, tmp_path, part, other):
     tensors = {
         name: t
         for name, t in tiny.scales("ModelOpt", *numbers(2, 2)).items()
@@ -344,13 +341,14 @@ def test_half_of_every_pair_is_refused(tiny, tmp_path, part, other):
     folder = folder_of(tiny, tmp_path, "ModelOpt", tensors)
     refused(
         folder,
-        f"layer 0: {LAYER.format(0)}{part}_proj.{part}_scale has no {other.upper()} scale beside it: half a pair",
+        f"layer 0: {LAYER.format(0)}{part}_proj.{part}_scale has no {other.upper()} scale beside "
+        "it: half a pair",
     )
     with pytest.warns(UserWarning, match="half a pair: scale 1 is used instead"):
         assert (getattr(load(folder, strict=False).kv_scales, other) == 1).all()
 
 
-def test_a_layer_without_the_scale_for_both_is_named_once(tiny, tmp_path):
+def test_a_missing_shared_scale_is_reported_once(tiny, tmp_path):
     tensors = tiny.scales("AutoFP8", [0.5], [0.5])
     found = read_scale_report(only_scales(tiny, tmp_path, tensors, "AutoFP8"))
     assert [str(problem) for problem in found.issues] == [
@@ -358,7 +356,7 @@ def test_a_layer_without_the_scale_for_both_is_named_once(tiny, tmp_path):
     ]
 
 
-def test_zero_points_of_zero_and_a_scale_said_twice_say_nothing_new(tiny, tmp_path):
+def test_zero_points_of_zero_and_equal_duplicates_are_accepted(tiny, tmp_path):
     scales = tiny.scales("compressed-tensors", [0.5, 2.0], [0.25, 4.0])
     zeros = {
         name.replace("_scale", "_zero_point"): np.zeros(1, ml_dtypes.float8_e4m3fn)
@@ -373,7 +371,7 @@ def test_zero_points_of_zero_and_a_scale_said_twice_say_nothing_new(tiny, tmp_pa
     assert params.kv_scales.k.ravel().tolist() == [0.5, 2]
 
 
-# What scales are made for
+# Formats
 
 
 @pytest.mark.parametrize(
@@ -392,8 +390,8 @@ def test_zero_points_of_zero_and_a_scale_said_twice_say_nothing_new(tiny, tmp_pa
     ],
     ids=lambda quantization: quantization["quant_method"],
 )
-def test_scales_for_e4m3fnuz_are_halved_and_it_is_said(tiny, tmp_path, quantization):
-    """A code of E4M3FNUZ, whose exponents are biased by 8, is half of what it is in E4M3FN, as ml_dtypes has them."""
+def test_scales_for_e4m3fnuz_are_halved_with_a_warning(tiny, tmp_path, quantization):
+    """An E4M3FNUZ code (exponent bias 8) is half the value of the same E4M3FN code in ml_dtypes."""
     codes = np.arange(0x01, 0x7F, dtype=np.uint8)
     halves = codes.view(ml_dtypes.float8_e4m3fnuz).astype(np.float32)
     assert np.array_equal(halves * 2, codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
@@ -416,7 +414,7 @@ def test_scales_for_e4m3fnuz_are_halved_and_it_is_said(tiny, tmp_path, quantizat
 
 
 @pytest.mark.parametrize(
-    ("quantization", "said"),
+    ("quantization", "fp8_format"),
     [
         ({"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "NVFP4"}, "NVFP4"),
         (
@@ -429,8 +427,8 @@ def test_scales_for_e4m3fnuz_are_halved_and_it_is_said(tiny, tmp_path, quantizat
         ),
     ],
 )
-def test_scales_for_what_is_no_fp8_cache_are_left_out_and_it_is_said(
-    tiny, tmp_path, quantization, said
+def test_scales_for_other_caches_are_ignored_with_a_warning(
+    tiny, tmp_path, quantization, fp8_format
 ):
     folder = folder_of(
         tiny,
@@ -440,11 +438,11 @@ def test_scales_for_what_is_no_fp8_cache_are_left_out_and_it_is_said(
     )
     with pytest.warns(UserWarning) as warned:
         params = load(folder)
-    assert any(f"ignored: they are for {said}" in str(warning.message) for warning in warned)
+    assert any(f"ignored: they are for {fp8_format}" in str(warning.message) for warning in warned)
     assert params.kv_scales is None and params.config.kv_cache_dtype is None
 
 
-def test_scales_that_no_config_declares_are_kept_and_do_not_switch_the_cache(tiny, tmp_path):
+def test_undeclared_scales_are_loaded_but_do_not_change_the_cache(tiny, tmp_path):
     folder = folder_of(
         tiny,
         tmp_path,
@@ -456,7 +454,7 @@ def test_scales_that_no_config_declares_are_kept_and_do_not_switch_the_cache(tin
     assert params.kv_scales.k.ravel().tolist() == [0.5, 2] and params.config.kv_cache_dtype is None
 
 
-def test_a_declared_cache_without_any_scale_is_said(tiny, tmp_path):
+def test_a_declared_cache_without_scales_gives_a_warning(tiny, tmp_path):
     with pytest.warns(UserWarning, match="declares an fp8_e4m3 cache but has no scales"):
         assert load(folder_of(tiny, tmp_path / "a")).kv_scales is None
     dynamic = tiny.scale_layouts["compressed-tensors"][2] | {
@@ -464,13 +462,13 @@ def test_a_declared_cache_without_any_scale_is_said(tiny, tmp_path):
     }
     assert (
         load(folder_of(tiny, tmp_path / "b", quantization_config=dynamic)).kv_scales is None
-    )  # finds its own
+    )  # dynamic scales
 
 
 # The side-car
 
 
-def test_a_sidecar_gives_one_scale_for_both_and_declares_the_cache(tiny, tmp_path):
+def test_a_sidecar_has_one_scale_for_k_and_v_and_declares_the_cache(tiny, tmp_path):
     folder = tiny.sidecar(folder_of(tiny, tmp_path, quantization_config=None), [[0.5, 2.0]])
     params = load(folder)
     assert params.kv_scales.k.ravel().tolist() == params.kv_scales.v.ravel().tolist() == [0.5, 2]
@@ -482,14 +480,14 @@ def test_a_sidecar_gives_one_scale_for_both_and_declares_the_cache(tiny, tmp_pat
     assert found.file == "kv_cache_scales.json"
 
 
-def test_ranks_of_a_sidecar_that_agree_are_one(tiny, tmp_path):
+def test_equal_ranks_of_a_sidecar_are_merged(tiny, tmp_path):
     folder = tiny.sidecar(
         folder_of(tiny, tmp_path, quantization_config=None), [[0.5, 2.0], [0.5, 2.0]]
     )
     assert load(folder).kv_scales.k.ravel().tolist() == [0.5, 2]
 
 
-def test_of_ranks_that_differ_the_largest_is_used_and_it_is_said(tiny, tmp_path):
+def test_the_largest_of_different_ranks_is_used_with_a_warning(tiny, tmp_path):
     folder = tiny.sidecar(
         folder_of(tiny, tmp_path, quantization_config=None), [[0.5, 2.0], [0.5, 3.0]]
     )
@@ -524,12 +522,12 @@ def test_a_sidecar_of_another_format_is_converted(tiny, tmp_path, dtype, factor,
         ([[0.5, 2.0, 1.0]], ["layer 2", "belongs to no layer"]),
     ],
 )
-def test_a_sidecar_with_a_bad_scale_is_refused_or_stood_in_for(tiny, tmp_path, ranks, named):
+def test_an_invalid_scale_of_a_sidecar_is_refused_or_replaced(tiny, tmp_path, ranks, named):
     folder = tiny.sidecar(folder_of(tiny, tmp_path, quantization_config=None), ranks)
     refused(folder, *named)
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning) as warned:
         scales = load(folder, strict=False).kv_scales
-    assert all(part in str(said[0].message) for part in named)
+    assert all(part in str(warned[0].message) for part in named)
     assert scales.k.ravel().tolist() == [0.5, 2 if len(ranks[0]) == 3 else 1]
 
 
@@ -552,7 +550,7 @@ def test_a_sidecar_of_another_model_is_refused(tiny, tmp_path):
         {"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"0": "1.0"}}}},
     ],
 )
-def test_a_malformed_sidecar_is_named(tiny, tmp_path, content):
+def test_a_malformed_sidecar_is_refused(tiny, tmp_path, content):
     folder = folder_of(tiny, tmp_path, quantization_config=None)
     (folder / "kv_cache_scales.json").write_text(json.dumps(content))
     refused(folder, "kv_cache_scales.json")

@@ -1,4 +1,4 @@
-"""A Hugging Face folder loads exactly, in one file or in shards; what is wrong with one is named by file and tensor."""
+"""A Hugging Face folder loads bit for bit; errors name file and tensor."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def folder(tiny, tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_folder_loads_bit_for_bit_in_the_checkpoints_dtype(tiny, tmp_path, dtype, shards):
+def test_a_folder_loads_bit_for_bit_in_its_dtype(tiny, tmp_path, dtype, shards):
     config = tiny.config(attention_bias=True, mlp_bias=True, torch_dtype=np.dtype(dtype).name)
     tensors = tiny.tensors(config, dtype)
     params = load(tiny.folder(tmp_path, config, tensors, shards))
@@ -46,26 +46,28 @@ def test_a_folder_loads_bit_for_bit_in_the_checkpoints_dtype(tiny, tmp_path, dty
 
 
 @pytest.mark.parametrize("stored", [np.float32, BF16, np.float16])
-@pytest.mark.parametrize("asked", ["float32", "bfloat16", "float16"])
-def test_a_dtype_that_is_asked_for_is_rounded_to_once(tiny, tmp_path, stored, asked):
+@pytest.mark.parametrize("dtype_given", ["float32", "bfloat16", "float16"])
+def test_weights_are_rounded_once_to_the_given_dtype(tiny, tmp_path, stored, dtype_given):
     config = tiny.config()
     tensors = tiny.tensors(config, stored)
-    params = load(tiny.folder(tmp_path, config, tensors), dtype=asked)
-    expected = tensors["model.embed_tokens.weight"].astype(np.float32).astype(jnp.dtype(asked))
+    params = load(tiny.folder(tmp_path, config, tensors), dtype=dtype_given)
+    expected = (
+        tensors["model.embed_tokens.weight"].astype(np.float32).astype(jnp.dtype(dtype_given))
+    )
     np.testing.assert_array_equal(params.tree["embed"]["weight"], expected)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {asked}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype_given}
     assert params.config.dtype == np.dtype(stored).name
 
 
-@pytest.mark.parametrize("asked", [jnp.bfloat16, np.dtype(BF16), "bfloat16"])
-def test_a_dtype_may_be_a_name_or_the_thing_itself(folder, asked):
-    assert load(folder, dtype=asked).dtype == BF16
+@pytest.mark.parametrize("dtype_given", [jnp.bfloat16, np.dtype(BF16), "bfloat16"])
+def test_a_dtype_may_be_a_name_or_a_dtype(folder, dtype_given):
+    assert load(folder, dtype=dtype_given).dtype == BF16
 
 
-@pytest.mark.parametrize("asked", ["bf16", "int8", np.int8, object()])
-def test_an_unknown_dtype_is_refused_with_the_list(folder, asked):
+@pytest.mark.parametrize("dtype_given", ["bf16", "int8", np.int8, object()])
+def test_an_unknown_dtype_is_refused_with_the_list(folder, dtype_given):
     with pytest.raises(ConfigError, match="'float32', 'bfloat16', 'float16'"):
-        load(folder, dtype=asked)
+        load(folder, dtype=dtype_given)
 
 
 def test_values_beyond_float16_are_refused_by_name(tiny, tmp_path):
@@ -78,7 +80,7 @@ def test_values_beyond_float16_are_refused_by_name(tiny, tmp_path):
         load(tiny.folder(tmp_path, config, tensors), dtype="float16")
 
 
-def test_the_most_common_dtype_decides_when_norms_are_kept_finer(tiny, tmp_path):
+def test_the_most_common_dtype_is_used_if_norms_are_stored_finer(tiny, tmp_path):
     config = tiny.config()
     tensors = {
         n: t.astype(np.float32) if "norm" in n else t for n, t in tiny.tensors(config, BF16).items()
@@ -88,14 +90,14 @@ def test_the_most_common_dtype_decides_when_norms_are_kept_finer(tiny, tmp_path)
     } == {"bfloat16"}
 
 
-def test_a_cpu_takes_the_hosts_memory_over_without_a_copy():
+def test_a_cpu_adopts_aligned_host_memory_without_a_copy():
     host = aligned_empty((3, 5, 7), np.dtype(BF16))
     host[...] = 1
     array = jax.device_put(host, jax.devices("cpu")[0], may_alias=True)
     assert array.unsafe_buffer_pointer() == host.ctypes.data
 
 
-def test_tied_embeddings_leave_out_the_head_even_when_the_file_repeats_it(tiny, tmp_path):
+def test_a_repeated_head_of_tied_embeddings_is_dropped(tiny, tmp_path):
     config = tiny.config(tie_word_embeddings=True)
     tensors = tiny.tensors(config)
     assert "head" not in load(tiny.folder(tmp_path / "a", config, tensors)).tree
@@ -103,7 +105,7 @@ def test_tied_embeddings_leave_out_the_head_even_when_the_file_repeats_it(tiny, 
     assert "head" not in load(tiny.folder(tmp_path / "b", config, tensors)).tree
 
 
-def test_a_bare_decoders_names_lack_model(tiny, tmp_path):
+def test_names_of_a_bare_decoder_lack_the_prefix_model(tiny, tmp_path):
     config = tiny.config(tie_word_embeddings=True)
     tensors = {name.removeprefix("model."): t for name, t in tiny.tensors(config).items()}
     assert load(tiny.folder(tmp_path, config, tensors)).size == sum(
@@ -111,16 +113,16 @@ def test_a_bare_decoders_names_lack_model(tiny, tmp_path):
     )
 
 
-def test_end_tokens_of_both_config_files_are_joined(folder):
+def test_eos_ids_of_both_config_files_are_joined(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
     assert load(folder).config.eos_ids == (2, 7)
 
 
-def test_without_tokenizer_files_there_is_no_tokenizer(folder):
+def test_the_tokenizer_is_none_without_tokenizer_files(folder):
     assert load(folder).tokenizer is None
 
 
-def test_harmless_buffers_are_dropped(tiny, tmp_path):
+def test_buffers_are_dropped(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config)
     plain = load(tiny.folder(tmp_path / "a", config, tensors))
@@ -128,14 +130,14 @@ def test_harmless_buffers_are_dropped(tiny, tmp_path):
     assert same(plain, load(tiny.folder(tmp_path / "b", config, tensors)))
 
 
-def test_modelopts_own_config_file_declares_the_cache(folder):
+def test_hf_quant_config_of_modelopt_declares_the_cache(folder):
     declared = {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
     (folder / "hf_quant_config.json").write_text(json.dumps(declared))
     with pytest.warns(UserWarning, match="declares an fp8_e4m3 cache but has no scales"):
         assert load(folder).config.kv_cache_dtype == "fp8_e4m3"
 
 
-def test_a_damaged_config_of_modelopt_is_named(folder):
+def test_a_malformed_hf_quant_config_is_refused(folder):
     (folder / "hf_quant_config.json").write_text('{"quantization": "FP8"}')
     refused(folder, "hf_quant_config.json", "quantization='FP8'")
 
@@ -178,7 +180,7 @@ def test_an_unexpected_tensor_is_named(tiny, tmp_path):
     )
 
 
-def test_a_wrong_shape_is_named_with_file_found_and_expected(tiny, tmp_path):
+def test_a_wrong_shape_is_refused_with_file_and_expected_shape(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config)
     tensors["model.norm.weight"] = np.ones(31, np.float32)
@@ -202,7 +204,7 @@ def test_a_truncated_file_is_named(folder, kept):
 @pytest.mark.parametrize(
     "content", [b"\x10\0\0\0\0\0\0\0not json at all.", b"\x02\0\0\0\0\0\0\0[]", b"\xff" * 64, b""]
 )
-def test_what_is_not_safetensors_is_named(folder, content):
+def test_a_file_that_is_not_safetensors_is_refused(folder, content):
     (folder / "model.safetensors").write_bytes(content)
     refused(folder, "model.safetensors", "not a safetensors file")
 
@@ -221,7 +223,7 @@ def test_what_is_not_safetensors_is_named(folder, content):
         {"dtype": ["F32"], "shape": [3], "data_offsets": [0, 12]},
     ],
 )
-def test_a_damaged_header_entry_is_named(folder, entry):
+def test_a_damaged_header_entry_is_refused(folder, entry):
     header = json.dumps({"model.norm.weight": entry}).encode()
     (folder / "model.safetensors").write_bytes(
         len(header).to_bytes(8, "little") + header + b"\0" * 64
@@ -251,42 +253,42 @@ def test_a_shard_outside_the_folder_is_refused(tiny, tmp_path):
     refused(folder, "../outside.safetensors", "outside the folder")
 
 
-def test_a_folder_without_config_says_so(folder):
+def test_a_folder_without_config_is_refused(folder):
     (folder / "config.json").unlink()
     refused(folder, "no config.json")
     (folder / "a.gguf").touch()
     refused(folder, "no config.json", "a.gguf")
 
 
-def test_a_config_that_is_not_json_is_named(folder):
+def test_a_config_that_is_not_json_is_refused(folder):
     (folder / "config.json").write_text("{")
     refused(folder, "config.json", "JSON")
 
 
-def test_a_folder_without_weights_says_so(folder):
+def test_a_folder_without_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
     refused(folder, "no weights", "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pickle"])
-def test_pickles_are_refused_with_the_way_to_convert_them(folder, name):
+def test_pickles_are_refused_with_how_to_convert_them(folder, name):
     (folder / "model.safetensors").rename(folder / name)
     refused(folder, name, "pickle", "save_pretrained")
     if not name.endswith(".pickle"):
         refused(folder / name, name, "pickle", "save_pretrained")
 
 
-def test_paths_that_are_no_checkpoint_are_told_apart(folder, tmp_path):
+def test_paths_that_are_not_checkpoints_are_refused_with_a_hint(folder, tmp_path):
     refused(folder / "model.safetensors", "give the folder", str(folder))
     refused(folder / "config.json", "neither a folder nor a .gguf file")
     refused(tmp_path / "absent", "no such file or folder")
     refused(str(tmp_path / "absent.gguf"), "no such file or folder")
-    refused("~nobody-of-this-name/model", "no such file or folder")
+    refused("~unknown-user/model", "no such file or folder")
     with pytest.raises(ConfigError, match="hub id"):
         load(" ")
 
 
-def test_a_folder_goes_before_a_hub_id_and_a_file_of_a_bare_name_does_not(folder, monkeypatch):
+def test_a_bare_name_is_a_folder_or_a_hub_id_and_never_a_file(folder, monkeypatch):
     downloaded = []
 
     def download(repo, *, weights):
@@ -337,7 +339,7 @@ except CheckpointError as error:
 """
 
 
-def test_a_hub_id_is_read_from_the_cache_and_a_missing_one_says_what_to_try(tiny, tmp_path):
+def test_a_hub_id_is_read_from_the_cache_and_a_missing_one_is_refused(tiny, tmp_path):
     config = tiny.config()
     repo = tmp_path / "hub" / "models--owner--name"
     tiny.folder(repo / "snapshots" / "0123abcd", config, tiny.tensors(config))

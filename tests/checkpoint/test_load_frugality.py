@@ -1,4 +1,4 @@
-"""Loading takes little more memory than the weights, never imports torch, and importing the reader is cheap."""
+"""Peak memory of loading is close to the size of the weights, and torch is not imported."""
 
 import json
 from pathlib import Path
@@ -81,7 +81,7 @@ def large_fp8(large, tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_float8_weights_are_never_held_twice_either(tiny, large_fp8):
+def test_memory_peaks_below_1_3_times_dequantized_float8_weights(tiny, large_fp8):
     ratio, nbytes = map(float, tiny.run_python(MEASURE, large_fp8, "bfloat16").split())
     assert nbytes > 90e6
     assert 0.9 < ratio < 1.3
@@ -92,7 +92,8 @@ TORCH = """
 import sys, warnings
 sys.path.insert(0, sys.argv[1])
 import jfp8kv.checkpoint
-heavy = {"transformers", "huggingface_hub", "gguf", "tokenizers", "orbax", "tensorstore"} & set(sys.modules)
+slow = {"transformers", "huggingface_hub", "gguf", "tokenizers", "orbax", "tensorstore"}
+heavy = slow & set(sys.modules)
 assert not heavy, heavy
 params = jfp8kv.checkpoint.load(sys.argv[2])
 params.tokenizer.chat([{"role": "user", "content": "hello"}])

@@ -1,4 +1,4 @@
-"""A GGUF file gives the same weights as the Hugging Face folder it was made from; a damaged one is named."""
+"""A GGUF file loads to the same weights as its Hugging Face folder; a damaged one is refused."""
 
 import gguf
 import jax
@@ -11,9 +11,7 @@ from jfp8kv.checkpoint.tensors import BFLOAT16
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.params import Params
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*its tokenizer"
-)  # these files hold none; test_tokenizers.py has them
+pytestmark = pytest.mark.filterwarnings("ignore:.*its tokenizer")  # test_tokenizers.py tests them
 
 
 def same(left: Params, right: Params) -> bool:
@@ -25,7 +23,7 @@ def same(left: Params, right: Params) -> bool:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_weights_equal_the_folders_with_q_and_k_back_in_halves(tiny, tmp_path, tied):
+def test_gguf_weights_equal_the_folder_with_rope_rows_unpermuted(tiny, tmp_path, tied):
     config = tiny.config(tie_word_embeddings=tied, attention_bias=True)
     tensors = tiny.tensors(config)
     from_gguf = load(tiny.gguf(tmp_path / "a.gguf", config, tensors))
@@ -52,7 +50,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_gives_the_folders_weights_and_config(tiny, tmp_path, family, tied):
+def test_each_family_equals_its_folder(tiny, tmp_path, family, tied):
     config = tiny.family(family, tie_word_embeddings=tied, torch_dtype="bfloat16")
     tensors = tiny.tensors(config, BFLOAT16)
     from_gguf = load(tiny.gguf(tmp_path / "a.gguf", config, tensors))
@@ -83,12 +81,10 @@ def test_each_family_gives_the_folders_weights_and_config(tiny, tmp_path, family
         (
             "gemma3",
             {"num_hidden_layers": 62, "query_pre_attn_scalar": 8},
-        ),  # as many as Gemma 3 27B: hidden / heads, 32 / 4
+        ),  # the number of layers of Gemma 3 27B, whose scale is hidden / heads
     ],
 )
-def test_what_a_family_can_have_besides_gives_the_folders_weights_and_config(
-    tiny, tmp_path, family, changes
-):
+def test_each_variant_of_a_family_equals_its_folder(tiny, tmp_path, family, changes):
     config = tiny.family(family, torch_dtype="bfloat16", **changes)
     tensors = tiny.tensors(config, BFLOAT16)
     from_gguf = load(tiny.gguf(tmp_path / "a.gguf", config, tensors))
@@ -98,7 +94,7 @@ def test_what_a_family_can_have_besides_gives_the_folders_weights_and_config(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_familys_quantized_weights_lie_within_half_a_step(tiny, tmp_path, family):
+def test_quantized_weights_of_each_family_are_within_half_a_step(tiny, tmp_path, family):
     config = tiny.family(family)
     tensors = tiny.tensors(config)
     path = tiny.gguf(tmp_path / "a.gguf", config, tensors, quantize=gguf.GGMLQuantizationType.Q8_0)
@@ -106,8 +102,9 @@ def test_each_familys_quantized_weights_lie_within_half_a_step(tiny, tmp_path, f
         load(path, dtype="float32"),
         load(tiny.folder(tmp_path / "hf", config, tensors)),
     )
-    # Half a step of 1/127 of a block's largest value, and the step itself is off by half a float16 ulp, 127 steps away at
-    # most: (1/254 + 2**-11) of the block's largest, which is at most the array's. Norms are float32; 1 + w - 1 rounds twice.
+    # A code is off by half a step, and a step is 1/127 of the block's largest value. The step is
+    # off by half a float16 ulp, times at most 127 steps. Together (1/254 + 2**-11) of the block's
+    # largest value. Norms are float32; 1 + w - 1 rounds twice.
     for ours, exact in zip(
         jax.tree.leaves(from_gguf.tree), jax.tree.leaves(from_hf.tree), strict=True
     ):
@@ -116,7 +113,7 @@ def test_each_familys_quantized_weights_lie_within_half_a_step(tiny, tmp_path, f
         )
 
 
-def test_the_vocabulary_is_as_long_as_the_embeddings_whatever_the_metadata_says(tiny, tmp_path):
+def test_the_vocabulary_size_is_that_of_the_embeddings(tiny, tmp_path):
     config = tiny.family("gemma3")
     tensors = tiny.tensors(config)
 
@@ -147,14 +144,14 @@ def test_half_precision_files_keep_their_dtype(tiny, tmp_path):
 
 
 def q8_0(row: np.ndarray) -> np.ndarray:
-    """A row through ggml's Q8_0, by its definition: blocks of 32, a float16 scale of amax / 127, int8 codes."""
+    """Quantize and dequantize a row by Q8_0: blocks of 32, float16 scale amax / 127, int8 codes."""
     blocks = row.reshape(-1, 32)
     exact = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
     codes = np.rint(blocks / exact)
     return (codes * exact.astype(np.float16).astype(np.float32)).reshape(row.shape)
 
 
-def test_quantized_weights_are_dequantized_to_bfloat16_or_as_asked(tiny, tmp_path):
+def test_quantized_weights_are_dequantized_to_bfloat16_or_the_given_dtype(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config)
     path = tiny.gguf(tmp_path / "q8.gguf", config, tensors, quantize=gguf.GGMLQuantizationType.Q8_0)
@@ -166,7 +163,7 @@ def test_quantized_weights_are_dequantized_to_bfloat16_or_as_asked(tiny, tmp_pat
             for i in range(2)
         ]
     )
-    # A code may differ by one where the quantizer's float32 quotient lies within rounding of a tie.
+    # A code may differ by one where the float32 quotient is within rounding of a tie.
     np.testing.assert_allclose(
         fine.tree["layers"]["k"]["weight"], expected, atol=np.abs(expected).max() / 127 * 1.01
     )
@@ -175,7 +172,7 @@ def test_quantized_weights_are_dequantized_to_bfloat16_or_as_asked(tiny, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-def test_small_blocks_come_out_as_the_library_gives_them(tiny, tmp_path, kind):
+def test_small_blocks_are_dequantized_as_by_the_gguf_library(tiny, tmp_path, kind):
     config, kind = tiny.config(), gguf.GGMLQuantizationType[kind]
     tensors = tiny.tensors(config)
     params = load(tiny.gguf(tmp_path / "q.gguf", config, tensors, quantize=kind), dtype="float32")
@@ -205,7 +202,7 @@ def test_rope_divisors_become_llama3_scaling(tiny, tmp_path):
     assert (rope.kind, rope.theta, rope.factor, rope.original_max_len) == ("llama3", 1e6, 8.0, 8192)
 
 
-def test_the_header_holds_what_the_gguf_librarys_own_reader_finds(tiny, tmp_path):
+def test_the_header_equals_what_the_gguf_library_reads(tiny, tmp_path):
     config = tiny.config()
 
     def more(writer):
@@ -245,28 +242,28 @@ def path(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [2, 10, 200, 1500, 5000, -1])
-def test_a_truncated_file_is_named_wherever_it_ends(path, kept):
+def test_a_file_truncated_anywhere_is_refused(path, kept):
     path.write_bytes(path.read_bytes()[:kept])
     refused(path, "model.gguf", "truncated")
 
 
-def test_what_is_not_gguf_is_named(path):
+def test_a_file_that_is_not_gguf_is_refused(path):
     path.write_bytes(b"GGML" + path.read_bytes()[4:])
     refused(path, "model.gguf", "not a GGUF file")
 
 
-def test_another_version_is_named(path):
+def test_an_unsupported_version_is_refused(path):
     path.write_bytes(b"GGUF" + (7).to_bytes(4, "little") + path.read_bytes()[8:])
     refused(path, "version 7", "must be 2 or 3")
 
 
-def test_a_damaged_count_is_not_believed(path):
+def test_a_damaged_count_does_not_exhaust_memory(path):
     raw = path.read_bytes()
     path.write_bytes(raw[:24] + (1 << 60).to_bytes(8, "little") + raw[32:])
     refused(path, "damaged")
 
 
-def test_one_part_of_several_is_refused(tiny, tmp_path):
+def test_one_part_of_a_split_file_is_refused(tiny, tmp_path):
     config = tiny.config()
     more = lambda writer: writer.add_uint16("split.count", 3)  # noqa: E731
     refused(
@@ -276,7 +273,7 @@ def test_one_part_of_several_is_refused(tiny, tmp_path):
     )
 
 
-def test_a_merged_file_says_that_it_has_no_parts(tiny, tmp_path):
+def test_a_merged_file_with_a_split_count_of_0_loads(tiny, tmp_path):
     config = tiny.config()
     more = lambda writer: writer.add_uint16("split.count", 0)  # noqa: E731
     assert load(tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more)).size > 0
@@ -291,7 +288,7 @@ def test_a_merged_file_says_that_it_has_no_parts(tiny, tmp_path):
         ("split.count", -1),
     ],
 )
-def test_a_damaged_field_of_the_format_is_named(tiny, tmp_path, key, value):
+def test_a_malformed_field_of_the_format_is_refused(tiny, tmp_path, key, value):
     config = tiny.config()
 
     def more(writer):
@@ -304,7 +301,7 @@ def test_a_damaged_field_of_the_format_is_named(tiny, tmp_path, key, value):
     )
 
 
-def test_missing_unexpected_and_misshapen_tensors_are_named(tiny, tmp_path):
+def test_missing_unexpected_and_misshapen_tensors_are_refused(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config)
     refused(
@@ -320,7 +317,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(tiny, tmp_path):
     refused(tiny.gguf(tmp_path / "c.gguf", config, tensors), "output_norm.weight", "[64]", "[32]")
 
 
-def test_an_integer_tensor_is_no_weight(tiny, tmp_path):
+def test_an_integer_tensor_is_refused(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config)
     tensors["model.norm.weight"] = np.ones(32, np.int32)

@@ -1,4 +1,4 @@
-"""What is saved comes back as it was, and a folder that is not what it seems is named and left alone."""
+"""`save` and `load` round-trip a model bit for bit, and refuse damaged and foreign folders."""
 
 import asyncio
 import dataclasses
@@ -58,16 +58,14 @@ def refused(source, *named):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
-def test_weights_come_back_bit_for_bit_with_their_config(tiny, tmp_path, dtype):
+def test_weights_round_trip_bit_for_bit_with_their_config(tiny, tmp_path, dtype):
     config = tiny.config(
         attention_bias=True,
         rope_scaling={"rope_type": "linear", "factor": 2.0},
         torch_dtype="bfloat16",
     )
     tensors = tiny.tensors(config, dtype)
-    tensors["model.norm.weight"][:4] = np.array(
-        [-0.0, np.nan, -np.inf, 1e-7], dtype
-    )  # any bits at all
+    tensors["model.norm.weight"][:4] = np.array([-0.0, np.nan, -np.inf, 1e-7], dtype)
     params = Params.from_pytree(tensors, config)
     save(params, tmp_path / "a" / "b")
     back = load(tmp_path / "a" / "b")
@@ -77,24 +75,26 @@ def test_weights_come_back_bit_for_bit_with_their_config(tiny, tmp_path, dtype):
     assert {leaf.devices() == {jax.devices()[0]} for leaf in jax.tree.leaves(back)} == {True}
 
 
-def test_each_weight_keeps_its_own_dtype(params, tmp_path):
+def test_each_weight_keeps_its_dtype(params, tmp_path):
     params.tree["norm"]["weight"] = params.tree["norm"]["weight"].astype(jnp.bfloat16)
     save(params, tmp_path / "saved")
     back = load(tmp_path / "saved")
     assert same(back, params) and back.tree["norm"]["weight"].dtype == BF16
 
 
-def test_a_folder_or_a_gguf_file_may_be_saved_anew(tiny, tmp_path):
+def test_a_loaded_folder_or_gguf_file_can_be_saved(tiny, tmp_path):
     config = tiny.config()
     params = load(tiny.folder(tmp_path / "hf", config, tiny.tensors(config)))
     save(params, tmp_path / "saved")
     assert same(load(tmp_path / "saved"), params)
 
 
-@pytest.mark.parametrize("asked", ["bfloat16", "float16", jnp.float32])
-def test_a_dtype_that_is_asked_for_is_rounded_to_once(params, saved, asked):
-    expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.dtype(asked)), params.tree)
-    assert same(load(saved, dtype=asked), dataclasses.replace(params, tree=expected))
+@pytest.mark.parametrize("dtype_given", ["bfloat16", "float16", jnp.float32])
+def test_weights_are_rounded_once_to_the_given_dtype(params, saved, dtype_given):
+    expected = jax.tree.map(
+        lambda leaf: np.asarray(leaf).astype(jnp.dtype(dtype_given)), params.tree
+    )
+    assert same(load(saved, dtype=dtype_given), dataclasses.replace(params, tree=expected))
 
 
 def test_values_beyond_float16_are_refused_by_name(params, tmp_path):
@@ -104,7 +104,7 @@ def test_values_beyond_float16_are_refused_by_name(params, tmp_path):
         load(tmp_path / "saved", dtype="float16")
 
 
-def test_weights_on_several_places_and_in_numpy_are_saved_alike(params, tmp_path):
+def test_sharded_and_numpy_weights_are_saved_equal(params, tmp_path):
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("x",))
     placed = jax.device_put(
         params.tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -114,7 +114,7 @@ def test_weights_on_several_places_and_in_numpy_are_saved_alike(params, tmp_path
         assert same(load(tmp_path / str(number)), params)
 
 
-def test_scales_of_the_cache_come_back(params, tmp_path):
+def test_kv_scales_round_trip(params, tmp_path):
     random = np.random.default_rng(0)
     scales = KVScales(random.uniform(0.1, 2, (2, 2, 1)), random.uniform(0.1, 2, (2, 2, 16)))
     save(dataclasses.replace(params, kv_scales=scales), tmp_path / "saved")
@@ -128,7 +128,7 @@ def test_scales_of_the_cache_come_back(params, tmp_path):
     ] * 2
 
 
-def test_saved_scales_that_are_bad_or_of_another_model_are_named(params, tmp_path):
+def test_invalid_saved_scales_and_those_of_other_models_are_refused(params, tmp_path):
     save(dataclasses.replace(params, kv_scales=KVScales.unit(2)), tmp_path / "saved")
     file, v = tmp_path / "saved" / "kv_scales.safetensors", np.ones((2, 1, 1), np.float32)
     safetensors.numpy.save_file({"k": np.float32([1, 0]).reshape(2, 1, 1), "v": v}, file)
@@ -140,7 +140,7 @@ def test_saved_scales_that_are_bad_or_of_another_model_are_named(params, tmp_pat
 CHAT = [{"role": "user", "content": "hello 123"}]
 
 
-def test_the_tokenizer_comes_back_with_its_template_and_special_tokens(tiny, params, tmp_path):
+def test_the_tokenizer_round_trips_with_template_and_special_tokens(tiny, params, tmp_path):
     folder = tiny.tokenizer(
         tiny.folder(tmp_path / "hf", tiny.config(), tiny.tensors(tiny.config()))
     )
@@ -156,7 +156,7 @@ def test_the_tokenizer_comes_back_with_its_template_and_special_tokens(tiny, par
     )
 
 
-def test_a_tokenizer_without_a_written_form_is_refused_before_anything_is_written(params, tmp_path):
+def test_a_tokenizer_that_cannot_be_written_is_refused_before_any_write(params, tmp_path):
     class Bytes:
         def encode(self, text, add_special_tokens=True):
             return list(text.encode())
@@ -174,7 +174,7 @@ def test_a_tokenizer_without_a_written_form_is_refused_before_anything_is_writte
     assert not list(tmp_path.iterdir())
 
 
-def test_orbax_alone_reads_the_weights(params, saved):
+def test_orbax_can_restore_the_weights(params, saved):
     with ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(
             saved / "weights", jax.tree.map(ocp.utils.to_shape_dtype_struct, params.tree)
@@ -182,8 +182,8 @@ def test_orbax_alone_reads_the_weights(params, saved):
     assert same(dataclasses.replace(params, tree=tree), params)
 
 
-def test_saving_and_loading_work_inside_a_running_event_loop(params, tmp_path):
-    """As in a notebook."""
+def test_save_and_load_work_in_a_running_event_loop(params, tmp_path):
+    """Notebooks run cells in an event loop."""
 
     async def cell():
         save(params, tmp_path / "saved")
@@ -192,13 +192,13 @@ def test_saving_and_loading_work_inside_a_running_event_loop(params, tmp_path):
     assert same(asyncio.run(cell()), params)
 
 
-def test_save_is_at_the_front_door(params, tmp_path, monkeypatch):
+def test_save_is_exported_and_expands_home(params, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     jfp8kv.save(params, "~/saved")
     assert same(jfp8kv.load(str(tmp_path / "saved")), params)
 
 
-def test_nothing_is_overwritten_unless_asked(params, saved, tmp_path):
+def test_a_saved_model_is_only_replaced_with_overwrite(params, saved, tmp_path):
     other = dataclasses.replace(params, tree=jax.tree.map(lambda leaf: leaf + 1, params.tree))
     with pytest.raises(CheckpointError, match="already contains a saved model.*overwrite=True"):
         save(other, saved)
@@ -209,7 +209,7 @@ def test_nothing_is_overwritten_unless_asked(params, saved, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_a_folder_of_something_else_is_never_overwritten(params, tmp_path):
+def test_other_folders_are_never_overwritten(params, tmp_path):
     (tmp_path / "empty").mkdir()
     save(params, tmp_path / "empty")
     (tmp_path / "mine").mkdir()
@@ -221,9 +221,7 @@ def test_a_folder_of_something_else_is_never_overwritten(params, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
-def test_a_save_that_fails_leaves_nothing_and_keeps_what_was_there(
-    params, saved, tmp_path, monkeypatch
-):
+def test_a_failed_save_leaves_the_folder_unchanged(params, saved, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -237,14 +235,14 @@ def test_a_save_that_fails_leaves_nothing_and_keeps_what_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["saved"] and same(load(saved), params)
 
 
-def test_a_folder_that_is_two_models_or_none_is_told(tiny, saved, tmp_path):
+def test_a_folder_of_two_models_or_none_is_refused(tiny, saved, tmp_path):
     (saved / "config.json").write_text(json.dumps(tiny.config()))
     refused(saved, "contains both jfp8kv.json", "config.json")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "no config.json", "no jfp8kv.json")
 
 
-def test_an_orbax_checkpoint_of_something_else_is_told(params, saved, tmp_path):
+def test_other_orbax_checkpoints_are_refused(params, saved, tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "theirs", params.tree)
     refused(tmp_path / "theirs", "without jfp8kv.json", "from_pytree")
@@ -276,14 +274,12 @@ def test_a_newer_version_of_the_format_is_refused(saved):
         {"tokenizer": 3},
     ],
 )
-def test_a_damaged_description_is_named(saved, entry):
+def test_a_damaged_description_is_refused(saved, entry):
     change(saved, **entry)
     refused(saved, "jfp8kv.json: damaged")
 
 
-def test_a_config_field_that_is_not_known_is_named_and_one_that_is_missing_has_its_default(
-    params, saved
-):
+def test_an_unknown_config_field_is_refused_and_a_missing_one_is_default(params, saved):
     config = json.loads((saved / "jfp8kv.json").read_text())["config"]
     change(saved, config={name: value for name, value in config.items() if name != "sm_scale"})
     assert same(load(saved), params)
@@ -291,7 +287,7 @@ def test_a_config_field_that_is_not_known_is_named_and_one_that_is_missing_has_i
     refused(saved, "jfp8kv.json", "antigravity")
 
 
-def test_missing_parts_are_named(params, saved, tmp_path):
+def test_missing_files_are_refused_by_name(params, saved, tmp_path):
     change(saved, kv_scales=True)
     refused(saved, "kv_scales.safetensors", "no such file")
     change(saved, kv_scales=False)
@@ -299,7 +295,7 @@ def test_missing_parts_are_named(params, saved, tmp_path):
     refused(saved, "weights", "not a readable Orbax checkpoint")
 
 
-def test_weights_whose_list_is_damaged_are_named(saved):
+def test_a_damaged_list_of_arrays_is_refused(saved):
     (saved / "weights" / "_METADATA").write_text("{")
     refused(saved, "weights/_METADATA: cannot be read as JSON")
     (saved / "weights" / "_METADATA").write_text("[]")
@@ -314,7 +310,7 @@ def test_weights_whose_list_is_damaged_are_named(saved):
     )
 
 
-def test_weights_of_another_model_are_named(saved):
+def test_weights_of_another_model_are_refused(saved):
     config = json.loads((saved / "jfp8kv.json").read_text())["config"]
     change(saved, config=config | {"mlp_hidden": 128})
     refused(saved, "weights: layers.gate.weight has shape [2, 64, 32], expected [2, 128, 32]")
@@ -344,9 +340,7 @@ def test_a_bug_while_loading_is_not_reported_as_a_damaged_file(
         load(tmp_path / "saved")
 
 
-def test_a_bug_while_saving_is_not_reported_as_a_folder_that_cannot_be_written(
-    params, tmp_path, monkeypatch
-):
+def test_a_bug_while_saving_is_not_reported_as_a_write_error(params, tmp_path, monkeypatch):
     def bug(*_, **__):
         raise TypeError("a bug")
 
@@ -356,15 +350,15 @@ def test_a_bug_while_saving_is_not_reported_as_a_folder_that_cannot_be_written(
     assert not list(tmp_path.iterdir())
 
 
-# When one read fails, Orbax closes its event loop over the others, which then complain to nobody.
+# When a read fails, Orbax closes its event loop, and other reads raise unraisable exceptions.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_whatever_file_is_truncated_or_gone_an_error_says_so(params, saved, tmp_path):
+def test_every_truncated_or_missing_file_is_refused(params, saved, tmp_path):
     files = [
         path.relative_to(saved)
         for path in (saved / "weights").rglob("*")
         if path.is_file() and path.stat().st_size
     ]
-    loud = 0
+    refusals = 0
     for file in files:
         for cut in (
             lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -373,12 +367,12 @@ def test_whatever_file_is_truncated_or_gone_an_error_says_so(params, saved, tmp_
             copy = shutil.copytree(saved, tmp_path / "copy")
             cut(copy / file)
             try:
-                assert same(load(copy), params), file  # a file that was not needed
+                assert same(load(copy), params), file  # the file is not needed
             except CheckpointError as error:
                 assert str(copy) in str(error)
-                loud += 1
+                refusals += 1
             shutil.rmtree(copy)
-    assert loud >= 6
+    assert refusals >= 6
 
 
 PEAK = """
@@ -398,7 +392,7 @@ print((kib("VmHWM") - before) * 1024 / params.nbytes, params.nbytes)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_loading_never_holds_the_weights_twice(tiny, tmp_path):
+def test_loading_has_less_than_two_copies_of_the_weights_in_memory(tiny, tmp_path):
     config = ModelConfig("LlamaForCausalLM", 8000, 1024, 8, 16, 16, 64, 4096, 128)
     tree = nest(
         {name: jnp.ones(shape, jnp.bfloat16) for name, shape in expected_shapes(config).items()}
@@ -408,4 +402,4 @@ def test_loading_never_holds_the_weights_twice(tiny, tmp_path):
     assert nbytes > 300e6
     assert (
         0.9 < ratio < 1.5
-    )  # Orbax itself takes about 100 MB more; both copies of everything would be 2.3
+    )  # Orbax needs about 100 MB more; two copies of all weights would be 2.3

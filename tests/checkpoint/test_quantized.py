@@ -1,4 +1,4 @@
-"""Quantized weights load as `stored * scale`, rounded once, for every scheme; a scale that cannot be used is named."""
+"""Quantized weights load as `stored * scale`, rounded once; invalid scales are refused."""
 
 import math
 
@@ -30,7 +30,7 @@ def compressed(**weights):
     }
 
 
-# The scheme, the end of a scale's name, rows and columns of a block, and how a grid of scales is shaped in the file.
+# The scheme, the suffix of the scale's name, rows and columns of a block, and the scale's shape.
 SCHEMES = {
     "compressed tensor": (
         compressed(strategy="tensor"),
@@ -78,21 +78,23 @@ SCHEMES = {
     ),
     "fbgemm": ({"quant_method": "fbgemm_fp8"}, "_scale", (1, 999), lambda grid: grid),
 }
-# Values are checked while the weights stream, after the warning that says so.
-said_before = pytest.mark.filterwarnings("ignore:.*quantized weights.*are dequantized")
+# Values are checked while weights are read, after the warning that they are dequantized.
+ignore_dequantized_warning = pytest.mark.filterwarnings(
+    "ignore:.*quantized weights.*are dequantized"
+)
 each_scheme = pytest.mark.parametrize("kind", SCHEMES)
 
 
 def codes(shape, dtype, random):
-    """Every finite code of a float8 dtype at least once, in random places."""
+    """Return every finite code of a float8 dtype at least once, in random places."""
     finite = np.arange(256, dtype=np.uint8)
     finite = finite[np.isfinite(finite.view(dtype).astype(np.float32))]
     some = np.concatenate([finite, random.choice(finite, math.prod(shape) - len(finite))])
     return random.permutation(some).reshape(shape).view(dtype)
 
 
-def by_hand(q, grid, block):
-    """`stored * scale`, one element at a time, in float32."""
+def dequantized_by_element(q, grid, block):
+    """Compute `stored * scale`, one element at a time, in float32."""
     out = np.empty(q.shape, np.float32)
     for i in range(q.shape[0]):
         for j in range(q.shape[1]):
@@ -101,7 +103,7 @@ def by_hand(q, grid, block):
 
 
 def quantize(tensors, kind, dtype=E4M3, scale_dtype=np.float32):
-    """What a tool would have written, with random codes and scales, and the same weights in float32."""
+    """Return weights with random codes and scales as tools write them, and their real values."""
     _, end, block, shaped = SCHEMES[kind]
     random = np.random.default_rng(0)
     stored, real = {}, {}
@@ -115,12 +117,12 @@ def quantize(tensors, kind, dtype=E4M3, scale_dtype=np.float32):
             stored[name] = codes(weight.shape, dtype, random)
             stored[name + end] = shaped(grid)
             stored[name.replace("weight", "input_scale")] = np.ones(1, np.float32)
-            real[name] = by_hand(stored[name], grid, block)
+            real[name] = dequantized_by_element(stored[name], grid, block)
     return stored, real
 
 
 def config_of(tiny, kind, **changes):
-    """Sizes that no block divides: 40 columns of a hidden layer, 64 and 72 rows."""
+    """Return a config whose sizes no block divides: 40 columns, 64 and 72 rows."""
     return tiny.config(
         hidden_size=40,
         intermediate_size=72,
@@ -130,7 +132,7 @@ def config_of(tiny, kind, **changes):
     )
 
 
-def quiet_load(folder, **options):
+def load_dequantized(folder, **options):
     with pytest.warns(UserWarning, match="14 quantized weights"):
         return load(folder, **options)
 
@@ -147,17 +149,17 @@ def equal(params, tensors, config, dtype):
 
 
 @each_scheme
-@pytest.mark.parametrize("asked", [None, "float32", "float16"])
-def test_every_element_is_its_code_times_its_scale_rounded_once(
-    tiny, tmp_path, kind, asked, monkeypatch
+@pytest.mark.parametrize("dtype_given", [None, "float32", "float16"])
+def test_every_element_is_code_times_scale_rounded_once(
+    tiny, tmp_path, kind, dtype_given, monkeypatch
 ):
     monkeypatch.setattr(
         "jfp8kv.checkpoint.tensors.CHUNK_BYTES", 1000
-    )  # a few rows at a time, never whole blocks
+    )  # a few rows, not whole blocks
     config = config_of(tiny, kind)
     stored, real = quantize(tiny.tensors(config, BF16), kind)
-    params = quiet_load(tiny.folder(tmp_path, config, stored, shards=2), dtype=asked)
-    assert equal(params, real, config, asked or BF16)
+    params = load_dequantized(tiny.folder(tmp_path, config, stored, shards=2), dtype=dtype_given)
+    assert equal(params, real, config, dtype_given or BF16)
     assert params.config.dtype == "bfloat16"
 
 
@@ -166,10 +168,10 @@ def test_every_element_is_its_code_times_its_scale_rounded_once(
 def test_both_float8_formats_and_every_float_scale_are_read(tiny, tmp_path, dtype, scale_dtype):
     config = config_of(tiny, "fp8 block")
     stored, real = quantize(tiny.tensors(config, BF16), "fp8 block", dtype, scale_dtype)
-    assert equal(quiet_load(tiny.folder(tmp_path, config, stored)), real, config, BF16)
+    assert equal(load_dequantized(tiny.folder(tmp_path, config, stored)), real, config, BF16)
 
 
-def test_scales_that_are_bare_exponents_are_powers_of_two(tiny, tmp_path):
+def test_e8m0_scales_are_powers_of_two(tiny, tmp_path):
     config = config_of(tiny, "fp8 block")
     stored, _ = quantize(tiny.tensors(config, BF16), "fp8 block")
     e8m0 = {
@@ -178,23 +180,27 @@ def test_scales_that_are_bare_exponents_are_powers_of_two(tiny, tmp_path):
     }
     powers = {n: e8m0[n].astype(np.float32) if n.endswith("_inv") else t for n, t in stored.items()}
     left, right = (
-        quiet_load(tiny.folder(tmp_path / str(i), config, t)) for i, t in enumerate((e8m0, powers))
+        load_dequantized(tiny.folder(tmp_path / str(i), config, t))
+        for i, t in enumerate((e8m0, powers))
     )
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), left.tree, right.tree))
 
 
-def test_a_warning_says_the_scheme_how_many_and_into_which_dtype(tiny, tmp_path):
+def test_the_warning_has_scheme_count_and_dtype(tiny, tmp_path):
     config = config_of(tiny, "fp8 block")
     stored, _ = quantize(tiny.tensors(config, BF16), "fp8 block")
     folder = tiny.folder(tmp_path, config, stored)
-    said = r"14 quantized weights \(fp8: FP8, a scale per block of 24 x 16\) are dequantized to {}, {} bytes"
-    with pytest.warns(UserWarning, match=said.format("bfloat16", 2)):
+    warning = (
+        r"14 quantized weights \(fp8: FP8, a scale per block of 24 x 16\) "
+        "are dequantized to {}, {} bytes"
+    )
+    with pytest.warns(UserWarning, match=warning.format("bfloat16", 2)):
         load(folder)
-    with pytest.warns(UserWarning, match=said.format("float32", 4)):
+    with pytest.warns(UserWarning, match=warning.format("float32", 4)):
         load(folder, dtype="float32")
 
 
-def test_a_scheme_without_a_quantized_weight_is_said(tiny, tmp_path):
+def test_a_scheme_without_quantized_weights_gives_a_warning(tiny, tmp_path):
     config = config_of(tiny, "modelopt")
     with pytest.warns(
         UserWarning, match=r"declares quantized weights \(modelopt.*but no weight is"
@@ -202,7 +208,7 @@ def test_a_scheme_without_a_quantized_weight_is_said(tiny, tmp_path):
         assert load(tiny.folder(tmp_path, config, tiny.tensors(config, BF16))).dtype == BF16
 
 
-def test_layers_that_the_config_ignores_stay_plain(tiny, tmp_path):
+def test_layers_that_the_config_ignores_are_not_dequantized(tiny, tmp_path):
     config = config_of(tiny, "compressed channel")
     plain = tiny.tensors(config, BF16)
     stored, real = quantize(plain, "compressed channel")
@@ -212,23 +218,23 @@ def test_layers_that_the_config_ignores_stay_plain(tiny, tmp_path):
         assert equal(load(tiny.folder(tmp_path, config, stored)), real, config, BF16)
 
 
-def test_modelopts_own_config_file_declares_quantized_weights(tiny, tmp_path):
+def test_hf_quant_config_of_modelopt_declares_quantized_weights(tiny, tmp_path):
     config = config_of(tiny, "modelopt")
     stored, real = quantize(tiny.tensors(config, BF16), "modelopt")
     del config["quantization_config"]
     folder = tiny.folder(tmp_path, config, stored)
     (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-    assert equal(quiet_load(folder), real, config, BF16)
+    assert equal(load_dequantized(folder), real, config, BF16)
 
 
-def test_compressed_tensors_first_name_for_its_config_is_read(tiny, tmp_path):
+def test_compression_config_is_read_as_quantization_config(tiny, tmp_path):
     config = config_of(tiny, "compressed channel")
     stored, real = quantize(tiny.tensors(config, BF16), "compressed channel")
     config["compression_config"] = config.pop("quantization_config")
-    assert equal(quiet_load(tiny.folder(tmp_path, config, stored)), real, config, BF16)
+    assert equal(load_dequantized(tiny.folder(tmp_path, config, stored)), real, config, BF16)
 
 
-def test_the_caches_scales_are_told_from_the_weights(tiny, tmp_path):
+def test_kv_scales_are_not_taken_for_weight_scales(tiny, tmp_path):
     config = config_of(tiny, "modelopt")
     stored, real = quantize(tiny.tensors(config, BF16), "modelopt")
     for layer in range(2):
@@ -237,15 +243,15 @@ def test_the_caches_scales_are_told_from_the_weights(tiny, tmp_path):
             for n in "kv"
         }
     with pytest.warns(UserWarning, match="declares no FP8 cache"):
-        params = quiet_load(tiny.folder(tmp_path, config, stored))
+        params = load_dequantized(tiny.folder(tmp_path, config, stored))
     assert equal(params, real, config, BF16) and (params.kv_scales.k == 1).all()
 
 
-def test_zero_points_that_are_zero_say_nothing_and_others_are_refused(tiny, tmp_path):
+def test_zero_points_must_be_zero(tiny, tmp_path):
     config = config_of(tiny, "compressed channel")
     stored, real = quantize(tiny.tensors(config, BF16), "compressed channel")
     stored[UP + "_zero_point"] = np.zeros(72, E4M3)
-    assert equal(quiet_load(tiny.folder(tmp_path / "a", config, stored)), real, config, BF16)
+    assert equal(load_dequantized(tiny.folder(tmp_path / "a", config, stored)), real, config, BF16)
     stored[UP + "_zero_point"] = np.ones(72, E4M3)
     refused(tiny.folder(tmp_path / "b", config, stored), UP + "_zero_point", "asymmetric")
 
@@ -263,7 +269,7 @@ def edited(tiny, tmp_path, kind, edit):
     return tiny.folder(tmp_path, config, stored)
 
 
-def test_a_missing_scale_is_named(tiny, tmp_path):
+def test_a_missing_weight_scale_is_refused(tiny, tmp_path):
     refused(
         edited(tiny, tmp_path, "modelopt", lambda t: t.pop(UP + "_scale")),
         UP,
@@ -278,7 +284,7 @@ def test_two_scales_for_one_weight_are_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("end", ["_scale", "_scale_inv"])
-def test_a_scale_without_a_quantized_weight_is_named(tiny, tmp_path, end):
+def test_a_scale_without_a_quantized_weight_is_refused(tiny, tmp_path, end):
     name = "lm_head.weight" + end
     refused(
         edited(tiny, tmp_path, "modelopt", lambda t: t.update({name: np.ones((), np.float32)})),
@@ -287,10 +293,10 @@ def test_a_scale_without_a_quantized_weight_is_named(tiny, tmp_path, end):
     )
 
 
-@said_before
+@ignore_dequantized_warning
 @pytest.mark.parametrize("value", [0.0, -0.5, np.nan, np.inf])
 @pytest.mark.parametrize("kind", ["modelopt", "compressed channel", "fp8 block"])
-def test_a_scale_that_is_not_positive_and_finite_is_named(tiny, tmp_path, kind, value):
+def test_a_scale_that_is_not_positive_and_finite_is_refused(tiny, tmp_path, kind, value):
     name = UP + SCHEMES[kind][1]
     refused(
         edited(tiny, tmp_path, kind, lambda t: t[name].reshape(-1)[-1:].fill(value)),
@@ -312,7 +318,7 @@ def test_a_scale_that_is_not_positive_and_finite_is_named(tiny, tmp_path, kind, 
         ("fp8 block", (9,), "[3, 3]"),
     ],
 )
-def test_a_scale_of_the_wrong_shape_is_named_with_the_right_one(
+def test_a_scale_of_the_wrong_shape_is_refused_with_the_allowed_shapes(
     tiny, tmp_path, kind, shape, expected
 ):
     name = UP + SCHEMES[kind][1]
@@ -320,26 +326,26 @@ def test_a_scale_of_the_wrong_shape_is_named_with_the_right_one(
     refused(folder, name, str(list(shape)), "[72, 40]", expected)
 
 
-def test_a_scale_of_integers_is_refused(tiny, tmp_path):
+def test_an_integer_scale_is_refused(tiny, tmp_path):
     folder = edited(
         tiny, tmp_path, "modelopt", lambda t: t.update({UP + "_scale": np.ones((), np.uint8)})
     )
     refused(folder, UP + "_scale is stored as U8")
 
 
-@said_before
+@ignore_dequantized_warning
 @pytest.mark.parametrize(
     ("dtype", "code"), [(E4M3, 0x7F), (E4M3, 0xFF), (E5M2, 0x7C), (E5M2, 0xFE)]
 )
-def test_a_code_that_is_no_number_is_named(tiny, tmp_path, dtype, code):
+def test_codes_of_nan_and_infinity_are_refused(tiny, tmp_path, dtype, code):
     config = config_of(tiny, "fp8 block")
     stored, _ = quantize(tiny.tensors(config, BF16), "fp8 block", dtype)
     stored[UP].view(np.uint8)[71, 39] = code
     refused(tiny.folder(tmp_path, config, stored), UP, "NaN or infinity")
 
 
-@said_before
-def test_a_product_beyond_the_dtype_is_refused_by_name(tiny, tmp_path):
+@ignore_dequantized_warning
+def test_dequantized_values_out_of_range_are_refused_by_name(tiny, tmp_path):
     config = config_of(tiny, "modelopt") | {"torch_dtype": "float16"}
     stored, _ = quantize(tiny.tensors(config, np.float16), "modelopt")
     stored[UP + "_scale"] = np.full((), 200, np.float32)
@@ -351,14 +357,14 @@ def test_a_product_beyond_the_dtype_is_refused_by_name(tiny, tmp_path):
     )
 
 
-def test_float8_weights_that_no_config_declares_are_refused(tiny, tmp_path):
+def test_undeclared_float8_weights_are_refused(tiny, tmp_path):
     config = config_of(tiny, "modelopt")
     stored, _ = quantize(tiny.tensors(config, BF16), "modelopt")
     del config["quantization_config"]
     refused(tiny.folder(tmp_path, config, stored), "proj.weight is stored as F8_E4M3")
 
 
-def test_a_method_that_is_not_read_is_refused_by_name(tiny, tmp_path):
+def test_an_unsupported_quantization_method_is_refused_by_name(tiny, tmp_path):
     config = tiny.config(quantization_config={"quant_method": "gptq", "bits": 4})
     refused(tiny.folder(tmp_path, config, tiny.tensors(config)), "gptq", "compressed-tensors")
 
@@ -368,7 +374,7 @@ E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
 
 def read_file(path, tensors, quantization, dtype):
-    """The weights of a file of any names, dequantized into `dtype`."""
+    """Write tensors to a file and read them back, dequantized to `dtype`."""
     safetensors.numpy.save_file(tensors, path)
     found = dequantize(open_safetensors(path), weight_scheme(quantization), np.dtype(dtype))
     out = {name: np.empty(tensor.shape, dtype) for name, tensor in found.items()}
@@ -391,10 +397,8 @@ def mxfp4(experts=3, rows=10, groups=4):
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.float32])
-def test_mxfp4_experts_come_out_as_in_the_bfloat16_checkpoint(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(
-        "jfp8kv.checkpoint.tensors.CHUNK_BYTES", 2048
-    )  # four of the ten rows at a time
+def test_mxfp4_experts_have_the_layout_of_the_bfloat16_checkpoint(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr("jfp8kv.checkpoint.tensors.CHUNK_BYTES", 2048)  # four of the ten rows
     tensors = mxfp4()
     blocks, scales = (tensors[EXPERTS + "gate_up_proj" + end] for end in ("_blocks", "_scales"))
     expected = np.empty((3, 4 * 32, 10), dtype)
@@ -433,7 +437,7 @@ def test_mxfp4_experts_come_out_as_in_the_bfloat16_checkpoint(tmp_path, dtype, m
         ),
     ],
 )
-def test_damaged_mxfp4_experts_are_named(tmp_path, change, named):
+def test_damaged_mxfp4_experts_are_refused(tmp_path, change, named):
     tensors = mxfp4() | {EXPERTS + "gate_up_proj" + end: value for end, value in change.items()}
     with pytest.raises(CheckpointError) as error:
         tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -444,10 +448,10 @@ def test_damaged_mxfp4_experts_are_named(tmp_path, change, named):
 @pytest.mark.parametrize(
     ("block", "shape"), [((24, 16), (3, 2, 3)), (None, (3,)), (None, (3, 1, 1))]
 )
-def test_stacked_experts_have_a_grid_of_scales_each(tmp_path, block, shape, monkeypatch):
+def test_each_stacked_expert_has_its_grid_of_scales(tmp_path, block, shape, monkeypatch):
     monkeypatch.setattr(
         "jfp8kv.checkpoint.tensors.CHUNK_BYTES", 5000
-    )  # chunks that end in the midst of an expert
+    )  # chunks end inside an expert
     random = np.random.default_rng(2)
     q = codes((3, 40, 40), E4M3, random)
     scales = random.uniform(0.5, 2, shape).astype(np.float32)
@@ -463,6 +467,6 @@ def test_stacked_experts_have_a_grid_of_scales_each(tmp_path, block, shape, monk
     for expert in range(3):
         np.testing.assert_array_equal(
             found["experts.gate_up_proj"][expert],
-            by_hand(q[expert], grids[expert], block or (40, 40)),
+            dequantized_by_element(q[expert], grids[expert], block or (40, 40)),
         )
     assert list(found) == ["experts.gate_up_proj"]

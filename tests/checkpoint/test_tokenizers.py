@@ -1,4 +1,4 @@
-"""Text, ids and chats: the same from a folder, from a GGUF file, and as transformers has them."""
+"""Tokenizers of folders and GGUF files give the ids and chats of transformers."""
 
 import json
 import warnings
@@ -50,7 +50,7 @@ def gguf_fields(tiny, **changes):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_folder_and_a_gguf_file_with_the_same_vocabulary_agree(tiny, folder, text):
+def test_folder_and_gguf_tokenizers_of_one_vocabulary_agree(tiny, folder, text):
     hf = read_tokenizer(folder, eos_ids=(2,))
     gguf = tokenizer_from_gguf(gguf_fields(tiny), eos_ids=(2,), where=folder)
     assert hf.encode(text) == gguf.encode(text)
@@ -60,7 +60,7 @@ def test_a_folder_and_a_gguf_file_with_the_same_vocabulary_agree(tiny, folder, t
         assert tokenizer.eos_ids == (2,) and tokenizer.has_chat_template and tokenizer.vocab == 266
 
 
-def test_special_tokens_are_single_ids_and_left_out_of_text(folder):
+def test_special_tokens_are_single_ids_and_skipped_in_decoding(folder):
     tokenizer = read_tokenizer(folder)
     ids = tokenizer.encode("<|im_start|>hello<|im_end|>")
     assert (ids[0], ids[-1], len(ids)) == (1, 2, 3)
@@ -74,24 +74,24 @@ def test_a_digit_splitting_pre_tokenizer_never_joins_digits(tiny, folder):
     assert [digits.decode([i]) for i in digits.encode("123 4")] == ["1", "2", "3", " ", "4"]
 
 
-def test_llama3_takes_a_word_that_is_a_token_before_any_merge(tiny, folder):
+def test_llama3_ignores_merges_for_a_word_that_is_a_token(tiny, folder):
     fields = gguf_fields(tiny, pre="llama-bpe", merges=["h e"])
     tokenizer = tokenizer_from_gguf(fields, eos_ids=(), where=folder)
     assert tokenizer.encode("hello") == [
         1,
         fields["tokenizer.ggml.tokens"].index("hello"),
-    ]  # and BOS by default
+    ]  # with BOS by default
 
 
 @pytest.mark.parametrize(
     "change", [{"pre": "superbpe"}, {"pre": None}, {"model": "bert"}, {"tokens": None}]
 )
-def test_a_tokenizer_that_is_not_known_is_said_and_left_out(tiny, folder, change):
+def test_an_unknown_gguf_tokenizer_is_none_with_a_warning(tiny, folder, change):
     with pytest.warns(UserWarning, match="prompts must be token ids.*smollm"):
         assert tokenizer_from_gguf(gguf_fields(tiny, **change), eos_ids=(), where=folder) is None
 
 
-def test_a_gguf_files_own_tokenizer_comes_with_its_weights(tiny, tmp_path):
+def test_load_of_a_gguf_file_has_its_tokenizer(tiny, tmp_path):
     config = tiny.config(vocab_size=266)
     fields = gguf_fields(tiny)
 
@@ -137,7 +137,7 @@ def sentencepiece_fields(**changes):
 
 
 def best_pair_first(pieces: list[str], tokens: list[str], scores: list[float]) -> list[str]:
-    """Sentencepiece's rule: of all neighbours that join into a piece, join the best-scored, leftmost first."""
+    """Merge the neighbours that join to the best-scored piece, leftmost first, until none do."""
     while True:
         pairs = [
             (a + b, i)
@@ -151,7 +151,7 @@ def best_pair_first(pieces: list[str], tokens: list[str], scores: list[float]) -
 
 
 @pytest.mark.parametrize("text", ["hello", "hello hello", "helo ohel", "lolo  el"])
-def test_sentencepiece_joins_the_best_scored_pair_first(tmp_path, text):
+def test_sentencepiece_merges_the_best_scored_pair_first(tmp_path, text):
     fields = sentencepiece_fields()
     tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
     tokenizer = tokenizer_from_gguf(fields, eos_ids=(2,), where=tmp_path)
@@ -161,7 +161,7 @@ def test_sentencepiece_joins_the_best_scored_pair_first(tmp_path, text):
     assert tokenizer.decode(ids) == text
 
 
-def test_sentencepiece_spells_what_it_lacks_in_bytes(tmp_path):
+def test_sentencepiece_falls_back_to_bytes(tmp_path):
     tokenizer = tokenizer_from_gguf(
         sentencepiece_fields(add_bos_token=False), eos_ids=(2,), where=tmp_path
     )
@@ -179,7 +179,7 @@ def transformers():
 @pytest.mark.parametrize(
     "text", [*TEXTS, "cafe\u0301 caf\u00e9", "I'M 12345\n\n  x\t", "\u212b \u0301 a\u0308\u0301"]
 )
-def test_qwens_ids_from_gguf_are_those_of_transformers(tiny, tmp_path, transformers, text):
+def test_qwen_gguf_ids_equal_those_of_transformers(tiny, tmp_path, transformers, text):
     fields = gguf_fields(tiny, pre="qwen2", add_bos_token=False)
     tokens, merges = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "merges"))
     theirs = transformers.Qwen2Tokenizer(
@@ -194,7 +194,7 @@ def test_qwens_ids_from_gguf_are_those_of_transformers(tiny, tmp_path, transform
 
 
 def gemma_fields():
-    """A small vocabulary in Gemma's manner: runs of spaces and newlines and a tag that are found before anything is merged."""
+    """Return a small vocabulary like Gemma's: runs of spaces and newlines and a tag are tokens."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     kept = ["\n", "\n\n", "  ", "   ", "    ", "<b>"]
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
@@ -225,13 +225,13 @@ SPACED = [
 
 
 @pytest.mark.parametrize("text", [*SPACED, "<start_of_turn>hello\n  he<end_of_turn>\n", ""])
-def test_gemmas_ids_from_gguf_are_those_of_transformers(tmp_path, transformers, text):
+def test_gemma_gguf_ids_equal_those_of_transformers(tmp_path, transformers, text):
     from transformers.tokenization_utils_base import generate_merges
 
     fields = gemma_fields()
     named = [
         token.replace(" ", "▁") for token in fields["tokenizer.ggml.tokens"]
-    ]  # as the model's own file spells them
+    ]  # as spelled in tokenizer.json
     vocab = {token: number for number, token in enumerate(named)}
     scores = dict(zip(named, [0.0] * 12 + fields["tokenizer.ggml.scores"][12:], strict=True))
     theirs = transformers.GemmaTokenizer(
@@ -249,7 +249,7 @@ def test_gemmas_ids_from_gguf_are_those_of_transformers(tmp_path, transformers, 
     )
 
 
-def test_a_run_of_spaces_is_the_longest_token_first_and_never_half_a_word(tmp_path):
+def test_a_run_of_spaces_is_split_longest_token_first(tmp_path):
     fields = gemma_fields()
     ids = tokenizer_from_gguf(fields, eos_ids=(1,), where=tmp_path).encode(
         " " * 7 + "hello", add_special_tokens=False
@@ -257,7 +257,7 @@ def test_a_run_of_spaces_is_the_longest_token_first_and_never_half_a_word(tmp_pa
     assert [fields["tokenizer.ggml.tokens"][i] for i in ids] == ["    ", "   ", "hello"]
 
 
-def test_the_files_post_processor_decides_whether_bos_is_added(folder):
+def test_the_post_processor_of_the_file_decides_whether_bos_is_added(folder):
     path = folder / "tokenizer.json"
     backend = tokenizers.Tokenizer.from_file(str(path))
     backend.post_processor = TemplateProcessing(
@@ -266,11 +266,11 @@ def test_the_files_post_processor_decides_whether_bos_is_added(folder):
     backend.save(str(path))
     tokenizer = read_tokenizer(folder)
     assert tokenizer.encode("hello") == [1, 262]
-    assert tokenizer.chat(CHAT).count(1) == 3  # a chat has the tokens of its template and no others
+    assert tokenizer.chat(CHAT).count(1) == 3  # a chat has only the special tokens of its template
 
 
 @pytest.mark.parametrize("settings", [{}, {"add_bos_token": True, "add_eos_token": True}])
-def test_ids_and_chats_are_those_of_transformers(tiny, tmp_path, transformers, settings):
+def test_ids_and_chats_equal_those_of_transformers(tiny, tmp_path, transformers, settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = transformers.AutoTokenizer.from_pretrained(tiny.tokenizer(tmp_path, **settings))
@@ -287,7 +287,7 @@ def test_ids_and_chats_are_those_of_transformers(tiny, tmp_path, transformers, s
         assert ours.eos_ids == (theirs.eos_token_id,)
 
 
-def test_truncation_in_the_file_does_not_cut_prompts(folder):
+def test_truncation_settings_of_the_file_are_ignored(folder):
     path = folder / "tokenizer.json"
     limited = tokenizers.Tokenizer.from_file(str(path))
     limited.enable_truncation(3)
@@ -313,7 +313,7 @@ def test_a_bug_while_reading_a_tokenizer_is_not_reported_as_damage(
         read_tokenizer(folder)
 
 
-def test_tokens_that_only_the_config_lists_are_added_in_their_place(tiny, tmp_path):
+def test_tokens_listed_only_in_the_config_are_added_at_their_ids(tiny, tmp_path):
     entry = {"content": "<tool>", "special": True, "normalized": False}
     tokenizer = read_tokenizer(tiny.tokenizer(tmp_path, added_tokens_decoder={"266": entry}))
     assert tokenizer.encode("<tool>") == [266]
@@ -321,7 +321,7 @@ def test_tokens_that_only_the_config_lists_are_added_in_their_place(tiny, tmp_pa
         read_tokenizer(tiny.tokenizer(tmp_path, added_tokens_decoder={"300": entry}))
 
 
-def test_a_damaged_tokenizer_is_named_and_another_form_is_said(folder):
+def test_a_damaged_tokenizer_is_refused_and_other_formats_give_a_warning(folder):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a readable tokenizer"):
         read_tokenizer(folder)
@@ -330,7 +330,7 @@ def test_a_damaged_tokenizer_is_named_and_another_form_is_said(folder):
         assert read_tokenizer(folder) is None
 
 
-def test_chat_templates_may_stand_in_their_own_file_or_be_several(tiny, tmp_path):
+def test_a_chat_template_may_be_a_file_or_one_of_several(tiny, tmp_path):
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
     folder = tiny.tokenizer(
         tmp_path, chat_template=None, **{"pad_token": {"content": "<|endoftext|>"}}
@@ -359,12 +359,12 @@ def test_without_a_chat_template_messages_are_refused(tiny, tmp_path):
         ([CHAT[0], {"role": "user"}], r"messages\[1\] from 'user' has no 'content'"),
     ],
 )
-def test_malformed_messages_are_named(messages, named):
+def test_malformed_messages_are_refused_by_position(messages, named):
     with pytest.raises(ConfigError, match=named):
         check_messages(messages)
 
 
-def test_what_a_template_refuses_is_passed_on(folder):
+def test_errors_of_a_template_are_reported(folder):
     raising = Tokenizer(None, chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ConfigError, match="roles must alternate"):
         raising.chat(CHAT)
@@ -372,9 +372,10 @@ def test_what_a_template_refuses_is_passed_on(folder):
         Tokenizer(None, chat_template="{% for %}").chat(CHAT)
 
 
-def test_templates_have_the_tools_that_they_are_written_for():
+def test_templates_have_the_filters_and_tags_of_hugging_face():
     source = (
-        "{% for m in messages %}\n{% if loop.index0 == 1 %}{% break %}{% endif %}\n{{ m | tojson }}\n{% endfor %}"
+        "{% for m in messages %}\n{% if loop.index0 == 1 %}{% break %}{% endif %}\n"
+        "{{ m | tojson }}\n{% endfor %}"
         "{% generation %}a<b{% endgeneration %}{{ strftime_now('%Y') | length }}"
     )
     assert (
@@ -382,7 +383,7 @@ def test_templates_have_the_tools_that_they_are_written_for():
     )
 
 
-def test_templates_cannot_reach_out_of_their_sandbox():
+def test_templates_run_in_a_sandbox():
     with pytest.raises(ConfigError, match="refuses"):
         render_template(
             "{{ messages.__class__.__mro__ }}{{ ''.__class__.__base__.__subclasses__() }}",
@@ -393,7 +394,7 @@ def test_templates_cannot_reach_out_of_their_sandbox():
     assert issubclass(jinja2.exceptions.SecurityError, jinja2.TemplateError)
 
 
-def test_any_object_that_encodes_and_decodes_will_do():
+def test_any_object_with_encode_and_decode_is_a_tokenizer():
     class Bytes:
         def encode(self, text, add_special_tokens=True):
             return list(text.encode())
