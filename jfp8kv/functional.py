@@ -1,10 +1,10 @@
-"""The functions of one line: `generate`, `logits` and `score`, which keep a warm `LLM` per model and cache setting behind them,
-and those that need none: `calibrate`, `compare`, `plan_kv` and `inspect`."""
+"""Functions that take a model: `generate`, `logits`, `score`, `calibrate`, `compare`, `plan_kv` and
+`inspect`. The first three reuse an `LLM` for each model and cache."""
 
 import os
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -14,15 +14,16 @@ from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint.export import LAYOUTS as EXPORT_LAYOUTS  # noqa: F401  (for the command line)
 from jfp8kv.checkpoint.export import export as export
+from jfp8kv.checkpoint.load import ModelLike, as_params, read_checkpoint_info
 from jfp8kv.checkpoint.load import load as load
-from jfp8kv.checkpoint.load import read_checkpoint_info
 from jfp8kv.core.errors import ConfigError, unknown_keyword
+from jfp8kv.core.options import takes
 from jfp8kv.core.paths import looks_like_path
 from jfp8kv.core.sizes import parse_bytes as parse_bytes  # for batch runs
 from jfp8kv.engine.buckets import (
     Buckets as Buckets,  # for batch runs, as `StructuredOutput` and `encode_pair`
 )
-from jfp8kv.engine.options import EngineOptions
+from jfp8kv.engine.options import EngineOptions, KVDtype, KVScalesLike
 from jfp8kv.engine.request import RequestOutput
 from jfp8kv.engine.structured import StructuredOutput as StructuredOutput
 from jfp8kv.llm import LLM, keep_compiled_programs
@@ -39,57 +40,80 @@ from jfp8kv.quality.mixed_precision import planned
 from jfp8kv.quality.model_report import ModelReport, report
 from jfp8kv.quality.needle import DEPTHS
 from jfp8kv.quality.quality_report import QualityReport
+from jfp8kv.sampling.keywords import SamplingFields
 from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.text.prompts import PromptLike, TokenIds
 from jfp8kv.text.prompts import encode_pair as encode_pair
 
 _ENGINE = "_engine"  # where a `Params` keeps its warm engine
 
 
+@takes(SamplingParams)
 def generate(
-    params: Params,
-    prompts: Any,
+    params: ModelLike,
+    prompts: PromptLike,
     *,
-    kv_dtype: Any = "auto",
-    kv_scales: Any = "auto",
+    kv_dtype: KVDtype = "auto",
+    kv_scales: KVScalesLike = "auto",
     prompt_lookup: int = 0,
     sampling_params: SamplingParams | None = None,
     progress: bool | None = None,
-    **sampling_fields: Any,
+    **sampling_fields: Unpack[SamplingFields],
 ) -> list[RequestOutput]:
-    """Continue each prompt with the model in `params`; results in the order of `prompts`.
+    """Generate a continuation of each prompt.
+
+        outputs = jfp8kv.generate(params, ["Once upon a time"], kv_dtype="fp8", max_tokens=64)
+        outputs[0].text
 
     Args:
-      params: what `load` or `Params.from_pytree` gave.
-      prompts: a str, a list of str, a list of token id lists, or chat messages (a list of dicts, or a list of those).
-      kv_dtype: of the cache: "auto", "bfloat16", "float16", "float32", "fp8" (= "fp8_e4m3"), "fp8_e4m3", "fp8_e5m2";
-        or by layer, a `KVPlan` among others: see `LLM`.
-      kv_scales: "auto", "checkpoint", "unit", "token_head", a `KVScales` or a path to one; see `LLM`.
-      prompt_lookup: tokens to guess ahead from what the text has said before, 0 for none; see `LLM`.
-      sampling_params: a `SamplingParams`; `sampling_fields` (`max_tokens=64, temperature=0.0, ...`) override its fields.
-      progress: show a bar; None shows one for more than 8 prompts on a terminal.
+      params: a `Params`, or a path or hub id, which is then loaded at each call.
+      prompts: a str, a list of str, a list of token id lists, or chat messages (a list of dicts, or
+        a list of those).
+      kv_dtype: format of the KV cache, as in `EngineOptions`.
+      kv_scales: scales of an FP8 cache, as in `EngineOptions`.
+      prompt_lookup: draft tokens per step of prompt-lookup decoding, as in `EngineOptions`.
+      sampling_params: sampling parameters of all prompts.
+      progress: whether to show a progress bar; None shows one on a terminal for more than 8 prompts.
+      **sampling_fields: fields of `SamplingParams`. They override those of `sampling_params`.
 
-    Raises `ConfigError` for anything that cannot be served, naming it, before anything runs.
+    Returns:
+      One output for each prompt, in the order of `prompts`.
+
+    Raises:
+      ConfigError: an invalid prompt or option. Nothing has run then.
     """
     also = ("kv_dtype", "kv_scales", "prompt_lookup", "sampling_params", "progress")
     sampling = SamplingParams.from_fields(sampling_params, also=also, **sampling_fields)
-    return _llm(params, kv_dtype, kv_scales, prompt_lookup).generate(
-        prompts, sampling, progress=progress
-    )
+    llm = _llm(params, kv_dtype, kv_scales, prompt_lookup)
+    return llm.generate(prompts, sampling, progress=progress)
 
 
 def logits(
-    params: Params, token_ids: Sequence[int], *, kv_dtype: Any = "auto", kv_scales: Any = "auto"
+    params: ModelLike,
+    token_ids: TokenIds,
+    *,
+    kv_dtype: KVDtype = "auto",
+    kv_scales: KVScalesLike = "auto",
 ) -> np.ndarray:
-    """float32 `[tokens, vocab]`: the model's scores after each token, through the paged cache by the code that generates."""
+    """Return the logits after each token, float32 `[tokens, vocab]`.
+
+    They are computed through the paged cache, by the code that generates. Arguments are those of
+    `generate`.
+    """
     return _llm(params, kv_dtype, kv_scales).logits(token_ids)
 
 
 def score(
-    params: Params, texts_or_token_ids: Any, *, kv_dtype: Any = "auto", kv_scales: Any = "auto"
+    params: ModelLike,
+    texts_or_token_ids: PromptLike,
+    *,
+    kv_dtype: KVDtype = "auto",
+    kv_scales: KVScalesLike = "auto",
 ) -> list[np.ndarray] | np.ndarray:
-    """Log-probability of each token given those before it, float32 `[tokens - 1]` (the first token has none).
+    """Return the log-probability of each token but the first, float32 `[tokens - 1]`.
 
-    A list of texts (or of token id lists) gives a list of arrays; one text (or one list of ids) gives one array.
+    One text (or one list of token ids) gives an array, a list of them a list of arrays. Other
+    arguments are those of `generate`.
     """
     return _llm(params, kv_dtype, kv_scales).score(texts_or_token_ids)
 
@@ -254,45 +278,46 @@ def plan_kv(
 
 
 def inspect(
-    source_or_params: str | os.PathLike[str] | Params,
+    model: ModelLike,
     *,
-    kv_dtype: Any = "auto",
-    kv_scales: Any = "auto",
+    kv_dtype: KVDtype = "auto",
+    kv_scales: KVScalesLike = "auto",
     max_model_len: int | None = None,
     page_size: int = 64,
 ) -> ModelReport:
-    """What a model is, what its KV cache costs in each format, and a verdict on the KV scales of each layer.
+    """Report what a model is, what its KV cache costs in each format, and the state of its KV scales.
 
-    Weights are not read: config, headers and the scales say it all. Nothing that is wrong with a scale raises.
+    The weights are not read, and only the small files of a hub model are fetched. Invalid scales are
+    part of the report; they do not raise.
 
     Args:
-      source_or_params: what `load` takes, or a `Params`. Of a hub model only the small files are fetched; a folder may lack
-        its weights.
-      kv_dtype, kv_scales, max_model_len, page_size: as in `LLM`, whose `stats` would show the same figures. The usual formats
-        are listed whatever `kv_dtype` says.
+      model: a `Params`, a path or a hub id. A folder may lack its weights.
+      kv_dtype, kv_scales, max_model_len, page_size: as in `EngineOptions`. The report has the figures
+        of `LLM.stats` for them, besides those of the usual formats.
 
-    Raises `CheckpointError` or `ConfigError` for what cannot be loaded or served, as far as config and headers tell.
+    Raises:
+      CheckpointError, ConfigError: a model that cannot be loaded, or options that it does not allow.
     """
-    given = EngineOptions(
+    options = EngineOptions(
         kv_dtype=kv_dtype, kv_scales=kv_scales, max_model_len=max_model_len, page_size=page_size
     )
     cache = {
-        "kv_dtype": given.kv_dtype,
-        "kv_scales": given.kv_scales,
-        "max_model_len": given.max_model_len,
-        "page_size": given.page_size,
+        "kv_dtype": options.kv_dtype,
+        "kv_scales": options.kv_scales,
+        "max_model_len": options.max_model_len,
+        "page_size": options.page_size,
     }
-    if isinstance(source_or_params, Params):
-        return report(source_or_params, "Params", **cache)
-    return report(read_checkpoint_info(source_or_params, weights=False), os.fspath(source_or_params), **cache)
+    if isinstance(model, Params):
+        return report(model, "Params", **cache)
+    return report(read_checkpoint_info(model, weights=False), os.fspath(model), **cache)
 
 
-def _llm(params: Params, kv_dtype: Any, kv_scales: Any, prompt_lookup: int | None = None) -> LLM:
+def _llm(params: ModelLike, kv_dtype: Any, kv_scales: Any, prompt_lookup: int | None = None) -> LLM:
     """The warm engine of these parameters, made anew when the settings change (None: whatever `prompt_lookup` it has).
 
     It belongs to `params` and goes with them. Scales and plans from files are read each time: what counts is what they are now.
     """
-    _require_params(params)
+    params = as_params(params)
     kv_dtype = plan_of(kv_dtype) or kv_dtype
     if looks_like_path(kv_scales):
         kv_scales = KVScales.load(kv_scales)

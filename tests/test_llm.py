@@ -375,7 +375,7 @@ def test_a_broken_scale_is_refused_unless_loading_is_not_strict(tmp_path) -> Non
     folder = write_sidecar(shutil.copytree(FOLDER, tmp_path / "model"), [[0.5, 0.0]])
     with pytest.raises(
         jfp8kv.CheckpointError,
-        match="layer 1 is 0.*strict=False, or give --no-strict on the command line",
+        match="layer 1 is 0.*strict=False .--no-strict on the command line",
     ):
         jfp8kv.LLM(str(folder))
     with pytest.warns(UserWarning, match="layer 1 is 0.*: scale 1 is used instead"):
@@ -387,8 +387,17 @@ def test_text_needs_a_tokenizer_and_params_must_be_params(params) -> None:
     bare = jfp8kv.Params(params.tree, params.config)
     with pytest.raises(ConfigError, match="no tokenizer"):
         jfp8kv.generate(bare, "hello")
-    with pytest.raises(ConfigError, match="must be a Params"):
+    with pytest.raises(ConfigError, match="must be a Params, a path or a hub id"):
         jfp8kv.generate(params.tree, "hello")
+
+
+def test_functions_take_a_path_in_place_of_params(params) -> None:
+    options = {"max_tokens": 4, "temperature": 0.0}
+    (want,) = jfp8kv.generate(params, "hello", **options)
+    assert jfp8kv.generate(FOLDER, "hello", **options)[0].token_ids == want.token_ids
+    ids = list(want.prompt_token_ids)
+    np.testing.assert_array_equal(jfp8kv.logits(str(FOLDER), ids), jfp8kv.logits(params, ids))
+    np.testing.assert_array_equal(jfp8kv.score(FOLDER, "hello"), jfp8kv.score(params, "hello"))
 
 
 def test_two_threads_are_both_served(llm) -> None:
