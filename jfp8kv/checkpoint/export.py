@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ from jfp8kv.checkpoint.hf_tokenizer import require_serializable, write_tokenizer
 from jfp8kv.checkpoint.kv_export import (
     COMPRESSED_TENSORS,
     KV_FILE,
+    ExportLayout,
     equal_values,
     identical,
     quantization_config,
@@ -45,6 +46,7 @@ from jfp8kv.checkpoint.safetensors import LazyTensor, write_safetensors
 from jfp8kv.checkpoint.tensors import FLOAT_DTYPES
 from jfp8kv.core.errors import CheckpointError, ConfigError, invalid_choice
 from jfp8kv.core.formats import E4M3
+from jfp8kv.core.types import PathLike
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families.to_hf import config_to_hf
 from jfp8kv.models.layouts import full_name, hf_modules
@@ -59,7 +61,6 @@ from jfp8kv.models.names import (
 from jfp8kv.models.params import Params
 from jfp8kv.text.tokenizer import Tokenizer
 
-ExportLayout = Literal["compressed-tensors"]
 LAYOUTS: tuple[ExportLayout, ...] = (COMPRESSED_TENSORS,)
 CONFIG = "config.json"
 _SHARD_BYTES = 5 * 10**9
@@ -68,9 +69,9 @@ _METADATA = {"format": "pt"}  # transformers requires it
 
 def export(
     params: Params,
-    folder: str | os.PathLike[str],
+    folder: PathLike,
     *,
-    kv_scales: KVScales | str | os.PathLike[str] | None = None,
+    kv_scales: KVScales | PathLike | None = None,
     layout: ExportLayout = COMPRESSED_TENSORS,
 ) -> None:
     """Write a model as a Hugging Face folder: weights, config, tokenizer and KV scales.
@@ -124,9 +125,7 @@ def export(
             _require_loadable_scales(temporary)
 
 
-def _resolve_scales(
-    params: Params, kv_scales: KVScales | str | os.PathLike[str] | None
-) -> KVScales | None:
+def _resolve_scales(params: Params, kv_scales: KVScales | PathLike | None) -> KVScales | None:
     """Return the scales to export, converted to E4M3FN with a warning."""
     scales: Any = params.kv_scales if kv_scales is None else kv_scales
     if scales is None:
@@ -222,7 +221,7 @@ def _write_weights(folder: Path, tensors: Sequence[LazyTensor]) -> None:
     if len(shards) == 1:
         write_safetensors(folder / "model.safetensors", tensors, _METADATA)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_safetensors(folder / name, shard, _METADATA)

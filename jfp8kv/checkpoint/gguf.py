@@ -107,7 +107,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
             path, fields, "general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT, minimum=1
         )
         data_start = -(-file.tell() // alignment) * alignment
-    return fields, {name: _tensor(path, name, *info, data_start) for name, *info in infos}
+    return fields, {
+        name: _tensor(path, name, shape, kind, offset, data_start)
+        for name, shape, kind, offset in infos
+    }
 
 
 def _integer(

@@ -43,7 +43,7 @@ def download(repo: str, *, weights: bool = True) -> Path:
 
     # The bases of HfHubHTTPError cover connection errors of its HTTP library, which differs between
     # versions of huggingface_hub.
-    errors = (*HfHubHTTPError.__bases__, OSError, HFValidationError)
+    errors: tuple[Any, ...] = (*HfHubHTTPError.__bases__, OSError, HFValidationError)
     patterns = _ALL_FILES if weights else _SMALL_FILES
     try:
         path = snapshot_download(repo, allow_patterns=patterns, ignore_patterns=_IGNORED_FILES)

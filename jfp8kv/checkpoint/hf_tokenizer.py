@@ -35,9 +35,10 @@ def read_tokenizer(folder: Path, *, eos_ids: Iterable[int] = ()) -> Tokenizer | 
     if not path.is_file():
         if other := next((name for name in _OTHER_FORMATS if (folder / name).is_file()), None):
             warnings.warn(
-                f"{folder}: its tokenizer is in {other}, and the folder has no tokenizer.json, so prompts "
-                "must be token ids. AutoTokenizer.from_pretrained(folder).save_pretrained(folder) "
-                "of transformers writes one.",
+                f"{folder}: its tokenizer is in {other}, and the folder has no tokenizer.json, so "
+                "prompts must be token ids. "
+                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers "
+                "writes one.",
                 stacklevel=4,
             )
         return None

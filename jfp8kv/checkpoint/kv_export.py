@@ -15,7 +15,7 @@ calibrates later is not overridden by an outdated file.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,7 +26,8 @@ from jfp8kv.core.formats import E4M3, kv_format
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.layouts import full_name, hf_modules
 
-COMPRESSED_TENSORS = "compressed-tensors"
+ExportLayout = Literal["compressed-tensors"]
+COMPRESSED_TENSORS: ExportLayout = "compressed-tensors"
 KV_FILE = "kv_scales.jfp8kv"
 
 

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
 
 from jfp8kv.checkpoint import hf_folder as hf
 from jfp8kv.checkpoint.hf_tokenizer import read_tokenizer
@@ -32,6 +31,7 @@ from jfp8kv.checkpoint.tensors import (
 )
 from jfp8kv.core.errors import CheckpointError, ConfigError, invalid_choice
 from jfp8kv.core.paths import looks_like_path
+from jfp8kv.core.types import PathLike, WeightsDtype
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
 from jfp8kv.models.families.fields import ids, mapping
@@ -45,9 +45,7 @@ _HEAD = "lm_head.weight"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def load(
-    source: str | os.PathLike[str], dtype: DTypeLike | None = None, *, strict: bool = True
-) -> Params:
+def load(source: PathLike, dtype: WeightsDtype | None = None, *, strict: bool = True) -> Params:
     """Load the weights, config, tokenizer and KV scales of a checkpoint.
 
     Weights are streamed: peak memory stays below 1.3 times their size. torch is never imported.
@@ -154,7 +152,7 @@ class CheckpointInfo:
         return Params(nest(leaves), self.config, self.read_tokenizer(), self.scale_report.scales)
 
 
-def read_checkpoint_info(source: str | os.PathLike[str], *, weights: bool = True) -> CheckpointInfo:
+def read_checkpoint_info(source: PathLike, *, weights: bool = True) -> CheckpointInfo:
     """Return what `load` would load, without reading the weights.
 
     Args:
@@ -168,7 +166,7 @@ def read_checkpoint_info(source: str | os.PathLike[str], *, weights: bool = True
     return _read_info(locate(source, weights=weights), needs_weights=weights)
 
 
-def read_scale_report(source: str | os.PathLike[str]) -> ScaleReport:
+def read_scale_report(source: PathLike) -> ScaleReport:
     """Return the report on the KV scales of a checkpoint. Weights are not read.
 
     Invalid scales do not raise: they are issues of the report.
@@ -184,7 +182,7 @@ def read_scale_report(source: str | os.PathLike[str]) -> ScaleReport:
     return _read_info(path, needs_weights=True).scale_report
 
 
-def resolve_dtype(dtype: DTypeLike | None) -> np.dtype | None:
+def resolve_dtype(dtype: WeightsDtype | None) -> np.dtype | None:
     """Return a weight dtype from its name or from a NumPy or JAX dtype; None stays None.
 
     Raises:
@@ -192,6 +190,7 @@ def resolve_dtype(dtype: DTypeLike | None) -> np.dtype | None:
     """
     if dtype is None:
         return None
+    name: str
     try:
         name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     except TypeError:
@@ -201,7 +200,7 @@ def resolve_dtype(dtype: DTypeLike | None) -> np.dtype | None:
     return FLOAT_DTYPES[name]
 
 
-def locate(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
+def locate(source: PathLike, *, weights: bool = True) -> Path:
     """Return the folder or .gguf file of a source. Hub models are downloaded.
 
     A folder is used before a hub id of the same name. A file is used if `source` looks like a path:

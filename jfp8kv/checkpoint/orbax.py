@@ -10,7 +10,6 @@ that the temporary copy is never larger than the weights that are still to be re
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -34,6 +33,7 @@ from jfp8kv.checkpoint.hf_tokenizer import (
 )
 from jfp8kv.checkpoint.tensors import StoredTensor, chunks, load_parameter
 from jfp8kv.core.errors import CheckpointError, ConfigError
+from jfp8kv.core.types import PathLike
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.names import Shape, Source, expected_shapes, nest, require_names, require_shape
 from jfp8kv.models.params import Params
@@ -55,7 +55,7 @@ T = TypeVar("T")
 # Writing
 
 
-def save(params: Params, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def save(params: Params, folder: PathLike, *, overwrite: bool = False) -> None:
     """Write a model to a folder that `load` reads back bit for bit.
 
     The folder has the weights, the config, the tokenizer and the KV scales.
@@ -226,10 +226,10 @@ def _read_description(folder: Path) -> SavedModel:
         config = from_json(ModelConfig, description.config)
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{path}: damaged ({_validation_issues(error)}).") from error
-    tokenizer = description.tokenizer
+    saved = description.tokenizer
     return SavedModel(
         config,
-        tokenizer and _read_tokenizer(folder / TOKENIZER, tokenizer),
+        None if saved is None else _read_tokenizer(folder / TOKENIZER, saved),
         _read_scales(folder / KV_SCALES, config) if description.kv_scales else None,
     )
 
@@ -378,15 +378,11 @@ def from_json(cls: type[T], value: Any) -> T:
     Raises:
       pydantic.ValidationError: an unknown field, or a missing or invalid value.
     """
-    config: T = _validator(cls).model_validate({"config": _without_tags(value)}).config
-    return config
-
-
-@functools.cache
-def _validator(cls: type) -> Any:
-    """Return a model with one field of type `cls`; its settings apply to nested dataclasses too."""
+    # The settings of a model apply to the dataclasses in it.
     settings = pydantic.ConfigDict(extra="forbid")
-    return pydantic.create_model("Saved", __config__=settings, config=(cls, ...))
+    model: Any = pydantic.create_model("Saved", __config__=settings, config=(cls, ...))
+    config: T = model.model_validate({"config": _without_tags(value)}).config
+    return config
 
 
 def _without_tags(value: Any) -> Any:

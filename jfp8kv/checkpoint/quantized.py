@@ -21,6 +21,7 @@ import numpy as np
 
 from jfp8kv.checkpoint.tensors import StoredTensor, chunks, read_exactly
 from jfp8kv.core.errors import CheckpointError
+from jfp8kv.core.formats import kv_format
 from jfp8kv.models.names import Shape
 from jfp8kv.models.quantization import Block, WeightScheme
 
@@ -224,7 +225,7 @@ def _require_finite(weight: StoredTensor, values: np.ndarray, out: np.ndarray) -
         )
     raise CheckpointError(
         f"{weight.file}: {weight.name} times its scales exceeds {out.dtype.name}'s largest value, "
-        f"{float(ml_dtypes.finfo(out.dtype).max):g}; load with dtype='bfloat16' or 'float32'."
+        f"{kv_format(out.dtype.name).largest:g}; load with dtype='bfloat16' or 'float32'."
     )
 
 

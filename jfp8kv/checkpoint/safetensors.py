@@ -174,7 +174,7 @@ def write_safetensors(path: Path, tensors: Iterable[LazyTensor], metadata: dict[
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in ordered:
-            file.write(_bytes(tensor))
+            file.write(_bytes(tensor).data)
 
 
 def _bytes(tensor: LazyTensor) -> np.ndarray:

@@ -32,8 +32,8 @@ from jfp8kv.models.names import (
 
 CHUNK_BYTES = 4 << 20
 ALIGNMENT = 64  # bytes; XLA:CPU adopts host memory without a copy at this alignment
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOAT_DTYPES = {
+BFLOAT16: np.dtype = np.dtype(ml_dtypes.bfloat16)
+FLOAT_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": BFLOAT16,
     "float16": np.dtype(np.float16),
@@ -128,7 +128,7 @@ def load_parameter(
             tensor = np.empty(part.shape, np.float32 if part.wide else dtype)
             tensors[part.name].read_into(tensor)
             row[...] = part.take(tensor)
-    array = jax.device_put(host, may_alias=True)
+    array: jax.Array = jax.device_put(host, may_alias=True)
     # Where the device has separate memory, this frees the host copy before the next parameter.
     array.block_until_ready()
     return array
@@ -170,7 +170,7 @@ def read_exactly(path: Path, offset: int, out: np.ndarray) -> None:
     Raises:
       CheckpointError: the file ends early.
     """
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = memoryview(out.reshape(-1).view(np.uint8).data)
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         while view:
