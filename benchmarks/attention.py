@@ -38,7 +38,7 @@ class Side:
         k, v = (jnp.asarray(encode_numpy(rng.normal(size=size), fmt)) for _ in "kv")
         k = k.swapaxes(2, 3) if keys_transposed else k
         self.pages = KVPool(
-            k, v, None, None, layout=PoolLayout.alike(fmt, 1, keys_transposed=keys_transposed)
+            k, v, None, None, layout=PoolLayout.uniform(fmt, 1, keys_transposed=keys_transposed)
         )
         self.table = jnp.asarray(
             rng.permutation(pages).reshape(shape["requests"], per_request), jnp.int32

@@ -70,7 +70,7 @@ def losses(
     }
     ways["auto"] = [
         plans.index(LayerPlan("bfloat16")) - (kind.fmt is kv_format(kv_dtype))
-        for kind in auto.kinds
+        for kind in auto.specs
     ]
     trial = SensitivityAnalysis(params, Candidates(plans, scales), measured, progress=False)
     return {name: trial.whole(way) for name, way in ways.items()}

@@ -56,7 +56,7 @@ def pressure(params: jfp8kv.Params, text: str, requests: int, output: int) -> No
     rng = np.random.default_rng(0)
     asked = [ids[start : start + 64] for start in rng.integers(0, len(ids) - 64, requests)]
     probe = jfp8kv.LLM(params, kv_dtype="bfloat16", kv_cache_memory="64MiB")._engine
-    whole = requests * probe.kv.text_bytes(64 + output)
+    whole = requests * probe.kv.sequence_bytes(64 + output)
     rows = []
     for name in ("bfloat16", "fp8_e4m3"):
         for label, memory in (

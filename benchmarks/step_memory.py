@@ -47,7 +47,7 @@ def main() -> None:
         batch = engine.batch_builder.decode(ScheduledDecode(requests, 4))[0]
         for size in (64, 1024):
             pool = jax.eval_shape(
-                lambda kv=engine.cache_config, size=size: kv.pool(size * MIB // kv.page_bytes)
+                lambda kv=engine.cache_config, size=size: kv.new_pool(size * MIB // kv.page_bytes)
             )
             programs = Programs(engine.model, engine.programs.weights, engine.programs.scales)
             memory = programs.program(

@@ -98,7 +98,7 @@ def main() -> None:
     for kv_dtype in DTYPES:
         windows, full = (Side(params, kv_dtype, prompt, new) for params in models)
         stats = windows.llm.stats
-        one_table = windows.llm._engine.cache_config.without_windows.text_bytes(given.tokens + new)
+        one_table = windows.llm._engine.cache_config.without_windows.sequence_bytes(given.tokens + new)
         assert full.held_bytes == one_table, (
             f"all layers full hold {full.held_bytes} bytes, and {one_table} were reckoned"
         )

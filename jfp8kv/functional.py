@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from jfp8kv.cache.capacity import default_bytes  # noqa: F401  (for batch runs)
-from jfp8kv.cache.kv_dtype import plan_of
+from jfp8kv.cache.config import resolve_plan
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint.export import LAYOUTS as EXPORT_LAYOUTS  # noqa: F401  (for the command line)
@@ -318,7 +318,7 @@ def _llm(params: ModelLike, kv_dtype: Any, kv_scales: Any, prompt_lookup: int | 
     It belongs to `params` and goes with them. Scales and plans from files are read each time: what counts is what they are now.
     """
     params = as_params(params)
-    kv_dtype = plan_of(kv_dtype) or kv_dtype
+    kv_dtype = resolve_plan(kv_dtype) or kv_dtype
     if looks_like_path(kv_scales):
         kv_scales = KVScales.load(kv_scales)
     settings, llm = params.__dict__.get(_ENGINE, (None, None))

@@ -123,7 +123,7 @@ class LLM:
     def attention(self) -> str:
         """Which attention runs and why."""
         choice = self._engine.attention
-        return f"{choice.name}: {choice.why}"
+        return f"{choice.name}: {choice.reason}"
 
     def warmup(self, *, structured: bool = False, branches: bool = False) -> None:
         """Compile all step programs now (or read them from the compilation cache); later calls then compile nothing.

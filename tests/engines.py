@@ -17,7 +17,7 @@ def tiny(family: str = "llama_gqa", **options) -> jfp8kv.LLM:
 
 def poisoned(llm: jfp8kv.LLM) -> jfp8kv.LLM:
     """The same engine, whatever was in its pool gone."""
-    formats = {kind.fmt for kind in llm._engine.cache_config.kinds}
+    formats = {kind.fmt for kind in llm._engine.cache_config.specs}
     code = 0xFF if len(formats) > 1 else formats.pop().nan_code
     llm._engine.pages = poison(llm._engine.pages, code)
     return llm

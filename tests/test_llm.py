@@ -355,7 +355,7 @@ def test_one_bad_prompt_among_many_is_refused_before_any_runs(llm) -> None:
         ({"max_num_seqs": 0}, "max_num_seqs=0"),
         ({"page_size": -4}, "page_size=-4"),
         ({"kv_cache_memory": "lots"}, "512MiB"),
-        ({"kv_cache_memory": 10}, "holds no page"),
+        ({"kv_cache_memory": 10}, "is too small: one page"),
         ({"seed": -1}, "seed=-1"),
         ({"dtype": "float32"}, "already"),
         ({"strict": False}, "strict=False: the given Params are loaded already"),

@@ -72,7 +72,7 @@ def time_decode(
         page_size=64,
         max_tokens_per_dispatch=1,
     )
-    requests = max(1, int(parse_bytes(memory) // kv.text_bytes(context + new)))
+    requests = max(1, int(parse_bytes(memory) // kv.sequence_bytes(context + new)))
     engine, attention = open_engine(
         params, asked["attention"], kv_dtype=kv_dtype, kv_cache_memory=memory, max_model_len=context + new,
         max_num_seqs=requests, prefix_caching=False,

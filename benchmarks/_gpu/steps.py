@@ -147,7 +147,7 @@ def _compile(case: StepCase, size: int) -> tuple[Any, str, int]:
     if not case.kind.dynamic:
         kv = dataclasses.replace(kv, scales=KVScales.unit(LLAMA_8B.layers))
     num_pages = size // kv.page_bytes
-    pool = jax.eval_shape(lambda: kv.pool(num_pages))
+    pool = jax.eval_shape(lambda: kv.new_pool(num_pages))
     attend = PallasAttention(
         paged_decode, paged_prefill, capability=case.target.capability, interpret=False
     )

@@ -61,7 +61,7 @@ class Writing:
         s, fmt = self.shape, FORMATS[self.element]
         rows = s.requests * self.pages
         if not self.fused:
-            layout = PoolLayout.alike(
+            layout = PoolLayout.uniform(
                 fmt, self.layers, dynamic=self.scales == TOKEN_HEAD, keys_transposed=False
             )
             return new_pool(
@@ -72,7 +72,7 @@ class Writing:
                 head_dim=s.head_dim,
             )
         size = (self.layers * rows, s.kv_heads, s.page_size, s.head_dim)
-        pools = {name: jnp.zeros(size, fmt.stored) for name in ("k_pages", "v_pages")}
+        pools = {name: jnp.zeros(size, fmt.storage_dtype) for name in ("k_pages", "v_pages")}
         if self.scales == TOKEN_HEAD:
             pools |= {name: jnp.zeros(size[:3], jnp.uint8) for name in ("k_exponent", "v_exponent")}
         return pools
@@ -166,7 +166,7 @@ def _wrong_elements(element: str, dynamic: bool, interpret: bool, rng: np.random
     new = (4, 20, heads, channels)
     given: dict[str, Any] = {name: rng.normal(0, 200, new).astype(np.float32) for name in "kv"}
     given |= {
-        f"{name}_pages": np.full((2 * rows, heads, page_size, channels), fmt.nan_code, fmt.stored)
+        f"{name}_pages": np.full((2 * rows, heads, page_size, channels), fmt.nan_code, fmt.storage_dtype)
         for name in "kv"
     }
     given["page_table"] = rng.permutation(rows).reshape(4, 3).astype(np.int32)

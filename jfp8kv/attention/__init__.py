@@ -1,1 +1,1 @@
-"""Attention over the paged cache: what a query may see, the implementations, and the dispatch between them."""
+"""Attention over the paged cache: interface, backends, and the dispatch between them."""

@@ -1,6 +1,6 @@
 """Reference attention: gather and decode every key, softmax, weighted sum.
 
-The fast implementations are tested against it. It needs memory for the whole context in float32.
+The fast backends are tested against it. It needs memory for the whole context in float32.
 """
 
 import jax
@@ -10,13 +10,12 @@ from jaxtyping import Array, Bool, Float
 from jfp8kv.attention.interface import (
     AttentionMetadata,
     AttentionOptions,
-    KVPool,
-    Layer,
-    LayerScales,
     Query,
+    first_visible,
+    live,
+    visible,
 )
-from jfp8kv.attention.masks import first_visible, live, visible
-from jfp8kv.cache.pool import read
+from jfp8kv.cache.pool import KVPool, Layer, LayerScales, read
 from pallas_kernels.reference import scores, softmax
 
 
@@ -25,21 +24,22 @@ def attention(
     pages: KVPool,
     scales: LayerScales | None,
     options: AttentionOptions,
-    at: AttentionMetadata,
+    metadata: AttentionMetadata,
     *,
     layer: Layer,
 ) -> Query:
     """Return `softmax(q k^T) v` in float32 for one request; rows that see no key give zeros."""
     tokens, q_heads, head_dim = q.shape
     window = None if options.window is None else options.window[layer]
-    k, v = read(pages, scales, layer=layer, page_table=at.page_table)
+    k, v = read(pages, scales, layer=layer, page_table=metadata.page_table)
     kv_heads = k.shape[1]
     positions = jnp.arange(k.shape[0], dtype=jnp.int32)
-    known = live(positions, first=first_visible(at.start, window), length=at.length)
+    first = first_visible(metadata.start, window)
+    known = live(positions, first=first, length=metadata.length)
     k = jnp.where(known[:, None, None], k, 0.0)
     v = jnp.where(known[:, None, None], v, 0.0)
-    query = at.start + jnp.arange(tokens, dtype=jnp.int32)
-    seen = visible(query, positions, length=at.length, window=window)
+    query = metadata.start + jnp.arange(tokens, dtype=jnp.int32)
+    seen = visible(query, positions, length=metadata.length, window=window)
     sinks = jnp.zeros((q_heads, 0), jnp.float32)
     if options.sinks is not None:
         sinks = options.sinks[layer].astype(jnp.float32)[:, None]
@@ -55,10 +55,10 @@ def attention(
         weights, _ = softmax(jnp.where(seen, score, -jnp.inf), sinks)
         return jnp.where(jnp.any(seen), weights, 0.0) @ v
 
-    of_token = jax.vmap(one_query, in_axes=(0, None, None, 0, None))
-    of_group = jax.vmap(of_token, in_axes=(1, None, None, None, 0), out_axes=1)
-    of_heads = jax.vmap(of_group, in_axes=(1, 1, 1, None, 0), out_axes=1)
+    tokens_of_head = jax.vmap(one_query, in_axes=(0, None, None, 0, None))
+    heads_of_group = jax.vmap(tokens_of_head, in_axes=(1, None, None, None, 0), out_axes=1)
+    groups = jax.vmap(heads_of_group, in_axes=(1, 1, 1, None, 0), out_axes=1)
     grouped = q.astype(jnp.float32).reshape(tokens, kv_heads, -1, head_dim)
     with jax.default_matmul_precision("highest"):
-        out = of_heads(grouped, k, v, seen, sinks.reshape(kv_heads, q_heads // kv_heads, -1))
+        out = groups(grouped, k, v, seen, sinks.reshape(kv_heads, q_heads // kv_heads, -1))
     return out.reshape(tokens, q_heads, head_dim).astype(q.dtype)

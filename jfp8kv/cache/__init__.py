@@ -1,1 +1,1 @@
-"""The paged KV cache: pages on the device, scales, and the host's bookkeeping of who owns which page."""
+"""The paged KV cache: page pool on the device, scales, page allocator, and what a model gets."""

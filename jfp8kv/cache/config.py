@@ -1,40 +1,54 @@
-"""From what a user says of the KV cache to a format, scales and a pool of pages."""
+"""The KV cache of a model: `kv_dtype` and `kv_scales` resolved to formats, scales and a pool."""
 
 import dataclasses
 import functools
 import warnings
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jfp8kv.cache.capacity import default_bytes, pages_for
-from jfp8kv.cache.default_scales import without_scales
+from jfp8kv.cache.default_scales import default_scales
 from jfp8kv.cache.groups import LayerGroups, PageRequirements
-from jfp8kv.cache.kv_dtype import layer_formats, plan_of
-from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, widths
+from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, slot_widths
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.pool import KVPool, LayerScales, new_pool, page_bytes
 from jfp8kv.cache.scales import SCALE_NAMES, TOKEN_HEAD, UNIT, KVScales, check_shape
-from jfp8kv.core.errors import ConfigError, invalid_choice
+from jfp8kv.core.errors import ConfigError, did_you_mean, invalid_choice
 from jfp8kv.core.formats import KVFormat, kv_format
 from jfp8kv.core.paths import looks_like_path
 from jfp8kv.core.sizes import parse_bytes
+from jfp8kv.core.types import KV_DTYPES
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
+
+LAYER_TYPES = ("sliding_window", "full_attention")
+_MAPPING_KEYS = ("default", "skip", "skip_dtype")
+_KV_DTYPE_FORMS = (
+    "a name for all layers, {'default': name, 'skip': [0, 'sliding_window']}, a list of one name "
+    "per layer, a KVPlan or a path to one"
+)
+_KV_SCALES_FORMS = (*SCALE_NAMES, "a KVScales", "a path to one")
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
-    """What each layer of a cache keeps, and its scales; `scales` is None when all are dynamic (one per token and head, in the
-    pages).
+    """The KV cache of one model.
 
-    `span` is the most tokens that one dispatch adds to a text: pages of a window last so much longer. `keys_transposed` is how
-    the attention in use wants keys in their pages (cache/layout.py); a CPU's does.
+    Attributes:
+      specs: by layer, what it stores.
+      scales: static scales; None if every layer has dynamic ones.
+      config: the model.
+      page_size: tokens per page.
+      max_tokens_per_dispatch: the most tokens that one dispatch adds to a sequence; windowed layers
+        keep pages for them in addition to the window.
+      keys_transposed: layout of keys that the attention backend needs (cache/layout.py).
     """
 
-    kinds: tuple[LayerCacheSpec, ...]
+    specs: tuple[LayerCacheSpec, ...]
     scales: KVScales | None
     config: ModelConfig
     page_size: int
@@ -43,192 +57,312 @@ class CacheConfig:
 
     @property
     def name(self) -> str:
-        """The format's name; where layers differ, each with how many layers have it: "fp8_e4m3 x28, bfloat16 x2"."""
-        counts = Counter(kind.fmt.name for kind in self.kinds)
-        return (
-            next(iter(counts))
-            if len(counts) == 1
-            else ", ".join(f"{name} x{n}" for name, n in counts.most_common())
-        )
+        """Name of the format, or the names with layer counts: "fp8_e4m3 x28, bfloat16 x2"."""
+        counts = Counter(spec.fmt.name for spec in self.specs)
+        if len(counts) == 1:
+            return self.specs[0].fmt.name
+        return ", ".join(f"{name} x{count}" for name, count in counts.most_common())
 
     @property
     def dynamic(self) -> bool:
         """Whether any layer has dynamic scales."""
-        return any(kind.dynamic for kind in self.kinds)
+        return any(spec.dynamic for spec in self.specs)
 
     @functools.cached_property
     def groups(self) -> LayerGroups:
-        """Which layers share a page number."""
-        return LayerGroups.of(self.config.windows or (0,) * self.config.layers, widths(self.kinds))
+        """The layer groups."""
+        windows = self.config.windows or (0,) * self.config.layers
+        return LayerGroups.of(windows, slot_widths(self.specs))
 
     @functools.cached_property
     def layout(self) -> PoolLayout:
-        """Where each layer lies in the pool."""
-        return PoolLayout.of(self.kinds, self.groups, keys_transposed=self.keys_transposed)
-
-    @property
-    def _page(self) -> dict[str, Any]:
-        return {
-            "page_size": self.page_size,
-            "kv_heads": self.config.kv_heads,
-            "head_dim": self.config.head_dim,
-        }
+        """The layout of the pool."""
+        return PoolLayout.of(self.specs, self.groups, keys_transposed=self.keys_transposed)
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page number over the layers that share it."""
-        return page_bytes(self.layout, **self._page)
+        """Bytes of one page number, in all layers that share it."""
+        return page_bytes(
+            self.layout,
+            page_size=self.page_size,
+            kv_heads=self.config.kv_heads,
+            head_dim=self.config.head_dim,
+        )
 
     @property
     def requirements(self) -> PageRequirements:
-        """How many pages a text takes."""
+        """Page counts of sequences."""
         return PageRequirements(self.groups, self.page_size, self.max_tokens_per_dispatch)
 
     @property
     def without_windows(self) -> "CacheConfig":
-        """The same cache if every layer kept the whole text."""
+        """The same cache if every layer had full attention."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, windows=()))
 
-    def text_bytes(self, tokens: int) -> int:
-        """Bytes of the pages that a text of `tokens` tokens takes in all layers."""
+    def sequence_bytes(self, tokens: int) -> int:
+        """Return the bytes of the pages of a sequence of `tokens` tokens, in all layers."""
         return self.requirements.total_pages(tokens) * self.page_bytes
 
     def bytes_per_token(self, tokens: int) -> float:
-        """`text_bytes` of a text that fills its last page, by token: without windows the same for every length."""
-        return self.text_bytes(tokens) / (-(-tokens // self.page_size) * self.page_size)
+        """Return the bytes per token of a sequence that fills its last page.
 
-    def num_pages(self, memory: int | str | None, *, most: int) -> int:
-        """Pages that `memory` bytes hold (None: a share of what is free on the device), at most `most`."""
+        Without windows it is the same for every length.
+        """
+        whole_pages = -(-tokens // self.page_size) * self.page_size
+        return self.sequence_bytes(tokens) / whole_pages
+
+    def num_pages(self, memory: int | str | None, *, limit: int) -> int:
+        """Return the number of pages in `memory` bytes, at most `limit`.
+
+        If `memory` is None, the cache takes a share of the free memory of the device.
+        """
         budget = default_bytes(jax.local_devices()[0]) if memory is None else parse_bytes(memory)
         return pages_for(
-            budget, bytes_per_page=self.page_bytes, page_size=self.page_size, most=most
+            budget, bytes_per_page=self.page_bytes, page_size=self.page_size, limit=limit
         )
 
-    def pool(self, num_pages: int) -> KVPool:
-        """A new pool on the device."""
-        return new_pool(self.layout, num_pages=num_pages, **self._page)
+    def new_pool(self, num_pages: int) -> KVPool:
+        """Allocate a pool on the device."""
+        return new_pool(
+            self.layout,
+            num_pages=num_pages,
+            page_size=self.page_size,
+            kv_heads=self.config.kv_heads,
+            head_dim=self.config.head_dim,
+        )
 
     def layer_scales(self) -> LayerScales | None:
-        """The static scales on the device."""
-        c = self.config
-        sizes = {"layers": c.layers, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
-        return None if self.scales is None else LayerScales.of(self.scales, **sizes)
+        """Place the static scales on the device."""
+        if self.scales is None:
+            return None
+        return LayerScales.of(
+            self.scales,
+            layers=self.config.layers,
+            kv_heads=self.config.kv_heads,
+            head_dim=self.config.head_dim,
+        )
 
 
 def resolve_cache(
     params: Params,
-    kv_dtype: Any,
-    kv_scales: Any,
+    kv_dtype: object,
+    kv_scales: object,
     *,
     page_size: int,
     max_tokens_per_dispatch: int,
     longest: int | None = None,
 ) -> CacheConfig:
-    """Resolve `kv_dtype` and `kv_scales` for this model. Raises `ConfigError` or `CheckpointError` for what cannot be.
+    """Resolve `kv_dtype` and `kv_scales` for a model.
 
-    `longest` is the most tokens of a text, None what the model was trained for. The leaves of `params` may be shapes alone,
-    which do not say whether a model needs more than scale 1.
+    Args:
+      params: the model. Its leaves may be shapes, which do not show a K bias.
+      kv_dtype: a name, formats by layer (see `layer_formats`), a `KVPlan` or a path to one.
+      kv_scales: a name, a `KVScales` or a path to one.
+      page_size: tokens per page.
+      max_tokens_per_dispatch: the most tokens that one dispatch adds to a sequence.
+      longest: length of the longest sequence; None for the context length of the model.
+
+    Raises `ConfigError` or `CheckpointError` for what the model or the format does not support.
     """
     config = params.config
-    plan = plan_of(kv_dtype)
+    scales: KVScales | None
+    plan = resolve_plan(kv_dtype)
     if plan is not None:
-        kinds, scales = _planned(plan, config, kv_scales)
+        specs, scales = _from_plan(plan, config, kv_scales)
     else:
         formats = layer_formats(kv_dtype, config, params.dtype.name)
-        if isinstance(kv_scales, str) and kv_scales == "auto" and params.kv_scales is None:
-            dynamic, (formats, scales) = (
-                False,
-                without_scales(params, formats, longest or config.max_len),
-            )
+        dynamic = False
+        if _is_auto(kv_scales) and params.kv_scales is None:
+            formats, scales = default_scales(params, formats, longest or config.max_len)
         else:
-            dynamic, scales = _scales(params, formats, kv_scales)
-        kinds = tuple(LayerCacheSpec(fmt, dynamic and fmt.is_fp8) for fmt in formats)
-    if scales is None and not all(kind.dynamic for kind in kinds):
+            dynamic, scales = _resolve_scales(params, formats, kv_scales)
+        specs = tuple(LayerCacheSpec(fmt, dynamic and fmt.is_fp8) for fmt in formats)
+    if scales is None and not all(spec.dynamic for spec in specs):
         scales = KVScales.unit(config.layers)
-    return CacheConfig(kinds, scales, config, page_size, max_tokens_per_dispatch)
+    return CacheConfig(specs, scales, config, page_size, max_tokens_per_dispatch)
 
 
-def _planned(
-    plan: KVPlan, config: ModelConfig, kv_scales: Any
-) -> tuple[tuple[LayerCacheSpec, ...], KVScales]:
-    """What a plan says. Its scales are part of it: others are refused."""
-    if not (isinstance(kv_scales, str) and kv_scales == "auto"):
+def _is_auto(value: object) -> bool:
+    return isinstance(value, str) and value == "auto"
+
+
+def resolve_plan(kv_dtype: object) -> KVPlan | None:
+    """Return the `KVPlan` that `kv_dtype` is or is the path of; None if it is neither."""
+    if looks_like_path(kv_dtype):
+        return KVPlan.load(kv_dtype)
+    return kv_dtype if isinstance(kv_dtype, KVPlan) else None
+
+
+def is_format_name(kv_dtype: object) -> bool:
+    """Return whether `kv_dtype` is a string that is not a path: the name of a format, or a typo."""
+    return isinstance(kv_dtype, str) and not looks_like_path(kv_dtype)
+
+
+def layer_formats(
+    kv_dtype: object, config: ModelConfig, weights_dtype: str
+) -> tuple[KVFormat, ...]:
+    """Return the format of every layer.
+
+    Args:
+      kv_dtype: a name for all layers; a list of one name per layer; or a mapping with the keys
+        "default" (a name, "auto" if omitted), "skip" (a list of layer numbers, negative ones from
+        the end, "sliding_window" or "full_attention") and "skip_dtype" (the format of skipped
+        layers, "bfloat16" if omitted).
+      config: of the model.
+      weights_dtype: the meaning of "auto" if the checkpoint declares no cache format.
+
+    Raises `ConfigError` for anything else.
+    """
+
+    def named(name: object) -> KVFormat:
+        return kv_format((config.kv_cache_dtype or weights_dtype) if _is_auto(name) else name)
+
+    if isinstance(kv_dtype, str):
+        return (named(kv_dtype),) * config.layers
+    if isinstance(kv_dtype, Mapping):
+        _check_mapping(kv_dtype)
+        skipped = {
+            layer for entry in kv_dtype.get("skip", ()) for layer in _skipped_layers(entry, config)
+        }
+        default = named(kv_dtype.get("default", "auto"))
+        other = named(kv_dtype.get("skip_dtype", "bfloat16"))
+        return tuple(other if layer in skipped else default for layer in range(config.layers))
+    if isinstance(kv_dtype, Sequence):
+        if len(kv_dtype) != config.layers:
+            raise ConfigError(
+                f"kv_dtype lists {len(kv_dtype)} layers, and this model has {config.layers}: "
+                "give one name for each."
+            )
+        return tuple(named(name) for name in kv_dtype)
+    raise ConfigError(
+        f"kv_dtype={kv_dtype!r}: must be {_KV_DTYPE_FORMS}. "
+        f"Names are {', '.join(map(repr, KV_DTYPES))}."
+    )
+
+
+def _check_mapping(kv_dtype: Mapping[Any, Any]) -> None:
+    for key in kv_dtype:
+        if key not in _MAPPING_KEYS:
+            raise ConfigError(
+                f"kv_dtype has the key {key!r}: must be one of "
+                f"{', '.join(map(repr, _MAPPING_KEYS))}.{did_you_mean(key, _MAPPING_KEYS)}"
+            )
+    skip = kv_dtype.get("skip", ())
+    if isinstance(skip, str | int) or not isinstance(skip, Sequence):
         raise ConfigError(
-            f"kv_scales={kv_scales!r}: kv_dtype is a plan, which brings its own scales; leave kv_scales out."
+            f"kv_dtype skips {skip!r}: must be a list of layers, such as [0, 'sliding_window']."
+        )
+
+
+def _skipped_layers(entry: object, config: ModelConfig) -> Sequence[int]:
+    """Return the layers that one entry of "skip" names."""
+    count = config.layers
+    if isinstance(entry, str):
+        if entry not in LAYER_TYPES:
+            raise invalid_choice("kv_dtype's skip", entry, (*LAYER_TYPES, "a layer number"))
+        windowed = entry == "sliding_window"
+        return [layer for layer in range(count) if bool(config.window(layer)) == windowed]
+    if isinstance(entry, bool) or not isinstance(entry, int) or not -count <= entry < count:
+        raise ConfigError(
+            f"kv_dtype skips layer {entry!r}: this model's layers are 0 to {count - 1}, or -1 to "
+            f"-{count} from the end; {' and '.join(map(repr, LAYER_TYPES))} name all layers of a "
+            "type."
+        )
+    return [entry % count]
+
+
+def _from_plan(
+    plan: KVPlan, config: ModelConfig, kv_scales: object
+) -> tuple[tuple[LayerCacheSpec, ...], KVScales]:
+    """Return specs and scales of a plan. Other scales are refused: a plan contains its scales."""
+    if not _is_auto(kv_scales):
+        raise ConfigError(
+            f"kv_scales={kv_scales!r}: kv_dtype is a plan, which contains its scales; "
+            "leave kv_scales out."
         )
     plan.check(config.layers)
     check_shape(
         plan.scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim
     )
-    return tuple(layer.kind for layer in plan.layers), plan.scales
+    return tuple(layer.spec for layer in plan.layers), plan.scales
 
 
-def _scales(
-    params: Params, formats: tuple[KVFormat, ...], given: Any
+def _resolve_scales(
+    params: Params, formats: tuple[KVFormat, ...], kv_scales: object
 ) -> tuple[bool, KVScales | None]:
-    """Whether FP8 layers have dynamic scales, and the static ones."""
-    config, quantized = params.config, [fmt for fmt in formats if fmt.is_fp8]
-    if isinstance(given, str) and given not in SCALE_NAMES and not looks_like_path(given):
-        raise invalid_choice("kv_scales", given, (*SCALE_NAMES, "a KVScales", "a path to one"))
-    if isinstance(given, str) and (given == UNIT or (given == "auto" and not quantized)):
+    """Return whether FP8 layers have dynamic scales, and the static ones."""
+    config = params.config
+    has_fp8 = any(fmt.is_fp8 for fmt in formats)
+    is_name = isinstance(kv_scales, str) and not looks_like_path(kv_scales)
+    if is_name and kv_scales not in SCALE_NAMES:
+        raise invalid_choice("kv_scales", kv_scales, _KV_SCALES_FORMS)
+    if is_name and (kv_scales == UNIT or (kv_scales == "auto" and not has_fp8)):
         return False, KVScales.unit(config.layers)
-    if not quantized:
+    if not has_fp8:
         raise ConfigError(
-            f"kv_scales={given!r}: scales belong to an FP8 cache, and this one is {formats[0].name}; leave them out."
+            f"kv_scales={kv_scales!r}: scales belong to an FP8 cache, and this one is "
+            f"{formats[0].name}; leave them out."
         )
-    if isinstance(given, str) and given == TOKEN_HEAD:
+    if is_name and kv_scales == TOKEN_HEAD:
         return True, None
-    if isinstance(given, str) and given in ("auto", "checkpoint"):
+    scales = kv_scales
+    if is_name:
         if params.kv_scales is None:
             raise ConfigError(
-                "kv_scales='checkpoint': the checkpoint has none; try 'unit', 'token_head' or a KVScales."
+                "kv_scales='checkpoint': the checkpoint has none; try 'unit', 'token_head' or a "
+                "KVScales."
             )
-        given = params.kv_scales
-    if looks_like_path(given):
-        given = KVScales.load(given)
-    if not isinstance(given, KVScales):
-        raise invalid_choice("kv_scales", given, (*SCALE_NAMES, "a KVScales", "a path to one"))
-    check_shape(given, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
-    return False, _for_formats(given, formats)
+        scales = params.kv_scales
+    elif looks_like_path(kv_scales):
+        scales = KVScales.load(kv_scales)
+    if not isinstance(scales, KVScales):
+        raise invalid_choice("kv_scales", kv_scales, _KV_SCALES_FORMS)
+    check_shape(scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
+    return False, _convert_scales(scales, formats)
 
 
-def _for_formats(scales: KVScales, formats: tuple[KVFormat, ...]) -> KVScales:
-    """Scales for the formats that the layers have: 1 where a layer is not FP8, and where they were made for another format,
-    changed so that the largest value stays the largest, said aloud."""
-    made_for = scales.kv_dtype and kv_format(scales.kv_dtype)
-    for fmt in dict.fromkeys(fmt for fmt in formats if fmt.is_fp8 and made_for not in (None, fmt)):
-        warnings.warn(
-            f"The KV scales are made for {made_for.name}: for {fmt.name} they are multiplied by the ratio of the formats' "
-            f"largest values, {made_for.largest:g} / {fmt.largest:g}.",
-            stacklevel=2,
-        )
-    if all(fmt is made_for or (made_for is None and fmt.is_fp8) for fmt in formats):
+def _convert_scales(scales: KVScales, formats: tuple[KVFormat, ...]) -> KVScales:
+    """Return the scales for these formats: 1 for layers that are not FP8.
+
+    Scales for another format are multiplied by the ratio of the largest values, with a warning.
+    """
+    origin = None if scales.kv_dtype is None else kv_format(scales.kv_dtype)
+    if all(fmt is origin or (origin is None and fmt.is_fp8) for fmt in formats):
         return scales
+    factor = np.ones((len(formats), 1, 1), np.float32)
+    if origin is not None:
+        for fmt in dict.fromkeys(fmt for fmt in formats if fmt.is_fp8 and fmt is not origin):
+            warnings.warn(
+                f"The KV scales are made for {origin.name}: for {fmt.name} they are multiplied by "
+                "the ratio of the largest values of the formats, "
+                f"{origin.largest:g} / {fmt.largest:g}.",
+                stacklevel=2,
+            )
+        factor[:] = [[[origin.largest / fmt.largest]] for fmt in formats]
+    is_fp8 = np.array([fmt.is_fp8 for fmt in formats])[:, None, None]
+    k = np.where(is_fp8, scales.k * factor, np.float32(1))
+    v = np.where(is_fp8, scales.v * factor, np.float32(1))
+    return KVScales(k, v, scales.k_offset)
 
-    def fitted(name: str) -> np.ndarray:
-        value = getattr(scales, name).copy()
-        for layer, fmt in enumerate(formats):
-            if not fmt.is_fp8:
-                value[layer] = 1
-            elif made_for is not None:
-                value[layer] *= np.float32(made_for.largest / fmt.largest)
-        return value
 
-    return KVScales(fitted("k"), fitted("v"), scales.k_offset)
+def context_length(config: ModelConfig, max_model_len: int | None) -> int:
+    """Return the most tokens of a sequence; None means the context length of the model.
 
-
-def context_length(config: ModelConfig, max_model_len: Any) -> int:
-    """Most tokens of a request; None is what the model was trained for. Raises `ConfigError` for more than that."""
+    Raises `ConfigError` for more than that.
+    """
     length = positive("max_model_len", max_model_len) or config.max_len
     if length > config.max_len:
         raise ConfigError(
-            f"max_model_len={max_model_len}: this model was trained for at most {config.max_len} tokens."
+            f"max_model_len={max_model_len}: this model was trained for at most {config.max_len} "
+            "tokens."
         )
     return length
 
 
-def positive(name: str, value: Any) -> int | None:
-    """A positive integer or None; `ConfigError` with the name otherwise."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+def positive(name: str, value: object) -> int | None:
+    """Return a positive integer or None. Raises `ConfigError`, with `name`, for anything else."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}={value!r}: must be a positive integer.")
     return value

@@ -10,7 +10,9 @@ from jaxtyping import Array, Int, Int32
 from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.pytree import pytree
 
-MAX_COPIES = 64  # per dispatch. The loop ends after the last copy, so one program serves all counts.
+MAX_COPIES = (
+    64  # per dispatch. The loop ends after the last copy, so one program serves all counts.
+)
 
 
 @pytree

@@ -1,10 +1,11 @@
-"""The cache of a model that brings no scales: scale 1, unless its keys have a large constant part.
+"""Scales for models without calibrated ones: scale 1, unless the keys have a large K bias.
 
-Scale 1 costs nothing, and what FP8 keeps of ordinary keys and values does not depend on the scale. Keys with a large constant
-part are another matter (Qwen2 and Qwen2.5 have biases in the hundreds): three bits of mantissa spent on the constant leave none
-for the rest, whatever the scale, and text falls apart. The weights say which layers those are. There the constant is kept out
-of the cache (`KVScales.k_offset`), at no cost in bytes; and where too much of it turns with the position to be constant, the
-layer's cache is not quantized, said aloud. Note 013 has the measurements.
+Scale 1 costs nothing, and the quantization error of ordinary keys and values does not depend on the
+scale. Keys with a large K bias are different (Qwen2 and Qwen2.5 have biases in the hundreds): three
+mantissa bits that encode the bias leave none for the rest, whatever the scale, and the output
+degenerates. The weights show which layers have one. There the bias is subtracted before keys are
+stored (`KVScales.k_offset`), at no cost in bytes. Where RoPE rotates too much of the bias for a
+constant offset, the layer is not quantized, with a warning. docs/notes/013 has the measurements.
 """
 
 import warnings
@@ -12,56 +13,67 @@ import warnings
 import numpy as np
 
 from jfp8kv.cache.scales import KVScales
+from jfp8kv.core.errors import number_ranges
 from jfp8kv.core.formats import BFLOAT16, KVFormat
-from jfp8kv.core.ranges import runs
-from jfp8kv.models.key_bias import KeysInWeights, turned
+from jfp8kv.models.key_bias import KeyStats, mean_rotated_bias
 from jfp8kv.models.params import Params
 
-# All in times what keys vary by: of a head as a whole, since errors in its channels add up in the scores (note 013).
-LARGE = 1.0  # a constant part that doubles what FP8 loses: kept out of the cache
-TURNING = 4.0  # the most of each channel that turns away, ten times the loss (not all are there at once): not quantized
-FARTHEST = 16.0  # a key from its constant part, by channel, which the scale makes room for
+# Thresholds, as multiples of the key spread of each KV head. A head counts as a whole, since the
+# errors of its channels add up in the scores (docs/notes/013).
+LARGE_BIAS = 1.0  # subtract a K bias from here on: it doubles the quantization error
+MAX_DEVIATION = 4.0  # do not quantize if rotation leaves more than this: ten times the error
+KEY_REACH = 16.0  # by channel: the scale covers keys this far from the bias
 
 
-def without_scales(
+def default_scales(
     params: Params, formats: tuple[KVFormat, ...], longest: int
 ) -> tuple[tuple[KVFormat, ...], KVScales]:
-    """The format of each layer and its scales, for texts of up to `longest` tokens.
+    """Return the format of each layer, and its scales.
 
-    `formats` are those asked for. Scales are 1 and there are no offsets unless a layer needs them.
+    Scales are 1 and there is no offset unless a layer needs one.
+
+    Args:
+      params: the model; its leaves may be shapes, which have scale 1.
+      formats: the requested format of each layer.
+      longest: length of the longest sequence, in tokens.
     """
     unit = KVScales.unit(params.config.layers)
-    keys = (
-        KeysInWeights.of(params.tree, params.config) if any(fmt.is_fp8 for fmt in formats) else None
-    )
+    is_fp8 = np.array([fmt.is_fp8 for fmt in formats])
+    keys = KeyStats.from_weights(params.tree, params.config) if is_fp8.any() else None
     if keys is None:
         return formats, unit
-    large = _exceeds(keys.constant, LARGE, keys) & np.array([fmt.is_fp8 for fmt in formats])
+    large = _exceeds(keys.bias, LARGE_BIAS, keys) & is_fp8
     if not large.any():
         return formats, unit
-    offset, swing = turned(params.config, np.where(large[:, None, None], keys.constant, 0), longest)
-    lost = _exceeds(swing, TURNING, keys) & large
-    if lost.any():
-        _warn(np.flatnonzero(lost).tolist())
-        formats = tuple(BFLOAT16 if gone else fmt for fmt, gone in zip(formats, lost, strict=True))
-    kept = (large & ~lost)[:, None, None]
-    if not kept.any():
+    offset, deviation = mean_rotated_bias(
+        params.config, np.where(large[:, None, None], keys.bias, 0), longest
+    )
+    rotating = _exceeds(deviation, MAX_DEVIATION, keys) & large
+    if rotating.any():
+        _warn_not_quantized(np.flatnonzero(rotating).tolist())
+        formats = tuple(
+            BFLOAT16 if wide else fmt for fmt, wide in zip(formats, rotating, strict=True)
+        )
+    with_offset = (large & ~rotating)[:, None, None]
+    if not with_offset.any():
         return formats, unit
     largest = np.array([fmt.largest for fmt in formats], np.float32)[:, None, None]
-    reach = (swing + FARTHEST * keys.spread).max(axis=2, keepdims=True) / largest
-    scale = np.where(kept, np.exp2(np.maximum(np.ceil(np.log2(reach)), 0)), 1)
-    return formats, KVScales(scale, unit.v, np.where(kept, offset, 0))
+    needed = (deviation + KEY_REACH * keys.spread).max(axis=2, keepdims=True) / largest
+    power_of_two = np.exp2(np.maximum(np.ceil(np.log2(needed)), 0))
+    k = np.where(with_offset, power_of_two, 1)
+    return formats, KVScales(k, unit.v, np.where(with_offset, offset, 0))
 
 
-def _exceeds(part: np.ndarray, times: float, keys: KeysInWeights) -> np.ndarray:
-    """The layers with a head where `part` is larger than so many times what keys vary by."""
+def _exceeds(part: np.ndarray, times: float, keys: KeyStats) -> np.ndarray:
+    """Return, by layer, whether `part` exceeds `times` the spread in any KV head."""
     return (np.linalg.norm(part, axis=2) > times * np.linalg.norm(keys.spread, axis=2)).any(axis=1)
 
 
-def _warn(layers: list[int]) -> None:
+def _warn_not_quantized(layers: list[int]) -> None:
     warnings.warn(
-        f"Keys of layers {runs(layers)} have a bias that is large beside what they vary by, and that turns with the position: "
-        "FP8 would lose the rest of them, so these layers keep bfloat16. kv_scales='unit' quantizes them all the same; "
-        "jfp8kv.plan_kv measures what each layer loses.",
+        f"Keys of layers {number_ranges(layers)} have a K bias that is large compared with their "
+        "spread and rotates with the position. FP8 would lose the rest of the keys, so these "
+        "layers use bfloat16. kv_scales='unit' quantizes them anyway; jfp8kv.plan_kv measures the "
+        "loss of each layer.",
         stacklevel=4,
     )

@@ -1,9 +1,7 @@
-"""`write` of cache/pool.py by the GPU kernel: quantized and scattered in one launch, in place.
-
-Pools that the kernel does not know (layers of several kinds, keys transposed) are left to `write`.
-"""
+"""Cache writes by the GPU kernel: quantized and scattered in one launch, in place."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,13 +10,17 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Int
 
 from jfp8kv.cache.pool import KV, KVPool, Layer, LayerScales, write
-from jfp8kv.core.batching import with_axis
+from jfp8kv.core.log import warn_once
+from jfp8kv.core.pytree import broadcast_unbatched
 from pallas_kernels import kv_write
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelWrite:
-    """Stores tokens as `write` does, bit for bit; under `vmap` over requests as one kernel for all."""
+    """`cache.pool.write` by the kernel, bit for bit; one launch for all requests under `vmap`.
+
+    Pools with several specs, or with transposed keys, are written by XLA.
+    """
 
     interpret: bool = False
 
@@ -34,34 +36,29 @@ class KernelWrite:
         start: Int[Array, ""],
         length: Int[Array, ""],
     ) -> KVPool:
-        """Store tokens `start .. length-1` of one request in `layer`; rows past `length` are padding, dropped."""
-        if len(pages.layout.distinct) > 1 or pages.layout.keys_transposed:
+        """Store tokens `start .. length - 1` of one request in `layer`. See `cache.pool.write`."""
+        if reason := unsupported(pages):
+            warn_once(f"cache writes fall back to XLA: {reason}")
             return write(
                 pages, scales, k, v, layer=layer, page_table=page_table, start=start, length=length
             )
-        of_layer: dict[str, Any] = {
-            "layer": jnp.asarray(layer, jnp.int32),
-            "first_row": pages.first_rows,
-        }
-        if pages.dynamic:
-            of_layer["first_exponent_row"] = pages.first_exponent_rows
-        else:
-            assert scales is not None, "static pages need scales"
-            of_layer |= {"k_inverse": scales.k_inverse, "v_inverse": scales.v_inverse}
-        if scales is not None:
-            of_layer["k_offset"] = scales.k_offset
-        return self._requests()(k, v, page_table, start, length, pages, of_layer)
+        return self._write_requests()(k, v, page_table, start, length, pages, scales, layer)
 
-    def _requests(self) -> Any:
-        def batch(
+    def _write_requests(self) -> Callable[..., KVPool]:
+        """Return the write of one request; under `vmap` one launch for all."""
+
+        def launch(
             k: Array,
             v: Array,
             page_table: Array,
             start: Array,
             length: Array,
             pages: KVPool,
-            of_layer: dict[str, Any],
+            scales: LayerScales | None,
+            layer: Layer,
         ) -> KVPool:
+            static = None if pages.dynamic else scales
+            assert pages.dynamic or scales is not None, "static pages need scales"
             new = kv_write(
                 k,
                 v,
@@ -71,11 +68,16 @@ class KernelWrite:
                 start,
                 length,
                 element=pages.fmt.dtype,
+                layer=jnp.asarray(layer, jnp.int32),
+                first_row=pages.first_rows,
+                k_inverse=None if static is None else static.k_inverse,
+                v_inverse=None if static is None else static.v_inverse,
+                k_offset=None if scales is None else scales.k_offset,
                 k_exponent=pages.k_exponent,
                 v_exponent=pages.v_exponent,
+                first_exponent_row=pages.first_exponent_rows if pages.dynamic else None,
                 num_pages=pages.num_pages,
                 interpret=self.interpret,
-                **of_layer,
             )
             return KVPool(*new, layout=pages.layout)
 
@@ -83,15 +85,23 @@ class KernelWrite:
         def one(
             k: Array, v: Array, page_table: Array, start: Array, length: Array, *shared: Any
         ) -> KVPool:
-            return batch(*(x[None] for x in (k, v, page_table, start, length)), *shared)
+            return launch(k[None], v[None], page_table[None], start[None], length[None], *shared)
 
         @one.def_vmap
         def many(axis_size: int, in_batched: list[Any], *args: Any) -> tuple[KVPool, Any]:
-            own, shared = args[:5], args[5:]
             assert not any(jax.tree.leaves(in_batched[5:])), (
                 "requests share the pool and the layer: vmap with in_axes=None"
             )
-            pages = batch(*with_axis(axis_size, in_batched[:5], own), *shared)
+            pages = launch(*broadcast_unbatched(axis_size, in_batched[:5], args[:5]), *args[5:])
             return pages, jax.tree.map(lambda _: False, pages)
 
         return one
+
+
+def unsupported(pages: KVPool) -> str | None:
+    """Return why the kernel cannot write to this pool, or None."""
+    if len(pages.layout.distinct) > 1:
+        return "the layers have several formats, and the kernel writes one."
+    if pages.layout.keys_transposed:
+        return "the keys are transposed, and the kernel writes tokens before channels."
+    return None

@@ -1,16 +1,18 @@
-"""What each layer keeps in the pool, and where: formats may differ from layer to layer.
+"""Layout of the page pool: the format of each layer, and the rows of the pool that it uses.
 
-All layers share page numbers, so a page number must mean as many bytes whoever takes it. Where all layers have one format, a
-page has a *slot* for each layer of a group, of elements of that format. Where formats differ, slots are of bytes and a wider
-element is cut into *planes*, its bytes from high to low: an FP8 layer takes one slot, a 16-bit layer two in a row,
-a float32 layer four. Nothing is padded, and one pool and one allocator still serve all.
+All layers share page numbers, so a page number has the same bytes in every layer group. Where all
+layers have one format, a page number has one *layer slot* per layer of a group, with elements of
+that format. Where formats differ, layer slots are made of bytes and elements are *byte-split*: an
+FP8 layer takes one slot, a 16-bit layer two consecutive ones (high bytes, low bytes), a float32
+layer four. Nothing is padded, and one pool and one allocator still serve all layers.
 
-Dynamic scales take slots of their own, so that layers without them pay nothing.
+Dynamic scales have separate slots, so layers without them use no memory for scales.
 
-A page has values as `[kv_heads, page_size, head_dim]`. Whether it has keys so too depends on who attends. A GPU kernel loads
-and writes a token's channels side by side. For a CPU keys are transposed, `[kv_heads, head_dim, page_size]`: both products of
-attention then run along rows, `q k^T` over tokens and `p v` over channels, twice as fast with AVX2 (docs/log.md). A key is
-written with a stride, once; it is read once per token to come.
+A page stores values as `[kv_heads, page_size, head_dim]`. Keys have the same axes, or are
+transposed, depending on the attention backend. A GPU kernel loads and writes the contiguous
+channels of a token. A CPU stores keys as `[kv_heads, head_dim, page_size]`: both matmuls of
+attention then run along rows, `q k^T` over tokens and `p v` over channels, twice as fast with AVX2
+(docs/log.md). A key is written with a stride once, and read once per later token.
 """
 
 import dataclasses
@@ -25,7 +27,7 @@ from jfp8kv.core.formats import KVFormat
 
 @dataclasses.dataclass(frozen=True)
 class LayerCacheSpec:
-    """What a layer keeps: elements of `fmt`, with a scale for every token and head beside them if `dynamic`."""
+    """What one layer stores: elements of `fmt`, and token-head scales next to them if `dynamic`."""
 
     fmt: KVFormat
     dynamic: bool = False
@@ -36,13 +38,18 @@ class LayerCacheSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PoolLayout:
-    """Where a page number's layers lie: `depth` slots, of which layer `l` has those from `slots[l]` on.
+    """Where the pages of a page number lie in the pool.
 
-    `exponent_slots` and `exponent_depth` are the same for the dynamic scales; a layer without has some slot it never uses.
-    `keys_transposed`: a page's keys have channels before tokens.
+    Attributes:
+      specs: by layer, what it stores.
+      slots: by layer, its first layer slot.
+      depth: layer slots per page number.
+      exponent_slots: by layer, its slot in the dynamic scales; 0 for layers without.
+      exponent_depth: slots per page number in the dynamic scales.
+      keys_transposed: whether the keys of a page have channels before tokens.
     """
 
-    kinds: tuple[LayerCacheSpec, ...]
+    specs: tuple[LayerCacheSpec, ...]
     slots: tuple[int, ...]
     depth: int
     exponent_slots: tuple[int, ...] = ()
@@ -51,56 +58,54 @@ class PoolLayout:
 
     @classmethod
     def of(
-        cls, kinds: Sequence[LayerCacheSpec], groups: LayerGroups, *, keys_transposed: bool = True
+        cls, specs: Sequence[LayerCacheSpec], groups: LayerGroups, *, keys_transposed: bool = True
     ) -> "PoolLayout":
-        """The layout of layers of these kinds in `groups`, which were made for `widths(kinds)`."""
+        """Return the layout of layers with these specs, grouped by `slot_widths(specs)`."""
         used: Counter[int] = Counter()
         exponent_slots = []
-        for group, kind in zip(groups.group, kinds, strict=True):
-            exponent_slots.append(used[group] if kind.dynamic else 0)
-            used[group] += kind.dynamic
-        exponent_depth = max(used.values(), default=0)
+        for group, spec in zip(groups.group, specs, strict=True):
+            exponent_slots.append(used[group] if spec.dynamic else 0)
+            used[group] += spec.dynamic
         return cls(
-            tuple(kinds),
-            groups.slot,
-            groups.depth,
-            tuple(exponent_slots),
-            exponent_depth,
-            keys_transposed,
+            specs=tuple(specs),
+            slots=groups.slot,
+            depth=groups.depth,
+            exponent_slots=tuple(exponent_slots),
+            exponent_depth=max(used.values(), default=0),
+            keys_transposed=keys_transposed,
         )
 
     @classmethod
-    def alike(
+    def uniform(
         cls, fmt: KVFormat, layers: int, *, dynamic: bool = False, keys_transposed: bool = True
     ) -> "PoolLayout":
-        """Layers of one kind, in one group."""
-        kinds = (LayerCacheSpec(fmt, dynamic),) * layers
-        return cls.of(
-            kinds, LayerGroups.of((0,) * layers, widths(kinds)), keys_transposed=keys_transposed
-        )
+        """Return the layout of layers with the same spec, in one group."""
+        specs = (LayerCacheSpec(fmt, dynamic),) * layers
+        groups = LayerGroups.of((0,) * layers, slot_widths(specs))
+        return cls.of(specs, groups, keys_transposed=keys_transposed)
 
     @property
     def distinct(self) -> tuple[LayerCacheSpec, ...]:
-        """The kinds there are, in the order of their first layers."""
-        return tuple(dict.fromkeys(self.kinds))
+        """The distinct specs, in the order of their first layers."""
+        return tuple(dict.fromkeys(self.specs))
 
     @property
-    def stored(self) -> np.dtype:
-        """The type of the pool's arrays."""
-        return stored_type(self.kinds)
+    def storage_dtype(self) -> np.dtype:
+        """The type of the arrays of the pool."""
+        return storage_dtype(self.specs)
 
-    def planes(self, kind: LayerCacheSpec) -> int:
-        """Slots that a layer of this kind takes."""
-        return kind.fmt.stored.itemsize // self.stored.itemsize
-
-
-def stored_type(kinds: Sequence[LayerCacheSpec]) -> np.dtype:
-    """The elements of the one format there is, or bytes."""
-    types = {kind.fmt.stored for kind in kinds}
-    return types.pop() if len(types) == 1 else np.dtype(np.uint8)
+    def slot_width(self, spec: LayerCacheSpec) -> int:
+        """Return the number of layer slots that a layer of this spec takes."""
+        return spec.fmt.storage_dtype.itemsize // self.storage_dtype.itemsize
 
 
-def widths(kinds: Sequence[LayerCacheSpec]) -> tuple[int, ...]:
-    """Slots that each layer takes."""
-    stored = stored_type(kinds)
-    return tuple(kind.fmt.stored.itemsize // stored.itemsize for kind in kinds)
+def storage_dtype(specs: Sequence[LayerCacheSpec]) -> np.dtype:
+    """Return the storage type of a pool: that of the only format, or bytes if formats differ."""
+    dtypes = {spec.fmt.storage_dtype for spec in specs}
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.uint8)
+
+
+def slot_widths(specs: Sequence[LayerCacheSpec]) -> tuple[int, ...]:
+    """Return, by layer, the number of layer slots it takes."""
+    itemsize = storage_dtype(specs).itemsize
+    return tuple(spec.fmt.storage_dtype.itemsize // itemsize for spec in specs)

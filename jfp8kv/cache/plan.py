@@ -1,24 +1,26 @@
-"""`KVPlan`: a cache chosen layer by layer, with the scales it needs: what `plan_kv` finds and `generate` takes."""
+"""`KVPlan`: the format and scales of each layer. `plan_kv` returns it, `kv_dtype` takes it."""
 
 import dataclasses
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 from jfp8kv.cache.layout import LayerCacheSpec
-from jfp8kv.cache.scales import TOKEN_HEAD, KVScales, read_own_file
-from jfp8kv.core.errors import ConfigError
+from jfp8kv.cache.scales import TOKEN_HEAD, KVScales, read_file, write_file
+from jfp8kv.core.errors import ConfigError, number_ranges
 from jfp8kv.core.formats import kv_format
-from jfp8kv.core.ranges import runs
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What one layer keeps: `kv_dtype`, and for FP8 the granularity of its scales ("unit", "tensor", "head", "channel" or
-    "token_head"); `k_offset` says whether its keys are stored less a constant.
+    """What one layer stores.
 
-    `loss` is what this layer alone costs, as measured when the plan was made; None where nothing was.
+    Attributes:
+      kv_dtype: name of the format.
+      scales: for FP8, the granularity of the scales: "unit", "tensor", "head", "channel" or
+        "token_head".
+      k_offset: whether a constant is subtracted from keys before they are stored.
+      loss: quality loss if only this layer is quantized, as measured for the plan; None if it was
+        not measured.
     """
 
     kv_dtype: str
@@ -27,28 +29,34 @@ class LayerPlan:
     loss: float | None = None
 
     def __str__(self) -> str:
-        parts = [
-            self.kv_dtype,
-            self.scales and f"{self.scales} scales",
-            self.k_offset and "K offset",
-        ]
-        return ", ".join(part for part in parts if part)
+        parts = [self.kv_dtype]
+        if self.scales:
+            parts.append(f"{self.scales} scales")
+        if self.k_offset:
+            parts.append("K offset")
+        return ", ".join(parts)
 
     @property
-    def kind(self) -> LayerCacheSpec:
-        """As the pool knows it."""
+    def spec(self) -> LayerCacheSpec:
+        """What the pool stores for this layer."""
         return LayerCacheSpec(kv_format(self.kv_dtype), self.scales == TOKEN_HEAD)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KVPlan:
-    """A cache chosen by layer. Give it as `kv_dtype` to `generate`, `LLM` and all that take one.
+    """The format and scales of each layer. Pass it as `kv_dtype` to `generate`, `LLM`, ...
 
     Attributes:
-      layers: what each layer keeps.
-      scales: static scales and offsets of all layers; layers that need none have 1 (and 0) there.
-      bytes_per_token: K and V of all layers, over a text of the longest length, as in `llm.stats`.
-      loss: KL divergence from the unquantized cache, nats per token, measured with the plan as a whole; None if it was not.
+      layers: what each layer stores.
+      scales: static scales and offsets of all layers; 1 (and 0) for layers that need none.
+      bytes_per_token: K and V of all layers, for the longest sequence, as in `llm.stats`.
+      loss: KL divergence from the unquantized cache in nats per token, measured for the whole plan;
+        None if it was not measured.
+
+    Example:
+      plan = jfp8kv.plan_kv(params, texts, budget="1GiB")
+      plan.save("plan.safetensors")
+      jfp8kv.generate(params, prompts, kv_dtype="plan.safetensors")
     """
 
     layers: tuple[LayerPlan, ...]
@@ -61,41 +69,34 @@ class KVPlan:
         return f"KVPlan({len(self.layers)} layers, {self.bytes_per_token:,.0f} bytes/token{loss})"
 
     def __str__(self) -> str:
-        lines = [f"layers {runs(which)}: {kept}" for kept, which in self._alike().items()]
-        measured = (
-            ""
-            if self.loss is None
-            else f", KL {self.loss:.3g} nats/token from the unquantized cache"
-        )
-        return "\n".join([f"{self.bytes_per_token:,.0f} bytes/token{measured}", *lines])
-
-    def _alike(self) -> dict[str, list[int]]:
-        alike: dict[str, list[int]] = {}
+        numbers: dict[str, list[int]] = {}
         for number, layer in enumerate(self.layers):
-            alike.setdefault(str(layer), []).append(number)
-        return alike
+            numbers.setdefault(str(layer), []).append(number)
+        title = f"{self.bytes_per_token:,.0f} bytes/token"
+        if self.loss is not None:
+            title += f", KL {self.loss:.3g} nats/token from the unquantized cache"
+        lines = [f"layers {number_ranges(found)}: {spec}" for spec, found in numbers.items()]
+        return "\n".join([title, *lines])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the scales' numbers, of types that JSON has."""
-        rows = [dataclasses.asdict(layer) for layer in self.layers]
-        return {"bytes_per_token": self.bytes_per_token, "loss": self.loss, "layers": rows}
+        """Return everything but the arrays of the scales, in JSON types."""
+        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        return {"bytes_per_token": self.bytes_per_token, "loss": self.loss, "layers": layers}
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write `path` as a safetensors file with the scales; the choices are in its header."""
-        from safetensors.numpy import save  # `save_file` makes files that nobody else may read
-
-        about = json.dumps({"format": "jfp8kv.KVPlan"} | self.to_dict())
-        Path(path).write_bytes(save(self.scales.arrays, metadata={"jfp8kv": about}))
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file: the scales as arrays, the layers in its metadata."""
+        write_file(path, "KVPlan", self.scales.arrays, self.to_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "KVPlan":
-        """Read what `save` wrote. Raises `CheckpointError` for anything else."""
-        arrays, about = read_own_file(path, "kv_dtype", "KVPlan")
-        layers = tuple(LayerPlan(**layer) for layer in about["layers"])
-        return cls(layers, KVScales.of(arrays, None), about["bytes_per_token"], about["loss"])
+    def load(cls, path: str | os.PathLike[str]) -> "KVPlan":
+        """Read a file that `save` wrote. Raises `CheckpointError` for any other file."""
+        arrays, metadata = read_file(path, "kv_dtype", "KVPlan")
+        layers = tuple(LayerPlan(**layer) for layer in metadata["layers"])
+        scales = KVScales.of(arrays, None)
+        return cls(layers, scales, metadata["bytes_per_token"], metadata["loss"])
 
     def check(self, layers: int) -> None:
-        """Raise `ConfigError` unless this is a plan for a model of so many layers."""
+        """Raise `ConfigError` unless the plan has this number of layers."""
         if len(self.layers) != layers:
             raise ConfigError(
                 f"kv_dtype is a plan for {len(self.layers)} layers, and this model has {layers}."

@@ -1,12 +1,14 @@
-"""Scales: what turns stored numbers into real ones. `real = stored * scale`.
+"""Scales of the KV cache: `real = stored * scale`.
 
-Static scales (`KVScales`) are known before the first token: one per layer (tensor), per KV head, or per channel. They never
-touch the cache: K's fold into the query, V's into the output.
+Static scales (`KVScales`) are known before the first token: one per layer (tensor), per KV head, or
+per channel. They are not stored in the cache: K scales fold into the query, V scales into the
+output of attention.
 
-Dynamic scales (`kv_scales="token_head"`) are one per token and KV head, found when the token is written and stored beside its
-page. They are powers of two, kept as their exponent in one byte (the E8M0 of OCP Microscaling Formats 1.0, section 5.4.1): a
-floating-point element loses nothing to a coarse scale but a bit of range below, and dividing by a power of two is exact, so
-every backend stores the same bytes.
+Dynamic scales (`kv_scales="token_head"`) are one per token and KV head, computed when the token is
+written and stored next to its page. They are powers of two, stored as their exponent in one byte
+(E8M0 of OCP Microscaling Formats 1.0, section 5.4.1). A coarse scale costs a floating-point element
+only a little range at the low end, and dividing by a power of two is exact, so every backend stores
+the same bytes.
 """
 
 import json
@@ -31,12 +33,24 @@ SCALE_NAMES = KV_SCALES
 
 
 class KVScales:
-    """Static scales of every layer: `k` and `v`, float32, broadcastable to `[layers, kv_heads, head_dim]`.
+    """Static scales of every layer.
 
-    `[layers, 1, 1]` is one scale per tensor, `[layers, kv_heads, 1]` per head, `[layers, kv_heads, head_dim]` per channel.
-    `k_offset`, of the same shapes, is subtracted from keys (after RoPE) before they are scaled, or None: the scores of a query
-    all move alike, which its softmax does not see. `kv_dtype` says what format the scales were made for; None is whatever cache
-    they are given to. Raises `ConfigError` for a scale that is not positive and finite, naming the layer. Compared by identity.
+    `[layers, 1, 1]` is one scale per tensor, `[layers, kv_heads, 1]` one per head,
+    `[layers, kv_heads, head_dim]` one per channel. Two instances are equal only if they are the
+    same object.
+
+    Attributes:
+      k, v: float32, in one of the shapes above.
+      k_offset: subtracted from keys (after RoPE) before they are scaled, in one of the shapes
+        above; None for no offset. It shifts all scores of a query by the same amount, which a
+        softmax ignores.
+      kv_dtype: the format that the scales were computed for; None for the format of the cache.
+
+    Raises `ConfigError` for a scale that is not positive and finite, with its layer.
+
+    Example:
+      scales = KVScales(k=np.full((layers, 1, 1), 0.05), v=np.full((layers, 1, 1), 0.02))
+      jfp8kv.generate(params, prompts, kv_dtype="fp8", kv_scales=scales)
     """
 
     def __init__(
@@ -52,85 +66,95 @@ class KVScales:
         self.kv_dtype = None if kv_dtype is None else kv_format(kv_dtype).name
         if len(self.k) != len(self.v):
             raise ConfigError(
-                f"K scales for {len(self.k)} layers and V scales for {len(self.v)}: must be the same number."
+                f"K scales for {len(self.k)} layers and V scales for {len(self.v)}: "
+                "must be the same number."
             )
         if self.k_offset is not None and len(self.k) != len(self.k_offset):
             raise ConfigError(
-                f"K scales for {len(self.k)} layers and K offsets for {len(self.k_offset)}: must be the same number."
+                f"K scales for {len(self.k)} layers and K offsets for {len(self.k_offset)}: "
+                "must be the same number."
             )
 
     def __repr__(self) -> str:
-        made_for = f", kv_dtype={self.kv_dtype!r}" if self.kv_dtype else ""
+        kv_dtype = f", kv_dtype={self.kv_dtype!r}" if self.kv_dtype else ""
         offset = ", with K offsets" if self.k_offset is not None else ""
-        return f"KVScales(layers={len(self.k)}, granularity={self.granularity!r}{made_for}{offset})"
+        return f"KVScales(layers={len(self.k)}, granularity={self.granularity!r}{kv_dtype}{offset})"
 
     @property
     def granularity(self) -> str:
         """ "tensor", "head" or "channel": the finer of K's and V's."""
-        shape = np.maximum(self.k.shape, self.v.shape)
-        return "channel" if shape[2] > 1 else "head" if shape[1] > 1 else "tensor"
+        _, kv_heads, head_dim = np.maximum(self.k.shape, self.v.shape)
+        if head_dim > 1:
+            return "channel"
+        return "head" if kv_heads > 1 else "tensor"
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """`k`, `v` and `k_offset` if there is one, by name."""
+        """`k`, `v`, and `k_offset` if there is one, by name."""
         found = {"k": self.k, "v": self.v, "k_offset": self.k_offset}
         return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
     def unit(cls, layers: int) -> "KVScales":
-        """Scale 1 everywhere: values are stored as they are."""
+        """Return scale 1 for every layer."""
         return cls(np.ones((layers, 1, 1), np.float32), np.ones((layers, 1, 1), np.float32))
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write `path` as a safetensors file holding `k`, `v`, `k_offset` if there is one, and what they are."""
-        from safetensors.numpy import save  # `save_file` makes files that nobody else may read
-
-        about = json.dumps(
-            {
-                "format": "jfp8kv.KVScales",
-                "granularity": self.granularity,
-                "kv_dtype": self.kv_dtype,
-            }
-        )
-        Path(path).write_bytes(save(self.arrays, metadata={"jfp8kv": about}))
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file with the arrays, their granularity and format."""
+        metadata = {"granularity": self.granularity, "kv_dtype": self.kv_dtype}
+        write_file(path, "KVScales", self.arrays, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "KVScales":
-        """Read what `save` wrote. Raises `CheckpointError` for anything else."""
-        tensors, about = read_own_file(path, "kv_scales", "KVScales")
-        return cls.of(tensors, about.get("kv_dtype"))
+    def load(cls, path: str | os.PathLike[str]) -> "KVScales":
+        """Read a file that `save` wrote. Raises `CheckpointError` for any other file."""
+        arrays, metadata = read_file(path, "kv_scales", "KVScales")
+        return cls.of(arrays, metadata.get("kv_dtype"))
 
     @classmethod
     def of(cls, arrays: Mapping[str, np.ndarray], kv_dtype: str | None) -> "KVScales":
-        """From what `arrays` gives."""
+        """Return the scales with these `arrays` (see the property of that name)."""
         return cls(arrays["k"], arrays["v"], arrays.get("k_offset"), kv_dtype)
 
 
-def read_own_file(
-    path: str | os.PathLike, what: str, kind: str
+def write_file(
+    path: str | os.PathLike[str],
+    class_name: str,
+    arrays: dict[str, np.ndarray],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write `arrays` and `metadata` of a `class_name` as a safetensors file."""
+    from safetensors.numpy import save  # `save_file` creates files that only their owner can read
+
+    about = json.dumps({"format": f"jfp8kv.{class_name}"} | dict(metadata))
+    Path(path).write_bytes(save(arrays, metadata={"jfp8kv": about}))
+
+
+def read_file(
+    path: str | os.PathLike[str], option: str, class_name: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays of a safetensors file that `kind.save` wrote, and what is said of them. Raises `CheckpointError`."""
+    """Return arrays and metadata of a file that `class_name.save` wrote.
+
+    Raises `CheckpointError`, which names `option`, for any other file.
+    """
     from safetensors import SafetensorError, safe_open
 
+    given = f"{option}={str(path)!r}"
     if not Path(path).is_file():
-        raise CheckpointError(
-            f"{what}={str(path)!r}: no such file. Write one with {kind}.save(path)."
-        )
+        raise CheckpointError(f"{given}: no such file. Write one with {class_name}.save(path).")
     try:
         with safe_open(str(path), framework="numpy") as file:
-            about = json.loads((file.metadata() or {}).get("jfp8kv", "{}"))
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            metadata = json.loads((file.metadata() or {}).get("jfp8kv", "{}"))
+            names = file.keys()
+            arrays = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{what}={str(path)!r}: not a {kind} file ({error}).") from error
+        raise CheckpointError(f"{given}: not a {class_name} file ({error}).") from error
     if missing := [name for name in "kv" if name not in arrays]:
         raise CheckpointError(
-            f"{what}={str(path)!r}: not a {kind} file (it holds no {' and no '.join(map(repr, missing))})."
+            f"{given}: not a {class_name} file (missing {', '.join(map(repr, missing))})."
         )
-    if about.get("format", f"jfp8kv.{kind}") != f"jfp8kv.{kind}":
-        raise CheckpointError(
-            f"{what}={str(path)!r}: a {about['format']} file, not a jfp8kv.{kind}."
-        )
-    return arrays, about
+    if metadata.get("format", f"jfp8kv.{class_name}") != f"jfp8kv.{class_name}":
+        raise CheckpointError(f"{given}: a {metadata['format']} file, not a jfp8kv.{class_name}.")
+    return arrays, metadata
 
 
 jax.tree_util.register_pytree_node(
@@ -140,76 +164,76 @@ jax.tree_util.register_pytree_node(
 )
 
 
-def _unchecked(kv_dtype: str | None, k: object, v: object, k_offset: object) -> KVScales:
-    """JAX may rebuild the tree around anything (tracers, None): no checks there."""
+def _unchecked(kv_dtype: str | None, k: Any, v: Any, k_offset: Any) -> KVScales:
+    """Rebuild the pytree without checks: JAX may pass anything (tracers, None)."""
     scales = object.__new__(KVScales)
-    scales.k, scales.v, scales.k_offset, scales.kv_dtype = k, v, k_offset, kv_dtype  # type: ignore[assignment]
+    scales.k = k
+    scales.v = v
+    scales.k_offset = k_offset
+    scales.kv_dtype = kv_dtype
     return scales
 
 
 def _shaped(name: str, value: object) -> np.ndarray:
-    value = np.array(value, np.float32, order="C")  # a copy of our own, laid out as files want it
-    if value.ndim != 3:
+    array = np.array(value, np.float32, order="C")  # a copy, in the memory order of files
+    if array.ndim != 3:
         raise ConfigError(
-            f"{name} scales of shape {value.shape}: must be [layers, 1, 1] (tensor), [layers, kv_heads, 1] (head) "
-            "or [layers, kv_heads, head_dim] (channel)."
+            f"{name} scales of shape {array.shape}: must be [layers, 1, 1] (tensor), "
+            "[layers, kv_heads, 1] (head) or [layers, kv_heads, head_dim] (channel)."
         )
-    return value
+    return array
 
 
 def _positive(name: str, value: object) -> np.ndarray:
-    value = _shaped(name, value)
-    _refuse(
-        ~(np.isfinite(value) & (value > 0)),
-        value,
-        f"{name} scale",
-        "scales must be positive and finite",
-    )
-    return value
+    array = _shaped(name, value)
+    invalid = ~(np.isfinite(array) & (array > 0))
+    _refuse(invalid, array, f"{name} scale", "scales must be positive and finite")
+    return array
 
 
 def _finite(name: str, value: object) -> np.ndarray:
-    value = _shaped(name, value)
-    _refuse(~np.isfinite(value), value, name, "offsets must be finite")
-    return value
+    array = _shaped(name, value)
+    _refuse(~np.isfinite(array), array, name, "offsets must be finite")
+    return array
 
 
-def _refuse(bad: np.ndarray, value: np.ndarray, what: str, rule: str) -> None:
-    if bad.any():
-        at = tuple(int(i) for i in np.argwhere(bad)[0])
+def _refuse(invalid: np.ndarray, value: np.ndarray, what: str, rule: str) -> None:
+    if invalid.any():
+        at = tuple(int(i) for i in np.argwhere(invalid)[0])
         raise ConfigError(f"{what} of layer {at[0]} is {value[at]}: {rule}.")
 
 
 def check_shape(scales: KVScales, *, layers: int, kv_heads: int, head_dim: int) -> None:
-    """Raise `ConfigError` unless the scales belong to a model of these sizes."""
+    """Raise `ConfigError` unless the scales fit a model of these sizes."""
     shapes = ((layers, 1, 1), (layers, kv_heads, 1), (layers, kv_heads, head_dim))
     for name, value in scales.arrays.items():
         if value.shape not in shapes:
             raise ConfigError(
-                f"{name} scales of shape {value.shape} do not fit a model with layers={layers}, kv_heads={kv_heads}, "
-                f"head_dim={head_dim}: must be {', '.join(str(list(shape)) for shape in shapes[:-1])} or {list(shapes[-1])}."
+                f"{name} scales of shape {value.shape} do not fit a model with layers={layers}, "
+                f"kv_heads={kv_heads}, head_dim={head_dim}: must be {list(shapes[0])}, "
+                f"{list(shapes[1])} or {list(shapes[2])}."
             )
 
 
 def token_head_exponent(
     x: Float[Array, "*tokens head_dim"], fmt: KVFormat
 ) -> UInt8[Array, "*tokens"]:
-    """Exponent (biased by 127) of the smallest power of two `s` with `amax(|x|) <= fmt.largest * s`.
+    """Return the exponent (biased by 127) of the dynamic scale of each token and head.
 
-    The amax runs over finite values: infinities saturate and NaN stays NaN, neither spoils its neighbours. Zero rows get the
-    smallest exponent, 1.
+    The scale is the smallest power of two `s` with `amax(|x|) <= fmt.largest * s`. The amax runs
+    over finite values: infinities saturate and NaN stays NaN without changing other channels. Rows
+    of zeros have the smallest exponent, 1.
     """
     exponent = elements.token_head_exponent(x.astype(jnp.float32), fmt.dtype)
     return exponent.astype(jnp.uint8)
 
 
 def exponent_scale(exponent: UInt8[Array, "*dims"]) -> Float[Array, "*dims"]:
-    """The power of two with this biased exponent: `2 ** (exponent - 127)`."""
+    """Return the scale of a biased exponent: `2 ** (exponent - 127)`."""
     return lax.bitcast_convert_type(exponent.astype(jnp.uint32) << 23, jnp.float32)
 
 
 def exponent_inverse(exponent: UInt8[Array, "*dims"]) -> Float[Array, "*dims"]:
-    """One over `exponent_scale`, exactly."""
-    return lax.bitcast_convert_type(
-        (jnp.uint32(254) - exponent.astype(jnp.uint32)) << 23, jnp.float32
-    )
+    """Return `1 / exponent_scale(exponent)`, exactly."""
+    inverse = jnp.uint32(254) - exponent.astype(jnp.uint32)
+    return lax.bitcast_convert_type(inverse << 23, jnp.float32)

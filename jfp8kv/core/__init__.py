@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, number formats, pytrees, the axis glossary. Imports nothing of jfp8kv."""
+"""Foundation of the package: errors, options, number formats, pytrees, logging."""

@@ -1,58 +1,83 @@
-"""Every error a user can meet, under one base class.
+"""The errors of the library, under one base class.
 
-A message says three things: what was given, what is allowed, what to try. A broken invariant of our own is an `assert`
-instead: it is a bug, not a mistake of the user's.
+A message has three parts: what was given, what is allowed, what to try. A broken invariant is an
+`assert` instead: it is a bug of the library, not a mistake of the user.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class Jfp8kvError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base class of all errors that the library raises on purpose."""
 
 
 class ConfigError(Jfp8kvError, ValueError):
-    """A value, keyword or prompt that cannot be served as given."""
+    """An invalid value, keyword or prompt."""
 
 
 class CheckpointError(Jfp8kvError, ValueError):
-    """A checkpoint that is missing, damaged, incomplete or of a kind that is not read."""
+    """A checkpoint that is missing, damaged, incomplete or of an unsupported kind."""
 
 
 class CapacityError(ConfigError):
-    """A request that could never fit the cache or the model's context."""
+    """A request that can never fit the cache or the context length of the model."""
 
 
 class StepError(Jfp8kvError, RuntimeError):
-    """A step failed or was interrupted, and the requests in it were dropped; the next call is served."""
+    """A step failed or was interrupted. Its requests were dropped; the engine is usable again."""
 
 
 class DeviceMemoryError(Jfp8kvError, MemoryError):
-    """The device has no room for the KV cache, or for a step beside it."""
+    """The device has too little memory for the KV cache, or for a step next to it."""
 
 
 class NotSupported(Jfp8kvError):
-    """This implementation, device or version cannot do that; the message says what can."""
+    """The implementation, device or version does not support this; the message says what does."""
 
 
 def did_you_mean(given: object, allowed: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the allowed name closest to `given`, or an empty string when none is close."""
+    """Return ` Did you mean 'x'?` for the closest allowed name, or "" if none is close."""
     close = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def unknown_keyword(name: str, allowed: Iterable[str], *, meant: str | None = None) -> ConfigError:
-    """The error for a keyword nobody knows: names it, the one `meant` or else the nearest, and all there are."""
+    """Return the error for an unknown keyword: its name, the closest or `meant` one, and all."""
     allowed = list(allowed)
     return ConfigError(
-        f"{name}: no such keyword.{did_you_mean(meant or name, allowed)} There are {', '.join(allowed)}."
+        f"{name}: no such keyword.{did_you_mean(meant or name, allowed)} "
+        f"Keywords: {', '.join(allowed)}."
     )
 
 
 def invalid_choice(what: str, given: object, allowed: Iterable[str]) -> ConfigError:
-    """The error for a value outside a closed list: names the value, the list and the nearest entry."""
+    """Return the error for a value outside a list: the value, the list, the closest entry."""
     allowed = list(allowed)
     return ConfigError(
-        f"{what}={given!r}: must be one of {', '.join(map(repr, allowed))}.{did_you_mean(given, allowed)}"
+        f"{what}={given!r}: must be one of {', '.join(map(repr, allowed))}."
+        f"{did_you_mean(given, allowed)}"
     )
+
+
+def number_ranges(numbers: Sequence[int], limit: int | None = None) -> str:
+    """Return ascending numbers as ranges, for messages and tables.
+
+    Args:
+      numbers: in ascending order.
+      limit: the most ranges to write; "..." stands for the rest.
+
+    Example:
+      >>> number_ranges([0, 1, 2, 5, 7, 8])
+      '0-2, 5, 7-8'
+    """
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
+        else:
+            ranges.append([number])
+    shown = [f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in ranges]
+    if limit is not None and len(shown) > limit:
+        shown = [*shown[: limit - 1], "..."]
+    return ", ".join(shown)

@@ -1,22 +1,25 @@
-"""Number formats a KV cache can hold, and the one cast into them.
+"""Element formats of the KV cache, and the cast into them.
 
-An 8-bit float has 1 sign, E exponent and M mantissa bits. OCP 8-bit Floating Point 1.0 (2023) defines E4M3 (largest finite
-value 448, no infinity, one NaN code a sign; `float8_e4m3fn`) and E5M2 (IEEE-like: largest finite 57344, infinities, NaNs).
+An 8-bit float has 1 sign, E exponent and M mantissa bits. OCP 8-bit Floating Point 1.0 (2023)
+defines E4M3 (largest finite value 448, no infinity, one NaN code per sign; `float8_e4m3fn`) and
+E5M2 (IEEE-like: largest finite value 57344, infinities, NaNs).
 
-**The cast** is clip, round to nearest (ties to even), store: `astype` alone would turn a large value into NaN or infinity.
-It is written on the bits of a float32, so XLA on any backend, a kernel and NumPy (`encode_numpy`) agree on every code.
+**The cast** clips, rounds to nearest (ties to even) and stores. `astype` alone would turn a large
+value into NaN or infinity. XLA on every backend, the kernels (pallas_kernels/elements.py) and NumPy
+(`encode_numpy`) agree on every code.
 
-**Stored arrays hold bits** (`uint8`, `uint16`), not floats. XLA:CPU has no float8 or bfloat16 slices, gathers or scatters: it
-converts the *whole* array to a wider type at each one, which makes a small write into a large cache 500,000 times slower
-(docs/log.md). Bits are moved as they are; only the tile at hand is decoded.
+**Stored arrays are bits** (`uint8`, `uint16`), not floats. XLA:CPU has no float8 or bfloat16
+slices, gathers or scatters. It converts the *whole* array to a wider type at each one, which makes
+a small write into a large cache 500,000 times slower (docs/log.md). Bits are moved unchanged; only
+the tile in use is decoded.
 
-`decode_tile` leaves E4M3 short by a factor of 2**8 (`KVFormat.tile_factor`), which callers fold into a scale: shifting the 7
-magnitude bits into a float16 is one instruction, exact for subnormals too, where the full conversion is many.
+`decode_tile` returns E4M3 values too small by a factor of 2**8 (`KVFormat.tile_factor`), which
+callers fold into a scale: one shift puts the 7 magnitude bits into a float16, exact for subnormals
+too. The full conversion takes many instructions.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +37,18 @@ from pallas_kernels import elements
 class KVFormat:
     """One element format of the cache.
 
-    `name` is what users write (`kv_dtype`); `dtype` the value type they see; `stored` the type of the arrays in memory.
+    Attributes:
+      name: the `kv_dtype` that users write.
+      dtype: the type of the values.
+      storage_dtype: the type of the arrays in memory.
+      exponent_bits, mantissa_bits: of one element.
+      largest: the largest finite value.
+      tile_factor: what the result of `decode_tile` must be multiplied by.
     """
 
     name: str
     dtype: np.dtype
-    stored: np.dtype
+    storage_dtype: np.dtype
     exponent_bits: int
     mantissa_bits: int
     largest: float
@@ -47,6 +56,7 @@ class KVFormat:
 
     @property
     def is_fp8(self) -> bool:
+        """Whether elements have 8 bits."""
         return self.dtype.itemsize == 1
 
     @property
@@ -56,33 +66,45 @@ class KVFormat:
 
     @property
     def bias(self) -> int:
+        """The exponent bias."""
         return 2 ** (self.exponent_bits - 1) - 1
 
     @property
     def smallest_normal(self) -> float:
+        """The smallest positive normal value."""
         return 2.0 ** (1 - self.bias)
 
     @property
     def smallest_subnormal(self) -> float:
+        """The smallest positive value."""
         return 2.0 ** (1 - self.bias - self.mantissa_bits)
 
     @property
     def nan_code(self) -> int:
-        """A code that decodes to NaN: what tests fill unwritten slots with."""
+        """A code that decodes to NaN: tests fill unwritten slots with it."""
         return {1: 0x7F, 2: 0x7FFF}.get(self.itemsize, 0)
 
 
 def _format(
-    name: str, dtype: object, stored: object, exponent_bits: int, mantissa_bits: int, **rest: float
+    name: str,
+    dtype: type,
+    storage_dtype: type,
+    exponent_bits: int,
+    mantissa_bits: int,
+    tile_factor: float = 1.0,
 ) -> KVFormat:
-    dtype = np.dtype(dtype)
-    largest = float(ml_dtypes.finfo(dtype).max)
-    return KVFormat(name, dtype, np.dtype(stored), exponent_bits, mantissa_bits, largest, **rest)
+    return KVFormat(
+        name,
+        np.dtype(dtype),
+        np.dtype(storage_dtype),
+        exponent_bits,
+        mantissa_bits,
+        largest=float(ml_dtypes.finfo(dtype).max),
+        tile_factor=tile_factor,
+    )
 
 
-E4M3 = _format(
-    "fp8_e4m3", ml_dtypes.float8_e4m3fn, np.uint8, 4, 3, tile_factor=elements.E4M3_FACTOR
-)
+E4M3 = _format("fp8_e4m3", ml_dtypes.float8_e4m3fn, np.uint8, 4, 3, elements.E4M3_FACTOR)
 E5M2 = _format("fp8_e5m2", ml_dtypes.float8_e5m2, np.uint8, 5, 2)
 BFLOAT16 = _format("bfloat16", ml_dtypes.bfloat16, np.uint16, 8, 7)
 FLOAT16 = _format("float16", np.float16, np.uint16, 5, 10)
@@ -91,8 +113,8 @@ FLOAT32 = _format("float32", np.float32, np.float32, 8, 23)
 FORMATS = {f.name: f for f in (BFLOAT16, FLOAT16, FLOAT32, E4M3, E5M2)}
 
 
-def kv_format(name: Any) -> KVFormat:
-    """The format called `name`; "fp8" is "fp8_e4m3". Raises `ConfigError` with the list for anything else."""
+def kv_format(name: object) -> KVFormat:
+    """Return the format called `name`; "fp8" is "fp8_e4m3". Raises `ConfigError` with the list."""
     if name == "fp8":
         return E4M3
     if not isinstance(name, str) or name not in FORMATS:
@@ -101,21 +123,22 @@ def kv_format(name: Any) -> KVFormat:
 
 
 def encode(x: Float[Array, "*dims"], fmt: KVFormat) -> Array:
-    """Stored bits of the nearest representable value (ties to even), saturating at the format's largest finite value.
+    """Return the stored bits of the nearest values, saturating at the largest finite value.
 
-    NaN stays NaN and the sign of zero is kept. Source: OCP OFP8 1.0, section 5 (saturating mode).
+    Ties go to even. NaN stays NaN, and zero keeps its sign.
+    Source: OCP OFP8 1.0, section 5 (saturating mode).
     """
     return elements.encode(x.astype(jnp.float32), fmt.dtype)
 
 
 def encode_numpy(x: np.ndarray, fmt: KVFormat) -> np.ndarray:
-    """`encode` on the host, through ml_dtypes. The oracle the compiled casts are tested against."""
+    """Return `encode(x, fmt)` computed by ml_dtypes. The compiled casts are tested against it."""
     x = np.asarray(x, np.float32)
-    return np.clip(x, -fmt.largest, fmt.largest).astype(fmt.dtype).view(fmt.stored)
+    return np.clip(x, -fmt.largest, fmt.largest).astype(fmt.dtype).view(fmt.storage_dtype)
 
 
 def decode_tile(bits: Array, fmt: KVFormat) -> Float[Array, "*dims"]:
-    """float32 values *divided by* `fmt.tile_factor`, exact for every finite code; NaN codes give NaN."""
+    """Return float32 values *divided by* `fmt.tile_factor`: exact, and NaN stays NaN."""
     if fmt is FLOAT32:
         return bits
     if fmt is BFLOAT16:
@@ -129,28 +152,28 @@ def decode_tile(bits: Array, fmt: KVFormat) -> Float[Array, "*dims"]:
 
 
 def decode(bits: Array, fmt: KVFormat) -> Float[Array, "*dims"]:
-    """float32 values of stored bits, exact for every code."""
+    """Return the float32 values of stored bits, exact for every code."""
     tile = decode_tile(bits, fmt)
     return tile if fmt.tile_factor == 1.0 else tile * jnp.float32(fmt.tile_factor)
 
 
-def split_planes(bits: Array) -> list[Array]:
-    """The bytes of stored elements, from high to low, each an array of uint8. Float32 is seen as its bits."""
+def split_bytes(bits: Array) -> list[Array]:
+    """Return the bytes of stored elements, high to low, as uint8 arrays."""
     if bits.dtype == jnp.float32:
         bits = lax.bitcast_convert_type(bits, jnp.uint32)
     return [(bits >> (8 * i)).astype(jnp.uint8) for i in reversed(range(bits.dtype.itemsize))]
 
 
-def join_planes(planes: Sequence[Array], fmt: KVFormat) -> Array:
-    """The stored elements of `fmt` whose bytes these are."""
-    bits = planes[0].astype(jnp.uint32)
-    for plane in planes[1:]:
-        bits = (bits << 8) | plane.astype(jnp.uint32)
-    return (
-        lax.bitcast_convert_type(bits, jnp.float32) if fmt is FLOAT32 else bits.astype(fmt.stored)
-    )
+def join_bytes(parts: Sequence[Array], fmt: KVFormat) -> Array:
+    """Return the stored elements of `fmt` with these bytes: the inverse of `split_bytes`."""
+    bits = parts[0].astype(jnp.uint32)
+    for part in parts[1:]:
+        bits = (bits << 8) | part.astype(jnp.uint32)
+    if fmt is FLOAT32:
+        return lax.bitcast_convert_type(bits, jnp.float32)
+    return bits.astype(fmt.storage_dtype)
 
 
 def as_values(bits: Array, fmt: KVFormat) -> Array:
-    """The stored array seen as its value type (`float8_e4m3fn`, ...), for inspection. Copies."""
+    """Return stored bits as their value type (`float8_e4m3fn`, ...), for inspection. Copies."""
     return bits if fmt is FLOAT32 else jax.lax.bitcast_convert_type(bits, fmt.dtype)

@@ -1,4 +1,4 @@
-"""What the machine at hand is good at, as far as results or speed depend on it."""
+"""Properties of the machine that results or speed depend on."""
 
 import functools
 import os
@@ -12,7 +12,7 @@ import numpy as np
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """The processor's feature flags on Linux; empty elsewhere."""
+    """Return the feature flags of the processor on Linux; empty on other systems."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -21,34 +21,35 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next(lines, "").split())
 
 
-def multiplies_halves(backend: str | None = None) -> bool:
-    """Whether matrix products of 16-bit floats run in hardware: every accelerator, and CPUs with AMX tiles.
+def has_16bit_matmul(backend: str | None = None) -> bool:
+    """Return whether 16-bit matmuls run in hardware: on accelerators, and on CPUs with AMX tiles.
 
-    Elsewhere XLA:CPU widens both sides anyway, slowly (docs/log.md), and float32 on widened tiles is faster and more exact.
+    On other CPUs XLA widens both operands, slowly. Float32 on widened tiles is faster and more
+    exact there (docs/log.md).
     """
     return (backend or jax.default_backend()) != "cpu" or "amx_bf16" in cpu_flags()
 
 
 def activation_dtype(weights: np.dtype, backend: str | None = None) -> np.dtype:
-    """The type activations and products are kept in for weights of this type."""
-    return np.dtype(weights) if multiplies_halves(backend) else np.dtype(jnp.float32)
+    """Return the type of activations and matmul operands for weights of this type."""
+    return np.dtype(weights) if has_16bit_matmul(backend) else np.dtype(jnp.float32)
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept: `JFP8KV_CACHE_DIR`, else the user's cache folder."""
+    """Return the folder for compiled programs: `JFP8KV_CACHE_DIR`, or the user's cache folder."""
     import platformdirs
 
-    return Path(
-        os.environ.get("JFP8KV_CACHE_DIR") or platformdirs.user_cache_dir("jfp8kv", appauthor=False)
-    )
+    given = os.environ.get("JFP8KV_CACHE_DIR")
+    return Path(given or platformdirs.user_cache_dir("jfp8kv", appauthor=False))
 
 
 def describe() -> str:
-    """Device, processor and versions in one line, for benchmark logs."""
+    """Return device, processor and versions in one line, for benchmark logs."""
     import jaxlib
 
     device = jax.devices()[0]
     return (
-        f"{device.device_kind} x{jax.device_count()} ({platform.machine()}, {os.cpu_count()} cores), "
-        f"python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}"
+        f"{device.device_kind} x{jax.device_count()} "
+        f"({platform.machine()}, {os.cpu_count()} cores), python {platform.python_version()}, "
+        f"jax {jax.__version__}, jaxlib {jaxlib.__version__}"
     )

@@ -1,25 +1,33 @@
-"""Frozen dataclasses that are JAX pytrees: `@pytree` on a class, `static()` on the fields that are not leaves."""
+"""Frozen dataclasses that are JAX pytrees, and the axis that `vmap` adds to their arrays."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 
 T = TypeVar("T")
 
 
 def static(**kwargs: Any) -> Any:
-    """A dataclass field that is part of the tree's structure: hashable, compared by `==`, never traced."""
+    """Declare a dataclass field as part of the tree structure: hashable, never traced."""
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))
 def pytree(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen dataclass and register it as a pytree whose leaves are its non-static fields.
+    """Make `cls` a frozen dataclass and register it as a pytree; leaves are the non-static fields.
 
-    JAX rebuilds a node around whatever a transformation puts in the leaves' place: shapes, axis numbers, None, arrays
-    with a batch axis. So rebuilding goes past `__init__`, whose annotations and `__post_init__` speak of real values.
+    JAX rebuilds a node around whatever a transformation puts in place of the leaves: shapes, axis
+    numbers, None, arrays with a batch axis. So rebuilding bypasses `__init__`, whose annotations
+    and `__post_init__` describe real values.
+
+    Example:
+      @pytree
+      class Point:
+          x: Array
+          name: str = static(default="")
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -42,3 +50,19 @@ def pytree(cls: type[T]) -> type[T]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def broadcast_unbatched(
+    size: int, batched: Sequence[bool], args: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Give every argument of a `custom_vmap` rule the batch axis.
+
+    Args:
+      size: length of the batch axis.
+      batched: for each argument, whether it has the axis already.
+      args: the arguments; the others are broadcast.
+    """
+    return [
+        x if has_axis else jnp.broadcast_to(x, (size, *x.shape))
+        for x, has_axis in zip(args, batched, strict=True)
+    ]

@@ -79,10 +79,10 @@ class Engine:
         self.requirements = self.cache_config.requirements
         longest = self.requirements.total_pages(self.max_model_len)
         self.num_pages = self.cache_config.num_pages(
-            options.kv_cache_memory, most=longest * self.buckets.max_requests
+            options.kv_cache_memory, limit=longest * self.buckets.max_requests
         )
         self.attention = dispatch.select_backend(
-            options.attention, jax.eval_shape(lambda: self.cache_config.pool(self.num_pages))
+            options.attention, jax.eval_shape(lambda: self.cache_config.new_pool(self.num_pages))
         )
         self.cache_config = dataclasses.replace(
             self.cache_config, keys_transposed=self.attention.keys_transposed

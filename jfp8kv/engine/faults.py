@@ -29,7 +29,7 @@ def step_error(error: BaseException, *, cache_bytes: int) -> Jfp8kvError:
 def allocate_pool(kv: CacheConfig, num_pages: int) -> KVPool:
     """A pool on the device, or a `DeviceMemoryError` that says how much was asked for."""
     try:
-        return jax.block_until_ready(kv.pool(num_pages))
+        return jax.block_until_ready(kv.new_pool(num_pages))
     except Exception as error:
         if not is_out_of_memory(error):
             raise

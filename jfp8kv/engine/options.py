@@ -34,7 +34,7 @@ MAX_PROMPT_LOOKUP = 32  # a longer draft costs more than even a repetitive seque
 def check_kv_dtype(value: Any) -> Any:
     """Return `value` unless it is a string that is neither a format nor a path to a `KVPlan`.
 
-    Formats by layer are checked when the number of layers is known (`cache.kv_dtype`).
+    Formats by layer are checked when the number of layers is known (`cache.config`).
     """
     if isinstance(value, str) and value not in KV_DTYPES and not looks_like_path(value):
         raise invalid_choice("kv_dtype", value, KV_DTYPES)

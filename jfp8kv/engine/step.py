@@ -22,12 +22,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
-from jfp8kv.attention.dispatch import Attention, Write
-from jfp8kv.attention.interface import AttentionMetadata, AttentionOptions, Layer
-from jfp8kv.attention.paged import paged
+from jfp8kv.attention.interface import (
+    Attention,
+    AttentionMetadata,
+    AttentionOptions,
+    Write,
+    paged_attend,
+)
 from jfp8kv.cache.copy import PageCopies, copy_pages
 from jfp8kv.cache.groups import LayerGroups
-from jfp8kv.cache.pool import KVPool, LayerScales, write
+from jfp8kv.cache.pool import KVPool, Layer, LayerScales, write
 from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.batch import (
     DecodeBatch,
@@ -111,7 +115,7 @@ def _forward(
     model: StepModel, decoder: Decoder, scales: LayerScales | None, chunk: Chunk, pages: KVPool
 ) -> tuple[Float[Array, "tokens hidden"], KVPool]:
     """Run the chunk of one request. Its keys and values are written before they are read."""
-    attend = paged(
+    attend = paged_attend(
         model.attention,
         scales,
         model.options(decoder),

@@ -1,11 +1,12 @@
-"""The constant part of a model's keys: what its weights say of it, and what RoPE leaves of it.
+"""The K bias: the part of a model's keys that is the same for every token.
 
-A bias on the K projection is the same for every token. RoPE turns it with the position, so of each pair of channels only the
-mean over positions stays constant: nearly all of it where pairs turn slowly, which is where models have their large ones
-(Jonasson 2025, arXiv:2503.01832), and nothing where they turn often.
+RoPE rotates it with the position. So of each pair of channels only the mean over positions is
+constant: nearly all of the bias where pairs rotate slowly, which is where models have their large
+ones (Jonasson 2025, arXiv:2503.01832), and nothing where they complete many turns.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,103 +21,134 @@ from jfp8kv.models.rope import angles, layer_angles, rotate
 
 EachChannel = Float[np.ndarray, "layers kv_heads head_dim"]
 Number = Int[Array, ""] | int
-POSITIONS = 1024  # looked at together
+POSITIONS = 1024  # rotated in one call
 
 
 @dataclasses.dataclass(frozen=True)
-class KeysInWeights:
-    """What the weights say of keys before RoPE: their `constant` part, and how far they are from it, root mean square, if what
-    comes in is as independent from channel to channel as its norm makes it alike in size."""
+class KeyStats:
+    """The distribution of keys before RoPE, estimated from the weights.
 
-    constant: EachChannel
+    Attributes:
+      bias: the K bias, the same for every token.
+      spread: root mean square distance of keys from the bias, if the input channels of the
+        projection are independent and as large as the norm makes them.
+    """
+
+    bias: EachChannel
     spread: EachChannel
 
     @classmethod
-    def of(cls, tree: Any, config: ModelConfig) -> "KeysInWeights | None":
-        """None where keys have no bias, are normalized after it, or where there are shapes instead of weights."""
+    def from_weights(cls, tree: Mapping[str, Any], config: ModelConfig) -> "KeyStats | None":
+        """Return the statistics; None if keys have no bias or are normalized after it.
+
+        Also None where `tree` has shapes instead of weights.
+        """
         layers = tree["layers"]
         bias = layers["k"].get("bias")
-        if (
-            bias is None
-            or config.qk_norm
-            or not config.pre_norm
-            or isinstance(bias, jax.ShapeDtypeStruct)
-        ):
+        if bias is None or isinstance(bias, jax.ShapeDtypeStruct):
             return None
-        shape, norm = (config.layers, config.kv_heads, config.head_dim), layers["attention_norm"]
-        offset, spread = _through(
+        if config.qk_norm or not config.pre_norm:
+            return None
+        norm = layers["attention_norm"]
+        from_norm, spread = _project_norm(
             layers["k"]["weight"],
             norm["weight"],
             norm.get("bias"),
             plus_one=config.norm == "rms_plus_one",
         )
-        constant = np.asarray(bias, np.float32) + np.asarray(offset)
-        return cls(constant.reshape(shape), np.asarray(spread).reshape(shape))
+        shape = (config.layers, config.kv_heads, config.head_dim)
+        bias = np.asarray(bias, np.float32) + np.asarray(from_norm)
+        return cls(bias.reshape(shape), np.asarray(spread).reshape(shape))
 
 
 @partial(jax.jit, static_argnames="plus_one")
-def _through(
+def _project_norm(
     weight: Float[Array, "layers out into"],
     gain: Float[Array, "layers into"],
     bias: Float[Array, "layers into"] | None,
     *,
     plus_one: bool,
 ) -> tuple[Float[Array, "layers out"], Float[Array, "layers out"]]:
-    """Of a norm's output, of root mean square 1 before `gain` and `bias`, behind a projection: the mean and the deviation."""
+    """Return mean and deviation of a projection of the output of a norm.
 
-    def one(args: Any) -> Any:
+    The output of the norm has a root mean square of 1 before `gain` and `bias`.
+    """
+
+    def one_layer(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         weight, gain, bias = (x.astype(jnp.float32) for x in args)
-        wide = weight * (gain + 1 if plus_one else gain)
-        return weight @ bias, jnp.sqrt(jnp.sum(wide * wide, axis=-1))
+        scaled = weight * (gain + 1 if plus_one else gain)
+        return weight @ bias, jnp.sqrt(jnp.sum(scaled * scaled, axis=-1))
 
-    bias = jnp.zeros_like(gain) if bias is None else bias
-    return jax.lax.map(one, (weight, gain, bias))
+    if bias is None:
+        bias = jnp.zeros_like(gain)
+    return jax.lax.map(one_layer, (weight, gain, bias))
 
 
-def turned(config: ModelConfig, mean: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """What is constant of a mean that turns, over positions `0 .. tokens-1`, and how far it gets from that.
+def mean_rotated_bias(
+    config: ModelConfig, bias: np.ndarray, tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the constant part of a K bias after RoPE, over positions `0 .. tokens - 1`.
 
     Args:
-      mean: of keys before RoPE, float32 `[layers, kv_heads, head_dim]`.
+      config: of the model.
+      bias: K bias before RoPE, float32 `[layers, kv_heads, head_dim]`.
+      tokens: length of the longest sequence.
 
-    Returns: the offset and, for each channel, the largest distance from it; both as `mean`.
+    Returns:
+      The mean of the rotated bias over the positions (the K offset), and for each channel the
+      largest distance of the rotated bias from it. Both have the shape of `bias`.
     """
+    offset = np.zeros_like(bias)
+    deviation = np.zeros_like(bias)
     if not config.ropes:
-        return mean, np.zeros_like(mean)
+        return bias, deviation
     starts = range(0, tokens, POSITIONS)
-    offset, swing = np.zeros_like(mean), np.zeros_like(mean)
-    for layer in np.flatnonzero(mean.any(axis=(1, 2))).tolist():
-        sums = sum(
-            np.asarray(_total(config, mean, layer, start, tokens), np.float64) for start in starts
+    repeats = len(starts) * POSITIONS - tokens  # of the last position, in the last call
+    for layer in np.flatnonzero(bias.any(axis=(1, 2))).tolist():
+        total = sum(
+            np.asarray(_sum_rotated(config, bias, layer, start, tokens), np.float64)
+            for start in starts
         )
-        last = np.asarray(_turning(config, mean, layer, tokens - 1, tokens)[0], np.float64) * (
-            len(starts) * POSITIONS - tokens
-        )
-        offset[layer] = (sums - last) / tokens
-        swing[layer] = np.max(
-            [_farthest(config, mean, layer, start, tokens, offset[layer]) for start in starts],
-            axis=0,
-        )
-    return offset, swing
+        last = np.asarray(_rotated(config, bias, layer, tokens - 1, tokens)[0], np.float64)
+        offset[layer] = (total - last * repeats) / tokens
+        distances = [
+            _max_distance(config, bias, layer, start, tokens, offset[layer]) for start in starts
+        ]
+        deviation[layer] = np.max(distances, axis=0)
+    return offset, deviation
 
 
-def _turning(
-    config: ModelConfig, mean: EachChannel | Array, layer: Layer, start: Number, tokens: Number
+def _rotated(
+    config: ModelConfig, bias: EachChannel | Array, layer: Layer, start: Number, tokens: Number
 ) -> Float[Array, "tokens kv_heads head_dim"]:
-    """The mean of one layer at `POSITIONS` positions from `start` on; those past the last of `tokens` stand at the last."""
+    """Return the bias of one layer at `POSITIONS` positions from `start` on.
+
+    Positions past the last of `tokens` repeat the last one.
+    """
     positions = jnp.minimum(start + jnp.arange(POSITIONS, dtype=jnp.int32), tokens - 1)
-    each = layer_angles(config, angles(config, positions, jnp.asarray(tokens, jnp.int32)), layer)
-    return rotate(jnp.broadcast_to(jnp.asarray(mean)[layer], (POSITIONS, *mean.shape[1:])), each)
+    of_layer = layer_angles(
+        config, angles(config, positions, jnp.asarray(tokens, jnp.int32)), layer
+    )
+    return rotate(
+        jnp.broadcast_to(jnp.asarray(bias)[layer], (POSITIONS, *bias.shape[1:])), of_layer
+    )
 
 
 @partial(jax.jit, static_argnums=0)
-def _total(config: ModelConfig, *where: Any) -> Float[Array, "kv_heads head_dim"]:
-    """The sum of `_turning`."""
-    return jnp.sum(_turning(config, *where), axis=0)
+def _sum_rotated(
+    config: ModelConfig, bias: EachChannel | Array, layer: Layer, start: Number, tokens: Number
+) -> Float[Array, "kv_heads head_dim"]:
+    return jnp.sum(_rotated(config, bias, layer, start, tokens), axis=0)
 
 
 @partial(jax.jit, static_argnums=0)
-def _farthest(config: ModelConfig, *where_and_offset: Any) -> Float[Array, "kv_heads head_dim"]:
-    """The largest distance of `_turning` from an offset."""
-    *where, offset = where_and_offset
-    return jnp.max(jnp.abs(_turning(config, *where) - offset), axis=0)
+def _max_distance(
+    config: ModelConfig,
+    bias: EachChannel | Array,
+    layer: Layer,
+    start: Number,
+    tokens: Number,
+    offset: Float[np.ndarray | Array, "kv_heads head_dim"],
+) -> Float[Array, "kv_heads head_dim"]:
+    """Return the largest distance of the rotated bias from `offset`, by channel."""
+    return jnp.max(jnp.abs(_rotated(config, bias, layer, start, tokens) - offset), axis=0)

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.text import Text
 from tqdm import tqdm
 
-from jfp8kv.cache.kv_dtype import is_name
+from jfp8kv.cache.config import is_format_name
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint.load import load
@@ -208,7 +208,7 @@ def _choices(kv_dtypes: Sequence[Any], kv_scales: Sequence[Any]) -> list[tuple[A
             raise ConfigError(f"{name}={given!r}: must be a list, such as {list(usual)}.")
     choices: list[tuple[Any, Any]] = []
     for of in kv_dtypes:
-        named = is_name(of) and of != "auto"
+        named = is_format_name(of) and of != "auto"
         scaled = kv_format(of).is_fp8 if named else not isinstance(of, KVPlan | str | os.PathLike)
         choices += [(of, scales) for scales in (kv_scales if scaled else ["auto"])]
     return choices

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jfp8kv.cache.config import CacheConfig, resolve_cache
-from jfp8kv.cache.kv_dtype import layer_formats, plan_of
+from jfp8kv.cache.config import CacheConfig, layer_formats, resolve_cache, resolve_plan
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import UNIT, KVScales
 from jfp8kv.core.formats import FLOAT32
@@ -65,7 +64,7 @@ def _of_dtype(
     check: Callable[..., CacheConfig],
 ) -> Iterator[CacheChoice]:
     """The caches of one format, or of one mixture of formats; `check` is what an engine makes of both, or raises."""
-    plan = plan_of(kv_dtype)
+    plan = resolve_plan(kv_dtype)
     if plan is not None:
         check(plan, "auto")
         label = label or ("plan" if isinstance(kv_dtype, KVPlan) else Path(kv_dtype).name)

@@ -16,10 +16,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jfp8kv.attention import xla
-from jfp8kv.attention.interface import AttentionMetadata, Layer, Query
-from jfp8kv.attention.paged import KV, Attend, paged
+from jfp8kv.attention.interface import Attend, AttentionMetadata, Query, paged_attend
 from jfp8kv.cache.layout import PoolLayout
-from jfp8kv.cache.pool import KVPool, LayerScales, new_pool
+from jfp8kv.cache.pool import KV, KVPool, Layer, LayerScales, new_pool
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import FLOAT32
@@ -28,7 +27,7 @@ from jfp8kv.engine.buckets import Buckets, default_prefill_chunk, step_token_bud
 from jfp8kv.engine.step import StepModel, Weights
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import bind
-from jfp8kv.models.key_bias import turned
+from jfp8kv.models.key_bias import mean_rotated_bias
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import angles
@@ -111,7 +110,7 @@ def _with_offsets(
         bar(spool.keep(todo), count, what="means"), MeanObserver.empty(each), BeforeRope()
     )
     mean = sums.mean(watch.tokens)
-    offset, swing = turned(c, mean, most)
+    offset, swing = mean_rotated_bias(c, mean, most)
     around = watch.over(
         bar(spool.again(), watch.prompts, what="largest values"),
         AmaxObserver.empty(each),
@@ -209,7 +208,7 @@ def observe_chunk(
     )
     positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
     seen = view.of(c, angles(c, positions, chunk.context) if c.ropes else None)
-    cached = paged(model.attention, unit, model.options(decoder), lambda layer: metadata)
+    cached = paged_attend(model.attention, unit, model.options(decoder), lambda layer: metadata)
     attend = observing(cached, seen, positions < chunk.length)
     return decoder(chunk.tokens, positions, attend=attend, carry=carry, context=chunk.context)[1]
 
@@ -235,7 +234,7 @@ def new_float32_pages(config: ModelConfig, tokens: int) -> KVPool:
     """A cache that keeps `tokens` tokens of one text as they are, in every layer."""
     sizes = {"kv_heads": config.kv_heads, "head_dim": config.head_dim, "page_size": PAGE_TOKENS}
     return new_pool(
-        PoolLayout.alike(FLOAT32, config.layers), num_pages=tokens // PAGE_TOKENS, **sizes
+        PoolLayout.uniform(FLOAT32, config.layers), num_pages=tokens // PAGE_TOKENS, **sizes
     )
 
 

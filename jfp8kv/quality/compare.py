@@ -154,7 +154,7 @@ def _sides(
             page_size=PAGE_SIZE,
             max_tokens_per_dispatch=max_tokens_per_dispatch(chunk),
             longest=most,
-        ).text_bytes(longest)
+        ).sequence_bytes(longest)
         engine_options = EngineOptions(
             kv_dtype=choice.kv_dtype,
             kv_scales=choice.kv_scales,

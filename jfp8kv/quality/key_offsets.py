@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jfp8kv.attention.interface import Layer
-from jfp8kv.attention.paged import KV
+from jfp8kv.cache.pool import KV, Layer
 from jfp8kv.core.pytree import pytree
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.rope import AllAngles, layer_angles, rotate, unrotate

@@ -61,7 +61,7 @@ def planned(
     losses = trial.by_layer()
     points = pareto_front(
         [
-            [costs.of(layer, plan.kind) for plan in candidates.plans]
+            [costs.of(layer, plan.spec) for plan in candidates.plans]
             for layer in range(config.layers)
         ],
         losses,
@@ -72,7 +72,7 @@ def planned(
         else _within_loss(points, trial, most_loss)
     )
     layers, scales = candidates.chosen(chosen.ways, losses)
-    return as_plan(layers, scales, costs.bytes_per_token([layer.kind for layer in layers]), loss)
+    return as_plan(layers, scales, costs.bytes_per_token([layer.spec for layer in layers]), loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,7 @@ class SensitivityAnalysis:
             texts,
             progress,
         )
-        self.known = tuple(dict.fromkeys([UNQUANTIZED, *(plan.kind for plan in candidates.plans)]))
+        self.known = tuple(dict.fromkeys([UNQUANTIZED, *(plan.spec for plan in candidates.plans)]))
         longest = max(map(len, texts))
         engine_options = EngineOptions(
             kv_dtype="float32",
@@ -224,7 +224,7 @@ class SensitivityAnalysis:
             yield len(chunk), logits
 
     def _ways(self, ways: list[int | None]) -> SimulatedLayers:
-        kinds = [UNQUANTIZED if way is None else self.candidates.plans[way].kind for way in ways]
+        kinds = [UNQUANTIZED if way is None else self.candidates.plans[way].spec for way in ways]
         return SimulatedLayers.of(kinds, self.known, self.candidates.mixed(ways), self.config)
 
 
@@ -239,9 +239,9 @@ def _within_bytes(
     """The choice of least loss that a pool can hold in so many bytes."""
     plans = trial.candidates.plans
     for point in reversed(points):
-        if costs.bytes_per_token([plans[way].kind for way in point.ways]) <= most:
+        if costs.bytes_per_token([plans[way].spec for way in point.ways]) <= most:
             return point, trial.whole(point.ways)
-    least = min(costs.bytes_per_token([plans[way].kind for way in point.ways]) for point in points)
+    least = min(costs.bytes_per_token([plans[way].spec for way in point.ways]) for point in points)
     raise ConfigError(
         f"budget={most:g}: no cache of these formats takes less than {least:,.0f} bytes per token."
     )

@@ -217,7 +217,9 @@ def _kind(kv: CacheConfig) -> tuple[str, str]:
 
 def _cost(kv: CacheConfig, asked: bool, lengths: list[int]) -> CacheCost:
     whole, longest = kv.without_windows, lengths[-1]
-    texts = [(tokens, kv.text_bytes(tokens), whole.text_bytes(tokens)) for tokens in lengths]
+    texts = [
+        (tokens, kv.sequence_bytes(tokens), whole.sequence_bytes(tokens)) for tokens in lengths
+    ]
     per_token = kv.bytes_per_token(longest)
     return CacheCost(
         *_kind(kv),

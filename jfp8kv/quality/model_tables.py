@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jfp8kv.core.ranges import runs
+from jfp8kv.core.errors import number_ranges
 from jfp8kv.core.report import LINES
 from jfp8kv.models.config import ModelConfig, RopeConfig
 from jfp8kv.quality.model_report import GIB, CacheCost, ModelReport
@@ -133,7 +133,10 @@ def _attention(found: ModelReport, lines: box.Box | None) -> Table:
     for alike in found.attention:
         sees = f"the last {alike.window:,} tokens" if alike.window else "everything"
         table.add_row(
-            f"{len(alike.layers)}", sees, _rope(alike.rope, found.model), runs(alike.layers, _RUNS)
+            f"{len(alike.layers)}",
+            sees,
+            _rope(alike.rope, found.model),
+            number_ranges(alike.layers, _RUNS),
         )
     return table
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped, UInt32
 
-from jfp8kv.attention.interface import Layer
+from jfp8kv.cache.pool import Layer
 from jfp8kv.core.formats import KVFormat, decode, encode
 from jfp8kv.core.pytree import pytree, static
 

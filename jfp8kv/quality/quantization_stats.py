@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from jfp8kv.attention.interface import AttentionMetadata, Layer, Query
-from jfp8kv.attention.paged import KV, Attend, paged
-from jfp8kv.cache.pool import KVPool, LayerScales, read
+from jfp8kv.attention.interface import Attend, AttentionMetadata, Query, paged_attend
+from jfp8kv.cache.pool import KV, KVPool, Layer, LayerScales, read
 from jfp8kv.core.pytree import pytree
 from jfp8kv.engine.batch import ForwardBatch
 from jfp8kv.engine.step import Chunk, StepModel, Weights, each_request
@@ -113,7 +112,7 @@ def watched(
     def one(chunk: Chunk, pages: KVPool) -> tuple[tuple[Array, Seen], KVPool]:
         metadata = chunk.metadata(model.groups)
         positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
-        attend = paged(model.attention, scales, model.options(decoder), metadata)
+        attend = paged_attend(model.attention, scales, model.options(decoder), metadata)
         attend = observing(attend, scales, metadata, positions < chunk.length)
         carry = pages, Seen.empty(model.config, magnitudes=magnitudes)
         hidden, (pages, seen) = decoder(
@@ -169,7 +168,7 @@ def largest_held(
     pages: KVPool, scales: LayerScales | None, layer: Layer
 ) -> Float[Array, "2 heads channels"]:
     """The largest magnitudes that `layer` can store of K and V; infinite where each token brings a scale that fits it."""
-    kinds = pages.layout.kinds
+    kinds = pages.layout.specs
     largest = jnp.asarray(
         [jnp.inf if kind.dynamic else kind.fmt.largest for kind in kinds], jnp.float32
     )[layer]

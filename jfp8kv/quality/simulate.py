@@ -12,10 +12,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jfp8kv.attention.interface import Layer, Query
-from jfp8kv.attention.paged import KV, paged
+from jfp8kv.attention.interface import Query, paged_attend
 from jfp8kv.cache.layout import LayerCacheSpec
-from jfp8kv.cache.pool import KVPool, LayerScales, fake_quant
+from jfp8kv.cache.pool import KV, KVPool, Layer, LayerScales, fake_quant
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import FLOAT32
 from jfp8kv.core.pytree import pytree
@@ -65,7 +64,9 @@ def simulated(
     )
 
     def one(chunk: Chunk, pages: KVPool) -> tuple[Array, KVPool]:
-        cached = paged(model.attention, unit, model.options(decoder), chunk.metadata(model.groups))
+        cached = paged_attend(
+            model.attention, unit, model.options(decoder), chunk.metadata(model.groups)
+        )
 
         def attend(layer: Layer, q: Query, k: KV, v: KV, pages: KVPool) -> tuple[Query, KVPool]:
             def kept(kind: LayerCacheSpec) -> tuple[KV, KV]:

@@ -39,7 +39,7 @@ def summary(
         label=choice.label,
         kv_dtype=choice.dtype_label,
         kv_scales=choice.scales_label,
-        layers=tuple(map(str, kv.kinds)),
+        layers=tuple(map(str, kv.specs)),
         bytes_per_token=float(served.bytes_per_token(longest)),
         nll=nll,
         perplexity=_exp(nll),
@@ -105,13 +105,13 @@ def _limits(kv: CacheConfig, kind: int) -> tuple[tuple[float, float] | None, ...
     """The smallest and largest magnitude of each layer, the median of those that its scales give; None where it has no static
     ones, or stores keys less an offset, whose magnitudes are others."""
     if kv.scales is None or (kind == 0 and kv.scales.k_offset is not None):
-        return (None,) * len(kv.kinds)
+        return (None,) * len(kv.specs)
     medians = np.median((kv.scales.v if kind else kv.scales.k).astype(np.float64), axis=(1, 2))
     return tuple(
         None
         if kind.dynamic
         else (float(kind.fmt.smallest_subnormal * scale), float(kind.fmt.largest * scale))
-        for kind, scale in zip(kv.kinds, medians, strict=True)
+        for kind, scale in zip(kv.specs, medians, strict=True)
     )
 
 

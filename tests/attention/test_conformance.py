@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from jfp8kv.attention import dispatch
 from jfp8kv.attention.interface import AttentionMetadata, AttentionOptions
 from jfp8kv.cache.groups import LayerGroups
-from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, widths
+from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, slot_widths
 from jfp8kv.cache.pool import KVPool, LayerScales, new_pool
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.errors import ConfigError, NotSupported
@@ -109,7 +109,7 @@ class Case:
             self._stored(rng, which, dynamic, kv_heads, dim) for which in ("k_inverse", "v_inverse")
         ]
         (k, k_exponent), (v, v_exponent) = stored
-        layout = PoolLayout.alike(fmt, LAYERS, dynamic=dynamic, keys_transposed=keys_transposed)
+        layout = PoolLayout.uniform(fmt, LAYERS, dynamic=dynamic, keys_transposed=keys_transposed)
         self.pages = KVPool(self.turned(k), v, k_exponent, v_exponent, layout=layout)
         self.whole = self.pages
         self.q = rng.normal(size=(len(lengths), tokens, kv_heads * group, dim)).astype(np.float32)
@@ -122,7 +122,9 @@ class Case:
     def _stored(self, rng, inverse: str, dynamic: bool, kv_heads: int, dim: int) -> tuple:
         """A pool of NaN codes with every request's tokens in it, written by NumPy."""
         bits = np.full(
-            (LAYERS * PAGES, kv_heads, SIZE, dim), self.fmt.nan_code or np.nan, self.fmt.stored
+            (LAYERS * PAGES, kv_heads, SIZE, dim),
+            self.fmt.nan_code or np.nan,
+            self.fmt.storage_dtype,
         )
         exponents = np.full(bits.shape[:3], 255, np.uint8)
         for i, length in enumerate(self.lengths):
@@ -148,9 +150,9 @@ class Case:
     def in_planes(self) -> "Case":
         """The same stored elements as bytes of a pool whose other layer keeps another format."""
         other = LayerCacheSpec(FLOAT32 if self.fmt.itemsize < 4 else E5M2)
-        kinds = [self.pages.layout.kinds[0]] * LAYERS
+        kinds = [self.pages.layout.specs[0]] * LAYERS
         kinds[1 - self.layer] = other
-        groups = LayerGroups.of([0] * LAYERS, widths(kinds))
+        groups = LayerGroups.of([0] * LAYERS, slot_widths(kinds))
         layout = PoolLayout.of(kinds, groups, keys_transposed=self.keys_transposed)
         rows = slice(self.layer * PAGES, (self.layer + 1) * PAGES)
 
@@ -182,7 +184,7 @@ class Case:
 
         def one(q, table, start, length, pages):
             at = AttentionMetadata(table, start, length, jnp.int32(max(self.lengths)))
-            shown = pages.only(pages.layout.kinds[self.layer])
+            shown = pages.for_spec(pages.layout.specs[self.layer])
             return attend(q, shown, self.scales, self.options, at, layer=jnp.int32(self.layer))
 
         batched = jax.jit(jax.vmap(one, in_axes=(0, 0, 0, 0, None)))
@@ -344,8 +346,8 @@ def test_a_request_does_not_depend_on_its_neighbours(name) -> None:
 
 
 def test_dispatch_says_why_and_names_what_it_cannot_do() -> None:
-    assert dispatch.select_backend().name == "xla" and "cpu" in dispatch.select_backend().why
-    assert dispatch.select_backend("reference").why == "asked for"
+    assert dispatch.select_backend().name == "xla" and "cpu" in dispatch.select_backend().reason
+    assert dispatch.select_backend("reference").reason == "requested"
     with pytest.raises(
         NotSupported, match="needs an NVIDIA GPU, and this machine's device is 'cpu'.* use 'xla'"
     ):
@@ -358,7 +360,7 @@ def test_a_pool_is_never_decoded_whole() -> None:
     """The tile is decoded, not the pool: temporaries stay far below the pool's size."""
     pages = jax.eval_shape(
         lambda: new_pool(
-            PoolLayout.alike(E4M3, 4), num_pages=512, page_size=64, kv_heads=2, head_dim=64
+            PoolLayout.uniform(E4M3, 4), num_pages=512, page_size=64, kv_heads=2, head_dim=64
         )
     )
     scales = LayerScales.of(KVScales.unit(4), layers=4, kv_heads=2, head_dim=64)

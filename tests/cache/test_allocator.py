@@ -26,7 +26,7 @@ class Histories(RuleBasedStateMachine):
         if count > self.allocator.free_pages:
             before = self.allocator.free_pages
             with pytest.raises(
-                CapacityError, match=f"{count} pages asked for, {before} of {PAGES}"
+                CapacityError, match=f"{count} pages requested, {before} of {PAGES}"
             ):
                 self.allocator.allocate(count)
             assert self.allocator.free_pages == before
@@ -136,5 +136,5 @@ def test_a_page_that_others_hold_is_not_written_over() -> None:
     allocator = PageAllocator(2)
     pages = allocator.allocate(1)
     allocator.share(pages)
-    with pytest.raises(AssertionError, match="2 hold it"):
+    with pytest.raises(AssertionError, match="has 2 owners"):
         allocator.invalidate_from(pages[0], 1)

@@ -5,17 +5,17 @@ import pytest
 
 from jfp8kv.cache.capacity import default_bytes, free_bytes, pages_for
 from jfp8kv.cache.groups import LayerGroups
-from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, widths
+from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, slot_widths
 from jfp8kv.cache.pool import new_pool, page_bytes
 from jfp8kv.core.errors import CapacityError
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT32
 
 
 def test_a_budget_buys_whole_pages_up_to_a_limit_and_never_none() -> None:
-    assert pages_for(1050, bytes_per_page=100, page_size=16, most=99) == 10
-    assert pages_for(10**9, bytes_per_page=100, page_size=16, most=99) == 99
+    assert pages_for(1050, bytes_per_page=100, page_size=16, limit=99) == 10
+    assert pages_for(10**9, bytes_per_page=100, page_size=16, limit=99) == 99
     with pytest.raises(CapacityError, match="takes 100 bytes"):
-        pages_for(99, bytes_per_page=100, page_size=16, most=99)
+        pages_for(99, bytes_per_page=100, page_size=16, limit=99)
 
 
 KINDS = {
@@ -35,7 +35,7 @@ KINDS = {
 @pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
 def test_page_bytes_is_what_the_arrays_take_and_no_more_than_the_layers_need(kinds) -> None:
     layout, sizes = (
-        PoolLayout.of(kinds, LayerGroups.of([0] * len(kinds), widths(kinds))),
+        PoolLayout.of(kinds, LayerGroups.of([0] * len(kinds), slot_widths(kinds))),
         {"page_size": 8, "kv_heads": 2},
     )
     pool = new_pool(layout, num_pages=5, head_dim=16, **sizes)

@@ -7,7 +7,7 @@ import pytest
 
 from jfp8kv.cache.copy import copy_pages
 from jfp8kv.cache.groups import LayerGroups
-from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, widths
+from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, slot_widths
 from jfp8kv.cache.pool import KVPool, LayerScales, new_pool, read, write
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT32
@@ -33,7 +33,7 @@ each_layout = pytest.mark.parametrize(
 def pool(kinds: list[LayerCacheSpec], windows: list[int], keys_transposed: bool) -> KVPool:
     """A pool of random bits."""
     layout = PoolLayout.of(
-        kinds, LayerGroups.of(windows, widths(kinds)), keys_transposed=keys_transposed
+        kinds, LayerGroups.of(windows, slot_widths(kinds)), keys_transposed=keys_transposed
     )
     pages = new_pool(layout, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM)
     rng = np.random.default_rng(0)

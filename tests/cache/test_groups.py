@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from jfp8kv.cache.groups import WASTE, LayerGroups, PageRequirements
+from jfp8kv.cache.groups import MAX_IDLE, LayerGroups, PageRequirements
 
 layer_windows = st.lists(st.sampled_from([0, 0, 8, 16]), min_size=1, max_size=48)
 
@@ -16,7 +16,7 @@ def test_every_layer_has_a_place_of_its_own_and_little_of_the_pool_lies_idle(win
     assert len(set(places)) == len(windows)
     assert all(slot < groups.depth for slot in groups.slot)
     assert [groups.windows[group] for group in groups.group] == windows
-    assert len(windows) >= (1 - WASTE) * len(groups.windows) * groups.depth - 1e-9
+    assert len(windows) >= (1 - MAX_IDLE) * len(groups.windows) * groups.depth - 1e-9
 
 
 @given(

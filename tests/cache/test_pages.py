@@ -7,7 +7,7 @@ import pytest
 
 from jfp8kv.cache.groups import LayerGroups
 from jfp8kv.cache.kernel_write import KernelWrite
-from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, widths
+from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, slot_widths
 from jfp8kv.cache.pool import KVPool, LayerScales, fake_quant, new_pool, poison, read, write
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import (
@@ -18,8 +18,8 @@ from jfp8kv.core.formats import (
     FLOAT32,
     FORMATS,
     encode_numpy,
-    join_planes,
-    split_planes,
+    join_bytes,
+    split_bytes,
 )
 
 LAYERS, PAGES, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
@@ -42,7 +42,7 @@ EACH_WAY = pytest.mark.parametrize(
 
 
 def pool(fmt, dynamic: bool = False, keys_transposed: bool = True) -> KVPool:
-    layout = PoolLayout.alike(fmt, LAYERS, dynamic=dynamic, keys_transposed=keys_transposed)
+    layout = PoolLayout.uniform(fmt, LAYERS, dynamic=dynamic, keys_transposed=keys_transposed)
     pages = new_pool(layout, num_pages=PAGES, page_size=SIZE, kv_heads=HEADS, head_dim=DIM)
     return poison(pages, fmt.nan_code)
 
@@ -90,7 +90,7 @@ def test_each_token_lands_in_its_slot_with_the_bytes_numpy_makes(
     assert np.array_equal(np.asarray(got.v_bits), want_v, equal_nan=True)
     shown = want_k.swapaxes(2, 3) if keys_transposed else want_k
     assert np.array_equal(
-        np.asarray(got.k).view(fmt.stored), np.ascontiguousarray(shown), equal_nan=True
+        np.asarray(got.k).view(fmt.storage_dtype), np.ascontiguousarray(shown), equal_nan=True
     )
 
 
@@ -166,7 +166,7 @@ def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool(
 
 
 def test_the_pool_shows_its_values_as_float8() -> None:
-    pages = new_pool(PoolLayout.alike(E4M3, 1), num_pages=2, page_size=4, kv_heads=1, head_dim=8)
+    pages = new_pool(PoolLayout.uniform(E4M3, 1), num_pages=2, page_size=4, kv_heads=1, head_dim=8)
     assert (pages.k.dtype, pages.v.dtype, pages.num_pages, pages.page_size) == (
         E4M3.dtype,
         E4M3.dtype,
@@ -191,7 +191,7 @@ def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and
 ) -> None:
     layers = len(MIXED)
     layout = PoolLayout.of(
-        MIXED, LayerGroups.of([0] * layers, widths(MIXED)), keys_transposed=keys_transposed
+        MIXED, LayerGroups.of([0] * layers, slot_widths(MIXED)), keys_transposed=keys_transposed
     )
     rng = np.random.default_rng(1)
     static = KVScales(
@@ -241,10 +241,10 @@ def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_planes_are_the_bytes_from_high_to_low(fmt) -> None:
-    bits = np.arange(7, dtype=np.uint32).astype(fmt.stored) * np.float32(1.1).astype(
-        fmt.stored
-    ) + np.array(3, fmt.stored)
-    planes = split_planes(jnp.asarray(bits))
+    bits = np.arange(7, dtype=np.uint32).astype(fmt.storage_dtype) * np.float32(1.1).astype(
+        fmt.storage_dtype
+    ) + np.array(3, fmt.storage_dtype)
+    planes = split_bytes(jnp.asarray(bits))
     want = bits[:, None].view(np.uint8)[:, ::-1].T
     assert np.array_equal(np.stack(planes), want)
-    assert np.array_equal(join_planes(planes, fmt), bits)
+    assert np.array_equal(join_bytes(planes, fmt), bits)

@@ -44,7 +44,7 @@ def tokens(family: str, attention: str, **cache) -> tuple[list[list[int]], str]:
 )
 def test_a_text_is_the_same_by_kernels_and_by_xla(family, cache) -> None:
     by_kernels, why = tokens(family, "pallas_interpret", **cache)
-    assert why.startswith("pallas_interpret: asked for")
+    assert why.startswith("pallas_interpret: requested")
     assert by_kernels == tokens(family, "xla", **cache)[0]
 
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import jfp8kv
-from jfp8kv.cache.config import resolve_cache
-from jfp8kv.cache.kv_dtype import layer_formats
+from jfp8kv.cache.config import layer_formats, resolve_cache
 from jfp8kv.cache.plan import KVPlan, LayerPlan
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from tests.models.test_decoder import ENGINE, REFERENCES, rms
@@ -191,6 +190,8 @@ def test_keys_lie_in_their_pages_as_the_setup_says_and_take_the_same_bytes(param
         params, ["fp8_e4m3", "float32"], "unit", page_size=32, max_tokens_per_dispatch=16
     )
     as_values = dataclasses.replace(transposed, keys_transposed=False)
-    assert transposed.pool(2).k_bits.shape == (10, 2, 16, 32)
-    assert as_values.pool(2).k_bits.shape == as_values.pool(2).v_bits.shape == (10, 2, 32, 16)
+    assert transposed.new_pool(2).k_bits.shape == (10, 2, 16, 32)
+    assert (
+        as_values.new_pool(2).k_bits.shape == as_values.new_pool(2).v_bits.shape == (10, 2, 32, 16)
+    )
     assert transposed.page_bytes == as_values.page_bytes

@@ -33,7 +33,7 @@ def pool_of(
 ) -> KVPool:
     kv = resolve_cache(params, kv_dtype, kv_scales, page_size=64, max_tokens_per_dispatch=16)
     kv = dataclasses.replace(kv, keys_transposed=keys_transposed)
-    return jax.eval_shape(lambda: kv.pool(pool_bytes // kv.page_bytes))
+    return jax.eval_shape(lambda: kv.new_pool(pool_bytes // kv.page_bytes))
 
 
 CACHES = [

@@ -9,7 +9,7 @@ import pytest
 import jfp8kv
 from jfp8kv.cache.config import CacheConfig, resolve_cache
 from jfp8kv.checkpoint.load import read_checkpoint_info
-from jfp8kv.models.key_bias import KeysInWeights
+from jfp8kv.models.key_bias import KeyStats
 from tests.models.test_decoder import FAMILIES, rms
 
 pytestmark = pytest.mark.quick_compile
@@ -61,10 +61,10 @@ def test_the_constant_part_is_the_bias_and_what_the_norms_bias_becomes() -> None
         {name: np.asarray(leaf, np.float64) for name, leaf in params.tree["layers"][which].items()}
         for which in ("k", "attention_norm")
     )
-    found = KeysInWeights.of(params.tree, params.config)
+    found = KeyStats.from_weights(params.tree, params.config)
     for layer in range(params.config.layers):
         want = k["bias"][layer] + k["weight"][layer] @ norm["bias"][layer]
-        np.testing.assert_allclose(found.constant[layer].ravel(), want, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(found.bias[layer].ravel(), want, rtol=0, atol=1e-6)
         spread = np.sqrt(np.sum((k["weight"][layer] * norm["weight"][layer]) ** 2, axis=1))
         np.testing.assert_allclose(found.spread[layer].ravel(), spread, rtol=1e-6)
 
@@ -93,7 +93,7 @@ def test_only_layers_that_need_it_have_an_offset_and_no_layer_takes_more_bytes()
     kv, unit = resolved(params), resolved(params, kv_scales="unit")
     assert np.flatnonzero(kv.scales.k_offset.any(axis=(1, 2))).tolist() == [1]
     assert (
-        np.all(kv.scales.k[0] == 1) and kv.page_bytes == unit.page_bytes and kv.kinds == unit.kinds
+        np.all(kv.scales.k[0] == 1) and kv.page_bytes == unit.page_bytes and kv.specs == unit.specs
     )
 
 
@@ -101,11 +101,11 @@ def test_scales_reach_what_is_left_of_a_constant_that_turns_a_little() -> None:
     """A pair that turns by less than a radian over the longest text: no key is farther from the offset than the scale holds."""
     params = with_bias(3000.0, pair=-1)
     kv = resolved(params)
-    keys = KeysInWeights.of(params.tree, params.config)
+    keys = KeyStats.from_weights(params.tree, params.config)
     positions = np.arange(LONGEST)
     half = params.config.head_dim // 2
     radians = positions * 1e6 ** -((half - 1) / half)
-    first, second = keys.constant[1, 0].reshape(2, half)[:, -1]
+    first, second = keys.bias[1, 0].reshape(2, half)[:, -1]
     turned = np.stack(
         [
             first * np.cos(radians) - second * np.sin(radians),
@@ -120,11 +120,11 @@ def test_scales_reach_what_is_left_of_a_constant_that_turns_a_little() -> None:
 def test_a_large_constant_that_turns_leaves_its_layer_unquantized_aloud() -> None:
     params = with_bias(300.0, pair=0)
     with pytest.warns(
-        UserWarning, match=r"Keys of layers 1 have a bias .* keep bfloat16\. kv_scales='unit'"
+        UserWarning, match=r"Keys of layers 1 have a K bias .* use bfloat16\. kv_scales='unit'"
     ):
         kv = resolved(params)
-    assert [kind.fmt.name for kind in kv.kinds] == ["fp8_e4m3", "bfloat16"]
-    assert [kind.fmt.name for kind in resolved(params, kv_scales="unit").kinds] == ["fp8_e4m3"] * 2
+    assert [kind.fmt.name for kind in kv.specs] == ["fp8_e4m3", "bfloat16"]
+    assert [kind.fmt.name for kind in resolved(params, kv_scales="unit").specs] == ["fp8_e4m3"] * 2
 
 
 def test_a_cache_that_is_not_fp8_and_shapes_without_weights_ask_nothing_of_the_weights() -> None:

@@ -31,7 +31,7 @@ def edges() -> np.ndarray:
 
 def around_every_tie(fmt) -> np.ndarray:
     """Finite values of the format, the midpoints between neighbours, and the float32 next to either of them on both sides."""
-    values = np.arange(2 ** (8 * fmt.itemsize - 1), dtype=fmt.stored).view(fmt.dtype)
+    values = np.arange(2 ** (8 * fmt.itemsize - 1), dtype=fmt.storage_dtype).view(fmt.dtype)
     with np.errstate(invalid="ignore"):
         values = values[np.isfinite(values)].astype(np.float64)
     last = (

@@ -12,8 +12,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv.attention import reference
-from jfp8kv.attention.interface import AttentionMetadata
-from jfp8kv.attention.paged import paged
+from jfp8kv.attention.interface import AttentionMetadata, paged_attend
 from jfp8kv.cache.pool import LayerScales
 from jfp8kv.core.formats import encode_numpy, kv_format
 from jfp8kv.engine.step import StepModel
@@ -74,7 +73,7 @@ def seen_by_capture(name: str, tokens: list[int]) -> np.ndarray:
     )
     length = jnp.int32(len(tokens))
     metadata = AttentionMetadata(jnp.arange(8, dtype=jnp.int32), jnp.int32(0), length, length)
-    cached = paged(
+    cached = paged_attend(
         reference.attention,
         scales,
         StepModel(c, params.dtype, reference.attention).options(decoder),

@@ -303,14 +303,14 @@ def test_scales_chosen_for_the_longest_text_are_those_of_an_engine_for_such_text
     has it keeps bfloat16."""
     params = with_bias(40.0, pair=1)
     sizes = {"max_model_len": 64, "progress": False, "needle_lengths": ()}
-    with pytest.warns(UserWarning, match="Keys of layers 1 have a bias"):
+    with pytest.warns(UserWarning, match="Keys of layers 1 have a K bias"):
         found = jfp8kv.compare(
             params, [[5, 6, 7, 8] * 4], kv_dtypes=["fp8_e4m3"], kv_scales="auto", **sizes
         )
         kv = resolve_cache(
             params, "fp8_e4m3", "auto", page_size=64, max_tokens_per_dispatch=64, longest=64
         )
-    assert found["fp8_e4m3 auto"].layers == tuple(map(str, kv.kinds)) == ("fp8_e4m3", "bfloat16")
+    assert found["fp8_e4m3 auto"].layers == tuple(map(str, kv.specs)) == ("fp8_e4m3", "bfloat16")
     assert found["fp8_e4m3 auto"].bytes_per_token == kv.bytes_per_token(64)
 
 

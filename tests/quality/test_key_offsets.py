@@ -6,7 +6,7 @@ import pytest
 import jfp8kv
 from jfp8kv.cache.plan import KVPlan, LayerPlan
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.models.key_bias import turned
+from jfp8kv.models.key_bias import mean_rotated_bias
 from tests.models.test_decoder import rms
 from tests.quality.test_calibrate import PROMPTS, captured, load, prompts
 
@@ -102,7 +102,7 @@ def test_a_mean_that_does_not_turn_is_the_offset_itself() -> None:
         .normal(size=(config.layers, config.kv_heads, config.head_dim))
         .astype(np.float32)
     )
-    offset, swing = turned(config, mean, 50)
+    offset, swing = mean_rotated_bias(config, mean, 50)
     assert np.array_equal(offset, mean) and not swing.any()
 
 

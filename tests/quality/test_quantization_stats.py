@@ -9,10 +9,9 @@ import pytest
 from jaxtyping import Array
 
 from jfp8kv.attention import reference
-from jfp8kv.attention.interface import AttentionMetadata, AttentionOptions
-from jfp8kv.attention.paged import paged
+from jfp8kv.attention.interface import AttentionMetadata, AttentionOptions, paged_attend
 from jfp8kv.cache.groups import LayerGroups
-from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, widths
+from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, slot_widths
 from jfp8kv.cache.pool import LayerScales, new_pool, poison
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32, encode_numpy
@@ -27,7 +26,7 @@ def _seen(
 ) -> QuantStats:
     pages = new_pool(layout, num_pages=9, page_size=SIZE, kv_heads=HEADS, head_dim=DIM)
     at = AttentionMetadata(jnp.array([4, 1, 7, 3, 0, 8, 2], jnp.int32), start, length, length)
-    attend = paged(reference.attention, scales, AttentionOptions(), lambda layer: at)
+    attend = paged_attend(reference.attention, scales, AttentionOptions(), lambda layer: at)
     attend = observing(
         attend, scales, lambda layer: at, start + jnp.arange(WIDTH, dtype=jnp.int32) < length
     )
@@ -35,7 +34,7 @@ def _seen(
         jnp.zeros((LAYERS, 2, HEADS), dtype)
         for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.int32)
     ]
-    carry = poison(pages, layout.kinds[LAYER].fmt.nan_code), Seen(QuantStats(*zeros), None)
+    carry = poison(pages, layout.specs[LAYER].fmt.nan_code), Seen(QuantStats(*zeros), None)
     return attend(LAYER, jnp.ones((WIDTH, HEADS, DIM), jnp.float32), k, v, carry)[1][1].fidelity
 
 
@@ -55,7 +54,7 @@ def seen(
     """
     own = LayerCacheSpec(fmt, dynamic=scales is None)
     kinds = (beside or own, own)
-    layout = PoolLayout.of(kinds, LayerGroups.of((0,) * LAYERS, widths(kinds)))
+    layout = PoolLayout.of(kinds, LayerGroups.of((0,) * LAYERS, slot_widths(kinds)))
     by_layer = (
         None
         if scales is None
