@@ -66,7 +66,7 @@ def _source(modules: list[Path], package: Path) -> str:
 
 def _homes(tree: ast.Module, module: str) -> dict[str, str]:
     """Return the module of each name that `module` imports or defines."""
-    homes = {}
+    homes: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             homes |= {alias.name: node.module for alias in node.names}

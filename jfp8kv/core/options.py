@@ -6,7 +6,7 @@ the `TypedDict` for signatures, and the class docstring lists every field.
 
     @options
     class EngineOptions(Options):
-        max_num_seqs: int | None = option(None, "Maximum number of running requests.", minimum=1)
+        page_size: int = option(default=64, help="Number of tokens per page.", minimum=1)
 
 This module imports nothing heavy, so that `jfp8kv --help` does not wait for JAX.
 """
@@ -248,7 +248,7 @@ class Options:
                 raise unknown_keyword(name, [*also, *known])
         if base is None:
             return cls(**fields)
-        return dataclasses.replace(base, **fields)
+        return dataclasses.replace(base, **fields)  # type: ignore[type-var]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, in their stored form."""

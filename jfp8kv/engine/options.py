@@ -57,14 +57,18 @@ class LoadOptions(Options):
     """How a model is loaded from a path or a hub id; `Params` in memory are used unchanged."""
 
     dtype: WeightsDtype | None = option(
-        None,
-        'Dtype of the weights: "bfloat16", "float16" or "float32". By default that of the '
-        "checkpoint.",
+        default=None,
+        help=(
+            'Dtype of the weights: "bfloat16", "float16" or "float32". By default that of the '
+            "checkpoint."
+        ),
     )
     strict: bool = option(
-        True,
-        "Refuse a checkpoint whose KV scales are missing or invalid. Otherwise scale 1 replaces "
-        "them, with a warning.",
+        default=True,
+        help=(
+            "Refuse a checkpoint whose KV scales are missing or invalid. Otherwise scale 1 "
+            "replaces them, with a warning."
+        ),
     )
 
 
@@ -77,60 +81,76 @@ class EngineOptions(LoadOptions):
     """
 
     kv_dtype: KVDtype = option(
-        "auto",
-        'Format of the KV cache: a name, formats by layer, a KVPlan or a path to one. "auto" is '
-        "the checkpoint's FP8 format if it declares one, else the dtype of the weights.",
+        default="auto",
+        help=(
+            'Format of the KV cache: a name, formats by layer, a KVPlan or a path to one. "auto" '
+            "is the checkpoint's FP8 format if it declares one, else the dtype of the weights."
+        ),
         convert=check_kv_dtype,
     )
     kv_scales: KVScalesLike = option(
-        "auto",
-        'Scales of an FP8 cache: a name, a KVScales or a path to one. "token_head" computes one '
-        'scale per token and head. "auto" takes the checkpoint\'s scales, else scale 1, and K '
-        "offsets if K has large biases.",
+        default="auto",
+        help=(
+            'Scales of an FP8 cache: a name, a KVScales or a path to one. "token_head" computes '
+            'one scale per token and head. "auto" takes those of the checkpoint, else scale 1, and '
+            "K offsets if K has large biases."
+        ),
         convert=check_kv_scales,
     )
     kv_cache_memory: int | str | None = option(
-        None,
-        'Size of the KV cache in bytes, such as "2GiB". By default a share of the free memory of '
-        "the device (85% of an accelerator's, 10% of a host's), or less where max_num_seqs full "
-        "contexts need less.",
+        default=None,
+        help=(
+            'Size of the KV cache in bytes, such as "2GiB". By default a share of the free memory '
+            "of the device (85% of an accelerator's, 10% of a host's), or less where max_num_seqs "
+            "full contexts need less."
+        ),
         convert=_memory,
     )
     max_model_len: int | None = option(
-        None,
-        "Maximum number of tokens of a sequence, prompt and output. By default the model's limit.",
+        default=None,
+        help="Maximum length of a sequence, prompt and output. By default the model's limit.",
         minimum=1,
     )
     max_num_seqs: int | None = option(
-        None,
-        "Maximum number of requests that run at once. By default 64, or as many as leave prompts "
-        "half of max_num_batched_tokens.",
+        default=None,
+        help=(
+            "Maximum number of requests that run at once. By default 64, or as many as leave "
+            "prompts half of max_num_batched_tokens."
+        ),
         minimum=1,
     )
     max_num_batched_tokens: int | None = option(
-        None,
-        "Maximum number of tokens per scheduler step, padding included. It bounds how long a "
-        "prompt delays decoding. By default prompts get 512 tokens on a CPU, 2048 elsewhere.",
+        default=None,
+        help=(
+            "Maximum number of tokens per scheduler step, padding included. It bounds how long a "
+            "prompt delays decoding. By default prompts get 512 tokens on a CPU, 2048 elsewhere."
+        ),
         minimum=1,
     )
     page_size: int = option(
-        64, "Number of tokens per page of the KV cache.", minimum=1, hint="try 64"
+        default=64, help="Number of tokens per page of the KV cache.", minimum=1, hint="try 64"
     )
     attention: AttentionName | None = option(
-        None, "Attention implementation. By default the fastest one that runs on this device."
+        default=None,
+        help="Attention implementation. By default the fastest one that runs on this device.",
     )
-    prefix_caching: bool = option(True, "Share cached pages between sequences with equal prefixes.")
+    prefix_caching: bool = option(
+        default=True, help="Share cached pages between sequences with equal prefixes."
+    )
     prompt_lookup: int = option(
-        0,
-        "Maximum number of draft tokens per step of prompt-lookup decoding, which drafts from "
-        "earlier occurrences in the sequence. 0 turns it off; 4 suits requests that copy or quote.",
+        default=0,
+        help=(
+            "Maximum number of draft tokens per step of prompt-lookup decoding, which drafts from "
+            "earlier occurrences in the sequence. 0 turns it off; 4 suits requests that copy or "
+            "quote."
+        ),
         minimum=0,
         maximum=MAX_PROMPT_LOOKUP,
         hint="try 4",
     )
     seed: int = option(
-        0,
-        "Seed of requests without one. It is combined with the number of the request.",
+        default=0,
+        help="Seed of requests without one. It is combined with the number of the request.",
         minimum=0,
         maximum=MAX_SEED,
     )

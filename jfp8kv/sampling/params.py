@@ -99,130 +99,138 @@ class SamplingParams(Options):
     ARGUMENT = "sampling_params"
 
     max_tokens: int = option(
-        128, "Maximum number of tokens to generate.", minimum=1, hint="try 128"
+        default=128, help="Maximum number of tokens to generate.", minimum=1, hint="try 128"
     )
     temperature: float = option(
-        1.0,
-        "Divisor of the logits. 0 is greedy: the most likely token, the lowest id in a tie.",
+        default=1.0,
+        help="Divisor of the logits. 0 is greedy: the most likely token, the lowest id in a tie.",
         minimum=0,
         maximum=MAX_RATE,
         hint="try 0 for greedy decoding, 0.7 for variety",
     )
     top_k: int = option(
-        0,
-        "Sample from the k most likely tokens. 0 or -1 takes all.",
+        default=0,
+        help="Sample from the k most likely tokens. 0 or -1 takes all.",
         minimum=-1,
         hint="0 and -1 take all tokens, try 50",
     )
     top_p: float = option(
-        1.0,
-        "Sample from the smallest set of most likely tokens with at least this total probability.",
+        default=1.0,
+        help="Sample from the most likely tokens that together have at least this probability.",
         above=0,
         maximum=1,
         hint="1.0 takes all tokens, try 0.9",
     )
     min_p: float = option(
-        0.0,
-        "Sample from tokens with at least this fraction of the highest token probability.",
+        default=0.0,
+        help="Sample from tokens with at least this fraction of the highest token probability.",
         minimum=0,
         maximum=1,
         hint="0 takes all tokens, try 0.05",
     )
     repetition_penalty: float = option(
-        1.0,
-        "Divides positive and multiplies negative logits of tokens in the prompt or the output "
-        "(CTRL, arXiv:1909.05858, section 4.1).",
+        default=1.0,
+        help=(
+            "Divides positive and multiplies negative logits of tokens in the prompt or the output "
+            "(CTRL, arXiv:1909.05858, section 4.1)."
+        ),
         minimum=1 / MAX_RATE,
         maximum=MAX_RATE,
         hint="1.0 turns it off, try 1.1",
     )
     presence_penalty: float = option(
-        0.0,
-        "Subtracted from the logit of each token that occurs in the output.",
+        default=0.0,
+        help="Subtracted from the logit of each token that occurs in the output.",
         minimum=-2,
         maximum=2,
         hint="0 turns it off",
     )
     frequency_penalty: float = option(
-        0.0,
-        "Subtracted from the logit of a token once for each occurrence in the output.",
+        default=0.0,
+        help="Subtracted from the logit of a token once for each occurrence in the output.",
         minimum=-2,
         maximum=2,
         hint="0 turns it off",
     )
     stop: Sequence[str] = option(
-        (),
-        "Strings that end the output before their first match. min_tokens does not delay them.",
+        default=(),
+        help="Strings that end the output before their first match, also before min_tokens.",
         convert=_stop_strings,
     )
     stop_token_ids: Sequence[int] = option(
-        (), "Token ids that end the output.", convert=_stop_token_ids
+        default=(), help="Token ids that end the output.", convert=_stop_token_ids
     )
-    ignore_eos: bool = option(False, "Continue past the end-of-sequence tokens of the model.")
-    include_stop_str_in_output: bool = option(False, "Include the matched stop string in the text.")
-    n: int = option(1, "Number of outputs per prompt.", minimum=1, hint="try 1")
+    ignore_eos: bool = option(
+        default=False, help="Continue past the end-of-sequence tokens of the model."
+    )
+    include_stop_str_in_output: bool = option(
+        default=False, help="Include the matched stop string in the text."
+    )
+    n: int = option(default=1, help="Number of outputs per prompt.", minimum=1, hint="try 1")
     logprobs: int | None = option(
-        None,
-        "Return the log-probability of each output token and of this many most likely tokens.",
+        default=None,
+        help="Return the log-probability of each output token and of this many most likely tokens.",
         minimum=0,
         maximum=MAX_LOGPROBS,
         hint="None returns none",
     )
     prompt_logprobs: int | None = option(
-        None,
-        "Return the same for each token of the prompt.",
+        default=None,
+        help="Return the same for each token of the prompt.",
         minimum=0,
         maximum=MAX_LOGPROBS,
         hint="None returns none",
     )
     seed: int | None = option(
-        None,
-        "Seed of the request. By default derived from the engine's seed.",
+        default=None,
+        help="Seed of the request. By default derived from the engine's seed.",
         minimum=0,
         maximum=MAX_SEED,
         hint="None derives one from the engine's seed",
     )
     logit_bias: Mapping[int, float] | None = option(
-        None,
-        "Added to the logits of the given token ids; -inf forbids a token.",
+        default=None,
+        help="Added to the logits of the given token ids; -inf forbids a token.",
         convert=_logit_bias,
         hash=False,
     )
     min_tokens: int = option(
-        0,
-        "Minimum number of tokens before an end-of-sequence or stop token can be sampled.",
+        default=0,
+        help="Minimum number of tokens before an end-of-sequence or stop token can be sampled.",
         minimum=0,
         hint="0 sets no minimum",
     )
     best_of: int | None = option(
-        None,
-        "Number of outputs to generate, of which the n with the highest mean log-probability per "
-        "token are returned, best first. Incomplete outputs come last. By default n.",
+        default=None,
+        help=(
+            "Number of outputs to generate, of which the n with the highest mean log-probability "
+            "per token are returned, best first. Incomplete outputs come last. By default n."
+        ),
         minimum=1,
         hint="None is n",
     )
     deadline_s: float | None = option(
-        None,
-        'Seconds after the call at which the output ends, with the finish reason "deadline".',
+        default=None,
+        help='Seconds after the call at which the output ends, with the finish reason "deadline".',
         above=0,
         hint="None sets no deadline",
     )
     json_schema: str | Mapping[str, Any] | type | None = option(
-        None,
-        "JSON schema of the output: a dict, a JSON string, or a class with model_json_schema().",
+        default=None,
+        help="JSON schema of the output: a dict, a string, or a class with model_json_schema().",
         convert=schema_json,
     )
     regex: str | None = option(
-        None,
-        "Regular expression that the whole output matches.",
+        default=None,
+        help="Regular expression that the whole output matches.",
         convert=functools.partial(pattern, "regex"),
     )
     choice: Sequence[str] | None = option(
-        None, "Strings, one of which is the output.", convert=choices
+        default=None, help="Strings, one of which is the output.", convert=choices
     )
     grammar: str | None = option(
-        None,
-        "Grammar of the output, in Lark syntax with the extensions of llguidance.",
+        default=None,
+        help="Grammar of the output, in Lark syntax with the extensions of llguidance.",
         convert=functools.partial(pattern, "grammar"),
     )
 

@@ -23,12 +23,18 @@ OPTION_CLASSES = [EngineOptions, SamplingParams]
 class Example(Options):
     """Options of an example."""
 
-    size: int = option(8, "Size of the example.", minimum=1, maximum=2**31 - 1, hint="try 8")
-    rate: float | None = option(None, "Rate of the example.", above=0)
-    kind: Literal["a", "b"] = option("a", "Kind of the example.")
-    depths: Sequence[float] = option((0.5,), "Depths of the example.", minimum=0, maximum=1)
-    name: "str" = option("x", "Name of the example.")
-    unknown: "NotImported | None" = option(None, "An option of a type unknown at run time.")  # noqa: F821
+    size: int = option(
+        default=8, help="Size of the example.", minimum=1, maximum=2**31 - 1, hint="try 8"
+    )
+    rate: float | None = option(default=None, help="Rate of the example.", above=0)
+    kind: Literal["a", "b"] = option(default="a", help="Kind of the example.")
+    depths: Sequence[float] = option(
+        default=(0.5,), help="Depths of the example.", minimum=0, maximum=1
+    )
+    name: "str" = option(default="x", help="Name of the example.")
+    unknown: "NotImported | None" = option(  # noqa: F821
+        default=None, help="An option of a type unknown at run time."
+    )
 
     def check(self) -> None:
         """Refuse two fields together."""

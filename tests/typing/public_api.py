@@ -1,0 +1,29 @@
+"""Uses of the public interface that mypy checks and nothing runs.
+
+Each `type: ignore` marks a mistake that a type checker must flag. mypy reports the ones that it does
+not need, so a keyword that is no longer checked fails `make lint`.
+"""
+
+from typing import assert_type
+
+import jfp8kv
+from jfp8kv import LLM, RequestOutput, SamplingParams
+
+
+def keywords() -> None:
+    """Misspelt keywords and values of a wrong type are flagged, and correct ones are not."""
+    SamplingParams(max_tokens=3, stop="end", logit_bias={5: -1.0})
+    SamplingParams(temprature=0.5)  # type: ignore[call-arg]
+    LLM("model", kv_dtype="fp8", kv_cache_memory="2GiB", dtype="bfloat16")
+    LLM("model", kv_cache_dtype={"default": "fp8", "skip": [0]})
+    LLM("model", page_sise=64)  # type: ignore[call-arg]
+    LLM("model", page_size="64")  # type: ignore[arg-type]
+    LLM("model", attention="flash")  # type: ignore[arg-type]
+    jfp8kv.generate("model", [[1, 2]], max_tokens=3, kv_scales="unit")
+    jfp8kv.generate("model", "a", temprature=0.5)  # type: ignore[call-arg]
+
+
+def results() -> None:
+    """Return types are precise."""
+    assert_type(jfp8kv.generate("model", "a"), list[RequestOutput])
+    assert_type(LLM("model").stats, jfp8kv.Stats)
