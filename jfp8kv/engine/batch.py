@@ -322,7 +322,7 @@ class BatchBuilder:
             [state.settings for state in states],
             rows=rows,
             biased=variant.biased,
-            held=variant.held,
+            masked=variant.masked,
         )
         max_logprobs = max((request.params.logprobs or 0 for request in requests), default=0)
         return jax.device_put(

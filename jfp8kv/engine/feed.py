@@ -33,8 +33,8 @@ def feed(
 ) -> Iterator[tuple[int, Output | Jfp8kvError]]:
     """Yield `(number, result)` for each item, counted from 0, in the order they finish.
 
-    The result is the group's `output()`, the `Jfp8kvError` that `group_of` raised, or the error of a
-    failed step. A failed step ends all requests in flight, and the next ones are taken. Other
+    The result is the group's `output()`, the `Jfp8kvError` that `group_of` raised, or the error of
+    a failed step. A failed step ends all requests in flight, and the next ones are taken. Other
     exceptions propagate. Closing the iterator cancels what is in flight.
     """
     numbered = enumerate(items)

@@ -68,8 +68,8 @@ def prefill_sessions(
 ) -> Iterator[ChunkOutput]:
     """Run the uncached tokens of sessions through `function`, several sessions per dispatch.
 
-    Tokens from position `logits_from` on are run even if they are in the prefix cache. So is the last
-    token of each session. The pages stay allocated and enter the prefix cache.
+    Tokens from position `logits_from` on are run even if they are in the prefix cache. So is the
+    last token of each session. The pages stay allocated and enter the prefix cache.
     """
     buckets = engine.buckets
 
@@ -88,7 +88,7 @@ def prefill_sessions(
 
 
 def _resume(engine: Engine, handle: SequenceHandle, logits_from: int) -> None:
-    """Drop cached pages that are not valid any more, and adopt a longer prefix match if there is one."""
+    """Drop cached pages that became invalid, and adopt a longer prefix match if there is one."""
     request, kv_manager = handle.request, engine.scheduler.kv_manager
     if handle.kv_manager is not kv_manager:  # a failed step reset the cache
         request.page_tables = []
@@ -121,7 +121,7 @@ def _run(
     while left := [request for request in requests if request.uncached]:
         if engine.scheduler is not scheduler:
             raise StepError(
-                "a step of another request failed and reset the KV cache of this sequence: try again."
+                "a step of another request failed and reset the KV cache: try again."
             )
         chunk_width = width(max(request.uncached for request in left))
         chosen = left[: engine.buckets.prefill_requests(chunk_width)]

@@ -38,7 +38,7 @@ class SamplerVariant:
         return f"full, {self.ends} ends, {self.biased} biased"
 
     @property
-    def held(self) -> int:
+    def masked(self) -> int:
         """The number of ids that `min_tokens` masks per request: the end tokens."""
         return self.ends if self.full else 0
 

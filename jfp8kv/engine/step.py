@@ -179,7 +179,7 @@ def _sampled(logits: Array, batch: DecodeBatch, top: int) -> StepOutput:
         batch.position,
         prompt_counts=None if counts is None else counts.prompt,
         output_counts=None if counts is None else counts.output,
-        allowed=batch.token_bitmask,
+        bitmask=batch.token_bitmask,
     )
     most_likely = top_of(logits, batch.sampler.max_logprobs, top)
     return StepOutput(

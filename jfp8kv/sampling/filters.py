@@ -1,12 +1,14 @@
-"""Top-k, top-p and min-p without sorting: each keeps the tokens above a cut, and the cut is found by bisection.
+"""Top-k, top-p and min-p without sorting: each keeps the tokens above a cut found by bisection.
 
-Sorting a vocabulary of 49152 takes about 18 ms a request on a CPU; one pass that sums what lies above a guess takes
-some 30 microseconds. The bits of a float, read as an integer, are in the order of the floats, so halving an interval of
-those integers ends at the exact cut after at most 32 passes, and earlier once no second token is left inside.
+Sorting a vocabulary of 49152 takes about 18 ms per request on a CPU. One pass that sums the weights
+above a threshold takes about 30 microseconds. The bits of a float, read as an integer, have the
+order of the floats, so halving an interval of these integers ends at the exact cut after at most 32
+passes, and earlier once a single token is left in the interval.
 
-The order is temperature, top-k, top-p, min-p (that of Hugging Face's processors): top-p takes its share of what top-k
-left, and min-p compares with the likeliest token, which no filter removes. **Ties are kept together**: tokens as
-likely as the last one kept are kept too, so that which tokens survive never depends on the order of their ids.
+The order is temperature, top-k, top-p, min-p, as in Hugging Face's logits processors: top-p takes
+its share of the tokens that top-k keeps, and min-p compares with the most likely token, which no
+filter removes. **Ties are kept together**: tokens as likely as the last one kept are kept too, so
+the result does not depend on the order of the token ids.
 """
 
 from collections.abc import Callable
@@ -26,9 +28,12 @@ Key = Int32[Array, ""]
 
 @pytree
 class Outside:
-    """What is known of the tokens a search does not look at: none of their logits exceeds `ceiling`.
+    """Bounds on the tokens outside the searched part of the vocabulary.
 
-    `mass` is their total weight: the sum of exp((logit - peak) / temperature), where `peak` is the largest logit.
+    Attributes:
+      ceiling: no logit outside exceeds it.
+      mass: the total weight outside, the sum of exp((logit - peak) / temperature) for the largest
+        logit `peak`.
     """
 
     ceiling: Float32[Array, ""]
@@ -36,7 +41,7 @@ class Outside:
 
 
 def ordered(x: Float32[Array, "*dims"]) -> Int32[Array, "*dims"]:
-    """Integers in the order of the floats, infinities included; both zeros are one."""
+    """Return integers with the order of the floats, infinities included. Both zeros map to one."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, jnp.float32(0), x), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
@@ -44,10 +49,12 @@ def ordered(x: Float32[Array, "*dims"]) -> Int32[Array, "*dims"]:
 def weights(
     logits: Float32[Array, "*dims"], temperature: Float32[Array, ""], peak: Float32[Array, ""]
 ) -> Float32[Array, "*dims"]:
-    """Probabilities over their maximum: exp((logit - peak) / temperature). 0 for a logit of -inf, never NaN."""
-    return jnp.exp(
-        (logits - jnp.where(peak > -jnp.inf, peak, 0)) / jnp.where(temperature > 0, temperature, 1)
-    )
+    """Return the probabilities relative to the largest: exp((logit - peak) / temperature).
+
+    The weight of a logit of -inf is 0, never NaN.
+    """
+    finite_peak = jnp.where(peak > -jnp.inf, peak, 0)
+    return jnp.exp((logits - finite_peak) / jnp.where(temperature > 0, temperature, 1))
 
 
 def keep(
@@ -56,9 +63,10 @@ def keep(
     peak: Float32[Array, ""],
     outside: Outside | None = None,
 ) -> tuple[Float32[Array, " tokens"], Bool[Array, ""]]:
-    """The weights of the tokens that survive the filters, 0 for the others; and whether that is certain.
+    """Return the weights of the tokens that the filters keep, 0 for the others, and a certainty.
 
-    It is certain when no token outside could have survived or changed a cut, always so when nothing is outside.
+    The result is certain if no token outside could be kept or change a cut. Without `outside` it
+    always is.
     """
     count = logits.shape[0]
     outside = outside or Outside(ceiling=jnp.float32(-jnp.inf), mass=jnp.float32(0))
@@ -77,7 +85,7 @@ def keep(
 
     shared = settings.top_p < 1
     total = jnp.sum(w) + jnp.where(ranked, 0, outside.mass)
-    # Dropping every token below this would lose less than 1 - top_p: the cut is no lower.
+    # The tokens below this weigh less than 1 - top_p together, so the cut is at or above it.
     floor = (1 - settings.top_p) * total / LARGEST_VOCAB
     nucleus = cut(
         ordered(w),
@@ -89,9 +97,9 @@ def keep(
     )
     least = jnp.maximum(jnp.where(shared, _as_float(nucleus), 0), settings.min_p)
 
-    beaten = kth > ordered(outside.ceiling)
-    certain = (beaten | ~ranked) & (
-        beaten | (least > weights(outside.ceiling, settings.temperature, peak))
+    above_outside = kth > ordered(outside.ceiling)
+    certain = (above_outside | ~ranked) & (
+        above_outside | (least > weights(outside.ceiling, settings.temperature, peak))
     )
     return jnp.where(w >= least, w, 0), certain | (outside.ceiling == -jnp.inf)
 
@@ -101,7 +109,7 @@ def _one_each(keys: Int32[Array, "*dims"]) -> Float32[Array, "*dims"]:
 
 
 def _as_float(keys: Int32[Array, "*dims"]) -> Float32[Array, "*dims"]:
-    """The float whose `ordered` key this is, for keys that are not negative."""
+    """Return the float of an `ordered` key that is not negative."""
     return jax.lax.bitcast_convert_type(keys, jnp.float32)
 
 
@@ -114,22 +122,26 @@ def cut(
     bounds: tuple[Key, Key],
     total: Float32[Array, ""],
 ) -> Key:
-    """A key t such that `keys >= t` is the smallest set {keys >= x} whose `measure` adds up to `target`.
+    """Return the key t for which `keys >= t` is the smallest such set with a measure of `target`.
 
-    `measure` is elementwise and never falls as the key rises. `bounds` are keys the cut is known to lie between, both
-    included; `total` is at least what all keys from the lower one measure. Where `active` is false no pass is made and
-    every key is kept. Sums of float32 are rounded, yet a larger set never has a smaller sum (rounding is monotone, the
-    order of addition fixed), so halving always closes in on one cut.
+    Sums of float32 are rounded, but a larger set never has a smaller sum: rounding is monotone and
+    the order of addition is fixed. So the bisection always converges to one cut.
+
+    Args:
+      keys: `ordered` keys.
+      measure: an elementwise function that never decreases with the key. A set's measure is its
+      sum. target: the measure to reach.
+      active: if false, no pass runs and every key is kept.
+      bounds: keys that include the cut.
+      total: at least the measure of all keys from the lower bound on.
     """
     low = jnp.where(active, bounds[0], jnp.iinfo(jnp.int32).min)
     high = jnp.where(active, bounds[1] + 1, low)
 
     def searching(state: tuple[Array, Array]) -> Bool[Array, ""]:
         edges, above = state
-        several = above[0] - above[1] >= 1.5 * measure(
-            edges[0]
-        )  # more than one token from edge to edge
-        return (edges[0] + 1 < edges[1]) & several
+        several_tokens = above[0] - above[1] >= 1.5 * measure(edges[0])
+        return (edges[0] + 1 < edges[1]) & several_tokens
 
     def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
         edges, above = state

@@ -1,8 +1,8 @@
-"""Edits of the logits before anything is chosen: bias, penalties, and the tokens that `min_tokens` holds off.
+"""Edits of the logits before sampling: bias, penalties, `min_tokens` and the token bitmask.
 
-Penalties need to know what came before: how often each token stands in the prompt and in the output so far. Those
-counts are `[vocab]` per request, so they are optional: a batch in which nobody asks for a penalty passes None and
-pays nothing. What a grammar lets come next is applied last, and only where there is one.
+Penalties need the number of times each token occurs in the prompt and in the output. These counts
+are `[vocab]` per request and optional: a batch without penalties passes None at no cost. The
+bitmask of structured output is applied last.
 """
 
 import jax.numpy as jnp
@@ -18,25 +18,35 @@ def adjust(
     prompt_counts: Int32[Array, " vocab"] | None = None,
     output_counts: Int32[Array, " vocab"] | None = None,
 ) -> Float32[Array, " vocab"]:
-    """The logits to choose from. `position` is the number of tokens in the output so far.
+    """Return the logits to sample from.
 
-    Order: bias, repetition penalty (over prompt and output), presence and frequency penalty (over the output),
-    min_tokens. Without counts, penalties do not act. A logit of -inf stays -inf.
+    The order is bias, repetition penalty (of prompt and output tokens), presence and frequency
+    penalty (of output tokens), min_tokens. A logit of -inf stays -inf.
+
+    Args:
+      logits: the model's logits.
+      settings: the settings of one request.
+      position: the number of tokens in the output so far.
+      prompt_counts: occurrences of each token in the prompt. Without counts, penalties do not
+      apply. output_counts: occurrences of each token in the output.
     """
     logits = logits.at[settings.bias_ids].add(settings.bias_values, mode="drop")
     if prompt_counts is not None or output_counts is not None:
         logits = _penalized(
             logits, settings, _or_zero(prompt_counts, logits), _or_zero(output_counts, logits)
         )
-    held = jnp.where(position < settings.min_tokens, -jnp.inf, jnp.inf)
-    return logits.at[settings.held_ids].min(held, mode="drop")
+    limit = jnp.where(position < settings.min_tokens, -jnp.inf, jnp.inf)
+    return logits.at[settings.min_tokens_ids].min(limit, mode="drop")
 
 
-def allow(
-    logits: Float32[Array, " vocab"], allowed: UInt32[Array, " words"]
+def apply_token_bitmask(
+    logits: Float32[Array, " vocab"], bitmask: UInt32[Array, " words"]
 ) -> Float32[Array, " vocab"]:
-    """The logits of the tokens whose bit is set, -inf for the others: token i's is bit i % 32 of word i // 32."""
-    bits = (allowed[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    """Return the logits of the tokens whose bit is set, and -inf for the others.
+
+    The bit of token i is bit i % 32 of word i // 32.
+    """
+    bits = (bitmask[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return jnp.where(bits.reshape(-1)[: logits.shape[0]] == 1, logits, -jnp.inf)
 
 
@@ -62,5 +72,5 @@ def _or_zero(
 def count_token(
     counts: Int32[Array, " vocab"], token: Int32[Array, "*tokens"]
 ) -> Int32[Array, " vocab"]:
-    """`counts` with one more `token`, or with several, those past the last id dropped."""
+    """Return `counts` after one more token or several. Ids past the vocabulary are dropped."""
     return counts.at[token].add(1, mode="drop")

@@ -1,19 +1,20 @@
-"""The next token of each request, from its logits: one compiled program for whatever mixture of settings a batch holds.
+"""Sample the next token of each request from its logits, with one program for all settings.
 
-    logits -> bias, penalties, min_tokens, grammar -> temperature -> top-k -> top-p -> min-p -> a draw
+    logits -> bias, penalties, min_tokens, bitmask -> temperature -> top-k -> top-p -> min-p -> draw
 
-The draw is a race: token i runs for the time noise_i / weight_i with exponential noise, and the shortest time wins,
-with probability weight_i / sum(weights) (equivalently the Gumbel-max trick, with one logarithm instead of two and no
-sum). A race, unlike a search in the cumulative sum, moves no token because others changed a little: rounding that
-differs from batch to batch changes the outcome only when it changes who is first. Tokens about 10**7 times less
-likely than the rest are never drawn, as always in float32.
+The draw is a race of exponential clocks: token i finishes at noise_i / weight_i, and the earliest
+one wins with probability weight_i / sum(weights). This is the Gumbel-max trick with one logarithm
+instead of two, and it needs no sum. Unlike inverse-CDF sampling it is robust to rounding: a small
+change of the weights matters only if it changes the winner. Tokens about 10**7 times less likely
+than the most likely one are never drawn, as always in float32.
 
-What is not asked for is not paid for. A batch in which every request is greedy takes only a maximum. A batch in which
-every random request is filtered looks at the likeliest blocks of the vocabulary alone, and at all of it only if some
-request's filters reach beyond them. Both ways give the same token, since noise belongs to the token's id.
+Work that no request needs is skipped. A batch of greedy requests takes a maximum only. A batch in
+which every random request has a filter searches the most likely blocks of the vocabulary, and all
+of it only if the filters of a request reach beyond them. Both paths draw the same token, since
+noise is addressed by token id.
 
-No token depends on its neighbours: every function here is for one request, under `vmap`, and the branches choose
-between computations of equal results.
+No token depends on the other requests: every function here is written for one request and batched
+with `vmap`, and branches choose between computations with equal results.
 """
 
 from collections.abc import Callable
@@ -23,11 +24,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jfp8kv.sampling.filters import Outside, keep, weights
-from jfp8kv.sampling.penalties import adjust, allow
+from jfp8kv.sampling.penalties import adjust, apply_token_bitmask
 from jfp8kv.sampling.rng import exponential, fold_in
 from jfp8kv.sampling.settings import SamplerSettings
 
-BLOCK = 64  # ids side by side that are looked at together
+BLOCK = 64  # adjacent token ids that are searched together
 LIKELY_BLOCKS = 128
 LANES = 128
 
@@ -38,22 +39,27 @@ def sample(
     position: Int32[Array, ""],
     prompt_counts: Int32[Array, " vocab"] | None = None,
     output_counts: Int32[Array, " vocab"] | None = None,
-    allowed: UInt32[Array, " words"] | None = None,
+    bitmask: UInt32[Array, " words"] | None = None,
 ) -> tuple[Int32[Array, ""], Float32[Array, ""]]:
-    """The token at `position` of one request's output (0 is its first), and its log-probability.
+    """Sample a token of one request, and return it with its log-probability.
 
-    Where every adjusted logit is -inf there is no token to choose: it is `vocab`, past the last.
+    The token is `vocab`, past the last one, if every adjusted logit is -inf. At temperature 0 it is
+    the argmax, and the lowest id on ties. The log-probability is that of the model: the log-softmax
+    of `logits` at temperature 1, without filters, penalties or bias.
 
-    The log-probability is that of the model: log-softmax of `logits` as given, at temperature 1, without filters,
-    penalties or bias. Counts are as for `adjust`, `allowed` as for `allow`. At temperature 0 the token is the argmax, the
-    lowest id on ties.
+    Args:
+      logits: the model's logits.
+      settings: the settings of the request.
+      position: of the token in the output. The first is 0.
+      prompt_counts, output_counts: see `adjust`.
+      bitmask: see `apply_token_bitmask`.
     """
     adjusted = adjust(logits, settings, position, prompt_counts, output_counts)
-    if allowed is not None:
-        adjusted = allow(adjusted, allowed)
+    if bitmask is not None:
+        adjusted = apply_token_bitmask(adjusted, bitmask)
     drawn = _draw(adjusted, settings, fold_in(settings.key, position))
     greedy = argmax(adjusted)
-    token = _or_none(jnp.where(settings.temperature > 0, drawn, greedy), adjusted, greedy)
+    token = _if_any(jnp.where(settings.temperature > 0, drawn, greedy), adjusted, greedy)
     return token, logprob_at(logits, token)
 
 
@@ -63,12 +69,12 @@ def sample_batch(
     positions: Int32[Array, " requests"],
     prompt_counts: Int32[Array, "requests vocab"] | None = None,
     output_counts: Int32[Array, "requests vocab"] | None = None,
-    allowed: UInt32[Array, "requests words"] | None = None,
+    bitmask: UInt32[Array, "requests words"] | None = None,
 ) -> tuple[Int32[Array, " requests"], Float32[Array, " requests"]]:
-    """`sample` for each request. `settings` is stacked (`stack_settings`)."""
-    adjusted = _adjusted(logits, settings, positions, prompt_counts, output_counts)
-    if allowed is not None:
-        adjusted = jax.vmap(allow)(adjusted, allowed)
+    """Return `sample` of each request. `settings` is stacked (`stack_settings`)."""
+    adjusted = _adjust_batch(logits, settings, positions, prompt_counts, output_counts)
+    if bitmask is not None:
+        adjusted = jax.vmap(apply_token_bitmask)(adjusted, bitmask)
     greedy = jax.vmap(argmax)(adjusted)
     random = settings.temperature > 0
 
@@ -77,34 +83,28 @@ def sample_batch(
         return jnp.where(random, _draw_batch(adjusted, settings, keys), greedy)
 
     tokens = jax.lax.cond(jnp.any(random), draw, lambda: greedy)
-    tokens = jax.vmap(_or_none)(tokens, adjusted, greedy)
+    tokens = jax.vmap(_if_any)(tokens, adjusted, greedy)
     return tokens, jax.vmap(logprob_at)(logits, tokens)
 
 
-def _adjusted(
+def _adjust_batch(
     logits: Float32[Array, "requests vocab"],
     settings: SamplerSettings,
     positions: Int32[Array, " requests"],
     prompt_counts: Int32[Array, "requests vocab"] | None,
     output_counts: Int32[Array, "requests vocab"] | None,
 ) -> Float32[Array, "requests vocab"]:
-    """`adjust` for each request, or the logits as they are where nobody asks for it."""
-    if (
-        not settings.bias_ids.shape[1]
-        and not settings.held_ids.shape[1]
-        and prompt_counts is None
-        and output_counts is None
-    ):
+    """Return `adjust` of each request, or the unchanged logits if no request needs it."""
+    no_ids = not settings.bias_ids.shape[1] and not settings.min_tokens_ids.shape[1]
+    if no_ids and prompt_counts is None and output_counts is None:
         return logits
     penalties = (
         settings.presence_penalty,
         settings.frequency_penalty,
         settings.repetition_penalty - 1,
     )
-    biased, penalized = (
-        jnp.any(settings.bias_ids < logits.shape[1]),
-        jnp.any(jnp.stack(penalties) != 0),
-    )
+    biased = jnp.any(settings.bias_ids < logits.shape[1])
+    penalized = jnp.any(jnp.stack(penalties) != 0)
     return jax.lax.cond(
         biased | penalized | jnp.any(positions < settings.min_tokens),
         lambda: jax.vmap(adjust)(logits, settings, positions, prompt_counts, output_counts),
@@ -112,11 +112,11 @@ def _adjusted(
     )
 
 
-def _or_none(
-    token: Int32[Array, ""], logits: Float32[Array, " vocab"], likeliest: Int32[Array, ""]
+def _if_any(
+    token: Int32[Array, ""], logits: Float32[Array, " vocab"], greedy: Int32[Array, ""]
 ) -> Int32[Array, ""]:
-    """`token`, or past the last one where even the likeliest is forbidden."""
-    return jnp.where(logits[likeliest] == -jnp.inf, logits.shape[0], token)
+    """Return `token`, or `vocab` if all tokens are masked, the greedy one included."""
+    return jnp.where(logits[greedy] == -jnp.inf, logits.shape[0], token)
 
 
 def _draw_batch(
@@ -124,7 +124,10 @@ def _draw_batch(
     settings: SamplerSettings,
     keys: UInt32[Array, "requests 2"],
 ) -> Int32[Array, " requests"]:
-    """A draw for each request, in the cheapest way that serves them all. What greedy ones get has no meaning."""
+    """Draw a token for each request by the cheapest method that serves all of them.
+
+    The results of greedy requests are meaningless.
+    """
 
     def over(draw: Callable) -> Callable:
         return lambda: jax.vmap(draw)(logits, settings, keys)
@@ -132,9 +135,9 @@ def _draw_batch(
     def filtered_draw() -> Int32[Array, " requests"]:
         if logits.shape[1] < 2 * BLOCK * LIKELY_BLOCKS:
             return over(_draw)()
-        nothing = jnp.zeros(greedy.shape, jnp.int32), jnp.zeros(greedy.shape, bool)
+        skipped = jnp.zeros(greedy.shape, jnp.int32), jnp.zeros(greedy.shape, bool)
         tokens, certain = jax.lax.cond(
-            jnp.all(filtered | greedy), over(_draw_likely), lambda: nothing
+            jnp.all(filtered | greedy), over(_draw_likely), lambda: skipped
         )
         return jax.lax.cond(jnp.all(certain | greedy), lambda: tokens, over(_draw))
 
@@ -163,12 +166,15 @@ def _all_ids(logits: Float32[Array, " vocab"]) -> Int32[Array, " vocab"]:
 def _draw_likely(
     logits: Float32[Array, " vocab"], settings: SamplerSettings, key: UInt32[Array, "2"]
 ) -> tuple[Int32[Array, ""], Bool[Array, ""]]:
-    """`_draw` over the blocks with the largest maxima; and whether it is certain that the others do not matter."""
+    """Return `_draw` over the blocks with the largest maxima, and whether it is certain.
+
+    It is certain if the tokens of the other blocks cannot change the result.
+    """
     blocks = jnp.pad(logits, (0, -logits.shape[0] % BLOCK), constant_values=-jnp.inf).reshape(
         -1, BLOCK
     )
     best, order = jax.lax.top_k(jnp.max(blocks, axis=1), LIKELY_BLOCKS + 1)
-    chosen = jnp.sort(order[:-1])  # by id again, so that ties still go to the lowest
+    chosen = jnp.sort(order[:-1])  # in order of ids, so that ties go to the lowest one
     likely = blocks[chosen].reshape(-1)
     ids = (chosen[:, None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)).reshape(-1)
 
@@ -183,14 +189,18 @@ def _draw_likely(
 def _race(
     weight: Float32[Array, " tokens"], ids: Int32[Array, " tokens"], key: UInt32[Array, "2"]
 ) -> Int32[Array, ""]:
-    """An id with probability proportional to its weight. The largest weight is 1, so a token of weight 0 never wins."""
+    """Return an id with probability proportional to its weight.
+
+    The largest weight is 1, so a token of weight 0 never wins.
+    """
     return ids[argmax(weight / exponential(key, ids))]
 
 
 def argmax(x: Float32[Array, " tokens"]) -> Int32[Array, ""]:
-    """The place of the maximum, the first on ties.
+    """Return the index of the maximum, the first one on ties.
 
-    In two steps, the long one of which vectorizes: on CPU 8 times faster than `jnp.argmax`.
+    Two steps, of rows and within a row. The first vectorizes, which on a CPU makes this 8 times
+    faster than `jnp.argmax`.
     """
     whole = x.shape[0] // LANES * LANES
     if whole < x.shape[0]:
@@ -227,8 +237,8 @@ def _log_normalizer(
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Return the maximum m of the logits, and log(sum(exp(logits - m))).
 
-    The two are subtracted from a logit one after the other. Their sum would round to the precision of
-    m, which may be far from the logit's log-probability.
+    The two are subtracted from a logit one after the other. Their sum would round to the precision
+    of m, which may be far from the logit's log-probability.
     """
     peak = jnp.max(logits)
     finite = jnp.where(peak > -jnp.inf, peak, 0)  # -inf - -inf is NaN

@@ -1,13 +1,12 @@
-"""`SamplingParams` as the device sees them: scalars of one request, stacked into rows of a batch.
+"""`SamplingParams` on the device: scalars of one request, stacked into rows of a batch.
 
-The ids of `logit_bias` and of the tokens that `min_tokens` holds off have as many entries as the request names. They
-are padded to a bucket (0, or a power of two from 8) with an id past the end of any vocabulary, so that few shapes
-occur and a batch without them carries none.
+The token ids of `logit_bias` and `min_tokens` have a variable number of entries. They are padded to
+a bucket (0, or a power of two from 8) with an id past the end of any vocabulary, so that few shapes
+occur and a batch without them has empty arrays.
 """
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt32
@@ -16,15 +15,21 @@ from jfp8kv.core.pytree import pytree
 from jfp8kv.sampling.params import MAX_ID, SamplingParams
 
 PAST_THE_END = np.int32(MAX_ID)
-COLDEST = 1e-5  # a logit gap of 0.001 is then a factor of e**100: greedy in all but name
+# Smaller temperatures count as 0. A difference of 0.001 between logits is then a factor of e**100.
+MIN_TEMPERATURE = 1e-5
 
 
 @pytree
 class SamplerSettings:
     """The settings of one request, or of several with a leading axis `requests`.
 
-    `temperature` 0 is greedy, `top_k` 0 keeps every token. `key` is `keys.request_key`. While fewer than `min_tokens`
-    tokens exist, `held_ids` cannot be picked.
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: 0 keeps every token.
+      key: see `rng.request_key`.
+      bias_ids, bias_values: the tokens of `logit_bias` and what is added to their logits.
+      min_tokens_ids: the tokens that are masked while the output has fewer than `min_tokens`
+      tokens.
     """
 
     temperature: Float32[Array | np.ndarray, "*requests"]
@@ -38,20 +43,22 @@ class SamplerSettings:
     key: UInt32[Array | np.ndarray, "*requests 2"]
     bias_ids: Int32[Array | np.ndarray, "*requests biased"]
     bias_values: Float32[Array | np.ndarray, "*requests biased"]
-    held_ids: Int32[Array | np.ndarray, "*requests held"]
+    min_tokens_ids: Int32[Array | np.ndarray, "*requests masked"]
 
 
 def settings_from(
     params: SamplingParams, key: UInt32[np.ndarray, "2"], *, eos_ids: Iterable[int] = ()
 ) -> SamplerSettings:
-    """The settings of one request, as NumPy arrays. `eos_ids`: the model's own end-of-sequence tokens."""
-    ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
+    """Return the settings of one request, as NumPy arrays.
+
+    `eos_ids` are the end-of-sequence tokens of the model.
+    """
+    end_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
+    masked = sorted(end_ids) if params.min_tokens > 0 else []
     bias = params.logit_bias or {}
-    held = sorted(ends) if params.min_tokens > 0 else []
+    temperature = params.temperature if params.temperature >= MIN_TEMPERATURE else 0
     return SamplerSettings(
-        temperature=np.asarray(
-            params.temperature if params.temperature >= COLDEST else 0, np.float32
-        ),
+        temperature=np.asarray(temperature, np.float32),
         top_k=np.asarray(np.clip(params.top_k, 0, PAST_THE_END), np.int32),
         top_p=np.asarray(params.top_p, np.float32),
         min_p=np.asarray(params.min_p, np.float32),
@@ -60,47 +67,57 @@ def settings_from(
         frequency_penalty=np.asarray(params.frequency_penalty, np.float32),
         min_tokens=np.asarray(min(params.min_tokens, PAST_THE_END), np.int32),
         key=key,
-        bias_ids=_padded(np.array(list(bias), np.int32), bucket(len(bias)), PAST_THE_END),
-        bias_values=_padded(np.array(list(bias.values()), np.float32), bucket(len(bias)), 0),
-        held_ids=_padded(np.array(held, np.int32), bucket(len(held)), PAST_THE_END),
+        bias_ids=_pad(np.array(list(bias), np.int32), bucket(len(bias)), PAST_THE_END),
+        bias_values=_pad(np.array(list(bias.values()), np.float32), bucket(len(bias)), 0),
+        min_tokens_ids=_pad(np.array(masked, np.int32), bucket(len(masked)), PAST_THE_END),
     )
 
 
 def stack_settings(
-    settings: Sequence[SamplerSettings], *, rows: int | None = None, biased: int = 0, held: int = 0
+    settings: Sequence[SamplerSettings],
+    *,
+    rows: int | None = None,
+    biased: int = 0,
+    masked: int = 0,
 ) -> SamplerSettings:
-    """The batch of `settings`, one row each; `rows` pads it with greedy rows. Id lists grow to the widest bucket, and to no
-    fewer than `biased` and `held` entries."""
-    settings = [*settings, *[_IDLE] * ((rows or 0) - len(settings))]
-    biased = max(biased, *(s.bias_ids.shape[0] for s in settings))
-    held = max(held, *(s.held_ids.shape[0] for s in settings))
-    same = [_widened(s, biased=biased, held=held) for s in settings]
+    """Return the settings of a batch, one request per row.
+
+    Args:
+      settings: of each request.
+      rows: pads the batch with greedy rows.
+      biased: the least length of the `logit_bias` arrays. They grow to the widest bucket.
+      masked: the least length of the `min_tokens` array.
+    """
+    padded = [*settings, *[_PADDING_ROW] * ((rows or 0) - len(settings))]
+    biased = max(biased, *(row.bias_ids.shape[0] for row in padded))
+    masked = max(masked, *(row.min_tokens_ids.shape[0] for row in padded))
+    widened = [_widen(row, biased=biased, masked=masked) for row in padded]
     return SamplerSettings(
-        *(
-            np.stack([getattr(s, field.name) for s in same])
+        **{
+            field.name: np.stack([getattr(row, field.name) for row in widened])
             for field in dataclasses.fields(SamplerSettings)
-        )
+        }
     )
 
 
 def bucket(count: int) -> int:
-    """The padded length of `count` ids: 0, or the next power of two from 8."""
+    """Return the padded length of `count` ids: 0, or the next power of two from 8."""
     return 0 if count == 0 else max(8, 1 << (count - 1).bit_length())
 
 
-def _widened(s: SamplerSettings, *, biased: int, held: int) -> SamplerSettings:
-    if s.bias_ids.shape[0] == biased and s.held_ids.shape[0] == held:
-        return s
+def _widen(settings: SamplerSettings, *, biased: int, masked: int) -> SamplerSettings:
+    if settings.bias_ids.shape[0] == biased and settings.min_tokens_ids.shape[0] == masked:
+        return settings
     return dataclasses.replace(
-        s,
-        bias_ids=_padded(s.bias_ids, biased, PAST_THE_END),
-        bias_values=_padded(s.bias_values, biased, 0),
-        held_ids=_padded(s.held_ids, held, PAST_THE_END),
+        settings,
+        bias_ids=_pad(settings.bias_ids, biased, PAST_THE_END),
+        bias_values=_pad(settings.bias_values, biased, 0),
+        min_tokens_ids=_pad(settings.min_tokens_ids, masked, PAST_THE_END),
     )
 
 
-def _padded(values: Any, width: int, fill: Any) -> np.ndarray:
+def _pad(values: Array | np.ndarray, width: int, fill: np.int32 | int) -> np.ndarray:
     return np.concatenate([values, np.full(width - len(values), fill, values.dtype)])
 
 
-_IDLE = settings_from(SamplingParams(temperature=0.0), np.zeros(2, np.uint32))  # of a padding row
+_PADDING_ROW = settings_from(SamplingParams(temperature=0.0), np.zeros(2, np.uint32))

@@ -146,7 +146,7 @@ def test_completions_are_scored_as_the_model_does(run, llm):
     assert good["completion_tokens"] == len(ids) - len(before) and good["logprob"] == pytest.approx(
         sum(good["logprobs"])
     )
-    assert "no token to score" in bad["error"]["message"]
+    assert "nothing to score" in bad["error"]["message"]
 
 
 def test_texts_are_held_to_what_is_asked_of_them(run):

@@ -168,7 +168,7 @@ def test_a_prompt_in_the_prefix_cache_is_not_run_again(llm, ran):
 
 
 def in_threads(*functions) -> list:
-    """Call each function in a thread. Returns their results, and raises the first of their errors."""
+    """Call each function in a thread and return the results, or raise the first error."""
     results: list = [None] * len(functions)
     errors: list[BaseException] = []
 

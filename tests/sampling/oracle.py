@@ -1,10 +1,10 @@
-"""What sampling should do, in plain NumPy and float64, with sorting."""
+"""Reference implementation of sampling in NumPy and float64, with sorting."""
 
 import numpy as np
 
 
 def adjusted(logits, params, generated=0, prompt=(), output=(), eos_ids=()):
-    """Logits after bias, penalties and min_tokens, one token at a time."""
+    """Return the logits after bias, penalties and min_tokens, one token at a time."""
     x = np.asarray(logits, np.float64).copy()
     for token, bias in (params.logit_bias or {}).items():
         x[token] += bias
@@ -23,7 +23,7 @@ def adjusted(logits, params, generated=0, prompt=(), output=(), eos_ids=()):
 
 
 def distribution(logits, params):
-    """The probabilities that temperature, top-k, top-p and min-p leave. Ties with the last one kept are kept."""
+    """Return the probabilities after temperature, top-k, top-p and min-p. Ties stay together."""
     x = np.asarray(logits, np.float64)
     if params.temperature == 0:
         return np.eye(len(x))[np.argmax(x)]
@@ -31,9 +31,9 @@ def distribution(logits, params):
     if 0 < params.top_k < len(p):
         p = normalized(np.where(x >= np.sort(x)[-params.top_k], p, 0))
     if params.top_p < 1:
-        falling = np.sort(p)[::-1]
-        last = np.argmax(np.cumsum(falling) >= params.top_p)
-        p = normalized(np.where(p >= falling[last], p, 0))
+        descending = np.sort(p)[::-1]
+        last = np.argmax(np.cumsum(descending) >= params.top_p)
+        p = normalized(np.where(p >= descending[last], p, 0))
     return normalized(np.where(p >= params.min_p * p.max(), p, 0))
 
 

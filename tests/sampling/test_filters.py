@@ -1,5 +1,4 @@
-import importlib.util
-from pathlib import Path
+"""Top-k, top-p and min-p against an implementation that sorts."""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +11,7 @@ from jfp8kv.sampling.filters import Outside, keep, ordered, weights
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.sampling.rng import request_key
 from jfp8kv.sampling.settings import settings_from
-
-spec = importlib.util.spec_from_file_location(
-    "sampling_oracle", Path(__file__).with_name("oracle.py")
-)
-oracle = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(oracle)
+from tests.sampling import oracle
 
 kept = jax.jit(keep)
 
@@ -32,18 +26,17 @@ def probabilities(logits, params) -> np.ndarray:
     return oracle.normalized(weight)
 
 
-def agrees(logits, params) -> None:
-    """The same tokens survive, with the same probabilities.
+def check_against_sorting(logits, params) -> None:
+    """Check that the same tokens are kept, with the same probabilities.
 
-    Rounding: an exponent in [-100, 0] has a float32 error of at most 100 * 2**-24 = 6e-6, its exponential that
-    relative one; the sum over the survivors has no more. 2e-5 allows for both.
+    An exponent in [-100, 0] has a float32 error of at most 100 * 2**-24 = 6e-6, which is the
+    relative error of its exponential. The sum of the kept weights has no larger one. 2e-5 covers
+    both.
     """
-    mine, theirs = (
-        probabilities(logits, params),
-        oracle.distribution(np.asarray(logits, np.float32), params),
-    )
-    np.testing.assert_array_equal(mine > 0, theirs > 0)
-    np.testing.assert_allclose(mine, theirs, rtol=2e-5)
+    found = probabilities(logits, params)
+    expected = oracle.distribution(np.asarray(logits, np.float32), params)
+    np.testing.assert_array_equal(found > 0, expected > 0)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
 
 
 MIXTURES = [
@@ -70,10 +63,10 @@ MIXTURES = [
 
 
 @pytest.mark.parametrize("fields", MIXTURES, ids=str)
-def test_the_survivors_are_those_of_sorting(fields):
+def test_the_kept_tokens_are_those_of_sorting(fields):
     rng = np.random.default_rng(0)
     for spread in (0.1, 3.0):
-        agrees(rng.normal(size=998) * spread, SamplingParams(**fields))
+        check_against_sorting(rng.normal(size=998) * spread, SamplingParams(**fields))
 
 
 def test_top_k_keeps_exactly_k_when_no_logits_are_equal():
@@ -92,22 +85,22 @@ def test_top_k_keeps_exactly_k_when_no_logits_are_equal():
     st.sampled_from([0.0, 0.05, 0.45, 1.0]),
 )
 def test_tokens_as_likely_as_the_last_one_kept_are_kept_with_it(levels, top_k, top_p, min_p):
-    logits = (levels * 12)[:12]  # one shape, so one compilation
-    agrees(logits, SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p))
+    logits = (levels * 12)[:12]  # one shape: one compilation
+    check_against_sorting(logits, SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p))
 
 
-def test_a_distribution_without_a_favourite_is_kept_whole():
+def test_a_uniform_distribution_is_kept_whole():
     for fields in (dict(top_k=3), dict(top_p=0.01), dict(min_p=1.0)):
         assert (probabilities(np.full(64, 2.5), SamplingParams(**fields)) == 1 / 64).all()
 
 
-def test_without_filters_every_token_stays_however_unlikely():
+def test_without_filters_even_very_unlikely_tokens_are_kept():
     logits = np.concatenate([[0.0], np.linspace(-80, -20, 100)])
     assert (probabilities(logits, SamplingParams(top_p=1.0)) > 0).all()
     assert (probabilities(logits, SamplingParams(top_p=1.0 - 2**-24)) > 0).sum() < 101
 
 
-def test_forbidden_tokens_never_survive_and_never_make_nan():
+def test_masked_tokens_are_never_kept_and_never_produce_nan():
     logits = np.array([-np.inf, 1.0, -np.inf, 0.5, -np.inf, -np.inf, 3.0, -np.inf])
     for fields in (
         dict(),
@@ -116,10 +109,10 @@ def test_forbidden_tokens_never_survive_and_never_make_nan():
         dict(min_p=0.001),
         dict(top_k=8, top_p=0.5),
     ):
-        agrees(logits, SamplingParams(**fields))
+        check_against_sorting(logits, SamplingParams(**fields))
 
 
-def test_with_every_token_forbidden_the_weights_are_zero_and_not_nan():
+def test_the_weights_are_zero_and_not_nan_if_every_token_is_masked():
     logits = jnp.full(8, -jnp.inf)
     for fields in (dict(), dict(top_k=3, top_p=0.5, min_p=0.1)):
         settings = settings_from(SamplingParams(**fields), request_key(0))
@@ -127,7 +120,7 @@ def test_with_every_token_forbidden_the_weights_are_zero_and_not_nan():
         assert not np.asarray(weight).any()
 
 
-def test_keys_are_in_the_order_of_the_floats():
+def test_ordered_keys_have_the_order_of_the_floats():
     tiny = np.finfo(np.float32).tiny
     floats = np.float32(
         [-np.inf, -3e38, -1.5, -1, -tiny, -0.0, 0.0, tiny, 1, 1 + 2**-23, 3e38, np.inf]
@@ -140,7 +133,7 @@ def test_keys_are_in_the_order_of_the_floats():
 
 
 @pytest.mark.parametrize("fields", MIXTURES, ids=str)
-def test_a_search_of_a_part_is_certain_only_if_it_finds_what_the_whole_does(fields):
+def test_a_partial_search_is_certain_only_if_it_equals_the_full_search(fields):
     rng = np.random.default_rng(2)
     settings = settings_from(SamplingParams(**fields), request_key(0))
     certainties = []
@@ -148,10 +141,10 @@ def test_a_search_of_a_part_is_certain_only_if_it_finds_what_the_whole_does(fiel
         logits = jnp.asarray(np.sort(rng.normal(size=998) * spread)[::-1].copy(), jnp.float32)
         part, rest = logits[:100], logits[100:]
         mass = jnp.sum(weights(rest, jnp.asarray(settings.temperature), logits[0]))
-        mine, certain = kept(part, settings, logits[0], Outside(ceiling=rest[0], mass=mass))
+        found, certain = kept(part, settings, logits[0], Outside(ceiling=rest[0], mass=mass))
         whole, _ = kept(logits, settings, logits[0])
         certainties.append(bool(certain))
         if certain:
-            np.testing.assert_array_equal(np.asarray(whole), np.concatenate([mine, np.zeros(898)]))
+            np.testing.assert_array_equal(np.asarray(whole), np.concatenate([found, np.zeros(898)]))
     unfiltered = fields.get("top_k", 0) <= 0 and "top_p" not in fields and "min_p" not in fields
     assert any(certainties) != (unfiltered or fields.get("top_k", 0) > 100)

@@ -1,3 +1,5 @@
+"""Request keys and random numbers against `jax.random`."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,19 +13,19 @@ def key_data(key) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12345, 2**32 - 1])
-def test_a_request_key_made_on_the_host_is_two_folds_of_jax_random_key(seed):
+def test_a_request_key_is_two_fold_ins_of_a_jax_random_key(seed):
     root = jax.random.key(np.uint32(seed), impl="threefry2x32")
-    own = jax.random.fold_in(jax.random.fold_in(root, 0), 3)
+    seeded = jax.random.fold_in(jax.random.fold_in(root, 0), 3)
     np.testing.assert_array_equal(
-        request_key(seed, index=3, engine_seed=7, number=9), key_data(own)
+        request_key(seed, index=3, engine_seed=7, number=9), key_data(seeded)
     )
-    theirs = jax.random.fold_in(jax.random.fold_in(root, 10), 3)
+    unseeded = jax.random.fold_in(jax.random.fold_in(root, 10), 3)
     np.testing.assert_array_equal(
-        request_key(None, index=3, engine_seed=seed, number=9), key_data(theirs)
+        request_key(None, index=3, engine_seed=seed, number=9), key_data(unseeded)
     )
 
 
-def test_a_request_with_a_seed_ignores_the_engines_seed_and_its_number():
+def test_the_key_of_a_seeded_request_ignores_engine_seed_and_number():
     np.testing.assert_array_equal(
         request_key(5, engine_seed=1, number=2), request_key(5, engine_seed=3, number=4)
     )
@@ -41,7 +43,7 @@ def test_keys_of_different_seeds_samples_and_requests_differ():
     assert len({tuple(map(int, key)) for key in keys}) == len(keys)
 
 
-def test_folding_and_bits_agree_with_jax_random():
+def test_fold_in_and_random_bits_agree_with_jax_random():
     words = request_key(42)
     key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
     np.testing.assert_array_equal(
@@ -65,6 +67,6 @@ def test_the_noise_is_exponential_with_mean_one_and_never_zero_or_infinite():
     # Mean and variance are 1; the variance of the squared deviation is 8. Five standard errors.
     assert abs(noise.mean() - 1) < 5 / np.sqrt(noise.size)
     assert abs(noise.var() - 1) < 5 * np.sqrt(8 / noise.size)
-    # Kolmogorov-Smirnov: the largest gap between the distributions exceeds 1.95/sqrt(n) once in a thousand.
+    # Kolmogorov-Smirnov: the statistic exceeds 1.95 / sqrt(n) with probability 0.001.
     steps = np.arange(1, noise.size + 1) / noise.size
     assert np.abs(steps - (1 - np.exp(-np.sort(noise)))).max() < 1.95 / np.sqrt(noise.size)

@@ -36,7 +36,7 @@ def test_the_defaults_are_those_of_the_contract():
     }
 
 
-REFUSED = [
+INVALID = [
     ("max_tokens", [0, -1, 2.0, "8", True, None]),
     ("temperature", [-0.1, 1001, 1e39, math.nan, math.inf, "0.7", True, None]),
     ("top_k", [-2, 1.0, "5", True]),
@@ -74,14 +74,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in REFUSED for value in values]
+    ("name", "value"), [(name, value) for name, values in INVALID for value in values]
 )
-def test_a_value_out_of_range_or_of_the_wrong_type_is_refused_by_name(name, value):
+def test_a_value_of_the_wrong_range_or_type_raises_with_its_name(name, value):
     with pytest.raises(ConfigError, match=name):
         SamplingParams(**{name: value})
 
 
-def test_a_refusal_names_the_value_and_the_range_and_what_to_try():
+def test_an_error_names_the_value_the_range_and_what_to_try():
     with pytest.raises(
         ConfigError,
         match=r"temperature=-1: must be a number of at least 0 and .*; try 0 for greedy",
@@ -103,7 +103,7 @@ def test_a_refusal_names_the_value_and_the_range_and_what_to_try():
         SamplingParams(deadline_s=0)
 
 
-def test_values_at_the_ends_of_their_ranges_are_taken():
+def test_values_at_the_bounds_of_their_ranges_are_accepted():
     SamplingParams(
         temperature=0, top_k=-1, top_p=1, min_p=1, n=1, max_tokens=1, min_tokens=1, logprobs=0
     )
@@ -137,7 +137,7 @@ def test_parameters_are_frozen_and_hash_by_value():
         params.top_p = 0.5
 
 
-def test_the_callers_own_bias_can_change_without_changing_the_request():
+def test_changing_the_callers_logit_bias_does_not_change_the_request():
     bias = {1: 2.0}
     params = SamplingParams(logit_bias=bias)
     bias[1] = 9.0
@@ -160,7 +160,7 @@ def test_an_unknown_field_names_the_nearest_known_one():
         SamplingParams.from_fields({"temperature": 1.0})
 
 
-def test_ids_past_the_vocabulary_are_refused_once_it_is_known():
+def test_token_ids_outside_the_vocabulary_raise():
     for params in (SamplingParams(stop_token_ids=[3, 100]), SamplingParams(logit_bias={100: 1.0})):
         params.check_vocab(101)
         with pytest.raises(

@@ -1,6 +1,6 @@
+"""Sampling: distributions, independence of the batch, penalties, masks and log-probabilities."""
+
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,25 +9,20 @@ import pytest
 from scipy import stats
 
 from jfp8kv.sampling.params import SamplingParams
-from jfp8kv.sampling.penalties import adjust, allow, count_token
+from jfp8kv.sampling.penalties import adjust, apply_token_bitmask, count_token
 from jfp8kv.sampling.rng import request_key
 from jfp8kv.sampling.sample import argmax, logprob_at, sample, sample_batch, top_logprobs
 from jfp8kv.sampling.settings import settings_from, stack_settings
-
-spec = importlib.util.spec_from_file_location(
-    "sampling_oracle", Path(__file__).with_name("oracle.py")
-)
-oracle = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(oracle)
+from tests.sampling import oracle
 
 VOCAB = 24
 DRAWS = 20_000
-LARGE = 20_011  # enough that the likeliest blocks are looked at first, and no multiple of anything
+LARGE = 20_011  # a prime, large enough that the most likely blocks are searched first
 batch = jax.jit(sample_batch)
 
 
 def stacked(fields: list[dict], eos_ids=(), rows=None):
-    """Settings of requests number 0, 1, ... that have no seed of their own."""
+    """Return the settings of requests number 0, 1, ..., each without a seed unless given."""
     each = [
         settings_from(
             SamplingParams(**kw), request_key(kw.get("seed"), number=number), eos_ids=eos_ids
@@ -42,13 +37,15 @@ def at(*positions) -> jax.Array:
 
 
 def answers(logits, fields, positions, eos_ids=()):
-    """Tokens and log-probabilities, all from one compiled program: up to 7 rows, 300 ids (missing ones: forbidden)."""
+    """Return tokens and log-probabilities from one compiled program of up to 7 rows and 300 ids.
+
+    Missing ids are masked.
+    """
     rows = np.full((8, 300), -np.inf, np.float32)
     for row, x in zip(rows, logits, strict=False):
         row[: len(x)] = x
-    lists = dict(
-        logit_bias={0: 0.0}, min_tokens=1, stop_token_ids=[1]
-    )  # so that the id lists have their widths
+    # The padding rows have id lists, so that all calls have the same shapes.
+    lists = dict(logit_bias={0: 0.0}, min_tokens=1, stop_token_ids=[1])
     settings = stacked([*fields, *[lists] * (8 - len(fields))], eos_ids)
     tokens, logprobs = batch(jnp.asarray(rows), settings, at(*positions, *[0] * (8 - len(fields))))
     return tokens[: len(fields)], logprobs[: len(fields)]
@@ -56,12 +53,14 @@ def answers(logits, fields, positions, eos_ids=()):
 
 @jax.jit
 def drawn(logits, settings, keys, positions):
-    one = lambda key, position: sample(logits, dataclasses.replace(settings, key=key), position)[0]  # noqa: E731
+    def one(key, position):
+        return sample(logits, dataclasses.replace(settings, key=key), position)[0]
+
     return jax.vmap(one)(keys, positions)
 
 
 def draws(logits, keys, **fields):
-    """DRAWS tokens of requests that differ in their keys, or, with one key, of the positions of one request."""
+    """Return `DRAWS` tokens: positions 0, 1, ... of requests with these keys."""
     settings = jax.tree.map(jnp.asarray, settings_from(SamplingParams(**fields), request_key(0)))
     positions = np.arange(DRAWS) // len(keys)
     return drawn(
@@ -89,12 +88,12 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_oracle(fields):
     expected = oracle.distribution(logits, params) * DRAWS
     seen = np.bincount(tokens, minlength=VOCAB)
     assert not seen[expected == 0].any()
-    rare = expected < 5  # chi-square needs about five of each: the rare ones count as one kind
+    rare = expected < 5  # chi-square needs about five of each: rare tokens are counted together
     groups = [(seen[i], expected[i]) for i in np.flatnonzero(~rare)] + [
         (seen[rare].sum(), expected[rare].sum())
     ]
     observed, wanted = np.array([(o, e) for o, e in groups if e > 0]).T
-    # The key is fixed, so this passes always or never; a right sampler fails for one key in ten thousand.
+    # The key is fixed, so this passes always or never. A correct sampler fails for 1 key in 10,000.
     assert stats.chisquare(observed, wanted).pvalue > 1e-4
 
 
@@ -113,7 +112,7 @@ def test_greedy_takes_the_lowest_id_of_equal_maxima():
             assert argmax(jnp.asarray(x)) == np.argmax(x) == min(places)
 
 
-def test_argmax_agrees_with_numpy_where_logits_are_forbidden():
+def test_argmax_agrees_with_numpy_where_logits_are_masked():
     for vocab in (7, 200, 384):
         x = np.float32(np.random.default_rng(vocab).normal(size=vocab))
         x[np.argsort(x)[2:]] = -np.inf
@@ -133,7 +132,7 @@ MIXED = [
 ]
 
 
-def test_a_token_depends_neither_on_its_neighbours_nor_on_its_row():
+def test_a_token_depends_neither_on_the_batch_nor_on_its_row():
     logits = jnp.asarray(np.random.default_rng(5).normal(size=(len(MIXED), 300)) * 2, jnp.float32)
     settings, positions = stacked(MIXED), at(*range(len(MIXED)))
     together, logprobs = batch(logits, settings, positions)
@@ -173,7 +172,7 @@ def test_mixed_settings_share_one_program():
 
 
 def test_a_seed_fixes_the_tokens_and_positions_and_samples_differ():
-    logits = jnp.zeros((4, LARGE))  # every token as likely: two draws agree once in 20011
+    logits = jnp.zeros((4, LARGE))  # uniform: two draws agree with probability 1 / 20011
     first, _ = batch(logits, stacked([dict(seed=1)] * 4), at(0, 0, 1, 2))
     again, _ = batch(
         logits, stacked([dict(), dict(seed=1), dict(seed=2), dict(seed=1)]), at(0, 0, 0, 1)
@@ -189,8 +188,8 @@ def test_a_seed_fixes_the_tokens_and_positions_and_samples_differ():
     assert len(set(map(int, tokens))) == 4
 
 
-def test_looking_at_the_likeliest_blocks_alone_changes_no_token():
-    """Narrow and wide distributions: the first are settled by the likeliest blocks, the others need the whole."""
+def test_searching_only_the_most_likely_blocks_changes_no_token():
+    """Peaked distributions need the most likely blocks only, flat ones the whole vocabulary."""
     filters = [
         dict(top_k=30),
         dict(top_p=0.8),
@@ -231,13 +230,38 @@ def test_log_probabilities_are_those_of_the_model_before_any_setting():
     )
 
 
-def test_the_largest_log_probabilities_come_likeliest_first_and_ties_by_id():
+def test_top_log_probabilities_come_most_likely_first_and_ties_by_id():
     x = np.float32([0.5, 2.0, -np.inf, 2.0, 1.0])
     values, ids = top_logprobs(jnp.asarray(x), 5)
     np.testing.assert_array_equal(ids, [1, 3, 4, 0, 2])
     with np.errstate(divide="ignore"):
         expected = np.log(np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum())
     np.testing.assert_allclose(values, expected[ids], rtol=1e-6)
+
+
+def test_float32_log_probabilities_of_a_large_vocabulary_have_the_derived_error():
+    """Against float64, for the largest vocabulary of a released model.
+
+    Let u = 2**-24. The exponents round by u * |x - max|, which adds at most u * ln(vocab) to the
+    logarithm of their sum. `exp` and `log` add 4u each. The sum of positive terms adds u for each
+    sequential addition; XLA's tree reductions have fewer than 512. The two subtractions add 2u of
+    the result.
+    """
+    vocab, unit = 262_144, 2.0**-24
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(size=vocab) * spread for spread in (0.01, 1, 3, 10)]
+    rows += [np.full(vocab, 2.5), np.linspace(0, 1e-3, vocab), np.log1p(rng.random(vocab)) + 300]
+    logits = np.float32(rows)
+    tokens = rng.integers(0, vocab, len(rows)).astype(np.int32)
+    tokens[1] = logits[1].argmin()
+    x = logits.astype(np.float64)
+    expected = x[np.arange(len(rows)), tokens] - np.logaddexp.reduce(x, axis=1)
+    found = jax.jit(jax.vmap(logprob_at))(logits, tokens)
+    top, ids = jax.jit(jax.vmap(lambda row: top_logprobs(row, 3)))(logits)
+    bound = unit * (np.log(vocab) + 8 + 512 + 2 * np.abs(expected))
+    assert (np.abs(np.asarray(found, np.float64) - expected) <= bound).all()
+    best = x[np.arange(len(rows)), np.asarray(ids)[:, 0]] - np.logaddexp.reduce(x, axis=1)
+    assert (np.abs(np.asarray(top, np.float64)[:, 0] - best) <= bound).all()
 
 
 PENALTIES = [
@@ -261,22 +285,22 @@ def test_penalties_and_bias_are_those_of_the_oracle(fields):
     params = SamplingParams(**fields)
     counts = [jnp.asarray(np.bincount(ids, minlength=12), jnp.int32) for ids in (prompt, output)]
     settings = settings_from(params, request_key(0))
-    mine = jax.jit(adjust)(jnp.asarray(logits), settings, jnp.int32(5), *counts)
+    found = jax.jit(adjust)(jnp.asarray(logits), settings, jnp.int32(5), *counts)
     np.testing.assert_allclose(
-        mine, oracle.adjusted(logits, params, 5, prompt, output), rtol=1e-6, atol=1e-6
+        found, oracle.adjusted(logits, params, 5, prompt, output), rtol=1e-6, atol=1e-6
     )
 
 
-def test_no_end_token_is_picked_before_min_tokens():
+def test_no_end_token_is_sampled_before_min_tokens():
     logits = [[0.0, 9.0, 1.0, 2.0, 8.0]] * 5
     fields = dict(min_tokens=3, stop_token_ids=[4], temperature=0)
     tokens, _ = answers(logits, [fields] * 5, range(5), eos_ids=[1])
     np.testing.assert_array_equal(tokens, [3, 3, 3, 1, 1])
-    careless = dict(min_tokens=3, ignore_eos=True, temperature=0)
-    assert answers(logits, [careless], [0], eos_ids=[1])[0][0] == 1
+    ignoring = dict(min_tokens=3, ignore_eos=True, temperature=0)
+    assert answers(logits, [ignoring], [0], eos_ids=[1])[0][0] == 1
 
 
-def test_penalties_act_on_what_is_drawn_but_not_on_its_log_probability():
+def test_penalties_change_the_token_but_not_its_log_probability():
     logits = jnp.asarray([2.0, 1.9, 0.0])
     settings = settings_from(SamplingParams(temperature=0, frequency_penalty=0.5), request_key(0))
     counts = count_token(jnp.zeros(3, jnp.int32), jnp.int32(0))
@@ -285,7 +309,7 @@ def test_penalties_act_on_what_is_drawn_but_not_on_its_log_probability():
     np.testing.assert_allclose(logprob, 1.9 - np.log(np.exp([2.0, 1.9, 0.0]).sum()), rtol=1e-6)
 
 
-def test_a_bias_on_the_last_id_reaches_it_and_padding_reaches_none():
+def test_a_bias_applies_to_the_last_id_and_padding_to_none():
     fields = [
         dict(temperature=0, logit_bias={299: 1.0}),
         dict(temperature=0),
@@ -295,46 +319,46 @@ def test_a_bias_on_the_last_id_reaches_it_and_padding_reaches_none():
     np.testing.assert_array_equal(tokens, [299, 0, 5])
 
 
-def test_where_every_token_is_forbidden_none_is_made_up():
+def test_no_token_is_sampled_if_every_token_is_masked():
     fields = [dict(temperature=0), dict(top_k=3, top_p=0.5), dict(top_p=0.5), dict(min_p=0.1)]
-    forbidden = jnp.full((4, LARGE), -jnp.inf, jnp.float32)
+    masked = jnp.full((4, LARGE), -jnp.inf, jnp.float32)
     for settings in (stacked(fields), stacked([*fields[:3], dict()])):
-        tokens, _ = batch(forbidden, settings, at(0, 0, 0, 0))
+        tokens, _ = batch(masked, settings, at(0, 0, 0, 0))
         assert (np.asarray(tokens) == LARGE).all()
-        tokens, _ = batch(forbidden.at[1:3, 7].set(0), settings, at(0, 0, 0, 0))
+        tokens, _ = batch(masked.at[1:3, 7].set(0), settings, at(0, 0, 0, 0))
         assert tokens.tolist() == [LARGE, 7, 7, LARGE]
     alone = jax.tree.map(jnp.asarray, settings_from(SamplingParams(), request_key(0)))
-    assert jax.jit(sample)(forbidden[0], alone, jnp.int32(0))[0] == LARGE
+    assert jax.jit(sample)(masked[0], alone, jnp.int32(0))[0] == LARGE
 
 
-def test_a_forbidden_token_is_never_drawn_and_every_other_one_is():
+def test_a_masked_token_is_never_drawn_and_every_other_one_is():
     logits = np.float32(np.where(np.arange(VOCAB) % 4, -np.inf, 0.0))
     tokens = draws(logits, [request_key(0)], temperature=100.0)
     assert set(np.asarray(tokens).tolist()) == set(range(0, VOCAB, 4))
 
 
-def test_temperatures_too_small_to_matter_are_greedy():
+def test_temperatures_below_the_minimum_are_greedy():
     fields = [dict(temperature=1e-30), dict(temperature=1e-6)]
     tokens, _ = answers([[0.0, 1e-3, 0.0]] * 2, fields, (0, 0))
     np.testing.assert_array_equal(tokens, [1, 1])
 
 
 @pytest.mark.parametrize("vocab", [24, 32, 300])
-def test_bits_that_are_not_set_forbid_their_tokens_and_leave_the_others_as_they_are(vocab):
+def test_the_bitmask_masks_tokens_whose_bit_is_not_set(vocab):
     random = np.random.default_rng(vocab)
     logits, chosen = np.float32(random.normal(size=vocab)), random.random(vocab) < 0.3
     words = np.zeros(-(-vocab // 32), np.uint32)
     for token in np.flatnonzero(chosen):
         words[token // 32] |= np.uint32(1 << token % 32)
-    got = allow(jnp.asarray(logits), jnp.asarray(words))
+    got = apply_token_bitmask(jnp.asarray(logits), jnp.asarray(words))
     np.testing.assert_array_equal(got, np.where(chosen, logits, -np.inf))
 
 
-def test_only_allowed_tokens_are_drawn_and_log_probabilities_stay_the_models():
+def test_only_tokens_of_the_bitmask_are_drawn_with_unmasked_log_probabilities():
     logits = np.float32(np.random.default_rng(8).normal(size=(len(MIXED), 64)))
     allowed = np.full((len(MIXED), 2), 1 << 7 | 1 << 30, np.uint32)
     tokens, logprobs = batch(
-        jnp.asarray(logits), stacked(MIXED), at(*range(len(MIXED))), allowed=jnp.asarray(allowed)
+        jnp.asarray(logits), stacked(MIXED), at(*range(len(MIXED))), bitmask=jnp.asarray(allowed)
     )
     assert set(tokens.tolist()) <= {7, 30, 39, 62}
     for row, token, logprob in zip(logits, tokens, logprobs, strict=True):
