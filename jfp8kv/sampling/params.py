@@ -203,8 +203,8 @@ class SamplingParams(Options):
     best_of: int | None = option(
         default=None,
         help=(
-            "Number of outputs to generate, of which the n with the highest mean log-probability "
-            "per token are returned, best first. Incomplete outputs come last. By default n."
+            "Number of outputs to generate. The n with the highest mean log-probability per token "
+            "are returned, best first; incomplete ones come last. By default n."
         ),
         minimum=1,
         hint="None is n",
