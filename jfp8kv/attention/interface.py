@@ -107,7 +107,7 @@ def paged_attend(
 ) -> Attend:
     """Return `attend(layer, q, k, v, pages) -> (out, pages)`, the function that a model calls.
 
-    It writes first and reads then: queries see the stored key and value of their own token too. So
+    It writes first and reads then: queries see the stored key and value even of the same token. So
     chunked prefill, whole prefill, a reused prefix and a recomputed sequence all see the same
     numbers. Where the specs of layers differ, each has one branch, which only reads the pool.
 

@@ -1,8 +1,9 @@
-"""Every implementation of paged attention agrees with a NumPy loop, or raises exactly `NotSupported`.
+"""Every attention backend agrees with a NumPy loop, or raises exactly `NotSupported`.
 
-Both sides read the same stored bytes, so what separates them is float32 rounding: with n keys and head_dim d, scores carry an
-error of at most about d * 2**-24 of sum(|q||k|), and the output one of n * 2**-24 of max|v| plus what the scores' error makes
-of it, `exp` turning an absolute error e of a score into a relative error e of its weight. The tolerance is that bound.
+Both sides read the same stored bytes, so they differ by float32 rounding only. With n keys and
+head_dim d, scores have an error of at most about d * 2**-24 of sum(|q||k|). The output has one of
+n * 2**-24 of max|v|, plus the effect of the scores: `exp` turns an absolute error e of a score into
+a relative error e of its weight. The tolerance is that bound.
 """
 
 import dataclasses
@@ -35,19 +36,19 @@ PALLAS = (
     "pallas_interpret",
     pytest.mark.quick_compile,
 )  # interpreted kernels are large programs for XLA:CPU
-IMPLEMENTATIONS = ("reference", "xla", pytest.param(PALLAS[0], marks=PALLAS[1]))
+BACKENDS = ("reference", "xla", pytest.param(PALLAS[0], marks=PALLAS[1]))
 IN_BOTH_LAYOUTS = pytest.mark.parametrize(
     ("name", "keys_transposed"),
     [
         *itertools.product(("reference", "xla"), (True, False)),
-        pytest.param(PALLAS[0], False, marks=PALLAS[1]),  # which knows keys as values alone
+        pytest.param(PALLAS[0], False, marks=PALLAS[1]),  # reads keys like values only
     ],
 )
 EPS = 2.0**-24
 
 
 def options_of(given: dict) -> dict:
-    """What a case is given for an entry of the list: arrays by layer, of the first shape's heads."""
+    """Return the attention options of one entry of the config, as arrays by layer."""
     options = dict(given)
     if "window" in options:
         options["window"] = jnp.int32(options["window"])
@@ -63,7 +64,7 @@ OPTIONS = {name: options_of(given) for name, given in CONFORMANCE["options"].ite
 
 
 class Case:
-    """Random requests over one pool whose unwritten slots hold NaN codes."""
+    """Random requests over one pool whose unwritten slots are poisoned."""
 
     def __init__(
         self,
@@ -110,17 +111,17 @@ class Case:
         ]
         (k, k_exponent), (v, v_exponent) = stored
         layout = PoolLayout.uniform(fmt, LAYERS, dynamic=dynamic, keys_transposed=keys_transposed)
-        self.pages = KVPool(self.turned(k), v, k_exponent, v_exponent, layout=layout)
+        self.pages = KVPool(self.in_layout(k), v, k_exponent, v_exponent, layout=layout)
         self.whole = self.pages
         self.q = rng.normal(size=(len(lengths), tokens, kv_heads * group, dim)).astype(np.float32)
         self.options = AttentionOptions(sm_scale=dim**-0.5, **options)
 
-    def turned(self, keys: jax.Array) -> jax.Array:
-        """Keys with tokens before channels as the pages have them, or back."""
+    def in_layout(self, keys: jax.Array) -> jax.Array:
+        """Convert keys between tokens before channels and the layout of the pool."""
         return keys.swapaxes(2, 3) if self.keys_transposed else keys
 
     def _stored(self, rng, inverse: str, dynamic: bool, kv_heads: int, dim: int) -> tuple:
-        """A pool of NaN codes with every request's tokens in it, written by NumPy."""
+        """Return a poisoned pool with the tokens of every request, written by NumPy."""
         bits = np.full(
             (LAYERS * PAGES, kv_heads, SIZE, dim),
             self.fmt.nan_code or np.nan,
@@ -147,13 +148,13 @@ class Case:
                 bits[slot] = encode_numpy(x * factor, self.fmt)
         return jnp.asarray(bits), jnp.asarray(exponents) if dynamic else None
 
-    def in_planes(self) -> "Case":
-        """The same stored elements as bytes of a pool whose other layer keeps another format."""
+    def byte_split(self) -> "Case":
+        """Byte-split the stored elements: the other layer of the pool has another format."""
         other = LayerCacheSpec(FLOAT32 if self.fmt.itemsize < 4 else E5M2)
-        kinds = [self.pages.layout.specs[0]] * LAYERS
-        kinds[1 - self.layer] = other
-        groups = LayerGroups.of([0] * LAYERS, slot_widths(kinds))
-        layout = PoolLayout.of(kinds, groups, keys_transposed=self.keys_transposed)
+        specs = [self.pages.layout.specs[0]] * LAYERS
+        specs[1 - self.layer] = other
+        groups = LayerGroups.of([0] * LAYERS, slot_widths(specs))
+        layout = PoolLayout.of(specs, groups, keys_transposed=self.keys_transposed)
         rows = slice(self.layer * PAGES, (self.layer + 1) * PAGES)
 
         def cut(bits) -> jax.Array:
@@ -161,9 +162,9 @@ class Case:
             elements = np.ascontiguousarray(np.asarray(bits)[rows])[..., None].view(
                 np.uint8
             )  # low byte first
-            for plane in range(self.fmt.itemsize):
-                first = (layout.slots[self.layer] + plane) * PAGES
-                pool[first : first + PAGES] = elements[..., self.fmt.itemsize - 1 - plane]
+            for part in range(self.fmt.itemsize):
+                first = (layout.slots[self.layer] + part) * PAGES
+                pool[first : first + PAGES] = elements[..., self.fmt.itemsize - 1 - part]
             return jnp.asarray(pool)
 
         p = self.pages
@@ -191,7 +192,10 @@ class Case:
         return np.asarray(batched(self.q, self.table, self.starts, self.lengths, stored))
 
     def values(self, bits, exponent, scale, request: int, head: int) -> np.ndarray:
-        """What the cache holds of one request and head, float64 `[length, head_dim]`. `bits` has tokens before channels."""
+        """Return the dequantized tokens of one request and head, float64 `[length, head_dim]`.
+
+        `bits` has tokens before channels.
+        """
         out = []
         for position in range(self.lengths[request]):
             row, offset = (
@@ -208,7 +212,7 @@ class Case:
         return np.array(out).reshape(-1, self.q.shape[-1])
 
     def expect(self) -> tuple[np.ndarray, np.ndarray]:
-        """The outputs by a plain loop in float64, and how far float32 may be from them."""
+        """Return the outputs of a float64 loop, and the bound on the float32 error."""
         out, bound = np.zeros_like(self.q, np.float64), np.zeros(self.q.shape, np.float64)
         pages, o = self.whole, self.options
         group = self.q.shape[2] // pages.k_bits.shape[1]
@@ -217,7 +221,7 @@ class Case:
             if position >= self.lengths[r]:
                 continue
             k = self.values(
-                self.turned(pages.k_bits),
+                self.in_layout(pages.k_bits),
                 pages.k_exponent,
                 None if self.scales is None else self.scales.k,
                 r,
@@ -261,10 +265,10 @@ class Case:
         assert np.all(np.abs(got - want)[live] <= bound[live])
         empty = np.broadcast_to((self.lengths == 0)[:, None], live.shape)
         if self.options.sinks is None:
-            assert np.all(got[empty] == 0), "a query that sees nothing gives zeros"
+            assert np.all(got[empty] == 0), "a query without keys gives zeros"
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("scales", ["tensor", "head", "channel", "token_head"])
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 def test_fp8_pages_with_every_granularity_of_scales(name, scales, fmt) -> None:
@@ -285,15 +289,15 @@ def test_every_format_in_decode_and_prefill(name, fmt, keys_transposed) -> None:
         case.check(name)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_every_shape(name, shape) -> None:
     Case(**shape).check(name)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_windows_caps_and_sinks(name, options) -> None:
+def test_windows_softcaps_and_sinks(name, options) -> None:
     for shape in ("decode", "prefill"):
         Case(**SHAPES[shape], **options).check(name)
 
@@ -301,21 +305,21 @@ def test_windows_caps_and_sinks(name, options) -> None:
 @IN_BOTH_LAYOUTS
 @pytest.mark.parametrize("scales", ["head", "token_head"])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_a_pool_of_several_formats_is_read_by_planes(name, fmt, scales, keys_transposed) -> None:
+def test_byte_split_elements_are_read_from_a_mixed_pool(name, fmt, scales, keys_transposed) -> None:
     if fmt.is_fp8 or scales != "token_head":
         Case(
             fmt=fmt, scales=scales, lengths=(7, 8, 9, 0), keys_transposed=keys_transposed
-        ).in_planes().check(name)
+        ).byte_split().check(name)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_an_offset_of_the_keys_changes_nothing_but_what_a_cap_or_a_sink_sees(name, options) -> None:
+def test_a_k_offset_only_affects_softcaps_and_sinks(name, options) -> None:
     for tokens in (1, 6):
         Case(lengths=(1, 6, 14), tokens=tokens, offset=30.0, **options).check(name)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(0, 5 * SIZE), min_size=3, max_size=3).filter(
@@ -328,7 +332,7 @@ def test_ragged_batches_over_shuffled_pages(name, lengths, seed, tokens) -> None
     Case(lengths=tuple(lengths), seed=seed, tokens=tokens, scales="channel").check(name)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_two_requests_may_share_pages(name) -> None:
     case = Case(fmt=FLOAT32, scales="tensor", lengths=(8, 8))
     case.table[1] = case.table[0]
@@ -337,7 +341,7 @@ def test_two_requests_may_share_pages(name) -> None:
     assert np.array_equal(got[0], got[1])
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", BACKENDS)
 def test_a_request_does_not_depend_on_its_neighbours(name) -> None:
     case = Case(lengths=(9, 17, 3), tokens=3)
     together = case.run(name)
@@ -345,7 +349,7 @@ def test_a_request_does_not_depend_on_its_neighbours(name) -> None:
     np.testing.assert_allclose(case.run(name)[0], together[0], rtol=0, atol=2e-6)
 
 
-def test_dispatch_says_why_and_names_what_it_cannot_do() -> None:
+def test_dispatch_gives_a_reason_and_refuses_what_is_unsupported() -> None:
     assert dispatch.select_backend().name == "xla" and "cpu" in dispatch.select_backend().reason
     assert dispatch.select_backend("reference").reason == "requested"
     with pytest.raises(
@@ -357,7 +361,7 @@ def test_dispatch_says_why_and_names_what_it_cannot_do() -> None:
 
 
 def test_a_pool_is_never_decoded_whole() -> None:
-    """The tile is decoded, not the pool: temporaries stay far below the pool's size."""
+    """Only a tile is decoded: temporaries are far smaller than the pool."""
     pages = jax.eval_shape(
         lambda: new_pool(
             PoolLayout.uniform(E4M3, 4), num_pages=512, page_size=64, kv_heads=2, head_dim=64

@@ -1,4 +1,4 @@
-"""Bytes to pages."""
+"""The memory budget of the cache, in pages."""
 
 import jax
 import pytest
@@ -11,14 +11,14 @@ from jfp8kv.core.errors import CapacityError
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT32
 
 
-def test_a_budget_buys_whole_pages_up_to_a_limit_and_never_none() -> None:
+def test_a_budget_pays_for_whole_pages_up_to_a_limit_and_at_least_one() -> None:
     assert pages_for(1050, bytes_per_page=100, page_size=16, limit=99) == 10
     assert pages_for(10**9, bytes_per_page=100, page_size=16, limit=99) == 99
     with pytest.raises(CapacityError, match="takes 100 bytes"):
         pages_for(99, bytes_per_page=100, page_size=16, limit=99)
 
 
-KINDS = {
+SPECS = {
     "e4m3": [LayerCacheSpec(E4M3)] * 3,
     "dynamic": [LayerCacheSpec(E4M3, True)] * 3,
     "bf16": [LayerCacheSpec(BFLOAT16)] * 3,
@@ -32,10 +32,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
-def test_page_bytes_is_what_the_arrays_take_and_no_more_than_the_layers_need(kinds) -> None:
+@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
+def test_page_bytes_match_the_arrays_and_contain_no_padding(specs) -> None:
     layout, sizes = (
-        PoolLayout.of(kinds, LayerGroups.of([0] * len(kinds), slot_widths(kinds))),
+        PoolLayout.of(specs, LayerGroups.of([0] * len(specs), slot_widths(specs))),
         {"page_size": 8, "kv_heads": 2},
     )
     pool = new_pool(layout, num_pages=5, head_dim=16, **sizes)
@@ -43,10 +43,10 @@ def test_page_bytes_is_what_the_arrays_take_and_no_more_than_the_layers_need(kin
         layout, head_dim=16, **sizes
     )
     assert page_bytes(layout, head_dim=16, **sizes) == 2 * 8 * 2 * sum(
-        16 * k.fmt.itemsize + k.dynamic for k in kinds
+        16 * spec.fmt.itemsize + spec.dynamic for spec in specs
     )
 
 
-def test_the_default_is_a_share_of_what_is_free() -> None:
+def test_the_default_budget_is_a_share_of_free_memory() -> None:
     device = jax.devices()[0]
     assert 0 < default_bytes(device) < free_bytes(device)

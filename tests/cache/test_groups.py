@@ -1,4 +1,4 @@
-"""Layers in groups: every layer has its place, little lies idle, and a window bounds what a text takes."""
+"""Layer groups: separate layer slots, few of them unused; a window bounds the pages needed."""
 
 import hypothesis.strategies as st
 import pytest
@@ -10,7 +10,7 @@ layer_windows = st.lists(st.sampled_from([0, 0, 8, 16]), min_size=1, max_size=48
 
 
 @given(windows=layer_windows)
-def test_every_layer_has_a_place_of_its_own_and_little_of_the_pool_lies_idle(windows) -> None:
+def test_layers_have_separate_slots_and_few_slots_are_unused(windows) -> None:
     groups = LayerGroups.of(windows)
     places = list(zip(groups.group, groups.slot, strict=True))
     assert len(set(places)) == len(windows)
@@ -35,10 +35,10 @@ def test_layers_of_several_widths_never_share_a_slot(layers) -> None:
     assert len(set(taken)) == sum(widths) and all(slot < groups.depth for _, slot in taken)
     assert [groups.windows[group] for group in groups.group] == list(windows)
     if len(set(windows)) == 1:
-        assert groups.uniform and groups.depth == sum(widths), "nothing lies idle"
+        assert groups.uniform and groups.depth == sum(widths), "no slot is unused"
 
 
-def test_layers_that_are_all_alike_are_one_group_and_their_own_slots() -> None:
+def test_layers_without_windows_are_one_group_with_a_slot_each() -> None:
     groups = LayerGroups.of([0] * 5)
     assert groups.uniform and groups.slot == (0, 1, 2, 3, 4) and groups.depth == 5
 
@@ -52,12 +52,12 @@ def test_layers_that_are_all_alike_are_one_group_and_their_own_slots() -> None:
         (([8] * 5 + [0]) * 4 + [8, 8], 4, 7),
     ],
 )
-def test_groups_are_as_deep_as_can_be(windows, depth, count) -> None:
+def test_groups_are_as_deep_as_the_limit_on_unused_slots_allows(windows, depth, count) -> None:
     groups = LayerGroups.of(windows)
     assert (groups.depth, len(groups.windows)) == (depth, count)
 
 
-def test_a_window_bounds_the_pages_of_a_long_text_and_costs_nothing_in_a_short_one() -> None:
+def test_a_window_bounds_the_pages_of_long_sequences_only() -> None:
     requirements = PageRequirements(
         LayerGroups.of([512] * 5 + [0]), 64, max_tokens_per_dispatch=512
     )

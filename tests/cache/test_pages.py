@@ -1,4 +1,4 @@
-"""Writing into the pool: the right bytes in the right places, nothing else touched, nothing copied."""
+"""Cache writes: the right bytes in the right slots, and nothing else changes."""
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,8 @@ LAYERS, PAGES, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
 BOTH_LAYOUTS = pytest.mark.parametrize(
     "keys_transposed", [True, False], ids=["keys transposed", "keys as values"]
 )
-# How tokens are stored, and how keys lie: by XLA in either layout, by the kernel as values.
-EACH_WAY = pytest.mark.parametrize(
+# XLA writes either layout of keys, the kernel writes keys like values.
+EACH_WRITE = pytest.mark.parametrize(
     ("write", "keys_transposed"),
     [
         pytest.param(write, True, id="keys transposed"),
@@ -47,9 +47,9 @@ def pool(fmt, dynamic: bool = False, keys_transposed: bool = True) -> KVPool:
     return poison(pages, fmt.nan_code)
 
 
-def scales_of(kind: str) -> LayerScales:
+def scales_of(granularity: str) -> LayerScales:
     shape = {"tensor": (LAYERS, 1, 1), "head": (LAYERS, HEADS, 1), "channel": (LAYERS, HEADS, DIM)}[
-        kind
+        granularity
     ]
     rng = np.random.default_rng(5)
     scales = KVScales(rng.uniform(0.01, 0.1, shape), rng.uniform(0.01, 0.1, shape))
@@ -60,13 +60,13 @@ def tokens(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.random.default_rng(seed).normal(size=(2, count, HEADS, DIM)).astype(np.float32))
 
 
-@EACH_WAY
-@pytest.mark.parametrize("kind", ["tensor", "head", "channel"])
+@EACH_WRITE
+@pytest.mark.parametrize("granularity", ["tensor", "head", "channel"])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_each_token_lands_in_its_slot_with_the_bytes_numpy_makes(
-    fmt, kind, write, keys_transposed
+def test_each_token_is_stored_in_its_slot_with_the_bytes_of_numpy(
+    fmt, granularity, write, keys_transposed
 ) -> None:
-    scales, table, start, length = scales_of(kind), [4, 1, 3], 3, 9
+    scales, table, start, length = scales_of(granularity), [4, 1, 3], 3, 9
     k, v = tokens(length - start)
     at = {
         "layer": 1,
@@ -94,9 +94,9 @@ def test_each_token_lands_in_its_slot_with_the_bytes_numpy_makes(
     )
 
 
-@EACH_WAY
+@EACH_WRITE
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
-def test_dynamic_scales_are_written_beside_their_tokens(fmt, write, keys_transposed) -> None:
+def test_dynamic_scales_are_stored_next_to_their_tokens(fmt, write, keys_transposed) -> None:
     k, v = tokens(5)
     k[2, 0] *= 1e4
     at = {
@@ -119,11 +119,11 @@ def test_dynamic_scales_are_written_beside_their_tokens(fmt, write, keys_transpo
             assert np.all(np.abs(stored * scale[:, None] - x[i]) <= bound)
 
 
-@EACH_WAY
+@EACH_WRITE
 @pytest.mark.parametrize(
     ("start", "length"), [(0, 0), (0, 1), (3, 4), (4, 5), (7, 8), (0, 8), (5, 5)]
 )
-def test_padding_and_tokens_past_the_table_are_dropped(
+def test_padding_and_tokens_past_the_page_table_are_dropped(
     start, length, write, keys_transposed
 ) -> None:
     k, v = tokens(6)
@@ -138,12 +138,12 @@ def test_padding_and_tokens_past_the_table_are_dropped(
         write(before, scales_of("tensor"), jnp.asarray(k), jnp.asarray(v), **at).v_bits
     )
     written = {(int(r), int(o)) for r, _, o, _ in np.argwhere(got != E4M3.nan_code)}
-    inside = range(start, min(length, start + 6, SIZE))  # the second entry is past the end: no page
+    inside = range(start, min(length, start + 6, SIZE))  # the second entry is past the end
     assert written == {(2, position) for position in inside}
 
 
-@EACH_WAY
-def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool(
+@EACH_WRITE
+def test_a_vmapped_write_equals_sequential_writes_into_the_shared_pool(
     write, keys_transposed
 ) -> None:
     scales = scales_of("head")
@@ -165,7 +165,7 @@ def test_a_vmapped_write_is_one_write_after_another_into_the_shared_pool(
     )
 
 
-def test_the_pool_shows_its_values_as_float8() -> None:
+def test_the_pool_returns_its_values_as_float8() -> None:
     pages = new_pool(PoolLayout.uniform(E4M3, 1), num_pages=2, page_size=4, kv_heads=1, head_dim=8)
     assert (pages.k.dtype, pages.v.dtype, pages.num_pages, pages.page_size) == (
         E4M3.dtype,
@@ -186,7 +186,7 @@ MIXED = (
 
 
 @BOTH_LAYOUTS
-def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and_nothing_else_moves(
+def test_layers_of_a_mixed_pool_round_like_numpy_and_share_no_bytes(
     keys_transposed,
 ) -> None:
     layers = len(MIXED)
@@ -211,26 +211,26 @@ def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and
     for layer in range(layers):
         pages = put(pages, *tokens(6, seed=layer), jnp.int32(layer))
     get = jax.jit(lambda p, layer: read(p, scales, layer=layer, page_table=table))
-    for layer, kind in enumerate(MIXED):
+    for layer, spec in enumerate(MIXED):
         k, v = tokens(6, seed=layer)
         offset = np.asarray(scales.k_offset)[layer]
         for x, which, got, less in zip(
             (k, v), "kv", get(pages, jnp.int32(layer)), (offset, 0 * offset), strict=True
         ):
-            if kind.dynamic:
-                scale = np.exp2(np.ceil(np.log2(np.abs(x - less).max(-1) / kind.fmt.largest)))[
+            if spec.dynamic:
+                scale = np.exp2(np.ceil(np.log2(np.abs(x - less).max(-1) / spec.fmt.largest)))[
                     ..., None
                 ]
             else:
                 scale = np.asarray(getattr(scales, which))[layer]
             inverse = (np.float32(1) / scale).astype(np.float32)
             want = (
-                encode_numpy((x - less) * inverse, kind.fmt).view(kind.fmt.dtype).astype(np.float32)
+                encode_numpy((x - less) * inverse, spec.fmt).view(spec.fmt.dtype).astype(np.float32)
                 * scale
                 + less
             )
             np.testing.assert_array_equal(got[:6], want.astype(np.float32))
-            alone = fake_quant(kind, scales, jnp.asarray(k), jnp.asarray(v), layer=layer)
+            alone = fake_quant(spec, scales, jnp.asarray(k), jnp.asarray(v), layer=layer)
             np.testing.assert_array_equal(alone["kv".index(which)], want.astype(np.float32))
     written = [x for x in jax.tree.leaves(pages)]
     assert all(
@@ -240,11 +240,11 @@ def test_in_a_pool_of_several_formats_each_layer_gets_back_what_numpy_rounds_and
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_planes_are_the_bytes_from_high_to_low(fmt) -> None:
+def test_elements_are_split_into_bytes_from_high_to_low(fmt) -> None:
     bits = np.arange(7, dtype=np.uint32).astype(fmt.storage_dtype) * np.float32(1.1).astype(
         fmt.storage_dtype
     ) + np.array(3, fmt.storage_dtype)
-    planes = split_bytes(jnp.asarray(bits))
+    parts = split_bytes(jnp.asarray(bits))
     want = bits[:, None].view(np.uint8)[:, ::-1].T
-    assert np.array_equal(np.stack(planes), want)
-    assert np.array_equal(join_bytes(planes, fmt), bits)
+    assert np.array_equal(np.stack(parts), want)
+    assert np.array_equal(join_bytes(parts, fmt), bits)

@@ -1,4 +1,4 @@
-"""Static scales are checked and kept; dynamic ones are the smallest power of two that holds a row."""
+"""Static scales are validated and saved; dynamic ones are the smallest fitting power of two."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def test_scales_survive_a_file_with_their_granularity(tmp_path, shape, granulari
     assert np.array_equal(again.k, scales.k) and np.array_equal(again.v, scales.v)
     (tmp_path / "other").touch()
     modes = [(tmp_path / name).stat().st_mode for name in ("scales.safetensors", "other")]
-    assert modes[0] == modes[1], "others may read it as they may any file"
+    assert modes[0] == modes[1], "same permissions as any other file"
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
@@ -38,7 +38,7 @@ def test_a_scale_that_is_not_positive_and_finite_is_refused_with_its_layer(bad) 
         KVScales(k, np.ones((3, 1, 1)))
 
 
-def test_shapes_that_fit_no_granularity_or_no_model_are_refused() -> None:
+def test_shapes_that_match_no_granularity_or_model_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"\[layers, 1, 1\]"):
         KVScales(np.ones(3), np.ones(3))
     with pytest.raises(ConfigError, match="the same number"):
@@ -49,8 +49,8 @@ def test_shapes_that_fit_no_granularity_or_no_model_are_refused() -> None:
         )
 
 
-def test_one_kv_head_may_have_a_scale_and_an_offset_for_each_channel(tmp_path) -> None:
-    """MQA's channel scales are [layers, 1, head_dim]; for a model of several heads that is no granularity."""
+def test_mqa_has_channel_scales_and_offsets(tmp_path) -> None:
+    """[layers, 1, head_dim] is valid for one KV head only."""
     scales = KVScales(np.full((2, 1, 4), 0.5), np.ones((2, 1, 1)), np.full((2, 1, 4), -3.0))
     scales.save(tmp_path / "scales.safetensors")
     again = KVScales.load(tmp_path / "scales.safetensors")
@@ -60,7 +60,7 @@ def test_one_kv_head_may_have_a_scale_and_an_offset_for_each_channel(tmp_path) -
         check_shape(again, layers=2, kv_heads=3, head_dim=4)
 
 
-def test_a_file_that_is_no_scales_file_is_named(tmp_path) -> None:
+def test_a_file_that_is_not_a_scales_file_is_named(tmp_path) -> None:
     (tmp_path / "x").write_bytes(b"no")
     with pytest.raises(CheckpointError, match="not a KVScales file"):
         KVScales.load(tmp_path / "x")
@@ -68,14 +68,14 @@ def test_a_file_that_is_no_scales_file_is_named(tmp_path) -> None:
         KVScales.load(tmp_path / "y")
 
 
-def test_scales_are_a_pytree_that_jit_takes_as_an_argument() -> None:
+def test_scales_are_a_pytree() -> None:
     scales = KVScales.unit(2)
     assert jax.jit(lambda s: s.k + s.v)(scales).shape == (2, 1, 1)
     assert jax.tree.map(lambda x: x * 2, scales).k[0, 0, 0] == 2
 
 
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
-def test_a_dynamic_scale_is_the_smallest_power_of_two_that_holds_the_row(fmt) -> None:
+def test_a_dynamic_scale_is_the_smallest_power_of_two_that_fits_the_row(fmt) -> None:
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(500, 8)) * 10.0 ** rng.integers(-30, 30, (500, 1))).astype(np.float32)
     edges = fmt.largest * 2.0 ** np.arange(-20, 20)[:, None] * np.array([1, 1 + 2**-20, 1 - 2**-20])
@@ -87,7 +87,7 @@ def test_a_dynamic_scale_is_the_smallest_power_of_two_that_holds_the_row(fmt) ->
 
 
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
-def test_zeros_infinities_and_nan_do_not_spoil_a_dynamic_scale(fmt) -> None:
+def test_a_dynamic_scale_ignores_zeros_infinities_and_nan(fmt) -> None:
     x = np.array([[0, 0], [np.inf, 1], [np.nan, 1], [3.4e38, 1], [1e-45, 0]], np.float32)
     exponent = token_head_exponent(jnp.asarray(x), fmt)
     scale, inverse = np.asarray(exponent_scale(exponent)), np.asarray(exponent_inverse(exponent))

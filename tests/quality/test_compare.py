@@ -14,7 +14,7 @@ from jfp8kv.cache.config import resolve_cache
 from jfp8kv.engine import buckets
 from jfp8kv.quality import compare as run
 from jfp8kv.quality.needle import CUE_TOKENS, NEEDLE_TOKENS, needles
-from tests.engine.test_without_scales import with_bias
+from tests.cache.test_default_scales import with_bias
 from tests.quality.test_calibrate import load, prompts
 
 pytestmark = pytest.mark.quick_compile

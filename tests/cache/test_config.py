@@ -1,4 +1,4 @@
-"""A format for each layer: the engine agrees with an oracle that rounds each layer so, and what cannot be is refused."""
+"""Formats by layer: the engine agrees with an oracle that rounds each layer."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.quick_compile
 
 FOLDER = REFERENCES[0].parent / "llama_gqa"
 WINDOWS = REFERENCES[0].parent / "gemma3_new"
-# As in tests/models/test_decoder.py: a value may fall on the other side of a rounding boundary.
+# As in tests/models/test_decoder.py: a value may round to the other neighbor.
 ROUNDING = 5e-3
 
 
@@ -38,7 +38,7 @@ def scales(offset: bool = False) -> jfp8kv.KVScales:
 
 
 def expected(*stores) -> np.ndarray:
-    """Logits of the oracle with one store for each layer, None keeping values as they are."""
+    """Return logits of the oracle with one store per layer; None does not round."""
 
     def store(x, layer, which):
         return x if stores[layer] is None else stores[layer](x, layer, which)
@@ -56,7 +56,7 @@ STORES = {
 @pytest.mark.parametrize(
     "kv_dtype", [["fp8_e4m3", "float32"], ["float32", "fp8_e4m3"], ["fp8_e4m3", "fp8_e5m2"]]
 )
-def test_each_layer_keeps_what_its_format_rounds(params, kv_dtype) -> None:
+def test_each_layer_rounds_to_its_format(params, kv_dtype) -> None:
     llm = jfp8kv.LLM(params, kv_dtype=kv_dtype, **ENGINE)
     want = expected(*(STORES[name] for name in kv_dtype))
     assert rms(llm.logits(tokens()), want) <= ROUNDING
@@ -65,7 +65,7 @@ def test_each_layer_keeps_what_its_format_rounds(params, kv_dtype) -> None:
     )
 
 
-def test_skipped_layers_keep_bfloat16_and_need_no_scales(params) -> None:
+def test_skipped_layers_use_bfloat16_and_need_no_scales(params) -> None:
     given = scales()
     skipping = {"default": "fp8_e4m3", "skip": [-1]}
     got = jfp8kv.logits(params, tokens(), kv_dtype=skipping, kv_scales=given)
@@ -76,30 +76,30 @@ def test_skipped_layers_keep_bfloat16_and_need_no_scales(params) -> None:
     assert jfp8kv.LLM(params, kv_dtype=skipping, **ENGINE).kv_dtype == "fp8_e4m3 x1, bfloat16 x1"
 
 
-def test_a_list_of_one_format_is_that_format(params) -> None:
+def test_a_list_of_one_format_equals_that_format(params) -> None:
     one = jfp8kv.logits(params, tokens(), kv_dtype="fp8_e4m3")
     assert np.array_equal(jfp8kv.logits(params, tokens(), kv_dtype=["fp8", "fp8_e4m3"]), one)
 
 
-def test_a_plan_is_its_layers_and_its_scales_and_survives_a_file(params, tmp_path) -> None:
-    made = scales(offset=True)
+def test_a_plan_applies_its_layers_and_scales_and_survives_a_file(params, tmp_path) -> None:
+    given_scales = scales(offset=True)
     layers = (
         LayerPlan("fp8_e4m3", "token_head", k_offset=True),
         LayerPlan("fp8_e5m2", "head", loss=0.25),
     )
-    plan = KVPlan(layers, made, bytes_per_token=72.0, loss=0.5)
+    plan = KVPlan(layers, given_scales, bytes_per_token=72.0, loss=0.5)
     plan.save(tmp_path / "plan.safetensors")
     again = KVPlan.load(tmp_path / "plan.safetensors")
     assert (again.layers, again.bytes_per_token, again.loss) == (plan.layers, 72.0, 0.5)
     assert again.scales.arrays.keys() == {"k", "v", "k_offset"}
 
     def dynamic(x, layer, which):
-        c = made.k_offset[layer] if which == "k" else 0.0
+        c = given_scales.k_offset[layer] if which == "k" else 0.0
         return oracle.fp8_store("e4m3", dynamic=True)(x - c, layer, which) + c
 
     def static(x, layer, which):
-        c = made.k_offset[layer] if which == "k" else 0.0
-        return oracle.fp8_store("e5m2", made.k, made.v)(x - c, layer, which) + c
+        c = given_scales.k_offset[layer] if which == "k" else 0.0
+        return oracle.fp8_store("e5m2", given_scales.k, given_scales.v)(x - c, layer, which) + c
 
     want = expected(dynamic, static)
     for given in (plan, again, tmp_path / "plan.safetensors", str(tmp_path / "plan.safetensors")):
@@ -107,29 +107,29 @@ def test_a_plan_is_its_layers_and_its_scales_and_survives_a_file(params, tmp_pat
     assert "layers 0: fp8_e4m3, token_head scales, K offset" in str(plan)
 
 
-def test_whole_and_chunked_prefill_give_the_same_tokens_where_layers_differ(params) -> None:
+def test_chunked_prefill_gives_the_same_tokens_with_mixed_formats(params) -> None:
     rng = np.random.default_rng(2)
     prompts = [rng.integers(5, 200, n).tolist() for n in (50, 9, 33)]
     kv = {"kv_dtype": ["bfloat16", "fp8_e4m3"], "kv_scales": "token_head"}
-    made = []
+    outputs = []
     for budget in (64, 16):
         llm = jfp8kv.LLM(params, **ENGINE | {"max_num_batched_tokens": budget} | kv)
-        made.append(
+        outputs.append(
             [
                 out.token_ids
                 for out in llm.generate(prompts, max_tokens=8, temperature=0.0, ignore_eos=True)
             ]
         )
-    assert made[0] == made[1]
+    assert outputs[0] == outputs[1]
 
 
-def test_bytes_per_token_are_those_of_the_layers(params) -> None:
+def test_bytes_per_token_are_the_sum_over_layers(params) -> None:
     c = params.config
     llm = jfp8kv.LLM(params, kv_dtype=["bfloat16", "fp8_e4m3"], kv_scales="token_head", **ENGINE)
     assert llm.stats.kv_bytes_per_token == 2 * c.kv_heads * (2 * c.head_dim + (c.head_dim + 1))
 
 
-def test_layers_are_named_by_number_from_either_end_and_by_kind() -> None:
+def test_layers_are_skipped_by_number_from_either_end_and_by_type() -> None:
     config = jfp8kv.load(WINDOWS).config
     assert config.windows == (8, 8, 0, 8)
 
@@ -143,7 +143,7 @@ def test_layers_are_named_by_number_from_either_end_and_by_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"defaults": "fp8"}, "'defaults'.*Did you mean 'default'"),
         ({"skip": [2]}, "skips layer 2: this model's layers are 0 to 1"),
@@ -160,12 +160,12 @@ def test_layers_are_named_by_number_from_either_end_and_by_kind() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(params, given, said) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_an_invalid_kv_dtype_is_refused(params, given, message) -> None:
+    with pytest.raises(ConfigError, match=message):
         jfp8kv.LLM(params, kv_dtype=given, **ENGINE)
 
 
-def test_a_plan_brings_its_own_scales_and_a_file_must_hold_one(params, tmp_path) -> None:
+def test_a_plan_excludes_other_scales_and_a_file_must_contain_one(params, tmp_path) -> None:
     plan = KVPlan((LayerPlan("fp8_e4m3", "unit"),) * 2, jfp8kv.KVScales.unit(2), 64.0)
     with pytest.raises(ConfigError, match="leave kv_scales out"):
         jfp8kv.logits(params, [1, 2], kv_dtype=plan, kv_scales="unit")
@@ -174,24 +174,33 @@ def test_a_plan_brings_its_own_scales_and_a_file_must_hold_one(params, tmp_path)
         jfp8kv.logits(params, [1, 2], kv_dtype=tmp_path / "scales.safetensors")
 
 
-def test_scales_say_what_they_are_for_and_another_format_converts_them_aloud(params) -> None:
-    made = scales()
+def test_scales_for_another_format_are_converted_with_a_warning(params) -> None:
+    given_scales = scales()
     with pytest.warns(UserWarning, match="made for fp8_e4m3: for fp8_e5m2 they are multiplied"):
-        got = jfp8kv.logits(params, tokens(), kv_dtype=["float32", "fp8_e5m2"], kv_scales=made)
+        got = jfp8kv.logits(
+            params, tokens(), kv_dtype=["float32", "fp8_e5m2"], kv_scales=given_scales
+        )
     ratio = 448 / 57344
     assert (
-        rms(got, expected(None, oracle.fp8_store("e5m2", made.k * ratio, made.v * ratio)))
+        rms(
+            got,
+            expected(
+                None, oracle.fp8_store("e5m2", given_scales.k * ratio, given_scales.v * ratio)
+            ),
+        )
         <= ROUNDING
     )
 
 
-def test_keys_lie_in_their_pages_as_the_setup_says_and_take_the_same_bytes(params) -> None:
+def test_the_layout_of_keys_follows_the_config_and_takes_the_same_bytes(params) -> None:
     transposed = resolve_cache(
         params, ["fp8_e4m3", "float32"], "unit", page_size=32, max_tokens_per_dispatch=16
     )
-    as_values = dataclasses.replace(transposed, keys_transposed=False)
+    untransposed = dataclasses.replace(transposed, keys_transposed=False)
     assert transposed.new_pool(2).k_bits.shape == (10, 2, 16, 32)
     assert (
-        as_values.new_pool(2).k_bits.shape == as_values.new_pool(2).v_bits.shape == (10, 2, 32, 16)
+        untransposed.new_pool(2).k_bits.shape
+        == untransposed.new_pool(2).v_bits.shape
+        == (10, 2, 32, 16)
     )
-    assert transposed.page_bytes == as_values.page_bytes
+    assert transposed.page_bytes == untransposed.page_bytes

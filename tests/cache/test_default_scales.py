@@ -1,4 +1,4 @@
-"""The cache of a model without scales: scale 1, and the constant part of large keys kept out of it."""
+"""Caches of models without scales: scale 1, and an offset for layers with a large K bias."""
 
 import dataclasses
 
@@ -31,7 +31,10 @@ def resolved(params: jfp8kv.Params, kv_dtype: str = "fp8_e4m3", kv_scales="auto"
 
 
 def with_bias(size: float, *, pair: int, layer: int = 1) -> jfp8kv.Params:
-    """A model whose keys of one layer have `size` in the first of a pair of channels, in every head; pair -1 turns slowest."""
+    """Return a model with a K bias of `size` in one layer: the first channel of a pair.
+
+    RoPE rotates pair -1 slowest.
+    """
     params = load("llama_mha_bias")
     c, layers = params.config, dict(params.tree["layers"])
     bias = np.array(layers["k"]["bias"]).reshape(c.layers, c.kv_heads, 2, c.head_dim // 2)
@@ -39,7 +42,7 @@ def with_bias(size: float, *, pair: int, layer: int = 1) -> jfp8kv.Params:
     layers["k"] = layers["k"] | {"bias": jnp.asarray(bias.reshape(c.layers, -1))}
     slow = dataclasses.replace(
         c.ropes[0], theta=1e6
-    )  # as Qwen2's: the last pair keeps its place over any text here
+    )  # as in Qwen2: the last pair hardly rotates over the sequences of these tests
     return jfp8kv.Params(
         params.tree | {"layers": layers}, dataclasses.replace(c, ropes=(slow,)), params.tokenizer
     )
@@ -54,8 +57,8 @@ def test_ordinary_models_have_scale_1_and_no_offset(name) -> None:
     assert kv.scales.k_offset is None and np.all(kv.scales.k == 1) and np.all(kv.scales.v == 1)
 
 
-def test_the_constant_part_is_the_bias_and_what_the_norms_bias_becomes() -> None:
-    """GPT-2's LayerNorm has a bias of its own, which the projection turns into more of the same."""
+def test_the_k_bias_contains_the_projected_bias_of_the_norm() -> None:
+    """GPT-2's LayerNorm has a bias, which the projection adds to the K bias."""
     params = load("gpt2_saved")
     k, norm = (
         {name: np.asarray(leaf, np.float64) for name, leaf in params.tree["layers"][which].items()}
@@ -71,8 +74,8 @@ def test_the_constant_part_is_the_bias_and_what_the_norms_bias_becomes() -> None
 
 @pytest.mark.parametrize("size", [50.0, 2000.0])
 @pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
-def test_a_large_constant_costs_nothing_where_scale_1_loses_the_keys(size, kv_dtype) -> None:
-    """Beyond 448, too, where E4M3 would clip. The error is compared with that of the same model without the bias."""
+def test_a_large_k_bias_costs_nothing_where_scale_1_loses_the_keys(size, kv_dtype) -> None:
+    """Also beyond 448, where E4M3 would clip. Compared with the same model without the bias."""
     ids = np.random.default_rng(2).integers(0, 100, LONGEST).tolist()
 
     def error(params: jfp8kv.Params, **cache) -> float:
@@ -88,7 +91,7 @@ def test_a_large_constant_costs_nothing_where_scale_1_loses_the_keys(size, kv_dt
     )
 
 
-def test_only_layers_that_need_it_have_an_offset_and_no_layer_takes_more_bytes() -> None:
+def test_only_layers_that_need_an_offset_have_one_and_bytes_do_not_change() -> None:
     params = with_bias(300.0, pair=-1)
     kv, unit = resolved(params), resolved(params, kv_scales="unit")
     assert np.flatnonzero(kv.scales.k_offset.any(axis=(1, 2))).tolist() == [1]
@@ -97,8 +100,8 @@ def test_only_layers_that_need_it_have_an_offset_and_no_layer_takes_more_bytes()
     )
 
 
-def test_scales_reach_what_is_left_of_a_constant_that_turns_a_little() -> None:
-    """A pair that turns by less than a radian over the longest text: no key is farther from the offset than the scale holds."""
+def test_scales_cover_the_deviation_of_a_k_bias_that_rotates_a_little() -> None:
+    """A pair that rotates by less than a radian over the longest sequence stays in range."""
     params = with_bias(3000.0, pair=-1)
     kv = resolved(params)
     keys = KeyStats.from_weights(params.tree, params.config)
@@ -106,28 +109,28 @@ def test_scales_reach_what_is_left_of_a_constant_that_turns_a_little() -> None:
     half = params.config.head_dim // 2
     radians = positions * 1e6 ** -((half - 1) / half)
     first, second = keys.bias[1, 0].reshape(2, half)[:, -1]
-    turned = np.stack(
+    rotated = np.stack(
         [
             first * np.cos(radians) - second * np.sin(radians),
             second * np.cos(radians) + first * np.sin(radians),
         ]
     )
     offset = kv.scales.k_offset[1, 0].reshape(2, half)[:, -1]
-    reach = np.abs(turned - offset[:, None]).max() + 16 * keys.spread[1].max()
+    reach = np.abs(rotated - offset[:, None]).max() + 16 * keys.spread[1].max()
     assert reach <= 448 * kv.scales.k[1, 0, 0] <= 2 * max(reach, 448)
 
 
-def test_a_large_constant_that_turns_leaves_its_layer_unquantized_aloud() -> None:
+def test_a_large_k_bias_that_rotates_leaves_its_layer_unquantized_with_a_warning() -> None:
     params = with_bias(300.0, pair=0)
     with pytest.warns(
         UserWarning, match=r"Keys of layers 1 have a K bias .* use bfloat16\. kv_scales='unit'"
     ):
         kv = resolved(params)
-    assert [kind.fmt.name for kind in kv.specs] == ["fp8_e4m3", "bfloat16"]
-    assert [kind.fmt.name for kind in resolved(params, kv_scales="unit").specs] == ["fp8_e4m3"] * 2
+    assert [spec.fmt.name for spec in kv.specs] == ["fp8_e4m3", "bfloat16"]
+    assert [spec.fmt.name for spec in resolved(params, kv_scales="unit").specs] == ["fp8_e4m3"] * 2
 
 
-def test_a_cache_that_is_not_fp8_and_shapes_without_weights_ask_nothing_of_the_weights() -> None:
+def test_caches_that_are_not_fp8_and_shapes_ignore_the_weights() -> None:
     params = with_bias(300.0, pair=0)
     assert resolved(params, "bfloat16").name == "bfloat16"
     assert resolved(read_checkpoint_info(BIASED).abstract_params()).scales.k_offset is None

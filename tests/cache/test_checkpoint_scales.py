@@ -1,4 +1,4 @@
-"""A checkpoint's scales reach the cache: the engine agrees with an oracle that is given the same numbers, in every layout."""
+"""Scales of a checkpoint reach the cache: the engine agrees with an oracle, for every layout."""
 
 import json
 import warnings
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.quick_compile
 
 FOLDER = REFERENCES[0].parent / "llama_gqa"
 LAYERS, HEADS = 2, 2
-# The library multiplies by a scale's inverse, so a value may fall on the other side of a rounding boundary.
+# The library multiplies by the inverse of a scale: a value may round to the other neighbor.
 ROUNDING = 5e-3
 
 
 def random_scales(heads: int, both: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Small ones, so that some values are clipped, and unlike each other, so that one in the wrong place is seen."""
+    """Return small scales, so that values are clipped; all different, so that a mix-up shows."""
     k, v = np.random.default_rng(3).uniform(0.002, 0.05, (2, LAYERS, heads)).astype(np.float32)
     return k, k if both else v
 
@@ -56,7 +56,7 @@ def expected(fmt: str, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", SCALE_LAYOUTS)
 @pytest.mark.parametrize("heads", [1, HEADS], ids=["tensor", "head"])
-def test_by_itself_the_cache_is_stored_with_the_checkpoints_scales(tmp_path, layout, heads) -> None:
+def test_by_default_the_cache_uses_the_scales_of_the_checkpoint(tmp_path, layout, heads) -> None:
     k, v = random_scales(heads, both=layout == "AutoFP8")
     params = jfp8kv.load(with_scales(tmp_path, k, v, layout), dtype="float32")
     want = expected("e4m3", k, v)
@@ -64,25 +64,23 @@ def test_by_itself_the_cache_is_stored_with_the_checkpoints_scales(tmp_path, lay
     assert rms(logits(params, kv_scales="unit"), want) > 10 * ROUNDING, "the scales must be visible"
 
 
-def test_a_sidecars_scale_serves_keys_and_values(tmp_path) -> None:
+def test_a_sidecar_scale_applies_to_keys_and_values(tmp_path) -> None:
     k, _ = random_scales(1)
     folder = write_sidecar(model(tmp_path, {}), [k[:, 0]])
     assert rms(logits(jfp8kv.load(folder, dtype="float32")), expected("e4m3", k, k)) <= ROUNDING
 
 
-def test_a_layer_whose_scale_is_broken_is_stored_at_scale_one(tmp_path) -> None:
+def test_a_layer_with_an_invalid_scale_uses_scale_1(tmp_path) -> None:
     k, v = random_scales(1)
-    broken, stands_in = k.copy(), k.copy()
-    broken[1], stands_in[1] = 0, 1
+    invalid, replaced = k.copy(), k.copy()
+    invalid[1], replaced[1] = 0, 1
     with pytest.warns(UserWarning, match=r"layer 1: .*self_attn.k_scale is 0"):
-        params = jfp8kv.load(with_scales(tmp_path, broken, v), dtype="float32", strict=False)
-    assert rms(logits(params), expected("e4m3", stands_in, v)) <= ROUNDING
+        params = jfp8kv.load(with_scales(tmp_path, invalid, v), dtype="float32", strict=False)
+    assert rms(logits(params), expected("e4m3", replaced, v)) <= ROUNDING
 
 
 @pytest.mark.parametrize("kv_scales", ["auto", "checkpoint"])
-def test_for_e5m2_scales_are_converted_by_the_ratio_of_maxima_and_it_is_said(
-    tmp_path, kv_scales
-) -> None:
+def test_scales_are_converted_for_e5m2_with_a_warning(tmp_path, kv_scales) -> None:
     k, v = random_scales(HEADS)
     params = jfp8kv.load(with_scales(tmp_path, k, v), dtype="float32")
     with pytest.warns(UserWarning, match=r"made for fp8_e4m3: for fp8_e5m2 .* 448 / 57344"):
@@ -90,17 +88,18 @@ def test_for_e5m2_scales_are_converted_by_the_ratio_of_maxima_and_it_is_said(
     assert rms(got, expected("e5m2", k / 128, v / 128)) <= ROUNDING
 
 
-def test_scales_that_a_user_gives_are_for_the_cache_they_are_given_for(tmp_path) -> None:
+def test_scales_without_a_format_are_for_the_given_cache(tmp_path) -> None:
     k, v = random_scales(HEADS)
     params = jfp8kv.load(with_scales(tmp_path, k, v), dtype="float32")
-    own = jfp8kv.KVScales(k[..., None], v[..., None])
+    given = jfp8kv.KVScales(k[..., None], v[..., None])
     assert (
-        rms(logits(params, kv_dtype="fp8_e5m2", kv_scales=own), expected("e5m2", k, v)) <= ROUNDING
+        rms(logits(params, kv_dtype="fp8_e5m2", kv_scales=given), expected("e5m2", k, v))
+        <= ROUNDING
     )
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "float16"])
-def test_wider_caches_leave_the_checkpoints_scales_out(tmp_path, kv_dtype) -> None:
+def test_16_and_32_bit_caches_ignore_the_scales_of_the_checkpoint(tmp_path, kv_dtype) -> None:
     params = jfp8kv.load(with_scales(tmp_path, *random_scales(1)), dtype="float32")
     plain = jfp8kv.load(FOLDER, dtype="float32")
     assert np.array_equal(logits(params, kv_dtype=kv_dtype), logits(plain, kv_dtype=kv_dtype))
@@ -108,7 +107,7 @@ def test_wider_caches_leave_the_checkpoints_scales_out(tmp_path, kv_dtype) -> No
         logits(params, kv_dtype=kv_dtype, kv_scales="checkpoint")
 
 
-def test_scales_alone_do_not_make_the_cache_fp8(tmp_path) -> None:
+def test_scales_alone_do_not_select_an_fp8_cache(tmp_path) -> None:
     k, v = random_scales(1)
     with pytest.warns(UserWarning, match="declares no FP8 cache"):
         params = jfp8kv.load(model(tmp_path, scale_tensors("ModelOpt", k, v)), dtype="float32")
@@ -116,8 +115,8 @@ def test_scales_alone_do_not_make_the_cache_fp8(tmp_path) -> None:
     assert rms(logits(params, kv_dtype="fp8_e4m3"), expected("e4m3", k, v)) <= ROUNDING
 
 
-def test_other_scales_are_other_arguments_of_the_same_program(tmp_path) -> None:
-    """Of tensor or head granularity alike: they are broadcast before they are given to a step."""
+def test_other_scales_reuse_the_compiled_programs(tmp_path) -> None:
+    """Of any granularity: they are broadcast before they are passed to a step."""
     k, v = random_scales(HEADS)
     first = jfp8kv.LLM(jfp8kv.load(with_scales(tmp_path / "a", k, v), dtype="float32"), **ENGINE)
     first.logits(tokens())
@@ -136,7 +135,7 @@ def test_other_scales_are_other_arguments_of_the_same_program(tmp_path) -> None:
     )
 
 
-def test_scales_are_saved_and_come_back_with_the_model(tmp_path) -> None:
+def test_scales_are_saved_and_loaded_with_the_model(tmp_path) -> None:
     params = jfp8kv.load(with_scales(tmp_path / "a", *random_scales(HEADS)))
     jfp8kv.save(params, tmp_path / "b")
     back = jfp8kv.load(tmp_path / "b")
