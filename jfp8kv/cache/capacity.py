@@ -1,16 +1,27 @@
 """Memory budget of the KV cache: its default, and the pages it pays for."""
 
 import os
-
-import jax
+from typing import Any, Protocol, runtime_checkable
 
 from jfp8kv.core.errors import CapacityError
 
-DEVICE_SHARE = 0.85  # of the free memory of an accelerator, after the weights are loaded
+# Of an accelerator's free memory, beside what the largest step needs: fragmentation, and arrays
+# that outlive a step, such as outputs not read yet.
+RESERVE_SHARE = 0.05
 HOST_SHARE = 0.10  # of the free memory of a host, which other processes use too
 
 
-def free_bytes(device: jax.Device) -> int:
+@runtime_checkable
+class Device(Protocol):
+    """The attributes of a `jax.Device` that are used here."""
+
+    platform: str
+
+    def memory_stats(self) -> dict[str, Any] | None:
+        """Return the limit and the use of the allocator, None if it has none."""
+
+
+def free_bytes(device: Device) -> int:
     """Return the bytes that can still be allocated on `device`.
 
     On an accelerator the allocator's limit counts, on a host the free memory of the system.
@@ -32,15 +43,32 @@ def _host_free_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def default_bytes(device: jax.Device) -> int:
-    """Return the size of the cache if none is given: a share of the free memory of `device`.
+def default_bytes(device: Device, *, step_bytes: int = 0) -> int:
+    """Return the size of the KV cache if none is given.
 
-    On a host it is rounded down to a power of two: free memory varies from run to run, and a
-    compiled program fits one size.
+    On an accelerator it is the free memory less `step_bytes` and a reserve. On a host it is a share
+    of the free memory, or less if `step_bytes` leave less. There it is rounded down to a power of
+    two: free memory varies from run to run, and a compiled program fits one size.
+
+    Args:
+      device: where the cache is allocated, after the weights.
+      step_bytes: what the largest step needs beside the weights and the cache.
+
+    Raises `CapacityError` if nothing is left.
     """
-    if device.platform != "cpu":
-        return int(free_bytes(device) * DEVICE_SHARE)
-    return 1 << (int(free_bytes(device) * HOST_SHARE).bit_length() - 1)
+    free = free_bytes(device)
+    if device.platform == "cpu":
+        size = min(int(free * HOST_SHARE), free - step_bytes)
+        if size > 0:
+            return 1 << (size.bit_length() - 1)
+    else:
+        size = int(free * (1 - RESERVE_SHARE)) - step_bytes
+        if size > 0:
+            return size
+    raise CapacityError(
+        f"no memory is left for the KV cache: {free} bytes are free on the device, and the largest "
+        f"step needs about {step_bytes}; give a smaller max_num_batched_tokens or max_num_seqs."
+    )
 
 
 def pages_for(budget: int, *, bytes_per_page: int, page_size: int, limit: int) -> int:

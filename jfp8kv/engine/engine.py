@@ -1,4 +1,8 @@
-"""The loop: requests in, tokens out. Holds the weights, the pool, the scheduler and the counters."""
+"""The engine: requests in, tokens out. It owns the weights, the pool and the scheduler.
+
+A step of the engine waits for the tokens of the step before, commits them, schedules the next step
+and dispatches it. While the device runs that, the host emits the output of the committed tokens.
+"""
 
 import contextlib
 import dataclasses
@@ -9,30 +13,26 @@ from typing import Any
 
 import jax
 
-from jfp8kv.attention import dispatch
-from jfp8kv.cache import copy
+from jfp8kv.attention.dispatch import select_backend
 from jfp8kv.cache.allocator import PageAllocator
+from jfp8kv.cache.capacity import default_bytes, free_bytes
 from jfp8kv.cache.config import context_length, resolve_cache
+from jfp8kv.cache.copy import batched
 from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError
+from jfp8kv.core.log import logger
 from jfp8kv.core.platform import activation_dtype
-from jfp8kv.engine import faults, matmul, postprocess, step
-from jfp8kv.engine.batch import (
-    BatchBuilder,
-    NewTokens,
-    StepOutput,
-    read_new_tokens,
-)
+from jfp8kv.engine import faults, matmul, memory, postprocess, step
+from jfp8kv.engine.batch import BatchBuilder, NewTokens, StepOutput, read_new_tokens
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.kv_manager import KVCacheManager, SequenceHandle
 from jfp8kv.engine.options import EngineOptions
-from jfp8kv.engine.programs import Output, Programs, Step, StepInputs
+from jfp8kv.engine.programs import Output, ProgramCache, Programs, Step, StepInputs
 from jfp8kv.engine.request import CANCELLED, DEADLINE, PrefillOutput, Request, Status
 from jfp8kv.engine.sampler_state import PLAIN, SamplerVariant
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill, Scheduler, SchedulerOutput
 from jfp8kv.engine.speculative import decode_ahead
 from jfp8kv.engine.stats import Stats, Stopwatch
-from jfp8kv.engine.step import Weights
 from jfp8kv.engine.structured import StructuredOutput
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
@@ -41,249 +41,324 @@ from jfp8kv.sampling.params import MAX_LOGPROBS, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
-class Flight:
-    """A part of a turn that was given to the device, and what will come of it."""
+class InFlight:
+    """A dispatch whose results have not been committed.
 
-    turn: int
+    Attributes:
+      number: of the scheduler step it belongs to.
+      plan: what was dispatched.
+      output: its output, on the device.
+      positions: of a prefill, the positions it runs of each request.
+    """
+
+    number: int
     plan: ScheduledDecode | ScheduledPrefill
     output: Any
-    positions: tuple[range, ...] = ()  # of a prefill, by request
+    positions: tuple[range, ...] = ()
 
 
 class Engine:
-    """Run requests of one model over one pool of pages."""
+    """Runs requests of one model over one pool of pages. Not thread-safe: see engine/driver.py.
 
-    def __init__(self, params: Params, options: EngineOptions, *, weights: Weights | None = None):
+    Args:
+      params: the model.
+      options: see `EngineOptions`.
+      weights: the weights on the device of another engine with the same `params`, to share them.
+
+    Attributes:
+      pages: the pool. None after a step that failed has lost it, until `ready`.
+      dropped: handles of sequences to free before the next step. Appending is safe at any time.
+    """
+
+    def __init__(
+        self, params: Params, options: EngineOptions, *, weights: step.Weights | None = None
+    ):
         config = params.config
-        cpu = jax.default_backend() == "cpu"
+        on_host = jax.default_backend() == "cpu"
+        slow_single_row = on_host and activation_dtype(params.dtype).itemsize == 2
+        self.params = params
+        self.options = options
         self.max_model_len = context_length(config, options.max_model_len)
-        halves_on_cpu = cpu and activation_dtype(params.dtype).itemsize == 2
         self.buckets = Buckets.of(
             options.max_num_seqs,
             options.max_num_batched_tokens,
-            min_decode_rows=2 if halves_on_cpu else 1,
+            min_decode_rows=2 if slow_single_row else 1,
             drafts=options.prompt_lookup,
             vocab=config.vocab,
         )
-
-        self.params = params
-        page_size = options.page_size
-        self.cache_config = resolve_cache(
+        cache_config = resolve_cache(
             params,
             options.kv_dtype,
             options.kv_scales,
-            page_size=page_size,
+            page_size=options.page_size,
             max_tokens_per_dispatch=self.buckets.max_tokens_per_dispatch,
             longest=self.max_model_len,
         )
-        self.requirements = self.cache_config.requirements
-        longest = self.requirements.total_pages(self.max_model_len)
-        self.num_pages = self.cache_config.num_pages(
-            options.kv_cache_memory, limit=longest * self.buckets.max_requests
-        )
-        self.attention = dispatch.select_backend(
-            options.attention, jax.eval_shape(lambda: self.cache_config.new_pool(self.num_pages))
+        self.requirements = cache_config.requirements
+        self._pages_per_sequence = self.requirements.total_pages(self.max_model_len)
+        self.attention = select_backend(
+            options.attention, jax.eval_shape(lambda: cache_config.new_pool(self._pages_per_sequence))
         )
         self.cache_config = dataclasses.replace(
-            self.cache_config, keys_transposed=self.attention.keys_transposed
+            cache_config, keys_transposed=self.attention.keys_transposed
         )
-        self.pages: KVPool | None = faults.allocate_pool(
-            self.cache_config, self.num_pages
-        )  # None once a failed step has taken it
-
         self.model = step.StepModel(
-            config,
-            params.dtype,
-            self.attention.attend,
-            self.cache_config.groups,
-            self.attention.write,
-            matmul.beside(self.attention.name),
+            config=config,
+            dtype=params.dtype,
+            attention=self.attention.attend,
+            groups=self.cache_config.groups,
+            write=self.attention.write,
+            matmul=matmul.beside(self.attention.name),
         )
         if weights is None:
-            weights = (
-                jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
-            )
+            weights = params.tree
+            if on_host:
+                weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), weights)
         self.programs = Programs(self.model, weights, self.cache_config.layer_scales())
-
-        table_pages = -(-self.max_model_len // page_size)
-        self.batch_builder = BatchBuilder(
-            buckets=self.buckets,
-            vocab=config.vocab,
-            requirements=self.requirements,
-            pages=table_pages,
-            num_pages=self.num_pages,
-            max_model_len=self.max_model_len,
-            eos_ids=params.eos_ids,
-            switch_length=switch_length(config.ropes),
-        )
+        self.num_pages = self._pool_size()
+        self.pages: KVPool | None = faults.allocate_pool(self.cache_config, self.num_pages)
+        self.batch_builder = self._new_batch_builder(self.num_pages)
         self.structured_output = StructuredOutput(
-            params.tokenizer, config.vocab, eos_ids=self.batch_builder.eos_ids
+            params.tokenizer, config.vocab, eos_ids=params.eos_ids
         )
-        self._kv_manager_options = {
-            "prefix_caching": options.prefix_caching,
-            "hash_context": any(rope.kind in ("dynamic", "longrope") for rope in config.ropes),
-        }
-        self.stats = Stats(
-            kv_tokens_capacity=self.num_pages * page_size * table_pages // longest,
-            kv_bytes_per_token=self.cache_config.bytes_per_token(self.max_model_len),
-            kv_bytes_per_token_without_windows=self.cache_config.without_windows.bytes_per_token(
-                self.max_model_len
-            ),
-            kv_bytes_capacity=self.num_pages * self.cache_config.page_bytes,
-        )
+        self.stats = self._new_stats()
         self.scheduler = self._new_scheduler()
         self.dropped: deque[SequenceHandle] = deque()
-        self._flying: deque[Flight] = deque()  # dispatched and not booked, in order
-        self._made: deque[NewTokens] = (
-            deque()
-        )  # tokens that requests got and their users were not told of
-        self._turn = 0
-        self._watch, self._free_since = Stopwatch(), 0.0
+        self._in_flight: deque[InFlight] = deque()  # in the order of dispatch
+        self._to_emit: deque[NewTokens] = deque()  # committed tokens whose output is not emitted
+        self._steps = 0
+        self._watch = Stopwatch()
+        self._free_since = 0.0  # when the device last became free
+        logger.info(
+            "KV cache: %d pages (%.1f MiB, %s), %d tokens at max_model_len=%d",
+            self.num_pages,
+            self.stats.kv_bytes_capacity / 2**20,
+            self.cache_config.name,
+            self.stats.kv_tokens_capacity,
+            self.max_model_len,
+        )
+
+    def _pool_size(self) -> int:
+        """Return the number of pages: `kv_cache_memory`, or what the largest step leaves free."""
+        limit = self._pages_per_sequence * self.buckets.max_requests
+        budget = self.options.kv_cache_memory
+        if budget is None:
+            step_bytes = self._step_bytes(limit * self.cache_config.page_bytes)
+            budget = default_bytes(jax.local_devices()[0], step_bytes=step_bytes)
+        return self.cache_config.num_pages(budget, limit=limit)
+
+    def _step_bytes(self, pool_limit: int) -> int:
+        """Return the memory of the largest step, see engine/memory.py.
+
+        `pool_limit` is the size of the largest useful pool. If it leaves several times the
+        estimate, nothing is compiled.
+        """
+        device = jax.local_devices()[0]
+        estimate = memory.estimated_step_bytes(self.params.config, self.buckets)
+        left = free_bytes(device) - pool_limit
+        if device.platform == "cpu" or left >= memory.AMPLE * estimate:
+            return estimate
+        # Discarded when done: the real programs are compiled for the real size of the pool.
+        programs = Programs(
+            self.model, self.programs.weights, self.programs.scales, cache=ProgramCache(size=0)
+        )
+        num_pages = self._pages_per_sequence
+        pool = jax.eval_shape(lambda: self.cache_config.new_pool(num_pages))
+        return memory.compiled_step_bytes(programs, self._new_batch_builder(num_pages), pool)
+
+    def _new_batch_builder(self, num_pages: int) -> BatchBuilder:
+        return BatchBuilder(
+            buckets=self.buckets,
+            vocab=self.params.config.vocab,
+            requirements=self.requirements,
+            pages=self.requirements.end_page(self.max_model_len),
+            num_pages=num_pages,
+            max_model_len=self.max_model_len,
+            eos_ids=self.params.eos_ids,
+            switch_length=switch_length(self.params.config.ropes),
+        )
+
+    def _new_stats(self) -> Stats:
+        cache, length = self.cache_config, self.max_model_len
+        tokens = self.num_pages * self.requirements.end_page(length) * cache.page_size
+        return Stats(
+            kv_tokens_capacity=tokens // self._pages_per_sequence,
+            kv_bytes_per_token=cache.bytes_per_token(length),
+            kv_bytes_per_token_without_windows=cache.without_windows.bytes_per_token(length),
+            kv_bytes_capacity=self.num_pages * cache.page_bytes,
+        )
 
     def _new_scheduler(self) -> Scheduler:
+        ropes = self.params.config.ropes
         kv_manager = KVCacheManager(
-            PageAllocator(self.num_pages), self.requirements, **self._kv_manager_options
+            PageAllocator(self.num_pages),
+            self.requirements,
+            prefix_caching=self.options.prefix_caching,
+            hash_context=any(rope.kind in ("dynamic", "longrope") for rope in ropes),
         )
         return Scheduler(
             kv_manager, self.buckets, self.stats, max_requests=self.buckets.max_requests
         )
 
-    # -- what a request must satisfy ------------------------------------------------------------------------------------
+    # Validation
 
     def check(
         self, prompt_ids: list[int], params: SamplingParams, *, what: str = "prompt", more: int = 1
     ) -> None:
-        """Raise `ConfigError` or `CapacityError` unless the empty engine could finish this request and make `more` tokens."""
+        """Raise unless the empty engine can finish this request.
+
+        Args:
+          prompt_ids: its prompt.
+          params: its parameters.
+          what: the name of the prompt in messages.
+          more: output tokens for which the context must have room; 0 if nothing is generated.
+
+        Raises `ConfigError` or `CapacityError`.
+        """
         if not prompt_ids:
             raise ConfigError(f"{what} is empty: at least one token is needed.")
         vocab = self.params.config.vocab
-        bad = next((t for t in prompt_ids if not 0 <= t < vocab), None)
-        if bad is not None:
-            raise ConfigError(f"{what} holds token id {bad}: ids must be from 0 to {vocab - 1}.")
+        invalid = next((token for token in prompt_ids if not 0 <= token < vocab), None)
+        if invalid is not None:
+            raise ConfigError(
+                f"{what} has the token id {invalid}: ids must be from 0 to {vocab - 1}."
+            )
         params.check_vocab(vocab)
         self.structured_output.check(params)
         self.check_length(len(prompt_ids), more, what=what)
-        capacity = self.stats.kv_tokens_capacity
-        needed = min(len(prompt_ids) + params.max_tokens * (more > 0), self.max_model_len)
-        if (pages := self.requirements.total_pages(needed)) > self.num_pages:
+        output = params.max_tokens if more else 0
+        tokens = min(len(prompt_ids) + output, self.max_model_len)
+        pages = self.requirements.total_pages(tokens)
+        if pages > self.num_pages:
             raise CapacityError(
-                f"{what} of {len(prompt_ids)} tokens with max_tokens={params.max_tokens} needs {needed} tokens of cache, and "
-                f"the pool holds {capacity}: give kv_cache_memory of at least "
+                f"{what} of {len(prompt_ids)} tokens with max_tokens={params.max_tokens} needs "
+                f"{tokens} tokens of KV cache, and its capacity is "
+                f"{self.stats.kv_tokens_capacity}: give kv_cache_memory of at least "
                 f"{pages * self.cache_config.page_bytes} bytes, or a smaller max_tokens."
             )
 
     def check_length(self, tokens: int, more: int, *, what: str = "prompt") -> None:
-        """Raise `CapacityError` if a prompt of `tokens` leaves no room for `more` within `max_model_len`."""
+        """Raise `CapacityError` if a prompt leaves no room for `more` tokens in `max_model_len`."""
         if tokens + more > self.max_model_len:
-            limit = f"max_model_len={self.max_model_len}"
             raise CapacityError(
-                f"{what} has {tokens} tokens: {limit} leaves room for {self.max_model_len - more} at most."
+                f"{what} has {tokens} tokens: max_model_len={self.max_model_len} leaves room for "
+                f"{self.max_model_len - more} at most."
             )
 
-    # -- running --------------------------------------------------------------------------------------------------------
+    # Requests
 
     def add(self, request: Request) -> None:
-        """Queue a request that `check` has passed; what would not fit `max_model_len` is not generated."""
+        """Queue a request that has passed `check`. Its output is limited by `max_model_len`."""
         self.stats.prompt_tokens += len(request.prompt_ids)
         self.scheduler.add(request)
 
     def cancel(self, requests: Iterable[Request]) -> None:
-        """Take requests out, whatever their state, and free their pages at once."""
+        """Finish requests in any state and free their pages."""
         for request in requests:
             if request.finish_reason is None:
                 postprocess.finish(request, CANCELLED, self.scheduler)
         self.count_used()
 
     def end_late(self, now: float) -> None:
-        """End requests whose deadline has passed, with what they have."""
-        for request in [
-            r for r in (*self.scheduler.waiting, *self.scheduler.running) if r.deadline <= now
-        ]:
-            postprocess.finish(request, DEADLINE, self.scheduler)
+        """Finish requests whose deadline has passed, with the output they have."""
+        unfinished = [*self.scheduler.waiting, *self.scheduler.running]
+        for request in unfinished:
+            if request.deadline <= now:
+                postprocess.finish(request, DEADLINE, self.scheduler)
         self.count_used()
 
     def step(self) -> None:
-        """A turn for whatever is queued, whoever queued it.
+        """Commit the tokens of the last step, dispatch the next one, and emit output meanwhile.
 
-        Waits for the last turn's tokens, books of them what the next plan needs, and dispatches that; while it runs, texts are
-        made of the tokens, and their users told. The first in the queue is told, and dropped, if there will be no room for it.
+        If the first waiting request can never get its pages, it ends with an error.
         """
         self.free_dropped()
         with self._watch:
-            self._collect()
+            self._commit()
             try:
                 scheduled = self.scheduler.schedule()
                 if scheduled is None:
-                    self._collect(everything=True)
+                    self._commit(wait_for_prefill=True)
                 else:
                     self._dispatch(scheduled)
             except CapacityError as error:
                 first = self.scheduler.waiting[0]
-                self._tell()  # which may show that it has ended
+                self._emit()  # a stop string may end it
                 if first.finish_reason is None:
                     first.error = error
                     self.cancel([first])
             finally:
-                self._tell()
+                self._emit()
 
     def settle(self) -> None:
-        """Wait for whatever is on the device, and book all of it."""
+        """Wait for all steps in flight, commit their tokens and emit their output."""
         with self._watch:
-            self._collect(everything=True)
-            self._tell()
+            self._commit(wait_for_prefill=True)
+            self._emit()
 
     def abandon(self, requests: Iterable[Request], error: Jfp8kvError) -> None:
-        """After a failed step: these requests end with `error`, and nothing is cached any more. The pool may be gone too."""
+        """Reset the cache after a failed step, and end `requests` with `error`."""
         for request in requests:
-            request.status, request.page_tables = Status.FINISHED, []
-            request.error, request.finish_reason = error, CANCELLED
-        flying, self._flying = self._flying, deque()
-        self._made.clear()
-        for flight in flying:
+            request.status = Status.FINISHED
+            request.page_tables = []
+            request.error = error
+            request.finish_reason = CANCELLED
+        lost = [in_flight.output for in_flight in self._in_flight]
+        self._in_flight.clear()
+        self._to_emit.clear()
+        for output in lost:
+            # A step that still runs uses memory. Its error is the one reported, or its consequence.
             with contextlib.suppress(Exception):
-                jax.block_until_ready(flight.output)  # what still runs holds memory
+                jax.block_until_ready(output)
         self.scheduler = self._new_scheduler()
         try:
             jax.block_until_ready(self.pages)
-        except Exception:
+        except Exception:  # noqa: BLE001 (whatever the step that wrote it has raised)
             self.pages = None
         self.count_used()
 
     def ready(self) -> None:
-        """Have a pool. Raises `DeviceMemoryError`."""
+        """Allocate a pool if a failed step has lost it. Raises `DeviceMemoryError`."""
         if self.pages is None:
             self.pages = faults.allocate_pool(self.cache_config, self.num_pages)
 
+    def free_dropped(self) -> None:
+        """Free the pages of dropped sequences."""
+        while self.dropped:
+            handle = self.dropped.popleft()
+            handle.kv_manager.release(handle.request)
+            self.count_used()
+
     def count_used(self) -> None:
-        """Say in `stats` what is held now."""
-        self.stats.kv_tokens_used = sum(r.cached for r in self.scheduler.running)
-        self.stats.kv_bytes_used = (
-            self.scheduler.kv_manager.allocator.used_pages * self.cache_config.page_bytes
-        )
+        """Update `stats` with the pages and tokens in use."""
+        self.stats.kv_tokens_used = sum(request.cached for request in self.scheduler.running)
+        used_pages = self.scheduler.kv_manager.allocator.used_pages
+        self.stats.kv_bytes_used = used_pages * self.cache_config.page_bytes
 
-    # -- the device -----------------------------------------------------------------------------------------------------
+    # Dispatch
 
-    def _dispatch(self, turn: SchedulerOutput) -> None:
-        """Hand a turn to the device, which runs it while the host goes on."""
-        if not self._flying:
+    def _dispatch(self, scheduled: SchedulerOutput) -> None:
+        """Start a scheduler step on the device."""
+        if not self._in_flight:
             self._free_since = self._watch.now()
-        self._turn += 1
-        if turn.decode is not None:
-            held = any(request.params.constraint for request in turn.decode.requests)
-            output = (self.decode_structured if held else self.decode)(turn.decode)
-            self._flying.append(Flight(self._turn, turn.decode, output))
-            self.stats.decode_steps += turn.decode.steps
-        if turn.prefill is not None:
-            output = self.prefill(turn.prefill)
-            chunks = list(zip(turn.prefill.requests, turn.prefill.chunks, strict=True))
+        self._steps += 1
+        if scheduled.decode is not None:
+            structured = any(request.params.constraint for request in scheduled.decode.requests)
+            decode = self.decode_structured if structured else self.decode
+            output = decode(scheduled.decode)
+            self._in_flight.append(InFlight(self._steps, scheduled.decode, output))
+            self.stats.decode_steps += scheduled.decode.steps
+        if scheduled.prefill is not None:
+            output = self.prefill(scheduled.prefill)
+            chunks = list(zip(scheduled.prefill.requests, scheduled.prefill.chunks, strict=True))
             positions = tuple(range(r.cached, r.cached + chunk) for r, chunk in chunks)
-            self._flying.append(Flight(self._turn, turn.prefill, output, positions))
+            self._in_flight.append(InFlight(self._steps, scheduled.prefill, output, positions))
             self.stats.prefill_steps += 1
             for request, chunk in chunks:
                 request.cached += chunk
                 self.scheduler.kv_manager.cache_prefix(request)
                 if request.prefill_only and not request.prefilling:
-                    self.scheduler.finish(request)  # its outputs are stored once they are there
+                    self.scheduler.finish(request)  # its outputs are stored when they are computed
         self.count_used()
 
     def prefill(self, plan: ScheduledPrefill) -> Any:
@@ -298,107 +373,112 @@ class Engine:
                 return self._launch(step.logprobs, self.batch_builder.logprobs(plan), top=top)
 
     def decode(self, plan: ScheduledDecode, least: SamplerVariant = PLAIN) -> StepOutput:
-        """Start a decode, by the program `least` at least."""
+        """Start a decode whose sampler is at least `least`, and return its output on the device."""
         batch, variant = self.batch_builder.decode(plan, least)
-        static = {
-            "most_steps": self.buckets.decode_steps,
-            "top": min(variant.top, self.params.config.vocab),
-        }
-        if drafts := self.buckets.drafts:
-            return self._launch(decode_ahead, batch, variant=variant.name, drafts=drafts, **static)
-        return self._launch(step.decode, batch, variant=variant.name, **static)
+        top = min(variant.top, self.params.config.vocab)
+        most_steps = self.buckets.decode_steps
+        if self.buckets.drafts:
+            return self._launch(
+                decode_ahead,
+                batch,
+                variant=variant.name,
+                drafts=self.buckets.drafts,
+                most_steps=most_steps,
+                top=top,
+            )
+        return self._launch(
+            step.decode, batch, variant=variant.name, most_steps=most_steps, top=top
+        )
 
     def decode_structured(self, plan: ScheduledDecode, least: SamplerVariant = PLAIN) -> StepOutput:
-        """The same for one token each. While the device runs the model, the host finds out what grammars allow."""
+        """`decode` for one token per request, with token bitmasks.
+
+        The host computes the bitmasks while the device runs the model.
+        """
         logits = self._launch(step.logits, self.batch_builder.last_tokens(plan))
         batch, variant = self.batch_builder.decode(plan, least)
-        began = time.perf_counter()
+        started = time.perf_counter()
         bitmask = self.structured_output.allowed(plan.requests, rows=len(batch.position))
-        self.stats.grammar_s += time.perf_counter() - began
+        self.stats.grammar_s += time.perf_counter() - started
         batch = dataclasses.replace(batch, token_bitmask=bitmask)
         top = min(variant.top, self.params.config.vocab)
         output = self.programs.compute(step.sample, logits, batch, variant=variant.name, top=top)
         self.stats.compilations = len(self.programs.compiled)
         return output
 
+    def run(
+        self, function: Step[Output], batch: StepInputs, *, scales: Any = None, **static: Hashable
+    ) -> Output:
+        """Run a step on the pool and wait for it. For `scales` see `Programs.call`."""
+        output = self._launch(function, batch, scales=scales, **static)
+        jax.block_until_ready((output, self.pages))
+        return output
+
     def _launch(
         self, function: Step[Output], batch: StepInputs, *, scales: Any = None, **static: Hashable
     ) -> Output:
-        """Start a step on the pool, in place, after the copies of pages that it waits for."""
-        self._copy_pages()
+        """Start a step on the pool, in place, after the page copies that it depends on.
+
+        The pages of a copy may have been freed and allocated again since it was recorded. No step
+        has written to them: steps run in the order in which their copies were recorded.
+        """
+        copies = self.scheduler.kv_manager.copies
+        for some in batched(copies):
+            _, self.pages = self.programs.call(step.copy, some, self.pages)
+        copies.clear()
         output, self.pages = self.programs.call(
             function, batch, self.pages, scales=scales, **static
         )
         self.stats.compilations = len(self.programs.compiled)
         return output
 
-    def _copy_pages(self) -> None:
-        """Hand the copies that were noted to the device. Whatever became of their pages since, on the host: nothing has written
-        to these in between, as every step comes after all that were noted before it."""
-        kv_manager = self.scheduler.kv_manager
-        for copies in copy.batched(kv_manager.copies):
-            _, self.pages = self.programs.call(step.copy, copies, self.pages)
-        kv_manager.copies.clear()
+    # Results
 
-    def run(
-        self, function: Step[Output], batch: StepInputs, *, scales: Any = None, **static: Hashable
-    ) -> Output:
-        """Run a step on the pool, in place, and wait until it is done. `scales`: see `Programs.call`."""
-        output = self._launch(function, batch, scales=scales, **static)
-        return jax.block_until_ready((output, self.pages))[0]
+    def _commit(self, *, wait_for_prefill: bool = False) -> None:
+        """Wait for the tokens of the last step and commit them.
 
-    def _collect(self, *, everything: bool = False) -> None:
-        """Wait for the tokens of the last turn, and book them. Its prompts may run on: no plan depends on how they end.
-
-        That they do end is seen a turn later, so the host is never more than a turn ahead.
+        Its prefill may continue, since no plan depends on its result. It is waited for one step
+        later, so the host is at most one step ahead of the device.
         """
-        while self._flying:
-            flight = self._flying[0]
-            if (
-                isinstance(flight.plan, ScheduledPrefill)
-                and flight.turn == self._turn
-                and not everything
-            ):
-                return
-            if isinstance(flight.plan, ScheduledPrefill):
-                jax.block_until_ready(flight.output)
-                self.stats.prefill_s += self._seconds()
-                if flight.plan.output is not PrefillOutput.NONE:
+        while self._in_flight:
+            in_flight = self._in_flight[0]
+            if isinstance(in_flight.plan, ScheduledPrefill):
+                if in_flight.number == self._steps and not wait_for_prefill:
+                    return
+                jax.block_until_ready(in_flight.output)
+                self.stats.prefill_s += self._device_seconds()
+                if in_flight.plan.output is not PrefillOutput.NONE:
                     postprocess.store_prompt_outputs(
-                        flight.output, flight.plan, flight.positions, self.scheduler
+                        in_flight.output, in_flight.plan, in_flight.positions, self.scheduler
                     )
-            elif any(r.status is Status.RUNNING for r in flight.plan.requests):
-                made = read_new_tokens(
-                    flight.output, flight.plan.requests, self.params.config.vocab
-                )
-                self.stats.decode_s += self._seconds()
-                self._made += [
-                    m
-                    for m in made
-                    if postprocess.commit_tokens(
-                        m, self.scheduler, self.batch_builder.switch_length
-                    )
-                ]
-                postprocess.count_drafts(flight.output, self.stats)
-            self._flying.popleft()
+            elif any(request.status is Status.RUNNING for request in in_flight.plan.requests):
+                self._commit_decode(in_flight.output, in_flight.plan)
+            self._in_flight.popleft()
 
-    def _seconds(self) -> float:
-        """Since the device was free."""
-        before, self._free_since = self._free_since, self._watch.now()
+    def _commit_decode(self, output: StepOutput, plan: ScheduledDecode) -> None:
+        """Wait for the tokens of a decode and commit them."""
+        new_tokens = read_new_tokens(output, plan.requests, self.params.config.vocab)
+        self.stats.decode_s += self._device_seconds()
+        limit = self.batch_builder.switch_length
+        for new in new_tokens:
+            if postprocess.commit_tokens(new, self.scheduler, limit):
+                self._to_emit.append(new)
+        postprocess.count_drafts(output, self.stats)
+
+    def _device_seconds(self) -> float:
+        """Return the seconds since the device was free, and mark it as free now."""
+        before = self._free_since
+        self._free_since = self._watch.now()
         return self._free_since - before
 
-    def _tell(self) -> None:
-        """Make texts of the tokens that were booked. A request that a stop string ends may have more on the device: dropped
-        when it comes."""
-        while self._made:
-            if self._made[0].request.finish_reason is None:
-                postprocess.emit_output(self._made[0], self.scheduler, self.stats)
-            self._made.popleft()
-        self.count_used()
+    def _emit(self) -> None:
+        """Emit the output of committed tokens.
 
-    def free_dropped(self) -> None:
-        """Free the pages of sessions that are gone. When they go they are only noted: it may be in the middle of anything."""
-        while self.dropped:
-            holding = self.dropped.popleft()
-            holding.kv_manager.release(holding.request)
-            self.count_used()
+        A request that ends at a stop string may have a step in flight. Its tokens are dropped.
+        """
+        while self._to_emit:
+            new = self._to_emit[0]
+            if new.request.finish_reason is None:
+                postprocess.emit_output(new, self.scheduler, self.stats)
+            self._to_emit.popleft()
+        self.count_used()

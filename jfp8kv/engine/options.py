@@ -100,9 +100,9 @@ class EngineOptions(LoadOptions):
     kv_cache_memory: int | str | None = option(
         default=None,
         help=(
-            'Size of the KV cache in bytes, such as "2GiB". By default a share of the free memory '
-            "of the device (85% of an accelerator's, 10% of a host's), or less where max_num_seqs "
-            "full contexts need less."
+            'Size of the KV cache in bytes, such as "2GiB". By default what the weights and the '
+            "largest step leave free on an accelerator, 10% of the free memory of a host, or less "
+            "where max_num_seqs full contexts need less."
         ),
         convert=_memory,
     )

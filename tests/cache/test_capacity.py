@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from jfp8kv.cache import capacity
 from jfp8kv.cache.capacity import default_bytes, free_bytes, pages_for
 from jfp8kv.cache.groups import LayerGroups
 from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, slot_widths
@@ -47,6 +48,14 @@ def test_page_bytes_match_the_arrays_and_contain_no_padding(specs) -> None:
     )
 
 
-def test_the_default_budget_is_a_share_of_free_memory() -> None:
+def test_the_default_size_on_a_host_is_a_share_of_the_free_memory(monkeypatch) -> None:
     device = jax.devices()[0]
     assert 0 < default_bytes(device) < free_bytes(device)
+    monkeypatch.setattr(capacity, "free_bytes", lambda device: 1000)
+    assert default_bytes(device) == 64, "a tenth, rounded down to a power of two"
+    assert default_bytes(device, step_bytes=960) == 32
+
+
+def test_a_step_that_leaves_no_memory_is_refused() -> None:
+    with pytest.raises(CapacityError, match="no memory is left for the KV cache.*max_num_seqs"):
+        default_bytes(jax.devices()[0], step_bytes=1 << 60)

@@ -1,4 +1,4 @@
-"""A fake device for scheduler tests. It records which sequence each slot of the cache belongs to."""
+"""A fake device for scheduler tests. It records which sequence each slot belongs to."""
 
 import hashlib
 

@@ -1,7 +1,7 @@
 """The KV cache manager under forks, over a fake device that records the owner of every slot.
 
-Sequences are extended, rolled back, forked and closed in any order beside requests of the scheduler, in
-pools that are too small. No sequence reads another's slots, and no page is lost.
+Sequences are extended, rolled back, forked and closed in any order beside requests of the
+scheduler, in pools that are too small. No sequence reads another's slots, and no page is lost.
 """
 
 from collections import Counter
@@ -75,7 +75,7 @@ class Sequences:
         return twin
 
     def step(self) -> list[Request]:
-        """Run a scheduler step, and return the request that it refused for lack of pages, if any."""
+        """Run a scheduler step, and return the request that found too few pages, if any."""
         try:
             step = self.scheduler.schedule()
         except CapacityError:

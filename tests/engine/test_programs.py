@@ -43,7 +43,7 @@ def numbered_step(number: int):
 
 
 def test_programs_are_shared_up_to_the_size_of_the_cache(engine, batch) -> None:
-    """Keeping all of them would exhaust the process's memory maps and end in a segmentation fault."""
+    """All programs of a process would exhaust its memory maps: a segmentation fault."""
     cache = ProgramCache(size=2)
     steps = [numbered_step(number) for number in range(4)]
 
