@@ -97,7 +97,8 @@ class Engine:
         self.requirements = cache_config.requirements
         self._pages_per_sequence = self.requirements.total_pages(self.max_model_len)
         self.attention = select_backend(
-            options.attention, jax.eval_shape(lambda: cache_config.new_pool(self._pages_per_sequence))
+            options.attention,
+            jax.eval_shape(lambda: cache_config.new_pool(self._pages_per_sequence)),
         )
         self.cache_config = dataclasses.replace(
             cache_config, keys_transposed=self.attention.keys_transposed

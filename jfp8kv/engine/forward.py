@@ -120,9 +120,7 @@ def _run(
     scheduler = engine.scheduler
     while left := [request for request in requests if request.uncached]:
         if engine.scheduler is not scheduler:
-            raise StepError(
-                "a step of another request failed and reset the KV cache: try again."
-            )
+            raise StepError("a step of another request failed and reset the KV cache: try again.")
         chunk_width = width(max(request.uncached for request in left))
         chosen = left[: engine.buckets.prefill_requests(chunk_width)]
         chunks = [min(request.uncached, chunk_width) for request in chosen]
