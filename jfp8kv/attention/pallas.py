@@ -80,7 +80,7 @@ class PallasAttention:
                 "requests share the pool and the layer: vmap with in_axes=None"
             )
             by_request = broadcast_unbatched(axis_size, in_batched[:4], args[:4])
-            return self._batch(*by_request, *args[4:]), True
+            return self._batch(*(*by_request, *args[4:])), True
 
         return one
 

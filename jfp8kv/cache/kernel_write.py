@@ -92,7 +92,8 @@ class KernelWrite:
             assert not any(jax.tree.leaves(in_batched[5:])), (
                 "requests share the pool and the layer: vmap with in_axes=None"
             )
-            pages = launch(*broadcast_unbatched(axis_size, in_batched[:5], args[:5]), *args[5:])
+            by_request = broadcast_unbatched(axis_size, in_batched[:5], args[:5])
+            pages = launch(*(*by_request, *args[5:]))
             return pages, jax.tree.map(lambda _: False, pages)
 
         return one

@@ -279,6 +279,7 @@ def write(
     k_exponent, v_exponent = pages.k_exponent, pages.v_exponent
     if k_exponent is not None:
         assert v_exponent is not None
+        assert new.k_exponent is not None and new.v_exponent is not None
         dynamic = jnp.asarray([spec.dynamic for spec in layout.specs])[layer]
         row = jnp.where(dynamic, pages.exponent_rows(layer, number), k_exponent.shape[0])
         k_exponent = _put(k_exponent, row, offset, new.k_exponent)

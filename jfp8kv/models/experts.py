@@ -10,6 +10,8 @@ shares each expert that is read. Assignments (token, expert) are sorted by exper
 Both add a token's experts in the order of their index, so a token's output does not depend on what runs beside it.
 """
 
+from typing import Any, TypeAlias
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jfp8kv.models.config import Activation, ExpertsConfig
 from jfp8kv.models.layers import FLOAT32, Layer, Linear, gated
 from jfp8kv.models.linear import stacked_matmul, widen
+
+Projections: TypeAlias = tuple[tuple[Array, Array | None], ...]
 
 SMALLEST_TILE, LARGEST_TILE = (
     2,
@@ -113,13 +117,15 @@ class Experts(nnx.Module):
         projections = tuple(p.arrays() for p in (self.gate, self.up, self.down))
 
         @custom_vmap
-        def together(x, share, chosen, slot, projections):
+        def together(
+            x: Array, share: Array, chosen: Array, slot: Array, projections: Projections
+        ) -> Array:
             return (self._by_tile if self.tiled else self._by_group)(
                 x, share, chosen, slot, projections
             )
 
         @together.def_vmap
-        def _(requests, batched, *args):
+        def _(requests: int, batched: list[Any], *args: Any) -> tuple[Array, bool]:
             assert not any(jax.tree.leaves(batched[3:])), (
                 "weights and layer are shared by the requests"
             )
@@ -140,7 +146,7 @@ class Experts(nnx.Module):
         return (up + 1.0) * gate * jax.nn.sigmoid(c.alpha * gate)
 
     def _by_tile(
-        self, x: Array, share: Array, chosen: Array, slot: Array, projections: tuple
+        self, x: Array, share: Array, chosen: Array, slot: Array, projections: Projections
     ) -> Array:
         count, assignments = self.config.count, chosen.size
         order, sizes = _sorted(chosen, count)
@@ -178,7 +184,7 @@ class Experts(nnx.Module):
         return lax.fori_loop(0, last[-1], body, jnp.zeros(x.shape, jnp.float32))
 
     def _by_group(
-        self, x: Array, share: Array, chosen: Array, slot: Array, projections: tuple
+        self, x: Array, share: Array, chosen: Array, slot: Array, projections: Projections
     ) -> Array:
         count = self.config.count
         order, sizes = _sorted(chosen, count)
@@ -186,14 +192,18 @@ class Experts(nnx.Module):
         groups = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), [0], [0])
 
         def project(rows: Array, which: int) -> Array:
-            weight, bias = (
-                None if p is None else widen(p[slot], self.stored, x.dtype)
-                for p in projections[which]
-            )
+            weight, bias = projections[which]
             y = lax.ragged_dot_general(
-                rows, weight, sizes, groups, preferred_element_type=jnp.float32
+                rows,
+                widen(weight[slot], self.stored, x.dtype),
+                sizes,
+                groups,
+                preferred_element_type=jnp.float32,
             )
-            return y if bias is None else y + bias.astype(jnp.float32).at[expert].get(mode="clip")
+            if bias is None:
+                return y
+            wide = widen(bias[slot], self.stored, x.dtype).astype(jnp.float32)
+            return y + wide.at[expert].get(mode="clip")
 
         rows = x[token]
         y = project(self._gated(project(rows, 0), project(rows, 1)).astype(x.dtype), 2)

@@ -42,8 +42,11 @@ def _table(rows: Mapping[str, str]) -> dict[str, Module]:
     return {ours: Module(theirs) for ours, theirs in rows.items()}
 
 
-def _fused(path: str, *parts: str, **how: bool) -> dict[str, Module]:
-    return {f"layers.{part}": Module(path, parts, **how) for part in parts}
+def _fused(
+    path: str, *parts: str, interleaved: bool = False, transposed: bool = False
+) -> dict[str, Module]:
+    module = Module(path, parts, interleaved=interleaved, transposed=transposed)
+    return {f"layers.{part}": module for part in parts}
 
 
 _LLAMA = _table(

@@ -11,6 +11,7 @@ would widen the whole stack at each slice of it.
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +30,7 @@ def as_bits(weight: Array) -> Array:
     if weight.dtype.itemsize != 2:
         return weight
     host = np.ascontiguousarray(np.asarray(weight))
-    buffer = (ctypes.c_uint16 * host.size).from_address(host.ctypes.data)
+    buffer: Any = (ctypes.c_uint16 * host.size).from_address(host.ctypes.data)
     buffer.owner = host  # whoever holds the view keeps the array alive
     return jnp.from_dlpack(np.frombuffer(buffer, np.uint16).reshape(host.shape))
 

@@ -79,7 +79,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def _norms(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    widths = {}
+    widths: dict[str, int] = {}
     if c.pre_norm:
         widths |= {"attention_norm": c.hidden, "mlp_norm": c.hidden}
     if c.post_norm:

@@ -126,7 +126,8 @@ class Params:
     @classmethod
     def tree_unflatten(cls, static: Any, children: Any) -> "Params":
         config, tokenizer, kv_scales = static
-        return cls(*children, config, tokenizer.value, kv_scales.value)
+        (tree,) = children
+        return cls(tree, config, tokenizer.value, kv_scales.value)
 
 
 def _config(config: Any) -> ModelConfig:

@@ -107,7 +107,7 @@ def layer_angles(config: ModelConfig, every: AllAngles, layer: Int[Array, ""] | 
 
 
 def _angles(rope: RopeConfig, head_dim: int, positions: Array, length: Array) -> Angles:
-    frequency = inverse_frequencies(rope, head_dim)[None, :]
+    frequency: Array | np.ndarray = inverse_frequencies(rope, head_dim)[None, :]
     if rope.kind == "longrope":
         long = inverse_frequencies(rope, head_dim, long=True)[None, :]
         frequency = jnp.where(length > rope.original_max_len, long, frequency)

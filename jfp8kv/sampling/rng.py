@@ -49,13 +49,17 @@ def request_key(
     requests never use.
     """
     root, branch = (engine_seed, 1 + number) if seed is None else (seed, 0)
-    key = (np.uint32([root >> 32]), np.uint32([root & 0xFFFFFFFF]))
+    key = (_word(root >> 32), _word(root & 0xFFFFFFFF))
     for data in (branch, index):
-        key = threefry(key, (np.uint32([0]), np.uint32([data])))
+        key = threefry(key, (_word(0), _word(data)))
     return np.concatenate(key)
 
 
-def fold_in(key: UInt32[Array, "2"], data: Int32[Array, ""]) -> UInt32[Array, "2"]:
+def _word(value: int) -> UInt32[np.ndarray, "1"]:
+    return np.array([value], np.uint32)
+
+
+def fold_in(key: UInt32[Array | np.ndarray, "2"], data: Int32[Array, ""]) -> UInt32[Array, "2"]:
     """Return `jax.random.fold_in(key, data)`, on the key's words."""
     return jnp.stack(threefry((key[0], key[1]), (jnp.uint32(0), data.astype(jnp.uint32))))
 
