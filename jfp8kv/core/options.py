@@ -291,12 +291,14 @@ def takes(*classes: type[Options]) -> Callable[[F], F]:
 
 def fields_section(cls: type[Options], title: str = "Fields") -> str:
     """Return a section of a docstring with one entry for each option of `cls`."""
-    entries = (
-        textwrap.fill(
-            spec.describe(), _DOC_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 8
-        )
-        for spec in cls.specs()
+    wrapper = textwrap.TextWrapper(
+        _DOC_WIDTH,
+        initial_indent=" " * 6,
+        subsequent_indent=" " * 8,
+        break_on_hyphens=False,
+        break_long_words=False,
     )
+    entries = (wrapper.fill(spec.describe()) for spec in cls.specs())
     return "\n".join([f"    {title}:", *entries, "    "])
 
 
