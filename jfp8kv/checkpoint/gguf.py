@@ -37,7 +37,7 @@ _SCALARS = {
     gguf.GGUFValueType.INT64: "<q",
     gguf.GGUFValueType.FLOAT64: "<d",
 }
-_FLOATS = {
+_FLOATS: dict[gguf.GGMLQuantizationType, np.dtype] = {
     gguf.GGMLQuantizationType.F32: np.dtype(np.float32),
     gguf.GGMLQuantizationType.F16: np.dtype(np.float16),
     gguf.GGMLQuantizationType.BF16: BFLOAT16,

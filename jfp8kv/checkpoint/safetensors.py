@@ -19,7 +19,7 @@ import numpy as np
 from jfp8kv.checkpoint.tensors import BFLOAT16, StoredTensor, chunks, read_exactly
 from jfp8kv.core.errors import CheckpointError
 
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -38,7 +38,7 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WEIGHTS = {
+WEIGHTS: dict[str, np.dtype] = {
     "F64": np.dtype(np.float32),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),

@@ -352,7 +352,7 @@ def test_inexpressible_models_are_refused_before_any_write(params, tmp_path):
         ),
         (
             dataclasses.replace(params, config=config),
-            r"LlamaForCausalLM cannot say windows=\(8, 0\)",
+            r"LlamaForCausalLM cannot express windows=\(8, 0\)",
         ),
         (
             changed("q", lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)),

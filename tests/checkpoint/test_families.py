@@ -8,7 +8,7 @@ import pytest
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import RopeConfig
 from jfp8kv.models.families import config_from_hf
-from jfp8kv.models.families.gguf import config_from_gguf, llama3_rule
+from jfp8kv.models.families.gguf import config_from_gguf, llama3_scaling
 from jfp8kv.models.names import expected_shapes
 from jfp8kv.models.quantization import declared_kv_dtype
 
@@ -172,13 +172,13 @@ def llama3_divisors(factor, theta, head_dim):
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_llama3_rope_scaling_is_recovered_from_gguf_divisors(factor):
-    rule = llama3_rule(llama3_divisors(factor, 5e5, 128), 5e5)
+    rule = llama3_scaling(llama3_divisors(factor, 5e5, 128), 5e5)
     assert rule == {"rope_type": "llama3", **LLAMA31, "factor": factor}
 
 
 def test_rope_divisors_of_another_rule_are_refused():
     with pytest.raises(CheckpointError, match=r"rope_freqs\.weight"):
-        llama3_rule(np.linspace(1.0, 8.0, 64), 5e5)
+        llama3_scaling(np.linspace(1.0, 8.0, 64), 5e5)
 
 
 GGUF = {

@@ -1,4 +1,4 @@
-"""Every family against PyTorch: logits through the paged cache and greedy tokens, whole prefill and chunked."""
+"""Logits and greedy tokens of every family equal PyTorch's, with whole and chunked prefill."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ SIZES = {
     "max_num_seqs": 2,
 }
 WHOLE = {"max_num_batched_tokens": 64, "page_size": 16}
-# Chunks of 16 over pages of 4: they begin and end within pages, and windows write their rings over.
+# Chunks of 16 with pages of 4: chunk boundaries fall inside pages, and windows reuse their pages.
 CHUNKED = {"max_num_batched_tokens": 16, "page_size": 4}
-# Where layers or decoding differ from others': greedy tokens too, after a prefill in chunks.
+# One per kind of layer or decoding: greedy tokens after chunked prefill.
 DECODED = (
     "gemma2_caps",
     "gemma3_new",
@@ -44,8 +44,8 @@ DECODED = (
     "rope_yarn_mscale",
     "smollm3_window",
 )
-# Of each kind of attention one the other way round: logits in chunks, and greedy tokens after a whole prefill.
-BOTH_WAYS = (
+# One per kind of attention: logits of chunked prefill, and greedy tokens after whole prefill.
+WHOLE_AND_CHUNKED = (
     "gemma2_caps",
     "gemma3_new",
     "gpt2_saved",
@@ -66,7 +66,7 @@ def engine(folder: Path, sizes: dict) -> jfp8kv.LLM:
 
 
 def check_logits(folder: Path, llm: jfp8kv.LLM) -> None:
-    """float32 against float32: a hundred times closer than the 2e-4 that the greedy margins of the references need."""
+    """Compare float32 logits, 20 times closer than the 2e-4 that the greedy margins need."""
     reference = np.load(folder / "reference.npz")
     assert rms(llm.logits(reference["tokens"]), reference["logits"]) <= 1e-5
 
@@ -76,23 +76,24 @@ def check_greedy_tokens(folder: Path, llm: jfp8kv.LLM) -> None:
     out = llm.generate(
         reference["tokens"].tolist(), max_tokens=24, temperature=0.0, ignore_eos=True
     )
-    # transformers keeps keys of the short factors when a longrope Llama outgrows them; here, as with Phi-3, all are made anew.
-    switches = llm.params.config.ropes and llm.params.config.ropes[0].kind == "longrope"
-    assert out[0].token_ids == reference["greedy_uncached" if switches else "greedy"].tolist()
+    # When a sequence outgrows the short factors of longrope, transformers still uses cached keys
+    # with short factors for Llama. Here, as for Phi-3, all keys are recomputed.
+    is_longrope = llm.params.config.ropes and llm.params.config.ropes[0].kind == "longrope"
+    assert out[0].token_ids == reference["greedy_uncached" if is_longrope else "greedy"].tolist()
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_logits_are_those_of_pytorch(folder) -> None:
+def test_logits_equal_pytorch(folder) -> None:
     check_logits(folder, engine(folder, WHOLE))
 
 
 @pytest.mark.parametrize("name", DECODED)
-def test_greedy_tokens_after_a_prefill_in_chunks_are_those_of_pytorch(name) -> None:
+def test_greedy_tokens_after_chunked_prefill_equal_pytorch(name) -> None:
     check_greedy_tokens(ROOT / name, engine(ROOT / name, CHUNKED))
 
 
-@pytest.mark.parametrize("name", BOTH_WAYS)
-def test_logits_in_chunks_and_greedy_tokens_after_a_whole_prefill_are_those_of_pytorch(
+@pytest.mark.parametrize("name", WHOLE_AND_CHUNKED)
+def test_chunked_logits_and_greedy_tokens_after_whole_prefill_equal_pytorch(
     name,
 ) -> None:
     check_logits(ROOT / name, engine(ROOT / name, CHUNKED))

@@ -1,4 +1,4 @@
-"""A `ModelConfig` becomes a `config.json` that says the same, to our reader and to transformers; what none can say is named."""
+"""`config_to_hf` writes configs that we and transformers read, or refuses by field."""
 
 import dataclasses
 import json
@@ -21,25 +21,45 @@ def config_of(folder: str) -> ModelConfig:
     return config_from_hf(json.loads((ROOT / folder / "config.json").read_text()))
 
 
-def test_every_family_that_is_read_is_written():
-    """A Gemma 3 that also sees is read as its text part, which is an architecture of its own."""
+def test_every_family_has_a_writer():
+    """A multimodal Gemma 3 is read as its text model, which is a separate architecture."""
     assert set(_WRITERS) == set(FAMILIES) - {"Gemma3ForConditionalGeneration"}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_what_is_written_is_read_as_the_same_config(folder):
+def test_a_config_round_trips(folder):
     config = config_of(folder.name)
     written = json.loads(json.dumps(config_to_hf(config)))
     assert config_from_hf(written) == dataclasses.replace(config, kv_cache_dtype=None)
 
 
-# Where the words differ and mean the same: defaults spelled out, two ways to list the layers, the length a rope reaches.
+# Fields that may differ without a change of meaning: explicit defaults, alternative spellings.
 SAME = {
-    "dtype", "pad_token_id", "head_dim", "hidden_act", "hidden_activation", "n_inner", "max_window_layers", "mlp_only_layers",
-    "decoder_sparse_step", "max_position_embeddings", "no_rope_layer_interval", "partial_rotary_factor", "eos_token_id",
-    "original_max_position_embeddings", "sliding_window_pattern", "_sliding_window_pattern", "n_ctx", "rope_theta",
-    "experts_per_token", "initial_context_length", "quantization_config", "_name_or_path", "architectures", "rope_scaling",
-}  # fmt: skip
+    "dtype",
+    "pad_token_id",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "n_inner",
+    "max_window_layers",
+    "mlp_only_layers",
+    "decoder_sparse_step",
+    "max_position_embeddings",
+    "no_rope_layer_interval",
+    "partial_rotary_factor",
+    "eos_token_id",
+    "original_max_position_embeddings",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "n_ctx",
+    "rope_theta",
+    "experts_per_token",
+    "initial_context_length",
+    "quantization_config",
+    "_name_or_path",
+    "architectures",
+    "rope_scaling",
+}
 ROPE = {
     "type",
     "beta_fast",
@@ -53,7 +73,7 @@ ROPE = {
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_transformers_reads_what_is_written_as_it_reads_the_original(folder, tmp_path):
+def test_transformers_reads_the_same_config_as_from_the_original(folder, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers = pytest.importorskip("transformers")
@@ -106,11 +126,11 @@ def qwen2(**changes):
     ],
     ids=lambda config: config.architecture,
 )
-def test_what_no_reference_has_is_read_back_too(config):
+def test_settings_without_a_reference_round_trip(config):
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
 
 
-def test_where_spellings_differ_old_and_new_stand_beside_each_other():
+def test_old_and_new_spellings_are_both_written():
     rope = RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
     written = config_to_hf(dataclasses.replace(LLAMA, ropes=(rope,)))
     scaling = {
@@ -127,8 +147,8 @@ def test_where_spellings_differ_old_and_new_stand_beside_each_other():
     assert written["dtype"] == written["torch_dtype"] == "bfloat16"
 
 
-def test_a_phi3_is_written_as_its_first_readers_want_it():
-    """They take a `rope_scaling` of exactly three entries, and the original length beside it."""
+def test_phi3_rope_scaling_has_three_entries():
+    """Phi-3's first readers require this, with the original length outside of it."""
     written = config_to_hf(config_of("phi3_longrope_long"))
     assert set(written["rope_scaling"]) == {"type", "short_factor", "long_factor"}
     assert (
@@ -150,7 +170,7 @@ EXPERTS = ExpertsConfig(4, 2, 16, (0, 2))
         ),
         (
             dataclasses.replace(LLAMA, windows=(8, 0, 8)),
-            ["LlamaForCausalLM cannot say windows=(8, 0, 8)", "jfp8kv.save"],
+            ["LlamaForCausalLM cannot express windows=(8, 0, 8)", "jfp8kv.save"],
         ),
         (dataclasses.replace(LLAMA, qkv_bias=True), ["o_bias=False"]),
         (dataclasses.replace(LLAMA, experts=EXPERTS), ["experts=ExpertsConfig"]),
@@ -170,7 +190,7 @@ EXPERTS = ExpertsConfig(4, 2, 16, (0, 2))
         ),
     ],
 )
-def test_what_an_architecture_cannot_say_is_refused_by_name(config, named):
+def test_settings_that_an_architecture_lacks_are_refused_by_name(config, named):
     with pytest.raises(ConfigError) as error:
         config_to_hf(config)
     assert all(part in str(error.value) for part in named), error.value

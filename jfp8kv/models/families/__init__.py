@@ -1,9 +1,10 @@
-"""From a family's own description to a `ModelConfig`.
+"""Model families: read a `config.json` into a `ModelConfig`.
 
-Every family is one function, listed here under the architecture name that Hugging Face puts in `config.json`. It reads a
-plain dict, so old and new spellings (`rope_scaling` and `rope_theta`, or `rope_parameters`; `torch_dtype`, or `dtype`) end in
-the same place. GGUF metadata is first rewritten into that dict (`gguf.py`): a family is described once. What a family asks for
-and the decoder cannot do is refused by name, never approximated.
+Every family is one function, listed here under its architecture name in `config.json`. It reads a
+dict, in old and new spellings (`rope_scaling` and `rope_theta`, or `rope_parameters`;
+`torch_dtype`, or `dtype`). GGUF metadata is first converted to that dict (`gguf.py`), so that a
+family is described once. A setting that the decoder does not support is refused by name, never
+approximated.
 """
 
 from collections.abc import Callable
@@ -30,10 +31,10 @@ FAMILIES: dict[str, Callable[[Fields], ModelConfig]] = {
     "GemmaForCausalLM": gemma.gemma,
     "Gemma2ForCausalLM": gemma.gemma2,
     "Gemma3ForCausalLM": gemma.gemma3,
-    "Gemma3ForConditionalGeneration": gemma.gemma3_with_vision,
+    "Gemma3ForConditionalGeneration": gemma.gemma3_multimodal,
     "GPT2LMHeadModel": gpt2,
 }
-# Hugging Face's `model_type`, for configs that name no architecture.
+# By Hugging Face's `model_type`, for configs without an architecture.
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -56,17 +57,18 @@ MODEL_TYPES = {
 
 
 def config_from_hf(d: Fields) -> ModelConfig:
-    """A `ModelConfig` from a `config.json`, as a dict.
+    """Return the `ModelConfig` of a `config.json`, given as a dict.
 
     Raises:
-      ConfigError: an architecture, activation, RoPE type or size that is missing or not supported, naming it and what is.
+      ConfigError: a missing or unsupported architecture, activation, RoPE type or size, with the
+        supported ones.
       CheckpointError: a malformed quantization_config.
     """
     return FAMILIES[_architecture(d)](d)
 
 
 def _architecture(d: Fields) -> str:
-    model_type = str(d.get("model_type") or "none given")
+    model_type = str(d.get("model_type") or "(none)")
     listed = d.get("architectures") or MODEL_TYPES.get(model_type, model_type)
     names = [str(name) for name in (listed if isinstance(listed, list | tuple) else [listed])]
     for name in names:
@@ -74,5 +76,6 @@ def _architecture(d: Fields) -> str:
             return name
     given = ", ".join(names)
     raise ConfigError(
-        f"architecture {given}: not supported; supported are {', '.join(FAMILIES)}.{did_you_mean(given, FAMILIES)}"
+        f"architecture {given}: not supported; supported are {', '.join(FAMILIES)}."
+        f"{did_you_mean(given, FAMILIES)}"
     )

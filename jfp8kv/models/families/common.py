@@ -1,21 +1,16 @@
-"""What the families share: sizes, types of layers, windows, and the checks that hold for every decoder."""
+"""Shared by families: the fields of Llama's config, layer types, windows, mixtures of experts."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.models.config import ExpertsConfig, ModelConfig
+from jfp8kv.models.config import ExpertsConfig, ModelConfig, RopeConfig
 from jfp8kv.models.families import fields as f
 from jfp8kv.models.families.fields import Fields
-from jfp8kv.models.families.ropes import FULL, SLIDING, ropes
+from jfp8kv.models.families.ropes import FULL, SLIDING, LayerRopes, Ropes, read_ropes
 from jfp8kv.models.quantization import declared_kv_dtype
 
-STRETCHING = (
-    "linear",
-    "dynamic",
-    "yarn",
-)  # RoPE kinds whose factor says how far beyond `max_position_embeddings` they reach
+# RoPE kinds whose factor extends the context beyond `max_position_embeddings`.
+EXTENDING = ("linear", "dynamic", "yarn")
 
 
 def llama_like(
@@ -31,123 +26,140 @@ def llama_like(
     layer_types: Sequence[str] = (),
     activation_key: str = "hidden_act",
     activation: str = "silu",
-    **rest: Any,
+    ropes: tuple[Ropes, LayerRopes] | None = None,
 ) -> ModelConfig:
-    """The fields that most families spell as Llama does. Arguments are the family's defaults; `rest` overrides what is read.
+    """Return a config with the fields that most families spell as Llama does.
 
-    `head_dim`: the family's own default; None follows from the width. `layer_types`: for ropes that differ by type of layer.
+    Args:
+      max_len, theta, norm_eps, tied, head_dim, kv_heads, activation: the family's defaults. Without
+        a `head_dim` the default is hidden / heads; without `kv_heads`, as many as query heads.
+      layer_types: for ropes that differ by the type of layer.
+      ropes: the ropes and each layer's index, instead of those that `d` spells as usual.
+
+    Raises:
+      ConfigError: a missing or invalid field.
     """
-    hidden, q_heads = f.count(d, "hidden_size"), f.count(d, "num_attention_heads")
+    hidden = f.count(d, "hidden_size")
+    q_heads = f.count(d, "num_attention_heads")
     head_dim = f.count(d, "head_dim", head_dim or hidden // q_heads)
     max_len = f.count(d, "max_position_embeddings", max_len)
     layers = f.count(d, "num_hidden_layers")
-    if "ropes" not in rest:
-        rest["ropes"], rest["layer_ropes"] = ropes(
-            d, layer_types or (FULL,) * layers, head_dim=head_dim, max_len=max_len, theta=theta
-        )
+    # A null `num_key_value_heads` means as many as query heads, not the family's default.
+    default_kv_heads = q_heads if "num_key_value_heads" in d else kv_heads or q_heads
+    if ropes is None:
+        types = layer_types or (FULL,) * layers
+        ropes = read_ropes(d, types, head_dim=head_dim, max_len=max_len, theta=theta)
     config = ModelConfig(
         architecture=architecture,
         vocab=f.count(d, "vocab_size"),
         hidden=hidden,
         layers=layers,
         q_heads=q_heads,
-        kv_heads=f.count(
-            d, "num_key_value_heads", q_heads if "num_key_value_heads" in d else kv_heads or q_heads
-        ),
+        kv_heads=f.count(d, "num_key_value_heads", default_kv_heads),
         head_dim=head_dim,
         mlp_hidden=f.count(d, "intermediate_size"),
-        max_len=reach(rest["ropes"], max_len),
+        max_len=extended_max_len(ropes[0], max_len),
         norm_eps=f.number(d, "rms_norm_eps") if "rms_norm_eps" in d else norm_eps,
         activation=f.activation(d.get(activation_key) or activation, activation_key),
+        ropes=ropes[0],
+        layer_ropes=ropes[1],
         tied_embeddings=f.flag(d, "tie_word_embeddings", tied),
-        bos_id=f.one_id(d, "bos_token_id"),
+        bos_id=f.token_id(d, "bos_token_id"),
         eos_ids=f.ids(d.get("eos_token_id")),
         dtype=f.dtype(d),
         kv_cache_dtype=declared_kv_dtype(f.mapping(d, "quantization_config")),
     )
-    return checked(dataclasses.replace(config, **rest))
+    return require_valid(config)
 
 
-def reach(ropes: Sequence[Any], max_len: int) -> int:
-    """The longest text: what the config says, or further where the RoPE's scaling was made to go beyond it."""
+def extended_max_len(ropes: Sequence[RopeConfig], max_len: int) -> int:
+    """Return the longest sequence: `max_len`, or more if a rope's scaling extends it."""
     lengths = [max_len]
     for rope in ropes:
-        if rope.kind in STRETCHING:
-            lengths.append(
-                int(rope.factor * (rope.original_max_len if rope.kind == "yarn" else max_len))
-            )
+        if rope.kind in EXTENDING:
+            base = rope.original_max_len if rope.kind == "yarn" else max_len
+            lengths.append(int(rope.factor * base))
     return max(lengths)
 
 
-def layer_types(d: Fields, layers: int, default: Sequence[str]) -> list[str]:
-    """The type of attention of every layer, "full_attention" or "sliding_attention"."""
-    found = f.by_layer(d, "layer_types", layers) or list(default)
-    for kind in found:
+def read_layer_types(d: Fields, layers: int, default: Sequence[str]) -> list[str]:
+    """Return "full_attention" or "sliding_attention" for every layer."""
+    types = f.by_layer(d, "layer_types", layers) or list(default)
+    for kind in types:
         if kind not in (FULL, SLIDING):
             raise ConfigError(
-                f"layer_types has {kind!r} in the model's config: supported are {FULL!r} and {SLIDING!r}."
+                f"layer_types has {kind!r} in the model's config: supported are {FULL!r} and "
+                f"{SLIDING!r}."
             )
-    return found
+    return types
 
 
-def every(pattern: int, layers: int) -> list[str]:
-    """Sliding windows on all layers but each `pattern`-th."""
-    return [SLIDING if (layer + 1) % pattern else FULL for layer in range(layers)]
+def alternating(period: int, layers: int) -> list[str]:
+    """Return layer types with full attention on every `period`-th layer, and windows on others."""
+    return [SLIDING if (layer + 1) % period else FULL for layer in range(layers)]
 
 
-def windows(kinds: Sequence[str], window: int | None) -> tuple[int, ...]:
-    """The window of each layer, () where no layer has one."""
-    found = tuple(window or 0 if kind == SLIDING else 0 for kind in kinds)
-    return found if any(found) else ()
+def windows(layer_types: Sequence[str], window: int | None) -> tuple[int, ...]:
+    """Return the window of each layer; () if no layer has one."""
+    by_layer = tuple(window or 0 if kind == SLIDING else 0 for kind in layer_types)
+    return by_layer if any(by_layer) else ()
 
 
 def sliding_window(d: Fields, default: int | None = None) -> int | None:
-    """`sliding_window`, tokens; None where the config says null."""
-    return (
-        default
-        if "sliding_window" not in d
-        else None
-        if d["sliding_window"] is None
-        else f.count(d, "sliding_window")
-    )
+    """Return `sliding_window` in tokens, None for null; `default` if the field is missing."""
+    if "sliding_window" not in d:
+        return default
+    return None if d["sliding_window"] is None else f.count(d, "sliding_window")
 
 
 def uniform_windows(d: Fields, window: int | None) -> tuple[int, ...]:
-    """The same window on every layer, or ()."""
+    """Return the same window for every layer, or () for None."""
     return (window,) * f.count(d, "num_hidden_layers") if window else ()
 
 
-def experts(
-    d: Fields, *, hidden_key: str, count: int, top_k: int, hidden: int | None = None, **rest: Any
+def read_experts(
+    d: Fields, *, hidden_key: str, count: int, top_k: int, hidden: int | None = None
 ) -> ExpertsConfig | None:
-    """A mixture of experts on the layers that `decoder_sparse_step` and `mlp_only_layers` leave it; None if that is none."""
-    total = f.count(d, "num_hidden_layers")
-    step, dense = f.count(d, "decoder_sparse_step", 1), d.get("mlp_only_layers") or []
-    layers = tuple(i for i in range(total) if i not in dense and (i + 1) % step == 0)
-    key = (
-        "num_local_experts" if "num_local_experts" in d else "num_experts"
-    )  # two spellings of one field
-    size, chosen = f.count(d, key, count), f.count(d, "num_experts_per_tok", top_k)
-    if chosen > size:
+    """Return the mixture of experts, or None if all layers are dense.
+
+    `decoder_sparse_step` and `mlp_only_layers` say which layers are dense.
+
+    Args:
+      hidden_key: the field with the width of an expert.
+      count, top_k, hidden: the family's defaults.
+    """
+    step = f.count(d, "decoder_sparse_step", 1)
+    dense = d.get("mlp_only_layers") or []
+    layers = tuple(
+        layer
+        for layer in range(f.count(d, "num_hidden_layers"))
+        if layer not in dense and (layer + 1) % step == 0
+    )
+    key = "num_local_experts" if "num_local_experts" in d else "num_experts"
+    experts = f.count(d, key, count)
+    chosen = f.count(d, "num_experts_per_tok", top_k)
+    if chosen > experts:
         raise ConfigError(
-            f"num_experts_per_tok={chosen}, {key}={size}: a token cannot go to more experts than there are."
+            f"num_experts_per_tok={chosen}, {key}={experts}: a token cannot go to more experts "
+            "than there are."
         )
     if not layers:
         return None
     return ExpertsConfig(
-        count=size, top_k=chosen, hidden=f.count(d, hidden_key, hidden), layers=layers, **rest
+        count=experts, top_k=chosen, hidden=f.count(d, hidden_key, hidden), layers=layers
     )
 
 
-def checked(config: ModelConfig) -> ModelConfig:
-    """The same config, or a `ConfigError` for sizes that cannot make a decoder."""
+def require_valid(config: ModelConfig) -> ModelConfig:
+    """Return the config; raise `ConfigError` for sizes that are not possible together."""
     if config.q_heads % config.kv_heads:
         raise ConfigError(
-            f"num_attention_heads={config.q_heads}, num_key_value_heads={config.kv_heads}: the first must be a "
-            "multiple of the second."
+            f"num_attention_heads={config.q_heads}, num_key_value_heads={config.kv_heads}: the "
+            "first must be a multiple of the second."
         )
     if len({rope.rotated(config.head_dim) for rope in config.ropes}) > 1:
         raise ConfigError(
-            "rope_parameters in the model's config: all layers must rotate the same share of a head."
+            "rope_parameters in the model's config: all layers must rotate the same share of a "
+            "head."
         )
     return config

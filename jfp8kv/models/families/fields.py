@@ -1,8 +1,8 @@
-"""Reading single fields of a `config.json`: the value, or a `ConfigError` that names the field and what it may be."""
+"""Read single fields of a `config.json`. A `ConfigError` names the field and what it allows."""
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.models.config import Activation
@@ -19,114 +19,120 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
 }
 DTYPES = ("float32", "bfloat16", "float16")
-_HERE = "in the model's config"
+_IN_CONFIG = "in the model's config"
 
 
-def is_whole(value: Any) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return whether a value is an integer and not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def count(d: Fields, key: str, default: int | None = None, least: int = 1) -> int:
-    """A whole number of at least `least`; `default` where the field is missing or null."""
+def count(d: Fields, key: str, default: int | None = None, minimum: int = 1) -> int:
+    """Return an integer of at least `minimum`; `default` if the field is missing or null."""
     value = d.get(key)
     value = default if value is None else value
-    what = "a positive integer" if least == 1 else f"an integer, {least} or more"
+    allowed = "a positive integer" if minimum == 1 else f"an integer of at least {minimum}"
     if value is None:
-        raise ConfigError(f"the model's config has no {key}: it must be {what}.")
-    if not is_whole(value) or value < least:
-        raise ConfigError(f"{key}={value!r} {_HERE}: must be {what}.")
+        raise ConfigError(f"the model's config has no {key}: it must be {allowed}.")
+    if not is_integer(value) or value < minimum:
+        raise ConfigError(f"{key}={value!r} {_IN_CONFIG}: must be {allowed}.")
     return value
 
 
-def number(d: Fields, key: str, default: float | None = None, why: str = _HERE) -> float:
-    """A positive finite number; `default` where the field is missing or null."""
+def number(d: Fields, key: str, default: float | None = None, where: str = _IN_CONFIG) -> float:
+    """Return a positive finite number; `default` if the field is missing or null."""
     value = d.get(key)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"{key}={value!r} {why}: must be a positive number.")
+        raise ConfigError(f"{key}={value!r} {where}: must be a positive number.")
     return float(value)
 
 
 def optional_number(d: Fields, key: str, default: float | None = None) -> float | None:
-    """A positive finite number or None; `default` only where the field is missing: null means none."""
+    """Return a positive finite number, or None for null; `default` if the field is missing."""
     return None if d.get(key, default) is None else number(d, key, default)
 
 
-def numbers(d: Fields, key: str, length: int, why: str) -> tuple[float, ...]:
-    """A list of `length` positive numbers."""
+def numbers(d: Fields, key: str, length: int, where: str) -> tuple[float, ...]:
+    """Return a list of `length` positive numbers."""
     value = d.get(key)
     if not isinstance(value, list | tuple) or len(value) != length:
         given = f"a list of {len(value)}" if isinstance(value, list | tuple) else repr(value)
-        raise ConfigError(f"{key} {why}: must be a list of {length} positive numbers, not {given}.")
-    return tuple(number({key: entry}, key, why=why) for entry in value)
+        raise ConfigError(
+            f"{key} {where}: must be a list of {length} positive numbers, not {given}."
+        )
+    return tuple(number({key: entry}, key, where=where) for entry in value)
 
 
 def flag(d: Fields, key: str, default: bool = False) -> bool:
-    """true or false; `default` where the field is missing or null."""
+    """Return true or false; `default` if the field is missing or null."""
     value = d.get(key)
     value = default if value is None else value
     if not isinstance(value, bool):
-        raise ConfigError(f"{key}={value!r} {_HERE}: must be true or false.")
+        raise ConfigError(f"{key}={value!r} {_IN_CONFIG}: must be true or false.")
     return value
 
 
 def mapping(d: Fields, key: str) -> Fields:
-    """A mapping; an empty one where the field is missing or null."""
+    """Return a mapping; an empty one if the field is missing or null."""
     value = d.get(key) or {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{key}={value!r} {_HERE}: must be a mapping, or null.")
+        raise ConfigError(f"{key}={value!r} {_IN_CONFIG}: must be a mapping, or null.")
     return value
 
 
 def by_layer(d: Fields, key: str, layers: int) -> list[Any] | None:
-    """A list with an entry for each layer (more are left over), or None where the field is missing or null."""
+    """Return the first `layers` entries of a list, or None if the field is missing or null."""
     value = d.get(key)
     if value is None:
         return None
     if not isinstance(value, list | tuple) or len(value) < layers:
         raise ConfigError(
-            f"{key}={value!r} {_HERE}: must be a list with an entry for each of {layers} layers."
+            f"{key}={value!r} {_IN_CONFIG}: must be a list with an entry for each of "
+            f"{layers} layers."
         )
     return list(value[:layers])
 
 
-def activation(name: Any, key: str = "hidden_act") -> Activation:
-    """An activation by Hugging Face's name for it."""
+def activation(name: object, key: str = "hidden_act") -> Activation:
+    """Return an activation by Hugging Face's name for it."""
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ConfigError(f"{key}={name!r}: not supported; supported are {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
 
 def dtype(d: Fields) -> str:
-    """The type the checkpoint says its weights are, old or new spelling; float32 where it says nothing."""
+    """Return the declared dtype of the weights, in the old or new spelling; else "float32"."""
     name = str(d.get("dtype") or d.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in DTYPES:
         raise ConfigError(
-            f"dtype={name!r} {_HERE}: not supported; supported are {', '.join(DTYPES)}."
+            f"dtype={name!r} {_IN_CONFIG}: not supported; supported are {', '.join(DTYPES)}."
         )
     return name
 
 
-def ids(value: Any) -> tuple[int, ...]:
-    """An `eos_token_id`, which is one token id, several or none, as a tuple without repeats; `ConfigError` otherwise."""
+def ids(value: object) -> tuple[int, ...]:
+    """Return the token ids of an `eos_token_id` (one id, a list or None) without repeats."""
     if value is None:
         return ()
     listed = value if isinstance(value, list | tuple) else [value]
-    if not all(is_whole(token) for token in listed):
-        raise ConfigError(f"eos_token_id={value!r} {_HERE}: must be a token id, or a list of them.")
+    if not all(is_integer(token) for token in listed):
+        raise ConfigError(
+            f"eos_token_id={value!r} {_IN_CONFIG}: must be a token id, or a list of them."
+        )
     return tuple(dict.fromkeys(listed))
 
 
-def one_id(d: Fields, key: str, default: int | None = None) -> int | None:
-    """A token id or None."""
+def token_id(d: Fields, key: str, default: int | None = None) -> int | None:
+    """Return a token id, or None for null; `default` if the field is missing."""
     value = d.get(key, default)
-    if value is not None and not is_whole(value):
-        raise ConfigError(f"{key}={value!r} {_HERE}: must be a token id.")
+    if value is not None and not is_integer(value):
+        raise ConfigError(f"{key}={value!r} {_IN_CONFIG}: must be a token id.")
     return value
 
 
-def refuse(d: Fields, key: str, *allowed: Any, why: str) -> None:
+def refuse(d: Fields, key: str, *allowed: object, reason: str) -> None:
     """Raise a `ConfigError` unless the field is missing, null or one of `allowed`."""
     value = d.get(key)
     if value is not None and value not in allowed:
-        raise ConfigError(f"{key}={value!r} {_HERE}: {why}.")
+        raise ConfigError(f"{key}={value!r} {_IN_CONFIG}: {reason}.")

@@ -1,65 +1,78 @@
-"""Families with Llama's layers: Llama, Mistral, SmolLM3, Phi-3, OLMo2, Granite."""
+"""Families with Llama's layers: Llama, Mistral, SmolLM3, Phi-3, OLMo 2, Granite."""
+
+from dataclasses import replace
 
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import fields as f
 from jfp8kv.models.families.common import (
-    layer_types,
     llama_like,
+    read_layer_types,
     sliding_window,
     uniform_windows,
     windows,
 )
 from jfp8kv.models.families.fields import Fields
-from jfp8kv.models.families.ropes import FULL, SLIDING, distinct, rope, ropes, spelled
+from jfp8kv.models.families.ropes import (
+    FULL,
+    ORIGINAL,
+    SLIDING,
+    read_rope,
+    read_ropes,
+    rope_entries,
+    unique_ropes,
+)
 
 
 def llama(d: Fields) -> ModelConfig:
-    """Llama 1 to 3 and what has their shape, such as SmolLM2 and TinyLlama. One bias switch covers q, k, v and o."""
+    """Return the config of a Llama 1 to 3, or of a model with its layers, such as SmolLM2.
+
+    `attention_bias` covers q, k, v and o.
+    """
     bias = f.flag(d, "attention_bias")
-    return llama_like(
-        d, "LlamaForCausalLM", qkv_bias=bias, o_bias=bias, mlp_bias=f.flag(d, "mlp_bias")
-    )
+    config = llama_like(d, "LlamaForCausalLM")
+    return replace(config, qkv_bias=bias, o_bias=bias, mlp_bias=f.flag(d, "mlp_bias"))
 
 
 def mistral(d: Fields) -> ModelConfig:
-    """Mistral: a sliding window on every layer, unless the config says null."""
-    window = sliding_window(d, 4096)
-    return llama_like(
-        d, "MistralForCausalLM", max_len=131072, kv_heads=8, windows=uniform_windows(d, window)
-    )
+    """Return the config of a Mistral: a sliding window on every layer, unless it is null."""
+    config = llama_like(d, "MistralForCausalLM", max_len=131072, kv_heads=8)
+    return replace(config, windows=uniform_windows(d, sliding_window(d, 4096)))
 
 
 def smollm3(d: Fields) -> ModelConfig:
-    """SmolLM3: some layers rotate nothing, every fourth unless `no_rope_layers` (1 rotates, 0 does not) says which."""
+    """Return the config of a SmolLM3: no rotation on some layers.
+
+    `no_rope_layers` lists them (1 rotates, 0 does not); by default it is every fourth layer.
+    """
     layers = f.count(d, "num_hidden_layers")
     step = f.count(d, "no_rope_layer_interval", 4)
-    rotates = f.by_layer(d, "no_rope_layers", layers) or [
-        (layer + 1) % step != 0 for layer in range(layers)
-    ]
-    window, slides = sliding_window(d), f.flag(d, "use_sliding_window")
-    kinds = layer_types(
-        d, layers, [SLIDING if slides and window and not rotated else FULL for rotated in rotates]
-    )
-    head_dim = f.count(
-        d, "head_dim", f.count(d, "hidden_size") // f.count(d, "num_attention_heads")
-    )
+    by_default = [(layer + 1) % step != 0 for layer in range(layers)]
+    rotates = f.by_layer(d, "no_rope_layers", layers) or by_default
+    window = sliding_window(d)
+    slides = f.flag(d, "use_sliding_window") and window
+    default_types = [SLIDING if slides and not rotated else FULL for rotated in rotates]
+    types = read_layer_types(d, layers, default_types)
+    default_head_dim = f.count(d, "hidden_size") // f.count(d, "num_attention_heads")
+    head_dim = f.count(d, "head_dim", default_head_dim)
     max_len = f.count(d, "max_position_embeddings", 32768)
-    found, which = ropes(d, kinds, head_dim=head_dim, max_len=max_len, theta=2e6)
-    each = [
-        found[which[layer] if which else 0] if rotates[layer] else None for layer in range(layers)
+    ropes, indices = read_ropes(d, types, head_dim=head_dim, max_len=max_len, theta=2e6)
+    by_layer = [
+        ropes[indices[layer] if indices else 0] if rotates[layer] else None
+        for layer in range(layers)
     ]
-    every_rope, layer_ropes = distinct(each)
     bias = f.flag(d, "attention_bias")
-    return llama_like(
+    config = llama_like(
         d,
         "SmolLM3ForCausalLM",
         max_len=max_len,
         tied=True,
         kv_heads=4,
-        ropes=every_rope,
-        layer_ropes=layer_ropes,
-        windows=windows(kinds, window),
+        ropes=unique_ropes(by_layer),
+    )
+    return replace(
+        config,
+        windows=windows(types, window),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=f.flag(d, "mlp_bias"),
@@ -67,52 +80,37 @@ def smollm3(d: Fields) -> ModelConfig:
 
 
 def phi3(d: Fields) -> ModelConfig:
-    """Phi-3 and Phi-4: fused projections, a partial rotation, longrope under several names."""
+    """Return the config of a Phi-3 or Phi-4: partial rotation, and longrope under several names."""
     heads = f.count(d, "num_attention_heads")
     head_dim = f.count(d, "head_dim", f.count(d, "hidden_size") // heads)
     max_len = f.count(d, "max_position_embeddings", 4096)
-    given = {
-        **d,
-        **spelled(d),
-        "original_max_position_embeddings": f.count(d, "original_max_position_embeddings", 4096),
-    }
-    kind = given.get("rope_type") or given.get("type") or "default"
+    entries = {**d, **rope_entries(d), ORIGINAL: f.count(d, ORIGINAL, 4096)}
+    kind = entries.get("rope_type") or entries.get("type") or "default"
     if kind not in ("default", "longrope", "su", "yarn"):
         raise ConfigError(
-            f"rope_type={kind!r}: Phi3ForCausalLM has 'default' and 'longrope' (also called 'su' and 'yarn')."
+            f"rope_type={kind!r}: Phi3ForCausalLM has 'default' and 'longrope' (also called 'su' "
+            "and 'yarn')."
         )
-    given["rope_type"] = kind if kind == "default" else "longrope"
-    return llama_like(
-        d,
-        "Phi3ForCausalLM",
-        max_len=max_len,
-        norm_eps=1e-5,
-        ropes=(rope(given, head_dim=head_dim, max_len=max_len, theta=10000.0),),
-        windows=uniform_windows(d, sliding_window(d)),
-    )
+    entries["rope_type"] = kind if kind == "default" else "longrope"
+    rope = read_rope(entries, head_dim=head_dim, max_len=max_len, theta=10000.0)
+    config = llama_like(d, "Phi3ForCausalLM", max_len=max_len, norm_eps=1e-5, ropes=((rope,), ()))
+    return replace(config, windows=uniform_windows(d, sliding_window(d)))
 
 
 def olmo2(d: Fields) -> ModelConfig:
-    """OLMo 2: norms only after attention and MLP, and on whole rows of queries and keys."""
+    """Return the config of an OLMo 2: norms after attention and MLP, and on rows of q and k."""
     bias = f.flag(d, "attention_bias")
-    return llama_like(
-        d,
-        "Olmo2ForCausalLM",
-        norm_eps=1e-5,
-        pre_norm=False,
-        post_norm=True,
-        qk_norm="row",
-        qkv_bias=bias,
-        o_bias=bias,
+    config = llama_like(d, "Olmo2ForCausalLM", norm_eps=1e-5)
+    return replace(
+        config, pre_norm=False, post_norm=True, qk_norm="row", qkv_bias=bias, o_bias=bias
     )
 
 
 def granite(d: Fields) -> ModelConfig:
-    """Granite 3: multipliers on embeddings, residuals, attention and logits."""
+    """Return the config of a Granite 3: multipliers on embeddings, residuals, scores and logits."""
     bias = f.flag(d, "attention_bias")
-    return llama_like(
-        d,
-        "GraniteForCausalLM",
+    return replace(
+        llama_like(d, "GraniteForCausalLM"),
         embedding_scale=f.number(d, "embedding_multiplier", 1.0),
         residual_scale=f.number(d, "residual_multiplier", 1.0),
         sm_scale=f.number(d, "attention_multiplier", 1.0),

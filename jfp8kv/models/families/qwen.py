@@ -1,11 +1,13 @@
-"""Qwen: 2 and 2.5 (biases on q, k, v), 3 (norms on each head's queries and keys), and their mixtures of experts."""
+"""Qwen: 2 and 2.5 (biases on q, k, v), 3 (norms on the heads of q and k), and their MoE models."""
+
+from dataclasses import replace
 
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import fields as f
 from jfp8kv.models.families.common import (
-    experts,
-    layer_types,
     llama_like,
+    read_experts,
+    read_layer_types,
     sliding_window,
     uniform_windows,
     windows,
@@ -18,89 +20,65 @@ def _window(d: Fields) -> int | None:
     return sliding_window(d, 4096) if f.flag(d, "use_sliding_window") else None
 
 
-def _kinds(d: Fields) -> list[str]:
-    """Windows on the layers from `max_window_layers` on, where windows are used at all."""
-    layers, full = f.count(d, "num_hidden_layers"), f.count(d, "max_window_layers", 28, least=0)
-    return layer_types(
-        d, layers, [SLIDING if _window(d) and i >= full else FULL for i in range(layers)]
-    )
+def _layer_types(d: Fields) -> list[str]:
+    """Return the layer types: by default, windows begin at layer `max_window_layers`."""
+    layers = f.count(d, "num_hidden_layers")
+    first = f.count(d, "max_window_layers", 28, minimum=0)
+    window = _window(d)
+    by_default = [SLIDING if window and layer >= first else FULL for layer in range(layers)]
+    return read_layer_types(d, layers, by_default)
 
 
 def qwen2(d: Fields) -> ModelConfig:
-    """Qwen2 and Qwen2.5."""
-    kinds = _kinds(d)
-    return llama_like(
-        d,
-        "Qwen2ForCausalLM",
-        max_len=32768,
-        qkv_bias=True,
-        layer_types=kinds,
-        windows=windows(kinds, _window(d)),
-    )
+    """Return the config of a Qwen2 or Qwen2.5."""
+    types = _layer_types(d)
+    config = llama_like(d, "Qwen2ForCausalLM", max_len=32768, layer_types=types)
+    return replace(config, qkv_bias=True, windows=windows(types, _window(d)))
 
 
 def qwen3(d: Fields) -> ModelConfig:
-    """Qwen3."""
-    kinds, bias = _kinds(d), f.flag(d, "attention_bias")
-    return llama_like(
-        d,
-        "Qwen3ForCausalLM",
-        max_len=32768,
-        head_dim=128,
-        layer_types=kinds,
-        windows=windows(kinds, _window(d)),
-        qk_norm="head",
-        qkv_bias=bias,
-        o_bias=bias,
+    """Return the config of a Qwen3."""
+    types = _layer_types(d)
+    bias = f.flag(d, "attention_bias")
+    config = llama_like(d, "Qwen3ForCausalLM", max_len=32768, head_dim=128, layer_types=types)
+    return replace(
+        config, windows=windows(types, _window(d)), qk_norm="head", qkv_bias=bias, o_bias=bias
     )
 
 
 def qwen3_moe(d: Fields) -> ModelConfig:
-    """Qwen3-MoE: experts without biases; the window, if any, is on every layer."""
+    """Return the config of a Qwen3-MoE: experts without biases; a window is on every layer."""
     bias = f.flag(d, "attention_bias")
-    return llama_like(
-        d,
-        "Qwen3MoeForCausalLM",
-        max_len=32768,
-        kv_heads=4,
+    experts = read_experts(d, hidden_key="moe_intermediate_size", count=128, top_k=8, hidden=768)
+    normalized = f.flag(d, "norm_topk_prob")
+    return replace(
+        llama_like(d, "Qwen3MoeForCausalLM", max_len=32768, kv_heads=4),
         windows=uniform_windows(d, _window(d)),
         qk_norm="head",
         qkv_bias=bias,
         o_bias=bias,
-        experts=experts(
-            d,
-            hidden_key="moe_intermediate_size",
-            count=128,
-            top_k=8,
-            hidden=768,
-            normalized=f.flag(d, "norm_topk_prob"),
-        ),
+        experts=experts and replace(experts, normalized=normalized),
     )
 
 
 def qwen2_moe(d: Fields) -> ModelConfig:
-    """Qwen1.5-MoE and Qwen2-MoE: a shared expert behind a gate; windows alternate on the layers before `max_window_layers`."""
-    layers, limit, window = (
-        f.count(d, "num_hidden_layers"),
-        f.count(d, "max_window_layers", 28, least=0),
-        _window(d),
-    )
-    default = [SLIDING if window and i < limit and i % 2 == 0 else FULL for i in range(layers)]
-    kinds = layer_types(d, layers, default)
-    return llama_like(
-        d,
-        "Qwen2MoeForCausalLM",
-        max_len=32768,
-        layer_types=kinds,
-        windows=windows(kinds, window),
+    """Return the config of a Qwen1.5-MoE or Qwen2-MoE: experts, and a gated shared expert.
+
+    Windows alternate on the layers before `max_window_layers`.
+    """
+    layers = f.count(d, "num_hidden_layers")
+    limit = f.count(d, "max_window_layers", 28, minimum=0)
+    window = _window(d)
+    by_default = [
+        SLIDING if window and layer < limit and layer % 2 == 0 else FULL for layer in range(layers)
+    ]
+    types = read_layer_types(d, layers, by_default)
+    experts = read_experts(d, hidden_key="moe_intermediate_size", count=60, top_k=4, hidden=1408)
+    normalized = f.flag(d, "norm_topk_prob")
+    shared_hidden = f.count(d, "shared_expert_intermediate_size", 5632)
+    return replace(
+        llama_like(d, "Qwen2MoeForCausalLM", max_len=32768, layer_types=types),
+        windows=windows(types, window),
         qkv_bias=f.flag(d, "qkv_bias", True),
-        experts=experts(
-            d,
-            hidden_key="moe_intermediate_size",
-            count=60,
-            top_k=4,
-            hidden=1408,
-            normalized=f.flag(d, "norm_topk_prob"),
-            shared_hidden=f.count(d, "shared_expert_intermediate_size", 5632),
-        ),
+        experts=experts and replace(experts, normalized=normalized, shared_hidden=shared_hidden),
     )
