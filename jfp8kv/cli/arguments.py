@@ -112,8 +112,13 @@ def add_options(
         else:
             initial = defaults.get(spec.name, argparse.SUPPRESS)
             kind = next((kind for kind in _METAVARS if spec.types == (kind,)), str)
-            metavar = "LIST" if spec.is_sequence else _METAVARS.get(kind)
+            metavar = "LIST" if _is_list(spec) else _METAVARS.get(kind)
             parser.add_argument(f"--{name}", type=kind, default=initial, metavar=metavar, help=help)
+
+
+def _is_list(spec: OptionSpec) -> bool:
+    """Return whether an option has several values, which are separated by commas."""
+    return spec.is_sequence or isinstance(spec.default, tuple)
 
 
 def _help(spec: OptionSpec, default: Any) -> str:
@@ -133,7 +138,7 @@ def given(args: argparse.Namespace, options: type[Options]) -> dict[str, Any]:
     for spec in options.specs():
         if hasattr(args, spec.name):
             value = getattr(args, spec.name)
-            words = spec.is_sequence and isinstance(value, str)
+            words = _is_list(spec) and isinstance(value, str)
             values[spec.name] = _items(spec, value) if words else value
     return values
 
