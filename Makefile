@@ -22,7 +22,7 @@ NOTEBOOKS  := $(wildcard examples/*.ipynb)
 # Modules with a leading underscore are shared by benchmarks; `gpu` needs a GPU, and `gpu_compile` times nothing.
 BENCHMARKS := $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/_% benchmarks/gpu.py benchmarks/gpu_compile.py,$(wildcard benchmarks/*.py)))
 
-.PHONY: help demo test test-fast lint format bench gpu-compile notebooks check-notebooks clean
+.PHONY: help demo test test-fast lint format keywords bench gpu-compile notebooks check-notebooks clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ lint: .venv/.dev ## ruff, mypy, the import layers and the language of the projec
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python .ci/language.py
+
+keywords: .venv/.dev ## write keywords.py from the option classes
+	@$(BIN)/python -m jfp8kv.core.keywords
 
 format: .venv/.dev ## format, and fix what ruff can fix
 	@$(BIN)/ruff check --fix .
