@@ -205,8 +205,7 @@ def soak(
     with ThreadPoolExecutor(CALLERS) as pool:
         ends = sum(pool.map(work, range(CALLERS)), Counter())
     seconds = time.perf_counter() - began
-    with llm._service.turn():  # after the last step that a cancelled task may have left behind
-        pass
+    llm._driver.flush()  # cancellations take effect after the running step
     allocator = llm._engine.scheduler.kv_manager.allocator
     return Report(
         requests,

@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 
 from jfp8kv.core.errors import CapacityError, ConfigError, invalid_choice
-from jfp8kv.engine.group import CONTEXT
-from jfp8kv.engine.request import CompletionOutput, RequestOutput
+from jfp8kv.engine.request import PROMPT_CONTEXT, CompletionOutput, RequestOutput
 from jfp8kv.llm import LLM
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.session import Session, extend_batch
@@ -224,7 +223,7 @@ def _output(
     ended = ids[-1] in rules.ends
     shown = ""
     if llm.tokenizer is not None:
-        detokenizer = Detokenizer(llm.tokenizer, context=prompt.ids[-CONTEXT:])
+        detokenizer = Detokenizer(llm.tokenizer, context=prompt.ids[-PROMPT_CONTEXT:])
         shown = detokenizer.push(ids[:-1] if ended else ids) + detokenizer.finish()
     return CompletionOutput(
         index=index,

@@ -26,7 +26,7 @@ from jfp8kv.engine.buckets import (
 from jfp8kv.engine.options import EngineOptions, KVDtype, KVScalesLike
 from jfp8kv.engine.request import RequestOutput
 from jfp8kv.engine.structured import StructuredOutput as StructuredOutput
-from jfp8kv.llm import LLM, keep_compiled_programs
+from jfp8kv.llm import LLM, use_compilation_cache
 from jfp8kv.models.params import Params
 from jfp8kv.quality.bench import bench as bench
 from jfp8kv.quality.calibrate import Calibration as Calibration
@@ -171,7 +171,7 @@ def calibrate(
         k_offset=k_offset,
         headroom=headroom,
     )
-    keep_compiled_programs()
+    use_compilation_cache()
     return calibration(params, prompts, asked, progress=progress).scales
 
 
@@ -224,7 +224,7 @@ def compare(
         needle_depths=needle_depths,
         max_model_len=max_model_len,
     )
-    keep_compiled_programs()
+    use_compilation_cache()
     return comparison(params, texts, asked, calibration=calibration, progress=progress)
 
 
@@ -264,7 +264,7 @@ def plan_kv(
     for name in unknown:
         raise unknown_keyword(name, list(signature(plan_kv).parameters)[2:-1])
     _require_params(params)
-    keep_compiled_programs()
+    use_compilation_cache()
     return planned(
         params,
         texts,

@@ -1,36 +1,27 @@
-"""`LLM`: the engine as an object that stays warm."""
+"""`LLM`: a model with its engine, which stays warm between calls."""
 
-import contextlib
 import itertools
-import os
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import Any, Unpack
 
-import jax
 import numpy as np
 
 from jfp8kv.attention import dispatch
 from jfp8kv.checkpoint.load import ModelLike, as_params
+from jfp8kv.core.compilation_cache import use_compilation_cache
 from jfp8kv.core.errors import ConfigError, Jfp8kvError
 from jfp8kv.core.options import takes
-from jfp8kv.core.platform import cache_folder
 from jfp8kv.engine import forward
-from jfp8kv.engine.driver import EngineDriver, raise_error
+from jfp8kv.engine.driver import EngineDriver, EngineIterator
 from jfp8kv.engine.engine import Engine
-from jfp8kv.engine.feed import feed
-from jfp8kv.engine.group import OutputStream, RequestGroup
 from jfp8kv.engine.keywords import EngineFields
 from jfp8kv.engine.options import EngineOptions, KVDtype
 from jfp8kv.engine.programs import CompileReport
-from jfp8kv.engine.request import Request, RequestOutput
-from jfp8kv.engine.scoring import (
-    Scored,
-    ScoreRequest,
-    logits_request,
-    score_iter,
-)
+from jfp8kv.engine.request import Request, RequestGroup, RequestOutput
+from jfp8kv.engine.scoring import Scored, ScoreRequest, logits_request, score_iter
 from jfp8kv.engine.stats import Stats
-from jfp8kv.engine.warmup import warmup
+from jfp8kv.engine.warmup import warmup_steps
 from jfp8kv.models.params import Params
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.session import Session
@@ -88,12 +79,18 @@ class LLM:
                 )
         given = EngineOptions.from_fields(also=("model", "kv_cache_dtype"), **options)
         dispatch.select_backend(given.attention)  # an unsupported one is refused before loading
-        keep_compiled_programs()
+        use_compilation_cache()
         params = as_params(model, dtype=given.dtype, strict=given.strict)
-        self._engine = Engine(params, given)
-        self._service = EngineDriver(self._engine)
+        engine = Engine(params, given)
+        self._driver = EngineDriver(engine)
+        self._stats = engine.stats
         self._seed = given.seed
         self._numbers = itertools.count()
+
+    @property
+    def _engine(self) -> Engine:
+        """The engine. Raises `ConfigError` once the LLM is closed."""
+        return self._driver.engine
 
     @property
     def params(self) -> Params:
@@ -102,229 +99,279 @@ class LLM:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, if it has one."""
         return self._engine.params.tokenizer
 
     @property
     def stats(self) -> Stats:
-        """Counters and the cache's state; a live view."""
-        return self._engine.stats
+        """Counters and the state of the cache. A live view, which the engine thread updates."""
+        return self._stats
 
     @property
     def kv_dtype(self) -> str:
-        """The cache's format: what "auto" came to, with how many layers have which where they differ."""
+        """The format of the cache, with the number of layers of each format where they differ."""
         return self._engine.cache_config.name
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of a request, prompt and output."""
+        """The most tokens of a request, prompt and output."""
         return self._engine.max_model_len
 
     @property
     def attention(self) -> str:
-        """Which attention runs and why."""
+        """The attention implementation in use, and why it was selected."""
         choice = self._engine.attention
         return f"{choice.name}: {choice.reason}"
 
-    def warmup(self, *, structured: bool = False, branches: bool = False) -> None:
-        """Compile all step programs now (or read them from the compilation cache); later calls then compile nothing.
+    # -- lifetime ----------------------------------------------------------------------------------
 
-        That is so for `generate`, `chat`, streams, `logits`, `score`, `prompt_logprobs` and whatever a single session does. Two
-        kinds of calls have programs of their own, compiled here if asked for and else when first needed: `structured` those of
-        json_schema, regex, choice and grammar, `branches` those of sessions that go on together (`extend_batch`, `beam_search`).
-        A request with more than 64 tokens that end its text, or more than 512 in `logit_bias`, compiles one when it comes, and
-        so do texts that `score_iter` takes together.
+    def close(self) -> None:
+        """Stop the engine, and free its KV cache and its reference to the weights.
+
+        Waits for the running step. Requests in flight end with a `ConfigError`, and so does every
+        later call, on sessions too. Closing twice does nothing. An LLM without references is closed
+        automatically.
         """
-        with self._service.turn() as engine:
-            warmup(engine, structured=structured, branches=branches)
+        self._driver.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def warmup(self, *, structured: bool = False, branches: bool = False) -> None:
+        """Compile all step programs, or read them from the compilation cache.
+
+        Later calls then compile nothing: `generate`, `chat`, streams, `logits`, `score`,
+        `prompt_logprobs` and single sessions. These still compile when they are first needed:
+
+        - structured output, unless `structured` is given,
+        - several sessions in one dispatch (`extend_batch`, `beam_search`), unless `branches` is
+        given,
+        - a request with more than 64 end tokens or more than 512 entries in `logit_bias`,
+        - batches of `score_iter`.
+        """
+        for _ in self._driver.iterate(
+            warmup_steps(self._engine, structured=structured, branches=branches)
+        ):
+            pass
 
     def compile_report(self) -> CompileReport:
-        """The step programs there are: what for, how long they took to compile, what memory they take. Prints as a table."""
-        with self._service.turn():
-            return self._engine.programs.report()
+        """Return the compiled step programs: shapes, compile times, memory. Prints as a table."""
+        return self._driver.call(lambda engine: engine.programs.report())
 
-    # -- generating -----------------------------------------------------------------------------------------------------
+    # -- generation --------------------------------------------------------------------------------
 
     def generate(
         self,
-        prompts: Any,
-        sampling_params: SamplingParams | None = None,
+        prompts: PromptLike,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
         **fields: Any,
     ) -> list[RequestOutput]:
-        """Continue each prompt; results in the order of `prompts`.
+        """Generate a continuation of each prompt.
 
         Args:
-          prompts: a str, a list of str, a list of token id lists, or chat messages (a list of dicts, or a list of those).
-          sampling_params: for all prompts, or a list with one for each. `fields` override single fields of it.
-          progress: show a bar; None shows one for more than 8 prompts on a terminal.
+          prompts: a str, a list of str, a list of token id lists, or chat messages (a list of
+          dicts,
+            or a list of those).
+          sampling_params: for all prompts, or a list with one for each.
+          progress: whether to show a progress bar; None shows one on a terminal for more than 8
+            prompts.
+          **fields: fields of `SamplingParams`. They override those of `sampling_params`.
 
-        Raises `ConfigError` for a prompt or parameter that cannot be served, naming it, before anything runs.
+        Returns:
+          One output for each prompt, in the order of `prompts`.
+
+        Raises:
+          ConfigError: a prompt or parameter is invalid. Nothing has run then.
+          StepError, DeviceMemoryError: a step failed; the engine is usable again.
+
+        Example:
+          >>> outputs = llm.generate(["Once upon a time"], max_tokens=32, temperature=0.7)
+          >>> outputs[0].text
         """
         groups = self._groups(as_list(prompts), sampling_params, fields)
-        self._run([r for group in groups for r in group.requests], progress)
+        self._run([request for group in groups for request in group.requests], progress)
         return [group.output() for group in groups]
 
     def check(
-        self, prompts: Any, sampling_params: SamplingParams | None = None, **fields: Any
+        self,
+        prompts: PromptLike,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **fields: Any,
     ) -> None:
-        """Raise what `generate` would raise before anything runs."""
+        """Raise the `ConfigError` that `generate` would raise, without running anything."""
         self._checked(as_list(prompts), sampling_params, fields)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | None = None,
-        **rest: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **fields: Any,
     ) -> list[RequestOutput]:
-        """`generate` for chat messages `[{"role": "user", "content": "..."}]`, or a list of such conversations."""
+        """Generate replies to one conversation `[{"role": "user", "content": "..."}]`, or to
+        several.
+
+        Options are those of `generate`.
+        """
         if isinstance(messages, str) or any(isinstance(m, str) for m in messages):
             raise ConfigError(
-                'chat takes messages such as [{"role": "user", "content": "..."}]; give plain text to generate.'
+                'chat takes messages such as [{"role": "user", "content": "..."}]; '
+                "give plain text to generate."
             )
-        return self.generate(messages, sampling_params, **rest)
+        return self.generate(messages, sampling_params, **fields)
 
     def generate_iter(
-        self, requests: Iterable[tuple[Any, SamplingParams | Mapping[str, Any] | None]]
-    ) -> Iterator[tuple[int, RequestOutput | Exception]]:
-        """Continue prompts from an iterator, which may be endless: `(number, result)` of each, as soon as it is made.
+        self, requests: Iterable[tuple[Prompt, SamplingParams | Mapping[str, Any] | None]]
+    ) -> Iterator[tuple[int, RequestOutput | Jfp8kvError]]:
+        """Generate continuations of prompts from an iterator, which may be endless.
 
-        Requests are pairs of a prompt and its sampling parameters (or a mapping of their fields), counted from 0. They are
-        taken as the engine has room, so that it stays full and memory does not grow with their number. One that cannot be
-        served gives its error as its result; a step that fails gives its error to all that were in it. Closing the iterator
-        cancels what is in flight.
+        Args:
+          requests: pairs of a prompt and its sampling parameters, or a mapping of their fields.
+          They
+            are counted from 0, and taken only as the engine has room: memory does not grow with
+            their number.
+
+        Yields:
+          `(number, result)` of each request as soon as it finishes. The result of a request that is
+          invalid, or that was in a failed step, is its error.
+
+        Closing the iterator cancels the requests in flight.
         """
 
-        def group(asked: tuple[Any, Any]) -> RequestGroup:
-            prompt, params = asked
-            given = isinstance(params, Mapping)
-            (group,) = self._groups(
-                [prompt], None if given else params, dict(params) if given else {}
-            )
+        def make_group(
+            request: tuple[Prompt, SamplingParams | Mapping[str, Any] | None],
+        ) -> RequestGroup:
+            prompt, params = request
+            if isinstance(params, Mapping):
+                (group,) = self._groups([prompt], None, dict(params))
+            else:
+                (group,) = self._groups([prompt], params, {})
             return group
 
-        return feed(self._service, group, requests, 2 * self._engine.buckets.max_requests)
+        limit = 2 * self._engine.buckets.max_requests
+        return self._driver.run_iter(make_group, requests, limit=limit)
 
     def stream(
-        self, prompt: Any, sampling_params: SamplingParams | None = None, **fields: Any
-    ) -> Iterator[str]:
-        """The text of one continuation, piece by piece as it is made. Closing the iterator cancels the request.
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **fields: Any
+    ) -> EngineIterator[str]:
+        """Generate one continuation and yield its text, piece by piece.
 
-        Other calls may run meanwhile: they share the engine.
+        Other calls share the engine meanwhile. Steps run only while some caller waits, so a stream
+        that is not read costs nothing. Closing or dropping the iterator cancels the request.
         """
-        return self._stream(self._one(prompt, sampling_params, fields))
-
-    def _stream(self, request: Request) -> Iterator[str]:
-        with self._growing(request) as text:
-            while not text.ended:
-                self._service.advance(text.has_update)
-                yield from text.deltas()
+        return self._driver.stream(self._stream_request(prompt, sampling_params, fields))
 
     def astream(
-        self, prompt: Any, sampling_params: SamplingParams | None = None, **fields: Any
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **fields: Any
     ) -> AsyncIterator[str]:
-        """`stream` for `async for`. Steps run in a thread: the event loop never waits for one.
+        """Return `stream` for `async for`. Nothing blocks the event loop.
 
-        Cancelling the task, leaving the loop or `aclose()` cancels the request: its pages are free at once, or when the step
-        that is running ends.
+        Cancelling the task, leaving the loop or `aclose()` cancels the request. Its pages are
+        free at the end of the running step.
         """
-        return self._astream(self._one(prompt, sampling_params, fields))
+        return self._driver.astream(self._stream_request(prompt, sampling_params, fields))
 
-    async def _astream(self, request: Request) -> AsyncIterator[str]:
-        with self._growing(request) as text:
-            while not text.ended:
-                if not text.has_update():
-                    await self._service.advance_async(text.has_update)
-                for piece in text.deltas():
-                    yield piece
-
-    @contextlib.contextmanager
-    def _growing(self, request: Request) -> Iterator[OutputStream]:
-        """The text of a request, which runs meanwhile and is dropped if nobody waits for its end."""
-        self._service.submit([request])
-        try:
-            yield OutputStream(request)
-            raise_error([request])
-        finally:
-            self._service.drop([request])
-
-    def _one(
-        self, prompt: Any, sampling_params: SamplingParams | None, fields: dict[str, Any]
-    ) -> Request:
-        """The request of a stream."""
-        (group,) = self._groups([prompt], sampling_params, fields)
-        if len(group.requests) != 1 or group.params.prompt_logprobs is not None:
-            raise ConfigError(
-                "a stream gives the text of one continuation: n and best_of must be 1, and prompt_logprobs None."
-            )
-        if self.tokenizer is None:
-            raise ConfigError(
-                "a stream gives text, and this model has no tokenizer: use generate, which also gives token ids."
-            )
-        return group.requests[0]
-
-    def session(self, prompt: Any) -> Session:
-        """A text that stays in the cache, to be extended, taken back and branched: see `Session`."""
+    def session(self, prompt: Prompt) -> Session:
+        """Prefill a prompt and return it as a `Session`: a sequence that stays in the cache."""
         ids = encode(prompt, self.tokenizer, what="prompt").ids
         self._engine.check(ids, forward.PREFILL_ONLY, what="prompt", more=0)
-        return Session.begin(self._service, ids, self.generate)
+        return Session.start(self._driver, ids, self.generate)
 
     def _run(self, requests: list[Request], progress: bool | None) -> None:
         from tqdm import tqdm
 
-        hidden = (
-            not progress if progress is not None else (None if len(requests) > 8 else True)
-        )  # None: unless a terminal
-        with tqdm(total=len(requests), unit="prompt", disable=hidden) as bar:
-            self._service.run(requests, ended=bar.update)
+        disable = not progress  # None, for tqdm: unless stderr is a terminal
+        if progress is None and len(requests) > 8:
+            disable = None
+        with tqdm(total=len(requests), unit="prompt", disable=disable) as bar:
+            self._driver.run(requests, on_finish=bar.update)
+
+    def _stream_request(
+        self, prompt: Prompt, sampling_params: SamplingParams | None, fields: dict[str, Any]
+    ) -> Request:
+        (group,) = self._groups([prompt], sampling_params, fields)
+        if len(group.requests) != 1 or group.params.prompt_logprobs is not None:
+            raise ConfigError(
+                "a stream yields the text of one continuation: n and best_of must be 1, and "
+                "prompt_logprobs None."
+            )
+        if self.tokenizer is None:
+            raise ConfigError(
+                "a stream yields text, and this model has no tokenizer: use generate, which "
+                "returns token ids."
+            )
+        return group.requests[0]
 
     def _groups(
-        self, prompts: list[Any], sampling: Any, fields: dict[str, Any]
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        fields: dict[str, Any],
     ) -> list[RequestGroup]:
-        """Requests for every prompt, or an error; nothing is queued yet."""
+        """Return the requests of all prompts. Nothing is submitted."""
         return [
             RequestGroup.of(
-                encoded,
+                prompt,
                 params,
-                room=self._engine.max_model_len - len(encoded.ids),
+                max_new_tokens=self._engine.max_model_len - len(prompt.ids),
                 tokenizer=self.tokenizer,
                 engine_seed=self._seed,
                 number=next(self._numbers),
             )
-            for encoded, params in self._checked(prompts, sampling, fields)
+            for prompt, params in self._checked(prompts, sampling_params, fields)
         ]
 
     def _checked(
-        self, prompts: list[Any], sampling: Any, fields: dict[str, Any]
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        fields: dict[str, Any],
     ) -> list[tuple[Encoded, SamplingParams]]:
-        """Every prompt encoded, with its parameters."""
+        """Return all prompts as token ids, with their parameters, or raise `ConfigError`."""
         if not prompts:
             raise ConfigError("prompts is empty: give at least one.")
-        each = list(sampling) if isinstance(sampling, list | tuple) else [sampling] * len(prompts)
-        if len(each) != len(prompts):
+        if isinstance(sampling_params, list | tuple):
+            given = list(sampling_params)
+        else:
+            given = [sampling_params] * len(prompts)
+        if len(given) != len(prompts):
             raise ConfigError(
-                f"{len(each)} sampling parameters for {len(prompts)} prompts: give one, or one for each."
+                f"{len(given)} sampling parameters for {len(prompts)} prompts: give one for all, "
+                "or one for each."
             )
-        asked = []
-        for i, (prompt, base) in enumerate(zip(prompts, each, strict=True)):
+        checked = []
+        for index, (prompt, base) in enumerate(zip(prompts, given, strict=True)):
+            what = f"prompt {index}"
             params = SamplingParams.from_fields(base, also=("progress",), **fields)
-            encoded = encode(prompt, self.tokenizer, what=f"prompt {i}")
-            self._engine.check(encoded.ids, params, what=f"prompt {i}")
+            encoded = encode(prompt, self.tokenizer, what=what)
+            self._engine.check(encoded.ids, params, what=what)
             if params.stop and self.tokenizer is None:
                 raise ConfigError(
                     "stop strings need text, and this model has no tokenizer: use stop_token_ids."
                 )
-            asked.append((encoded, params))
-        return asked
+            checked.append((encoded, params))
+        return checked
 
-    # -- scoring --------------------------------------------------------------------------------------------------------
+    # -- scoring -----------------------------------------------------------------------------------
 
     def logits(self, token_ids: TokenIds) -> np.ndarray:
-        """Return the logits after each token, float32 `[tokens, vocab]`, through the paged cache."""
+        """Return the logits after each token, float32 `[tokens, vocab]`.
+
+        They are computed through the paged cache, by the code that generates.
+        """
         ids = encode(token_ids, None, what="token_ids").ids
         self._engine.check(ids, forward.PREFILL_ONLY, what="token_ids", more=0)
         request = logits_request(ids)
-        self._service.run([request])
+        self._driver.run([request])
         assert request.prompt_outputs is not None
         (logits,) = request.prompt_outputs.arrays
         return logits
@@ -345,7 +392,7 @@ class LLM:
             ScoreRequest.of(self._engine, encode_pair(prompt, None, self.tokenizer))
             for prompt in listed
         ]
-        self._service.run([request for score in scores for request in score.requests])
+        self._driver.run([request for score in scores for request in score.requests])
         found = [score.logprobs() for score in scores]
         return found[0] if is_single(prompts) else found
 
@@ -369,14 +416,4 @@ class LLM:
                 except Jfp8kvError as error:
                     yield error
 
-        return score_iter(self._service, encoded())
-
-
-def keep_compiled_programs() -> None:
-    """Turn JAX's persistent compilation cache on, in the user's cache folder, unless the user has set one up already."""
-    if (
-        jax.config.jax_compilation_cache_dir is None
-        and "JAX_COMPILATION_CACHE_DIR" not in os.environ
-    ):
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        return score_iter(self._driver, encoded())

@@ -24,7 +24,8 @@ def poisoned(llm: jfp8kv.LLM) -> jfp8kv.LLM:
 
 
 def used_pages(llm: jfp8kv.LLM) -> int:
-    """How many pages somebody holds."""
+    """Return the number of allocated pages, once cancellations have taken effect."""
+    llm._driver.flush()
     return llm._engine.scheduler.kv_manager.allocator.used_pages
 
 

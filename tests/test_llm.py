@@ -135,9 +135,9 @@ def test_a_deadline_ends_a_text_with_what_there_is(llm, monkeypatch) -> None:
         "deadline",
     ) and late.total_s > 0
     assert len(other.token_ids) == 40 and list(llm.stream("hello", deadline_s=1e-9)) == []
-    steps, clock = llm.stats.decode_steps, llm._service.clock
+    steps, clock = llm.stats.decode_steps, llm._driver._loop.clock
     monkeypatch.setattr(
-        llm._service, "clock", lambda: clock() + 1e6 * (llm.stats.decode_steps > steps + 10)
+        llm._driver._loop, "clock", lambda: clock() + 1e6 * (llm.stats.decode_steps > steps + 10)
     )
     cut = llm.generate("hello", deadline_s=1e5, **sampling)[0]
     assert 10 <= len(cut.token_ids) < 40 and cut.outputs[0].finish_reason == "deadline"

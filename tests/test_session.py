@@ -29,8 +29,7 @@ def llm() -> jfp8kv.LLM:
 
 
 def pages(llm: jfp8kv.LLM) -> int:
-    """The pages that are held when those of sessions that are gone have been freed."""
-    llm._engine.free_dropped()
+    """Return the number of allocated pages, once those of dropped sessions are free."""
     return used_pages(llm)
 
 
@@ -263,7 +262,7 @@ def test_a_session_is_freed_at_the_end_of_a_with_and_then_refuses_everything(llm
         lambda: len(session),
     ):
         with pytest.raises(
-            ConfigError, match="this session is closed: make another with llm.session"
+            ConfigError, match="this session is closed: create another with llm.session"
         ):
             call()
 

@@ -10,14 +10,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from jfp8kv.cache.capacity import default_bytes, pages_for
+from jfp8kv.cache.capacity import default_bytes, free_bytes, pages_for
 from jfp8kv.cache.default_scales import default_scales
 from jfp8kv.cache.groups import LayerGroups, PageRequirements
 from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, slot_widths
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.pool import KVPool, LayerScales, new_pool, page_bytes
 from jfp8kv.cache.scales import SCALE_NAMES, TOKEN_HEAD, UNIT, KVScales, check_shape
-from jfp8kv.core.errors import ConfigError, did_you_mean, invalid_choice
+from jfp8kv.core.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    did_you_mean,
+    first_line,
+    invalid_choice,
+    is_out_of_memory,
+)
 from jfp8kv.core.formats import KVFormat, kv_format
 from jfp8kv.core.paths import looks_like_path
 from jfp8kv.core.sizes import parse_bytes
@@ -130,6 +137,19 @@ class CacheConfig:
             kv_heads=self.config.kv_heads,
             head_dim=self.config.head_dim,
         )
+
+    def allocate(self, num_pages: int) -> KVPool:
+        """Allocate a pool and wait for it. Raises `DeviceMemoryError` if it does not fit."""
+        try:
+            return jax.block_until_ready(self.new_pool(num_pages))
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                f"a KV cache of {num_pages * self.page_bytes} bytes does not fit on the device, "
+                f"which has about {free_bytes(jax.local_devices()[0])} bytes free: "
+                f"{first_line(error)} Try a smaller kv_cache_memory."
+            ) from error
 
     def layer_scales(self) -> LayerScales | None:
         """Place the static scales on the device."""

@@ -81,3 +81,38 @@ def number_ranges(numbers: Sequence[int], limit: int | None = None) -> str:
     if limit is not None and len(shown) > limit:
         shown = [*shown[: limit - 1], "..."]
     return ", ".join(shown)
+
+
+_RESET = "In-flight requests were aborted and the KV cache was reset; the engine is usable again"
+
+
+def step_error(error: BaseException, *, cache_bytes: int) -> Jfp8kvError:
+    """Return the error that callers get after a step raised `error`."""
+    if isinstance(error, Jfp8kvError):
+        return error
+    if is_out_of_memory(error):
+        return DeviceMemoryError(
+            f"a step ran out of device memory beside a KV cache of {cache_bytes} bytes: "
+            f"{first_line(error)} {_RESET}. If it happens again, create the LLM with a smaller "
+            "kv_cache_memory, max_num_batched_tokens or max_num_seqs."
+        )
+    if isinstance(error, Exception):
+        reason = f"a step failed: {type(error).__name__}: {first_line(error)}"
+    else:
+        reason = f"a step was interrupted ({type(error).__name__})."
+    return StepError(f"{reason} {_RESET}: try again.")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the device, or the host, had no memory left."""
+    from jax.errors import JaxRuntimeError  # takes seconds: `jfp8kv --help` imports this module
+
+    exhausted = isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return exhausted or isinstance(error, MemoryError)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message as a sentence. Those of XLA go on for pages."""
+    lines = str(error).splitlines()
+    line = lines[0].strip().rstrip(".") if lines else ""
+    return f"{line or '(no message)'}."

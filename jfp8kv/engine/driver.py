@@ -1,210 +1,386 @@
-"""One engine for many callers: threads, event loops and sessions, whose requests run together.
+"""Access to one engine for callers in any threads and event loops.
 
-Whoever waits for a request runs the engine's next step when its turn comes, and a step advances everybody's requests: all are
-served at once, without a thread of the engine's own. Turns go by the order of asking, and a caller whose request has got what
-it waited for leaves the line at once.
-
-To queue a request or to drop one nobody waits. It is noted, and done where a turn begins or ends: an event loop, or garbage
-collection in the middle of a step, may ask for it.
+Callers never touch the engine. They put messages into the inbox of its thread (engine/loop.py), and
+results come back through queues and futures. Submitting and cancelling never block; both take
+effect between two steps.
 """
 
 import asyncio
+import atexit
 import contextlib
-import dataclasses
+import enum
+import queue
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
-from jfp8kv.core.errors import ConfigError, StepError
-from jfp8kv.engine import faults
+from jfp8kv.core.errors import ConfigError, Jfp8kvError
 from jfp8kv.engine.engine import Engine
+from jfp8kv.engine.kv_manager import SequenceHandle
+from jfp8kv.engine.loop import (
+    Call,
+    Channel,
+    EngineLoop,
+    Inbox,
+    Message,
+    Update,
+    closed_error,
+    serve,
+)
 from jfp8kv.engine.request import Request
 
-END = object()
+T = TypeVar("T")
+Item = TypeVar("Item")
+Output = TypeVar("Output", covariant=True)
+
+EXIT_TIMEOUT_S = 10.0  # the longest wait for a running step when the interpreter exits
 
 
-@dataclasses.dataclass(eq=False)
-class _Place:
-    """Somebody's place in the line. `until` is asked between steps; `go` is set when it holds, or when the turn has come."""
+class _End(enum.Enum):
+    """The end of an iterator, as a value."""
 
-    until: Callable[[], bool]
-    go: threading.Event = dataclasses.field(default_factory=threading.Event)
-    thread: int = dataclasses.field(default_factory=threading.get_ident)
+    END = enum.auto()
+
+
+@runtime_checkable
+class Group(Protocol[Output]):
+    """Requests that have one output together."""
+
+    @property
+    def requests(self) -> list[Request]: ...
+
+    def output(self) -> Output:
+        """Return the output, once all requests are finished."""
+        ...
 
 
 class EngineDriver:
-    """Runs an engine for whoever calls. `clock` is what deadlines are compared with: seconds, as `Request.submitted`."""
+    """Runs an engine in a separate thread and gives all callers access to it.
+
+    Args:
+      engine: only the engine thread may use it from now on, but for what never changes.
+      clock: what deadlines are compared with, in seconds, as `Request.submitted`.
+
+    All methods may be called from any thread. After `close` they raise `ConfigError`.
+    """
 
     def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.perf_counter):
-        self.engine, self.clock = engine, clock
-        # Held for moments, never during a step. Reentrant, since garbage collection may call `drop` while it is held.
-        self._lock = threading.RLock()
-        self._line: deque[_Place] = deque()
-        self._holder: _Place | None = None
-        self._noted: deque[tuple[Request, bool]] = (
-            deque()
-        )  # requests, and whether they come or go: in the order of asking
-        self._live: weakref.WeakSet[Request] = (
-            weakref.WeakSet()
-        )  # whatever an interrupt may do to the scheduler's lists
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="jfp8kv")
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._loop = EngineLoop(engine, self._inbox, clock)
+        self._closed = False
+        self._lock = threading.Lock()  # no message that needs an answer follows that of `close`
+        self._thread = threading.Thread(
+            target=serve,
+            args=(weakref.ref(self._loop), self._inbox),
+            name="jfp8kv-engine",
+            daemon=True,
+        )
+        weakref.finalize(self, self._inbox.put, None).atexit = False
+        self._thread.start()
+        _drivers.add(self)
 
-    # -- requests -------------------------------------------------------------------------------------------------------
+    @property
+    def engine(self) -> Engine:
+        """The engine. Raises `ConfigError` once it is closed."""
+        engine = self._loop.engine
+        if engine is None or self._closed:
+            raise closed_error()
+        return engine
 
-    def submit(self, requests: Iterable[Request]) -> None:
-        """Queue requests that `Engine.check` has passed."""
-        with self._lock:
-            requests = list(requests)
-            self._live.update(requests)
-            self._noted.extend((request, True) for request in requests)
-
-    def drop(self, requests: Iterable[Request] = ()) -> None:
-        """Cancel those not ended. Their pages, and those of sessions that are gone, are free now, or when the step that is
-        running ends."""
-        self._noted.extend((request, False) for request in requests)
-        with self._lock:
-            if self._holder is None:
-                self._holder = place = _Place(_never)
-                self._leave(place)
+    # -- requests ----------------------------------------------------------------------------------
 
     def run(
-        self, requests: Sequence[Request], *, ended: Callable[[int], Any] = lambda count: None
+        self,
+        requests: Sequence[Request],
+        *,
+        on_finish: Callable[[int], object] = lambda count: None,
     ) -> None:
-        """Run requests to their ends, calling `ended` with how many have just ended. Raises the error that one met, and drops
-        the others then."""
+        """Run requests to completion. `on_finish` is called with the number that just finished.
 
-        def over() -> bool:
-            return all(r.finish_reason for r in requests) or any(r.error for r in requests)
-
-        left = requests
-        self.submit(requests)
+        Raises the error of the first request that has one, and cancels the others.
+        """
+        updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
         try:
-            while left:
-                self.advance(over)
-                ran, left = left, [r for r in left if r.finish_reason is None]
-                raise_error(
-                    ran
-                )  # asked last: a step of another's that fails sets it before a request's end
-                ended(len(ran) - len(left))
+            with Subscription(self, updates.put, until_finished=True) as subscription:
+                subscription.submit(requests)
+                for _ in requests:
+                    update = subscription.receive(updates.get())
+                    _raise_error(update.request)
+                    on_finish(1)
+        except BaseException:
+            self.flush()
+            raise
+
+    def stream(self, request: Request) -> "EngineIterator[str]":
+        """Run a request and yield its text, piece by piece."""
+        return EngineIterator(self, self._stream(request))
+
+    def _stream(self, request: Request) -> Generator[str, None, None]:
+        updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
+        with Subscription(self, updates.put, stream=True) as subscription:
+            subscription.submit([request])
+            finished = False
+            while not finished:
+                if updates.empty():
+                    subscription.wait()
+                update = subscription.receive(updates.get())
+                finished = update.finished
+                if update.text:
+                    yield update.text
+            _raise_error(request)
+
+    async def astream(self, request: Request) -> AsyncIterator[str]:
+        """`stream` for event loops: nothing blocks the loop."""
+        event_loop = asyncio.get_running_loop()
+        updates: asyncio.Queue[Update] = asyncio.Queue()
+
+        def deliver(update: Update) -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop was closed
+                event_loop.call_soon_threadsafe(updates.put_nowait, update)
+
+        with Subscription(self, deliver, stream=True) as subscription:
+            subscription.submit([request])
+            finished = False
+            while not finished:
+                if updates.empty():
+                    subscription.wait()
+                update = subscription.receive(await updates.get())
+                finished = update.finished
+                if update.text:
+                    yield update.text
+            _raise_error(request)
+
+    def run_iter(
+        self, make_group: Callable[[Item], Group[Output]], items: Iterable[Item], *, limit: int
+    ) -> "EngineIterator[tuple[int, Output | Jfp8kvError]]":
+        """Run the requests of `items`, and yield `(number, output)` of each item as it finishes.
+
+        Args:
+          make_group: returns the requests of an item. If it raises a `Jfp8kvError`, that is the
+            result of the item. Other exceptions propagate.
+          items: counted from 0, and taken only while fewer than `limit` groups are in flight.
+            Neither memory nor the time to the first result grows with their number.
+          limit: the most groups in flight.
+
+        A step that fails gives its error to all groups that were in it; the next are served.
+        """
+        return EngineIterator(self, self._run_iter(make_group, items, limit))
+
+    def _run_iter(
+        self, make_group: Callable[[Item], Group[Output]], items: Iterable[Item], limit: int
+    ) -> Generator[tuple[int, Output | Jfp8kvError], None, None]:
+        updates: queue.SimpleQueue[Update] = queue.SimpleQueue()
+        remaining = enumerate(items)
+        exhausted = False
+        in_flight: dict[int, Group[Output]] = {}
+        unfinished: dict[int, int] = {}  # requests of each group
+        numbers: dict[Request, int] = {}
+        with Subscription(self, updates.put) as subscription:
+            while True:
+                while not exhausted and len(in_flight) < limit:
+                    try:
+                        number, item = next(remaining)
+                    except StopIteration:
+                        exhausted = True
+                        break
+                    try:
+                        group = make_group(item)
+                    except Jfp8kvError as error:
+                        yield number, error
+                        continue
+                    in_flight[number] = group
+                    unfinished[number] = len(group.requests)
+                    numbers.update(dict.fromkeys(group.requests, number))
+                    subscription.submit(group.requests)
+                if not in_flight:
+                    return
+                if updates.empty():
+                    subscription.wait()
+                request = subscription.receive(updates.get()).request
+                number = numbers.pop(request)
+                if number not in in_flight:
+                    continue  # another request of the group failed
+                unfinished[number] -= 1
+                if request.error is None and unfinished[number]:
+                    continue
+                group = in_flight.pop(number)
+                if request.error is not None:
+                    subscription.cancel(group.requests)
+                yield number, request.error or group.output()
+
+    # -- exclusive work ----------------------------------------------------------------------------
+
+    def call(self, function: Callable[[Engine], T]) -> T:
+        """Call `function` in the engine thread, between two steps, and return its result.
+
+        An error other than `CapacityError` ends all requests in flight, as that of a step does.
+        """
+        if threading.current_thread() is self._thread:
+            return function(self.engine)
+        call = Call(function)
+        self._post(partial(EngineLoop.call, call=call))
+        try:
+            result, error = call.outcome.get()
+        except BaseException:
+            call.cancelled = True  # interrupted; has no effect once the call has started
+            raise
+        if error is None:
+            return cast(T, result)
+        try:
+            raise error
         finally:
-            self.drop(requests)
+            del error  # its traceback refers to this frame
 
-    # -- turns ----------------------------------------------------------------------------------------------------------
+    def iterate(self, steps: Iterator[T]) -> Iterator[T]:
+        """Yield the items of `steps`. Each is computed in the engine thread, between two steps."""
 
-    def advance(self, until: Callable[[], bool]) -> None:
-        """Wait until a step was made by this thread in its turn, or until `until` holds between two steps of others."""
-        with self._turn(until) as mine:
-            if mine and not until():
-                self.engine.step()
+        def next_item(engine: Engine) -> T | _End:
+            return next(steps, _End.END)
 
-    async def advance_async(self, until: Callable[[], bool]) -> None:
-        """`advance` in a thread, which the event loop does not wait for."""
-        await asyncio.get_running_loop().run_in_executor(self._worker, self.advance, until)
-
-    @contextlib.contextmanager
-    def turn(self) -> Iterator[Engine]:
-        """The engine to oneself, between the steps of others."""
-        with self._turn(_never):
-            yield self.engine
-
-    def each(self, steps: Iterator[Any]) -> Iterator[Any]:
-        """What `steps` gives, each item made in a turn of its own, so that others get on in between."""
-        item = None
-        while item is not END:
-            with self.turn():
-                item = next(steps, END)
-            if item is not END:
+        try:
+            while True:
+                item = self.call(next_item)
+                if item is _End.END:
+                    return
                 yield item
+                del item  # it may be large
+        except BaseException:
+            if isinstance(steps, Generator):
+                self._inbox.put(lambda loop: steps.close())  # it may run at this moment
+            raise
 
-    @contextlib.contextmanager
-    def _turn(self, until: Callable[[], bool]) -> Iterator[bool]:
-        """Whether it is our turn; if not, `until` holds."""
-        place = _Place(until)
-        try:
-            mine = self._enter(place)
-            with self._told() if mine else contextlib.nullcontext():
-                if mine:
-                    self.engine.ready()
-                    self._settle()
-                yield mine
-        finally:
-            self._leave(place)
+    def release(self, handles: Iterable[SequenceHandle]) -> None:
+        """Free the pages of sequences that are not requests, soon. Never blocks."""
+        self._inbox.put(partial(EngineLoop.release, handles=list(handles)))
 
-    def _enter(self, place: _Place) -> bool:
+    def flush(self) -> None:
+        """Wait until the messages so far, such as cancellations, took effect."""
+        if threading.current_thread() is self._thread:
+            return
+        done = threading.Event()
+        with contextlib.suppress(ConfigError):  # closed: nothing is left to wait for
+            self._post(lambda loop: done.set())
+            done.wait()
+
+    # -- the thread --------------------------------------------------------------------------------
+
+    def close(self, timeout: float | None = None) -> None:
+        """Stop the thread after the running step, and free the engine's memory.
+
+        Requests in flight end with a `ConfigError`. Closing twice does nothing.
+        """
         with self._lock:
-            if self._holder is not None and self._holder.thread == place.thread:
-                self._leave(
-                    self._holder
-                )  # Ctrl-C fell just where an earlier turn of this thread's was to be given back
-            if self._holder is None:
-                if place.until():
-                    return False
-                self._holder = place
-                return True
-            self._line.append(place)
-        place.go.wait()
-        return self._holder is place
+            self._closed = True
+            self._inbox.put(EngineLoop.close)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
 
-    def _leave(self, place: _Place) -> None:
-        """Give the turn, or the place in the line, back."""
+    def _post(self, message: Message) -> None:
+        """Put a message whose effect the caller waits for."""
         with self._lock:
-            if place in self._line:
-                self._line.remove(place)
-            if self._holder is not place:
-                return
-            try:
-                with self._told():
-                    self._settle()
-            finally:
-                for done in [other for other in self._line if other.until()]:
-                    self._line.remove(done)
-                    done.go.set()
-                self._holder = self._line.popleft() if self._line else None
-                if self._holder is not None:
-                    self._holder.go.set()
-
-    def _settle(self) -> None:
-        """What was noted, by whoever has the turn."""
-        while self._noted:
-            request, comes = self._noted.popleft()
-            if comes:
-                self.engine.add(request)
-            else:
-                self.engine.cancel([request])
-        self.engine.end_late(self.clock())
-        self.engine.free_dropped()
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """What fails in a turn fails for all that ran: they are told, and the engine begins anew."""
-        try:
-            yield
-        except (ConfigError, StepError):
-            raise  # refused before anything ran, or told already
-        except BaseException as error:
-            told = faults.step_error(error, cache_bytes=self.engine.stats.kv_bytes_capacity)
-            with self._lock:
-                coming = {
-                    id(request) for request, comes in list(self._noted) if comes
-                }  # a `drop` may add to them any moment
-                lost = [r for r in self._live if r.finish_reason is None and id(r) not in coming]
-            self.engine.abandon(lost, told)
-            if told is error or not isinstance(error, Exception):
-                raise
-            raise told from error
+            if self._closed:
+                raise closed_error()
+            if not self._thread.is_alive():
+                raise ConfigError(
+                    "the engine thread does not run in this process: create the LLM after a fork, "
+                    "not before."
+                )
+            self._inbox.put(message)
 
 
-def raise_error(requests: Iterable[Request]) -> None:
-    """Raise what went wrong with one of them, if anything did. Each caller raises an error of its own: a traceback belongs to
-    one thread."""
-    for request in requests:
-        if (error := request.error) is not None:
-            raise type(error)(*error.args) from error.__cause__
+class Subscription:
+    """The requests of one caller and their updates. Its end cancels the requests that still run.
+
+    Args:
+      driver: runs the requests.
+      deliver: called in the engine thread with each update; must not block.
+      stream: whether updates bring new text too. A stream has one request.
+      until_finished: run steps until all requests are finished, not only while `wait` is in effect.
+    """
+
+    def __init__(
+        self,
+        driver: EngineDriver,
+        deliver: Callable[[Update], object],
+        *,
+        stream: bool = False,
+        until_finished: bool = False,
+    ):
+        self._driver = driver
+        self._channel = Channel(deliver, stream, until_finished)
+        self._unfinished = 0
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests that `Engine.check` has passed."""
+        self._unfinished += len(requests)
+        self._driver._post(partial(EngineLoop.submit, channel=self._channel, requests=requests))
+
+    def receive(self, update: Update) -> Update:
+        """Note that the caller got `update`, and return it."""
+        self._unfinished -= update.finished
+        return update
+
+    def wait(self) -> None:
+        """Have steps run until the next update. Returns at once."""
+        self._driver._inbox.put(partial(EngineLoop.wait_for, channel=self._channel))
+
+    def cancel(self, requests: Sequence[Request] | None = None) -> None:
+        """Cancel requests (None: all) at the end of the running step. Never blocks."""
+        message = partial(EngineLoop.cancel, channel=self._channel, requests=requests)
+        self._driver._inbox.put(message)
+
+    def __enter__(self) -> "Subscription":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def __del__(self) -> None:
+        self._end()  # an interrupt may prevent `__exit__`
+
+    def _end(self) -> None:
+        if self._unfinished:
+            self.cancel()
+            self._unfinished = 0
 
 
-def _never() -> bool:
-    return False
+class EngineIterator(Iterator[T]):
+    """An iterator over results of an engine. Closing or dropping it cancels what is in flight."""
+
+    def __init__(self, driver: EngineDriver, items: Generator[T, None, None]):
+        self._driver = driver
+        self._items = items
+
+    def __next__(self) -> T:
+        return next(self._items)
+
+    def close(self) -> None:
+        """Cancel what is in flight, and wait until its pages are free."""
+        self._items.close()
+        self._driver.flush()
+
+
+_drivers: "weakref.WeakSet[EngineDriver]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Stop all engine threads before JAX, which was imported earlier, shuts down its devices."""
+    for driver in list(_drivers):
+        driver.close(EXIT_TIMEOUT_S)
+
+
+def _raise_error(request: Request) -> None:
+    """Raise a copy of the error of a request, if it has one: a traceback belongs to one thread."""
+    error = request.error
+    if error is not None:
+        raise type(error)(*error.args) from error.__cause__

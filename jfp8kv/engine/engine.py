@@ -22,7 +22,7 @@ from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError
 from jfp8kv.core.log import logger
 from jfp8kv.core.platform import activation_dtype
-from jfp8kv.engine import faults, matmul, memory, postprocess, step
+from jfp8kv.engine import matmul, memory, postprocess, step
 from jfp8kv.engine.batch import BatchBuilder, NewTokens, StepOutput, read_new_tokens
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.kv_manager import KVCacheManager, SequenceHandle
@@ -117,7 +117,7 @@ class Engine:
                 weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), weights)
         self.programs = Programs(self.model, weights, self.cache_config.layer_scales())
         self.num_pages = self._pool_size()
-        self.pages: KVPool | None = faults.allocate_pool(self.cache_config, self.num_pages)
+        self.pages: KVPool | None = self.cache_config.allocate(self.num_pages)
         self.batch_builder = self._new_batch_builder(self.num_pages)
         self.structured_output = StructuredOutput(
             params.tokenizer, config.vocab, eos_ids=params.eos_ids
@@ -300,10 +300,7 @@ class Engine:
     def abandon(self, requests: Iterable[Request], error: Jfp8kvError) -> None:
         """Reset the cache after a failed step, and end `requests` with `error`."""
         for request in requests:
-            request.status = Status.FINISHED
-            request.page_tables = []
-            request.error = error
-            request.finish_reason = CANCELLED
+            request.abort(error)
         lost = [in_flight.output for in_flight in self._in_flight]
         self._in_flight.clear()
         self._to_emit.clear()
@@ -321,7 +318,7 @@ class Engine:
     def ready(self) -> None:
         """Allocate a pool if a failed step has lost it. Raises `DeviceMemoryError`."""
         if self.pages is None:
-            self.pages = faults.allocate_pool(self.cache_config, self.num_pages)
+            self.pages = self.cache_config.allocate(self.num_pages)
 
     def free_dropped(self) -> None:
         """Free the pages of dropped sequences."""

@@ -1,8 +1,9 @@
-"""What follows from tokens that requests got, in two parts: what the next plan needs, and the rest.
+"""Post-processing of new tokens, in two phases.
 
-The device stands still for the first, so it is short: ids, how far the cache reaches, whether a text has ended by a token or by
-its length. The second is done while the device runs the next turn: texts, stop strings, log-probabilities, keys of full pages.
-So a stop string is found a turn late, and what its request has on the device by then is dropped.
+`commit_tokens` is on the critical path, since the device waits for the next step: token ids, the
+cached length, and whether the sequence ended by a token or by its length. `emit_output` is
+overlapped with the next step: text, stop strings, log-probabilities, page hashes. A stop string
+is therefore found one step late, and what the device still computes for its request is dropped.
 """
 
 import time
@@ -18,19 +19,20 @@ from jfp8kv.engine.scheduler import ScheduledPrefill, Scheduler
 from jfp8kv.engine.stats import Stats
 
 
-def commit_tokens(made: NewTokens, scheduler: Scheduler, switch_length: int | None) -> bool:
-    """The first part; False, booking nothing, for a request that was taken out since. `switch_length`: see models/rope.py."""
-    request = made.request
+def commit_tokens(new: NewTokens, scheduler: Scheduler, switch_length: int | None) -> bool:
+    """Append new tokens to their request, and finish it in the scheduler if they end it.
+
+    Returns False, without effect, for a request that is not running any more. For `switch_length`
+    see models/rope.py: a sequence that grows past it is recomputed.
+    """
+    request = new.request
     if request.status is not Status.RUNNING:
         return False
-    request.cached += len(made.token_ids)
-    request.output_ids += made.token_ids
-    if (
-        made.ended
-        or not made.token_ids
-        or _complete(made)
-        or len(request.output_ids) >= request.max_tokens
-    ):
+    request.cached += len(new.token_ids)
+    request.output_ids += new.token_ids
+    complete = _grammar_complete(new)
+    full = len(request.output_ids) >= request.max_tokens
+    if new.ended or not new.token_ids or complete or full:
         scheduler.finish(request)
     elif switch_length is not None and request.context <= switch_length < request.num_tokens:
         scheduler.kv_manager.cache_prefix(request)
@@ -39,29 +41,32 @@ def commit_tokens(made: NewTokens, scheduler: Scheduler, switch_length: int | No
     return True
 
 
-def _complete(made: NewTokens) -> bool:
-    """Whether a grammar lets nothing more come."""
-    matcher = made.request.matcher
-    if matcher is None or made.ended:
-        return False
-    matcher.read(made.request.output_ids)
-    return matcher.complete
-
-
-def emit_output(made: NewTokens, scheduler: Scheduler, stats: Stats) -> None:
-    """The second part, which its user sees."""
-    request, now = made.request, time.perf_counter()
-    before = len(request.output_ids) - len(made.token_ids)
+def emit_output(new: NewTokens, scheduler: Scheduler, stats: Stats) -> None:
+    """Add committed tokens to the output of their request, and finish it if it ended."""
+    request = new.request
+    tokens_before = len(request.output_ids) - len(new.token_ids)
     if request.first_token is None:
-        request.first_token = now
-    request.output_logprobs += made.logprobs()
-    if (wanted := request.params.logprobs) is not None:
-        request.top_logprobs += made.top_logprobs(wanted)
+        request.first_token = time.perf_counter()
+    request.output_logprobs += new.logprobs()
+    if request.params.logprobs is not None:
+        request.top_logprobs += new.top_logprobs(request.params.logprobs)
     scheduler.kv_manager.cache_prefix(request)
-    reason = _finish_reason(made)
-    stats.generated_tokens += len(request.output_ids) - before
-    if reason:
+    reason = _append_text(new)
+    stats.generated_tokens += len(request.output_ids) - tokens_before
+    if reason is None:
+        request.notify()
+    else:
         finish(request, reason, scheduler)
+
+
+def finish(request: Request, reason: str, scheduler: Scheduler) -> None:
+    """Finish a request in any state, and free the pages it still has."""
+    if request.detokenizer is not None and request.detokenizer.stopped is None:
+        request.text += request.detokenizer.finish()
+    request.finished = time.perf_counter()
+    scheduler.finish(request)
+    request.finish_reason = reason
+    request.notify()
 
 
 def store_prompt_outputs(
@@ -79,42 +84,44 @@ def store_prompt_outputs(
 
 
 def count_drafts(output: StepOutput, stats: Stats) -> None:
-    """What came of the drafts that a decode verified, if it did."""
+    """Count the draft tokens that a decode verified and accepted."""
     if output.drafts is not None:
         stats.draft_tokens += int(np.asarray(output.drafts.verified).sum())
         stats.accepted_tokens += int(np.asarray(output.drafts.accepted).sum())
 
 
-def _finish_reason(made: NewTokens) -> str | None:
-    request, text = made.request, made.request.detokenizer
-    if text is not None:
-        request.text += text.push(made.token_ids[:-1] if made.ended else made.token_ids)
-        if text.stopped is not None:
-            _cut(request, text.tokens_kept)
-            request.stop_reason = text.stopped
+def _append_text(new: NewTokens) -> str | None:
+    """Append the text of new tokens, truncate at a stop string, and return the finish reason."""
+    request = new.request
+    detokenizer = request.detokenizer
+    if detokenizer is not None:
+        request.text += detokenizer.push(new.token_ids[:-1] if new.ended else new.token_ids)
+        if detokenizer.stopped is not None:
+            _truncate_output(request, detokenizer.tokens_kept)
+            request.stop_reason = detokenizer.stopped
             return "stop"
-    if made.ended:
-        request.stop_reason = made.token_ids[-1]
+    if new.ended:
+        request.stop_reason = new.token_ids[-1]
         return "stop"
     matcher = request.matcher
-    if matcher is not None and (matcher.complete if made.token_ids else matcher.accepting):
+    if matcher is not None and (matcher.complete if new.token_ids else matcher.accepting):
         return "stop"
-    if not made.token_ids:
+    if not new.token_ids:
         request.stop_reason = (matcher and matcher.error) or NO_TOKEN
         return DEAD_END
     return "length" if len(request.output_ids) >= request.max_tokens else None
 
 
-def _cut(request: Request, tokens: int) -> None:
-    """Drop what was generated past a stop string."""
-    for made in (request.output_ids, request.output_logprobs, request.top_logprobs):
-        del made[tokens:]
+def _grammar_complete(new: NewTokens) -> bool:
+    """Advance the grammar matcher, and return whether it accepts no further token."""
+    matcher = new.request.matcher
+    if matcher is None or new.ended:
+        return False
+    matcher.read(new.request.output_ids)
+    return matcher.complete
 
 
-def finish(request: Request, reason: str, scheduler: Scheduler) -> None:
-    """End its text, and free its pages if that was not done when its last tokens were booked."""
-    if request.detokenizer is not None and request.detokenizer.stopped is None:
-        request.text += request.detokenizer.finish()
-    request.finished = time.perf_counter()
-    scheduler.finish(request)
-    request.finish_reason = reason  # last: whoever sees it takes the rest as final
+def _truncate_output(request: Request, tokens: int) -> None:
+    """Drop the output after its first `tokens` tokens."""
+    for values in (request.output_ids, request.output_logprobs, request.top_logprobs):
+        del values[tokens:]

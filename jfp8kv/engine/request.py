@@ -1,27 +1,45 @@
-"""One sequence being generated, and what the user gets back. Plain host state."""
+"""Requests: one sequence each, the groups that belong to one prompt, and the outputs users get."""
 
 import dataclasses
 import enum
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jfp8kv.core.errors import Jfp8kvError
 from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.sampling.rng import request_key
 from jfp8kv.text.detokenizer import Detokenizer
+from jfp8kv.text.prompts import Encoded
+from jfp8kv.text.tokenizer import Tokenizer
+
+DEADLINE = "deadline"  # finish reason: out of time
+DEAD_END = "dead_end"  # finish reason: no token is allowed next
+CANCELLED = "cancelled"  # finish reason: cancelled by the caller, or aborted with an error
+NO_TOKEN = "logit_bias, min_tokens and the structured output leave no token"  # a stop reason
+
+PROMPT_CONTEXT = 4  # prompt tokens detokenized before the first output token, for a leading space
 
 
 @dataclasses.dataclass(frozen=True)
 class CompletionOutput:
     """One generated continuation.
 
-    `logprobs`: when asked for, a dict `{token id: log-probability}` per token, of the likeliest and the sampled one.
-    `finish_reason`: "stop" (an end token or stop string, named in `stop_reason`, or the end of what the text was to look like),
-    "length", "deadline", or "dead_end" where no token was left to choose, for the reason in `stop_reason`.
+    Attributes:
+      index: its position among the continuations of its prompt.
+      text: the generated text, without end token or stop string.
+      token_ids: the generated tokens, the end token included.
+      logprobs: if requested, `{token id: log-probability}` for each token, of the most likely ids
+      and
+        the sampled one.
+      finish_reason: "stop" (an end token, a stop string, or the end of the structured output),
+        "length", "deadline", or "dead_end" if no token was allowed next; None while it runs.
+      stop_reason: the end token or stop string of "stop", or the cause of "dead_end".
+      cumulative_logprob: the sum of the log-probabilities of `token_ids`.
     """
 
     index: int
@@ -35,32 +53,33 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """A prompt and its `n` continuations, with `best_of` the best first. `text` and `token_ids` are the first one's."""
+    """A prompt and its continuations.
+
+    Attributes:
+      prompt: its text; None if it was given as token ids.
+      prompt_token_ids: its tokens.
+      outputs: `n` continuations, the best first if `best_of` was given.
+      prompt_logprobs: if requested, one entry for each prompt token; None for the first.
+      first_token_s: seconds from submission to the first token of any continuation.
+      total_s: seconds from submission to the last token of all continuations.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    prompt_logprobs: list[dict[int, float] | None] | None = (
-        None  # if asked for; None for the first token
-    )
-    first_token_s: float | None = (
-        None  # seconds from submission to the first token of any continuation
-    )
-    total_s: float | None = None  # seconds from submission to the last token of all
+    prompt_logprobs: list[dict[int, float] | None] | None = None
+    first_token_s: float | None = None
+    total_s: float | None = None
 
     @property
     def text(self) -> str:
+        """The text of the first continuation."""
         return self.outputs[0].text
 
     @property
     def token_ids(self) -> list[int]:
+        """The tokens of the first continuation."""
         return self.outputs[0].token_ids
-
-
-DEADLINE = "deadline"  # the finish reason of what ran out of time
-DEAD_END = "dead_end"  # of what has no token left to go on with
-CANCELLED = "cancelled"  # of what was dropped, which no caller sees; `error` says why if that was not its doing
-NO_TOKEN = "logit_bias, min_tokens and what the text must look like leave no token"  # the stop reason of a dead end
 
 
 class Status(enum.Enum):
@@ -144,41 +163,36 @@ class PromptOutputs:
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A sequence in the engine: the prompt, what was generated, and where its tokens lie.
+    """A sequence in the engine: its prompt, its output so far and its place in the cache.
 
-    `cached` counts tokens whose keys and values are in the cache. A running request that is one token short is decoding; with
-    more missing it is still prefilling.
+    `cached` counts the tokens whose keys and values are in the cache. A running request decodes
+    when one token is missing; while more are missing it prefills.
     """
 
     prompt_ids: list[int]
     params: SamplingParams
-    key: Any  # uint32[2]: the random key of this sequence
-    max_tokens: int  # of output: what the parameters ask for, as far as the context has room
-    index: int = 0  # which of the n continuations of its prompt
+    key: np.ndarray  # uint32[2]: the random key of this sequence
+    max_tokens: int  # most output tokens: those of `params`, limited by the context length
+    index: int = 0  # among the continuations of its prompt
     prompt_outputs: PromptOutputs | None = None  # scores or logits of the prompt, if requested
     detokenizer: Detokenizer | None = None
-    sampling_state: Any = (
-        None  # `params` for the device, made when first needed (engine/sampler_state.py)
+    on_update: Callable[["Request"], object] | None = (
+        None  # called after new output, and at the end
     )
-    matcher: Any = None  # what it is held to, made when first needed (engine/structured.py)
+    sampling_state: Any = None  # created at the first decode (engine/sampler_state.py)
+    matcher: Any = None  # the grammar matcher, created when first needed (engine/structured.py)
     status: Status = Status.WAITING
     output_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
-    page_tables: list[Any] = dataclasses.field(
-        default_factory=list
-    )  # its pages, by group of layers (engine/kv_manager.py)
-    page_hashes: list[bytes] = dataclasses.field(
-        default_factory=list
-    )  # of its full pages, as far as they were needed
+    page_tables: list[Any] = dataclasses.field(default_factory=list)  # one for each layer group
+    page_hashes: list[bytes] = dataclasses.field(default_factory=list)  # of its first full pages
     cached: int = 0
-    context: int = (
-        0  # tokens there were when the cache was begun: the prompt's, unless it was begun anew
-    )
+    context: int = 0  # tokens when its cache was started; see `reset_for_recompute`
     text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    error: Jfp8kvError | None = None  # why the engine dropped it, if it did
+    error: Jfp8kvError | None = None  # why the engine aborted it
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float | None = None
     finished: float | None = None
@@ -187,19 +201,35 @@ class Request:
         self.context = self.context or len(self.prompt_ids)
 
     def reset_for_recompute(self, context: int | None = None) -> None:
-        """Forget what is cached: every token so far is to be run again, as a text that had `context` tokens (as many as before)
-        when its cache was begun. Its pages were given back."""
+        """Mark every token as not cached. The pages were freed before.
+
+        `context` restarts the sequence as one of that many tokens: some RoPE variants depend on the
+        length at which the cache was started.
+        """
         assert not self.page_tables
         self.cached = 0
         if context is not None:
-            self.context, self.page_hashes = context, []
+            self.context = context
+            self.page_hashes = []
+
+    def abort(self, error: Jfp8kvError) -> None:
+        """End the request with `error`. Its pages are freed by the caller."""
+        self.status = Status.FINISHED
+        self.page_tables = []
+        self.error = error
+        self.finish_reason = CANCELLED
+
+    def notify(self) -> None:
+        """Call `on_update`."""
+        if self.on_update is not None:
+            self.on_update(self)
 
     @property
     def deadline(self) -> float:
-        """When it is to end at the latest, on the clock of `submitted`."""
-        return (
-            math.inf if self.params.deadline_s is None else self.submitted + self.params.deadline_s
-        )
+        """When it ends at the latest, on the clock of `submitted`."""
+        if self.params.deadline_s is None:
+            return math.inf
+        return self.submitted + self.params.deadline_s
 
     @property
     def num_tokens(self) -> int:
@@ -208,12 +238,12 @@ class Request:
 
     @property
     def most_tokens(self) -> int:
-        """Prompt and output tokens at the most."""
+        """The most prompt and output tokens it may get."""
         return len(self.prompt_ids) + self.max_tokens
 
     @property
     def uncached(self) -> int:
-        """Tokens not in the cache yet; the last of them is run when the next token is made."""
+        """Tokens not in the cache. The last of them is run when the next one is sampled."""
         return self.num_tokens - self.cached
 
     @property
@@ -246,22 +276,119 @@ class Request:
         return self.prompt_outputs.next
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Token ids at positions `start .. stop-1`, prompt and output as one sequence."""
+        """Return the token ids at positions `start .. stop-1` of prompt and output."""
         prompt = len(self.prompt_ids)
-        return (
-            self.prompt_ids[start:stop]
-            + self.output_ids[max(0, start - prompt) : max(0, stop - prompt)]
-        )
+        output = self.output_ids[max(0, start - prompt) : max(0, stop - prompt)]
+        return self.prompt_ids[start:stop] + output
 
     def output(self) -> CompletionOutput:
-        """What was generated so far, as the user sees it."""
-        wanted = self.params.logprobs is not None
+        """Return the output so far."""
+        wants_logprobs = self.params.logprobs is not None
         return CompletionOutput(
             index=self.index,
             text=self.text,
             token_ids=list(self.output_ids),
-            logprobs=list(self.top_logprobs) if wanted else None,
+            logprobs=list(self.top_logprobs) if wants_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             cumulative_logprob=float(sum(self.output_logprobs)),
         )
+
+
+@dataclasses.dataclass
+class RequestGroup:
+    """A prompt and its requests: `n`, or `best_of` to choose `n` from. They share prompt pages."""
+
+    prompt: Encoded
+    params: SamplingParams
+    requests: list[Request]
+
+    @classmethod
+    def of(
+        cls,
+        prompt: Encoded,
+        params: SamplingParams,
+        *,
+        max_new_tokens: int,
+        tokenizer: Tokenizer | None,
+        engine_seed: int,
+        number: int,
+    ) -> "RequestGroup":
+        """Create the requests of a prompt.
+
+        Args:
+          prompt: its token ids.
+          params: of all its requests.
+          max_new_tokens: output tokens for which the context length has room.
+          tokenizer: for text and stop strings; None gives token ids only.
+          engine_seed, number: the source of the random keys if `params` has no seed.
+        """
+        requests = [
+            Request(
+                prompt.ids,
+                params,
+                request_key(params.seed, index=index, engine_seed=engine_seed, number=number),
+                max_tokens=min(params.max_tokens, max_new_tokens),
+                index=index,
+                detokenizer=None if tokenizer is None else _detokenizer(tokenizer, prompt, params),
+            )
+            for index in range(params.best_of or params.n)
+        ]
+        if params.prompt_logprobs is not None:
+            top = params.prompt_logprobs
+            requests[0].prompt_outputs = PromptOutputs.logprobs(prompt.ids, top=top)
+        return cls(prompt, params, requests)
+
+    def output(self) -> RequestOutput:
+        """Return the output of finished requests."""
+        submitted = self.requests[0].submitted
+        prompt_outputs = self.requests[0].prompt_outputs
+        prompt_logprobs = None
+        if prompt_outputs is not None:
+            prompt_logprobs = prompt_outputs.top_logprobs(self.prompt.ids)
+        first_tokens = [r.first_token for r in self.requests if r.first_token is not None]
+        ends = [r.finished for r in self.requests if r.finished is not None]
+        outputs = [
+            dataclasses.replace(request.output(), index=index)
+            for index, request in enumerate(self._chosen())
+        ]
+        return RequestOutput(
+            prompt=self.prompt.text,
+            prompt_token_ids=self.prompt.ids,
+            outputs=outputs,
+            prompt_logprobs=prompt_logprobs,
+            first_token_s=min(first_tokens) - submitted if first_tokens else None,
+            total_s=max(ends) - submitted if ends else None,
+        )
+
+    def _chosen(self) -> list[Request]:
+        """Return the `n` requests to output.
+
+        With `best_of` those that are complete come first, then those with the highest mean
+        log-probability; of equals the earlier ones.
+        """
+        if self.params.best_of is None:
+            return self.requests
+        ranked = sorted(self.requests, key=lambda r: (_complete(r), _mean_logprob(r)), reverse=True)
+        return ranked[: self.params.n]
+
+
+def _detokenizer(tokenizer: Tokenizer, prompt: Encoded, params: SamplingParams) -> Detokenizer:
+    return Detokenizer(
+        tokenizer,
+        params.stop,
+        keep_stop=params.include_stop_str_in_output,
+        context=prompt.ids[-PROMPT_CONTEXT:],
+    )
+
+
+def _complete(request: Request) -> bool:
+    """Return whether a request finished normally: not truncated structured output, for example."""
+    if request.finish_reason == "length":
+        return request.params.constraint is None
+    return request.finish_reason == "stop"
+
+
+def _mean_logprob(request: Request) -> float:
+    logprobs = request.output_logprobs
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf

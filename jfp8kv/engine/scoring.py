@@ -14,7 +14,6 @@ import numpy as np
 from jfp8kv.core.errors import ConfigError, Jfp8kvError, StepError
 from jfp8kv.engine.driver import EngineDriver
 from jfp8kv.engine.engine import Engine
-from jfp8kv.engine.feed import feed
 from jfp8kv.engine.forward import PREFILL_ONLY
 from jfp8kv.engine.request import PromptOutputs, Request
 from jfp8kv.text.prompts import EncodedPair
@@ -89,10 +88,11 @@ def score_iter(
             raise pair
         return ScoreRequest.of(driver.engine, pair)
 
-    for index, result in feed(driver, request, by_length(), 2 * driver.engine.buckets.max_requests):
+    limit = 2 * driver.engine.buckets.max_requests
+    for index, result in driver.run_iter(request, by_length(), limit=limit):
         number, pair = taken.pop(index)
         if isinstance(result, StepError):
-            ((_, result),) = feed(driver, request, [pair], 1)
+            ((_, result),) = driver.run_iter(request, [pair], limit=1)
         yield number, result
 
 

@@ -1,4 +1,6 @@
-"""Compile what requests can need, before the first of them comes."""
+"""Warm-up: compile all step programs before the first request."""
+
+from collections.abc import Iterator
 
 import jax
 
@@ -13,9 +15,10 @@ from jfp8kv.engine.sampler_state import FULL, PLAIN
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 
 
-def warmup(engine: Engine, *, structured: bool = False, branches: bool = False) -> None:
-    """Compile every program that requests, scores and single sessions can need, but for requests with longer lists of ids than
-    `sampler_state.FULL` has; those for grammars if `structured`, those for sessions that go on together if `branches`."""
+def warmup_steps(
+    engine: Engine, *, structured: bool = False, branches: bool = False
+) -> Iterator[None]:
+    """Compile the step programs, some for each item of the iterator. See `LLM.warmup`."""
     engine.settle()
     buckets = engine.buckets
     for width in buckets.chunks:
@@ -23,12 +26,16 @@ def warmup(engine: Engine, *, structured: bool = False, branches: bool = False) 
             engine.run(step.prefill, _chunks(engine, rows, width))
             plan = ScheduledPrefill(_nobody(rows), [1] * rows, width, output=PrefillOutput.LOGPROBS)
             jax.block_until_ready(engine.prefill(plan))
+            yield
     for width in (buckets.session_chunk(1), *buckets.chunks):
         engine.programs.program(step.prefill, _chunks(engine, 1, width), engine.pages)
+        yield
         if width <= buckets.max_logits_chunk:
             engine.programs.program(step.logits, _chunks(engine, 1, width), engine.pages)
+            yield
         for rows in padded_counts(buckets.prefill_requests(width)) if branches else ():
             engine.programs.program(step.last_logits, _chunks(engine, rows, width), engine.pages)
+            yield
     engine.run(step.copy, PageCopies.of([]))
     for rows in padded_counts(buckets.max_requests):
         for variant in (PLAIN, FULL):
@@ -36,6 +43,7 @@ def warmup(engine: Engine, *, structured: bool = False, branches: bool = False) 
                 (engine.decode, engine.decode_structured) if structured else (engine.decode,)
             ):
                 jax.block_until_ready(decode(ScheduledDecode(_nobody(rows), 1), variant))
+                yield
     engine.programs.mark_warm()
     engine.stats.compilations = len(engine.programs.compiled)
 

@@ -12,8 +12,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv import SamplingParams, StepError
-from jfp8kv.engine.group import RequestGroup
-from jfp8kv.engine.request import CANCELLED, Request
+from jfp8kv.engine.request import CANCELLED, Request, RequestGroup
 from tests.engines import poisoned
 from tests.models.test_decoder import REFERENCES
 
@@ -100,11 +99,13 @@ def run(llm: jfp8kv.LLM, rng: np.random.Generator, asked: list[RequestGroup]) ->
     }
     leaves = {id(r): int(rng.integers(0, 30)) for r in requests if rng.random() < 0.15}
     for turn in range(5000):
-        llm._service.submit(r for r in requests if arrives[id(r)] == turn)
-        llm._service.drop(
+        for request in requests:
+            if arrives[id(request)] == turn:
+                llm._engine.add(request)
+        llm._engine.cancel(
             r for r in requests if leaves.get(id(r)) == turn and arrives[id(r)] <= turn
         )
-        llm._service.advance(lambda: False)
+        llm._engine.step()  # here, not in the engine thread, which is idle
         if turn >= 30 and all(r.finish_reason for r in requests):
             return
     raise AssertionError("requests that never end")
@@ -120,7 +121,7 @@ def test_every_text_is_that_of_the_request_alone_and_every_page_comes_back(kv_dt
         (group,) = groups(alone, [kind])
         for request in group.requests:
             poison(alone)
-            alone._service.run([request])
+            alone._driver.run([request])
         want[which] = group.requests
 
     llm = engine(params, kv_dtype)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jfp8kv.engine.group import RequestGroup
+from jfp8kv.engine.request import RequestGroup
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.text.prompts import Encoded
 
@@ -16,7 +16,7 @@ def test_the_best_of_several_are_whole_before_they_are_likely(held, want) -> Non
     """By its length a text may end that is free, and not one that was to look like something."""
     params = SamplingParams(n=5, best_of=5, **held)
     group = RequestGroup.of(
-        Encoded(None, [1]), params, room=9, tokenizer=None, engine_seed=0, number=0
+        Encoded(None, [1]), params, max_new_tokens=9, tokenizer=None, engine_seed=0, number=0
     )
     ends = [
         (-0.1, "dead_end"),
