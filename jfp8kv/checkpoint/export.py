@@ -41,7 +41,7 @@ from jfp8kv.checkpoint.kv_export import (
     to_e4m3fn,
     to_public_layout,
 )
-from jfp8kv.checkpoint.load import read_scale_report
+from jfp8kv.checkpoint.load import ModelLike, as_params, read_scale_report
 from jfp8kv.checkpoint.safetensors import LazyTensor, write_safetensors
 from jfp8kv.checkpoint.tensors import FLOAT_DTYPES
 from jfp8kv.core.errors import CheckpointError, ConfigError, invalid_choice
@@ -68,7 +68,7 @@ _METADATA = {"format": "pt"}  # transformers requires it
 
 
 def export(
-    params: Params,
+    params: ModelLike,
     folder: PathLike,
     *,
     kv_scales: KVScales | PathLike | None = None,
@@ -84,6 +84,7 @@ def export(
         jfp8kv.export(params, "out", kv_scales=jfp8kv.calibrate(params, prompts))
 
     Args:
+      params: a `Params`, or a source as for `load`, such as a .gguf file.
       folder: must not exist, or be empty. Parent folders are created.
       kv_scales: a `KVScales` or a path to one; None uses those of `params`, if any. Without scales
         the folder declares no FP8 cache.
@@ -95,13 +96,9 @@ def export(
         config.json lacks fields for, a tokenizer that cannot be written, a `KVPlan`, scales of
         another model, or scales too small or large to be loaded.
     """
-    if not isinstance(params, Params):
-        raise ConfigError(
-            f"params of type {type(params).__name__}: must be a Params, as from load or "
-            "Params.from_pytree."
-        )
     if layout not in LAYOUTS:
         raise invalid_choice("layout", layout, LAYOUTS)
+    params = as_params(params)
     path = Path(os.path.expanduser(folder)).resolve()
     require_serializable(params.tokenizer)
     tensors = hf_weights(params)

@@ -119,6 +119,11 @@ def test_mxfp4_experts_are_exported_dequantized(tmp_path):
     assert not [name for name in written if name.endswith(("_blocks", "_scales"))]
 
 
+def test_a_path_is_loaded_and_exported(tmp_path):
+    jfp8kv.export(ROOT / "llama_gqa", tmp_path)
+    assert same(load(tmp_path), load(ROOT / "llama_gqa"))
+
+
 def test_the_exported_dtype_is_that_of_the_weights_in_memory(tmp_path):
     export(load(ROOT / "llama_bf16", dtype="float32"), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -345,7 +350,7 @@ def test_inexpressible_models_are_refused_before_any_write(params, tmp_path):
 
     config = dataclasses.replace(params.config, windows=(8, 0))
     cases = [
-        (params.tree, "params of type dict: must be a Params"),
+        (params.tree, "type dict: must be a Params, a path or a hub id"),
         (
             dataclasses.replace(params, tokenizer=Tokenizer(Bytes())),
             "tokenizer of type Bytes: cannot be written",

@@ -124,15 +124,17 @@ GPT_OSS = MIXTRAL | {"sliding_window": 8, "layer_types": ["sliding_attention", "
 
 
 @pytest.mark.parametrize(
-    ("architecture", "beside", "more"),
+    ("architecture", "expert_scale", "more"),
     [
         ("MixtralForCausalLM", "block_sparse_moe.experts.0.w1.weight_scale", MIXTRAL),
         ("GptOssForCausalLM", "mlp.experts.down_proj_scales", GPT_OSS),
     ],
 )
-def test_scales_of_experts_are_not_taken_for_kv_scales(tiny, tmp_path, architecture, beside, more):
+def test_scales_of_experts_are_not_taken_for_kv_scales(
+    tiny, tmp_path, architecture, expert_scale, more
+):
     tensors = tiny.scales("ModelOpt", [0.5, 2.0], [1.0, 4.0]) | {
-        f"model.layers.0.{beside}": np.zeros(3, np.float32)
+        f"model.layers.0.{expert_scale}": np.zeros(3, np.float32)
     }
     config = {"architectures": [architecture], "model_type": None, "rope_scaling": None} | more
     found = read_scale_report(only_scales(tiny, tmp_path, tensors, "ModelOpt", **config))

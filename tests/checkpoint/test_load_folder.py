@@ -159,7 +159,7 @@ def refused(source: object, *named: str) -> None:
     assert all(part in str(error.value) for part in named), error.value
 
 
-def test_a_missing_tensor_is_named_with_its_shape(tiny, tmp_path):
+def test_a_missing_tensor_is_refused_with_its_shape(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config)
     del tensors["model.layers.1.self_attn.k_proj.weight"]
@@ -170,7 +170,7 @@ def test_a_missing_tensor_is_named_with_its_shape(tiny, tmp_path):
     )
 
 
-def test_an_unexpected_tensor_is_named(tiny, tmp_path):
+def test_an_unexpected_tensor_is_refused(tiny, tmp_path):
     config = tiny.config()
     tensors = tiny.tensors(config) | {
         "model.layers.0.self_attn.q_proj.bias": np.ones(64, np.float32)
@@ -193,11 +193,11 @@ def test_a_wrong_shape_is_refused_with_file_and_expected_shape(tiny, tmp_path):
     )
 
 
-@pytest.mark.parametrize("kept", [4, 100, -1])
-def test_a_truncated_file_is_named(folder, kept):
+@pytest.mark.parametrize("length", [4, 100, -1])
+def test_a_truncated_file_is_refused(folder, length):
     path = folder / "model.safetensors"
     raw = path.read_bytes()
-    path.write_bytes(raw[:kept])
+    path.write_bytes(raw[:length])
     refused(folder, str(path), "truncated")
 
 
@@ -231,13 +231,13 @@ def test_a_damaged_header_entry_is_refused(folder, entry):
     refused(folder, "model.norm.weight", "damaged")
 
 
-def test_a_directory_in_place_of_the_weights_is_named(folder):
+def test_a_directory_in_place_of_the_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
     refused(folder, "model.safetensors: cannot be read: Is a directory")
 
 
-def test_a_missing_shard_is_named(tiny, tmp_path):
+def test_a_missing_shard_is_refused(tiny, tmp_path):
     config = tiny.config()
     tiny.folder(tmp_path, config, tiny.tensors(config), shards=2)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()

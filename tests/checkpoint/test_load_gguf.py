@@ -241,9 +241,9 @@ def path(tiny, tmp_path):
     return tiny.gguf(tmp_path / "model.gguf", config, tiny.tensors(config))
 
 
-@pytest.mark.parametrize("kept", [2, 10, 200, 1500, 5000, -1])
-def test_a_file_truncated_anywhere_is_refused(path, kept):
-    path.write_bytes(path.read_bytes()[:kept])
+@pytest.mark.parametrize("length", [2, 10, 200, 1500, 5000, -1])
+def test_a_file_truncated_anywhere_is_refused(path, length):
+    path.write_bytes(path.read_bytes()[:length])
     refused(path, "model.gguf", "truncated")
 
 

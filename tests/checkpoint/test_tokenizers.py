@@ -196,12 +196,12 @@ def test_qwen_gguf_ids_equal_those_of_transformers(tiny, tmp_path, transformers,
 def gemma_fields():
     """Return a small vocabulary like Gemma's: runs of spaces and newlines and a tag are tokens."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-    kept = ["\n", "\n\n", "  ", "   ", "    ", "<b>"]
+    user_defined = ["\n", "\n\n", "  ", "   ", "    ", "<b>"]
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
     pieces = ["▁h", "he", "▁he", "ll", "▁hell", "hell", "hello", "▁hello", "▁", *"helowrd<>b/"]
     fields = {
         "model": "llama",
-        "tokens": special + kept + bytes_ + pieces,
+        "tokens": special + user_defined + bytes_ + pieces,
         "scores": [-1000.0] * 12 + [0.0] * 256 + [-float(i) for i in range(len(pieces))],
         "token_type": [3] * 6 + [4] * 6 + [6] * 256 + [1] * len(pieces),
         "bos_token_id": 2,
