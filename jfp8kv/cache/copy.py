@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Int, Int32
 
 from jfp8kv.cache.pool import KVPool
-from jfp8kv.core.pytree import pytree
+from jfp8kv.core.pytree import AnyArray, pytree
 
 MAX_COPIES = (
     64  # per dispatch. The loop ends after the last copy, so one program serves all counts.
@@ -19,9 +19,9 @@ MAX_COPIES = (
 class PageCopies:
     """Pages to copy, in this order. Entries from `count` on are padding."""
 
-    source: Int32[Array | np.ndarray, " copies"]
-    target: Int32[Array | np.ndarray, " copies"]
-    count: Int32[Array | np.ndarray, ""]
+    source: Int32[AnyArray, " copies"]
+    target: Int32[AnyArray, " copies"]
+    count: Int32[AnyArray, ""]
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -2,10 +2,17 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    AnyArray: TypeAlias = Any
+else:
+    AnyArray = jax.Array | np.ndarray
+"""An array that the host builds with NumPy and a jitted function receives as a JAX array."""
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt32
 
 from jfp8kv.cache.groups import PageRequirements
-from jfp8kv.core.pytree import pytree
+from jfp8kv.core.pytree import AnyArray, pytree
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.sampler_state import (
@@ -42,12 +42,12 @@ class ForwardBatch:
       max_length: an upper bound on `length` over all requests and all steps of a dispatch.
     """
 
-    tokens: Int32[Array | np.ndarray, "requests tokens"]
-    page_tables: Int32[Array | np.ndarray, "requests groups pages"]
-    start: Int32[Array | np.ndarray, " requests"]
-    length: Int32[Array | np.ndarray, " requests"]
-    context: Int32[Array | np.ndarray, " requests"]
-    max_length: Int32[Array | np.ndarray, ""]
+    tokens: Int32[AnyArray, "requests tokens"]
+    page_tables: Int32[AnyArray, "requests groups pages"]
+    start: Int32[AnyArray, " requests"]
+    length: Int32[AnyArray, " requests"]
+    context: Int32[AnyArray, " requests"]
+    max_length: Int32[AnyArray, ""]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,8 +67,8 @@ class LogprobsBatch:
     """
 
     forward: ForwardBatch
-    next_tokens: Int32[Array | np.ndarray, "requests tokens"]
-    max_logprobs: Int32[Array | np.ndarray, ""]
+    next_tokens: Int32[AnyArray, "requests tokens"]
+    max_logprobs: Int32[AnyArray, ""]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,8 +87,8 @@ class SamplerInputs:
     """
 
     settings: SamplerSettings
-    end_ids: Int32[Array | np.ndarray, "requests ends"]
-    max_logprobs: Int32[Array | np.ndarray, ""]
+    end_ids: Int32[AnyArray, "requests ends"]
+    max_logprobs: Int32[AnyArray, ""]
 
 
 @pytree
@@ -101,9 +101,9 @@ class TokenCounts:
       recent: output tokens not counted yet, `vocab` past the last; None once they are counted.
     """
 
-    prompt: Int32[Array | np.ndarray, "requests vocab"]
-    output: Int32[Array | np.ndarray, "requests vocab"]
-    recent: Int32[Array | np.ndarray, "requests recent"] | None = None
+    prompt: Int32[AnyArray, "requests vocab"]
+    output: Int32[AnyArray, "requests vocab"]
+    recent: Int32[AnyArray, "requests recent"] | None = None
 
 
 @pytree
@@ -122,13 +122,13 @@ class DecodeBatch:
     """
 
     forward: ForwardBatch
-    position: Int32[Array | np.ndarray, " requests"]
-    remaining: Int32[Array | np.ndarray, " requests"]
-    steps: Int32[Array | np.ndarray, ""]
+    position: Int32[AnyArray, " requests"]
+    remaining: Int32[AnyArray, " requests"]
+    steps: Int32[AnyArray, ""]
     sampler: SamplerInputs
     counts: TokenCounts | None = None
-    sequences: Int32[Array | np.ndarray, "requests positions"] | None = None
-    token_bitmask: UInt32[Array | np.ndarray, "requests words"] | None = None
+    sequences: Int32[AnyArray, "requests positions"] | None = None
+    token_bitmask: UInt32[AnyArray, "requests words"] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

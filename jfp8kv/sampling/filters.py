@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jfp8kv.core.pytree import pytree
@@ -41,16 +40,14 @@ class Outside:
     mass: Float32[Array, ""]
 
 
-def ordered(x: Float32[Array | np.ndarray, "*dims"]) -> Int32[Array, "*dims"]:
+def ordered(x: Float32[Array, "*dims"]) -> Int32[Array, "*dims"]:
     """Return integers with the order of the floats, infinities included. Both zeros map to one."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, jnp.float32(0), x), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
 def weights(
-    logits: Float32[Array, "*dims"],
-    temperature: Float32[Array | np.ndarray, ""],
-    peak: Float32[Array, ""],
+    logits: Float32[Array, "*dims"], temperature: Float32[Array, ""], peak: Float32[Array, ""]
 ) -> Float32[Array, "*dims"]:
     """Return the probabilities relative to the largest: exp((logit - peak) / temperature).
 
@@ -119,9 +116,9 @@ def _as_float(keys: Int32[Array, "*dims"]) -> Float32[Array, "*dims"]:
 def cut(
     keys: Keys,
     measure: Callable[[Int32[Array, "*dims"]], Float32[Array, "*dims"]],
-    target: Float32[Array | np.ndarray, ""],
+    target: Float32[Array, ""],
     *,
-    active: Bool[Array | np.ndarray, ""],
+    active: Bool[Array, ""],
     bounds: tuple[Key, Key],
     total: Float32[Array, ""],
 ) -> Key:

@@ -59,7 +59,7 @@ def _word(value: int) -> UInt32[np.ndarray, "1"]:
     return np.array([value], np.uint32)
 
 
-def fold_in(key: UInt32[Array | np.ndarray, "2"], data: Int32[Array, ""]) -> UInt32[Array, "2"]:
+def fold_in(key: UInt32[Array, "2"], data: Int32[Array, ""]) -> UInt32[Array, "2"]:
     """Return `jax.random.fold_in(key, data)`, on the key's words."""
     return jnp.stack(threefry((key[0], key[1]), (jnp.uint32(0), data.astype(jnp.uint32))))
 

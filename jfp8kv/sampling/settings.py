@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt32
 
-from jfp8kv.core.pytree import pytree
+from jfp8kv.core.pytree import AnyArray, pytree
 from jfp8kv.sampling.params import MAX_ID, SamplingParams
 
 PAST_THE_END = np.int32(MAX_ID)
@@ -32,18 +32,18 @@ class SamplerSettings:
       tokens.
     """
 
-    temperature: Float32[Array | np.ndarray, "*requests"]
-    top_k: Int32[Array | np.ndarray, "*requests"]
-    top_p: Float32[Array | np.ndarray, "*requests"]
-    min_p: Float32[Array | np.ndarray, "*requests"]
-    repetition_penalty: Float32[Array | np.ndarray, "*requests"]
-    presence_penalty: Float32[Array | np.ndarray, "*requests"]
-    frequency_penalty: Float32[Array | np.ndarray, "*requests"]
-    min_tokens: Int32[Array | np.ndarray, "*requests"]
-    key: UInt32[Array | np.ndarray, "*requests 2"]
-    bias_ids: Int32[Array | np.ndarray, "*requests biased"]
-    bias_values: Float32[Array | np.ndarray, "*requests biased"]
-    min_tokens_ids: Int32[Array | np.ndarray, "*requests masked"]
+    temperature: Float32[AnyArray, "*requests"]
+    top_k: Int32[AnyArray, "*requests"]
+    top_p: Float32[AnyArray, "*requests"]
+    min_p: Float32[AnyArray, "*requests"]
+    repetition_penalty: Float32[AnyArray, "*requests"]
+    presence_penalty: Float32[AnyArray, "*requests"]
+    frequency_penalty: Float32[AnyArray, "*requests"]
+    min_tokens: Int32[AnyArray, "*requests"]
+    key: UInt32[AnyArray, "*requests 2"]
+    bias_ids: Int32[AnyArray, "*requests biased"]
+    bias_values: Float32[AnyArray, "*requests biased"]
+    min_tokens_ids: Int32[AnyArray, "*requests masked"]
 
 
 def settings_from(
