@@ -30,22 +30,14 @@ import jaxtyping  # noqa: E402
 
 # The public face (functional, llm, cli, checkpoint) is left out: it meets whatever users give, and answers with errors of its own.
 QUALITY = [
-    "cache_choices",
-    "calibrate",
-    "calibration_options",
-    "compare",
-    "compare_options",
-    "data",
+    "cache_quality",
     "key_offsets",
     "metrics",
     "needle",
+    "observe",
     "observers",
-    "plots",
-    "quality_report",
-    "quality_tables",
     "quantization_stats",
-    "summary",
-    "totals",
+    "simulate",
 ]
 CHECKED = [
     "core",

@@ -78,13 +78,15 @@ def dry_run(config: Config) -> DryRun:
     """Look at everything a run would meet. Raises `ConfigError` or `CheckpointError` for what would keep it from starting."""
     import jax
 
-    from jfp8kv.functional import Buckets, default_bytes, inspect, parse_bytes, read_checkpoint_info
+    from jfp8kv.checkpoint.load import read_checkpoint_info
+    from jfp8kv.functional import Buckets, default_bytes, parse_bytes
+    from jfp8kv.quality.model_report import inspect
 
     shapes = read_checkpoint_info(config.model, weights=False).abstract_params()
     scales = "unit" if isinstance(config.kv_scales, CalibrateFirst) else config.kv_scales
     limits = {"max_model_len": config.engine.max_model_len, "page_size": config.engine.page_size}
     found = inspect(shapes, kv_dtype=kv_dtype(config), kv_scales=scales, **limits)
-    cache = next(cost for cost in found.caches if cost.asked)
+    cache = next(cost for cost in found.caches if cost.requested)
     buckets = Buckets.of(config.engine.max_num_seqs, config.engine.max_num_batched_tokens)
     counts = _counted(config, shapes, found.max_model_len)
     for file in _others(config):

@@ -48,30 +48,30 @@ def fp8_of(config: Config) -> str:
 def calibrated(
     config: Config, params: Any, file: File, how: Observed, *, progress: bool | None = False
 ) -> Any:
-    """Scales for the config's cache from the prompts of a file, and how much they were made from (`Calibration`)."""
-    from jfp8kv.functional import calibration
+    """Scales for the config's cache from the prompts of a file, and how much they were made from (`CalibrationResult`)."""
+    from jfp8kv.quality.calibrate import run_calibration
 
-    return calibration(
+    return run_calibration(
         params, prompts(config, file), calibration_asked(config, how), progress=progress
     )
 
 
 def calibration_asked(config: Config, how: Observed) -> Any:
-    """A calibration, checked as far as that goes without a model (`CalibrationPlan`). Raises `ConfigError`."""
-    from jfp8kv.functional import calibration_plan
+    """A calibration, checked as far as that goes without a model (`CalibrationOptions`). Raises `ConfigError`."""
+    from jfp8kv.quality.options import CalibrationOptions
 
     asked = how.model_dump(include=set(Observed.model_fields))
-    return calibration_plan(
+    return CalibrationOptions.from_fields(
         kv_dtype=fp8_of(config), max_model_len=config.engine.max_model_len, **asked
     )
 
 
 def comparison_asked(config: Config) -> dict[str, Any]:
     """What `jfp8kv.compare` is asked, checked likewise. Raises `ConfigError`."""
-    from jfp8kv.functional import comparison_plan
+    from jfp8kv.quality.options import CompareOptions
 
     given = config.comparison.model_dump(exclude={"calibration"}, exclude_none=True)
-    comparison_plan(**given)
+    CompareOptions.from_fields(**given)
     return given
 
 
@@ -99,7 +99,8 @@ def calibrate(config: Config, *, progress: bool | None) -> tuple[dict[str, int],
 
 def compare(config: Config, *, progress: bool | None) -> tuple[dict[str, int], Any]:
     """Write the comparison as JSON; what it was made from, and the comparison."""
-    from jfp8kv.functional import compare, load
+    from jfp8kv.functional import load
+    from jfp8kv.quality.compare import compare
 
     params = load(config.model, dtype=config.dtype, strict=config.strict)
     file = config.comparison.calibration
@@ -112,7 +113,7 @@ def compare(config: Config, *, progress: bool | None) -> tuple[dict[str, int], A
     )
     text = json.dumps(report.to_dict(), allow_nan=False, indent=1)
     _placed(Path(config.output.path), lambda path: Path(path).write_text(text, encoding="utf-8"))
-    return _totals(report.pieces, report.tokens), report
+    return _totals(report.sequences, report.tokens), report
 
 
 def _totals(rows: int, tokens: int) -> dict[str, int]:

@@ -48,7 +48,7 @@ def names(text: str) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print; the exit status."""
-    from jfp8kv.functional import bench
+    from jfp8kv.quality.bench import bench
 
     quiet_jax()
     report = bench(

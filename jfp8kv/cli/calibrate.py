@@ -12,7 +12,8 @@ from jfp8kv.cli.output import say
 from jfp8kv.engine.options import LoadOptions
 
 if TYPE_CHECKING:
-    import jfp8kv.functional
+    from jfp8kv.quality.calibrate import CalibrationResult
+    from jfp8kv.quality.options import CalibrationOptions
 
 SUMMARY = "compute scales for an FP8 cache"
 ABOUT = "Compute scales for an FP8 cache from data, and write a file that --kv-scales reads."
@@ -77,9 +78,11 @@ def run(args: argparse.Namespace) -> int:
     check_field(args.field, args.data)
     check_writable(args.out, "--out")
     check_data(args.data, "DATA")
-    from jfp8kv.functional import calibration, calibration_plan, load
+    from jfp8kv.functional import load
+    from jfp8kv.quality.calibrate import run_calibration
+    from jfp8kv.quality.options import CalibrationOptions
 
-    plan = calibration_plan(
+    options = CalibrationOptions(
         kv_dtype=args.kv_dtype,
         granularity=args.granularity,
         observer=args.observer,
@@ -92,14 +95,14 @@ def run(args: argparse.Namespace) -> int:
     quiet_jax()
     params = load(args.model, **given(args, LoadOptions))
     began = time.perf_counter()
-    done = calibration(
+    done = run_calibration(
         params,
         prompts(args.data, field=args.field, whole=args.window is not None),
-        plan,
+        options,
         progress=False if args.quiet else None,
     )
     done.scales.save(out)
-    summary = _summary(done, plan, args.out)
+    summary = _summary(done, options, args.out)
     print(json.dumps(summary) if args.json else _table(summary), flush=True)
     if not args.quiet:
         say(
@@ -108,14 +111,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _summary(
-    done: "jfp8kv.functional.Calibration", plan: "jfp8kv.functional.CalibrationPlan", out: str
-) -> dict[str, Any]:
+def _summary(done: "CalibrationResult", options: "CalibrationOptions", out: str) -> dict[str, Any]:
     """What was found, in numbers."""
     scales = done.scales
-    about = {"kv_dtype": plan.fmt.name, "granularity": plan.granularity, "observer": plan.observer}
-    if plan.observer == "percentile":
-        about["percentile"] = plan.percentile
+    about = {
+        "kv_dtype": options.kv_dtype,
+        "granularity": options.granularity,
+        "observer": options.observer,
+    }
+    if options.observer == "percentile":
+        about["percentile"] = options.percent
     seen = {"prompts": done.prompts, "tokens": done.tokens, "layers": len(scales.k)}
     return {"out": out} | about | seen | {name: _spread(getattr(scales, name)) for name in "kv"}
 

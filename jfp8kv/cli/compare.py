@@ -14,7 +14,7 @@ from jfp8kv.core.errors import ConfigError, NotSupported, invalid_choice
 from jfp8kv.engine.options import LoadOptions
 
 if TYPE_CHECKING:
-    import jfp8kv.functional
+    from jfp8kv.quality.quality_report import QualityReport
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -84,20 +84,22 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         _check_picture(args.plot)
     asked = _asked(args)
-    from jfp8kv.functional import compare, comparison_plan, load
+    from jfp8kv.functional import load
+    from jfp8kv.quality.compare import run_comparison
+    from jfp8kv.quality.options import CompareOptions
 
-    comparison_plan(**asked)  # a mistake is said before the model is loaded
+    options = CompareOptions(**asked)  # invalid options are reported before the model is loaded
     quiet_jax()
     params = load(args.model, **given(args, LoadOptions))
     began = time.perf_counter()
-    report = compare(
+    report = run_comparison(
         params,
         prompts(args.text, field=args.field, whole=True),
+        options,
         calibration=None
         if calibration is None
         else prompts(args.calibration, field=args.field, whole=True),
         progress=False if args.quiet else None,
-        **asked,
     )
     _print(report, args)
     if args.plot is not None:
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         wrote = "" if args.plot is None else f"; wrote {args.plot}"
         say(
-            f"{len(report.choices)} caches over {report.tokens:,} tokens in {time.perf_counter() - began:.1f} s{wrote}"
+            f"{len(report.caches)} caches over {report.tokens:,} tokens in {time.perf_counter() - began:.1f} s{wrote}"
         )
     return 0
 
@@ -136,7 +138,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def _print(report: "jfp8kv.functional.QualityReport", args: argparse.Namespace) -> None:
+def _print(report: "QualityReport", args: argparse.Namespace) -> None:
     if args.json:
         show(json.dumps(report.to_dict(), allow_nan=False))
         return

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     # Inspecting allocates little: the memory of an accelerator stays free for other programs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     quiet_jax()
-    from jfp8kv.functional import inspect
+    from jfp8kv.quality.model_report import inspect
 
     report = inspect(args.model, **fields)
     show(json.dumps(report.to_dict(), indent=2) if args.json else report)

@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
             "give either --budget (bytes per token) or --max-loss (nats of KL divergence per token)."
         )
     from jfp8kv.core.formats import kv_format
-    from jfp8kv.functional import load, plan_kv
+    from jfp8kv.functional import load
+    from jfp8kv.quality.mixed_precision import plan_kv
 
     names = [kv_format(name.strip()).name for name in args.kv_dtypes.split(",")]
     quiet_jax()

@@ -1,48 +1,51 @@
-"""How fast caches are on the device at hand: the same requests through each of them, in turn, and what each has room for."""
+"""`bench`: speed of KV caches on this device, with the same requests through each of them."""
 
 import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Unpack
 
 import numpy as np
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.text import Text
-from tqdm import tqdm
 
-from jfp8kv.cache.config import is_format_name
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import KVScales
-from jfp8kv.checkpoint.load import load
-from jfp8kv.core.errors import ConfigError
+from jfp8kv.checkpoint.load import ModelLike, as_params
 from jfp8kv.core.formats import kv_format
+from jfp8kv.core.options import takes
 from jfp8kv.core.platform import describe
-from jfp8kv.core.report import Report, empty_table
+from jfp8kv.core.report import Report, empty_table, gap
+from jfp8kv.core.types import KV_DTYPES, WeightsDtype
+from jfp8kv.engine.options import KVDtype, KVScalesLike
 from jfp8kv.llm import LLM
-from jfp8kv.models.params import Params
-
-USUAL_DTYPES = ("bfloat16", "fp8_e4m3")
+from jfp8kv.quality.keywords import BenchFields
+from jfp8kv.quality.options import BenchOptions
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheBenchmark:
-    """One cache; times and rates are medians over rounds.
+    """The speed of one cache. Times and rates are medians over rounds.
 
-    `kv_dtype`, `attention`, `bytes_per_token`, `tokens_capacity`: as `llm.kv_dtype`, `llm.attention` and `llm.stats` have them.
-    `fit` is how many of the requests it holds at once, whole. `first_token_s` are seconds from the call to the median request's
-    first token; `prefill_tokens_s` prompt tokens by the seconds of their prefill (None for prompts of one token, which have
-    none), `decode_tokens_s` output tokens by the seconds of decoding, `output_tokens_s` by all of them. `preemptions` are those
-    of a round, `compile_s` what its programs took to compile, or to be read from the compilation cache.
+    Attributes:
+      kv_dtype, attention, bytes_per_token, tokens_capacity: as in `llm` and `llm.stats`.
+      max_requests: how many of the requests the cache has room for at once.
+      first_token_s: seconds from the call to the median request's first token.
+      prefill_tokens_s: prompt tokens per second of prefill; None for prompts of one token.
+      decode_tokens_s: output tokens per second of decoding.
+      output_tokens_s: output tokens per second of the whole round.
+      preemptions: per round.
+      compile_s: seconds of compilation, or of reading the compilation cache.
     """
 
     kv_dtype: str
     attention: str
     bytes_per_token: float
     tokens_capacity: int
-    fit: int
+    max_requests: int
     first_token_s: float
     prefill_tokens_s: float | None
     decode_tokens_s: float
@@ -53,7 +56,7 @@ class CacheBenchmark:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BenchmarkReport(Report):
-    """Caches side by side, in the order asked for. Prints as a table; `to_dict` has everything."""
+    """Caches side by side. Prints as a table; `to_dict` returns everything."""
 
     requests: int
     prompt_tokens: int
@@ -62,27 +65,38 @@ class BenchmarkReport(Report):
     device: str
     caches: tuple[CacheBenchmark, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything by name, of types that JSON has."""
-        return dataclasses.asdict(self)
-
     def __repr__(self) -> str:
-        return f"BenchmarkReport({', '.join(f'{c.kv_dtype} {c.output_tokens_s:.1f} tok/s' for c in self.caches)})"
+        rates = [f"{cache.kv_dtype} {cache.output_tokens_s:.1f} tok/s" for cache in self.caches]
+        return f"BenchmarkReport({', '.join(rates)})"
 
     def _layout(self, lines: box.Box | None) -> Group:
-        gap = [] if lines else [""]  # lines come with empty rows around them
-        requests = f"{self.requests:,} request{'s' if self.requests > 1 else ''} at once"
-        rounds = (
-            f"medians of {self.rounds} rounds, caches in turn" if self.rounds > 1 else "one round"
+        requests = f"{self.requests:,} concurrent request{'s' if self.requests > 1 else ''}"
+        tokens = f"{self.prompt_tokens:,} + {self.output_tokens:,} tokens"
+        rounds = "one round"
+        if self.rounds > 1:
+            rounds = f"medians of {self.rounds} rounds, caches interleaved"
+        attention = dict.fromkeys(cache.attention for cache in self.caches)
+        notes = (
+            "max requests: requests that the cache has room for at once. Rates are tokens per "
+            "second: prompt tokens by prefill time, output tokens by decode time, output tokens by "
+            "total time.",
+            f"attention by {'; '.join(attention)}",
+            self.device,
         )
-        title = Text(
-            f"{requests} of {self.prompt_tokens:,} + {self.output_tokens:,} tokens, {rounds}",
-            style="bold",
+        return Group(
+            Text(f"{requests} of {tokens}, {rounds}", style="bold"),
+            *gap(lines),
+            self._table(lines),
+            *gap(lines),
+            *map(Text, notes),
         )
-        columns = (
+
+    def _table(self, lines: box.Box | None) -> RenderableType:
+        table = empty_table(
+            lines,
             "KV cache",
             "bytes/token",
-            "fit",
+            "max requests",
             "first token",
             "prefill/s",
             "decode/s",
@@ -90,184 +104,161 @@ class BenchmarkReport(Report):
             "",
             "preempted",
         )
-        table = empty_table(lines, *columns)
+        baseline = self.caches[0]
         for cache in self.caches:
-            ratio = cache.output_tokens_s / self.caches[0].output_tokens_s
+            prefill = cache.prefill_tokens_s
+            ratio = cache.output_tokens_s / baseline.output_tokens_s
             table.add_row(
                 cache.kv_dtype,
                 f"{cache.bytes_per_token:,.0f}",
-                f"{cache.fit:,}",
+                f"{cache.max_requests:,}",
                 f"{cache.first_token_s:.3g} s",
-                "" if cache.prefill_tokens_s is None else f"{cache.prefill_tokens_s:,.0f}",
+                "" if prefill is None else f"{prefill:,.0f}",
                 f"{cache.decode_tokens_s:,.1f}",
                 f"{cache.output_tokens_s:,.1f}",
-                "" if cache is self.caches[0] else f"{ratio:.2f}x",
+                "" if cache is baseline else f"{ratio:.2f}x",
                 f"{cache.preemptions:g}",
             )
-        attention = dict.fromkeys(cache.attention for cache in self.caches)
-        notes = (
-            "fit: requests that the cache holds at once. Rates are tokens a second: of prompts by the time of their prefill, "
-            "of outputs by the time of decoding, of outputs by all of it.",
-            f"attention by {'; '.join(attention)}",
-            self.device,
-        )
-        return Group(title, *gap, table, *gap, *map(Text, notes))
+        return table
 
 
+@takes(BenchOptions)
 def bench(
-    model: str | os.PathLike[str] | Params,
+    model: ModelLike,
     *,
-    kv_dtypes: Sequence[Any] = USUAL_DTYPES,
-    kv_scales: Sequence[Any] = ("auto",),
-    requests: int = 8,
-    prompt_tokens: int = 128,
-    output_tokens: int = 64,
-    rounds: int = 3,
-    kv_cache_memory: int | str | None = None,
-    attention: str | None = None,
-    dtype: Any = None,
+    dtype: WeightsDtype | None = None,
     strict: bool = True,
     progress: bool | None = None,
+    **options: Unpack[BenchFields],
 ) -> BenchmarkReport:
-    """Run the same requests, of random tokens and all at once, through each cache.
+    """Measure the speed of KV caches: the same concurrent requests of random tokens through each.
 
-    Caches take turns in each round, so that what else the machine does meets all of them; a round before the first compiles and
-    does not count. Nothing is reused from a prompt before.
+    The caches are interleaved in each round, so other load on the machine affects all of them. An
+    extra first round compiles and is not timed. Prefix caching is off.
+
+        print(jfp8kv.bench(params, kv_dtypes=["bfloat16", "fp8_e4m3"], requests=32))
 
     Args:
-      model: what `load` takes, or a `Params`.
-      kv_dtypes: caches to measure, each as `kv_dtype` of `LLM`.
-      kv_scales: of the FP8 ones, each as for `LLM`.
-      requests: how many.
-      prompt_tokens: of each.
-      output_tokens: of each.
-      rounds: timed ones.
-      kv_cache_memory: bytes of each cache. None: as much as it needs for all requests. With less, what does not fit waits or is
-        preempted, and a smaller format shows what it is worth.
-      attention: as for `LLM`.
-      dtype: of the weights when `model` is loaded here; None keeps the checkpoint's.
-      strict: whether KV scales that are missing or broken are an error when `model` is loaded here; see `load`.
-      progress: show a bar; None shows one on a terminal.
+      model: a path or hub id as for `load`, or a `Params`.
+      dtype, strict: as for `load`, if the model is loaded here.
+      progress: show a progress bar; None shows one on a terminal.
+      **options: the fields of `BenchOptions`, listed below.
 
-    Raises `ConfigError` for what cannot be run, before the model is loaded where that can be told, and what `LLM` raises.
+    Raises:
+      ConfigError: an invalid option, before the model is loaded; and the errors of `LLM`.
     """
-    given = {
-        "requests": requests,
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": output_tokens,
-        "rounds": rounds,
-    }
-    for name, value in given.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value!r}: must be an integer of at least 1.")
-    choices = _choices(kv_dtypes, kv_scales)
-    params = model if isinstance(model, Params) else load(model, dtype=dtype, strict=strict)
-    sizes = {
-        "kv_cache_memory": kv_cache_memory,
-        "max_num_seqs": requests,
-        "max_model_len": prompt_tokens + output_tokens,
-    }
-    sides = [
+    checked = BenchOptions.from_fields(also=("model", "dtype", "strict", "progress"), **options)
+    caches = list(_caches(checked))
+    params = as_params(model, dtype=dtype, strict=strict)
+    llms = [
         LLM(
             params,
-            kv_dtype=of,
-            kv_scales=scales,
-            attention=attention,
+            kv_dtype=kv_dtype,
+            kv_scales=kv_scales,
+            attention=checked.attention,
             prefix_caching=False,
-            **sizes,
+            kv_cache_memory=checked.kv_cache_memory,
+            max_num_seqs=checked.requests,
+            max_model_len=checked.prompt_tokens + checked.output_tokens,
         )
-        for of, scales in choices
+        for kv_dtype, kv_scales in caches
     ]
-    measured: list[list[_Round]] = [[] for _ in sides]
-    with tqdm(
-        total=(rounds + 1) * len(sides),
-        unit="run",
-        disable=None if progress is None else not progress,
-    ) as bar:
-        for turn in range(rounds + 1):
-            prompts = (
-                np.random.default_rng(turn)
-                .integers(0, params.config.vocab, (requests, prompt_tokens))
-                .tolist()
-            )
-            for llm, found in zip(sides, measured, strict=True):
-                found.append(_run(llm, prompts, output_tokens))
-                bar.update()
-    labels = [_label(llm, scales) for llm, (_, scales) in zip(sides, choices, strict=True)]
-    caches = [_medians(*each, **given) for each in zip(labels, sides, measured, strict=True)]
-    return BenchmarkReport(**given, device=describe(), caches=tuple(caches))
+    rounds = _run_rounds(llms, params.config.vocab, checked, progress)
+    return BenchmarkReport(
+        requests=checked.requests,
+        prompt_tokens=checked.prompt_tokens,
+        output_tokens=checked.output_tokens,
+        rounds=checked.rounds,
+        device=describe(),
+        caches=tuple(
+            _medians(_label(llm, kv_scales), llm, timed, checked)
+            for llm, (_, kv_scales), timed in zip(llms, caches, rounds, strict=True)
+        ),
+    )
 
 
-def _choices(kv_dtypes: Sequence[Any], kv_scales: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """What `LLM` is asked for, cache by cache: FP8 ones with all of `kv_scales` in turn. Raises `ConfigError`."""
-    for name, given, usual in (
-        ("kv_dtypes", kv_dtypes, USUAL_DTYPES),
-        ("kv_scales", kv_scales, ("auto", "token_head")),
-    ):
-        if not isinstance(given, list | tuple) or not given:
-            raise ConfigError(f"{name}={given!r}: must be a list, such as {list(usual)}.")
-    choices: list[tuple[Any, Any]] = []
-    for of in kv_dtypes:
-        named = is_format_name(of) and of != "auto"
-        scaled = kv_format(of).is_fp8 if named else not isinstance(of, KVPlan | str | os.PathLike)
-        choices += [(of, scales) for scales in (kv_scales if scaled else ["auto"])]
-    return choices
+def _caches(options: BenchOptions) -> Iterator[tuple[KVDtype, KVScalesLike]]:
+    """Yield each format with its scales: all `kv_scales` for FP8 formats, else "auto"."""
+    for kv_dtype in options.kv_dtypes:
+        scales = options.kv_scales if _takes_scales(kv_dtype) else ("auto",)
+        for kv_scales in scales:
+            yield kv_dtype, kv_scales
 
 
-def _label(llm: LLM, scales: Any) -> str:
-    if isinstance(scales, KVScales):
-        return f"{llm.kv_dtype}, {scales.granularity}"
-    return llm.kv_dtype if scales == "auto" else f"{llm.kv_dtype}, {scales}"
+def _takes_scales(kv_dtype: KVDtype) -> bool:
+    """Return whether an explicit kind of scales goes with this format."""
+    if isinstance(kv_dtype, str) and kv_dtype in KV_DTYPES and kv_dtype != "auto":
+        return kv_format(kv_dtype).is_fp8
+    return not isinstance(kv_dtype, KVPlan | str | os.PathLike)
+
+
+def _label(llm: LLM, kv_scales: KVScalesLike) -> str:
+    if isinstance(kv_scales, KVScales):
+        return f"{llm.kv_dtype}, {kv_scales.granularity}"
+    return llm.kv_dtype if kv_scales == "auto" else f"{llm.kv_dtype}, {kv_scales}"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Round:
-    """What one run of all requests came to."""
+    """One run of all requests. `counters` are the increments of `llm.stats`."""
 
     seconds: float
     first_token_s: float
-    spent: dict[str, float]  # of each counter of `llm.stats`
+    counters: dict[str, float]
+
+
+def _run_rounds(
+    llms: Sequence[LLM], vocab: int, options: BenchOptions, progress: bool | None
+) -> list[list[_Round]]:
+    """Return the timed rounds of each cache."""
+    from tqdm import tqdm
+
+    rounds: list[list[_Round]] = [[] for _ in llms]
+    total = (options.rounds + 1) * len(llms)
+    with tqdm(total=total, unit="run", disable=None if progress is None else not progress) as bar:
+        for number in range(options.rounds + 1):
+            rng = np.random.default_rng(number)
+            shape = (options.requests, options.prompt_tokens)
+            prompts = rng.integers(0, vocab, shape).tolist()
+            for llm, own_rounds in zip(llms, rounds, strict=True):
+                own_rounds.append(_run(llm, prompts, options.output_tokens))
+                bar.update()
+    return [own_rounds[1:] for own_rounds in rounds]  # the first round compiled
 
 
 def _run(llm: LLM, prompts: list[list[int]], output_tokens: int) -> _Round:
-    before, began = llm.stats.to_dict(), time.perf_counter()
-    outs = llm.generate(
+    before = llm.stats.to_dict()
+    start = time.perf_counter()
+    outputs = llm.generate(
         prompts, max_tokens=output_tokens, temperature=0.0, ignore_eos=True, progress=False
     )
-    seconds, after = time.perf_counter() - began, llm.stats.to_dict()
-    first = statistics.median(out.first_token_s for out in outs if out.first_token_s is not None)
-    return _Round(seconds, first, {name: after[name] - before[name] for name in after})
+    seconds = time.perf_counter() - start
+    after = llm.stats.to_dict()
+    first_tokens = [out.first_token_s for out in outputs if out.first_token_s is not None]
+    counters = {name: after[name] - before[name] for name in after}
+    return _Round(seconds, statistics.median(first_tokens), counters)
 
 
 def _medians(
-    label: str,
-    llm: LLM,
-    found: list[_Round],
-    *,
-    requests: int,
-    prompt_tokens: int,
-    output_tokens: int,
-    rounds: int,
+    label: str, llm: LLM, rounds: Sequence[_Round], options: BenchOptions
 ) -> CacheBenchmark:
-    timed, stats = found[-rounds:], llm.stats  # the one before compiled
+    prompt_tokens = options.requests * (options.prompt_tokens - 1)
+    output_tokens = options.requests * options.output_tokens
 
     def rate(tokens: int, counter: str) -> float:
-        return statistics.median(tokens / max(each.spent[counter], 1e-9) for each in timed)
+        return statistics.median(tokens / max(each.counters[counter], 1e-9) for each in rounds)
 
+    stats = llm.stats
     return CacheBenchmark(
         kv_dtype=label,
         attention=llm.attention,
         bytes_per_token=stats.kv_bytes_per_token,
         tokens_capacity=stats.kv_tokens_capacity,
-        fit=stats.kv_tokens_capacity // (prompt_tokens + output_tokens),
-        first_token_s=statistics.median(each.first_token_s for each in timed),
-        prefill_tokens_s=rate(requests * (prompt_tokens - 1), "prefill_s")
-        if prompt_tokens > 1
-        else None,
-        decode_tokens_s=rate(requests * output_tokens, "decode_s"),
-        output_tokens_s=statistics.median(
-            requests * output_tokens / each.seconds for each in timed
-        ),
-        preemptions=statistics.median(each.spent["preemptions"] for each in timed),
+        max_requests=stats.kv_tokens_capacity // (options.prompt_tokens + options.output_tokens),
+        first_token_s=statistics.median(each.first_token_s for each in rounds),
+        prefill_tokens_s=rate(prompt_tokens, "prefill_s") if prompt_tokens else None,
+        decode_tokens_s=rate(output_tokens, "decode_s"),
+        output_tokens_s=statistics.median(output_tokens / each.seconds for each in rounds),
+        preemptions=statistics.median(each.counters["preemptions"] for each in rounds),
         compile_s=llm.compile_report().seconds,
     )

@@ -1,143 +1,154 @@
-"""The caches to compare: every format with every kind of scales, each named, all checked before anything runs."""
+"""The caches that `compare` runs: every format with every kind of scales, checked and labelled."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from jfp8kv.cache.config import CacheConfig, layer_formats, resolve_cache, resolve_plan
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.scales import UNIT, KVScales
 from jfp8kv.core.formats import FLOAT32
+from jfp8kv.engine.options import KVDtype, KVScalesLike
 from jfp8kv.models.params import Params
-from jfp8kv.quality.calibrate import Calibrator
-from jfp8kv.quality.compare_options import NAMED_SCALES, Entries
-from jfp8kv.quality.observers import GRANULARITIES, AmaxObserver, ScaleShape
+from jfp8kv.quality.calibrate import Calibrator, amax_scales
+from jfp8kv.quality.data import Windows
+from jfp8kv.quality.observe import PAGE_SIZE
+from jfp8kv.quality.observers import AmaxObserver
+from jfp8kv.quality.options import (
+    GRANULARITIES,
+    SCALES_NAMES,
+    CompareOptions,
+    Granularity,
+    Labelled,
+)
 
-BASE, PLANNED = "float32", "planned"
+BASELINE = "float32"
+PLANNED = "planned"
 _LONGEST_LABEL = 40
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheChoice:
-    """A cache: `kv_dtype` and `kv_scales` as an engine takes them, or a granularity to calibrate; what to call all three."""
+    """A cache to run: `kv_dtype` and `kv_scales` as `LLM` takes them, and the labels of reports.
+
+    `calibrate` is the granularity of scales that are still to be calibrated, or None.
+    """
 
     label: str
-    kv_dtype: Any
-    kv_scales: Any
+    kv_dtype: KVDtype
+    kv_scales: KVScalesLike
     dtype_label: str
-    scales_label: str  # "" where scales have no place
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether its scales are to be found here."""
-        return _to_calibrate(self.kv_scales)
+    scales_label: str  # "" for formats without scales
+    calibrate: Granularity | None = None
 
 
-def _to_calibrate(kv_scales: Any) -> bool:
-    return isinstance(kv_scales, str) and kv_scales in GRANULARITIES
-
-
-def choices(
-    params: Params, kv_dtypes: Entries, kv_scales: Entries, *, longest: int | None = None
+def cache_choices(
+    params: Params, options: CompareOptions, *, max_model_len: int | None = None
 ) -> list[CacheChoice]:
-    """The float32 cache, then each of `kv_dtypes` with each of `kv_scales`; what is not FP8 comes once, and so do plans, which
-    bring their own scales; float32 never again.
+    """Return the float32 cache, then each format with each kind of scales.
 
-    Raises `ConfigError` or `CheckpointError` for what an engine for texts of up to `longest` tokens would not take.
+    Formats that are not FP8 and KV plans come once, because they take no other scales; float32 is
+    not repeated. Equal labels are numbered.
+
+    Raises `ConfigError` or `CheckpointError` for a cache that an engine for sequences of up to
+    `max_model_len` tokens would refuse.
     """
-    check = partial(resolve_cache, params, page_size=64, max_tokens_per_dispatch=1, longest=longest)
-    found = [CacheChoice(BASE, BASE, UNIT, BASE, "")]
-    for label, kv_dtype in kv_dtypes:
-        found += _of_dtype(params, label, kv_dtype, kv_scales, check)
-    return _told_apart(found)
+    builder = _Builder(params, options.scales_choices, max_model_len)
+    found = [CacheChoice(BASELINE, BASELINE, UNIT, BASELINE, "")]
+    for label, kv_dtype in options.dtype_choices:
+        found += builder.choices(label, kv_dtype)
+    return list(_number_duplicates(found))
 
 
-def _of_dtype(
-    params: Params,
-    label: str | None,
-    kv_dtype: Any,
-    scales: Entries,
-    check: Callable[..., CacheConfig],
-) -> Iterator[CacheChoice]:
-    """The caches of one format, or of one mixture of formats; `check` is what an engine makes of both, or raises."""
-    plan = resolve_plan(kv_dtype)
-    if plan is not None:
-        check(plan, "auto")
-        label = label or ("plan" if isinstance(kv_dtype, KVPlan) else Path(kv_dtype).name)
-        yield CacheChoice(label, plan, "auto", label, PLANNED)
-        return
-    formats = layer_formats(kv_dtype, params.config, params.dtype.name)
-    label = label or _short(check(kv_dtype, UNIT).name)
-    if not any(fmt.is_fp8 for fmt in formats):
-        if not all(fmt is FLOAT32 for fmt in formats):
+@dataclasses.dataclass(frozen=True)
+class _Builder:
+    params: Params
+    kv_scales: tuple[Labelled[KVScalesLike], ...]
+    max_model_len: int | None
+
+    def choices(self, label: str | None, kv_dtype: KVDtype) -> Iterator[CacheChoice]:
+        """Yield the caches of one format, of one list of formats by layer, or of one plan."""
+        plan = resolve_plan(kv_dtype)
+        if plan is not None:
+            self._resolve(plan, "auto")
+            label = label or _plan_label(kv_dtype)
+            yield CacheChoice(label, plan, "auto", label, PLANNED)
+            return
+        formats = layer_formats(kv_dtype, self.params.config, self.params.dtype.name)
+        label = label or _shorten(self._resolve(kv_dtype, UNIT).name)
+        if any(fmt.is_fp8 for fmt in formats):
+            yield from self._with_scales(label, kv_dtype)
+        elif not all(fmt is FLOAT32 for fmt in formats):
             yield CacheChoice(label, kv_dtype, UNIT, label, "")
-        return
-    for scales_label, each in scales:
-        if not _to_calibrate(each):
-            check(kv_dtype, each)
-        scales_label = scales_label or _scales_label(each)
-        yield CacheChoice(f"{label} {scales_label}", kv_dtype, each, label, scales_label)
+
+    def _with_scales(self, label: str, kv_dtype: KVDtype) -> Iterator[CacheChoice]:
+        for scales_label, scales in self.kv_scales:
+            granularity = _granularity(scales)
+            if granularity is None:
+                self._resolve(kv_dtype, scales)
+            scales_label = scales_label or _scales_label(scales)
+            yield CacheChoice(
+                f"{label} {scales_label}", kv_dtype, scales, label, scales_label, granularity
+            )
+
+    def _resolve(self, kv_dtype: KVDtype, kv_scales: KVScalesLike) -> CacheConfig:
+        return resolve_cache(
+            self.params,
+            kv_dtype,
+            kv_scales,
+            page_size=PAGE_SIZE,
+            max_tokens_per_dispatch=1,
+            longest=self.max_model_len,
+        )
 
 
-def with_calibrated(
-    params: Params, asked: Sequence[CacheChoice], prompts: Iterable[list[list[int]]]
+def with_calibrated_scales(
+    params: Params, choices: Sequence[CacheChoice], prompts: Iterable[Windows]
 ) -> list[CacheChoice]:
-    """`asked` with scales found from `prompts`, for each choice that wants some: those of `jfp8kv.calibrate`, bit for bit.
+    """Return `choices` with scales calibrated on `prompts` where they need some.
 
-    The data is gone through once: the largest magnitude by channel says what it is by head and by tensor.
+    They are those of `jfp8kv.calibrate`, bit for bit. One pass over the data serves all
+    granularities, because the amax of each channel determines that of a head and of a tensor.
     """
-    if not any(choice.calibrated for choice in asked):
-        return list(asked)
-    c = params.config
-    units = ScaleShape(c.layers, c.kv_heads, c.head_dim, "channel")
-    seen = Calibrator(params, units).over(prompts, AmaxObserver.empty(units))
-    return [
-        _calibrated(params, choice, units, seen) if choice.calibrated else choice
-        for choice in asked
-    ]
+    if all(choice.calibrate is None for choice in choices):
+        return list(choices)
+    calibrator = Calibrator(params, "channel")
+    amax = calibrator.run(prompts, AmaxObserver.empty(calibrator.shape))
+    found = []
+    for choice in choices:
+        if choice.calibrate is not None:
+            formats = layer_formats(choice.kv_dtype, params.config, params.dtype.name)
+            scales = amax_scales(amax, calibrator.shape, choice.calibrate, formats)
+            choice = dataclasses.replace(choice, kv_scales=scales, calibrate=None)
+        found.append(choice)
+    return found
 
 
-def _calibrated(
-    params: Params, choice: CacheChoice, units: ScaleShape, seen: AmaxObserver
-) -> CacheChoice:
-    """The choice with its scales, each layer's for the format it has; 1 where that is not FP8."""
-    formats = layer_formats(choice.kv_dtype, params.config, params.dtype.name)
-    peaks = seen.shared(dataclasses.replace(units, granularity=choice.kv_scales))
-    scales = np.ones_like(peaks.amax)
-    for fmt in dict.fromkeys(fmt for fmt in formats if fmt.is_fp8):
-        layers = [layer for layer, each in enumerate(formats) if each is fmt]
-        scales[layers] = peaks.scales(fmt)[layers]
-    made_for = formats[0].name if len(set(formats)) == 1 else None
-    return dataclasses.replace(
-        choice, kv_scales=KVScales(scales[:, 0], scales[:, 1], kv_dtype=made_for)
+def _granularity(scales: KVScalesLike) -> Granularity | None:
+    return next(
+        (name for name in GRANULARITIES if isinstance(scales, str) and scales == name), None
     )
 
 
-def _scales_label(scales: Any) -> str:
+def _plan_label(kv_dtype: KVDtype) -> str:
+    return "plan" if isinstance(kv_dtype, KVPlan) else Path(str(kv_dtype)).name
+
+
+def _scales_label(scales: KVScalesLike) -> str:
     if isinstance(scales, KVScales):
-        return f"given, by {scales.granularity}"
-    return scales if scales in NAMED_SCALES else Path(scales).name
+        return f"given, per {scales.granularity}"
+    return str(scales) if scales in SCALES_NAMES else Path(scales).name
 
 
-def _told_apart(found: Iterable[CacheChoice]) -> list[CacheChoice]:
-    """Choices of one label get numbers."""
-
-    def numbered() -> Iterator[CacheChoice]:
-        seen: dict[str, int] = {}
-        for choice in found:
-            number = seen[choice.label] = seen.get(choice.label, 0) + 1
-            yield (
-                choice
-                if number == 1
-                else dataclasses.replace(choice, label=f"{choice.label} ({number})")
-            )
-
-    return list(numbered())
+def _number_duplicates(choices: Iterable[CacheChoice]) -> Iterator[CacheChoice]:
+    seen: Counter[str] = Counter()
+    for choice in choices:
+        seen[choice.label] += 1
+        number = seen[choice.label]
+        label = choice.label if number == 1 else f"{choice.label} ({number})"
+        yield dataclasses.replace(choice, label=label)
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 3]}..."

@@ -1,265 +1,306 @@
-"""The pass over the data: the engine's forward pass over a small float32 cache, with an `attend` that also watches.
+"""Static FP8 scales from data: run sample prompts, observe keys and values, choose scales that fit.
 
-One prompt at a time, in chunks whose widths follow from the prompt's length alone: what a prompt adds to the statistics then
-depends on nothing beside it, to the last bit, and merging is exact. So order and grouping of the data change nothing. What is
-kept (the statistics, a cache for one prompt) does not grow with the number of prompts.
+The forward pass is the engine's, over a small float32 cache. Prompts run one at a time, in chunks
+whose widths depend on the prompt's length alone. So the statistics of a prompt do not depend on the
+others, to the last bit, and merging is exact: order and grouping of the data change nothing. Memory
+(statistics, and a cache for one prompt) does not grow with the number of prompts.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
 from jfp8kv.attention import xla
-from jfp8kv.attention.interface import Attend, AttentionMetadata, Query, paged_attend
-from jfp8kv.cache.layout import PoolLayout
-from jfp8kv.cache.pool import KV, KVPool, Layer, LayerScales, new_pool
+from jfp8kv.cache.config import context_length
+from jfp8kv.cache.pool import KVPool
 from jfp8kv.cache.scales import KVScales
+from jfp8kv.checkpoint.load import ModelLike, as_params
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.core.formats import FLOAT32
-from jfp8kv.core.pytree import pytree
+from jfp8kv.core.formats import KVFormat, kv_format
+from jfp8kv.core.options import takes
 from jfp8kv.engine.buckets import Buckets, default_prefill_chunk, step_token_budget
-from jfp8kv.engine.step import StepModel, Weights
+from jfp8kv.engine.step import StepModel
+from jfp8kv.llm import use_compilation_cache
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.decoder import bind
 from jfp8kv.models.key_bias import mean_rotated_bias
 from jfp8kv.models.linear import on_cpu
 from jfp8kv.models.params import Params
-from jfp8kv.models.rope import angles
-from jfp8kv.quality.calibration_options import Plan
-from jfp8kv.quality.data import Spool, pieces, stream
-from jfp8kv.quality.key_offsets import AroundMean, AsCached, BeforeRope, KeyTransform, Seen
+from jfp8kv.quality.data import Prompts, TokenSpool, Windows, iterate_prompts, split_prompts
+from jfp8kv.quality.key_offsets import CachedKeys, CenteredKeys, KeysBeforeRope, KeyTransform
+from jfp8kv.quality.keywords import CalibrationFields
+from jfp8kv.quality.observe import (
+    PAGE_SIZE,
+    CalibrationChunk,
+    new_float32_pool,
+    run_calibration_step,
+)
 from jfp8kv.quality.observers import (
     AmaxObserver,
     HistogramObserver,
     MeanObserver,
     MSEObserver,
-    Real,
+    Observer,
     ScaleShape,
 )
+from jfp8kv.quality.options import CalibrationOptions, Granularity
 
-Statistics = Any  # AmaxObserver, HistogramObserver or MSEObserver
-Carry = tuple[KVPool, Statistics]
-PAGE_TOKENS, POOL_TOKENS = (
-    64,
-    512,
-)  # the cache for one prompt: so many tokens, or 4, 16, ... times as many
+FEW_PROMPTS = 8  # no progress bar for these
+POOL_TOKENS = 512  # the cache of one sequence: this many tokens, or 4, 16, ... times as many
+ObserverT = TypeVar("ObserverT", bound=Observer)
+
+
+@takes(CalibrationOptions)
+def calibrate(
+    params: ModelLike,
+    prompts: Prompts,
+    *,
+    progress: bool | None = None,
+    **options: Unpack[CalibrationFields],
+) -> KVScales:
+    """Return static scales for an FP8 cache, from the keys (after RoPE) and values of `prompts`.
+
+    Any order of the prompts gives the same scales, bit for bit. Memory does not grow with their
+    number: an iterable is consumed one prompt at a time. Channels that are zero everywhere get
+    scale 1.
+
+        scales = jfp8kv.calibrate(params, prompts, granularity="channel", headroom=2.0)
+        scales.save("scales.safetensors")
+        jfp8kv.generate(params, "Once", kv_dtype="fp8_e4m3", kv_scales=scales)
+
+    Args:
+      params: a `Params`, or a path or hub id as for `load`.
+      prompts: as for `generate`, or any iterable of such prompts.
+      progress: show a progress bar; None shows one on a terminal for more than 8 prompts.
+      **options: the fields of `CalibrationOptions`, listed below.
+
+    Raises:
+      ConfigError: no prompts; one that is empty, too long or of an unknown form; an invalid option;
+        NaN or infinity among the keys or values of a layer.
+    """
+    checked = CalibrationOptions.from_fields(also=("progress",), **options)
+    return run_calibration(params, prompts, checked, progress=progress).scales
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
-    """Scales, and how much they were made from."""
+class CalibrationResult:
+    """Scales, and the number of prompts and tokens that they were computed from."""
 
     scales: KVScales
     prompts: int
     tokens: int
 
 
-def calibration(
-    params: Params, prompts: Any, plan: Plan, *, progress: bool | None = None
-) -> Calibration:
-    """Choose scales for `params` from all of `prompts`. MSEObserver as for `jfp8kv.calibrate`."""
-    c = params.config
-    units = ScaleShape(c.layers, c.kv_heads, c.head_dim, plan.granularity)
-    most = plan.most_tokens(c)
-    prompts, count = stream(prompts)
-    todo = pieces(prompts, params, max_model_len=most, window=plan.window)
-    watch = Calibrator(params, units)
-    with Spool() as spool:
-        if plan.k_offset:
-            scales = _with_offsets(
-                watch, todo, spool, plan, most, partial(_bar, progress=progress), count
-            )
-            return Calibration(scales, watch.prompts, watch.tokens)
-        if plan.observer == "percentile":
-            first = watch.over(_bar(todo, count, progress), HistogramObserver.empty(units))
-            chosen = first.scales(plan.fmt, plan.percentile)
-        elif plan.observer == "mse":
-            first = watch.over(
-                _bar(spool.keep(todo), count, progress, "largest values"), AmaxObserver.empty(units)
-            )
-            again = _bar(spool.again(), watch.prompts, progress, "errors")
-            chosen = watch.over(again, MSEObserver.of(first, plan.fmt)).scales()
+def run_calibration(
+    params: ModelLike,
+    prompts: Prompts,
+    options: CalibrationOptions,
+    *,
+    progress: bool | None = None,
+) -> CalibrationResult:
+    """Calibrate with checked options. Errors as for `calibrate`."""
+    params = as_params(params)
+    use_compilation_cache()
+    max_tokens = _max_tokens(params.config, options)
+    data, count = iterate_prompts(prompts)
+    windows = split_prompts(data, params, max_model_len=max_tokens, window=options.window)
+    calibrator = Calibrator(params, options.granularity)
+    with TokenSpool() as spool:
+        passes = _Passes(windows, spool, calibrator, count, progress)
+        if options.k_offset:
+            scales = _with_k_offset(passes, options, max_tokens)
         else:
-            chosen = watch.over(_bar(todo, count, progress), AmaxObserver.empty(units)).scales(
-                plan.fmt, plan.headroom
-            )
-    return Calibration(
-        KVScales(chosen[:, 0], chosen[:, 1], kv_dtype=plan.fmt.name), watch.prompts, watch.tokens
+            scales = _to_scales(_choose(passes, options), options)
+    return CalibrationResult(scales, calibrator.prompts, calibrator.tokens)
+
+
+@dataclasses.dataclass
+class _Passes:
+    """Passes over the same prompts: `only`, or `first` and then `second`."""
+
+    windows: Iterable[Windows]
+    spool: TokenSpool
+    calibrator: "Calibrator"
+    count: int | None
+    progress: bool | None
+
+    def only(self) -> Iterable[Windows]:
+        return self._bar(self.windows, self.count, None)
+
+    def first(self, description: str) -> Iterable[Windows]:
+        return self._bar(self.spool.record(self.windows), self.count, description)
+
+    def second(self, description: str) -> Iterable[Windows]:
+        return self._bar(self.spool.replay(), self.calibrator.prompts, description)
+
+    def _bar(
+        self, prompts: Iterable[Windows], count: int | None, description: str | None
+    ) -> Iterable[Windows]:
+        from tqdm import tqdm
+
+        few = count is not None and count <= FEW_PROMPTS
+        hidden = (few or None) if self.progress is None else not self.progress
+        return tqdm(prompts, total=count, desc=description, unit="prompt", disable=hidden)
+
+
+def _choose(passes: _Passes, options: CalibrationOptions) -> np.ndarray:
+    """Return the scales of one of the observers, `[layers, kinds, heads, channels]`."""
+    calibrator = passes.calibrator
+    shape = calibrator.shape
+    fmt = kv_format(options.kv_dtype)
+    if options.observer == "percentile":
+        histogram = calibrator.run(passes.only(), HistogramObserver.empty(shape))
+        return histogram.scales(fmt, options.percent)
+    if options.observer == "mse":
+        amax = calibrator.run(passes.first("amax"), AmaxObserver.empty(shape))
+        errors = calibrator.run(passes.second("errors"), MSEObserver.of(amax, fmt))
+        return errors.scales()
+    amax = calibrator.run(passes.only(), AmaxObserver.empty(shape))
+    return amax.scales(fmt, options.headroom)
+
+
+def _with_k_offset(passes: _Passes, options: CalibrationOptions, max_tokens: int) -> KVScales:
+    """Return K offsets from a first pass, and the scales of the remainder from a second."""
+    calibrator = passes.calibrator
+    fmt = kv_format(options.kv_dtype)
+    channels = calibrator.shape.at("channel")
+    sums = calibrator.run(passes.first("means"), MeanObserver.empty(channels), KeysBeforeRope())
+    mean = sums.mean_keys(calibrator.tokens)
+    offset, distance = mean_rotated_bias(calibrator.model.config, mean, max_tokens)
+    centered = calibrator.run(
+        passes.second("amax"), AmaxObserver.empty(channels), CenteredKeys(mean)
     )
+    amax = centered.widen_keys(distance).coarsen(calibrator.shape)
+    return _to_scales(amax.scales(fmt, options.headroom), options, offset)
 
 
-def _with_offsets(
-    watch: "Calibrator",
-    todo: Iterable,
-    spool: Spool,
-    plan: Plan,
-    most: int,
-    bar: Callable[..., Iterable],
-    count: int | None,
+def _to_scales(
+    chosen: np.ndarray, options: CalibrationOptions, k_offset: np.ndarray | None = None
 ) -> KVScales:
-    """K offsets, from a first pass over the prompts, and the scales of what is left, from a second."""
-    c = watch.model.config
-    each = dataclasses.replace(watch.units, granularity="channel")
-    sums = watch.over(
-        bar(spool.keep(todo), count, what="means"), MeanObserver.empty(each), BeforeRope()
-    )
-    mean = sums.mean(watch.tokens)
-    offset, swing = mean_rotated_bias(c, mean, most)
-    around = watch.over(
-        bar(spool.again(), watch.prompts, what="largest values"),
-        AmaxObserver.empty(each),
-        AroundMean(mean),
-    )
-    chosen = around.wider(swing).shared(watch.units).scales(plan.fmt, plan.headroom)
-    return KVScales(chosen[:, 0], chosen[:, 1], k_offset=offset, kv_dtype=plan.fmt.name)
+    return KVScales(chosen[:, 0], chosen[:, 1], k_offset=k_offset, kv_dtype=options.kv_dtype)
+
+
+def _max_tokens(config: ModelConfig, options: CalibrationOptions) -> int:
+    """Return the most tokens of one sequence. Raises `ConfigError` beyond the model's limit."""
+    if options.window is not None and options.window > config.max_len:
+        raise ConfigError(
+            f"window={options.window}: this model was trained for at most {config.max_len} tokens."
+        )
+    return context_length(config, options.max_model_len)
+
+
+def amax_scales(
+    amax: AmaxObserver,
+    shape: ScaleShape,
+    granularity: Granularity,
+    formats: Sequence[KVFormat],
+    headroom: float = 1.0,
+) -> KVScales:
+    """Return scales of any granularity from the amax of each channel, for the format of each layer.
+
+    Equal to `calibrate` with that granularity, bit for bit. Layers that are not FP8 get scale 1.
+    """
+    coarse = amax.coarsen(shape.at(granularity))
+    chosen = np.ones_like(coarse.amax)
+    for fmt in dict.fromkeys(fmt for fmt in formats if fmt.is_fp8):
+        layers = [layer for layer, each in enumerate(formats) if each is fmt]
+        chosen[layers] = coarse.scales(fmt, headroom)[layers]
+    uniform = formats[0].name if len(set(formats)) == 1 else None
+    return KVScales(chosen[:, 0], chosen[:, 1], kv_dtype=uniform)
 
 
 class Calibrator:
-    """Runs prompts through the model and counts them."""
+    """Runs prompts through the model, one at a time, and collects statistics on the host.
 
-    def __init__(self, params: Params, units: ScaleShape):
-        cpu = jax.default_backend() == "cpu"
-        self.model = StepModel(params.config, params.dtype, xla.attention)
-        self.weights = (
-            jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree) if cpu else params.tree
-        )
-        self.units, self.buckets = units, Buckets(1, step_token_budget(default_prefill_chunk(), 1))
-        self.prompts = self.tokens = 0
+    `prompts` and `tokens` count the data of the last run.
+    """
+
+    def __init__(self, params: Params, granularity: Granularity):
+        config = params.config
+        self.shape = ScaleShape(config.layers, config.kv_heads, config.head_dim, granularity)
+        self.model = StepModel(config, params.dtype, xla.attention)
+        self.weights = params.tree
+        if jax.default_backend() == "cpu":
+            self.weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), params.tree)
+        self.buckets = Buckets(1, step_token_budget(default_prefill_chunk(), 1))
+        self.prompts = 0
+        self.tokens = 0
         self._pages: KVPool | None = None
 
-    def over(
-        self, prompts: Iterable[Any], statistics: Statistics, view: KeyTransform | None = None
-    ) -> Statistics:
-        """The statistics of all prompts, each a list of texts (token ids), on the host: of keys and values as the cache gets
-        them, or as `view` turns them.
+    def run(
+        self, prompts: Iterable[Windows], observer: ObserverT, transform: KeyTransform | None = None
+    ) -> ObserverT:
+        """Return the statistics of all windows of all prompts, on the host.
 
-        Raises `ConfigError` if there are none, or for NaN or infinity.
+        Args:
+          prompts: the windows of each prompt; every window is a separate sequence.
+          observer: empty statistics.
+          transform: which keys are observed; by default those that are written to the cache.
+
+        Raises `ConfigError` if there are no prompts, or for NaN or infinity.
         """
-        total, room, held = None, statistics.room(self.units), 0
-        self.prompts = self.tokens = 0
-        view = AsCached() if view is None else view
-
-        def taken(statistics: Statistics) -> Statistics:
-            return statistics.host() if total is None else total.merge(statistics.host())
-
-        for number, prompt in enumerate(prompts):
-            for ids in prompt:
-                for chunk in self._chunks(ids):
-                    if held and held + len(chunk.tokens) > room:
-                        total, statistics, held = taken(statistics), statistics.cleared(), 0
-                    self._pages, statistics = observe(
-                        self.model, self.weights, chunk, view, (self._pages, statistics)
-                    )
-                    held += len(chunk.tokens)
-            _require_finite(statistics, number)
-            self.prompts, self.tokens = number + 1, self.tokens + sum(map(len, prompt))
+        transform = transform or CachedKeys()
+        max_tokens = observer.max_tokens(self.shape)
+        total: ObserverT | None = None
+        pending = 0  # tokens in the device statistics
+        self.prompts = 0
+        self.tokens = 0
+        for number, windows in enumerate(prompts):
+            for chunk in (chunk for ids in windows for chunk in self._chunks(ids)):
+                if pending and pending + len(chunk.tokens) > max_tokens:
+                    total = _merged(total, observer)
+                    observer = observer.reset()
+                    pending = 0
+                self._pages, observer = run_calibration_step(
+                    self.model, self.weights, chunk, transform, (self._pages, observer)
+                )
+                pending += len(chunk.tokens)
+            _require_finite(observer, number)
+            self.prompts = number + 1
+            self.tokens += sum(map(len, windows))
         if not self.prompts:
             raise ConfigError("prompts is empty: give at least one.")
-        return taken(statistics)
+        return _merged(total, observer)
 
-    def _chunks(self, ids: list[int]) -> Iterator["Chunk"]:
-        """One text as the step takes it, with a cache that holds all of it ready."""
-        pool = POOL_TOKENS
-        while pool < len(ids):
-            pool *= 4
-        if self._pages is None or self._pages.num_pages * PAGE_TOKENS != pool:
-            self._pages = None  # freed before the next one is made
-            self._pages = new_float32_pages(self.model.config, pool)
+    def _chunks(self, ids: list[int]) -> Iterator[CalibrationChunk]:
+        """Yield the chunks of one sequence, after making room for it in the cache."""
+        pool_tokens = POOL_TOKENS
+        while pool_tokens < len(ids):
+            pool_tokens *= 4
+        if self._pages is None or self._pages.num_pages * PAGE_SIZE != pool_tokens:
+            self._pages = None  # free the old pool before allocating the new one
+            self._pages = new_float32_pool(self.model.config, pool_tokens)
         start = 0
         while start < len(ids):
             width = self.buckets.chunk(len(ids) - start)
             tokens = np.full(width, self.model.config.vocab, np.int32)
-            real = ids[start : start + width]
-            tokens[: len(real)] = real
-            yield Chunk(
-                tokens, *(np.array(n, np.int32) for n in (start, start + len(real), len(ids)))
-            )
-            start += len(real)
+            end = min(start + width, len(ids))
+            tokens[: end - start] = ids[start:end]
+            yield CalibrationChunk(tokens, _int32(start), _int32(end), _int32(len(ids)))
+            start = end
 
 
-@pytree
-class Chunk:
-    """Tokens `start .. length-1` of a text of `context` tokens; `tokens` past those are padding."""
-
-    tokens: Int[Array | np.ndarray, " tokens"]
-    start: Int[Array | np.ndarray, ""]
-    length: Int[Array | np.ndarray, ""]
-    context: Int[Array | np.ndarray, ""]
+def _int32(value: int) -> np.ndarray:
+    return np.array(value, np.int32)
 
 
-def observe_chunk(
-    model: StepModel, weights: Weights, chunk: Chunk, view: KeyTransform, carry: Carry
-) -> Carry:
-    """The cache and the statistics after this chunk. Compiled as `observe`, which updates both in place."""
-    decoder = bind(model.config, weights, model.dtype)
-    pages = carry[0]
-    metadata = AttentionMetadata(
-        jnp.arange(pages.num_pages, dtype=jnp.int32), chunk.start, chunk.length, chunk.length
-    )
-    c = model.config
-    unit = LayerScales.of(
-        KVScales.unit(c.layers), layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim
-    )
-    positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
-    seen = view.of(c, angles(c, positions, chunk.context) if c.ropes else None)
-    cached = paged_attend(model.attention, unit, model.options(decoder), lambda layer: metadata)
-    attend = observing(cached, seen, positions < chunk.length)
-    return decoder(chunk.tokens, positions, attend=attend, carry=carry, context=chunk.context)[1]
+def _merged(total: ObserverT | None, observer: ObserverT) -> ObserverT:
+    on_host = observer.to_host()
+    return on_host if total is None else total.merge(on_host)
 
 
-observe = jax.jit(observe_chunk, static_argnums=0, donate_argnums=4)
-
-
-def observing(attend: Attend, seen: Seen, real: Real) -> Callable[..., tuple[Query, Carry]]:
-    """`attend` that updates statistics by what is `seen` of the keys and values it is given, which are those the cache gets.
-
-    Attention itself is in float32 whatever the activations are.
-    """
-
-    def watched(layer: Layer, q: Query, k: KV, v: KV, carry: Carry) -> tuple[Query, Carry]:
-        pages, statistics = carry
-        out, pages = attend(layer, q.astype(jnp.float32), k, v, pages)
-        return out.astype(q.dtype), (pages, statistics.update(layer, seen(layer, k, v), real))
-
-    return watched
-
-
-def new_float32_pages(config: ModelConfig, tokens: int) -> KVPool:
-    """A cache that keeps `tokens` tokens of one text as they are, in every layer."""
-    sizes = {"kv_heads": config.kv_heads, "head_dim": config.head_dim, "page_size": PAGE_TOKENS}
-    return new_pool(
-        PoolLayout.uniform(FLOAT32, config.layers), num_pages=tokens // PAGE_TOKENS, **sizes
-    )
-
-
-def _require_finite(statistics: Statistics, prompt: int) -> None:
-    """Raise `ConfigError` naming the layer if the keys or values seen so far were not all finite."""
-    if isinstance(statistics, MSEObserver):
-        return  # a first pass has seen the same
-    peaks = statistics if isinstance(statistics, AmaxObserver) else statistics.peaks
-    bad = np.argwhere(~np.isfinite(np.asarray(peaks.amax)))
+def _require_finite(observer: Any, prompt: int) -> None:
+    """Raise `ConfigError`, naming the layer, if a key or value seen so far is NaN or infinite."""
+    if isinstance(observer, MSEObserver):
+        return  # the first pass has checked the same values
+    amax = np.asarray(observer.amax)
+    bad = np.argwhere(~np.isfinite(amax))
     if len(bad):
-        layer, kind, *_ = (int(i) for i in bad[0])
-        value = "NaN" if np.isnan(np.asarray(peaks.amax)[tuple(bad[0])]) else "an infinity"
+        layer, kind, *_ = bad[0].tolist()
+        value = "NaN" if np.isnan(amax[tuple(bad[0])]) else "an infinity"
         raise ConfigError(
-            f"prompt {prompt} gave {value} among the {'KV'[kind]} of layer {layer}: no scale fits it. Check the weights, "
-            "or load them with dtype='float32'."
+            f"prompt {prompt} gave {value} among the {'KV'[kind]} of layer {layer}: no scale fits "
+            "it. Check the weights, or load them with dtype='float32'."
         )
-
-
-def _bar(
-    prompts: Iterable, count: int | None, progress: bool | None, what: str | None = None
-) -> Iterable:
-    """The prompts with a progress bar; None shows one on a terminal, unless they are known to be few."""
-    from tqdm import tqdm
-
-    hidden = (
-        not progress if progress is not None else (None if count is None or count > 8 else True)
-    )
-    return tqdm(prompts, total=count, desc=what, unit="prompt", disable=hidden)

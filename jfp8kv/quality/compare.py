@@ -1,22 +1,26 @@
-"""The comparison itself: all caches over the same texts in lockstep, chunk by chunk, through engines of their own.
+"""`compare`: all caches over the same texts in lockstep, chunk by chunk, one engine per cache.
 
-The engines share the weights; each has a pool that holds the longest text and no more. After a chunk the logits of every cache
-are set against the float32 cache's and dropped, so that memory does not grow with the texts: at any time the logits of
-two caches are alive, and what setting them against each other takes. MeanObserver are kept in float64 on the host.
+The engines share the weights; each pool has room for the longest sequence and no more. After a
+chunk the logits of every cache are compared with the float32 cache's and dropped, so memory does
+not grow with the texts: at any time the logits of two caches are alive. Sums are float64 on the
+host.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jfp8kv.cache.config import context_length, resolve_cache
+from jfp8kv.checkpoint.load import ModelLike, as_params
 from jfp8kv.core.errors import ConfigError
+from jfp8kv.core.options import takes
 from jfp8kv.engine.buckets import (
     default_prefill_chunk,
     max_logits_tokens,
@@ -26,199 +30,252 @@ from jfp8kv.engine.buckets import (
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import run_chunks
 from jfp8kv.engine.options import EngineOptions
+from jfp8kv.llm import use_compilation_cache
 from jfp8kv.models.params import Params
-from jfp8kv.quality.cache_choices import CacheChoice, choices, with_calibrated
-from jfp8kv.quality.compare_options import Plan
-from jfp8kv.quality.data import pieces, stream
-from jfp8kv.quality.metrics import Scores, scores
-from jfp8kv.quality.needle import Needle, lengths_for, needles
+from jfp8kv.quality.cache_choices import CacheChoice, cache_choices, with_calibrated_scales
+from jfp8kv.quality.cache_quality import CacheTotals, Magnitudes, summarize
+from jfp8kv.quality.data import Prompts, Windows, iterate_prompts, split_prompts
+from jfp8kv.quality.keywords import CompareFields
+from jfp8kv.quality.metrics import TokenScores, token_scores
+from jfp8kv.quality.needle import Needle, allowed_lengths, create_needles
+from jfp8kv.quality.observe import PAGE_SIZE
+from jfp8kv.quality.options import CompareOptions
 from jfp8kv.quality.quality_report import QualityReport
-from jfp8kv.quality.quantization_stats import Seen, watched
-from jfp8kv.quality.summary import magnitudes_of, summary
-from jfp8kv.quality.totals import Totals
+from jfp8kv.quality.quantization_stats import CacheStats, score_with_stats
 
-PAGE_SIZE = 64
+MIN_CHUNK = 16
+
+ScoredChunk: TypeAlias = tuple[range, tuple[Array, CacheStats]]
+"""Positions of a chunk, their logits `[requests, tokens, vocab]` on the device, and statistics."""
 
 
-def comparison(
-    params: Params, texts: Any, plan: Plan, *, calibration: Any = None, progress: bool | None = None
+@takes(CompareOptions)
+def compare(
+    params: ModelLike,
+    texts: Prompts,
+    *,
+    calibration: Prompts | None = None,
+    progress: bool | None = None,
+    **options: Unpack[CompareFields],
 ) -> QualityReport:
-    """Compare caches; see `jfp8kv.compare`. All is checked, and scales are calibrated, before the first text is run."""
-    most = context_length(params.config, plan.max_model_len)
-    window = most if plan.window is None else context_length(params.config, plan.window)
-    asked = choices(params, plan.kv_dtypes, plan.kv_scales, longest=most)
-    lengths = lengths_for(plan.needle_lengths, most)
-    cut = partial(pieces, params=params, max_model_len=most, window=window)
-    prompts = _calibration_prompts(cut, asked, calibration)
-    whole = [
-        piece
-        for text in _at_least_one("texts", cut(stream(texts, what="texts")[0], what="text"))
-        for piece in text
-    ]
-    used = [piece for piece in whole if len(piece) > 1]
-    if not used:
-        raise ConfigError("texts hold no two tokens in a row: there is nothing to predict.")
-    hidden = needles(
-        np.concatenate([np.asarray(piece, np.int32) for piece in whole]),
-        lengths,
-        plan.needle_depths,
-    )
-    asked = with_calibrated(params, asked, prompts)
-    longest = max(map(len, [*used, *(needle.ids for needle in hidden)]))
-    sides = _sides(params, asked, longest=longest, most=most)
-    with _bar((len(used) + len(hidden)) * len(sides), progress) as bar:
-        for piece in used:
-            _over_text(sides, piece)
-            bar.update(len(sides))
-        for needle in hidden:
-            for side in sides:
-                side.totals.recall.append(_recall(side, needle))
-                bar.update()
-    base = sides[0].totals
+    """Compare KV caches with a float32 cache: same weights, same texts, through the engine.
+
+    Measures the perplexity, KL divergence and top-1 agreement of each cache, the quantization error
+    of keys and values by layer and head, recall of a needle in a haystack, and bytes per token.
+
+        report = jfp8kv.compare(params, texts, kv_dtypes=["bfloat16", "fp8_e4m3"])
+        print(report)
+        report["fp8_e4m3 auto"].kl
+
+    Args:
+      params: a `Params`, or a path or hub id as for `load`.
+      texts: as `prompts` of `generate`, or any iterable of such. Windows of one token are skipped.
+      calibration: prompts to calibrate the scales 'tensor', 'head' and 'channel' on. They should
+        differ from `texts`, or the result is optimistic.
+      progress: show a progress bar; None shows one on a terminal.
+      **options: the fields of `CompareOptions`, listed below.
+
+    Raises:
+      ConfigError, CheckpointError: unknown formats or scales, no texts, invalid texts, scales to
+        calibrate without `calibration`. All are raised before the first text is run.
+    """
+    checked = CompareOptions.from_fields(also=("calibration", "progress"), **options)
+    return run_comparison(params, texts, checked, calibration=calibration, progress=progress)
+
+
+def run_comparison(
+    params: ModelLike,
+    texts: Prompts,
+    options: CompareOptions,
+    *,
+    calibration: Prompts | None = None,
+    progress: bool | None = None,
+) -> QualityReport:
+    """Compare with checked options. Errors as for `compare`."""
+    params = as_params(params)
+    use_compilation_cache()
+    max_model_len = context_length(params.config, options.max_model_len)
+    window = context_length(params.config, options.window or max_model_len)
+    choices = cache_choices(params, options, max_model_len=max_model_len)
+    lengths = allowed_lengths(options.needle_lengths, max_model_len)
+    split = partial(split_prompts, params=params, max_model_len=max_model_len, window=window)
+    prompts = _calibration_windows(split, choices, calibration)
+    data, _ = iterate_prompts(texts, "texts")
+    windows = [ids for each in _not_empty("texts", split(data, name="text")) for ids in each]
+    scored = [ids for ids in windows if len(ids) > 1]
+    if not scored:
+        raise ConfigError("texts have no two consecutive tokens: there is nothing to predict.")
+    corpus = np.concatenate([np.asarray(ids, np.int32) for ids in windows])
+    needles = create_needles(corpus, lengths, options.needle_depths)
+    choices = with_calibrated_scales(params, choices, prompts)
+    longest = max(map(len, [*scored, *(needle.ids for needle in needles)]))
+    runs = _create_runs(params, choices, longest=longest, max_model_len=max_model_len)
+    _run_all(runs, scored, needles, progress)
+    baseline = runs[0].totals
+    assert baseline.magnitudes is not None, "the baseline collects magnitudes"
+    depths = tuple(options.needle_depths) if needles else ()
     return QualityReport(
-        tokens=sum(map(len, used)),
-        pieces=len(used),
+        tokens=sum(map(len, scored)),
+        sequences=len(scored),
         window=window,
-        needle_lengths=lengths if hidden else (),
-        needle_depths=plan.needle_depths if hidden else (),
-        choices=tuple(
-            summary(
-                each.choice,
-                each.engine.cache_config,
-                each.totals,
-                base,
-                len(plan.needle_depths),
-                most,
+        needle_lengths=lengths if needles else (),
+        needle_depths=depths,
+        caches=tuple(
+            summarize(
+                run.choice,
+                run.engine.cache_config,
+                run.totals,
+                baseline,
+                depths=len(depths),
+                max_model_len=max_model_len,
             )
-            for each in sides
+            for run in runs
         ),
-        magnitudes=magnitudes_of(base),
+        magnitudes=Magnitudes.of(baseline.magnitudes),
     )
 
 
 @dataclasses.dataclass
 class CacheRun:
-    """A cache, the engine that has it, and what was found so far."""
+    """A cache, its engine, and the sums so far."""
 
     choice: CacheChoice
     engine: Engine
-    totals: Totals
-    base: bool  # the float32 cache, which also sees how large keys and values are
+    totals: CacheTotals
+    is_baseline: bool  # the float32 cache, which also collects magnitudes
 
-    def run_chunks(self, ids: list[int]) -> Iterator[tuple[range, tuple[Any, Seen]]]:
-        """Run a text: positions, their logits `[requests, tokens, vocab]`, what was seen."""
-        return run_chunks(self.engine, ids, watched, magnitudes=self.base)
+    def run_chunks(self, ids: list[int]) -> Generator[ScoredChunk, None, None]:
+        """Run a sequence chunk by chunk."""
+        yield from run_chunks(self.engine, ids, score_with_stats, magnitudes=self.is_baseline)
 
 
-def _calibration_prompts(
-    cut: Any, asked: Sequence[CacheChoice], calibration: Any
-) -> list[list[list[int]]]:
-    """The token ids of the prompts to calibrate on, none if no choice wants them. Raises `ConfigError` where they lack."""
-    wanting = [choice.label for choice in asked if choice.calibrated]
-    if wanting and calibration is None:
-        raise ConfigError(
-            f"{wanting[0]}: scales are to be calibrated, and calibration is None: give it prompts to find them on."
-        )
-    if calibration is not None and not wanting:
-        raise ConfigError(
-            "calibration was given and no choice uses it: add 'tensor', 'head' or 'channel' to kv_scales."
-        )
-    if not wanting:
+def _calibration_windows(
+    split: Any, choices: Sequence[CacheChoice], calibration: Prompts | None
+) -> list[Windows]:
+    """Return the windows to calibrate on; none if no cache needs them."""
+    uncalibrated = [choice.label for choice in choices if choice.calibrate is not None]
+    if not uncalibrated:
+        if calibration is not None:
+            raise ConfigError(
+                "calibration was given and no cache uses it: add 'tensor', 'head' or 'channel' to "
+                "kv_scales."
+            )
         return []
-    return _at_least_one(
-        "calibration", cut(stream(calibration, what="calibration")[0], what="calibration prompt")
-    )
+    if calibration is None:
+        raise ConfigError(
+            f"{uncalibrated[0]}: these scales are calibrated, and calibration is None: give "
+            "prompts to calibrate on."
+        )
+    data, _ = iterate_prompts(calibration, "calibration")
+    return _not_empty("calibration", split(data, name="calibration prompt"))
 
 
-def _at_least_one(name: str, prompts: Iterable[list[list[int]]]) -> list[list[list[int]]]:
+def _not_empty(name: str, prompts: Iterable[Windows]) -> list[Windows]:
     found = list(prompts)
     if not found:
         raise ConfigError(f"{name} is empty: give at least one.")
     return found
 
 
-def _sides(
-    params: Params, asked: Sequence[CacheChoice], *, longest: int, most: int
+def _create_runs(
+    params: Params, choices: Sequence[CacheChoice], *, longest: int, max_model_len: int
 ) -> list[CacheRun]:
-    """Engines that serve texts of up to `most` tokens, which some choose scales by, with room for one of `longest`."""
-    chunk = min(
-        default_prefill_chunk(), max(16, max_logits_tokens(params.config.vocab)), longest
-    )
-    budget = step_token_budget(chunk, 1)
-    sides: list[CacheRun] = []
-    for choice in asked:
-        room = resolve_cache(
+    """Create an engine for each cache.
+
+    Each is configured for `max_model_len`, because scales may depend on it, and has room for one
+    sequence of `longest` tokens.
+    """
+    scored = max(MIN_CHUNK, max_logits_tokens(params.config.vocab))
+    chunk = min(default_prefill_chunk(), scored, longest)
+    runs: list[CacheRun] = []
+    for choice in choices:
+        config = resolve_cache(
             params,
             choice.kv_dtype,
             choice.kv_scales,
             page_size=PAGE_SIZE,
             max_tokens_per_dispatch=max_tokens_per_dispatch(chunk),
-            longest=most,
-        ).sequence_bytes(longest)
+            longest=max_model_len,
+        )
         engine_options = EngineOptions(
             kv_dtype=choice.kv_dtype,
             kv_scales=choice.kv_scales,
-            kv_cache_memory=room,
-            max_model_len=most,
+            kv_cache_memory=config.sequence_bytes(longest),
+            max_model_len=max_model_len,
             max_num_seqs=1,
-            max_num_batched_tokens=budget,
+            max_num_batched_tokens=step_token_budget(chunk, 1),
             page_size=PAGE_SIZE,
         )
-        weights = sides[0].engine.programs.weights if sides else None
+        weights = runs[0].engine.programs.weights if runs else None
         engine = Engine(params, engine_options, weights=weights)
-        sides.append(CacheRun(choice, engine, Totals(), base=not sides))
-    return sides
+        runs.append(CacheRun(choice, engine, CacheTotals(), is_baseline=not runs))
+    return runs
 
 
-def _over_text(sides: Sequence[CacheRun], ids: list[int]) -> None:
-    """Run one text through every cache, chunk by chunk, and add what each chunk says to the totals."""
+def _run_all(
+    runs: Sequence[CacheRun],
+    sequences: Sequence[list[int]],
+    needles: Sequence[Needle],
+    progress: bool | None,
+) -> None:
+    from tqdm import tqdm
+
+    total = (len(sequences) + len(needles)) * len(runs)
+    with tqdm(total=total, unit="pass", disable=None if progress is None else not progress) as bar:
+        for ids in sequences:
+            _score_sequence(runs, ids)
+            bar.update(len(runs))
+        for needle in needles:
+            for run in runs:
+                run.totals.recall.append(_recall(run, needle))
+                bar.update()
+
+
+def _score_sequence(runs: Sequence[CacheRun], ids: list[int]) -> None:
+    """Run one sequence through every cache, chunk by chunk, and add each chunk to the totals."""
     with ExitStack() as stack:
-        runs = [stack.enter_context(closing(side.run_chunks(ids))) for side in sides]
-        for side in sides:
-            side.totals.begin()
-        for chunk, (base, seen) in runs[0]:
-            following = np.zeros(base.shape[1], np.int32)
-            predicted = min(chunk.stop, len(ids) - 1) - chunk.start
-            following[:predicted] = ids[chunk.start + 1 : chunk.start + 1 + predicted]
-            for side, run in zip(sides, runs, strict=True):
-                logits, seen = (base, seen) if side.base else next(run)[1]
-                found = jax.device_get(_scores(base, logits, following))
-                _require_finite(found, predicted, side.base)
-                side.totals.add(
-                    found, jax.tree.map(lambda x: x[0], jax.device_get(seen)), predicted, len(chunk)
-                )
+        chunks = [stack.enter_context(closing(run.run_chunks(ids))) for run in runs]
+        for run in runs:
+            run.totals.start_sequence()
+        for positions, (base_logits, base_stats) in chunks[0]:
+            predicted = min(positions.stop, len(ids) - 1) - positions.start
+            next_ids = np.zeros(base_logits.shape[1], np.int32)
+            next_ids[:predicted] = ids[positions.start + 1 : positions.start + 1 + predicted]
+            for run, run_chunks in zip(runs, chunks, strict=True):
+                logits, stats = base_logits, base_stats
+                if not run.is_baseline:
+                    _, (logits, stats) = next(run_chunks)
+                scores = jax.device_get(_score_first_request(base_logits, logits, next_ids))
+                if run.is_baseline:
+                    _require_finite(scores, predicted)
+                first_request = jax.tree.map(lambda x: x[0], jax.device_get(stats))
+                run.totals.add(scores, first_request, predicted, len(positions))
                 del logits
 
 
 @jax.jit
-def _scores(base: Any, other: Any, following: Any) -> Scores:
-    return scores(base[0], other[0], following)
+def _score_first_request(base: Array, other: Array, next_ids: Array) -> TokenScores:
+    return token_scores(base[0], other[0], next_ids)
 
 
 @jax.jit
-def _likeliest(logits: Any) -> Any:
+def _most_likely(logits: Array) -> Array:
     return jnp.argmax(logits[0], axis=-1)
 
 
-def _require_finite(found: Scores, count: int, base: bool) -> None:
-    if base and not np.all(np.isfinite(found.nll[:count])):
+def _require_finite(scores: TokenScores, predicted: int) -> None:
+    if not np.all(np.isfinite(scores.nll[:predicted])):
         raise ConfigError(
-            "the logits are not finite, under a float32 cache too: check the weights, or load them with dtype='float32'."
+            "the logits are not finite, even with a float32 cache: check the weights, or load them "
+            "with dtype='float32'."
         )
 
 
-def _recall(side: CacheRun, needle: Needle) -> float:
-    """The share of the needle's tokens after the cue that were the likeliest."""
-    likeliest = [
-        np.asarray(_likeliest(logits))[: len(chunk)]
-        for chunk, (logits, _) in side.run_chunks(needle.ids)
+def _recall(run: CacheRun, needle: Needle) -> float:
+    """Return the share of the needle's tokens after the cue that were the most likely ones."""
+    found = [
+        np.asarray(_most_likely(logits))[: len(positions)]
+        for positions, (logits, _) in run.run_chunks(needle.ids)
     ]
-    return float(
-        np.mean(np.concatenate(likeliest)[needle.first - 1 : -1] == needle.ids[needle.first :])
-    )
-
-
-def _bar(total: int, progress: bool | None) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="pass", disable=None if progress is None else not progress)
+    predicted = np.concatenate(found)[needle.first - 1 : -1]
+    return float(np.mean(predicted == needle.ids[needle.first :]))

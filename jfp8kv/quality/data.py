@@ -1,95 +1,105 @@
-"""Prompts in, pieces of token ids out, one prompt at a time."""
+"""Prompts to windows of token ids, one prompt at a time."""
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import TypeAlias, cast
 
 import numpy as np
 
 from jfp8kv.core.errors import CapacityError, ConfigError
 from jfp8kv.models.params import Params
-from jfp8kv.text.prompts import FORMS, as_list, encode
+from jfp8kv.text.prompts import FORMS, Prompt, PromptLike, as_list, encode
 
-SPOOL_BYTES = 32 * 2**20  # token ids kept in memory before they go to a temporary file
+SPOOL_BYTES = 32 * 2**20  # token ids kept in memory before they are written to a temporary file
+
+Prompts: TypeAlias = PromptLike | Iterable[Prompt]
+"""One prompt, several, or an iterable that is consumed one prompt at a time."""
+Windows: TypeAlias = list[list[int]]
+"""The token ids of one prompt: one window, or several of equal length and a shorter last one."""
 
 
-def stream(prompts: Any, what: str = "prompts") -> tuple[Iterable[Any], int | None]:
-    """The prompts to go through and how many there are, None for an iterable that does not say.
+def iterate_prompts(prompts: Prompts, name: str = "prompts") -> tuple[Iterable[Prompt], int | None]:
+    """Return the prompts to iterate over and their number, None for an iterable without a length.
 
-    What is no list is taken one by one and never kept. Raises `ConfigError` for what holds no prompts.
+    An iterable that is not a list is consumed one prompt at a time and never stored.
+
+    Raises `ConfigError` for a type that holds no prompts; `name` is the argument in the message.
     """
-    if isinstance(prompts, bytes | Mapping) or not (
-        hasattr(prompts, "__iter__") or hasattr(prompts, "__array__")
-    ):
+    is_array = hasattr(prompts, "__array__")
+    if isinstance(prompts, bytes | Mapping) or not (hasattr(prompts, "__iter__") or is_array):
         raise ConfigError(
-            f"{what} of type {type(prompts).__name__}: must be {FORMS}, or an iterable of prompts."
+            f"{name} of type {type(prompts).__name__}: must be {FORMS}, or an iterable of prompts."
         )
-    if isinstance(prompts, Sequence) or hasattr(prompts, "__array__"):
-        prompts = as_list(prompts)
-    return prompts, len(prompts) if hasattr(prompts, "__len__") else None
+    if is_array or isinstance(prompts, Sequence):
+        listed = as_list(cast(PromptLike, prompts))
+        return listed, len(listed)
+    return cast(Iterable[Prompt], prompts), len(prompts) if isinstance(prompts, Sized) else None
 
 
-def pieces(
-    prompts: Iterable[Any],
+def split_prompts(
+    prompts: Iterable[Prompt],
     params: Params,
     *,
     max_model_len: int,
     window: int | None,
-    what: str = "prompt",
-) -> Iterator[list[list[int]]]:
-    """The token ids of each prompt: whole, or cut into pieces of `window` tokens, the last perhaps shorter.
+    name: str = "prompt",
+) -> Iterator[Windows]:
+    """Yield the token ids of each prompt, whole or split into windows of `window` tokens.
 
-    Raises `ConfigError` for a prompt that is empty, no prompt, or holds an id beyond the vocabulary, and `CapacityError` for
-    one that is longer than `max_model_len` and not to be cut.
+    Raises:
+      ConfigError: a prompt that is empty, of an unknown form, or has an id outside the vocabulary.
+      CapacityError: a prompt longer than `max_model_len`, where there is no window.
     """
     for number, prompt in enumerate(prompts):
-        name = f"{what} {number}"
-        ids = encode(prompt, params.tokenizer, what=name).ids
-        _check(ids, params.config.vocab, name)
+        label = f"{name} {number}"
+        ids = encode(prompt, params.tokenizer, what=label).ids
+        _check_ids(ids, params.config.vocab, label)
         if window is None and len(ids) > max_model_len:
             raise CapacityError(
-                f"{name} has {len(ids)} tokens: the model takes {max_model_len} at most; "
-                f"window={max_model_len} cuts prompts into pieces of that many."
+                f"{label} has {len(ids)} tokens: the model takes {max_model_len} at most; "
+                f"window={max_model_len} splits prompts into windows of that length."
             )
         step = window or len(ids)
         yield [ids[i : i + step] for i in range(0, len(ids), step)]
 
 
-def _check(ids: list[int], vocab: int, what: str) -> None:
+def _check_ids(ids: list[int], vocab: int, label: str) -> None:
     if not ids:
-        raise ConfigError(f"{what} is empty: at least one token is needed.")
+        raise ConfigError(f"{label} is empty: at least one token is needed.")
     bad = next((i for i in ids if not 0 <= i < vocab), None)
     if bad is not None:
-        raise ConfigError(f"{what} holds token id {bad}: ids must be from 0 to {vocab - 1}.")
+        raise ConfigError(f"{label} has token id {bad}: ids must be from 0 to {vocab - 1}.")
 
 
-class Spool:
-    """Pieces of token ids kept for a second pass: in memory while they are few, then in a temporary file."""
+class TokenSpool:
+    """Records token ids for a second pass: in memory, past 32 MiB in a temporary file."""
 
     def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115  (closed by __exit__)
+        # Closed by __exit__.
+        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)  # noqa: SIM115
 
-    def __enter__(self) -> "Spool":
+    def __enter__(self) -> "TokenSpool":
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def keep(self, prompts: Iterable[Any]) -> Iterator[list[list[int]]]:
-        """The same, remembered as they pass."""
-        for prompt in prompts:
-            self._file.write(np.array([len(prompt), *map(len, prompt)], np.int32).tobytes())
-            self._file.write(
-                np.concatenate([np.asarray(piece, np.int32) for piece in prompt]).tobytes()
-            )
-            yield prompt
+    def record(self, prompts: Iterable[Windows]) -> Iterator[Windows]:
+        """Yield the prompts and record them."""
+        for windows in prompts:
+            header = np.array([len(windows), *map(len, windows)], np.int32)
+            self._file.write(header.tobytes())
+            for window in windows:
+                self._file.write(np.asarray(window, np.int32).tobytes())
+            yield windows
 
-    def again(self) -> Iterator[list[list[int]]]:
-        """What was kept, from the beginning."""
+    def replay(self) -> Iterator[Windows]:
+        """Yield the recorded prompts from the first."""
         self._file.seek(0)
         while head := self._file.read(4):
             (count,) = np.frombuffer(head, np.int32)
-            yield [self._ids(length) for length in self._ids(int(count))]
+            lengths = self._read_ids(int(count))
+            yield [self._read_ids(length) for length in lengths]
 
-    def _ids(self, count: int) -> list[int]:
+    def _read_ids(self, count: int) -> list[int]:
         return np.frombuffer(self._file.read(4 * count), np.int32).tolist()

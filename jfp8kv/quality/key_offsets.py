@@ -1,19 +1,22 @@
 """The constant part of a model's keys, which need not be stored.
 
-A softmax does not see what moves all scores of a query alike, and `q . c` does for any `c` that is the same for every key. So
-`c` may be taken off the keys before they are quantized, and nothing need be added back. Keys with a large constant part are
-common: the biases of Qwen2 and Qwen2.5 reach hundreds, and a float that spends its three bits of mantissa on them has none left
-for the rest.
+Softmax is invariant to a shift of all scores of a query, and `q . c` is such a shift for any `c`
+that is the same for every key. So `c` may be subtracted from the keys before they are quantized,
+and nothing is added back. Keys with a large constant part are common: the K biases of Qwen2 and
+Qwen2.5 reach hundreds, and E4M3 then spends its three mantissa bits on the bias.
 
-RoPE turns such a part with the position, and what is turned is not constant. Two things follow. The mean is taken of keys
-*before* they are rotated, and `c` is what is constant of it afterwards (models/key_bias.py). And the scale must allow for
-what is left at positions that no prompt reached: the largest deviation from the *turning* mean that was seen, plus the farthest
-that the turning mean gets from `c`.
+RoPE rotates the constant part by the position, and a rotated constant is not constant. Two things
+follow. The mean is taken of keys *before* RoPE, and `c` is the part of it that stays constant after
+RoPE (models/key_bias.py). And the scale must fit positions that no prompt reached: the largest
+deviation from the *rotated* mean that was seen, plus the largest distance of the rotated mean from
+`c`.
 
-What is observed is a `KeyTransform` of the keys: `BeforeRope` for the mean, `AroundMean` for the deviation.
+A `KeyTransform` selects which keys an observer sees: `KeysBeforeRope` for the mean, `CenteredKeys`
+for the deviation from it.
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,47 +28,51 @@ from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.rope import AllAngles, layer_angles, rotate, unrotate
 from jfp8kv.quality.observers import Block
 
-Seen = Callable[[Layer, KV, KV], Block]
-EachChannel = Float[Array | np.ndarray, "layers kv_heads head_dim"]
+ObservedBlock: TypeAlias = Callable[[Layer, KV, KV], Block]
+PerChannel = Float[Array | np.ndarray, "layers kv_heads head_dim"]
 
 
 @pytree
-class AsCached:
-    """Keys and values as they are written."""
+class CachedKeys:
+    """Keys and values as they are written to the cache."""
 
-    def of(self, config: ModelConfig, rotations: AllAngles | None) -> Seen:
+    def bind(self, config: ModelConfig, rotations: AllAngles | None) -> ObservedBlock:
+        """Return the function of one chunk whose RoPE angles are `rotations`."""
         return lambda layer, k, v: jnp.stack([k, v])
 
 
 @pytree
-class BeforeRope:
-    """Keys as they were before their rotation."""
+class KeysBeforeRope:
+    """Keys before RoPE, float32; values unchanged."""
 
-    def of(self, config: ModelConfig, rotations: AllAngles | None) -> Seen:
-        def seen(layer: Layer, k: KV, v: KV) -> Block:
-            k, v = k.astype(jnp.float32), v.astype(jnp.float32)
-            return jnp.stack(
-                [k if rotations is None else unrotate(k, layer_angles(config, rotations, layer)), v]
-            )
+    def bind(self, config: ModelConfig, rotations: AllAngles | None) -> ObservedBlock:
+        """See `CachedKeys`."""
 
-        return seen
+        def block(layer: Layer, k: KV, v: KV) -> Block:
+            k = k.astype(jnp.float32)
+            if rotations is not None:
+                k = unrotate(k, layer_angles(config, rotations, layer))
+            return jnp.stack([k, v.astype(jnp.float32)])
+
+        return block
 
 
 @pytree
-class AroundMean:
-    """Keys less their mean, which turns as they do; values as they are."""
+class CenteredKeys:
+    """Keys minus their mean, which RoPE rotates to each position; values unchanged."""
 
-    mean: EachChannel
+    mean: PerChannel
 
-    def of(self, config: ModelConfig, rotations: AllAngles | None) -> Seen:
-        def seen(layer: Layer, k: KV, v: KV) -> Block:
+    def bind(self, config: ModelConfig, rotations: AllAngles | None) -> ObservedBlock:
+        """See `CachedKeys`."""
+
+        def block(layer: Layer, k: KV, v: KV) -> Block:
             mean = jnp.broadcast_to(jnp.asarray(self.mean)[layer], k.shape)
-            turned = (
-                mean if rotations is None else rotate(mean, layer_angles(config, rotations, layer))
-            )
-            return jnp.stack([k.astype(jnp.float32) - turned, v.astype(jnp.float32)])
+            if rotations is not None:
+                mean = rotate(mean, layer_angles(config, rotations, layer))
+            return jnp.stack([k.astype(jnp.float32) - mean, v.astype(jnp.float32)])
 
-        return seen
+        return block
 
 
-KeyTransform = AsCached | BeforeRope | AroundMean
+KeyTransform: TypeAlias = CachedKeys | KeysBeforeRope | CenteredKeys

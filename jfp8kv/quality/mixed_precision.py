@@ -1,269 +1,276 @@
-"""`plan_kv`: measure what each way of keeping each layer costs, choose, and measure the choice as a whole."""
+"""`plan_kv`: measure the loss of each format in each layer, choose, and measure the whole plan."""
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypeAlias, Unpack
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from jfp8kv.cache.config import CacheConfig, context_length
 from jfp8kv.cache.groups import LayerGroups, PageRequirements
 from jfp8kv.cache.layout import LayerCacheSpec
 from jfp8kv.cache.plan import KVPlan
+from jfp8kv.checkpoint.load import ModelLike, as_params
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import BFLOAT16
+from jfp8kv.core.options import takes
 from jfp8kv.engine.buckets import default_prefill_chunk, max_tokens_per_dispatch, step_token_budget
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import run_chunks
 from jfp8kv.engine.options import EngineOptions
+from jfp8kv.llm import use_compilation_cache
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
-from jfp8kv.quality.calibration_options import plan as calibration_plan
-from jfp8kv.quality.data import pieces, stream
-from jfp8kv.quality.layer_candidates import Candidates, as_plan, dtypes
-from jfp8kv.quality.metrics import divergence
+from jfp8kv.quality.data import Prompts, iterate_prompts, split_prompts
+from jfp8kv.quality.keywords import PlanFields
+from jfp8kv.quality.layer_options import LayerOptions
+from jfp8kv.quality.metrics import kl_divergence
+from jfp8kv.quality.observe import PAGE_SIZE
+from jfp8kv.quality.options import PlanOptions
 from jfp8kv.quality.pareto import Point, pareto_front
-from jfp8kv.quality.simulate import UNQUANTIZED, SimulatedLayers, simulated
+from jfp8kv.quality.simulate import UNQUANTIZED, SimulatedLayers, simulated_score
 
-WINDOW = 512  # tokens measured together; the logits of so many are held
-PAGE_SIZE = 64
-TRIES = 8  # choices measured as a whole before a loss is called out of reach
+WINDOW = 512  # tokens measured together, whose logits are alive at the same time
+MAX_TRIALS = 8  # plans measured as a whole before a loss is called out of reach
+
+Assignment: TypeAlias = Sequence[int | None]
+"""The option of each layer; None is a layer that is not quantized."""
 
 
-def planned(
-    params: Params,
-    texts: Any,
+@takes(PlanOptions)
+def plan_kv(
+    params: ModelLike,
+    texts: Prompts,
     *,
-    budget: Any = None,
-    max_loss: Any = None,
-    kv_dtypes: Any = ("bfloat16", "fp8_e4m3"),
-    window: Any = None,
-    max_model_len: Any = None,
     progress: bool | None = None,
+    **options: Unpack[PlanFields],
 ) -> KVPlan:
-    """See `jfp8kv.plan_kv`."""
-    calibration_plan(
-        window=window, max_model_len=max_model_len
-    )  # raises for what is no number of tokens
-    config, longest = params.config, context_length(params.config, max_model_len)
-    names, window = dtypes(kv_dtypes), min(window or WINDOW, longest)
-    if (budget is None) == (max_loss is None):
-        raise ConfigError(
-            "give either budget (bytes per token) or max_loss (nats of KL divergence per token)."
-        )
-    costs = CacheCosts(config, longest)
-    most_bytes, most_loss = costs.budget(budget), _loss(max_loss)
-    known, measured = _halves(params, texts, longest, window)
-    candidates = Candidates.of(params, names, known, longest=longest)
-    trial = SensitivityAnalysis(params, candidates, measured, progress)
-    losses = trial.by_layer()
-    points = pareto_front(
-        [
-            [costs.of(layer, plan.spec) for plan in candidates.plans]
-            for layer in range(config.layers)
-        ],
+    """Choose the cache format of each layer: least loss within a size, or least size within a loss.
+
+    Loss is the KL divergence from the unquantized cache. A sensitivity analysis measures it for
+    every option in every layer, with the other layers unquantized, and then for the chosen plan as
+    a whole. The options are `kv_dtypes`, and for FP8 scale 1 and scales per head, per channel and
+    per token and head, the last two also with K offsets. It measures on every second window of
+    `texts` and calibrates on the others. That takes (layers x options) passes over half of the
+    texts; a few thousand tokens suffice.
+
+        plan = jfp8kv.plan_kv(params, texts, budget="60%")
+        print(plan)
+        jfp8kv.generate(params, "Once", kv_dtype=plan)
+
+    Args:
+      params: a `Params`, or a path or hub id as for `load`.
+      texts: as `prompts` of `generate`, or any iterable of such.
+      progress: show a progress bar; None shows one on a terminal.
+      **options: the fields of `PlanOptions`, listed below.
+
+    Returns: a plan, to give as `kv_dtype` to `generate` or `LLM`, to print or to save.
+
+    Raises:
+      ConfigError: an invalid option or text, or a budget that no plan meets; the message says what
+        is possible.
+    """
+    checked = PlanOptions.from_fields(also=("progress",), **options)
+    use_compilation_cache()
+    return _plan(as_params(params), texts, checked, progress)
+
+
+def _plan(params: Params, texts: Prompts, options: PlanOptions, progress: bool | None) -> KVPlan:
+    config = params.config
+    max_model_len = context_length(config, options.max_model_len)
+    costs = CacheCosts(config, max_model_len)
+    window = min(options.window or WINDOW, max_model_len)
+    calibration, measured = _split_in_half(params, texts, max_model_len, window)
+    layer_options = LayerOptions.of(
+        params, options.kv_dtypes, calibration, max_model_len=max_model_len
+    )
+    analysis = SensitivityAnalysis(params, layer_options, measured, progress)
+    losses = analysis.loss_by_layer()
+    front = pareto_front(costs.table(layer_options), losses)
+    max_bytes = options.max_bytes_per_token(costs.bfloat16_bytes_per_token)
+    if max_bytes is not None:
+        point = _within_bytes(front, costs, layer_options, max_bytes)
+        loss = analysis.loss(point.options)
+    else:
+        assert options.max_loss is not None, "there is one budget"
+        point, loss = _within_loss(front, analysis, options.max_loss)
+    return layer_options.kv_plan(
+        point.options,
         losses,
+        bytes_per_token=costs.bytes_per_token(_specs(layer_options, point)),
+        loss=loss,
     )
-    chosen, loss = (
-        _within_bytes(points, costs, trial, most_bytes)
-        if max_loss is None
-        else _within_loss(points, trial, most_loss)
-    )
-    layers, scales = candidates.chosen(chosen.ways, losses)
-    return as_plan(layers, scales, costs.bytes_per_token([layer.spec for layer in layers]), loss)
+
+
+def _specs(layer_options: LayerOptions, point: Point) -> list[LayerCacheSpec]:
+    return [layer_options.plans[option].spec for option in point.options]
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheCosts:
-    """Bytes of cache in a text of the longest length, where a window makes a layer cheaper than others."""
+    """The size of a cache, for sequences of the longest length: layers with a window cost less."""
 
     config: ModelConfig
-    longest: int
+    max_model_len: int
+
+    def table(self, layer_options: LayerOptions) -> list[list[int]]:
+        """Return the bytes of the pages of one sequence, by layer and option."""
+        specs = [plan.spec for plan in layer_options.plans]
+        return [
+            [self.layer_bytes(layer, spec) for spec in specs] for layer in range(self.config.layers)
+        ]
+
+    def layer_bytes(self, layer: int, spec: LayerCacheSpec) -> int:
+        """Return the bytes of the pages of one sequence in one layer."""
+        config = self.config
+        group = LayerGroups.of((config.window(layer),))
+        requirements = PageRequirements(group, PAGE_SIZE, self._max_tokens_per_dispatch)
+        (pages,) = requirements.of(self.max_model_len)
+        values = config.head_dim * spec.fmt.itemsize + spec.dynamic
+        return pages * PAGE_SIZE * 2 * config.kv_heads * values
+
+    def bytes_per_token(self, specs: Sequence[LayerCacheSpec]) -> float:
+        """Return the bytes per token of layers with these specs, as in `llm.stats`."""
+        config = CacheConfig(
+            tuple(specs), None, self.config, PAGE_SIZE, self._max_tokens_per_dispatch
+        )
+        return config.bytes_per_token(self.max_model_len)
 
     @property
-    def _sizes(self) -> dict[str, int]:
-        return {
-            "page_size": PAGE_SIZE,
-            "max_tokens_per_dispatch": max_tokens_per_dispatch(default_prefill_chunk()),
-        }
+    def bfloat16_bytes_per_token(self) -> float:
+        """Bytes per token of a bfloat16 cache."""
+        return self.bytes_per_token([LayerCacheSpec(BFLOAT16)] * self.config.layers)
 
-    def of(self, layer: int, kind: LayerCacheSpec) -> int:
-        """Bytes of one layer's pages."""
-        c = self.config
-        (pages,) = PageRequirements(LayerGroups.of((c.window(layer),)), **self._sizes).of(
-            self.longest
-        )
-        return pages * PAGE_SIZE * 2 * c.kv_heads * (c.head_dim * kind.fmt.itemsize + kind.dynamic)
-
-    def bytes_per_token(self, kinds: Sequence[LayerCacheSpec]) -> float:
-        """What an engine's `stats` say of layers of these kinds."""
-        return CacheConfig(tuple(kinds), None, self.config, **self._sizes).bytes_per_token(
-            self.longest
-        )
-
-    def budget(self, given: Any) -> float | None:
-        """Bytes per token of `2048`, "2KiB" or "60%", which is of what bfloat16 takes. Raises `ConfigError`."""
-        if given is None:
-            return None
-        share = (
-            re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*%\s*", given) if isinstance(given, str) else None
-        )
-        text = (
-            re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(k|ki|m|mi)?b?\s*", given.lower())
-            if isinstance(given, str)
-            else None
-        )
-        if share:
-            given = (
-                float(share[1])
-                / 100
-                * self.bytes_per_token([LayerCacheSpec(BFLOAT16)] * self.config.layers)
-            )
-        elif text:
-            given = (
-                float(text[1]) * {None: 1, "k": 1e3, "ki": 2**10, "m": 1e6, "mi": 2**20}[text[2]]
-            )
-        if (
-            isinstance(given, bool)
-            or not isinstance(given, int | float)
-            or not 0 < given < float("inf")
-        ):
-            raise ConfigError(
-                f"budget={given!r}: must be bytes per token, such as 2048 or '2KiB', or a share of what bfloat16 takes, '60%'."
-            )
-        return float(given)
+    @property
+    def _max_tokens_per_dispatch(self) -> int:
+        return max_tokens_per_dispatch(default_prefill_chunk())
 
 
-def _loss(given: Any) -> float | None:
-    if given is not None and (
-        isinstance(given, bool)
-        or not isinstance(given, int | float)
-        or not 0 < given < float("inf")
-    ):
-        raise ConfigError(
-            f"max_loss={given!r}: must be a positive number of nats per token, such as 0.01."
-        )
-    return None if given is None else float(given)
-
-
-def _halves(
-    params: Params, texts: Any, longest: int, window: int
+def _split_in_half(
+    params: Params, texts: Prompts, max_model_len: int, window: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Pieces to calibrate on and pieces to measure on, taken in turns: no scale is judged by the text it was made for, unless
-    there is one piece alone."""
-    cut = (
-        piece
-        for text in pieces(stream(texts)[0], params, max_model_len=longest, window=window)
-        for piece in text
-    )
-    every = [piece for piece in cut if len(piece) > 1]
-    if not every:
-        raise ConfigError("texts hold no two tokens in a row: there is nothing to predict.")
-    return (every[::2], every[1::2]) if len(every) > 1 else (every, every)
+    """Return alternating windows to calibrate on and to measure on.
+
+    No scale is measured on the window it was calibrated on, unless there is only one.
+    """
+    data, _ = iterate_prompts(texts)
+    prompts = split_prompts(data, params, max_model_len=max_model_len, window=window)
+    windows = [ids for each in prompts for ids in each if len(ids) > 1]
+    if not windows:
+        raise ConfigError("texts have no two consecutive tokens: there is nothing to predict.")
+    return (windows[::2], windows[1::2]) if len(windows) > 1 else (windows, windows)
 
 
 class SensitivityAnalysis:
-    """Runs the measuring texts through the model with each layer kept in some way, against the float32 cache."""
+    """Measures the KL divergence of simulated caches from the float32 cache."""
 
     def __init__(
-        self, params: Params, candidates: Candidates, texts: list[list[int]], progress: bool | None
+        self,
+        params: Params,
+        layer_options: LayerOptions,
+        windows: list[list[int]],
+        progress: bool | None,
     ):
-        self.config, self.candidates, self.texts, self.progress = (
-            params.config,
-            candidates,
-            texts,
-            progress,
-        )
-        self.known = tuple(dict.fromkeys([UNQUANTIZED, *(plan.spec for plan in candidates.plans)]))
-        longest = max(map(len, texts))
+        self.config = params.config
+        self.layer_options = layer_options
+        self.windows = windows
+        self.progress = progress
+        specs = [plan.spec for plan in layer_options.plans]
+        self.specs = tuple(dict.fromkeys([UNQUANTIZED, *specs]))
+        self.unquantized: list[int | None] = [None] * self.config.layers
         engine_options = EngineOptions(
             kv_dtype="float32",
-            max_model_len=longest,
+            max_model_len=max(map(len, windows)),
             max_num_seqs=1,
             max_num_batched_tokens=step_token_budget(WINDOW, 1),
         )
         self.engine = Engine(params, engine_options)
-        self.plain = [None] * self.config.layers
 
-    def by_layer(self) -> np.ndarray:
-        """KL divergence in nats per token `[layers, ways]` if that layer alone is kept so."""
-        layers, ways = range(self.config.layers), range(len(self.candidates.plans))
-        tries = [
-            [*self.plain[:layer], way, *self.plain[layer + 1 :]] for layer in layers for way in ways
-        ]
-        return np.array(list(self._losses(tries))).reshape(len(layers), len(ways))
+    def loss_by_layer(self) -> np.ndarray:
+        """Return nats per token `[layers, options]` with that layer alone quantized."""
+        layers = range(self.config.layers)
+        options = range(len(self.layer_options.plans))
+        assignments = []
+        for layer in layers:
+            for option in options:
+                assignment = list(self.unquantized)
+                assignment[layer] = option
+                assignments.append(assignment)
+        return self._losses(assignments).reshape(len(layers), len(options))
 
-    def whole(self, ways: Sequence[int]) -> float:
-        """KL divergence in nats per token if every layer is kept so."""
-        return next(self._losses([list(ways)]))
+    def loss(self, options: Assignment) -> float:
+        """Return nats per token with every layer quantized as `options` says."""
+        return float(self._losses([options])[0])
 
-    def _losses(self, tries: list[list[int | None]]) -> Iterator[float]:
+    def _losses(self, assignments: Sequence[Assignment]) -> np.ndarray:
         from tqdm import tqdm
 
-        total = np.zeros(len(tries))
-        hidden = (None if len(tries) > 1 else True) if self.progress is None else not self.progress
-        with tqdm(total=len(tries) * len(self.texts), unit="pass", disable=hidden) as bar:
-            for ids in self.texts:
-                base = list(self._logits(ids, self.plain))
-                for i, ways in enumerate(tries):
-                    for (count, want), (_, got) in zip(base, self._logits(ids, ways), strict=True):
-                        total[i] += float(
-                            np.sum(np.asarray(_divergence(want, got))[:count], dtype=np.float64)
-                        )
+        totals = np.zeros(len(assignments))
+        hidden = (len(assignments) == 1 or None) if self.progress is None else not self.progress
+        total = len(assignments) * len(self.windows)
+        with tqdm(total=total, unit="pass", disable=hidden) as bar:
+            for ids in self.windows:
+                base = list(self._logits(ids, self.unquantized))
+                for i, assignment in enumerate(assignments):
+                    quantized = self._logits(ids, assignment)
+                    for (tokens, want), (_, got) in zip(base, quantized, strict=True):
+                        kl = np.asarray(_kl_of_first_request(want, got))[:tokens]
+                        totals[i] += float(np.sum(kl, dtype=np.float64))
                     bar.update()
-        yield from total / sum(map(len, self.texts))
+        return totals / sum(map(len, self.windows))
 
-    def _logits(self, ids: list[int], ways: list[int | None]) -> Iterator[tuple[int, Any]]:
-        """How many tokens a chunk has, and the logits after each `[requests, tokens, vocab]`, on the device."""
-        layers = self._ways(ways)
-        for chunk, logits in run_chunks(
-            self.engine, ids, simulated, scales=layers, known=self.known
-        ):
-            yield len(chunk), logits
-
-    def _ways(self, ways: list[int | None]) -> SimulatedLayers:
-        kinds = [UNQUANTIZED if way is None else self.candidates.plans[way].spec for way in ways]
-        return SimulatedLayers.of(kinds, self.known, self.candidates.mixed(ways), self.config)
+    def _logits(self, ids: list[int], assignment: Assignment) -> Iterator[tuple[int, Array]]:
+        """Yield the number of tokens of each chunk and logits `[requests, tokens, vocab]`."""
+        plans = self.layer_options.plans
+        layers = [UNQUANTIZED if option is None else plans[option].spec for option in assignment]
+        scales = self.layer_options.mixed_scales(assignment)
+        simulated = SimulatedLayers.of(layers, self.specs, scales, self.config)
+        chunks = run_chunks(self.engine, ids, simulated_score, scales=simulated, specs=self.specs)
+        for positions, logits in chunks:
+            yield len(positions), logits
 
 
 @jax.jit
-def _divergence(base: Any, other: Any) -> Any:
-    return divergence(base[0], other[0])
+def _kl_of_first_request(base: Array, other: Array) -> Array:
+    return kl_divergence(base[0], other[0])
 
 
 def _within_bytes(
-    points: list[Point], costs: CacheCosts, trial: SensitivityAnalysis, most: float
-) -> tuple[Point, float]:
-    """The choice of least loss that a pool can hold in so many bytes."""
-    plans = trial.candidates.plans
-    for point in reversed(points):
-        if costs.bytes_per_token([plans[way].spec for way in point.ways]) <= most:
-            return point, trial.whole(point.ways)
-    least = min(costs.bytes_per_token([plans[way].spec for way in point.ways]) for point in points)
+    front: list[Point], costs: CacheCosts, layer_options: LayerOptions, max_bytes: float
+) -> Point:
+    """Return the point of least loss whose engine takes at most `max_bytes` per token."""
+    sizes = [costs.bytes_per_token(_specs(layer_options, point)) for point in front]
+    for point, size in zip(reversed(front), reversed(sizes), strict=True):
+        if size <= max_bytes:
+            return point
     raise ConfigError(
-        f"budget={most:g}: no cache of these formats takes less than {least:,.0f} bytes per token."
+        f"budget={max_bytes:g}: no cache of these formats takes less than {min(sizes):,.0f} bytes "
+        "per token."
     )
 
 
 def _within_loss(
-    points: list[Point], trial: SensitivityAnalysis, most: float
+    front: list[Point], analysis: SensitivityAnalysis, max_loss: float
 ) -> tuple[Point, float]:
-    """The choice of fewest bytes whose loss as a whole, measured, is within `most`.
+    """Return the point of fewest bytes whose measured loss is within `max_loss`, and that loss.
 
-    Losses of layers add up to first order only, so the sum that is asked of them is corrected by what it came to.
+    Losses of layers add up to first order only. So the target for their sum is lowered by the ratio
+    of the measured loss to the limit, until a plan fits.
     """
-    target, found = most, None
-    for _ in range(TRIES):
-        point = next((point for point in points if point.loss <= target), points[-1])
-        loss = trial.whole(point.ways)
-        if loss <= most:
+    target = max_loss
+    least = np.inf
+    for _ in range(MAX_TRIALS):
+        point = next((point for point in front if point.loss <= target), front[-1])
+        loss = analysis.loss(point.options)
+        if loss <= max_loss:
             return point, loss
-        found = min(loss, found or loss)
-        if point is points[-1]:
+        least = min(least, loss)
+        if point is front[-1]:
             break
-        target = min(target * 0.9 * most / loss, point.loss * 0.99)
+        target = min(target * 0.9 * max_loss / loss, point.loss * 0.99)
     raise ConfigError(
-        f"max_loss={most:g}: the least that was reached is {found:.3g} nats per token; add 'float32' to kv_dtypes?"
+        f"max_loss={max_loss:g}: the least measured loss is {least:.3g} nats per token; add "
+        "'float32' to kv_dtypes?"
     )

@@ -1,231 +1,334 @@
-"""What a checkpoint is, what its KV cache costs and which scales it brings, found without reading its weights.
+"""`inspect`: a model, the size of its KV cache and its KV scales, without reading the weights.
 
-Sizes are those of the shapes that the config asks for; bytes of cache come from `CacheConfig`, which an engine asks too.
+Sizes are those of the shapes in the config. Cache sizes come from `CacheConfig`, as in an engine.
 """
 
 import dataclasses
-import html
-from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Iterator, Sequence
 
-import jax
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
-from jfp8kv.cache.config import CacheConfig, context_length, resolve_cache
-from jfp8kv.cache.scales import TOKEN_HEAD, UNIT
-from jfp8kv.checkpoint.load import CheckpointInfo
+from jfp8kv.cache.config import context_length, resolve_cache
+from jfp8kv.checkpoint.load import ModelLike, read_checkpoint_info
+from jfp8kv.core.errors import number_ranges
+from jfp8kv.core.report import Report, empty_table, gap
 from jfp8kv.engine.buckets import default_prefill_chunk, max_tokens_per_dispatch
+from jfp8kv.engine.options import EngineOptions, KVDtype, KVScalesLike
 from jfp8kv.models.config import ModelConfig, RopeConfig
 from jfp8kv.models.params import Params
-from jfp8kv.quality.scale_report import Scales
+from jfp8kv.quality.model_costs import (
+    GIB,
+    AttentionLayers,
+    CacheCost,
+    WeightsSummary,
+    attention_layers,
+    cache_costs,
+)
+from jfp8kv.quality.scale_summary import ScaleSummary, scale_tables
 
-CACHES = (("bfloat16", UNIT), ("fp8_e4m3", UNIT), ("fp8_e5m2", UNIT), ("fp8_e4m3", TOKEN_HEAD))
-LENGTHS = (1024, 8192)  # tokens of the texts whose cost is shown, beside the longest
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """`parameters` counts what the model uses. `tensors` counts the checkpoint's by how they are stored ("BF16", "Q4_K"); it
-    is empty, and `bytes_on_disk` None, where no weights are there."""
-
-    parameters: int
-    dtype: str  # once loaded
-    bytes_in_memory: int
-    bytes_on_disk: int | None
-    tensors: dict[str, int]
-    quantization: (
-        str | None
-    )  # how the weights are quantized, or the tool that quantized the cache alone
-    vision_tensors: int  # left out
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionLayers:
-    """Layers that attend alike: `window` in tokens, 0 sees all; `rope` is None where nothing is rotated."""
-
-    layers: tuple[int, ...]
-    window: int
-    rope: RopeConfig | None
-
-
-@dataclasses.dataclass(frozen=True)
-class SequenceCost:
-    """Bytes of cache that one text of `tokens` tokens takes, in whole pages, and as if no layer had a window."""
-
-    tokens: int
-    bytes: int
-    bytes_without_windows: int
-    ratio: float
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheCost:
-    """One kind of cache. Bytes per token cover K and V of all layers, as in `llm.stats`: averaged over the longest text.
-
-    `scales` is "static" or "token_head"; `asked`: whether this is the cache that the arguments of `inspect` name.
-    """
-
-    kv_dtype: str
-    scales: str
-    asked: bool
-    bytes_per_token: float
-    bytes_per_token_without_windows: float
-    tokens_per_gib: int
-    texts: tuple[SequenceCost, ...]
+LENGTHS = (1024, 8192)  # sequence lengths whose cost is shown, besides the longest
+_MAX_RUNS = 6  # runs of layers listed before "..."
+_NORMS = {"rms": "RMS", "rms_plus_one": "RMS (1 + weight)", "layer": "layer norm"}
+_QK_NORMS = {
+    "head": "; queries and keys per head",
+    "row": "; queries and keys over all heads",
+    None: "",
+}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class ModelReport:
-    """A model, its costs and its scales. Prints as tables; `to_dict` has everything."""
+class ModelReport(Report):
+    """A model, its sizes and its KV scales. Prints as tables; `to_dict` returns everything.
+
+    Attributes:
+      source, kind: where the model is, and in what format.
+      model: the config.
+      weights: number, size and storage of the weights.
+      attention: the layers by window and RoPE.
+      caches: the size of the cache in each format.
+      scales: the KV scales of the checkpoint.
+      tokenizer, chat_template: whether the model has them.
+      max_model_len, page_size: as in `LLM`.
+      max_tokens_per_dispatch: most tokens that one dispatch adds to a sequence. Layers with a
+        sliding window store that many more than the window.
+    """
 
     source: str
     kind: str
     model: ModelConfig
-    weights: Weights
+    weights: WeightsSummary
     attention: tuple[AttentionLayers, ...]
     caches: tuple[CacheCost, ...]
-    scales: Scales
+    scales: ScaleSummary
     tokenizer: bool
     chat_template: bool
     max_model_len: int
     page_size: int
-    max_tokens_per_dispatch: (
-        int  # tokens that one dispatch may add: pages of a window last so much longer
-    )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything by name, of types that JSON has."""
-        found = dataclasses.asdict(self)
-        found["model"]["group"] = self.model.group
-        return found
+    max_tokens_per_dispatch: int
 
     def __repr__(self) -> str:
-        return f"ModelReport({self.source!r}, {self.model.architecture}, {self.weights.parameters:,} parameters)"
+        parameters = f"{self.weights.parameters:,} parameters"
+        return f"ModelReport({self.source!r}, {self.model.architecture}, {parameters})"
 
-    def __str__(self) -> str:
-        from jfp8kv.core.report import plain
-        from jfp8kv.quality.model_tables import layout
-
-        return plain(layout(self, lines=None))
-
-    def __rich__(self) -> Any:
-        from jfp8kv.quality.model_tables import layout
-
-        return layout(self)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+    def _layout(self, lines: box.Box | None) -> Group:
+        return Group(
+            Text(f"{self.source} ({self.kind})", style="bold"),
+            "",
+            _facts_table(self),
+            *gap(lines),
+            _attention_table(self, lines),
+            *gap(lines),
+            *_cache_table(self, lines),
+            *scale_tables(self.scales, lines),
+        )
 
 
-def report(
-    found: CheckpointInfo | Params,
-    source: str,
+def inspect(
+    model: ModelLike,
     *,
-    kv_dtype: Any,
-    kv_scales: Any,
-    max_model_len: Any,
-    page_size: Any,
+    kv_dtype: KVDtype = "auto",
+    kv_scales: KVScalesLike = "auto",
+    max_model_len: int | None = None,
+    page_size: int = 64,
 ) -> ModelReport:
-    """Inspect what `read_checkpoint_info` returned, or weights in memory, under these settings of a cache."""
-    params = found if isinstance(found, Params) else found.abstract_params()
-    config, span = params.config, max_tokens_per_dispatch(default_prefill_chunk())
-    longest = context_length(config, max_model_len)
-    asked = resolve_cache(
+    """Return what a model is, the size of its KV cache in each format, and its KV scales by layer.
+
+    The weights are not read: config, headers and scales suffice. Invalid scales are reported, not
+      raised.
+
+        print(jfp8kv.inspect("path/or/hub-id"))
+
+    Args:
+      model: a `Params`, or a path or hub id as for `load`. Of a hub model only the small files are
+        downloaded; a folder may lack its weights.
+      kv_dtype, kv_scales, max_model_len, page_size: as in `LLM`, whose `stats` show the same
+        numbers. The common formats are listed in any case.
+
+    Raises:
+      CheckpointError, ConfigError: a model that cannot be loaded or served, as far as config and
+        headers show.
+    """
+    options = EngineOptions(
+        kv_dtype=kv_dtype, kv_scales=kv_scales, max_model_len=max_model_len, page_size=page_size
+    )
+    if isinstance(model, Params):
+        weights = WeightsSummary.in_memory(model)
+        scales = ScaleSummary.in_memory(model.kv_scales)
+        return _report(model, "Params", "Params in memory", weights, scales, options)
+    info = read_checkpoint_info(model, weights=False)
+    params = info.abstract_params()
+    weights = WeightsSummary.of_checkpoint(info, params)
+    scales = ScaleSummary.of(info.scale_report, info.scale_tensors)
+    return _report(params, os.fspath(model), info.kind, weights, scales, options)
+
+
+def _report(
+    params: Params,
+    source: str,
+    kind: str,
+    weights: WeightsSummary,
+    scales: ScaleSummary,
+    options: EngineOptions,
+) -> ModelReport:
+    config = params.config
+    longest = context_length(config, options.max_model_len)
+    span = max_tokens_per_dispatch(default_prefill_chunk())
+    requested = resolve_cache(
         params,
-        kv_dtype,
-        kv_scales,
-        page_size=page_size,
+        options.kv_dtype,
+        options.kv_scales,
+        page_size=options.page_size,
         max_tokens_per_dispatch=span,
         longest=longest,
     )
-    lengths = sorted({*(length for length in LENGTHS if length < longest), longest})
-    unread = isinstance(found, CheckpointInfo)
+    lengths = [*(length for length in LENGTHS if length < longest), longest]
     return ModelReport(
         source=source,
-        kind=found.kind if unread else "Params in memory",
+        kind=kind,
         model=config,
-        weights=_weights_of_files(found, params) if unread else _weights_in_memory(params),
-        attention=_attention(config),
-        caches=_costs(params, asked, lengths),
-        scales=Scales.of(found.scale_report, found.scale_tensors)
-        if unread
-        else Scales.in_memory(params.kv_scales),
+        weights=weights,
+        attention=attention_layers(config),
+        caches=cache_costs(params, requested, lengths),
+        scales=scales,
         tokenizer=params.tokenizer is not None,
         chat_template=bool(getattr(params.tokenizer, "has_chat_template", False)),
         max_model_len=longest,
-        page_size=page_size,
+        page_size=options.page_size,
         max_tokens_per_dispatch=span,
     )
 
 
-def _weights_of_files(found: CheckpointInfo, shapes: Params) -> Weights:
-    files = {tensor.file for tensor in found.weights.values()}
-    return Weights(
-        parameters=shapes.size,
-        dtype=shapes.dtype.name,
-        bytes_in_memory=shapes.nbytes,
-        bytes_on_disk=sum(map(_size, files)) if files else None,
-        tensors=_counted(tensor.stored_dtype for tensor in found.weights.values()),
-        quantization=str(found.weight_scheme) if found.weight_scheme else found.quant_method,
-        vision_tensors=found.vision_tensors,
+# -- facts -----------------------------------------------------------------------------------------
+
+
+def _facts_table(report: ModelReport) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    for label, text in (
+        *_model_facts(report.model),
+        *_weight_facts(report.weights),
+        ("tokenizer", _tokenizer_text(report)),
+        ("KV scales", _scales_text(report)),
+    ):
+        table.add_row(label, text)
+    return table
+
+
+def _model_facts(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    yield "architecture", config.architecture
+    yield "layers", f"{config.layers}, hidden size {config.hidden:,}"
+    yield (
+        "heads",
+        f"{config.q_heads} query heads, {config.kv_heads} KV heads (groups of {config.group}), "
+        f"head_dim {config.head_dim}",
+    )
+    if config.dense_layers:
+        gated = ", gated" if config.gated_mlp else ""
+        yield "MLP", f"size {config.mlp_hidden:,}, {config.activation}{gated}"
+    if config.experts:
+        yield "experts", _experts_text(config)
+    yield "norms", _norms_text(config)
+    head = "tied to the embeddings" if config.tied_embeddings else "with a separate head"
+    yield "vocabulary", f"{config.vocab:,}, output {head}"
+    learned = ", learned position embeddings" if config.learned_positions else ""
+    yield "context", f"{config.max_len:,} tokens{learned}"
+
+
+def _experts_text(config: ModelConfig) -> str:
+    experts = config.experts
+    assert experts is not None
+    layers = "every layer" if not config.dense_layers else f"{len(experts.layers)} layers"
+    gate = ", with a clamped gate" if experts.clamped else ""
+    shared = (
+        f", and a shared one of size {experts.shared_hidden:,}" if experts.shared_hidden else ""
+    )
+    return (
+        f"{experts.top_k} of {experts.count} in {layers}, of size {experts.hidden:,}{gate}{shared}"
     )
 
 
-def _weights_in_memory(params: Params) -> Weights:
-    return Weights(
-        parameters=params.size,
-        dtype=params.dtype.name,
-        bytes_in_memory=params.nbytes,
-        bytes_on_disk=None,
-        tensors=_counted(str(leaf.dtype) for leaf in jax.tree.leaves(params.tree)),
-        quantization=None,
-        vision_tensors=0,
+def _norms_text(config: ModelConfig) -> str:
+    places = []
+    if config.pre_norm:
+        places.append("before")
+    if config.post_norm:
+        places.append("after")
+    norm = f"{_NORMS[config.norm]} {' and '.join(places)} attention and MLP"
+    return f"{norm}{_QK_NORMS[config.qk_norm]}; eps {config.norm_eps:g}"
+
+
+def _weight_facts(weights: WeightsSummary) -> Iterator[tuple[str, str]]:
+    yield "parameters", f"{weights.parameters:,}"
+    formats = ", ".join(f"{count} {name}" for name, count in weights.tensors.items())
+    tensors = formats or "no weights found: sizes follow from the config"
+    if weights.quantization:
+        tensors += f" ({weights.quantization})"
+    if weights.vision_tensors:
+        tensors += f"; {weights.vision_tensors} tensors of a vision encoder are ignored"
+    yield "tensors", tensors
+    memory = f"{_format_bytes(weights.bytes_in_memory)} in memory as {weights.dtype}"
+    if weights.bytes_on_disk is not None:
+        memory = f"{_format_bytes(weights.bytes_on_disk)} on disk, {memory}"
+    yield "weights", memory
+
+
+def _tokenizer_text(report: ModelReport) -> str:
+    if not report.tokenizer:
+        return "none found: prompts are token ids"
+    return f"found, {'with' if report.chat_template else 'without'} a chat template"
+
+
+def _scales_text(report: ModelReport) -> str:
+    scales = report.scales
+    names = scales.tensors
+    parts = []
+    if names:
+        last = f" to {names[-1]}" if len(names) > 1 else ""
+        parts.append(f"{len(names)} tensors: {names[0]}{last}")
+    if scales.file:
+        parts.append(f"{'also ' if names else ''}in {scales.file}")
+    if scales.granularity:
+        parts.append(f"one per {scales.granularity}")
+    if not parts:
+        parts.append("none found")
+    if report.model.kv_cache_dtype:
+        parts.append(f"the config declares an {report.model.kv_cache_dtype} cache")
+    if scales.issues:
+        parts.append(f"ISSUES: {len(scales.issues)}, see below")
+    return "; ".join(parts)
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def _attention_table(report: ModelReport, lines: box.Box | None) -> Table:
+    columns = ["attention", "RoPE", "which"]
+    table = empty_table(lines, "layers", *columns, text=columns, first="right", fold=True)
+    for group in report.attention:
+        window = f"window of {group.window:,} tokens" if group.window else "full"
+        rope = _rope_text(group.rope, report.model)
+        table.add_row(f"{len(group.layers)}", window, rope, number_ranges(group.layers, _MAX_RUNS))
+    return table
+
+
+def _rope_text(rope: RopeConfig | None, config: ModelConfig) -> str:
+    if rope is None:
+        return "none"
+    part = "" if rope.share == 1 else f" on {rope.rotated(config.head_dim)} features"
+    factor = "" if rope.kind == "default" else f", x{rope.factor:g}"
+    return f"{rope.kind}{part}, theta {rope.theta:,.0f}{factor}"
+
+
+# -- cache -----------------------------------------------------------------------------------------
+
+
+def _cache_table(report: ModelReport, lines: box.Box | None) -> Iterator[RenderableType]:
+    lengths = [f"{cost.tokens:,} tokens" for cost in report.caches[0].sequences]
+    table = empty_table(lines, "KV cache", "bytes/token", "tokens/GiB", *lengths, fold=True)
+    for cost in report.caches:
+        sizes = [_format_bytes(sequence.bytes) for sequence in cost.sequences]
+        table.add_row(cost.name, f"{cost.bytes_per_token:,.0f}", f"{cost.tokens_per_gib:,}", *sizes)
+    has_windows = bool(report.model.windows)
+    if has_windows:
+        _add_rows_without_windows(table, report.caches)
+    yield table
+    yield Text(
+        f"* is the requested cache. Pages of {report.page_size} tokens, K and V of all layers."
     )
+    if has_windows:
+        yield Text(
+            "A layer with a sliding window stores the window and the tokens of one dispatch, up to "
+            f"{report.max_tokens_per_dispatch:,}. Bytes per token are the average over a sequence "
+            f"of {report.max_model_len:,} tokens."
+        )
 
 
-def _counted(kinds: Iterable[str]) -> dict[str, int]:
-    """How often each comes, the most frequent first."""
-    return dict(Counter(kinds).most_common())
+def _add_rows_without_windows(table: Table, caches: Sequence[CacheCost]) -> None:
+    """Add the sizes of the same sequences with full attention everywhere, and the ratio."""
+    table.add_section()
+    table.add_row("without windows:", style="dim")
+    for cost in caches:
+        bytes_per_token = cost.bytes_per_token_without_windows
+        sizes = [_format_bytes(sequence.bytes_without_windows) for sequence in cost.sequences]
+        tokens_per_gib = int(GIB / bytes_per_token)
+        table.add_row(
+            cost.name, f"{bytes_per_token:,.0f}", f"{tokens_per_gib:,}", *sizes, style="dim"
+        )
+    ratios = (f"{sequence.ratio:.0%}" for sequence in caches[0].sequences)
+    table.add_row("ratio", "", "", *ratios)
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _attention(c: ModelConfig) -> tuple[AttentionLayers, ...]:
-    alike: dict[tuple[int, RopeConfig | None], list[int]] = {}
-    for layer in range(c.layers):
-        alike.setdefault((c.window(layer), c.rope(layer)), []).append(layer)
-    return tuple(AttentionLayers(tuple(layers), *kind) for kind, layers in alike.items())
-
-
-def _costs(params: Params, asked: CacheConfig, lengths: list[int]) -> tuple[CacheCost, ...]:
-    """The usual caches, and before them the one that was asked for unless it is among them."""
-    sizes = {"page_size": asked.page_size, "max_tokens_per_dispatch": asked.max_tokens_per_dispatch}
-    usual = {_kind(kv): kv for kv in (resolve_cache(params, *cache, **sizes) for cache in CACHES)}
-    each = usual if _kind(asked) in usual else {_kind(asked): asked} | usual
-    return tuple(_cost(kv, kind == _kind(asked), lengths) for kind, kv in each.items())
-
-
-def _kind(kv: CacheConfig) -> tuple[str, str]:
-    return kv.name, TOKEN_HEAD if kv.dynamic else "static"
-
-
-def _cost(kv: CacheConfig, asked: bool, lengths: list[int]) -> CacheCost:
-    whole, longest = kv.without_windows, lengths[-1]
-    texts = [
-        (tokens, kv.sequence_bytes(tokens), whole.sequence_bytes(tokens)) for tokens in lengths
-    ]
-    per_token = kv.bytes_per_token(longest)
-    return CacheCost(
-        *_kind(kv),
-        asked=asked,
-        bytes_per_token=per_token,
-        bytes_per_token_without_windows=whole.bytes_per_token(longest),
-        tokens_per_gib=int(GIB / per_token),
-        texts=tuple(SequenceCost(tokens, held, full, held / full) for tokens, held, full in texts),
-    )
+def _format_bytes(count: int) -> str:
+    """Return three digits and a binary unit."""
+    size = float(count)
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    decimals = 0 if units[0] == "bytes" or size >= 100 else 1
+    return f"{size:.{decimals}f} {units[0]}"

@@ -1,31 +1,33 @@
-"""A needle in a haystack that small models can find: tokens in random order somewhere in a text, to be copied at its end.
+"""A needle-in-a-haystack test that small models can pass: copy tokens from earlier in the prompt.
 
-A prompt is `length` tokens of the user's own text, with the needle put in at a depth and said again at the end. Its first
-tokens there are the cue: seeing them, a model that can look back continues as before. Recall is the share of the tokens after
-the cue that are the likeliest ones, each given those before it, so that one pass scores a prompt and no text need be made.
+A prompt is `length` tokens of the user's text, with the needle inserted at a depth and repeated at
+the end. The first tokens of the repetition are the cue: a model that can look back continues it as
+before. Recall is the share of tokens after the cue that are the most likely ones given those
+before. So one forward pass scores a prompt and nothing is generated.
 
-The needle's tokens are drawn from the texts' own, all different where there are enough, with a seed that is always the same;
-each length and depth has a needle of its own. The text's first token stays the first: models lean on it (it may be a BOS).
+The needle's tokens are drawn from those of the text, all different where there are enough, with a
+fixed seed; each length and depth has a different needle. The first token of the text stays first,
+because it may be a BOS token, which models attend to.
 """
 
 import dataclasses
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from jfp8kv.core.errors import ConfigError
 
-LENGTHS, DEPTHS = (256, 1024), (0.0, 0.5, 1.0)
-NEEDLE_TOKENS, CUE_TOKENS = 24, 8
+DEFAULT_LENGTHS = (256, 1024)
+DEPTHS = (0.0, 0.5, 1.0)
+NEEDLE_TOKENS = 24
+CUE_TOKENS = 8
 SEED = 20_240
-SHORTEST = 2 * NEEDLE_TOKENS + 1
+MIN_LENGTH = 2 * NEEDLE_TOKENS + 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Needle:
-    """A prompt of `length` tokens whose last ones, from position `first` on, are to be recalled."""
+    """A prompt of `length` tokens. The tokens from position `first` on are to be recalled."""
 
     ids: list[int]
     length: int
@@ -33,69 +35,49 @@ class Needle:
     first: int
 
     @property
-    def place(self) -> int:
-        """Where the needle stands: 1 at depth 0, right before it is asked for at depth 1."""
-        return 1 + round(self.depth * (self.length - 2 * NEEDLE_TOKENS - 1))
+    def position(self) -> int:
+        """Where the needle starts: 1 at depth 0, directly before its repetition at depth 1."""
+        return _position(self.length, self.depth)
 
 
-def needles(text: np.ndarray, lengths: Sequence[int], depths: Sequence[float]) -> list[Needle]:
-    """A needle for each length and depth, length by length, in `text` (token ids, repeated where it is too short)."""
-    own = np.unique(text)
-    made = []
-    for number, (length, depth) in enumerate(
-        (length, depth) for length in lengths for depth in depths
-    ):
+def _position(length: int, depth: float) -> int:
+    return 1 + round(depth * (length - 2 * NEEDLE_TOKENS - 1))
+
+
+def create_needles(
+    text: np.ndarray, lengths: Sequence[int], depths: Sequence[float]
+) -> list[Needle]:
+    """Return a needle for each length and depth, length by length.
+
+    `text` is token ids; it is repeated where it is too short.
+    """
+    vocabulary = np.unique(text)
+    unique = len(vocabulary) >= NEEDLE_TOKENS
+    pairs = [(length, depth) for length in lengths for depth in depths]
+    needles = []
+    for number, (length, depth) in enumerate(pairs):
         rng = np.random.default_rng([SEED, number])
-        needle = rng.choice(own, NEEDLE_TOKENS, replace=len(own) < NEEDLE_TOKENS)
+        needle = rng.choice(vocabulary, NEEDLE_TOKENS, replace=not unique)
         hay = np.resize(text, length - 2 * NEEDLE_TOKENS)
-        made.append(
-            _hidden(hay, needle, Needle([], length, depth, length - NEEDLE_TOKENS + CUE_TOKENS))
-        )
-    return made
+        position = _position(length, depth)
+        ids = np.concatenate([hay[:position], needle, hay[position:], needle])
+        needles.append(Needle(ids.tolist(), length, depth, length - NEEDLE_TOKENS + CUE_TOKENS))
+    return needles
 
 
-def _hidden(hay: np.ndarray, needle: np.ndarray, at: Needle) -> Needle:
-    ids = np.concatenate([hay[: at.place], needle, hay[at.place :], needle])
-    return dataclasses.replace(at, ids=ids.tolist())
+def allowed_lengths(lengths: Sequence[int] | None, max_tokens: int) -> tuple[int, ...]:
+    """Return the prompt lengths for a model of `max_tokens` tokens.
 
-
-def lengths_for(given: Any, most: int = sys.maxsize) -> tuple[int, ...]:
-    """The lengths asked for, None being 256 and 1024 as far as `most` allows. Raises `ConfigError` for what cannot be."""
-    if given is None:
-        return tuple(
-            dict.fromkeys(min(length, most) for length in LENGTHS if min(length, most) >= SHORTEST)
-        )
-    lengths = _sequence("needle_lengths", given)
+    None is 256 and 1024, limited to `max_tokens`. Raises `ConfigError` for a length beyond
+    `max_tokens`.
+    """
+    if lengths is None:
+        limited = (min(length, max_tokens) for length in DEFAULT_LENGTHS)
+        return tuple(dict.fromkeys(length for length in limited if length >= MIN_LENGTH))
     for length in lengths:
-        if (
-            isinstance(length, bool)
-            or not isinstance(length, int | np.integer)
-            or not SHORTEST <= length <= most
-        ):
-            limit = "" if most == sys.maxsize else f", to {most}, the most that the model takes"
+        if length > max_tokens:
             raise ConfigError(
-                f"needle_lengths={given!r}: each must be from {SHORTEST} tokens, twice a needle and one more{limit}; () leaves "
-                "the task out."
+                f"needle_lengths={list(lengths)!r}: each must be at most {max_tokens}, the context "
+                "length; () skips the test."
             )
-    return tuple(int(length) for length in lengths)
-
-
-def depths_for(given: Any) -> tuple[float, ...]:
-    """The depths asked for. Raises `ConfigError` for one outside 0 to 1."""
-    depths = _sequence("needle_depths", given)
-    for depth in depths:
-        if (
-            isinstance(depth, bool)
-            or not isinstance(depth, int | float | np.number)
-            or not 0 <= depth <= 1
-        ):
-            raise ConfigError(
-                f"needle_depths={given!r}: each must be from 0, the beginning of the text, to 1, its end."
-            )
-    return tuple(float(depth) for depth in depths)
-
-
-def _sequence(name: str, given: Any) -> tuple[Any, ...]:
-    if isinstance(given, str) or not hasattr(given, "__iter__"):
-        raise ConfigError(f"{name}={given!r}: must be a list of numbers; () leaves the task out.")
-    return tuple(given)
+    return tuple(lengths)

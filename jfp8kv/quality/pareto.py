@@ -1,57 +1,64 @@
-"""One way for each layer out of several: the best for every number of bytes there can be.
+"""One option per layer out of several: the best combination for every total size.
 
-Losses of layers are taken to add up, as they do to first order while each is small. What is left is a knapsack with one item of
-each group, and it is solved exactly: layer by layer, keeping only the sums that no other beats in both bytes and loss.
+The losses of layers are assumed to add up, which holds to first order while each is small. That
+leaves a knapsack with one item of each group. It is solved exactly, layer by layer, keeping only
+the sums that no other sum beats in both bytes and loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 
 class Point(NamedTuple):
-    """A choice for every layer, with the bytes and the loss it adds up to."""
+    """An option for every layer, with the total bytes and loss."""
 
     bytes: int
     loss: float
-    ways: tuple[int, ...]
+    options: tuple[int, ...]
 
 
-def pareto_front(costs: Sequence[Sequence[int]], losses: np.ndarray) -> list[Point]:
-    """All choices that no other beats, from the fewest bytes to the least loss.
+class _Sum(NamedTuple):
+    bytes: int
+    loss: float
+    option: int
+    previous: "_Sum | None"  # the sum over the layers before
+
+
+def pareto_front(layer_bytes: Sequence[Sequence[int]], losses: np.ndarray) -> list[Point]:
+    """Return all combinations that no other beats, from the fewest bytes to the least loss.
 
     Args:
-      costs: bytes by layer and way.
-      losses: `[layers, ways]`.
+      layer_bytes: bytes by layer and option.
+      losses: `[layers, options]`.
     """
-    sums: list[tuple[int, float, tuple | None]] = [
-        (0, 0.0, None)
-    ]  # the last entry chains back: (way, entry before)
-    for layer, row in enumerate(costs):
-        ways = _unbeaten([(cost, float(losses[layer, way]), way) for way, cost in enumerate(row)])
-        sums = _unbeaten(
-            [
-                (b + cost, loss + more, (way, chain))
-                for b, loss, chain in sums
-                for cost, more, way in ways
-            ]
+    sums = [_Sum(0, 0.0, -1, None)]
+    for row, row_losses in zip(layer_bytes, losses.tolist(), strict=True):
+        options = _front(
+            _Sum(size, loss, option, None)
+            for option, (size, loss) in enumerate(zip(row, row_losses, strict=True))
         )
-    return [Point(b, loss, _unchained(chain)) for b, loss, chain in sums]
+        sums = _front(
+            _Sum(total.bytes + each.bytes, total.loss + each.loss, each.option, total)
+            for total in sums
+            for each in options
+        )
+    return [Point(total.bytes, total.loss, _options(total)) for total in sums]
 
 
-def _unbeaten(entries: list[tuple]) -> list[tuple]:
-    """Those that no other beats in both, by ascending bytes; the first of equals."""
-    kept: list[tuple] = []
-    for entry in sorted(entries, key=lambda e: e[:2]):
-        if not kept or entry[1] < kept[-1][1]:
-            kept.append(entry)
-    return kept
+def _front(entries: Iterable[_Sum]) -> list[_Sum]:
+    """Return the entries that no other beats in both, by ascending bytes."""
+    front: list[_Sum] = []
+    for entry in sorted(entries, key=lambda each: (each.bytes, each.loss)):
+        if not front or entry.loss < front[-1].loss:
+            front.append(entry)
+    return front
 
 
-def _unchained(chain: tuple | None) -> tuple[int, ...]:
-    ways = []
-    while chain is not None:
-        way, chain = chain
-        ways.append(way)
-    return tuple(reversed(ways))
+def _options(total: _Sum) -> tuple[int, ...]:
+    options = []
+    while total.previous is not None:
+        options.append(total.option)
+        total = total.previous
+    return tuple(reversed(options))

@@ -1,60 +1,80 @@
-"""A comparison as a picture: error by layer and head, magnitudes against what formats hold, quality against bytes, recall."""
+"""The figure of a comparison: errors, magnitudes, quality against bytes, recall."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from jfp8kv.core.errors import NotSupported
-from jfp8kv.quality.quality_report import CacheQuality, QualityReport, ReconstructionError
+from jfp8kv.quality.cache_quality import CacheQuality, Magnitudes, ReconstructionError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIZE_INCHES = (16.0, 9.5)
-COLOURS, MARKERS, DASHES = 10, "osD^vP*X<", ("solid", (0, (5, 2)), (0, (1, 1.2)))
-LEGEND_COLUMNS, LONGEST_LABEL = 6, 28
+COLORS = 10
+MARKERS = "osD^vP*X<"
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.2)))
+LEGEND_COLUMNS = 6
+LONGEST_LABEL = 28
+
+Kind = Literal["k", "v"]
+KINDS: tuple[Kind, ...] = ("k", "v")
 NAMES = {"k": "Keys", "v": "Values"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class CacheStyle:
     """How one cache is drawn in every panel."""
 
-    choice: CacheQuality
-    colour: str
+    cache: CacheQuality
+    color: str
     marker: str
     dashes: Any
 
     @property
     def line(self) -> dict[str, Any]:
-        return {"color": self.colour, "linestyle": self.dashes, "linewidth": 1.4}
+        """Keywords of a matplotlib line."""
+        return {"color": self.color, "linestyle": self.dashes, "linewidth": 1.4}
+
+    def errors(self, kind: Kind) -> ReconstructionError:
+        """The errors of keys or of values."""
+        return self.cache.k if kind == "k" else self.cache.v
 
 
-def figure(found: QualityReport) -> Any:
-    """Six panels under one legend; see `QualityReport.plot`."""
+def comparison_figure(
+    caches: Sequence[CacheQuality],
+    magnitudes: Magnitudes,
+    needle_lengths: Sequence[int],
+    needle_depths: Sequence[float],
+) -> "Figure":
+    """Return a figure of six panels with one legend. The first cache is the baseline.
+
+    Raises `NotSupported` if matplotlib is not installed.
+    """
     plt = _pyplot()
-    shown = plt.figure(figsize=SIZE_INCHES, layout="constrained")
-    panels = shown.subplots(2, 3)
-    looks = [
-        Look(choice, f"C{i % COLOURS}", MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
-        for i, choice in enumerate(found.choices[1:])
+    figure = plt.figure(figsize=SIZE_INCHES, layout="constrained")
+    panels = figure.subplots(2, 3)
+    styles = [
+        CacheStyle(cache, f"C{i % COLORS}", MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])
+        for i, cache in enumerate(caches[1:])
     ]
-    for row, kind in enumerate("kv"):
-        _errors(panels[row, 0], looks, kind)
-        _magnitudes(panels[row, 1], found, looks, kind)
-    _quality(panels[0, 2], looks)
-    _recall(panels[1, 2], found, looks)
+    for row, kind in enumerate(KINDS):
+        _plot_errors(panels[row, 0], styles, kind)
+        _plot_magnitudes(panels[row, 1], magnitudes, styles, kind)
+    _plot_quality(panels[0, 2], styles)
+    _plot_recall(panels[1, 2], caches, styles, needle_lengths, needle_depths)
     handles = [
-        plt.Line2D([], [], **look.line, marker=look.marker, label=look.choice.label)
-        for look in looks
+        plt.Line2D([], [], **style.line, marker=style.marker, label=style.cache.label)
+        for style in styles
     ]
     if handles:
-        shown.legend(
-            handles=handles,
-            loc="outside upper center",
-            ncols=min(LEGEND_COLUMNS, len(handles)),
-            handlelength=3,
-        )
-    plt.close(shown)  # a notebook shows what a cell gives; open, it would be shown twice
-    return shown
+        columns = min(LEGEND_COLUMNS, len(handles))
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, handlelength=3)
+    plt.close(figure)  # a notebook shows the returned figure; an open one would be shown twice
+    return figure
 
 
 def _pyplot() -> Any:
@@ -67,75 +87,83 @@ def _pyplot() -> Any:
     return plt
 
 
-def _errors(panel: Any, looks: list[Look], kind: str) -> None:
-    """Signal to noise by layer, a line for each cache, and a dot for each head."""
+def _plot_errors(panel: "Axes", styles: Sequence[CacheStyle], kind: Kind) -> None:
+    """Signal-to-noise ratio by layer: a line for each cache, a dot for each head."""
     panel.set(
-        title=f"{NAMES[kind]}: what the cache keeps (dots: heads)",
+        title=f"{NAMES[kind]}: reconstruction (dots: heads)",
         xlabel="layer",
         ylabel="signal to noise, dB",
     )
-    for look in looks:
-        kept: ReconstructionError = getattr(look.choice, kind)
-        panel.plot(range(len(kept.snr_db)), _finite(kept.snr_db), **look.line)
-        heads = np.array(kept.snr_db_by_head, np.float64)
-        at = np.repeat(np.arange(len(heads)), heads.shape[1])
-        panel.scatter(at, _finite(heads.ravel()), color=look.colour, s=5, alpha=0.45, linewidths=0)
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    for style in styles:
+        errors = style.errors(kind)
+        panel.plot(range(len(errors.snr_db)), _finite(errors.snr_db), **style.line)
+        heads = np.array(errors.snr_db_by_head, np.float64)
+        layers = np.repeat(np.arange(len(heads)), heads.shape[1])
+        panel.scatter(
+            layers, _finite(heads.ravel()), color=style.color, s=5, alpha=0.45, linewidths=0
+        )
+    _integer_ticks(panel.xaxis)
     panel.grid(alpha=0.3)
 
 
 def _finite(values: Any) -> np.ndarray:
-    """What is infinite is left out of a picture."""
+    """Return the values with NaN, which matplotlib skips, in place of infinity."""
     values = np.asarray(values, np.float64)
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def _magnitudes(panel: Any, found: QualityReport, looks: list[Look], kind: str) -> None:
-    """Where the magnitudes of each layer lie, dark for many, and the least and largest that each FP8 cache can hold there."""
-    seen = found.magnitudes
-    counts = np.array(getattr(seen, kind), np.float64)
+def _integer_ticks(axis: Any) -> None:
+    axis.get_major_locator().set_params(integer=True)
+
+
+def _plot_magnitudes(
+    panel: "Axes", magnitudes: Magnitudes, styles: Sequence[CacheStyle], kind: Kind
+) -> None:
+    """The magnitudes of each layer, dark for many, and the range that each FP8 cache can store."""
+    counts = np.array(magnitudes.k if kind == "k" else magnitudes.v, np.float64)
     share = counts / counts.sum(axis=1, keepdims=True)
     layers, bins = counts.shape
-    low, high = seen.lowest, seen.lowest + bins / seen.parts
-    extent = (low, high, -0.5, layers - 0.5)
+    low = magnitudes.lowest
+    high = magnitudes.lowest + bins / magnitudes.parts
     panel.imshow(
         np.sqrt(share),
         aspect="auto",
         origin="lower",
         cmap="Greys",
         interpolation="nearest",
-        extent=extent,
+        extent=(low, high, -0.5, layers - 0.5),
     )
-    for look in looks:
-        limits = [each or (np.nan, np.nan) for each in getattr(look.choice, kind).limits]
+    for style in styles:
+        limits = [each or (np.nan, np.nan) for each in style.errors(kind).limits]
         for edge in np.log2(limits).T:
             edge = np.where((low - 2 < edge) & (edge < high), edge, np.nan)
-            panel.step([*edge, edge[-1]], np.arange(layers + 1) - 0.5, **look.line)
+            panel.step([*edge, edge[-1]], np.arange(layers + 1) - 0.5, **style.line)
     panel.set(
-        title=f"{NAMES[kind]}: how large (grey), and the range a cache has",
+        title=f"{NAMES[kind]}: magnitudes (grey) and range of the cache",
         xlabel="log2 of magnitude",
         ylabel="layer",
     )
     panel.set_xlim(low - 2, high)
-    panel.yaxis.get_major_locator().set_params(integer=True)
+    _integer_ticks(panel.yaxis)
 
 
-def _quality(panel: Any, looks: list[Look]) -> None:
-    """KL against bytes per token, with its standard error."""
+def _plot_quality(panel: "Axes", styles: Sequence[CacheStyle]) -> None:
+    """KL divergence against bytes per token, with its standard error."""
     panel.set(
         title="Quality against size",
         xlabel="cache, bytes per token",
         ylabel="KL from the float32 cache, nats per token",
     )
-    lossy = [look for look in looks if look.choice.kl > 0]
-    for look in lossy:
-        at, error = look.choice.kl, look.choice.kl_stderr or 0.0
+    lossy = [style for style in styles if style.cache.kl > 0]
+    for style in lossy:
+        kl = style.cache.kl
+        stderr = style.cache.kl_stderr or 0.0
         panel.errorbar(
-            look.choice.bytes_per_token,
-            at,
-            yerr=[[min(error, 0.9 * at)], [error]],
-            color=look.colour,
-            marker=look.marker,
+            style.cache.bytes_per_token,
+            kl,
+            yerr=[[min(stderr, 0.9 * kl)], [stderr]],
+            color=style.color,
+            marker=style.marker,
             capsize=3,
             alpha=0.8,
         )
@@ -145,39 +173,36 @@ def _quality(panel: Any, looks: list[Look]) -> None:
     panel.grid(alpha=0.3, which="both")
 
 
-def _recall(panel: Any, found: QualityReport, looks: list[Look]) -> None:
-    """Recall by cache, length and depth, in numbers on their colours."""
+def _plot_recall(
+    panel: "Axes",
+    caches: Sequence[CacheQuality],
+    styles: Sequence[CacheStyle],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+) -> None:
+    """Recall by cache, length and depth: numbers on a heat map."""
     panel.set_title("Needle in a haystack: recall, %")
-    if not found.needle_lengths:
+    if not lengths:
         panel.set_axis_off()
         return
     table = np.array(
-        [[recall for row in choice.needle_recall for recall in row] for choice in found.choices]
+        [[recall for row in cache.needle_recall for recall in row] for cache in caches]
     )
     panel.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=1.3)
     for (row, column), recall in np.ndenumerate(table):
         panel.text(column, row, f"{100 * recall:.0f}", ha="center", va="center", fontsize=8)
-    depths = found.needle_depths
-    panel.set_xticks(
-        range(table.shape[1]),
-        [f"{depth:g}" for depth in depths] * len(found.needle_lengths),
-        fontsize=8,
-    )
-    panel.set_yticks(
-        range(len(found.choices)), [_short(choice.label) for choice in found.choices], fontsize=8
-    )
-    for label, look in zip(panel.get_yticklabels()[1:], looks, strict=True):
-        label.set_color(look.colour)
-    panel.set_xlabel(
-        "depth, in texts of "
-        + ", ".join(f"{length:,}" for length in found.needle_lengths)
-        + " tokens"
-    )
-    for i in range(1, len(found.needle_lengths)):
+    depth_labels = [f"{depth:g}" for depth in depths] * len(lengths)
+    panel.set_xticks(range(table.shape[1]), depth_labels, fontsize=8)
+    panel.set_yticks(range(len(caches)), [_shorten(cache.label) for cache in caches], fontsize=8)
+    for label, style in zip(panel.get_yticklabels()[1:], styles, strict=True):
+        label.set_color(style.color)
+    shown = ", ".join(f"{length:,}" for length in lengths)
+    panel.set_xlabel(f"depth, in prompts of {shown} tokens")
+    for i in range(1, len(lengths)):
         panel.axvline(i * len(depths) - 0.5, color="white", linewidth=3)
 
 
-def _short(label: str) -> str:
-    """Without its middle where it is long: both ends tell caches apart."""
+def _shorten(label: str) -> str:
+    """Cut the middle out of a long label: both ends distinguish caches."""
     half = LONGEST_LABEL // 2
     return label if len(label) <= LONGEST_LABEL else f"{label[: half - 1]}…{label[1 - half :]}"

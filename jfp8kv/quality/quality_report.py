@@ -1,173 +1,228 @@
-"""A comparison as data: what each cache costs in bytes and in quality, by layer and head and in all."""
+"""`QualityReport`: the result of `compare`, as data, tables and a figure."""
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-ByLayer = tuple[float, ...]
-ByHead = tuple[tuple[float, ...], ...]  # [layers][kv_heads]
-_MOST_NATS = 700.0  # whose exponential a float still holds
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
+from jfp8kv.core.report import Report, empty_table, gap, plain
+from jfp8kv.quality.cache_quality import CacheQuality, Magnitudes, ReconstructionError
+from jfp8kv.quality.plots import comparison_figure
 
-@dataclasses.dataclass(frozen=True)
-class ReconstructionError:
-    """How well a cache kept the keys, or the values, it was given.
-
-    `snr_db` is 10 log10 of the sum of squares over the sum of squared errors, in decibels; infinite where nothing was lost.
-    `clipped` is the share of values stored as the largest there is although they are larger, `flushed` of those stored as zero
-    although they are not. `limits`, by layer, is the smallest and the largest magnitude that can be stored (the median over
-    heads and channels); None where each token brings a scale of its own, or where keys are stored less an offset.
-    """
-
-    snr_db: ByLayer
-    clipped: ByLayer
-    flushed: ByLayer
-    snr_db_by_head: ByHead
-    clipped_by_head: ByHead
-    flushed_by_head: ByHead
-    limits: tuple[tuple[float, float] | None, ...]
-
-    @property
-    def mean_snr_db(self) -> float:
-        """Over the layers that lost something; infinite if none did."""
-        lossy = [each for each in self.snr_db if each != math.inf]
-        return sum(lossy) / len(lossy) if lossy else math.inf
-
-    @property
-    def worst_layer(self) -> int:
-        """The layer that lost most."""
-        return min(range(len(self.snr_db)), key=lambda layer: self.snr_db[layer])
-
-    @property
-    def clipped_share(self) -> float:
-        """Of all layers' values."""
-        return sum(self.clipped) / len(self.clipped)
-
-    @property
-    def flushed_share(self) -> float:
-        """Of all layers' values."""
-        return sum(self.flushed) / len(self.flushed)
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheQuality:
-    """One cache against the float32 one, over every token that has one before it.
-
-    `layers` says what each layer keeps: its format, and whether scales are found for each token and head.
-    `nll` is the mean negative log-likelihood in nats, `perplexity` its exponential, `nll_change` its difference to the float32
-    cache's. `kl` is the mean divergence KL(float32 cache || this one) in nats, `kl_largest` the largest of one token,
-    `top1_agreement` the share of tokens after which both find the same token likeliest. MSEObserver (`_stderr`) are standard errors
-    of the mean over pieces of text; None for a single piece. `needle_recall` is by length, then depth; `bytes_per_token` as in
-    `llm.stats`.
-    """
-
-    label: str
-    kv_dtype: str
-    kv_scales: str  # "" where there are none
-    layers: tuple[str, ...]
-    bytes_per_token: float
-    nll: float
-    perplexity: float
-    nll_change: float
-    nll_change_stderr: float | None
-    kl: float
-    kl_stderr: float | None
-    kl_largest: float
-    top1_agreement: float
-    needle_recall: tuple[tuple[float, ...], ...]
-    k: ReconstructionError
-    v: ReconstructionError
-
-    @property
-    def perplexity_change(self) -> float:
-        """The share by which it is above the float32 cache's: 0.01 is 1%."""
-        return math.expm1(min(self.nll_change, _MOST_NATS))
-
-    @property
-    def mean_recall(self) -> float | None:
-        """Over all needles; None if there were none."""
-        every = [recall for row in self.needle_recall for recall in row]
-        return sum(every) / len(every) if every else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Magnitudes:
-    """How many keys and values of each layer have which magnitude: bin `i` is from `2**(lowest + i / parts)` to the next; the
-    first has all below too (zeros), the last all above."""
-
-    lowest: int
-    parts: int
-    k: tuple[tuple[int, ...], ...]  # [layers][bins]
-    v: tuple[tuple[int, ...], ...]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class QualityReport:
-    """Caches side by side, the float32 one first. Prints as tables; `plot` draws it, `to_dict` has everything.
+class QualityReport(Report):
+    """Caches side by side, the float32 cache first.
 
-    `report["fp8_e4m3 unit"]` is the cache of that label.
+    Prints as tables; `plot` draws it, `to_dict` returns everything. `report["fp8_e4m3 unit"]` is
+    the cache with that label.
+
+    Attributes:
+      tokens, sequences: what was scored: all windows of at least two tokens.
+      window: most tokens of a window.
+      needle_lengths, needle_depths: of the needle test; empty if there was none.
+      caches: the quality of each cache.
+      magnitudes: of keys and values, as the model computed them with the float32 cache.
     """
 
     tokens: int
-    pieces: int
+    sequences: int
     window: int
     needle_lengths: tuple[int, ...]
     needle_depths: tuple[float, ...]
-    choices: tuple[CacheQuality, ...]
-    magnitudes: Magnitudes  # of what the model gives its cache, as the float32 one saw it
+    caches: tuple[CacheQuality, ...]
+    magnitudes: Magnitudes
 
     def __getitem__(self, label: str) -> CacheQuality:
-        found = {choice.label: choice for choice in self.choices}
-        if label not in found:
-            raise KeyError(f"{label!r}: there are {', '.join(map(repr, found))}")
-        return found[label]
+        by_label = {cache.label: cache for cache in self.caches}
+        if label not in by_label:
+            raise KeyError(f"{label!r}: the labels are {', '.join(map(repr, by_label))}")
+        return by_label[label]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything by name, of types that JSON has: None stands for what is infinite or no number."""
-        return _plain(self)
+    def plot(self) -> "Figure":
+        """Return a matplotlib `Figure`.
 
-    def plot(self) -> Any:
-        """A matplotlib `Figure`: error by layer and head, magnitudes against what formats hold, quality against bytes, recall.
-
-        Raises `NotSupported` where matplotlib is not installed.
+        Error by layer and head, magnitudes and the range of each format, quality against bytes,
+        recall. Raises `NotSupported` if matplotlib is not installed.
         """
-        from jfp8kv.quality.plots import figure
-
-        return figure(self)
+        return comparison_figure(
+            self.caches, self.magnitudes, self.needle_lengths, self.needle_depths
+        )
 
     def by_layer(self) -> str:
-        """What each layer keeps, signal-to-noise ratios, and shares clipped and flushed, as tables in text."""
-        from jfp8kv.core.report import plain
-        from jfp8kv.quality.quality_tables import layers
-
-        return plain(layers(self, lines=None))
+        """Return a table of all layers for each cache, as text."""
+        return plain(Group(*_layer_tables(self.caches[1:], None)))
 
     def __repr__(self) -> str:
-        return f"QualityReport({', '.join(choice.label for choice in self.choices)}; {self.tokens:,} tokens)"
+        labels = ", ".join(cache.label for cache in self.caches)
+        return f"QualityReport({labels}; {self.tokens:,} tokens)"
 
-    def __str__(self) -> str:
-        from jfp8kv.core.report import plain
-        from jfp8kv.quality.quality_tables import layout
-
-        return plain(layout(self, lines=None))
-
-    def __rich__(self) -> Any:
-        from jfp8kv.quality.quality_tables import layout
-
-        return layout(self)
-
-    def _repr_html_(self) -> str:
-        from jfp8kv.core.report import as_html
-        from jfp8kv.quality.quality_tables import layout
-
-        return as_html(layout(self))
+    def _layout(self, lines: box.Box | None) -> Group:
+        count = f"{self.sequences:,} sequence{'s' if self.sequences > 1 else ''}"
+        title = f"{self.tokens:,} tokens in {count} of up to {self.window:,}"
+        return Group(
+            Text(title, style="bold"),
+            *gap(lines),
+            _quality_table(self, lines),
+            *gap(lines),
+            _error_table(self.caches[1:], lines),
+            *gap(lines),
+            *_needle_table(self, lines),
+            *_notes(self),
+        )
 
 
-def _plain(x: Any) -> Any:
-    if dataclasses.is_dataclass(x):
-        fields = [field.name for field in dataclasses.fields(x)]
-        derived = [name for name, value in vars(type(x)).items() if isinstance(value, property)]
-        return {name: _plain(getattr(x, name)) for name in (*fields, *derived)}
-    if isinstance(x, list | tuple):
-        return [_plain(value) for value in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
+# -- quality ---------------------------------------------------------------------------------------
+
+
+def _quality_table(report: QualityReport, lines: box.Box | None) -> Table:
+    needle = ["needle"] if report.needle_lengths else []
+    table = empty_table(
+        lines, "KV cache", "bytes/token", "perplexity", "change", "KL (nats)", "top-1", *needle
+    )
+    for number, cache in enumerate(report.caches):
+        cells = ["", "0", ""]  # of the baseline
+        if number:
+            kl = _with_stderr(cache.kl, cache.kl_stderr)
+            cells = [_perplexity_change(cache), kl, f"{cache.top1_agreement:.2%}"]
+        if cache.mean_recall is not None:
+            cells.append(f"{cache.mean_recall:.1%}")
+        size = f"{cache.bytes_per_token:,.0f}"
+        table.add_row(cache.label, size, f"{cache.perplexity:.3f}", *cells)
+    return table
+
+
+def _perplexity_change(cache: CacheQuality) -> str:
+    """Return `+1.02% ± 0.31%`. To first order its error is that of the mean log-probability."""
+    change = f"{cache.perplexity_change:+.2%}"
+    if cache.nll_change_stderr is None:
+        return change
+    return f"{change} ± {(1 + cache.perplexity_change) * cache.nll_change_stderr:.2%}"
+
+
+def _with_stderr(value: float, stderr: float | None) -> str:
+    """Return `0.0123 ± 0.0004`, with two digits of the error, or three of a value without one."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    finest = stderr / 10 if stderr else abs(value) / 100
+    decimals = max(0, -math.floor(math.log10(finest)))
+    shown = f"{value:.{decimals}f}"
+    return shown if stderr is None else f"{shown} ± {stderr:.{decimals}f}"
+
+
+def _notes(report: QualityReport) -> Iterator[Text]:
+    stderr = (
+        "± is a standard error over sequences."
+        if report.sequences > 1
+        else "A single sequence has no standard error."
+    )
+    yield Text(
+        "change: of the perplexity. KL: divergence of this cache's predictions from the float32 "
+        f"cache's, per token. {stderr} top-1: share of tokens after which both have the same most "
+        "likely token."
+    )
+    if report.needle_lengths:
+        yield Text(
+            "needle: share of a hidden sequence that is recalled, over lengths and depths (0 is "
+            "the beginning)."
+        )
+
+
+# -- reconstruction error --------------------------------------------------------------------------
+
+
+def _error_table(caches: tuple[CacheQuality, ...], lines: box.Box | None) -> Table:
+    table = empty_table(
+        lines,
+        "KV cache",
+        "K SNR dB",
+        "worst (layer)",
+        "V SNR dB",
+        "worst (layer)",
+        "K, V clipped",
+        "K, V flushed",
+    )
+    for cache in caches:
+        table.add_row(
+            cache.label,
+            *_snr_cells(cache.k),
+            *_snr_cells(cache.v),
+            f"{_share(cache.k.clipped_share)}, {_share(cache.v.clipped_share)}",
+            f"{_share(cache.k.flushed_share)}, {_share(cache.v.flushed_share)}",
+        )
+    return table
+
+
+def _layer_tables(
+    caches: tuple[CacheQuality, ...], lines: box.Box | None
+) -> Iterator[RenderableType]:
+    """Yield a table of all layers for each cache."""
+    for cache in caches:
+        table = empty_table(
+            lines,
+            "layer",
+            "format",
+            "K SNR dB",
+            "V SNR dB",
+            "K clipped",
+            "V clipped",
+            "K flushed",
+            "V flushed",
+            text=["format"],
+        )
+        for layer, name in enumerate(cache.layers):
+            table.add_row(
+                str(layer),
+                name,
+                _decibels(cache.k.snr_db[layer]),
+                _decibels(cache.v.snr_db[layer]),
+                _share(cache.k.clipped[layer]),
+                _share(cache.v.clipped[layer]),
+                _share(cache.k.flushed[layer]),
+                _share(cache.v.flushed[layer]),
+            )
+        yield Text(cache.label, style="bold")
+        yield table
+        yield from gap(lines)
+
+
+def _snr_cells(errors: ReconstructionError) -> tuple[str, str]:
+    worst = errors.snr_db[errors.worst_layer]
+    shown = "" if math.isinf(worst) else f"{_decibels(worst)} ({errors.worst_layer})"
+    return _decibels(errors.mean_snr_db), shown
+
+
+def _decibels(value: float) -> str:
+    return "exact" if math.isinf(value) else f"{value:.1f}"
+
+
+def _share(share: float) -> str:
+    if share == 0:
+        return "0"
+    return f"{share:.2%}" if share >= 5e-5 else f"{100 * share:.0e}%"
+
+
+# -- needles ---------------------------------------------------------------------------------------
+
+
+def _needle_table(report: QualityReport, lines: box.Box | None) -> Iterator[RenderableType]:
+    if not report.needle_lengths:
+        return
+    depths = [f"{depth:g}" for depth in report.needle_depths]
+    columns = []
+    for length in report.needle_lengths:
+        columns += [f"{length:,} at {depths[0]}", *depths[1:]]
+    table = empty_table(lines, "needle recall", *columns)
+    for cache in report.caches:
+        recalls = [recall for row in cache.needle_recall for recall in row]
+        table.add_row(cache.label, *(f"{recall:.0%}" for recall in recalls))
+    yield table
+    yield from gap(lines)

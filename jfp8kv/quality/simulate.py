@@ -1,18 +1,18 @@
-"""A model whose layers keep their keys and values in any of several ways, as data: one compiled program tries them all.
+"""A simulated quantized cache: layer formats are data, so one program serves all plans.
 
-The cache itself is float32. Each layer's keys and values go through the one quantizer and back before they are written, in the
-way that an array says: what attention sees is what the real cache would give it, to the rounding of float32.
+The cache is float32. The keys and values of each layer are quantized and dequantized before they
+are written, in the format that the array selects. Attention sees what the real cache would return,
+to the rounding of float32.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jfp8kv.attention.interface import Query, paged_attend
+from jfp8kv.attention.interface import Attend, Query, paged_attend
 from jfp8kv.cache.layout import LayerCacheSpec
 from jfp8kv.cache.pool import KV, KVPool, Layer, LayerScales, fake_quant
 from jfp8kv.cache.scales import KVScales
@@ -22,65 +22,83 @@ from jfp8kv.engine.batch import ForwardBatch
 from jfp8kv.engine.step import Chunk, StepModel, Weights, each_request
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import bind
+from jfp8kv.quality.observe import unit_scales
 
 UNQUANTIZED = LayerCacheSpec(FLOAT32)
 
 
 @pytree
 class SimulatedLayers:
-    """How each layer keeps its keys and values: an index into the kinds that the program knows, and scales."""
+    """The cache of each layer: an index into the specs of the program, and scales."""
 
-    kind: Int[Array | np.ndarray, " layers"]
+    spec: Int[Array | np.ndarray, " layers"]
     scales: LayerScales
 
     @classmethod
     def of(
         cls,
-        kinds: Sequence[LayerCacheSpec],
-        known: Sequence[LayerCacheSpec],
+        layers: Sequence[LayerCacheSpec],
+        specs: Sequence[LayerCacheSpec],
         scales: KVScales,
         config: ModelConfig,
     ) -> "SimulatedLayers":
-        index = np.array([known.index(kind) for kind in kinds], np.int32)
-        c = config
-        return cls(
-            index, LayerScales.of(scales, layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim)
+        """Return the data of `layers` for a program that knows `specs`."""
+        index = np.array([specs.index(spec) for spec in layers], np.int32)
+        by_layer = LayerScales.of(
+            scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim
         )
+        return cls(index, by_layer)
 
 
-def simulated(
+def simulated_score(
     model: StepModel,
     weights: Weights,
-    ways: SimulatedLayers,
+    layers: SimulatedLayers,
     batch: ForwardBatch,
     pages: KVPool,
     *,
-    known: tuple[LayerCacheSpec, ...],
+    specs: tuple[LayerCacheSpec, ...],
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPool]:
-    """The logits after each token of a chunk of each request: a step over a float32 cache, see engine/step.py."""
-    c, decoder = model.config, bind(model.config, weights, model.dtype)
-    unit = LayerScales.of(
-        KVScales.unit(c.layers), layers=c.layers, kv_heads=c.kv_heads, head_dim=c.head_dim
-    )
+    """Return the logits after each token, as `engine.step.logits`, over a float32 pool."""
+    decoder = bind(model.config, weights, model.dtype)
+    unit = unit_scales(model.config)
 
     def one(chunk: Chunk, pages: KVPool) -> tuple[Array, KVPool]:
         cached = paged_attend(
             model.attention, unit, model.options(decoder), chunk.metadata(model.groups)
         )
-
-        def attend(layer: Layer, q: Query, k: KV, v: KV, pages: KVPool) -> tuple[Query, KVPool]:
-            def kept(kind: LayerCacheSpec) -> tuple[KV, KV]:
-                if kind == UNQUANTIZED:
-                    return k.astype(jnp.float32), v.astype(jnp.float32)
-                return fake_quant(kind, ways.scales, k, v, layer=layer)
-
-            branches: Any = [lambda kind=kind: kept(kind) for kind in known]
-            return cached(layer, q, *lax.switch(ways.kind[layer], branches), pages)
-
         positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
         hidden, pages = decoder(
-            chunk.tokens, positions, attend=attend, carry=pages, context=chunk.context
+            chunk.tokens,
+            positions,
+            attend=_quantize_first(cached, layers, specs),
+            carry=pages,
+            context=chunk.context,
         )
         return decoder.logits(hidden), pages
 
     return each_request(one, batch, pages, out_axes=(0, None))
+
+
+def _quantize_first(
+    attend: Attend, layers: SimulatedLayers, specs: Sequence[LayerCacheSpec]
+) -> Attend:
+    """Return `attend` with keys and values that went through the quantizer of their layer."""
+
+    def quantizer(spec: LayerCacheSpec) -> Callable[[Layer, KV, KV], tuple[KV, KV]]:
+        def quantize(layer: Layer, k: KV, v: KV) -> tuple[KV, KV]:
+            if spec == UNQUANTIZED:
+                return k.astype(jnp.float32), v.astype(jnp.float32)
+            return fake_quant(spec, layers.scales, k, v, layer=layer)
+
+        return quantize
+
+    quantizers = [quantizer(spec) for spec in specs]
+
+    def attend_quantized(
+        layer: Layer, q: Query, k: KV, v: KV, pages: KVPool
+    ) -> tuple[Query, KVPool]:
+        k, v = lax.switch(layers.spec[layer], quantizers, layer, k, v)
+        return attend(layer, q, k, v, pages)
+
+    return attend_quantized

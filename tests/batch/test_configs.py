@@ -83,7 +83,7 @@ def test_a_config_is_run(run, tmp_path, model, name):
     assert status == 0, err
     output = tmp_path / Path(load(config).output.path).name
     if name == "compare":
-        assert len(json.loads(output.read_text())["choices"]) == 5 and "perplexity" in out
+        assert len(json.loads(output.read_text())["caches"]) == 5 and "perplexity" in out
     else:
         assert len(read_rows(output)) == len(list(Reader(load(config).input)))
 

@@ -39,7 +39,9 @@ def test_fp8_ones_are_measured_with_all_scales_and_each_has_room_for_all_request
         values * 17,
     ]
     for cache in report.caches:
-        assert cache.fit >= 3 and cache.tokens_capacity >= 3 * 26 and cache.preemptions == 0
+        assert (
+            cache.max_requests >= 3 and cache.tokens_capacity >= 3 * 26 and cache.preemptions == 0
+        )
         assert cache.first_token_s > 0 and cache.prefill_tokens_s > 0
         assert cache.decode_tokens_s > cache.output_tokens_s > 0, (
             "all of it takes longer than its decoding"
@@ -52,24 +54,30 @@ def test_with_little_memory_requests_are_preempted_and_all_get_their_tokens(para
     )  # half of what bfloat16 needs for three texts of 120 tokens, in pages of 64
     sizes = SMALL | {"output_tokens": 100, "rounds": 1}
     tight, roomy = jfp8kv.bench(params, kv_cache_memory=memory // 2, **sizes).caches
-    assert (tight.fit, roomy.fit) == (1, 3) and tight.preemptions > 0 == roomy.preemptions
+    assert (tight.max_requests, roomy.max_requests) == (
+        1,
+        3,
+    ) and tight.preemptions > 0 == roomy.preemptions
 
 
 def test_it_prints_as_a_table_everywhere(report) -> None:
     lines = str(report).splitlines()
-    assert lines[0] == "3 requests at once of 20 + 6 tokens, medians of 2 rounds, caches in turn"
+    assert (
+        lines[0]
+        == "3 concurrent requests of 20 + 6 tokens, medians of 2 rounds, caches interleaved"
+    )
     assert (
         lines[2].split()[:2] == ["KV", "cache"]
         and lines[3].startswith("bfloat16")
         and "x  " in lines[4]
     )
-    assert "attention by xla" in lines[-2] and "fit: requests" in lines[-3]
+    assert "attention by xla" in lines[-2] and "max requests: requests" in lines[-3]
     console = Console(width=120, record=True)
     console.print(report)
     assert "fp8_e4m3, token_head" in console.export_text() and "<td" in report._repr_html_()
     assert (
         repr(report).startswith("BenchmarkReport(bfloat16 ")
-        and json.loads(json.dumps(report.to_dict()))["caches"][1]["fit"] >= 3
+        and json.loads(json.dumps(report.to_dict()))["caches"][1]["max_requests"] >= 3
     )
 
 
@@ -89,7 +97,7 @@ def test_the_command_prints_what_bench_reports(run) -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"requests": 0}, "requests=0: must be an integer of at least 1"),
+        ({"requests": 0}, "requests=0: must be a whole number of at least 1"),
         ({"rounds": True}, "rounds=True"),
         ({"kv_dtypes": "fp8"}, "kv_dtypes='fp8': must be a list, such as"),
         ({"kv_dtypes": []}, r"kv_dtypes=\[\]"),

@@ -1,4 +1,4 @@
-"""The caches that are compared: which there are, what they are called, with which scales, and what is refused."""
+"""The caches that are compared: formats and scales, labels, calibrated scales, refusals."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,9 @@ import pytest
 import jfp8kv
 from jfp8kv import CheckpointError, ConfigError
 from jfp8kv.core.formats import kv_format
-from jfp8kv.quality.cache_choices import CacheChoice, choices, with_calibrated
-from jfp8kv.quality.compare_options import plan
-from jfp8kv.quality.data import pieces
-from jfp8kv.quality.observers import GRANULARITIES
+from jfp8kv.quality.cache_choices import CacheChoice, cache_choices, with_calibrated_scales
+from jfp8kv.quality.data import split_prompts
+from jfp8kv.quality.options import GRANULARITIES, CompareOptions
 from tests.quality.test_calibrate import load, prompts
 
 pytestmark = pytest.mark.quick_compile
@@ -19,13 +18,13 @@ MIX = {"default": "fp8_e4m3", "skip": [0]}
 LAYERS = 2
 
 
-def made(kv_dtypes, kv_scales=("unit",)) -> list[CacheChoice]:
-    asked = plan(kv_dtypes=kv_dtypes, kv_scales=kv_scales)
-    return choices(load(NAME), asked.kv_dtypes, asked.kv_scales)
+def choices(kv_dtypes, kv_scales=("unit",)) -> list[CacheChoice]:
+    options = CompareOptions.from_fields(kv_dtypes=kv_dtypes, kv_scales=kv_scales)
+    return cache_choices(load(NAME), options)
 
 
 def labels(*given) -> list[str]:
-    return [choice.label for choice in made(*given)]
+    return [choice.label for choice in choices(*given)]
 
 
 def unit() -> jfp8kv.KVScales:
@@ -81,7 +80,7 @@ def test_formats_by_layer_are_one_cache(given):
 def test_a_plan_comes_once_with_its_own_scales(tmp_path):
     of_plan().save(tmp_path / "best.kvplan")
     given = [of_plan(), tmp_path / "best.kvplan", ("mine", of_plan())]
-    found = made(given, ["unit", "token_head"])
+    found = choices(given, ["unit", "token_head"])
     assert [choice.label for choice in found] == ["float32", "plan", "best.kvplan", "mine"]
     assert all(isinstance(c.kv_dtype, jfp8kv.KVPlan) and c.kv_scales == "auto" for c in found[1:])
 
@@ -92,8 +91,8 @@ def test_scales_of_a_file_are_called_by_its_name_and_equal_labels_get_numbers(tm
     wanted = [
         "found.safetensors",
         "found.safetensors (2)",
-        "given, by tensor",
-        "given, by tensor (2)",
+        "given, per tensor",
+        "given, per tensor (2)",
     ]
     assert labels(["fp8"], scales)[1:] == [f"fp8_e4m3 {label}" for label in wanted]
 
@@ -124,14 +123,14 @@ BAD_SCALES = {
 def test_what_is_no_format_is_refused(kind):
     given, said = BAD_DTYPES[kind]
     with pytest.raises(ConfigError, match=said):
-        made(given)
+        choices(given)
 
 
 @pytest.mark.parametrize("kind", BAD_SCALES)
 def test_what_are_no_scales_is_refused(kind):
     given, said = BAD_SCALES[kind]
     with pytest.raises((ConfigError, CheckpointError), match=said):
-        made("fp8", given)
+        choices("fp8", given)
 
 
 def test_names_are_refused_without_a_model():
@@ -143,14 +142,14 @@ def test_names_are_refused_without_a_model():
         {"needle_depths": 2},
     ):
         with pytest.raises(ConfigError, match=f"{next(iter(given))[:8]}.*="):
-            plan(**given)
+            CompareOptions.from_fields(**given)
 
 
 def calibrated(kv_dtypes) -> dict[str, jfp8kv.KVScales]:
-    cut = pieces(prompts(NAME, 40, 23), load(NAME), max_model_len=64, window=16)
+    cut = split_prompts(prompts(NAME, 40, 23), load(NAME), max_model_len=64, window=16)
     return {
         c.label: c.kv_scales
-        for c in with_calibrated(load(NAME), made(kv_dtypes, GRANULARITIES), cut)
+        for c in with_calibrated_scales(load(NAME), choices(kv_dtypes, GRANULARITIES), cut)
     }
 
 

@@ -11,23 +11,24 @@ import numpy as np
 import pytest
 
 import jfp8kv
-from jfp8kv.attention import reference
+from jfp8kv.attention import reference, xla
 from jfp8kv.attention.interface import AttentionMetadata, paged_attend
 from jfp8kv.cache.pool import LayerScales
 from jfp8kv.core.formats import encode_numpy, kv_format
 from jfp8kv.engine.step import StepModel
 from jfp8kv.models.decoder import bind
-from jfp8kv.quality import calibrate as run
-from jfp8kv.quality import data
-from jfp8kv.quality.calibration_options import OBSERVERS, plan
+from jfp8kv.quality import calibrate as calibration
+from jfp8kv.quality import observe
+from jfp8kv.quality.data import TokenSpool
+from jfp8kv.quality.key_offsets import CachedKeys
 from jfp8kv.quality.observers import (
     BINS,
     CANDIDATES,
-    GRANULARITIES,
     STEPS_PER_OCTAVE,
     AmaxObserver,
     ScaleShape,
 )
+from jfp8kv.quality.options import GRANULARITIES, OBSERVERS, CalibrationOptions
 from tests.references import oracle
 
 pytestmark = pytest.mark.quick_compile
@@ -87,7 +88,7 @@ def seen_by_capture(name: str, tokens: list[int]) -> np.ndarray:
 
     kept = jnp.zeros((c.layers, 2, len(tokens), c.kv_heads, c.head_dim), jnp.float32)
     positions = jnp.arange(len(tokens), dtype=jnp.int32)
-    carry = run.new_float32_pages(c, 512), kept
+    carry = observe.new_float32_pool(c, 512), kept
     return np.asarray(
         decoder(jnp.asarray(tokens, jnp.int32), positions, attend=attend, carry=carry)[1][1]
     )
@@ -191,7 +192,7 @@ def test_a_text_in_chunks_gives_what_it_gives_whole(monkeypatch):
     """Windows, and keys of earlier chunks, included: the chunks are shorter than both text and window."""
     params, texts = load("gemma3_new"), prompts("gemma3_new", 60)
     whole = stacked(jfp8kv.calibrate(params, texts, granularity="channel"))
-    monkeypatch.setattr(run, "default_prefill_chunk", lambda: 16)
+    monkeypatch.setattr(calibration, "default_prefill_chunk", lambda: 16)
     np.testing.assert_allclose(
         stacked(jfp8kv.calibrate(params, texts, granularity="channel")), whole, rtol=1e-5
     )
@@ -260,13 +261,15 @@ def test_the_compiled_pass_updates_in_place_and_its_temporaries_do_not_grow_with
     params = load("llama_gqa")
     c = params.config
     statistics = AmaxObserver.empty(ScaleShape(c.layers, c.kv_heads, c.head_dim, "channel"))
-    chunk = run.Chunk(np.zeros(64, np.int32), *(np.array(n, np.int32) for n in (0, 64, 64)))
-    model = StepModel(c, params.dtype, run.xla.attention)
+    chunk = observe.CalibrationChunk(
+        np.zeros(64, np.int32), *(np.array(n, np.int32) for n in (0, 64, 64))
+    )
+    model = StepModel(c, params.dtype, xla.attention)
 
     def memory(tokens: int):
-        pages = jax.eval_shape(lambda: run.new_float32_pages(c, tokens))
-        compiled = run.observe.lower(
-            model, params.tree, chunk, run.AsCached(), (pages, statistics)
+        pages = jax.eval_shape(lambda: observe.new_float32_pool(c, tokens))
+        compiled = observe.run_calibration_step.lower(
+            model, params.tree, chunk, CachedKeys(), (pages, statistics)
         ).compile()
         return compiled.memory_analysis(), sum(x.size * 4 for x in (pages.k_bits, pages.v_bits))
 
@@ -277,9 +280,9 @@ def test_the_compiled_pass_updates_in_place_and_its_temporaries_do_not_grow_with
 
 def test_a_second_pass_reads_what_the_first_one_kept(tmp_path):
     texts = [[[1, 2, 3], [4]], [[5]], [[6, 7]] * 3]
-    with data.Spool() as spool:
-        assert list(spool.keep(texts)) == texts
-        assert list(spool.again()) == texts
+    with TokenSpool() as spool:
+        assert list(spool.record(texts)) == texts
+        assert list(spool.replay()) == texts
 
 
 # -- mistakes -----------------------------------------------------------------------------------------------------------
@@ -292,7 +295,7 @@ def test_a_second_pass_reads_what_the_first_one_kept(tmp_path):
         (iter([]), {}, "prompts is empty"),
         (5, {}, "prompts of type int"),
         ([[1], []], {}, "prompt 1 is empty"),
-        ([[1, 96000]], {}, "prompt 0 holds token id 96000"),
+        ([[1, 96000]], {}, "prompt 0 has token id 96000"),
         ([[1] * 300], {}, "prompt 0 has 300 tokens: the model takes 256 at most; window=256"),
         ([[1] * 9], {"max_model_len": 8}, "prompt 0 has 9 tokens"),
         (["text"], {}, "no tokenizer"),
@@ -308,15 +311,15 @@ def test_a_second_pass_reads_what_the_first_one_kept(tmp_path):
         (
             [[1]],
             {"observer": "percentile", "percentile": 0},
-            "percentile=0: must be a number above 0 and up to 100",
+            "percentile=0: must be a number above 0 and at most 100",
         ),
         ([[1]], {"observer": "percentile", "percentile": 100.1}, "percentile=100.1"),
         ([[1]], {"observer": "percentile", "percentile": float("nan")}, "percentile=nan"),
-        ([[1]], {"percentile": 99.0}, "belongs to observer='percentile'"),
+        ([[1]], {"percentile": 99.0}, "needs observer='percentile'"),
         ([[1]], {"headroom": 0.5}, "headroom=0.5: must be a number of at least 1"),
         ([[1]], {"headroom": float("nan")}, "headroom=nan"),
         ([[1]], {"headroom": True}, "headroom=True"),
-        ([[1]], {"headroom": 2.0, "observer": "mse"}, "goes with observer='amax'"),
+        ([[1]], {"headroom": 2.0, "observer": "mse"}, "needs observer='amax'"),
         ([[1]], {"window": 0}, "window=0"),
         ([[1]], {"window": 257}, "window=257: this model was trained for at most 256"),
         ([[1]], {"max_model_len": True}, "max_model_len=True"),
@@ -341,13 +344,9 @@ def test_what_is_not_finite_is_refused_by_prompt_and_layer(value, said):
         jfp8kv.calibrate(broken, prompts("llama_gqa", *PROMPTS))
 
 
-def test_what_is_asked_for_has_the_documented_defaults():
-    asked = plan()
-    assert (asked.fmt.name, asked.granularity, asked.observer, asked.percentile) == (
-        "fp8_e4m3",
-        "head",
-        "amax",
-        99.99,
-    )
-    assert plan(kv_dtype="fp8").fmt.name == "fp8_e4m3"
+def test_options_have_the_documented_defaults():
+    options = CalibrationOptions()
+    assert (options.kv_dtype, options.granularity) == ("fp8_e4m3", "head")
+    assert (options.observer, options.percent) == ("amax", 99.99)
+    assert CalibrationOptions(kv_dtype="fp8").kv_dtype == "fp8_e4m3"
     assert (CANDIDATES, BINS) == (25, 1024)

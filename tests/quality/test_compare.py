@@ -12,8 +12,8 @@ import jfp8kv
 from jfp8kv import ConfigError
 from jfp8kv.cache.config import resolve_cache
 from jfp8kv.engine import buckets
-from jfp8kv.quality import compare as run
-from jfp8kv.quality.needle import CUE_TOKENS, NEEDLE_TOKENS, needles
+from jfp8kv.quality import compare as comparison
+from jfp8kv.quality.needle import CUE_TOKENS, NEEDLE_TOKENS, create_needles
 from tests.cache.test_default_scales import with_bias
 from tests.quality.test_calibrate import load, prompts
 
@@ -139,7 +139,7 @@ def test_bytes_per_token_are_those_of_an_engine(report, label):
 @pytest.mark.parametrize("label", ["float32", "planned"])
 def test_recall_is_the_share_of_likeliest_tokens_after_the_cue(report, label):
     ids = np.concatenate([np.asarray(text, np.int32) for text in texts()])
-    for depth, needle in enumerate(needles(ids, (LONGEST,), DEPTHS)):
+    for depth, needle in enumerate(create_needles(ids, (LONGEST,), DEPTHS)):
         likeliest = engine(label).logits(needle.ids).argmax(-1)
         asked = range(LONGEST - NEEDLE_TOKENS + CUE_TOKENS, LONGEST)
         wanted = np.mean([likeliest[i - 1] == needle.ids[i] for i in asked])
@@ -153,8 +153,8 @@ def test_every_cache_is_there_with_what_each_layer_keeps(report):
         *(f"{name} {scales}" for name in ("e4m3", "mix") for scales in ("unit", "head")),
         "planned",
     ]
-    assert [choice.label for choice in report.choices] == wanted
-    assert (report.tokens, report.pieces, report.window) == (113, 3, WINDOW)
+    assert [choice.label for choice in report.caches] == wanted
+    assert (report.tokens, report.sequences, report.window) == (113, 3, WINDOW)
     assert report["mix head"].layers == ("bfloat16", "fp8_e4m3")
     assert report["planned"].layers == ("fp8_e4m3", "fp8_e4m3 with token_head scales")
     with pytest.raises(KeyError, match="'mix unit'"):
@@ -201,19 +201,19 @@ def test_magnitudes_count_every_value_that_was_cached(report):
 
 def test_a_report_is_json(report):
     kept = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert [choice["label"] for choice in kept["choices"]] == [
-        choice.label for choice in report.choices
+    assert [choice["label"] for choice in kept["caches"]] == [
+        choice.label for choice in report.caches
     ]
-    assert kept["choices"][0]["k"]["snr_db"] == [None, None], "infinity is no JSON"
-    assert kept["choices"][3]["kl"] == report.choices[3].kl
-    assert kept["choices"][3]["v"]["clipped_share"] == report.choices[3].v.clipped_share > 0, (
+    assert kept["caches"][0]["k"]["snr_db"] == [None, None], "infinity is no JSON"
+    assert kept["caches"][3]["kl"] == report.caches[3].kl
+    assert kept["caches"][3]["v"]["clipped_share"] == report.caches[3].v.clipped_share > 0, (
         "what is derived is there, too"
     )
 
 
 def test_tables_have_a_row_for_every_cache_and_every_layer(report):
     text, lines = str(report), str(report).splitlines()
-    for choice in report.choices:
+    for choice in report.caches:
         assert sum(line.startswith(f"{choice.label}  ") for line in lines) == (
             2 if choice.label == "float32" else 3
         )
@@ -224,7 +224,7 @@ def test_tables_have_a_row_for_every_cache_and_every_layer(report):
     layers = report.by_layer()
     assert (
         layers.count("fp8_e4m3 with token_head scales") == 1
-        and layers.count("K SNR dB") == len(report.choices) - 1
+        and layers.count("K SNR dB") == len(report.caches) - 1
     )
     assert repr(report).startswith("QualityReport(float32, half, ")
 
@@ -233,9 +233,9 @@ def test_a_notebook_gets_html_tables(report):
     page = report._repr_html_()
     assert page.count("<table>") == 3 and "±" in page
     assert page.count("<td") == sum(
-        len(report.choices[skip:]) * columns for skip, columns in ((0, 7), (1, 7), (0, 3))
+        len(report.caches[skip:]) * columns for skip, columns in ((0, 7), (1, 7), (0, 3))
     )
-    named = jfp8kv.QualityReport(**{**vars(report), "choices": (report.choices[0],)})
+    named = jfp8kv.QualityReport(**{**vars(report), "caches": (report.caches[0],)})
     assert "float32" in named._repr_html_()
 
 
@@ -252,7 +252,7 @@ def test_a_picture_names_its_axes_and_all_caches(report, tmp_path):
     ]
     assert all(panel.get_xlabel() for panel in figure.axes)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        choice.label for choice in report.choices[1:]
+        choice.label for choice in report.caches[1:]
     ]
     assert not plt.get_fignums(), "a figure left open is shown twice in a notebook, and kept"
     figure.savefig(tmp_path / "report.png", dpi=40)
@@ -321,9 +321,9 @@ MISTAKES = {
     "a token that is not there": (
         {"given": [[1, 10**6]]},
         ConfigError,
-        "text 0 holds token id 1000000",
+        "text 0 has token id 1000000",
     ),
-    "texts of one token": ({"given": [[1], [2]]}, ConfigError, "no two tokens in a row"),
+    "texts of one token": ({"given": [[1], [2]]}, ConfigError, "no two consecutive tokens"),
     "a text without a tokenizer": ({"given": ["once"]}, ConfigError, "text 0"),
     "a window of nothing": ({"window": 0}, ConfigError, "window=0"),
     "a window beyond the model": ({"window": 10**6, "max_model_len": None}, ConfigError, "1000000"),
@@ -331,16 +331,16 @@ MISTAKES = {
     "a needle beyond the model": (
         {"needle_lengths": [65]},
         ConfigError,
-        "to 64, the most that the model takes",
+        "at most 64, the context",
     ),
     "a depth beyond the end": ({"needle_depths": [2]}, ConfigError, "needle_depths"),
     "an unknown format": ({"kv_dtypes": ["fp9"]}, ConfigError, "fp9"),
     "scales to calibrate on nothing": (
         {"kv_scales": "head"},
         ConfigError,
-        "fp8_e4m3 head: scales are to be calibrated",
+        "fp8_e4m3 head: these scales are calibrated",
     ),
-    "calibration for nothing": ({"calibration": [[1, 2]]}, ConfigError, "no choice uses it"),
+    "calibration for nothing": ({"calibration": [[1, 2]]}, ConfigError, "no cache uses it"),
     "calibration that is empty": (
         {"kv_scales": "head", "calibration": [[]]},
         ConfigError,
@@ -362,7 +362,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_refused_before_anything_runs(mistake, monkeypatch):
-    monkeypatch.setattr(run, "_sides", lambda *_, **__: pytest.fail("an engine was made"))
+    monkeypatch.setattr(
+        comparison, "_create_runs", lambda *_, **__: pytest.fail("an engine was made")
+    )
     asked, error, said = MISTAKES[mistake]
     with pytest.raises(error, match=said):
         compare(**asked)

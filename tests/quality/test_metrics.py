@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jfp8kv.quality.metrics import excess, scores
+from jfp8kv.quality.metrics import exp_excess, token_scores
 
 SPREADS = [1e-6, 1e-5, 1e-3, 0.1, 1.0, 10.0]
 
@@ -37,20 +37,20 @@ FOLLOWING = np.arange(12, dtype=np.int32) * 7
 def test_divergence_is_that_of_extended_precision(spread):
     """Every term is positive, so its relative error is that of p (a few roundings of logits up to 20: 1e-6) and of a square."""
     base, other = pair(spread)
-    found = np.asarray(jax.jit(scores)(base, other, FOLLOWING).kl)
+    found = np.asarray(jax.jit(token_scores)(base, other, FOLLOWING).kl)
     np.testing.assert_allclose(found, divergence(base, other), rtol=2e-5)
 
 
 def test_a_constant_added_to_all_logits_changes_nothing_that_shows():
     """The mean is off by up to 1e-6 here: half its square is 5e-13, where the divergence is 5e-7."""
     base, other = pair(1e-3, shift=3.0)
-    found = np.asarray(jax.jit(scores)(base, other, FOLLOWING).kl)
+    found = np.asarray(jax.jit(token_scores)(base, other, FOLLOWING).kl)
     np.testing.assert_allclose(found, divergence(base, other), rtol=2e-5)
 
 
 def test_equal_logits_diverge_by_exactly_nothing():
     base, _ = pair(1.0)
-    found = jax.jit(scores)(base, base.copy(), FOLLOWING)
+    found = jax.jit(token_scores)(base, base.copy(), FOLLOWING)
     assert np.all(np.asarray(found.kl) == 0) and np.all(found.agrees)
 
 
@@ -58,7 +58,7 @@ def test_divergence_is_right_where_float32_lacks_the_range():
     """A token that the base finds impossible, p = exp(-120), and the other likely: exp(d) alone is infinite, p alone is 0."""
     base, other = pair(1e-3)
     base[:6, 7], other[:6, 7] = -120, np.linspace(-30, 30, 6)
-    found = np.asarray(jax.jit(scores)(base, other, FOLLOWING).kl)
+    found = np.asarray(jax.jit(token_scores)(base, other, FOLLOWING).kl)
     wanted = divergence(base, other)
     np.testing.assert_allclose(found[6:], wanted[6:], rtol=2e-5)
     np.testing.assert_allclose(
@@ -71,7 +71,7 @@ def test_divergence_is_right_where_float32_lacks_the_range():
 def test_likelihood_and_agreement_are_those_of_numpy(spread):
     """log-sum-exp and the difference each round at a magnitude of up to 40: 4e-6."""
     base, other = pair(spread)
-    found = jax.jit(scores)(base, other, FOLLOWING)
+    found = jax.jit(token_scores)(base, other, FOLLOWING)
     nll = -log_softmax(other)[np.arange(12), FOLLOWING]
     np.testing.assert_allclose(np.asarray(found.nll), nll.astype(np.float64), atol=8e-6)
     agrees = base.argmax(axis=-1) == other.argmax(axis=-1)
@@ -86,5 +86,5 @@ def test_the_excess_of_exp_keeps_its_digits_on_both_sides_of_the_series():
     terms = [exact**k / np.prod(np.arange(1, k + 1, dtype=np.longdouble)) for k in range(2, 30)]
     exact = np.where(np.abs(x) < 0.9, sum(terms), np.expm1(exact) - exact)
     np.testing.assert_allclose(
-        np.asarray(excess(jnp.asarray(x))), exact.astype(np.float64), rtol=2e-6
+        np.asarray(exp_excess(jnp.asarray(x))), exact.astype(np.float64), rtol=2e-6
     )

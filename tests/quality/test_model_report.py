@@ -119,8 +119,8 @@ def test_llama_3_8b_is_sized_as_published_from_16_gb_of_weights_that_are_not_rea
     assert found.weights.bytes_on_disk == (folder / "model.safetensors").stat().st_size
     assert (found.model.group, found.weights.dtype) == (4, "bfloat16")
     bf16 = by_name(found)["bfloat16", "static"]
-    assert bf16.asked and bf16.bytes_per_token == 2 * 32 * 8 * 128 * 2 == 131_072
-    assert [(text.tokens, text.bytes) for text in bf16.texts] == [
+    assert bf16.requested and bf16.bytes_per_token == 2 * 32 * 8 * 128 * 2 == 131_072
+    assert [(text.tokens, text.bytes) for text in bf16.sequences] == [
         (1024, 128 << 20),
         (8192, 1 << 30),
     ]
@@ -139,10 +139,10 @@ def test_gemma_3_1b_is_sized_as_published_and_its_windows_are_counted(tmp_path):
     local, whole = found.attention
     assert (len(local.layers), local.window, local.rope.theta) == (22, 512, 1e4)
     assert (whole.layers, whole.window, whole.rope.theta) == ((5, 11, 17, 23), 0, 1e6)
-    assert [cost.kv_dtype for cost in found.caches if cost.asked] == ["fp8_e4m3"]
+    assert [cost.kv_dtype for cost in found.caches if cost.requested] == ["fp8_e4m3"]
     # Seven groups of four layers, one of them whole; a dispatch of 512 beside a window of 512 touches at most 17 pages of 64.
     page = 2 * 4 * 64 * 256
-    text = by_name(found)["fp8_e4m3", "static"].texts[1]
+    text = by_name(found)["fp8_e4m3", "static"].sequences[1]
     assert (text.tokens, text.bytes, text.bytes_without_windows) == (
         8192,
         page * (6 * 17 + 128),
@@ -174,13 +174,16 @@ def test_an_engine_counts_the_same_bytes(windows, cache, monkeypatch):
     found = jfp8kv.inspect(
         params, kv_dtype=kv_dtype, kv_scales=kv_scales, max_model_len=2000, page_size=16
     )
-    (cost,) = (cost for cost in found.caches if cost.asked)
+    (cost,) = (cost for cost in found.caches if cost.requested)
     sizes = {"max_model_len": 2000, "page_size": 16, "max_num_seqs": 1, "prefix_caching": False}
     llm = jfp8kv.LLM(params, kv_dtype=kv_dtype, kv_scales=kv_scales, **sizes)
     assert cost.bytes_per_token == llm.stats.kv_bytes_per_token
     assert cost.bytes_per_token_without_windows == llm.stats.kv_bytes_per_token_without_windows
     assert (cost.bytes_per_token < cost.bytes_per_token_without_windows) == bool(windows)
-    assert cost.texts[-1].tokens == 2000 and cost.texts[-1].bytes == llm.stats.kv_bytes_capacity
+    assert (
+        cost.sequences[-1].tokens == 2000
+        and cost.sequences[-1].bytes == llm.stats.kv_bytes_capacity
+    )
     engine, held = llm._engine, []
     dispatch = engine._dispatch
     monkeypatch.setattr(
@@ -190,7 +193,7 @@ def test_an_engine_counts_the_same_bytes(windows, cache, monkeypatch):
             held.append(engine.scheduler.kv_manager.allocator.used_pages) or dispatch(plan)
         ),
     )
-    for text in cost.texts:
+    for text in cost.sequences:
         held.clear()
         llm.generate([[1] * (text.tokens - 4)], max_tokens=4, ignore_eos=True)
         # What is said is the most that a text may need at any one time: its last chunk may be shorter than a window allows for.
@@ -239,8 +242,8 @@ def test_a_saved_model_is_described_by_what_lies_beside_its_weights(tmp_path, mo
     found, memory = jfp8kv.inspect(tmp_path / "saved"), jfp8kv.inspect(params)
     assert (found.model, found.caches) == (memory.model, memory.caches)
     assert (
-        [(row.k, row.v) for row in found.scales.rows]
-        == [(row.k, row.v) for row in memory.scales.rows]
+        [(row.k, row.v) for row in found.scales.layers]
+        == [(row.k, row.v) for row in memory.scales.layers]
         != []
     )
     assert (
@@ -282,14 +285,14 @@ def test_scales_in_a_checkpoint_are_named_and_what_it_declares_is_what_auto_mean
     )
     found = jfp8kv.inspect(folder)
     assert sorted(found.scales.tensors) == names
-    assert [(cost.kv_dtype, cost.scales) for cost in found.caches if cost.asked] == [
+    assert [(cost.kv_dtype, cost.scales) for cost in found.caches if cost.requested] == [
         ("fp8_e4m3", "static")
     ]
     assert (
         found.weights.tensors == {"BF16": 21} and found.weights.quantization == "compressed-tensors"
     )
     assert (
-        f"4 tensors: {names[0]} to {names[-1]}; the config declares an fp8_e4m3 cache; PROBLEMS: 4, see below"
+        f"4 tensors: {names[0]} to {names[-1]}; the config declares an fp8_e4m3 cache; ISSUES: 4, see below"
         in str(found)
     )
 
@@ -310,11 +313,11 @@ FAMILIES = {
             "num_experts_per_tok": 2,
             "num_key_value_heads": 1,
         },
-        ["experts       2 of 4 on every layer, each 16 wide"],
+        ["experts       2 of 4 in every layer, of size 16"],
     ),
     "layers that rotate nothing": (
         {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 1, 0, 1, 1, 0]},
-        ["4  everything      default", "2  everything      none", "0-1, 3-4", "2, 5"],
+        ["4  full       default", "2  full       none", "0-1, 3-4", "2, 5"],
     ),
     "a llama3 rope": (
         {
@@ -330,7 +333,7 @@ FAMILIES = {
     ),
     "norms after": (
         {"architectures": ["Olmo2ForCausalLM"]},
-        ["RMS after attention and MLP; queries and keys as rows"],
+        ["RMS after attention and MLP; queries and keys over all heads"],
     ),
 }
 
@@ -353,7 +356,7 @@ def test_positions_from_a_table_are_said(tmp_path):
     }
     shown = str(jfp8kv.inspect(described(tmp_path, gpt2)))
     assert (
-        "64 tokens, positions from a table" in shown
+        "64 tokens, learned position embeddings" in shown
         and "layer norm before attention and MLP" in shown
     )
 
@@ -369,9 +372,9 @@ def test_it_prints_plainly_fits_a_terminal_and_survives_json(tmp_path):
     assert (
         repr(found) == f"ModelReport({str(tmp_path)!r}, Gemma3ForCausalLM, 999,885,952 parameters)"
     )
-    assert "<pre>" in found._repr_html_()
+    assert "<table>" in found._repr_html_()
     kept = json.loads(json.dumps(found.to_dict()))
-    assert (kept["model"]["group"], kept["caches"][0]["texts"][1]["tokens"]) == (4, 8192)
+    assert (kept["model"]["group"], kept["caches"][0]["sequences"][1]["tokens"]) == (4, 8192)
 
 
 def test_of_a_hub_model_only_the_small_files_are_fetched(tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ import pytest
 from jfp8kv.core.formats import E4M3, E5M2, KVFormat, encode_numpy
 from jfp8kv.quality.observers import (
     CANDIDATES,
-    GRANULARITIES,
     STEPS_PER_OCTAVE,
     AmaxObserver,
     HistogramObserver,
@@ -18,6 +17,7 @@ from jfp8kv.quality.observers import (
     ScaleShape,
     upper_edges,
 )
+from jfp8kv.quality.options import GRANULARITIES
 
 FORMATS = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda fmt: fmt.name)
 update = jax.jit(lambda statistics, layer, x, real: statistics.update(layer, x, real))
@@ -35,7 +35,7 @@ def see(statistics, *blocks: np.ndarray, layer: int = 0):
         statistics = update(
             statistics, jnp.int32(layer), jnp.asarray(x, jnp.float32), jnp.ones(x.shape[1], bool)
         )
-    return statistics.host()
+    return statistics.to_host()
 
 
 def column(values) -> np.ndarray:
@@ -171,9 +171,9 @@ def test_counts_are_those_of_numpy_and_padding_never_counts(granularity):
     of = units(granularity, layers=2, kv_heads=3, head_dim=4)
     got = update(
         HistogramObserver.empty(of), jnp.int32(1), jnp.asarray(x), jnp.asarray(real)
-    ).host()
+    ).to_host()
     kept, edges = np.abs(x[:, real]), upper_edges()
-    assert not got.counts[0].any() and not got.peaks.amax[0].any()
+    assert not got.counts[0].any() and not got.amax[0].any()
     for kind, head, channel in np.ndindex(*got.counts.shape[1:4]):
         part = kept[kind]
         part = part if granularity == "tensor" else part[:, head]
@@ -182,7 +182,7 @@ def test_counts_are_those_of_numpy_and_padding_never_counts(granularity):
             np.searchsorted(edges, part.ravel(), side="right"), minlength=len(edges)
         )
         np.testing.assert_array_equal(got.counts[1, kind, head, channel], wanted)
-        assert got.peaks.amax[1, kind, head, channel] == part.max()
+        assert got.amax[1, kind, head, channel] == part.max()
 
 
 @pytest.mark.parametrize("kind", ["amax", "percentile", "mse"])
@@ -205,5 +205,5 @@ def test_blocks_in_any_order_and_merged_in_any_way_are_the_same(kind):
 
 def test_a_histogram_is_taken_to_the_host_before_its_counts_could_overflow():
     of = units("tensor", kv_heads=8, head_dim=128)
-    assert HistogramObserver.empty(of).room(of) * of.values_per_token < 2**31
+    assert HistogramObserver.empty(of).max_tokens(of) * of.values_per_token < 2**31
     assert math.prod(of.shape) == 2

@@ -1,4 +1,4 @@
-"""The frontier is what trying every combination finds."""
+"""The Pareto front is the one that trying every combination finds."""
 
 import itertools
 
@@ -10,26 +10,23 @@ from jfp8kv.quality.pareto import pareto_front
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 999))
-def test_every_point_is_the_least_loss_for_its_bytes_and_none_is_missing(
-    layers, ways, seed
-) -> None:
+def test_the_front_has_every_unbeaten_combination_and_no_other(layers, options, seed) -> None:
     rng = np.random.default_rng(seed)
-    costs, losses = (
-        rng.integers(1, 6, (layers, ways)),
-        rng.integers(0, 50, (layers, ways)) / 8,
-    )  # sums of eighths are exact
+    sizes = rng.integers(1, 6, (layers, options))
+    losses = rng.integers(0, 50, (layers, options)) / 8  # sums of eighths are exact
+
+    def total(values: np.ndarray, choice: tuple[int, ...]) -> float:
+        return sum(values[layer, option] for layer, option in enumerate(choice))
+
     every = [
-        (
-            sum(costs[layer, w] for layer, w in enumerate(choice)),
-            sum(losses[layer, w] for layer, w in enumerate(choice)),
-        )
-        for choice in itertools.product(range(ways), repeat=layers)
+        (total(sizes, choice), total(losses, choice))
+        for choice in itertools.product(range(options), repeat=layers)
     ]
     unbeaten = sorted(
         {p for p in every if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in every)}
     )
-    found = pareto_front(costs.tolist(), losses)
-    assert [(point.bytes, point.loss) for point in found] == unbeaten
-    for point in found:
-        assert point.bytes == sum(costs[layer, w] for layer, w in enumerate(point.ways))
-        assert point.loss == sum(losses[layer, w] for layer, w in enumerate(point.ways))
+    front = pareto_front(sizes.tolist(), losses)
+    assert [(point.bytes, point.loss) for point in front] == unbeaten
+    for point in front:
+        assert point.bytes == total(sizes, point.options)
+        assert point.loss == total(losses, point.options)

@@ -15,7 +15,8 @@ from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, slot_widths
 from jfp8kv.cache.pool import LayerScales, new_pool, poison
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32, encode_numpy
-from jfp8kv.quality.quantization_stats import QuantStats, Seen, observing
+from jfp8kv.quality.observe import observe
+from jfp8kv.quality.quantization_stats import CacheStats, QuantStats, quantization_update
 
 LAYERS, HEADS, DIM, SIZE, WIDTH, LAYER = 2, 3, 8, 4, 16, 1
 
@@ -27,15 +28,14 @@ def _seen(
     pages = new_pool(layout, num_pages=9, page_size=SIZE, kv_heads=HEADS, head_dim=DIM)
     at = AttentionMetadata(jnp.array([4, 1, 7, 3, 0, 8, 2], jnp.int32), start, length, length)
     attend = paged_attend(reference.attention, scales, AttentionOptions(), lambda layer: at)
-    attend = observing(
-        attend, scales, lambda layer: at, start + jnp.arange(WIDTH, dtype=jnp.int32) < length
-    )
+    valid = start + jnp.arange(WIDTH, dtype=jnp.int32) < length
+    attend = observe(attend, quantization_update(scales, lambda layer: at, valid))
     zeros = [
         jnp.zeros((LAYERS, 2, HEADS), dtype)
         for dtype in (jnp.float32, jnp.float32, jnp.int32, jnp.int32)
     ]
-    carry = poison(pages, layout.specs[LAYER].fmt.nan_code), Seen(QuantStats(*zeros), None)
-    return attend(LAYER, jnp.ones((WIDTH, HEADS, DIM), jnp.float32), k, v, carry)[1][1].fidelity
+    carry = poison(pages, layout.specs[LAYER].fmt.nan_code), CacheStats(QuantStats(*zeros), None)
+    return attend(LAYER, jnp.ones((WIDTH, HEADS, DIM), jnp.float32), k, v, carry)[1][1].quantization
 
 
 def seen(

@@ -21,9 +21,7 @@ from tests.checkpoint.conftest import (
 AT = "model.layers.{}.self_attn.{}"
 K0, V0, K1, V1 = (AT.format(layer, f"{part}_scale") for layer in (0, 1) for part in "kv")
 GIVEN = [0.5, 2.0], [0.25, 4.0]
-STRICT = (
-    "Strict loading refuses these scales; strict=False, or --no-strict, goes on as the verdicts say."
-)
+STRICT = "Strict loading refuses these scales; strict=False, or --no-strict, applies the fallbacks above."
 
 
 def folder_of(path: Path, scales: dict, layout: str = "compressed-tensors", **changes) -> Path:
@@ -48,12 +46,12 @@ def test_every_layout_gives_a_row_for_each_layer(tmp_path, layout):
         tuple(dict.fromkeys(f"model.layers.{n}.{end}" for end in SCALE_LAYOUTS[layout][:2]))
         for n in (0, 1)
     ]
-    for n, row in enumerate(found.scales.rows):
+    for n, row in enumerate(found.scales.layers):
         assert (row.layer, row.k, row.v, row.sources) == (n, (k[n], k[n]), (v[n], v[n]), names[n])
         assert (row.granularity, row.verdict) == ("tensor", "used")
         assert f"\n{n} {k[n]:g} {v[n]:g} {', '.join(names[n])} tensor used" in in_words(found)
     assert (
-        found.scales.problems == found.scales.notes == found.scales.unused == ()
+        found.scales.issues == found.scales.notes == found.scales.unused == ()
         and STRICT not in str(found)
     )
 
@@ -72,7 +70,7 @@ def test_only_the_scales_are_read_and_those_of_heads_are_shown_from_least_to_lar
     )
     found = jfp8kv.inspect(folder)
     assert sorted(sizes) == [4, 4, 8, 8]
-    assert (found.scales.granularity, found.scales.rows[0].k, found.scales.rows[1].k) == (
+    assert (found.scales.granularity, found.scales.layers[0].k, found.scales.layers[1].k) == (
         "head",
         (0.125, 0.5),
         (2, 2),
@@ -135,12 +133,12 @@ def test_what_is_wrong_with_a_scale_is_its_layers_verdict_and_nothing_raises(tmp
     found = jfp8kv.inspect(
         folder_of(tmp_path, scale_tensors("compressed-tensors", *GIVEN) | edit), kv_dtype="fp8"
     )
-    sound, row = found.scales.rows
+    sound, row = found.scales.layers
     assert (sound.k, sound.v, sound.verdict) == ((0.5, 0.5), (0.25, 0.25), "used")
     assert (row.layer, row.k[0], row.v[0]) == (1, *expected) and verdict in row.verdict
     assert sources is None or sorted(row.sources) == sorted(sources)
-    assert found.scales.problems and all(
-        problem.startswith("layer 1: ") for problem in found.scales.problems
+    assert found.scales.issues and all(
+        problem.startswith("layer 1: ") for problem in found.scales.issues
     )
     assert (
         f"\n1 {expected[0]:g} {expected[1]:g} " in in_words(found)
@@ -157,7 +155,7 @@ def test_what_is_wrong_with_a_scale_is_its_layers_verdict_and_nothing_raises(tmp
 def test_what_belongs_to_no_layer_is_shown_too(tmp_path):
     more = {AT.format(7, "k_scale"): np.float32([1]), AT.format(0, "key_scale"): np.float32([1])}
     found = jfp8kv.inspect(folder_of(tmp_path, scale_tensors("compressed-tensors", *GIVEN) | more))
-    *layers, row = found.scales.rows
+    *layers, row = found.scales.layers
     assert [layer.verdict for layer in layers] == ["used", "used"]
     assert (row.layer, row.k, row.v, row.sources) == (7, None, None, (AT.format(7, "k_scale"),))
     assert (
@@ -178,22 +176,22 @@ def test_scales_of_queries_and_probabilities_are_shown_as_without_use(tmp_path):
     scales = jfp8kv.inspect(
         folder_of(tmp_path, scale_tensors("Quark", *GIVEN) | more, "Quark")
     ).scales
-    assert [row.verdict for row in scales.rows] == [
-        f"used; {q} (1 to 4) has no use here",
-        f"used; {prob} (0.5) has no use here",
+    assert [row.verdict for row in scales.layers] == [
+        f"used; {q} (1 to 4) is not used",
+        f"used; {prob} (0.5) is not used",
     ]
     assert (
         scales.unused == (q, prob)
-        and scales.problems == ()
-        and scales.rows[0].granularity == "tensor"
+        and scales.issues == ()
+        and scales.layers[0].granularity == "tensor"
     )
     alone = jfp8kv.inspect(folder_of(tmp_path / "alone", {q: more[q]}, "Quark"))
-    (row,) = alone.scales.rows
+    (row,) = alone.scales.layers
     assert (row.k, row.v, row.granularity, row.verdict) == (
         None,
         None,
         None,
-        f"{q} (1 to 4) has no use here",
+        f"{q} (1 to 4) is not used",
     )
 
 
@@ -202,13 +200,13 @@ def test_a_sidecar_is_named_and_what_it_was_made_for_is_said(tmp_path):
         folder_of(tmp_path, {}, quantization_config=None), [[0.5, float("nan")]], "float8_e4m3fnuz"
     )
     found = jfp8kv.inspect(folder)
-    first, second = found.scales.rows
+    first, second = found.scales.layers
     assert (first.k, first.verdict) == ((0.25, 0.25), "used, converted from fp8_e4m3fnuz")
     assert (
         first.sources == ("kv_cache_scales.json: layer 0",) and "layer 1 is nan" in second.verdict
     )
     assert (
-        found.scales.elsewhere == "kv_cache_scales.json"
+        found.scales.file == "kv_cache_scales.json"
         and "in kv_cache_scales.json; one per tensor" in str(found)
     )
     assert "Note: its KV-cache scales are for fp8_e4m3fnuz" in str(found)
@@ -220,7 +218,7 @@ def test_without_weights_the_scales_among_them_are_said_to_be_unread(tmp_path):
     for shard in write_folder(tmp_path, config, tensors, shards=2).glob("*.safetensors"):
         shard.unlink()
     found = jfp8kv.inspect(tmp_path)
-    assert found.scales.rows == found.scales.problems == ()
+    assert found.scales.layers == found.scales.issues == ()
     (note,) = found.scales.notes
     assert (
         note.startswith("its weights are not present")
@@ -245,7 +243,7 @@ def test_scales_in_memory_and_in_a_file_of_ours_are_shown_with_what_keys_are_sto
         (jfp8kv.inspect(params), "Params.kv_scales"),
         (jfp8kv.inspect(tmp_path / "saved"), "kv_scales.safetensors"),
     ):
-        first, second = found.scales.rows
+        first, second = found.scales.layers
         assert (first.k, first.k_offset, second.k, second.k_offset) == (
             (0.5, 0.5),
             (-3, 0),
@@ -254,8 +252,8 @@ def test_scales_in_memory_and_in_a_file_of_ours_are_shown_with_what_keys_are_sto
         )
         assert (first.sources, first.granularity, first.verdict) == ((source,), "channel", "used")
         assert f"\n0 0.5 1 -3 to 0 {source} channel used" in in_words(found)
-        assert found.scales.notes == ("its KV scales are made for fp8_e5m2.",)
-    assert jfp8kv.inspect(loaded).scales.rows == () and "KV scales none found" in in_words(
+        assert found.scales.notes == ("its KV scales are for fp8_e5m2.",)
+    assert jfp8kv.inspect(loaded).scales.layers == () and "KV scales none found" in in_words(
         jfp8kv.inspect(loaded)
     )
 
@@ -269,7 +267,7 @@ def test_the_table_survives_json_whatever_the_scales_are(tmp_path):
     found = jfp8kv.inspect(folder_of(tmp_path, scale_tensors("compressed-tensors", *GIVEN) | edit))
     kept = json.loads(json.dumps(found.to_dict(), allow_nan=False))["scales"]
     assert (
-        kept["rows"][0]["k"] == [0.5, 0.5]
-        and "is nan" in kept["rows"][1]["verdict"]
-        and len(kept["problems"]) == 3
+        kept["layers"][0]["k"] == [0.5, 0.5]
+        and "is nan" in kept["layers"][1]["verdict"]
+        and len(kept["issues"]) == 3
     )
