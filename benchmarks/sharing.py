@@ -1,9 +1,10 @@
-"""What prefix reuse and preemption are worth.
+"""The effect of prefix caching and of preemption.
 
     python -m benchmarks.sharing
 
-First: prompts that share a long beginning, with and without reuse; the time to the first token. Then: a load that needs twice
-the memory there is, against enough memory, in bfloat16 and in FP8 *at the same bytes*; tokens per second and preemptions.
+First: prompts with a long common prefix, with prefix caching on and off; time to first token. Then:
+a load that needs more memory than there is, against enough memory, in bfloat16 and in FP8 *at the
+same bytes*; tokens per second and preemptions.
 """
 
 import time
@@ -13,72 +14,87 @@ import numpy as np
 import jfp8kv
 from benchmarks._common import header, median, parser, smollm2, table, text_of
 
-SHARED, OWN, REQUESTS = 1000, 24, 64
+PREFIX = 1000  # tokens that all prompts share
+SUFFIX = 24  # tokens in which they differ
+REQUESTS = 64
+PROMPT = 64  # tokens of each prompt under memory pressure
 
 
-def prompts(tokenizer, text: str, count: int, shared: int, own: int) -> list[list[int]]:
-    ids = tokenizer.encode(text)
-    return [ids[:shared] + ids[shared + i * own : shared + (i + 1) * own] for i in range(count)]
+def with_common_prefix(ids: list[int], count: int) -> list[list[int]]:
+    """Return prompts that share their first `PREFIX` tokens."""
+    starts = range(PREFIX, PREFIX + count * SUFFIX, SUFFIX)
+    return [ids[:PREFIX] + ids[start : start + SUFFIX] for start in starts]
 
 
-def timed(llm: jfp8kv.LLM, asked: list[list[int]], max_tokens: int) -> tuple[float, list[float]]:
-    """Seconds for all, and each request's to its first token."""
-    began = time.perf_counter()
+def generate(
+    llm: jfp8kv.LLM, prompts: list[list[int]], max_tokens: int
+) -> tuple[float, list[float]]:
+    """Return the seconds for all requests, and for each request's first token."""
+    started = time.perf_counter()
     outs = llm.generate(
-        asked, max_tokens=max_tokens, temperature=0.0, ignore_eos=True, progress=False
+        prompts, max_tokens=max_tokens, temperature=0.0, ignore_eos=True, progress=False
     )
-    return time.perf_counter() - began, [out.first_token_s for out in outs]
+    seconds = time.perf_counter() - started
+    return seconds, [out.first_token_s for out in outs if out.first_token_s is not None]
 
 
-def reuse(params: jfp8kv.Params, text: str, requests: int) -> None:
-    asked = prompts(params.tokenizer, text, requests, SHARED, OWN)
+def prefix_caching(params: jfp8kv.Params, ids: list[int], requests: int) -> None:
+    """Print times to first token with prefix caching off and on."""
+    prompts = with_common_prefix(ids, requests)
     rows = []
-    for sharing in (False, True):
+    for enabled in (False, True):
         llm = jfp8kv.LLM(
-            params, kv_dtype="fp8_e4m3", kv_cache_memory="1GiB", prefix_caching=sharing
+            params, kv_dtype="fp8_e4m3", kv_cache_memory="1GiB", prefix_caching=enabled
         )
-        timed(llm, [ids[::-1] for ids in asked[:2]], 2)  # compiles
-        seconds, first = timed(llm, asked, 2)
-        rows.append([
-            "on" if sharing else "off", f"{min(first):.2f}", f"{median(first):.2f}", f"{max(first):.2f}", f"{seconds:.2f}",
-            f"{llm.stats.prefix_hit_tokens:,}",
-        ])  # fmt: skip
-    columns = ["prefix reuse", "first token s: least", "median", "most", "all s", "tokens not run"]
-    table(
-        f"{requests} prompts of {SHARED} tokens alike and {OWN} of their own, 2 tokens each",
-        columns,
-        rows,
-    )
+        generate(llm, [prompt[::-1] for prompt in prompts[:2]], 2)  # compiles
+        seconds, first = generate(llm, prompts, 2)
+        rows.append(
+            [
+                "on" if enabled else "off",
+                f"{min(first):.2f}",
+                f"{median(first):.2f}",
+                f"{max(first):.2f}",
+                f"{seconds:.2f}",
+                f"{llm.stats.prefix_hit_tokens:,}",
+            ]
+        )
+    columns = ["prefix caching", "first token s, min", "median", "max", "all s", "tokens hit"]
+    title = f"{requests} prompts with a common prefix of {PREFIX} tokens, {SUFFIX} tokens each"
+    table(title, columns, rows)
 
 
-def pressure(params: jfp8kv.Params, text: str, requests: int, output: int) -> None:
-    ids = params.tokenizer.encode(text)
+def memory_pressure(params: jfp8kv.Params, ids: list[int], requests: int, output: int) -> None:
+    """Print throughput and preemptions with enough and with too little memory."""
     rng = np.random.default_rng(0)
-    asked = [ids[start : start + 64] for start in rng.integers(0, len(ids) - 64, requests)]
-    probe = jfp8kv.LLM(params, kv_dtype="bfloat16", kv_cache_memory="64MiB")._engine
-    whole = requests * probe.kv.sequence_bytes(64 + output)
+    starts = rng.integers(0, len(ids) - PROMPT, requests)
+    prompts = [ids[start : start + PROMPT] for start in starts]
+    probe = jfp8kv.LLM(params, kv_dtype="bfloat16", kv_cache_memory="64MiB")
+    enough = requests * probe._engine.cache_config.sequence_bytes(PROMPT + output)
+    budgets = {"enough": enough, "half of bfloat16's need": enough // 2, "a quarter": enough // 4}
     rows = []
-    for name in ("bfloat16", "fp8_e4m3"):
-        for label, memory in (
-            ("enough", whole),
-            ("half of what bfloat16 needs", whole // 2),
-            ("a quarter", whole // 4),
-        ):
-            sizes = {
-                "kv_cache_memory": memory,
-                "max_num_seqs": requests,
-                "max_model_len": 64 + output,
-            }
-            llm = jfp8kv.LLM(params, kv_dtype=name, prefix_caching=False, **sizes)
-            timed(llm, asked, output)  # compiles what the same requests need again
+    for kv_dtype in ("bfloat16", "fp8_e4m3"):
+        for label, memory in budgets.items():
+            llm = jfp8kv.LLM(
+                params,
+                kv_dtype=kv_dtype,
+                kv_cache_memory=memory,
+                max_num_seqs=requests,
+                max_model_len=PROMPT + output,
+                prefix_caching=False,
+            )
+            generate(llm, prompts, output)  # compiles
             before = llm.stats.preemptions
-            seconds, _ = timed(llm, asked, output)
-            rows.append([
-                f"{name}, {label}", f"{memory / 2**20:.0f}", f"{requests * output / seconds:.1f}",
-                f"{llm.stats.preemptions - before}",
-            ])  # fmt: skip
-    columns = ["cache, memory", "MiB", "output tok/s", "preemptions"]
-    table(f"{requests} requests of 64 + {output} tokens, all at once", columns, rows)
+            seconds, _ = generate(llm, prompts, output)
+            rows.append(
+                [
+                    f"{kv_dtype}, {label}",
+                    f"{memory / 2**20:.0f}",
+                    f"{requests * output / seconds:.1f}",
+                    f"{llm.stats.preemptions - before}",
+                ]
+            )
+    columns = ["cache, memory", "MiB", "output tokens/s", "preemptions"]
+    table(f"{requests} requests of {PROMPT} + {output} tokens, all at once", columns, rows)
 
 
 def main() -> None:
@@ -88,13 +104,14 @@ def main() -> None:
     )
     arguments.add_argument("--requests", type=int, default=REQUESTS)
     arguments.add_argument(
-        "--output", type=int, default=192, help="tokens each request makes under pressure"
+        "--output", type=int, default=192, help="output tokens per request under memory pressure"
     )
     given = arguments.parse_args()
     header()
-    params, text = jfp8kv.load(given.model or smollm2()), text_of(given.text)
-    reuse(params, text, given.requests)
-    pressure(params, text, given.requests // 4, given.output)
+    params = jfp8kv.load(given.model or smollm2())
+    ids = params.tokenizer.encode(text_of(given.text))
+    prefix_caching(params, ids, given.requests)
+    memory_pressure(params, ids, given.requests // 4, given.output)
 
 
 if __name__ == "__main__":
