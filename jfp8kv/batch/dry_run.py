@@ -1,48 +1,71 @@
-"""What a run would be, without making it: every row looked at, its tokens counted, the cache they need, roughly how long.
+"""Report on a run without running it: its rows, tokens and cache. Weights are not read."""
 
-Config and headers of the model are read, no weights. The time is a rough one: products of the shapes that the run would have
-are timed on this device, and multiplied by how many there would be. Compiling and loading are not in it.
-"""
-
-import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
-from jfp8kv.batch.config import CalibrateFirst, Config, File
-from jfp8kv.batch.engine import kv_dtype
-from jfp8kv.batch.inputs import Reader, Row
-from jfp8kv.batch.openai import OpenAI
-from jfp8kv.batch.plain import Plain, Request
-from jfp8kv.batch.run import peek
-from jfp8kv.batch.templates import prompter
-from jfp8kv.batch.whole import TASKS, prompts
+from jfp8kv.batch.config import CalibrateFirst, Config, InputFile
+from jfp8kv.batch.dataset_tasks import DATASET_TASKS, read_prompts
+from jfp8kv.batch.engine import engine_kv_dtype
+from jfp8kv.batch.requests import RowRequest
+from jfp8kv.batch.run import validate_first_rows
+from jfp8kv.batch.run_requests import request_format
+from jfp8kv.batch.templates import prompt_builder
 from jfp8kv.core.errors import ConfigError, Jfp8kvError
+from jfp8kv.core.sizes import parse_bytes
+from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.text.rows import Fields, Row
 
-SHOWN = 3  # errors of rows
-PROBE = (4096, 1024)  # outputs and inputs of the product that is timed
-PROBE_S = 0.2
+if TYPE_CHECKING:
+    from jfp8kv.engine.structured import StructuredOutput
+    from jfp8kv.models.params import Params
+    from jfp8kv.text.tokenizer import Tokenizer
+
+MAX_ERRORS_SHOWN = 3
+GIB = 2**30
+BuildRequest: TypeAlias = Callable[[Row, Fields], RowRequest]
 
 
-@dataclasses.dataclass
-class Counts:
-    """Of the rows: how many there are, how many would fail and why the first of them, and tokens, at the most."""
+@dataclass
+class RowCounts:
+    """Counts over the rows of a run.
+
+    Attributes:
+      rows: all rows of the shard.
+      failed: rows that would fail.
+      errors: the first of their errors.
+      sequences: sequences that run: one for each row and output.
+      prompt_tokens: total of all prompts.
+      completion_tokens: upper bound of all outputs.
+      longest_prompt: tokens of the longest prompt.
+    """
 
     rows: int = 0
     failed: int = 0
-    errors: list[str] = dataclasses.field(default_factory=list)
-    texts: int = 0  # continuations
+    errors: list[str] = field(default_factory=list)
+    sequences: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     longest_prompt: int = 0
 
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a sequence on average."""
+        return (self.prompt_tokens + self.completion_tokens) / max(1, self.sequences)
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclass(frozen=True)
 class DryRun:
-    """What was found. `texts_at_once` is how many of mean length the cache holds, no more than may run."""
+    """A report on a run. Prints as a table.
 
-    counts: Counts
+    Attributes:
+      counts: rows and tokens.
+      concurrent_sequences: how many sequences of mean length run at once in the cache.
+      max_num_seqs: the limit of the engine on their number.
+    """
+
+    counts: RowCounts
     model: str
     parameters: int
     weights_bytes: int
@@ -50,183 +73,158 @@ class DryRun:
     kv_dtype: str
     kv_bytes_per_token: float
     kv_cache_bytes: int
-    texts_at_once: int
-    most_at_once: int
+    concurrent_sequences: int
+    max_num_seqs: int
     device: str
-    seconds: float
 
     @property
     def status(self) -> int:
-        """The exit status: 1 when rows would fail."""
+        """The exit status: 1 if a row would fail."""
         return 1 if self.counts.failed else 0
 
     def __str__(self) -> str:
-        counts, gib = self.counts, 2**30
+        counts = self.counts
         lines = [
-            f"model    {self.model}, {self.parameters / 1e6:,.0f}M parameters, {self.weights_bytes / gib:,.2f} GiB of weights",
-            f"rows     {counts.rows:,}, {counts.failed:,} of them would fail",
-            f"tokens   {counts.prompt_tokens:,} in (longest prompt {counts.longest_prompt:,} of {self.max_model_len:,}), "
-            f"{counts.completion_tokens:,} out at the most",
-            f"cache    {self.kv_dtype}, {self.kv_bytes_per_token:,.0f} bytes per token, {self.kv_cache_bytes / gib:,.2f} GiB: "
-            f"{self.texts_at_once:,} texts of mean length at once, of {self.most_at_once:,} that may run",
-            f"time     roughly {_words(self.seconds)} on this device ({self.device})",
+            f"model    {self.model}, {self.parameters / 1e6:,.0f}M parameters, "
+            f"{self.weights_bytes / GIB:,.2f} GiB of weights",
+            f"device   {self.device}",
+            f"rows     {counts.rows:,} ({counts.failed:,} would fail)",
+            f"tokens   {counts.prompt_tokens:,} of prompts (longest {counts.longest_prompt:,} of "
+            f"{self.max_model_len:,}), at most {counts.completion_tokens:,} of outputs",
+            f"cache    {self.kv_dtype}, {self.kv_bytes_per_token:,.0f} bytes per token, "
+            f"{self.kv_cache_bytes / GIB:,.2f} GiB: {self.concurrent_sequences:,} sequences of "
+            f"mean length at once (limit {self.max_num_seqs:,})",
         ]
-        return "\n".join([*lines, *(f"row      {error}" for error in counts.errors)])
+        return "\n".join([*lines, *(f"error    {error}" for error in counts.errors)])
 
 
 def dry_run(config: Config) -> DryRun:
-    """Look at everything a run would meet. Raises `ConfigError` or `CheckpointError` for what would keep it from starting."""
+    """Read every row of a run, tokenize it, and report what the run needs.
+
+    Raises `ConfigError` or `CheckpointError` for a mistake that prevents the run from starting.
+    """
     import jax
 
+    from jfp8kv.cache.capacity import default_bytes
     from jfp8kv.checkpoint.load import read_checkpoint_info
-    from jfp8kv.functional import Buckets, default_bytes, parse_bytes
+    from jfp8kv.engine.buckets import Buckets
     from jfp8kv.quality.model_report import inspect
 
-    shapes = read_checkpoint_info(config.model, weights=False).abstract_params()
-    scales = "unit" if isinstance(config.kv_scales, CalibrateFirst) else config.kv_scales
-    limits = {"max_model_len": config.engine.max_model_len, "page_size": config.engine.page_size}
-    found = inspect(shapes, kv_dtype=kv_dtype(config), kv_scales=scales, **limits)
-    cache = next(cost for cost in found.caches if cost.requested)
-    buckets = Buckets.of(config.engine.max_num_seqs, config.engine.max_num_batched_tokens)
-    counts = _counted(config, shapes, found.max_model_len)
-    for file in _others(config):
-        for _ in prompts(config, file):
-            pass  # a row without a prompt raises
+    params = read_checkpoint_info(config.model, weights=False).abstract_params()
+    engine = config.engine.options()
+    model = inspect(
+        params,
+        kv_dtype=engine_kv_dtype(config),
+        kv_scales="unit" if isinstance(config.kv_scales, CalibrateFirst) else config.kv_scales,
+        max_model_len=engine.max_model_len,
+        page_size=engine.page_size,
+    )
+    cache = next(cost for cost in model.caches if cost.requested)
+    buckets = Buckets.of(engine.max_num_seqs, engine.max_num_batched_tokens)
+    counts = _count_rows(config, params, model.max_model_len)
+    for file in _calibration_files(config):
+        for _ in read_prompts(config, file):
+            pass  # an invalid row raises
 
     device = jax.devices()[0]
-    room = default_bytes(device) - (
-        0 if device.platform == "cpu" else found.weights.bytes_in_memory
-    )
-    budget = (
-        room
-        if config.engine.kv_cache_memory is None
-        else parse_bytes(config.engine.kv_cache_memory)
-    )
-    page, most = config.engine.page_size, buckets.max_requests
-    mean = (counts.prompt_tokens + counts.completion_tokens) / max(1, counts.texts)
-    fit = int(max(0, budget) // max(1, cache.bytes_per_token * page * -(-mean // page)))
-    at_once = max(1, min(fit, most, counts.texts))
+    if engine.kv_cache_memory is not None:
+        memory = parse_bytes(engine.kv_cache_memory)
+    else:
+        weights = 0 if device.platform == "cpu" else model.weights.bytes_in_memory
+        memory = max(0, default_bytes(device) - weights)
+    pages = -(-counts.mean_length // engine.page_size)
+    sequence_bytes = max(1, pages * engine.page_size * cache.bytes_per_token)
     return DryRun(
         counts=counts,
         model=config.model,
-        parameters=found.weights.parameters,
-        weights_bytes=found.weights.bytes_in_memory,
-        max_model_len=found.max_model_len,
+        parameters=model.weights.parameters,
+        weights_bytes=model.weights.bytes_in_memory,
+        max_model_len=model.max_model_len,
         kv_dtype=cache.kv_dtype,
         kv_bytes_per_token=cache.bytes_per_token,
-        kv_cache_bytes=max(0, budget),
-        texts_at_once=min(fit, most),
-        most_at_once=most,
+        kv_cache_bytes=memory,
+        concurrent_sequences=min(int(memory // sequence_bytes), buckets.max_requests),
+        max_num_seqs=buckets.max_requests,
         device=f"{device.platform}: {device.device_kind}",
-        seconds=_seconds(found.weights, counts, at_once, buckets.max_prefill_chunk),
     )
 
 
-def _others(config: Config) -> Iterator[File]:
-    """What a run reads beside the input: rows to calibrate on."""
+def _calibration_files(config: Config) -> Iterator[InputFile]:
+    """Yield the files with prompts to calibrate on."""
     if isinstance(config.kv_scales, CalibrateFirst):
         yield config.kv_scales.calibrate.input
     if config.task == "compare" and config.comparison.calibration is not None:
         yield config.comparison.calibration
 
 
-def _counted(config: Config, model: Any, most: int) -> Counts:
-    """Every row of the shard, as the run would ask it. Raises `ConfigError` where none of the first would do."""
-    from jfp8kv.functional import Guides
+def _count_rows(config: Config, model: "Params", max_model_len: int) -> RowCounts:
+    """Count every row of the shard. Raises `ConfigError` if none of the first rows is valid."""
+    from jfp8kv.engine.structured import StructuredOutput
 
-    reader, counts = Reader(config.input), Counts()
-    guides = Guides(model.tokenizer, model.config.vocab, eos_ids=model.eos_ids)
-    ask = _asking(config, reader.format)
+    structured = StructuredOutput(model.tokenizer, model.config.vocab, eos_ids=model.eos_ids)
+    reader = config.input.reader()
+    build = _request_builder(config)
     if reader.format != "openai":
-        peek(config.input, ask)
-    first, step = config.shard or (0, 1)
+        validate_first_rows(config.input, build)
+    counts = RowCounts()
+    index, count = config.shard or (0, 1)
     with closing(iter(reader)) as rows:
         for row in rows:
-            if row.number % step != first:
+            if row.number % count != index:
                 continue
             counts.rows += 1
             try:
-                request = ask(row, row.fields())
-                sampling = (
-                    _sampling(request, model.config.vocab, guides)
-                    if config.task == "generate"
-                    else None
-                )
-                _count(counts, request, sampling, model.tokenizer, most)
+                request = build(row, row.fields())
+                sampling = None
+                if config.task == "generate":
+                    sampling = _check_sampling(request, model.config.vocab, structured)
+                _count(counts, request, sampling, model.tokenizer, max_model_len)
             except Jfp8kvError as error:
                 counts.failed += 1
-                if len(counts.errors) < SHOWN:
+                if len(counts.errors) < MAX_ERRORS_SHOWN:
                     counts.errors.append(f"{config.input.path}:{row.line}: {error}")
     return counts
 
 
-def _asking(config: Config, form: str) -> Callable[[Row, dict[str, Any]], Request]:
-    """What makes a request of a row and its fields."""
-    if config.task in TASKS:
-        make = prompter(config)
-        return lambda row, fields: Request(make(fields))
-    return (OpenAI(config, str, 0) if form == "openai" else Plain(config, str)).request
+def _request_builder(config: Config) -> BuildRequest:
+    """Return the function that builds the request of a row."""
+    if config.task in DATASET_TASKS:
+        build = prompt_builder(config)
+        return lambda _, fields: RowRequest(build(fields))
+    return request_format(config, str, 0).request
 
 
-def _sampling(request: Request, vocab: int, guides: Any) -> Any:
-    """The `SamplingParams` of a request. Raises `ConfigError` for what the engine would not take."""
-    from jfp8kv.functional import SamplingParams
-
+def _check_sampling(
+    request: RowRequest, vocab: int, structured: "StructuredOutput"
+) -> SamplingParams:
+    """Return the sampling options of a request. Raises `ConfigError` if the engine refuses them."""
     sampling = SamplingParams.from_fields(**request.sampling)
     sampling.check_vocab(vocab)
-    guides.check(sampling)
+    structured.check(sampling)
     return sampling
 
 
-def _count(counts: Counts, request: Request, sampling: Any, tokenizer: Any, most: int) -> None:
-    """Add a row; nothing is made of it without `sampling`. Raises `ConfigError` for one that the engine would refuse."""
-    from jfp8kv.functional import encode_pair
+def _count(
+    counts: RowCounts,
+    request: RowRequest,
+    sampling: SamplingParams | None,
+    tokenizer: "Tokenizer | None",
+    max_model_len: int,
+) -> None:
+    """Count a row; without `sampling` it has no output. Raises `ConfigError` if it is too long."""
+    from jfp8kv.text.prompts import encode_pair
 
-    prompt = len(encode_pair(request.prompt, request.completion, tokenizer).ids)
-    if not 0 < prompt <= most - (sampling is not None):
-        raise ConfigError(f"the prompt has {prompt} tokens, and max_model_len is {most}.")
-    texts = 1 if sampling is None else sampling.best_of or sampling.n
-    made = 0 if sampling is None else min(sampling.max_tokens, most - prompt) * texts
-    counts.texts += texts
-    counts.prompt_tokens += prompt
-    counts.completion_tokens += made
-    counts.longest_prompt = max(counts.longest_prompt, prompt)
-
-
-def _seconds(weights: Any, counts: Counts, at_once: int, chunk: int) -> float:
-    """Products of all weights: with chunks of the prompts, and with a token of each text that runs at once."""
-    prefills, decodes = -(-counts.prompt_tokens // chunk), -(-counts.completion_tokens // at_once)
-    each = [(prefills, chunk), (decodes, at_once)]
-    return sum(
-        times * weights.parameters * _seconds_per_weight(rows, weights.dtype)
-        for times, rows in each
-        if times
-    )
-
-
-def _seconds_per_weight(rows: int, dtype: str) -> float:
-    """Of a product with `rows` rows on this device."""
-    import jax
-    import jax.numpy as jnp
-
-    out, width = PROBE
-    weights, x = jnp.ones((out, width), dtype), jnp.ones((max(2, rows), width), dtype)
-    product = jax.jit(
-        lambda x, w: jax.lax.dot_general(
-            x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    prompt_tokens = len(encode_pair(request.prompt, request.completion, tokenizer).ids)
+    output_tokens = 0 if sampling is None else 1
+    if not 0 < prompt_tokens <= max_model_len - output_tokens:
+        raise ConfigError(
+            f"the prompt has {prompt_tokens} tokens; max_model_len is {max_model_len}."
         )
-    )
-    jax.block_until_ready(product(x, weights))
-    calls, began = 0, time.perf_counter()
-    while (spent := time.perf_counter() - began) < PROBE_S:
-        jax.block_until_ready(product(x, weights))
-        calls += 1
-    return spent / calls / (out * width)
-
-
-def _words(seconds: float) -> str:
-    """Two figures are one too many for a rough time."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(1, seconds):.0f} seconds"
+    sequences = 1
+    if sampling is not None:
+        sequences = sampling.best_of or sampling.n
+        output_tokens = min(sampling.max_tokens, max_model_len - prompt_tokens)
+    counts.sequences += sequences
+    counts.prompt_tokens += prompt_tokens
+    counts.completion_tokens += output_tokens * sequences
+    counts.longest_prompt = max(counts.longest_prompt, prompt_tokens)

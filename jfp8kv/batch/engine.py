@@ -1,107 +1,140 @@
-"""What runs the rows: requests in, results out as they are made, whatever went wrong with one of them in its place.
+"""The engine of a batch run: requests in, results out in the order in which they finish.
 
-The engine is fed from an iterator, of which it takes only as many requests as keep it full: memory does not grow with the file.
+The engine takes requests from an iterator only while it has room, so memory does not grow with the
+number of rows.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, Union
 
 from jfp8kv.batch.config import CalibrateFirst, Config, KVByLayer
-from jfp8kv.batch.inputs import format_of
-from jfp8kv.batch.plain import Request
-from jfp8kv.batch.whole import scales_first
-from jfp8kv.core.errors import ConfigError
+from jfp8kv.batch.dataset_tasks import load_calibrated
+from jfp8kv.batch.requests import RowRequest
+from jfp8kv.core.errors import ConfigError, Jfp8kvError
 
-Results = Iterator[
-    tuple[int, Any]
-]  # which of the requests, counted from 0, and its result or the error that it met
+if TYPE_CHECKING:  # the engine is imported once the config is valid
+    from jfp8kv.engine.options import KVDtype
+    from jfp8kv.engine.request import RequestOutput
+    from jfp8kv.engine.scoring import Scored
+    from jfp8kv.llm import LLM
 
-
-class Engine(Protocol):
-    """What a run needs of an engine. `about` describes it, for the record; `counters` are of `llm.stats`, for the view."""
-
-    about: dict[str, Any]
-
-    def generate(self, requests: Iterable[Request]) -> Results: ...
-
-    def score(self, requests: Iterable[Request]) -> Results: ...
-
-    def token_text(self, token: int) -> str: ...
-
-    def counters(self) -> dict[str, float]: ...
+Result: TypeAlias = Union["RequestOutput", "Scored", Jfp8kvError]  # noqa: UP007
+# The number of a request, counted from 0, and its result or the error that it met.
+Results: TypeAlias = Generator[tuple[int, Result], None, None]
+T = TypeVar("T")
 
 
-class Local:
-    """A `jfp8kv.LLM` in this process, as the config asks for it. `scales`: where those that it calibrates first are kept."""
+class BatchEngine(Protocol):
+    """The interface of an engine that runs rows.
 
-    def __init__(self, config: Config, scales: Path):
-        from jfp8kv.functional import LLM
+    Attributes:
+      description: device, formats and limits, for the manifest.
+    """
 
-        asked = {
-            name: value for name, value in config.engine.model_dump().items() if value is not None
-        }
-        if isinstance(config.kv_scales, CalibrateFirst):
-            model, kv_scales = scales_first(config, scales)
-        else:
-            model, kv_scales = config.model, config.kv_scales
-            asked |= {"dtype": config.dtype, "strict": config.strict}
-        self.llm = LLM(
-            model, kv_dtype=kv_dtype(config), kv_scales=kv_scales, seed=config.seed, **asked
-        )
-        self.about = about(self.llm)
-        if (
-            config.task == "generate" and format_of(config.input) != "openai"
-        ):  # where a body may say otherwise
-            self.llm.check(
-                [0], **config.sampling.given()
-            )  # what the shortest prompt cannot have is no row's fault
+    description: dict[str, Any]
 
-    def generate(self, requests: Iterable[Request]) -> Results:
-        """Results as they are made. Requests that were in a step that failed run again alone: one of them may be why."""
-        flying: dict[int, Request] = {}
+    def generate(self, requests: Iterable[RowRequest]) -> Results:
+        """Yield the completions of each request."""
 
-        def asked() -> Iterator[tuple[Any, Any]]:
-            for number, request in enumerate(requests):
-                flying[number] = request
-                yield request.prompt, request.sampling
-
-        for number, result in self.llm.generate_iter(asked()):
-            request = flying.pop(number)
-            if isinstance(result, Exception) and not isinstance(result, ConfigError):
-                result = _tried(
-                    lambda request=request: self.llm.generate([request.prompt], **request.sampling)[
-                        0
-                    ]
-                )
-            yield number, result
-
-    def score(self, requests: Iterable[Request]) -> Results:
-        """Results, of texts of like length together."""
-        return self.llm.score_iter((request.prompt, request.completion) for request in requests)
+    def score(self, requests: Iterable[RowRequest]) -> Results:
+        """Yield the log-probabilities of each request."""
 
     def token_text(self, token: int) -> str:
-        """The text of one token id."""
-        tokenizer = self.llm.tokenizer
-        return (
-            f"<{token}>"
-            if tokenizer is None
-            else tokenizer.decode([token], skip_special_tokens=False)
-        )
+        """Return the text of a token id."""
 
     def counters(self) -> dict[str, float]:
-        """`llm.stats` by name."""
+        """Return the counters of `llm.stats`, for the progress display."""
+
+
+class LocalEngine:
+    """A `jfp8kv.LLM` in this process.
+
+    Args:
+      config: the config of the run.
+      scales: the file of the scales that the run calibrates first.
+    """
+
+    def __init__(self, config: Config, scales: Path):
+        self.llm = _open_llm(config, scales)
+        self.description = describe_engine(self.llm)
+        # Refuse sampling options that not even the shortest prompt can have: they are a mistake in
+        # the config. OpenAI requests may override them.
+        if config.task == "generate" and config.input.row_format != "openai":
+            self.llm.check([0], **config.sampling.given())
+
+    def generate(self, requests: Iterable[RowRequest]) -> Results:
+        """Yield the completions of each request."""
+        return _run(self.llm.generate_iter, requests, lambda r: (r.prompt, r.sampling))
+
+    def score(self, requests: Iterable[RowRequest]) -> Results:
+        """Yield the log-probabilities of each request; sequences of similar length run together."""
+        return _run(self.llm.score_iter, requests, lambda r: (r.prompt, r.completion))
+
+    def token_text(self, token: int) -> str:
+        """Return the text of a token id."""
+        tokenizer = self.llm.tokenizer
+        if tokenizer is None:
+            return f"<{token}>"
+        return tokenizer.decode([token], skip_special_tokens=False)
+
+    def counters(self) -> dict[str, float]:
+        """Return `llm.stats` by name."""
         return self.llm.stats.to_dict()
 
 
-def kv_dtype(config: Config) -> Any:
-    """The config's, as `LLM` takes it."""
+def _run(
+    run: Callable[[Iterable[T]], Iterator[tuple[int, Result]]],
+    requests: Iterable[RowRequest],
+    arguments: Callable[[RowRequest], T],
+) -> Results:
+    """Yield the result of each request.
+
+    A failed step fails every request in it. Each of them runs again alone, so that only the request
+    that causes the failure gets the error.
+    """
+    in_flight: dict[int, RowRequest] = {}
+
+    def items() -> Iterator[T]:
+        for number, request in enumerate(requests):
+            in_flight[number] = request
+            yield arguments(request)
+
+    for number, result in run(items()):
+        request = in_flight.pop(number)
+        if isinstance(result, Jfp8kvError) and not isinstance(result, ConfigError):
+            ((_, result),) = run([arguments(request)])
+        yield number, result
+
+
+def _open_llm(config: Config, scales: Path) -> "LLM":
+    """Return the `LLM` of the config. Scales that are calibrated first are stored in `scales`."""
+    from jfp8kv.llm import LLM
+
+    fields = config.engine.given()
+    kv_dtype = engine_kv_dtype(config)
+    if isinstance(config.kv_scales, CalibrateFirst):
+        params, kv_scales = load_calibrated(config, scales)
+        return LLM(params, kv_dtype=kv_dtype, kv_scales=kv_scales, seed=config.seed, **fields)
+    return LLM(
+        config.model,
+        dtype=config.dtype,
+        strict=config.strict,
+        kv_dtype=kv_dtype,
+        kv_scales=config.kv_scales,
+        seed=config.seed,
+        **fields,
+    )
+
+
+def engine_kv_dtype(config: Config) -> "KVDtype":
+    """Return the `kv_dtype` of the config in the form that `LLM` takes."""
     given = config.kv_dtype
     return given.model_dump() if isinstance(given, KVByLayer) else given
 
 
-def about(llm: Any) -> dict[str, Any]:
-    """What an engine came to be."""
+def describe_engine(llm: "LLM") -> dict[str, Any]:
+    """Return the device, the formats and the limits of an engine."""
     import jax
 
     device = jax.devices()[0]
@@ -114,11 +147,3 @@ def about(llm: Any) -> dict[str, Any]:
         "kv_bytes_per_token": llm.stats.kv_bytes_per_token,
         "kv_tokens_capacity": llm.stats.kv_tokens_capacity,
     }
-
-
-def _tried(what: Callable[[], Any]) -> Any:
-    """What came of it: a result, or the error that it met."""
-    try:
-        return what()
-    except Exception as error:
-        return error

@@ -1,28 +1,29 @@
-"""The journal of a run: a line for each finished row, appended as it finishes. What is in it is done; nothing else is.
+"""The journal of a run: one line for each finished row, appended as the row finishes.
 
     {"row":17,"in":120,"out":64,"ok":true,"output":{...}}
 
-The newline is the commit. A process that is killed leaves at most one line without it, which the next one cuts off. A line that
-is none, as a computer that lost power may leave it, is passed over, and its row is not done. Rows stand in the order in which
-they finished; `ordered` reads them in that of their numbers.
+The newline is the commit: a row is done if and only if its whole line is in the journal. A killed
+process leaves at most one incomplete line, which is truncated on recovery. A damaged line, as a
+power failure may leave, is skipped, and its row runs again. Rows are in the order in which they
+finished; `ordered_outputs` yields them by number.
 """
 
-import dataclasses
 import os
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Self
 
 _HEAD = re.compile(rb'\{"row":(\d+),"in":(\d+),"out":(\d+),"ok":(true|false),"output":')
 _END = b"}\n"
-SYNC_S = 5.0  # at most so much is lost when the computer, not the process, goes down
+SYNC_S = 5.0  # the most work that a power failure loses; a killed process loses none
 
 
-@dataclasses.dataclass
+@dataclass
 class Totals:
-    """What finished rows add up to."""
+    """Counts over finished rows."""
 
     rows: int = 0
     failed: int = 0
@@ -30,6 +31,7 @@ class Totals:
     completion_tokens: int = 0
 
     def add(self, prompt_tokens: int, completion_tokens: int, ok: bool) -> None:
+        """Count one finished row."""
         self.rows += 1
         self.failed += not ok
         self.prompt_tokens += prompt_tokens
@@ -37,17 +39,18 @@ class Totals:
 
     def __sub__(self, before: "Totals") -> "Totals":
         return Totals(
-            *(
-                now - then
-                for now, then in zip(
-                    dataclasses.astuple(self), dataclasses.astuple(before), strict=True
-                )
-            )
+            rows=self.rows - before.rows,
+            failed=self.failed - before.failed,
+            prompt_tokens=self.prompt_tokens - before.prompt_tokens,
+            completion_tokens=self.completion_tokens - before.completion_tokens,
         )
 
 
-class Done:
-    """Numbers of finished rows, of `first`, `first + step`, ...: all before a mark, and those that overtook it."""
+class CompletedRows:
+    """The set of finished rows among `first`, `first + step`, ...
+
+    Stored as a low-water mark and the rows beyond it, so memory does not grow with the file.
+    """
 
     def __init__(self, first: int = 0, step: int = 1):
         self._next = first
@@ -55,6 +58,7 @@ class Done:
         self._ahead: set[int] = set()
 
     def add(self, row: int) -> None:
+        """Add a row and advance the mark past all finished rows."""
         self._ahead.add(row)
         while self._next in self._ahead:
             self._ahead.remove(self._next)
@@ -65,26 +69,35 @@ class Done:
 
 
 class Journal:
-    """An open journal: `done` are its rows, `totals` counts them; `shard` says which rows there are, as in a config."""
+    """An open journal.
+
+    Args:
+      path: the file; it is created, or recovered from an earlier process.
+      shard: `(i, n)`: the run has rows i, i + n, i + 2n, ...
+
+    Attributes:
+      done: the finished rows.
+      totals: their counts.
+    """
 
     def __init__(self, path: Path, shard: tuple[int, int] = (0, 1)):
         self.path = path
-        self.done = Done(*shard)
+        self.done = CompletedRows(*shard)
         self.totals = Totals()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._size = self._recover()
         self._synced = time.monotonic()
 
     def _recover(self) -> int:
-        """Read what is there and cut off what follows the last whole line; bytes that stay."""
-        good = 0
+        """Count the rows of the file and truncate it after the last whole line; its size."""
+        size = 0
         with self.path.open("rb") as file:
             for start, head, line in _lines(file):
-                good = start + len(line)
+                size = start + len(line)
                 self.done.add(int(head[1]))
                 self.totals.add(int(head[2]), int(head[3]), head[4] == b"true")
-        os.ftruncate(self._file, good)
-        return good
+        os.ftruncate(self._file, size)
+        return size
 
     def append(
         self,
@@ -95,17 +108,15 @@ class Journal:
         completion_tokens: int = 0,
         ok: bool = True,
     ) -> None:
-        """Book a finished row: when this returns, it outlives the process.
+        """Commit a finished row. Once this returns, the row survives the end of the process.
 
-        Raises `OSError` (the disk is full, say) with the journal as it was before.
+        Raises `OSError`, for example on a full disk, and leaves the journal unchanged.
         """
         state = "true" if ok else "false"
-        head = (
-            f'{{"row":{row},"in":{prompt_tokens},"out":{completion_tokens},"ok":{state},"output":'
-        )
-        line = head.encode() + output + _END
+        counts = f'"in":{prompt_tokens},"out":{completion_tokens},"ok":{state}'
+        line = f'{{"row":{row},{counts},"output":'.encode() + output + _END
         try:
-            written = os.write(self._file, line)
+            written = 0
             while written < len(line):
                 written += os.write(self._file, line[written:])
         except OSError:
@@ -118,47 +129,52 @@ class Journal:
             self.sync()
 
     def sync(self) -> None:
-        """What was appended outlives the computer's going down."""
+        """Flush to the disk, so that committed rows survive a power failure."""
         os.fsync(self._file)
         self._synced = time.monotonic()
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self._file)
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def outputs(path: Path) -> Iterator[bytes]:
-    """The output of each row, in the order in which they finished."""
+def unordered_outputs(path: Path) -> Iterator[bytes]:
+    """Yield the output of each row, in the order in which the rows finished."""
     with path.open("rb") as file:
         for _, head, line in _lines(file):
             yield line[head.end() : -len(_END)]
 
 
-def ordered(path: Path, shard: tuple[int, int] = (0, 1)) -> Iterator[bytes]:
-    """The output of each row, by number. Of rows that overtook others only their places are in memory."""
-    coming, step = shard
-    ahead: dict[int, tuple[int, int]] = {}  # row: where its output begins, bytes
-    with path.open("rb") as file, path.open("rb") as again:
+def ordered_outputs(path: Path, shard: tuple[int, int] = (0, 1)) -> Iterator[bytes]:
+    """Yield the output of each row by number.
+
+    Rows that finished before an earlier row are remembered as file offsets, not contents.
+    """
+    row, step = shard
+    ahead: dict[int, tuple[int, int]] = {}  # row: offset and length of its output
+    with path.open("rb") as file, path.open("rb") as outputs:
         for start, head, line in _lines(file):
-            ahead[int(head[1])] = (start + head.end(), len(line) - head.end() - len(_END))
-            while coming in ahead:
-                begin, length = ahead.pop(coming)
-                again.seek(begin)
-                yield again.read(length)
-                coming += step
+            offset = start + head.end()
+            ahead[int(head[1])] = (offset, len(line) - head.end() - len(_END))
+            while row in ahead:
+                offset, length = ahead.pop(row)
+                outputs.seek(offset)
+                yield outputs.read(length)
+                row += step
     assert not ahead, f"rows are missing before {sorted(ahead)[:3]}"
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, re.Match[bytes], bytes]]:
-    """Where each whole line begins, its head, the line; what is none is passed over."""
-    at = 0
+    """Yield the offset, the parsed head and the contents of each valid line."""
+    offset = 0
     for line in file:
         head = _HEAD.match(line)
         if head is not None and line.endswith(_END):
-            yield at, head, line
-        at += len(line)
+            yield offset, head, line
+        offset += len(line)

@@ -1,99 +1,116 @@
-"""The outputs of all shards of a run as the output that the run would have had."""
+"""Merge the outputs of all shards into the output that a run without shards writes."""
 
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from jfp8kv.batch import outputs
-from jfp8kv.batch.config import Config, File
-from jfp8kv.batch.inputs import Reader
-from jfp8kv.batch.lock import locked
-from jfp8kv.batch.record import Paths, Record, differences
+from jfp8kv.batch.config import Config
+from jfp8kv.batch.journal import Totals
+from jfp8kv.batch.manifest import Manifest, RunFiles, describe_changes, locked
 from jfp8kv.core.errors import ConfigError
+from jfp8kv.text.rows import Reader
 
 
-def merge(config: Config, *, restart: bool = False) -> dict[str, int]:
-    """Join the outputs of the shards of `config` in the order of the input's rows; totals of all.
+def merge(config: Config, *, restart: bool = False) -> Totals:
+    """Join the outputs of the shards, `OUT.0-of-4.jsonl` and so on, in the order of the input.
 
-    Shards are found by their names, `OUT.0-of-4.jsonl` and so on. Raises `ConfigError` for one that is missing, not complete,
-    or of another run than the others, and for an output that is there already unless `restart` replaces it. The record of the
-    output is that of one run.
+    The manifest of the output is the one of a run without shards.
+
+    Args:
+      config: the config of the shards, without `shard` or with the one of any of them.
+      restart: replace an existing output.
+
+    Returns the totals of all shards.
+
+    Raises `ConfigError` for a shard that is missing, incomplete or of another run, and for an
+    output that exists.
     """
     output = Path(config.output.path)
-    with locked(Paths(output).lock):
+    files = RunFiles(output)
+    with locked(files):
         if output.exists() and not restart:
-            raise ConfigError(f"{output}: is there already: --restart replaces it.")
+            raise ConfigError(f"{output}: exists already; pass --restart to replace it.")
         shards = _shards(config)
-        records = [_record(shard) for shard in shards]
-        for shard, record in zip(shards[1:], records[1:], strict=True):
-            if changed := differences(records[0]["same"], record["same"], but=("shard",)):
-                raise ConfigError(f"{shard}: is not of the run of {shards[0]}: {changed}.")
+        manifests = [_manifest(shard) for shard in shards]
+        first = manifests[0]
+        for shard, manifest in zip(shards[1:], manifests[1:], strict=True):
+            changes = describe_changes(
+                first["fingerprint"], manifest["fingerprint"], ignore=("shard",)
+            )
+            if changes:
+                raise ConfigError(f"{shard}: belongs to another run than {shards[0]}: {changes}.")
         form = outputs.format_of(config)
         with ExitStack() as stack:
             parts = [stack.enter_context(closing(_rows(shard, form))) for shard in shards]
-            outputs.write(output, _by_turns(parts), form, like=config.input)
+            outputs.write(output, _interleave(parts), form, like=config.input)
         totals = {
-            name: sum(record["totals"][name] for record in records) for name in records[0]["totals"]
+            name: sum(manifest["totals"][name] for manifest in manifests)
+            for name in first["totals"]
         }
-        same = records[0]["same"] | {"config": records[0]["same"]["config"] | {"shard": None}}
-        sessions = [each for record in records for each in record["sessions"]]
-        Record(
-            Paths(output).record,
-            records[0] | {"same": same, "sessions": sessions, "totals": totals},
-        ).save()
-        return totals
+        whole = first["fingerprint"]["config"] | {"shard": None}
+        Manifest(files.manifest, first).save(
+            fingerprint=first["fingerprint"] | {"config": whole},
+            sessions=[session for manifest in manifests for session in manifest["sessions"]],
+            totals=totals,
+        )
+        return Totals(**totals)
 
 
 def _shards(config: Config) -> list[Path]:
-    """The outputs of all shards. Raises `ConfigError` if there are none, of two runs, or if one is missing."""
+    """Return the outputs of all shards. Raises `ConfigError` if their number is not clear."""
     output = Path(config.output.path)
     name = re.compile(rf"{re.escape(output.stem)}\.(\d+)-of-(\d+){re.escape(output.suffix)}")
     found = [match for path in output.parent.iterdir() if (match := name.fullmatch(path.name))]
     counts = {int(config.shard[1])} if config.shard else {int(match[2]) for match in found}
     if len(counts) != 1:
-        several = f"are outputs of {' and of '.join(map(str, sorted(counts)))} shards: say which with --set shard=[0,N]"
-        none = "is no output of a shard: run each with --set shard=[I,N] before"
+        pattern = f"{output.with_suffix('')}.I-of-N{output.suffix}"
+        if not counts:
+            raise ConfigError(f"{pattern}: no shards found: run each with --set shard=[I,N].")
+        several = " and ".join(map(str, sorted(counts)))
         raise ConfigError(
-            f"{output.with_suffix('')}.I-of-N{output.suffix}: there {several if counts else none}."
+            f"{pattern}: there are outputs of {several} shards: select with --set shard=[0,N]."
         )
     (count,) = counts
-    shards = [outputs.shard_path(output, [i, count]) for i in range(count)]
-    if missing := [shard for shard in shards if not shard.exists()]:
-        raise ConfigError(
-            f"{missing[0]}: is not there; {count - len(missing)} of {count} shards are finished."
-        )
+    shards = [outputs.shard_path(output, [index, count]) for index in range(count)]
+    missing = [shard for shard in shards if not shard.exists()]
+    if missing:
+        done = count - len(missing)
+        raise ConfigError(f"{missing[0]}: missing; {done} of {count} shards are finished.")
     return shards
 
 
-def _record(shard: Path) -> dict[str, Any]:
-    path = Paths(shard).record
+def _manifest(shard: Path) -> dict[str, Any]:
+    """Return the manifest of a complete shard."""
+    path = RunFiles(shard).manifest
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        complete = manifest["status"] == "complete"
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"{path}: cannot be read, so nobody knows whether {shard} is whole: run that shard again."
+            f"{path}: cannot be read, so {shard} may be incomplete: run that shard again."
         ) from None
-    if record["status"] != "complete":
+    if not complete:
         raise ConfigError(f"{shard}: is not complete: run that shard again.")
-    return record
+    return manifest
 
 
-def _rows(shard: Path, form: str) -> Iterator[bytes]:
-    """The rows of one output, encoded."""
+def _rows(shard: Path, form: str) -> Generator[bytes, None, None]:
+    """Yield the encoded rows of one output."""
     if form == "parquet":
-        yield from (
-            outputs.line(row.fields()) for row in Reader(File(path=str(shard), format="parquet"))
-        )
+        for row in Reader(shard, "parquet"):
+            yield outputs.encode(row.fields())
         return
     with shard.open("rb") as lines:
-        yield from (line.removesuffix(b"\n") for line in lines)
+        for line in lines:
+            yield line.removesuffix(b"\n")
 
 
-def _by_turns(parts: list[Iterator[bytes]]) -> Iterator[bytes]:
-    """A row of each in turn, as the shards took them from the input."""
-    for turn in itertools.zip_longest(*parts):
-        yield from (row for row in turn if row is not None)
+def _interleave(parts: Iterable[Iterable[bytes]]) -> Iterator[bytes]:
+    """Yield one row of each part in turn, as the shards took them from the input."""
+    for rows in itertools.zip_longest(*parts):
+        yield from (row for row in rows if row is not None)

@@ -1,228 +1,242 @@
-"""OpenAI's batch format, both ways: requests for `/v1/chat/completions` and `/v1/completions`, and a line for each answer.
+"""OpenAI's batch format: requests for `/v1/chat/completions` and `/v1/completions`, and responses.
 
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
-    {"id": "batch_req_...", "custom_id": "a", "response": {"status_code": 200, "request_id": ..., "body": {...}}, "error": null}
+    {"id": "batch_req_...", "custom_id": "a",
+     "response": {"status_code": 200, "request_id": ..., "body": {...}}, "error": null}
 
-A request that cannot be served as given gets the answer that the API would give, status 400 and why; one that failed in the
-engine gets 500; a line that is no request has no response, and an `error`. Source: OpenAI's API reference, Batch (the request
-input object, the request output object), Chat and Completions.
+A request that is not supported gets the response of the API: status 400 and the reason. A failure
+of the engine has status 500. A line that is not a request has no response, and an `error`. Source:
+OpenAI's API reference, Batch (request input object, request output object), Chat and Completions.
 """
 
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jfp8kv.batch.config import Config
-from jfp8kv.batch.inputs import OPENAI_KEYS, Row
-from jfp8kv.batch.plain import Record, Request, row_seed
-from jfp8kv.batch.templates import Fields, RowError
+from jfp8kv.batch.requests import RowRequest, RowResult, row_seed
 from jfp8kv.core.errors import did_you_mean
+from jfp8kv.text.rows import OPENAI_KEYS, Fields, Row, RowError
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-# What a body may ask of the sampler under the name that `SamplingParams` has for it; the second line is what vLLM adds.
-SAMPLING = frozenset(
-    (
-        "temperature",
-        "top_p",
-        "n",
-        "best_of",
-        "stop",
-        "seed",
-        "max_tokens",
-        "presence_penalty",
-        "frequency_penalty",
-    )
-    + (
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "min_tokens",
-        "stop_token_ids",
-        "ignore_eos",
-        "include_stop_str_in_output",
-    )
-)
-# Taken, and without effect here: who asks and how it is billed, cached or streamed.
-WITHOUT_EFFECT = frozenset(
-    (
-        "model",
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "stream_options",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-    )
-    + ("safety_identifier", "parallel_tool_calls")
-)
-STRUCTURE = ("json_schema", "regex", "choice", "grammar")  # of which a text can be held to one
-ASKS_NOTHING = {  # values of what is not served that ask for nothing
+if TYPE_CHECKING:
+    from jfp8kv.engine.request import CompletionOutput, RequestOutput
+    from jfp8kv.engine.scoring import Scored
+
+CHAT_URL = "/v1/chat/completions"
+COMPLETIONS_URL = "/v1/completions"
+# Keys of a body with the name and the meaning of a field of `SamplingParams`.
+OPENAI_SAMPLING = {
+    "temperature",
+    "top_p",
+    "n",
+    "best_of",
+    "stop",
+    "seed",
+    "max_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+}
+VLLM_SAMPLING = {
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "min_tokens",
+    "stop_token_ids",
+    "ignore_eos",
+    "include_stop_str_in_output",
+}
+SAMPLING_KEYS = frozenset(OPENAI_SAMPLING | VLLM_SAMPLING)
+CONVERTED_KEYS = {"logprobs", "logit_bias", "response_format"}
+CHAT_KEYS = {"messages", "max_completion_tokens", "top_logprobs"}
+# Keys that are accepted and have no effect: accounting, caching and streaming.
+IGNORED_KEYS = {
+    "model",
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "stream_options",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "parallel_tool_calls",
+}
+# Values of unsupported keys that request nothing.
+NO_EFFECT_VALUES: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "modalities": (["text"],),
     "echo": (False,),
 }
-BROKEN = "\ufffd"  # in the text of a token that is a part of a character
-NO_LIMIT = 2**31 - 1  # of tokens to make: the context's end is one
-USUAL_TEXT_TOKENS = 16
+CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
+REPLACEMENT = "\ufffd"  # in the text of a token that is only a part of a character
+UNLIMITED_TOKENS = 2**31 - 1  # the context length is the limit
+DEFAULT_COMPLETION_TOKENS = 16
 
 
-class OpenAI:
-    """Requests from OpenAI's, records in OpenAI's form.
+class OpenAIRequests:
+    """Requests from OpenAI requests, and output rows in OpenAI's format.
 
     Args:
-      config: of the run. Its sampling holds for what a body does not say.
-      token_text: the text of a token id, for log-probabilities.
-      created: when the run began, in Unix seconds.
+      config: the config of the run. Its sampling options are the defaults of a body.
+      token_text: returns the text of a token id, for log-probabilities.
+      created: the start of the run, in Unix seconds.
     """
 
     def __init__(self, config: Config, token_text: Callable[[int], str], created: int):
         self._config = config
-        self._usual = config.sampling.given()
+        self._defaults = config.sampling.given()
         self._token_text = token_text
         self._created = created
 
-    def request(self, row: Row, fields: Fields) -> Request:
-        """What the row asks. Raises `RowError` for what cannot be served, naming it."""
-        if missing := sorted(OPENAI_KEYS - fields.keys()):
+    def request(self, row: Row, fields: Fields) -> RowRequest:
+        """Return the request of a row. Raises `RowError` for one that is not supported."""
+        missing = sorted(OPENAI_KEYS - fields.keys())
+        if missing:
             raise RowError(
                 f"has no {missing[0]!r}: a batch request has custom_id, method, url and body."
             )
-        url, body = fields["url"], fields["body"]
+        url = fields["url"]
+        body = fields["body"]
         if not isinstance(fields["custom_id"], str):
-            raise RowError(f"custom_id is {fields['custom_id']!r}: must be a text.")
-        if fields["method"] != "POST" or url not in (CHAT, TEXT):
-            raise RowError(f"asks {fields['method']} {url}: must be POST {CHAT} or POST {TEXT}.")
+            raise RowError(f"custom_id is {fields['custom_id']!r}: must be a string.")
+        if fields["method"] != "POST" or url not in (CHAT_URL, COMPLETIONS_URL):
+            raise RowError(
+                f"{fields['method']} {url}: must be POST {CHAT_URL} or POST {COMPLETIONS_URL}."
+            )
         if not isinstance(body, Mapping):
             raise RowError("body: must be an object.")
-        prompt = _messages(body) if url == CHAT else _prompt(body)
-        usual = {
-            "max_tokens": NO_LIMIT if url == CHAT else USUAL_TEXT_TOKENS,
+        chat = url == CHAT_URL
+        defaults = {
+            "max_tokens": UNLIMITED_TOKENS if chat else DEFAULT_COMPLETION_TOKENS,
             "seed": row_seed(self._config.seed, row.number),
         }
-        return Request(prompt, usual | self._usual | _sampling(body, url == CHAT))
+        return RowRequest(
+            prompt=_messages(body) if chat else _prompt(body),
+            sampling=defaults | self._defaults | _sampling(body, chat),
+        )
 
-    def record(self, row: Row, fields: Fields, result: Any) -> Record:
-        """The answer to a request."""
-        chat = fields["url"] == CHAT
-        top = (self._usual | _sampling(fields["body"], chat)).get("logprobs") or 0
-        choices = [
-            self._chat_choice(made, top) if chat else self._text_choice(made)
-            for made in result.outputs
-        ]
-        prompt_tokens = len(result.prompt_token_ids)
-        made = sum(len(one.token_ids) for one in result.outputs)
-        usage = {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": made,
-            "total_tokens": prompt_tokens + made,
-        }
+    def result(self, row: Row, fields: Fields, result: "RequestOutput | Scored") -> RowResult:
+        """Return the response to a request."""
+        output = cast("RequestOutput", result)
+        chat = fields["url"] == CHAT_URL
+        if chat:
+            sampling = self._defaults | _sampling(fields["body"], chat)
+            top = sampling.get("logprobs") or 0
+            choices = [self._chat_choice(completion, top) for completion in output.outputs]
+        else:
+            choices = [self._text_choice(completion) for completion in output.outputs]
+        prompt_tokens = len(output.prompt_token_ids)
+        completion_tokens = sum(len(completion.token_ids) for completion in output.outputs)
         body = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{self._id(row)}",
             "object": "chat.completion" if chat else "text_completion",
             "created": self._created,
             "model": self._config.model,
             "choices": choices,
-            "usage": usage,
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": completion_tokens,
+                "total_tokens": prompt_tokens + completion_tokens,
+            },
         }
-        return Record(
-            self._line(row, fields, self._response(row, 200, body), None), prompt_tokens, made
-        )
+        line = self._line(row, fields["custom_id"], response=self._response(row, 200, body))
+        return RowResult(line, prompt_tokens, completion_tokens)
 
-    def failed(
-        self, row: Row, fields: Fields | None, message: str, *, fault: bool = False
-    ) -> Record:
-        """The answer to a request that was not served, or that is none; `fault`: the engine's, not the request's."""
-        where = f"line {row.line}: {message}"
+    def failure(
+        self, row: Row, fields: Fields | None, message: str, *, engine_error: bool = False
+    ) -> RowResult:
+        """Return the response to a failed request, or the error of a line that is not one."""
+        message = f"line {row.line}: {message}"
         if fields is None or not isinstance(fields.get("custom_id"), str):
-            error = {"code": "invalid_request", "message": where}
-            return Record(self._line(row, {"custom_id": None}, None, error), ok=False)
-        kind = "server_error" if fault else "invalid_request_error"
-        body = {"error": {"message": where, "type": kind, "param": None, "code": None}}
-        return Record(
-            self._line(row, fields, self._response(row, 500 if fault else 400, body), None),
-            ok=False,
-        )
+            error = {"code": "invalid_request", "message": message}
+            return RowResult(self._line(row, None, error=error), ok=False)
+        kind = "server_error" if engine_error else "invalid_request_error"
+        body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+        response = self._response(row, 500 if engine_error else 400, body)
+        return RowResult(self._line(row, fields["custom_id"], response=response), ok=False)
 
-    def _line(self, row: Row, fields: Fields, response: Any, error: Any) -> dict[str, Any]:
-        line = {"id": f"batch_req_{self._id(row)}", "custom_id": fields["custom_id"]}
-        return line | {"response": response, "error": error}
+    def _line(
+        self,
+        row: Row,
+        custom_id: str | None,
+        *,
+        response: dict[str, Any] | None = None,
+        error: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        return {
+            "id": f"batch_req_{self._id(row)}",
+            "custom_id": custom_id,
+            "response": response,
+            "error": error,
+        }
 
     def _response(self, row: Row, status: int, body: dict[str, Any]) -> dict[str, Any]:
         return {"status_code": status, "request_id": f"req_{self._id(row)}", "body": body}
 
     def _id(self, row: Row) -> str:
-        """A name for what was asked, the same whenever the run is made."""
-        what = f"{self._config.model} {self._config.seed} {row.number}"
-        return hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
+        """Return an id that is the same each time the run is repeated."""
+        key = f"{self._config.model} {self._config.seed} {row.number}"
+        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
-    def _chat_choice(self, made: Any, top: int) -> dict[str, Any]:
-        message = {"role": "assistant", "content": made.text, "refusal": None}
-        logprobs = (
-            None
-            if made.logprobs is None
-            else {"content": self._chat_logprobs(made, top), "refusal": None}
-        )
+    def _chat_choice(self, completion: "CompletionOutput", top: int) -> dict[str, Any]:
+        logprobs = None
+        if completion.logprobs is not None:
+            steps = zip(completion.token_ids, completion.logprobs, strict=True)
+            content = [
+                self._chat_token(token, step[token])
+                | {
+                    "top_logprobs": [
+                        self._chat_token(other, logprob)
+                        for other, logprob in itertools.islice(step.items(), top)
+                    ]
+                }
+                for token, step in steps
+            ]
+            logprobs = {"content": content, "refusal": None}
         return {
-            "index": made.index,
-            "message": message,
+            "index": completion.index,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
             "logprobs": logprobs,
-            "finish_reason": _finish_reason(made),
+            "finish_reason": _finish_reason(completion),
         }
 
-    def _chat_logprobs(self, made: Any, top: int) -> list[dict[str, Any]]:
-        """Each token made, and beside it the `top` likeliest, whether it is one of them or not."""
+    def _chat_token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._token_text(token)
+        utf8 = None if REPLACEMENT in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": utf8}
 
-        def named(token: int, logprob: float) -> dict[str, Any]:
-            text = self._token_text(token)
-            return {
-                "token": text,
-                "logprob": logprob,
-                "bytes": None if BROKEN in text else list(text.encode()),
-            }
-
-        def likeliest(step: dict[int, float]) -> list[dict[str, Any]]:
-            return [named(*each) for each in itertools.islice(step.items(), top)]
-
-        steps = zip(made.token_ids, made.logprobs, strict=True)
-        return [
-            named(token, step[token]) | {"top_logprobs": likeliest(step)} for token, step in steps
-        ]
-
-    def _text_choice(self, made: Any) -> dict[str, Any]:
-        choice = {
-            "index": made.index,
-            "text": made.text,
-            "finish_reason": _finish_reason(made),
-            "logprobs": None,
-        }
-        if made.logprobs is None:
-            return choice
-        steps = list(zip(made.token_ids, made.logprobs, strict=True))
-        tokens = [self._token_text(token) for token, _ in steps]
-        return choice | {
-            "logprobs": {
+    def _text_choice(self, completion: "CompletionOutput") -> dict[str, Any]:
+        logprobs = None
+        if completion.logprobs is not None:
+            steps = list(zip(completion.token_ids, completion.logprobs, strict=True))
+            tokens = [self._token_text(token) for token, _ in steps]
+            logprobs = {
                 "tokens": tokens,
                 "token_logprobs": [step[token] for token, step in steps],
                 "top_logprobs": [
-                    {self._token_text(each): value for each, value in step.items()}
+                    {self._token_text(other): logprob for other, logprob in step.items()}
                     for _, step in steps
                 ],
                 "text_offset": list(itertools.accumulate(map(len, tokens), initial=0))[:-1],
             }
+        return {
+            "index": completion.index,
+            "text": completion.text,
+            "finish_reason": _finish_reason(completion),
+            "logprobs": logprobs,
         }
 
 
-def _finish_reason(made: Any) -> str:
-    """As the API has it, where a text that is not complete was cut."""
-    return "stop" if made.finish_reason == "stop" else "length"
+def _finish_reason(completion: "CompletionOutput") -> str:
+    """Return the finish reason in the API's terms; an incomplete output has "length"."""
+    return "stop" if completion.finish_reason == "stop" else "length"
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The conversation, contents in parts joined to texts."""
+    """Return the conversation; contents in parts are joined."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise RowError("body.messages: must be a list of messages.")
@@ -240,52 +254,54 @@ def _content(content: Any) -> Any:
             case _:
                 kind = part.get("type") if isinstance(part, dict) else part
                 raise RowError(
-                    f"body.messages has a part of type {kind!r}: only text can be read, under 'text'."
+                    f"body.messages has a part of type {kind!r}: only text is supported, under "
+                    "'text'."
                 )
     return "".join(texts)
 
 
 def _prompt(body: Mapping[str, Any]) -> Any:
-    """The one prompt: text or token ids, or a list of one."""
+    """Return the prompt: a string, token ids, or the one prompt in a list."""
     prompt = body.get("prompt")
     if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt):
         if len(prompt) != 1:
-            raise RowError(
-                f"body.prompt is a list of {len(prompt)}: give each prompt a line of its own."
-            )
+            raise RowError(f"body.prompt is a list of {len(prompt)}: put each prompt on a line.")
         return prompt[0]
     return prompt
 
 
 def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
-    """Fields of `SamplingParams` that the body names. Raises `RowError` for one that is not known, or cannot be served."""
-    own = {"messages", "max_completion_tokens", "top_logprobs"} if chat else {"prompt"}
-    known = SAMPLING | WITHOUT_EFFECT | own | {"logprobs", "logit_bias", "response_format"}
+    """Return the fields of `SamplingParams` in a body. Raises `RowError` for an unsupported key."""
+    known = SAMPLING_KEYS | CONVERTED_KEYS | IGNORED_KEYS | (CHAT_KEYS if chat else {"prompt"})
     given = {name: value for name, value in body.items() if value is not None}
     for name, value in given.items():
-        if name not in known and value not in ASKS_NOTHING.get(name, ()):
-            raise RowError(f"body.{name} is not served here.{did_you_mean(name, known)}")
-    found = {name: given[name] for name in SAMPLING & given.keys()}
+        if name not in known and value not in NO_EFFECT_VALUES.get(name, ()):
+            raise RowError(f"body.{name} is not supported.{did_you_mean(name, known)}")
+    fields = {name: given[name] for name in SAMPLING_KEYS & given.keys()}
     if chat and "max_completion_tokens" in given:
-        found["max_tokens"] = given["max_completion_tokens"]
+        fields["max_tokens"] = given["max_completion_tokens"]
     if "logit_bias" in given:
-        found["logit_bias"] = _bias(given["logit_bias"])
-    if isinstance(seed := given.get("seed"), int) and seed < 0:
-        found["seed"] = seed % 2**64  # the API has signed ones
+        fields["logit_bias"] = _logit_bias(given["logit_bias"])
+    seed = given.get("seed")
+    if isinstance(seed, int) and seed < 0:
+        fields["seed"] = seed % 2**64  # the API's seeds are signed
     if "response_format" in given:
-        found |= dict.fromkeys(STRUCTURE) | _structure(given["response_format"])
+        fields |= dict.fromkeys(CONSTRAINTS) | _constraint(given["response_format"])
+    if "logprobs" in given:
+        fields["logprobs"] = _logprobs(given) if chat else given["logprobs"]
     if chat and "top_logprobs" in given and not given.get("logprobs"):
-        raise RowError("body.top_logprobs goes with logprobs: true.")
-    if chat and "logprobs" in given:
-        found["logprobs"] = given.get("top_logprobs", 0) if given["logprobs"] else None
-    elif not chat and given.get("logprobs") is not None:
-        found["logprobs"] = given["logprobs"]
-    return found
+        raise RowError("body.top_logprobs needs logprobs: true.")
+    return fields
 
 
-def _structure(asked: Any) -> dict[str, Any]:
-    """What `response_format` holds the text to."""
-    match asked:
+def _logprobs(given: Mapping[str, Any]) -> Any:
+    """Return the number of top log-probabilities of a chat request."""
+    return given.get("top_logprobs", 0) if given["logprobs"] else None
+
+
+def _constraint(response_format: Any) -> dict[str, Any]:
+    """Return the structured output options of `response_format`."""
+    match response_format:
         case {"type": "text"}:
             return {}
         case {"type": "json_object"}:
@@ -293,11 +309,12 @@ def _structure(asked: Any) -> dict[str, Any]:
         case {"type": "json_schema", "json_schema": {"schema": schema}}:
             return {"json_schema": schema}
     raise RowError(
-        f"body.response_format is {asked!r}: must be of type text, json_object, or json_schema with a schema."
+        f"body.response_format is {response_format!r}: must be of type text, json_object, or "
+        "json_schema with a schema."
     )
 
 
-def _bias(given: Any) -> dict[int, Any]:
+def _logit_bias(given: Any) -> dict[int, Any]:
     try:
         return {int(token): value for token, value in given.items()}
     except (AttributeError, ValueError):

@@ -1,4 +1,4 @@
-"""Output files, made of a finished journal and put in place by one rename: JSONL, which OpenAI's format is too, and Parquet."""
+"""Output files, written from a finished journal and renamed into place: JSONL and Parquet."""
 
 import json
 import math
@@ -7,27 +7,30 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from jfp8kv.batch import inputs, journal, parquet
-from jfp8kv.batch.config import Config, File
+from jfp8kv.batch import journal, parquet
+from jfp8kv.batch.config import Config, InputFile
 from jfp8kv.core.errors import ConfigError
+from jfp8kv.text.rows import require_parquet
 
 
-def _plain(value: Any) -> str:
+def _as_text(value: Any) -> str:
+    """Return a value that JSON lacks as text: bytes as hex digits, others by `str`."""
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
-_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_plain, separators=(",", ":"))
+_JSON = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, default=_as_text, separators=(",", ":")
+)
 
 
-def line(record: dict[str, Any]) -> bytes:
-    """A record as JSON, on one line, without its end. What JSON lacks becomes what it has: dates texts, NaN null."""
+def encode(row: dict[str, Any]) -> bytes:
+    """Return an output row as one line of JSON, without the newline. NaN and infinity are null."""
     try:
-        text = _JSON.encode(record)
+        text = _JSON.encode(row)
     except ValueError:
-        text = _JSON.encode(_finite(record))
-    return text.encode(
-        "utf-8", "backslashreplace"
-    )  # half a surrogate pair: JSON can escape it, UTF-8 cannot hold it
+        text = _JSON.encode(_finite(row))
+    # JSON can escape an unpaired surrogate; UTF-8 cannot encode it.
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _finite(value: Any) -> Any:
@@ -42,87 +45,89 @@ def _finite(value: Any) -> Any:
 
 
 def format_of(config: Config) -> str:
-    """The output's format. Raises `ConfigError` where input and output do not go together."""
-    asked, suffix = config.output.format, Path(config.output.path).suffix.lower()
-    if inputs.format_of(config.input) == "openai":
-        if asked in ("auto", "openai") and suffix != ".parquet":
+    """Return the format of the output. Raises `ConfigError` if it does not fit the input."""
+    given = config.output.format
+    suffix = Path(config.output.path).suffix.lower()
+    if config.input.row_format == "openai":
+        if given in ("auto", "openai") and suffix != ".parquet":
             return "openai"
         raise ConfigError(
             "OpenAI batch requests get OpenAI's output format: give a name that ends in .jsonl."
         )
-    if asked == "openai":
-        raise ConfigError("format openai is for OpenAI batch requests, and the input is none.")
-    if asked != "auto":
-        return asked
+    if given == "openai":
+        raise ConfigError("format openai needs an input of OpenAI batch requests.")
+    if given != "auto":
+        return given
     if suffix in (".jsonl", ".ndjson", ".parquet"):
         return "parquet" if suffix == ".parquet" else "jsonl"
     raise ConfigError(
-        f"{config.output.path}: its name says no format: give `format:`, or a name in .jsonl or .parquet."
+        f"{config.output.path}: unknown suffix: give `format:`, or a name that ends in .jsonl or "
+        ".parquet."
     )
 
 
-def check(config: Config) -> None:
-    """Raise unless such an output can be made."""
+def check_format(config: Config) -> None:
+    """Raise unless the format of the output is known and its library installed."""
     if format_of(config) == "parquet":
-        inputs.need_pyarrow()
+        require_parquet()
 
 
-def check_place(config: Config) -> None:
-    """Raise unless a file can be written there: sooner than after the work."""
+def check_path(config: Config) -> None:
+    """Raise unless the output can be written; called before the work, not after it."""
     path = Path(config.output.path)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(
-            f"{path}: no file can be written there; give one in a folder that exists."
-        )
+        raise ConfigError(f"{path}: cannot be written; give a file in a folder that exists.")
     if path.exists() and path.samefile(config.input.path):
-        raise ConfigError(f"{path}: is the input, too: give the output another name.")
+        raise ConfigError(f"{path}: is also the input: give the output another name.")
 
 
 def shard_path(output: Path, shard: list[int] | None) -> Path:
-    """Where a shard's output goes: `out.0-of-4.jsonl` for `out.jsonl`, so that one config serves all shards."""
-    return (
-        output.with_name(f"{output.stem}.{shard[0]}-of-{shard[1]}{output.suffix}")
-        if shard
-        else output
-    )
+    """Return the output of a shard, such as `out.0-of-4.jsonl` for `out.jsonl`."""
+    if shard is None:
+        return output
+    index, count = shard
+    return output.with_name(f"{output.stem}.{index}-of-{count}{output.suffix}")
 
 
-def finish(config: Config, partial: Path) -> None:
-    """Write the output of a finished journal: all of it is there, or what was there before."""
-    shard = tuple(config.shard) if config.shard else (0, 1)
-    rows = journal.outputs(partial) if config.output.unordered else journal.ordered(partial, shard)
-    write(
-        shard_path(Path(config.output.path), config.shard),
-        rows,
-        format_of(config),
-        like=config.input,
-    )
+def write_output(config: Config, partial: Path) -> None:
+    """Write the output of a finished journal. An existing file is replaced as a whole."""
+    if config.output.unordered:
+        rows = journal.unordered_outputs(partial)
+    else:
+        index, count = config.shard or (0, 1)
+        rows = journal.ordered_outputs(partial, (index, count))
+    path = shard_path(Path(config.output.path), config.shard)
+    write(path, rows, format_of(config), like=config.input)
 
 
-def write(path: Path, rows: Iterable[bytes], form: str, *, like: File) -> None:
-    """Write encoded rows to `path`, through a file beside it that takes its name once it is whole and on the disk.
+def write(path: Path, rows: Iterable[bytes], form: str, *, like: InputFile) -> None:
+    """Write encoded rows to a temporary file, sync it to the disk and rename it to `path`.
 
-    Columns of a Parquet file are of the types that they have in `like`, if that is one, too.
+    Args:
+      path: the output.
+      rows: encoded rows.
+      form: "parquet", or any other format for JSON lines.
+      like: a file whose column types are kept, if both files are Parquet.
     """
-    beside = path.with_name(path.name + ".new")
+    temporary = path.with_name(path.name + ".new")
     try:
         if form == "parquet":
-            types = parquet.types_of(Path(like.path)) if inputs.format_of(like) == "parquet" else {}
-            parquet.write(beside, rows, types)
+            is_parquet = like.row_format == "parquet"
+            types = parquet.column_types(Path(like.path)) if is_parquet else {}
+            parquet.write(temporary, rows, types)
         else:
-            _write_lines(beside, rows)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-        _sync_folder(path.parent)
+            _write_lines(temporary, rows)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)  # the new name must survive a power failure before the journal is gone
     except BaseException:
-        beside.unlink(missing_ok=True)  # where the disk is full it takes what the journal needs
+        temporary.unlink(missing_ok=True)  # on a full disk, the journal needs the space
         raise
 
 
-def _sync_folder(folder: Path) -> None:
-    """A new name outlives the computer's going down, before the journal is given up for it."""
-    file = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
     finally:
@@ -131,5 +136,4 @@ def _sync_folder(folder: Path) -> None:
 
 def _write_lines(path: Path, rows: Iterable[bytes]) -> None:
     with path.open("wb") as file:
-        for row in rows:
-            file.write(row + b"\n")
+        file.writelines(row + b"\n" for row in rows)

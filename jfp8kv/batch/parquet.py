@@ -1,4 +1,4 @@
-"""Parquet files of encoded rows, group by group."""
+"""Parquet files, written one group of rows at a time."""
 
 import itertools
 import json
@@ -8,97 +8,100 @@ from typing import Any
 
 from jfp8kv.core.errors import ConfigError
 
-GROUP = 8192  # rows that are in memory at once
+GROUP_ROWS = 8192  # per row group: the rows in memory
 
 
-def types_of(path: Path) -> dict[str, Any]:
-    """The types of a Parquet file's plain columns. Those with parts are left out, and what JSON and a cast cannot give back."""
+def column_types(path: Path) -> dict[str, Any]:
+    """Return the types of the flat columns that can be restored from JSON by a cast."""
     import pyarrow as pa
     from pyarrow import parquet, types
 
-    kinds = (
+    predicates = (
         types.is_boolean,
         types.is_integer,
         types.is_float32,
         types.is_float64,
         types.is_string,
         types.is_large_string,
+        types.is_decimal,
+        types.is_date,
+        types.is_timestamp,
+        *_binary_predicates(),
     )
-    kinds += (types.is_decimal, types.is_date, types.is_timestamp, *_binary())
+    categories = pa.dictionary(pa.int32(), pa.string())
     return {
         field.name: field.type
         for field in parquet.read_schema(path)
-        if any(is_kind(field.type) for is_kind in kinds)
-        or field.type == pa.dictionary(pa.int32(), pa.string())
+        if field.type == categories or any(matches(field.type) for matches in predicates)
     }
 
 
 def write(path: Path, rows: Iterable[bytes], types: Mapping[str, Any]) -> None:
-    """Write encoded rows, in the columns that all of them together have; those in `types` become of these again.
+    """Write encoded rows with the union of their columns; `types` fixes the types of some.
 
-    It takes two passes, with the rows in a file between them, as a row may lack a column that a later one has. Raises
-    `ConfigError` for rows that fit no one table.
+    Takes two passes, with the rows in a temporary file in between, since a row may lack a column
+    that a later one has. Raises `ConfigError` for rows that do not fit one table.
     """
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
-    kept = path.with_name(path.name + ".rows")
+    spooled = path.with_name(path.name + ".rows")
     try:
         schema = pa.schema([])
-        with kept.open("wb") as file:
+        with spooled.open("wb") as file:
             for group in _groups(rows):
                 file.write(b"".join(row + b"\n" for row in group))
-                schema = pa.unify_schemas(
-                    [schema, _table(group, types).schema], promote_options="permissive"
-                )
+                found = _table(group, types).schema
+                schema = pa.unify_schemas([schema, found], promote_options="permissive")
         schema = pa.schema(
-            [field if field.type != pa.null() else field.with_type(pa.string()) for field in schema]
+            [field.with_type(pa.string()) if field.type == pa.null() else field for field in schema]
         )
         final = dict(zip(schema.names, schema.types, strict=True))
-        with kept.open("rb") as lines, ParquetWriter(path, schema) as writer:
+        with spooled.open("rb") as lines, ParquetWriter(path, schema) as writer:
             for group in _groups(lines):
                 writer.write_table(_table(group, final, names=schema.names))
     except (pa.ArrowException, ValueError, OverflowError) as error:
         raise ConfigError(
-            f"the rows fit no one table ({error}); `--set output.format=jsonl` makes them JSON lines without running them again"
+            f"the rows do not fit one table ({error}); `--set output.format=jsonl` writes them as "
+            "JSON lines without running them again"
         ) from None
     finally:
-        kept.unlink(missing_ok=True)
+        spooled.unlink(missing_ok=True)
 
 
 def _table(
     rows: Iterable[bytes], types: Mapping[str, Any], names: Iterable[str] | None = None
 ) -> Any:
-    """Encoded rows as a table of these columns (None: all that they have), of the types that are known."""
+    """Return encoded rows as a table of the columns `names`; None: of all columns they have."""
     import pyarrow as pa
 
-    read = [json.loads(row) for row in rows]
-    names = dict.fromkeys(name for row in read for name in row) if names is None else names
-    return pa.table(
-        {name: _column([row.get(name) for row in read], types.get(name)) for name in names}
-    )
+    decoded = [json.loads(row) for row in rows]
+    if names is None:
+        names = dict.fromkeys(name for row in decoded for name in row)
+    columns = {name: [row.get(name) for row in decoded] for name in names}
+    return pa.table({name: _column(values, types.get(name)) for name, values in columns.items()})
 
 
 def _column(values: list[Any], kind: Any) -> Any:
-    """Values as JSON has them, as a column of that type (None: what they look like)."""
+    """Return JSON values as a column of type `kind`; None: of the type inferred by pyarrow."""
     import pyarrow as pa
 
     if kind is None:
         return pa.array(values)
-    if any(is_kind(kind) for is_kind in _binary()):
+    if any(matches(kind) for matches in _binary_predicates()):
         return pa.array([None if value is None else bytes.fromhex(value) for value in values], kind)
     if pa.types.is_temporal(kind) or pa.types.is_decimal(kind):
         return pa.array(values, pa.string()).cast(kind)
     return pa.array(values, kind)
 
 
-def _binary() -> tuple[Any, ...]:
+def _binary_predicates() -> tuple[Any, ...]:
     from pyarrow import types
 
     return (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
 
 
 def _groups(rows: Iterable[bytes]) -> Iterator[list[bytes]]:
-    rows = iter(rows)
-    while group := list(itertools.islice(rows, GROUP)):
+    iterator = iter(rows)
+    while group := list(itertools.islice(iterator, GROUP_ROWS)):
         yield group

@@ -1,253 +1,319 @@
-"""A run over rows: from the input through the engine into the journal, then the output, whole and in order.
+"""Run a batch: from the input through the engine into the journal, then to the output.
 
-Killed at any moment, the same run goes on where it was: what is in the journal is done, everything else is asked again, and a
-row's text depends on nothing but the config and its number.
+A run that is killed at any moment resumes where it was: rows in the journal are done, all others
+run again. The output of a row depends only on the config and the row number.
 """
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jfp8kv.batch import outputs
-from jfp8kv.batch.answer import EngineFailed, answer, form_of
-from jfp8kv.batch.config import Config, File
-from jfp8kv.batch.engine import Engine, Local
-from jfp8kv.batch.inputs import Reader, Row
+from jfp8kv.batch.config import Config, InputFile
+from jfp8kv.batch.dataset_tasks import DATASET_TASKS
+from jfp8kv.batch.engine import BatchEngine, LocalEngine
 from jfp8kv.batch.journal import Journal, Totals
-from jfp8kv.batch.lock import locked
-from jfp8kv.batch.on_ray import answer_on_ray
-from jfp8kv.batch.plain import Plain, Record
-from jfp8kv.batch.record import Paths, begin, session
-from jfp8kv.batch.templates import RowError
-from jfp8kv.batch.view import Progress, View
-from jfp8kv.batch.whole import TASKS
+from jfp8kv.batch.manifest import Manifest, RunFiles, locked, new_session, open_manifest
+from jfp8kv.batch.progress import Progress, ProgressDisplay
+from jfp8kv.batch.ray_runner import run_on_ray
+from jfp8kv.batch.requests import RowResult, TemplatedRequests
+from jfp8kv.batch.run_requests import EngineFailed, request_format, run_requests
+from jfp8kv.batch.validation import load_config
 from jfp8kv.core.errors import ConfigError, Jfp8kvError
+from jfp8kv.core.log import logger
+from jfp8kv.text.rows import Fields, Row, RowError
 
-PEEKED = 16  # first rows that are tried before a model is loaded
+FIRST_ROWS = 16  # validated before the model is loaded
+OpenEngine: TypeAlias = Callable[[Config, Path], BatchEngine]
 
 
 class RunStopped(Jfp8kvError):
-    """A run that could not go on; what it finished is kept, and the same command goes on from there."""
+    """A run that cannot continue. Its finished rows are kept, and the same call resumes it."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a run came to: totals of all its sessions, whether there was anything left to do, what there is to show."""
+class RunResult:
+    """The result of a run.
+
+    Attributes:
+      output: the output file.
+      totals: counts of all sessions.
+      seconds: duration of this session; 0 if the run was already complete.
+      already_complete: whether an earlier session completed the run.
+      report: the report of task `compare`.
+    """
 
     output: Path
-    totals: dict[str, int]
+    totals: Totals
     seconds: float = 0.0
-    worked: bool = True
-    shown: Any = None
+    already_complete: bool = False
+    report: Any = None
 
     @property
     def status(self) -> int:
-        """The exit status: 1 when a row failed."""
-        return 1 if self.totals["failed"] else 0
+        """The exit status: 1 if a row failed."""
+        return 1 if self.totals.failed else 0
 
 
-def run(
-    config: Config,
+def run_batch(
+    config: Config | str | Path,
+    overrides: Sequence[str] = (),
     *,
-    open_engine: Callable[[Config, Path], Engine] = Local,
     restart: bool = False,
-    view: View | None = None,
-) -> Outcome:
-    """Make the output of a config, or what is left of it to be made. `open_engine` gets the config, and where calibrated scales
-    are kept.
+    display: ProgressDisplay | None = None,
+    open_engine: OpenEngine = LocalEngine,
+) -> RunResult:
+    """Run a batch config, or the rest of it if an earlier call was interrupted.
+
+        from jfp8kv.batch import run_batch
+        result = run_batch("configs/batch/demo.yaml", ["sampling.temperature=0.2"])
+        print(result.output, result.totals)
+
+    Args:
+      config: a path to a YAML file, or a config from `load_config`.
+      overrides: assignments `a.b=value` in place of values in the file at that path.
+      restart: discard earlier results and start from the first row.
+      display: shows the progress on stderr; None shows nothing.
+      open_engine: opens the engine, given the config and the file for calibrated scales.
 
     Raises:
-      ConfigError: a mistake, another process at work on the output, or an output of another run.
-      RunStopped: the input could not be read further, the disk is full, or the engine fails on every row.
+      ConfigError: an invalid config, a locked output, or an output of another run.
+      CheckpointError: a model that cannot be loaded.
+      RunStopped: the input is unreadable, the disk is full, the engine fails on every row, or an
+        unexpected error, whose traceback is logged.
     """
-    paths, view = (
-        Paths(outputs.shard_path(Path(config.output.path), config.shard)),
-        view or View(quiet=True),
-    )
-    with locked(paths.lock):
-        record = begin(config, paths, restart=restart)
-        if record.complete:
-            paths.partial.unlink(missing_ok=True)
-            return Outcome(paths.output, record.data["totals"], worked=False)
-        with _tidied(paths):
-            if (task := TASKS.get(config.task)) is None:
-                return _Run(config, paths, record, view).work(open_engine)
-            began = time.monotonic()
-            totals, shown = task(config, progress=None if view.shown else False)
-            seconds = time.monotonic() - began
-            record.save(
-                status="complete",
-                sessions=[session() | {"seconds": round(seconds, 3)}],
-                totals=totals,
-            )
-            return Outcome(paths.output, totals, seconds, shown=shown)
+    if not isinstance(config, Config):
+        config = load_config(config, overrides)
+    elif overrides:
+        raise ConfigError("overrides need the path of a config, not a loaded one.")
+    files = RunFiles(outputs.shard_path(Path(config.output.path), config.shard))
+    display = display or ProgressDisplay(quiet=True)
+    with locked(files):
+        manifest = open_manifest(config, files, restart=restart)
+        if manifest.complete:
+            files.partial.unlink(missing_ok=True)
+            totals = Totals(**manifest.data["totals"])
+            return RunResult(files.output, totals, already_complete=True)
+        with _removed_if_empty(files):
+            if config.task in DATASET_TASKS:
+                return _run_dataset_task(config, files, manifest, display)
+            return _RowRun(config, files, manifest, display, open_engine).run()
 
 
 @contextmanager
-def _tidied(paths: Paths) -> Iterator[None]:
-    """Leave no trace of a run that ends before it has finished a row."""
+def _removed_if_empty(files: RunFiles) -> Iterator[None]:
+    """Remove the files of a run that fails before it has finished a row."""
     try:
         yield
     except BaseException:
-        if not paths.partial.exists() or not paths.partial.stat().st_size:
-            paths.partial.unlink(missing_ok=True)
-            paths.record.unlink(missing_ok=True)
+        if not files.partial.exists() or not files.partial.stat().st_size:
+            files.partial.unlink(missing_ok=True)
+            files.manifest.unlink(missing_ok=True)
         raise
 
 
-def peek(file: File, ask: Callable[[Row, dict[str, Any]], Any]) -> None:
-    """Try the first rows, before a model is loaded. Raises `ConfigError` if none of them is a row, or one for the config."""
+def _run_dataset_task(
+    config: Config, files: RunFiles, manifest: Manifest, display: ProgressDisplay
+) -> RunResult:
+    """Run a task with one result for all rows."""
+    session = new_session()
+    manifest.save(sessions=[session])
+    started = time.monotonic()
+    task = DATASET_TASKS[config.task]
+    totals, report = task(config, progress=None if display.visible else False)
+    seconds = time.monotonic() - started
+    session["seconds"] = round(seconds, 3)
+    manifest.save(status="complete", sessions=[session], totals=asdict(totals))
+    return RunResult(files.output, totals, seconds, report=report)
+
+
+def validate_first_rows(file: InputFile, validate: Callable[[Row, Fields], object]) -> None:
+    """Raise `ConfigError` if none of the first rows is valid: then the config or file is wrong."""
     errors = []
-    with closing(iter(Reader(file))) as rows:
-        for row in itertools.islice(rows, PEEKED):
+    with closing(iter(file.reader())) as rows:
+        for row in itertools.islice(rows, FIRST_ROWS):
             try:
-                ask(row, row.fields())
+                validate(row, row.fields())
                 return
             except RowError as error:
                 errors.append(f"{file.path}:{row.line}: {error}")
     if errors:
-        raise ConfigError(
-            errors[0]
-            + (f" None of the first {len(errors)} rows will do." if len(errors) > 1 else "")
-        )
+        several = f" None of the first {len(errors)} rows is valid." if len(errors) > 1 else ""
+        raise ConfigError(errors[0] + several)
 
 
-class _Run:
-    """A run at work in this process."""
+class _RowRun:
+    """One session of a run with an output row for each input row."""
 
-    def __init__(self, config: Config, paths: Paths, record: Any, view: View):
-        self.config, self.paths, self.record, self.view = config, paths, record, view
-        self.shard = tuple(config.shard) if config.shard else (0, 1)
-        self.reader = Reader(config.input)
-        self.began = self.working = time.monotonic()
-        self.engine: Engine | None = None
-        self.before = Totals()  # of earlier sessions
-        self.unreadable: Exception | None = None
-        self.seen = self.skipped = (
-            0  # rows of the shard that were read, and those of them that were done before
-        )
-        self.form = form_of(config, self._token_text, record.created)
+    def __init__(
+        self,
+        config: Config,
+        files: RunFiles,
+        manifest: Manifest,
+        display: ProgressDisplay,
+        open_engine: OpenEngine,
+    ):
+        self.config = config
+        self.files = files
+        self.manifest = manifest
+        self.display = display
+        self.open_engine = open_engine
+        index, count = config.shard or (0, 1)
+        self.shard = (index, count)
+        self.reader = config.input.reader()
+        self.engine: BatchEngine | None = None
+        self.form = request_format(config, self._token_text, manifest.created)
+        self.earlier = Totals()  # of earlier sessions
+        self.started = time.monotonic()
+        self.rows_read = 0  # rows of the shard
+        self.rows_skipped = 0  # rows of these that earlier sessions finished
+        self.input_error: Exception | None = None
 
-    def _token_text(self, token: int) -> str:
-        assert self.engine is not None  # opened once the first rows were tried
-        return self.engine.token_text(token)
-
-    def work(self, open_engine: Callable[[Config, Path], Engine]) -> Outcome:
-        if isinstance(self.form, Plain):  # OpenAI's requests are not the config's
-            peek(self.config.input, self.form.request)
-        sessions = [*self.record.data["sessions"], session()]
-        with Journal(self.paths.partial, self.shard) as journal:
-            self.before = before = replace(journal.totals)
-            if before.rows:
-                self.view.say(f"going on after {before.rows:,} finished rows")
-            if self.config.runner == "local":
-                self.engine = open_engine(self.config, self.paths.scales)
-            self.working = time.monotonic()
-            try:
-                about = self.engine.about if self.engine else {"runner": self.config.runner}
-                self.record.save(sessions=sessions, engine=about)
-                with self.view.watching(lambda: self._progress(journal)):
-                    self._rows(journal, open_engine)
-                journal.sync()
-            except KeyboardInterrupt:
-                self.view.say(f"interrupted: {self._kept(journal)}")
-                raise
-            except EngineFailed as error:
-                raise self._stopped(journal, str(error)) from error
-            except OSError as error:
-                raise self._stopped(
-                    journal, f"{error.filename or self.paths.partial}: {error.strerror or error}"
-                ) from error
-            if self.unreadable is not None:
-                raise self._stopped(
-                    journal, f"{self.config.input.path}: cannot be read further: {self.unreadable}"
-                )
-            totals = asdict(journal.totals)
+    def run(self) -> RunResult:
+        """Run all rows that are not finished and write the output."""
+        if isinstance(self.form, TemplatedRequests):  # OpenAI requests do not depend on the config
+            validate_first_rows(self.config.input, self.form.request)
+        session = new_session()
+        sessions = [*self.manifest.data["sessions"], session]
+        started = time.monotonic()
+        with Journal(self.files.partial, self.shard) as journal:
+            self.earlier = replace(journal.totals)
+            if self.earlier.rows:
+                self.display.message(f"resuming after {self.earlier.rows:,} finished rows")
+            with self._stopping(journal):
+                self.manifest.save(sessions=sessions)
+            self._run_rows(journal)
+            totals = journal.totals
         try:
-            outputs.finish(self.config, self.paths.partial)
-            seconds = time.monotonic() - self.began
-            sessions[-1] |= {"seconds": round(seconds, 3), "rows": totals["rows"] - before.rows}
-            self.record.save(status="complete", sessions=sessions, totals=totals)
+            outputs.write_output(self.config, self.files.partial)
+            seconds = time.monotonic() - started
+            session["seconds"] = round(seconds, 3)
+            session["rows"] = totals.rows - self.earlier.rows
+            self.manifest.save(status="complete", sessions=sessions, totals=asdict(totals))
         except (OSError, ConfigError) as error:
-            why = (error.strerror if isinstance(error, OSError) else None) or error
+            reason = error.strerror if isinstance(error, OSError) else None
             raise RunStopped(
-                f"all rows are finished, and {self.paths.output} cannot be written: {why}. They are kept in "
-                f"{self.paths.partial}; the same command tries again."
+                f"all rows are finished, but {self.files.output} cannot be written: "
+                f"{reason or error}. They are kept in {self.files.partial}; the same command tries "
+                "again."
             ) from error
-        self.paths.partial.unlink()
-        return Outcome(self.paths.output, totals, seconds)
+        self.files.partial.unlink()
+        return RunResult(self.files.output, totals, seconds)
 
-    def _stopped(self, journal: Journal, why: str) -> RunStopped:
-        return RunStopped(f"{why.rstrip('.')}. {self._kept(journal)}")
+    def _run_rows(self, journal: Journal) -> None:
+        """Open the engine and run the rows that are not in the journal."""
+        if self.config.runner == "local":
+            self.engine = self.open_engine(self.config, self.files.scales)
+        with self._stopping(journal):
+            engine = {"runner": "ray"} if self.engine is None else self.engine.description
+            self.manifest.save(engine=engine)
+            self.started = time.monotonic()
+            with self.display.following(lambda: self._progress(journal)):
+                self._submit_rows(journal)
+            journal.sync()
+        if self.input_error is not None:
+            message = f"{self.config.input.path}: cannot be read further: {self.input_error}"
+            raise self._stopped(journal, message)
 
-    def _kept(self, journal: Journal) -> str:
-        if not journal.totals.rows:
-            return "No row is finished; the same command begins anew."
-        kept = f"{journal.totals.rows:,} finished rows are kept in {self.paths.partial}"
-        return f"{kept}; the same command goes on from there."
+    @contextmanager
+    def _stopping(self, journal: Journal) -> Iterator[None]:
+        """Raise `RunStopped` for errors that stop a run, with the number of finished rows."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.display.message(f"interrupted: {self._finished(journal)}")
+            raise
+        except EngineFailed as error:
+            raise self._stopped(journal, str(error)) from error
+        except OSError as error:
+            name = error.filename or self.files.partial
+            raise self._stopped(journal, f"{name}: {error.strerror or error}") from error
+        except Jfp8kvError:
+            raise
+        except Exception as error:
+            logger.exception("The batch run was stopped by an unexpected error.")
+            message = f"unexpected {type(error).__name__}: {error}"
+            raise self._stopped(journal, f"{message}. This is a bug; see the log") from error
 
-    def _rows(self, journal: Journal, open_engine: Callable[[Config, Path], Engine]) -> None:
-        """Every row of the shard that is not in the journal, into the journal."""
-        if self.config.runner == "ray":
-            created = self.record.created
-            answer_on_ray(
-                self.config,
-                self._left(journal),
-                journal,
-                open_engine=open_engine,
-                scales=self.paths.scales,
-                created=created,
+    def _submit_rows(self, journal: Journal) -> None:
+        """Run every row of the shard that is not in the journal."""
+
+        def commit(row: Row, result: RowResult) -> None:
+            journal.append(
+                row.number,
+                outputs.encode(result.output),
+                prompt_tokens=result.prompt_tokens,
+                completion_tokens=result.completion_tokens,
+                ok=result.ok,
             )
-            return
 
-        def book(row: Row, record: Record) -> None:
-            tokens = {
-                "prompt_tokens": record.prompt_tokens,
-                "completion_tokens": record.completion_tokens,
-            }
-            journal.append(row.number, outputs.line(record.output), **tokens, ok=record.ok)
+        with closing(self._unfinished_rows(journal)) as rows:
+            if self.engine is not None:
+                run_requests(self.config.task, self.form, self.engine, rows, commit)
+            else:
+                run_on_ray(
+                    self.config,
+                    rows,
+                    journal,
+                    open_engine=self.open_engine,
+                    scales=self.files.scales,
+                    created=self.manifest.created,
+                )
 
-        assert self.engine is not None
-        with closing(self._left(journal)) as rows:
-            answer(self.config.task, self.form, self.engine, rows, book)
+    def _unfinished_rows(self, journal: Journal) -> Generator[Row, None, None]:
+        """Yield the rows of the shard that are not finished.
 
-    def _left(self, journal: Journal) -> Generator[Row, None, None]:
-        """Rows of this shard that are not done. What cannot be read further ends them: those in flight are finished."""
-        first, step = self.shard
+        A read error ends the rows, so that those in flight still finish.
+        """
+        index, count = self.shard
         rows = iter(self.reader)
         while True:
             try:
                 row = next(rows, None)
             except (OSError, ValueError) as error:
-                self.unreadable = error
+                self.input_error = error
                 return
             if row is None:
                 return
-            if row.number % step == first:
-                self.seen += 1
+            if row.number % count == index:
+                self.rows_read += 1
                 if row.number in journal.done:
-                    self.skipped += 1
+                    self.rows_skipped += 1
                 else:
                     yield row
 
+    def _token_text(self, token: int) -> str:
+        assert self.engine is not None  # results have log-probabilities only after it is open
+        return self.engine.token_text(token)
+
+    def _stopped(self, journal: Journal, reason: str) -> RunStopped:
+        return RunStopped(f"{reason.rstrip('.')}. {self._finished(journal)}")
+
+    def _finished(self, journal: Journal) -> str:
+        rows = journal.totals.rows
+        if not rows:
+            return "No row is finished; the same command starts from the first row."
+        return f"{rows:,} finished rows are kept in {self.files.partial}; the same command resumes."
+
     def _progress(self, journal: Journal) -> Progress:
-        each = self.reader.share / max(
-            1, self.seen
-        )  # what a row is of all, if the rest are like those read
-        totals, counters = journal.totals, self.engine.counters() if self.engine else {}
-        # The engine counts what is not finished, too, but not what it scores, nor is that of a cluster's workers here.
-        made = totals - self.before
+        # The fraction of a row, if the rest of the file is like what was read.
+        row_fraction = self.reader.fraction / max(1, self.rows_read)
+        session = journal.totals - self.earlier
+        # The engine also counts tokens of unfinished rows, but none of scoring or of Ray workers.
+        counters = self.engine.counters() if self.engine else {}
+        prompt_tokens = max(session.prompt_tokens, counters.get("prompt_tokens", 0))
+        generated = max(session.completion_tokens, counters.get("generated_tokens", 0))
         return Progress(
-            done=totals.rows,
-            failed=totals.failed,
-            share=min(1.0, totals.rows * each),
-            share_before=self.skipped * each,
-            seconds=time.monotonic() - self.working,
-            prompt_tokens=max(made.prompt_tokens, counters.get("prompt_tokens", 0)),
-            completion_tokens=max(made.completion_tokens, counters.get("generated_tokens", 0)),
+            done=journal.totals.rows,
+            failed=journal.totals.failed,
+            fraction=min(1.0, journal.totals.rows * row_fraction),
+            resumed_fraction=self.rows_skipped * row_fraction,
+            seconds=time.monotonic() - self.started,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=generated,
             counters=counters,
         )

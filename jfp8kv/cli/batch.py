@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jfp8kv.cli.arguments import quiet_jax
@@ -10,8 +9,7 @@ from jfp8kv.cli.output import say
 from jfp8kv.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from jfp8kv.batch.config import Config
-    from jfp8kv.batch.run import Outcome
+    from jfp8kv.batch import RunResult, Totals
 
 SUMMARY = "run a file of rows, from a config"
 ABOUT = (
@@ -38,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check everything and run nothing: count tokens, check the cache, estimate the time",
+        help="check everything and run nothing: rows, tokens, and the size of the cache",
     )
     parser.add_argument(
         "--merge", action="store_true", help="merge the outputs of all shards into one"
@@ -50,60 +48,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a config, and return the exit status."""
-    from jfp8kv.batch import check
+    """Run a config, or report what is wrong with it. Returns the exit status."""
+    from jfp8kv import batch
 
     if args.print_schema:
-        print(json.dumps(check.schema(), indent=2))
+        print(json.dumps(batch.json_schema(), indent=2))
         return 0
     if args.config is None:
-        raise ConfigError("no config: give a YAML file, such as configs/batch/demo.yaml.")
-    config = check.load(Path(args.config), args.set)
+        raise ConfigError(
+            "no config: give the path of a YAML file, such as configs/batch/demo.yaml."
+        )
+    config = batch.load_config(args.config, args.set)
     quiet_jax()
     if args.dry_run:
-        from jfp8kv.batch.dry_run import dry_run
-
-        report = dry_run(config)
+        report = batch.dry_run(config)
         print(report, flush=True)
         return report.status
     if args.merge:
-        return _merge(config, args)
-    from jfp8kv.batch.run import RunStopped
-    from jfp8kv.batch.run import run as run_batch
-    from jfp8kv.batch.view import View
-
+        totals = batch.merge(config, restart=args.restart)
+        if not args.quiet:
+            say(_summary(config.output.path, totals))
+        return 1 if totals.failed else 0
     try:
-        outcome = run_batch(config, restart=args.restart, view=View(quiet=args.quiet))
-    except RunStopped as error:
+        result = batch.run_batch(
+            config, restart=args.restart, display=batch.ProgressDisplay(quiet=args.quiet)
+        )
+    except batch.RunStopped as error:
         say(f"error: {error}")
         return 1
-    if outcome.shown is not None:
-        print(outcome.shown, flush=True)
+    if result.report is not None:
+        print(result.report, flush=True)
     if not args.quiet:
-        say(_summary(outcome))
-    return outcome.status
+        say(_run_summary(result))
+    return result.status
 
 
-def _merge(config: "Config", args: argparse.Namespace) -> int:
-    """Merge the outputs of shards. Return the exit status: 1 if a row in them failed."""
-    from jfp8kv.batch.merge import merge
-    from jfp8kv.batch.run import Outcome
-
-    outcome = Outcome(Path(config.output.path), merge(config, restart=args.restart))
-    if not args.quiet:
-        say(_summary(outcome))
-    return outcome.status
+def _run_summary(result: "RunResult") -> str:
+    if result.already_complete:
+        rows = _rows(result.totals)
+        return f"{result.output} is already complete: {rows}. --restart runs it again."
+    return f"{_summary(str(result.output), result.totals)}; {result.seconds:.1f} s"
 
 
-def _summary(outcome: "Outcome") -> str:
-    """Return one line about a finished run."""
-    totals = outcome.totals
-    failed = f", {totals['failed']:,} of them failed" if totals["failed"] else ""
-    rows = f"{totals['rows']:,} rows{failed}"
-    if not outcome.worked:
-        return (
-            f"{outcome.output} is complete: {rows}; nothing is left to do. --restart starts over."
-        )
-    tokens = f"{totals['prompt_tokens']:,} tokens in, {totals['completion_tokens']:,} out"
-    seconds = f"; {outcome.seconds:.1f} s" if outcome.seconds else ""
-    return f"{outcome.output}: {rows}; {tokens}{seconds}"
+def _summary(output: str, totals: "Totals") -> str:
+    return (
+        f"{output}: {_rows(totals)}; {totals.prompt_tokens:,} prompt tokens, "
+        f"{totals.completion_tokens:,} completion tokens"
+    )
+
+
+def _rows(totals: "Totals") -> str:
+    failed = f", {totals.failed:,} failed" if totals.failed else ""
+    return f"{totals.rows:,} rows{failed}"

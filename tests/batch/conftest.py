@@ -1,4 +1,4 @@
-"""Runs without a model, in this process and as programs of their own."""
+"""Batch runs without a model, in this process and as programs."""
 
 import json
 import os
@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from jfp8kv.batch.check import load
-from jfp8kv.batch.run import Outcome, run
-from tests.batch.stub import Stub
+from jfp8kv.batch import RunResult, load_config, run_batch
+from tests.batch.stub import StubEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = Path(__file__).with_name("stub.py")
@@ -27,13 +26,14 @@ def read_rows(path: Path) -> list[Any]:
 
 
 class Job:
-    """A config in a folder of its own, over the stub."""
+    """A config in its folder, run on the stub engine."""
 
     def __init__(self, folder: Path):
-        self.folder, self.config, self.output = folder, folder / "run.yaml", folder / "out.jsonl"
-        self.partial, self.record = (
-            folder / f"out.jsonl.{what}" for what in ("partial", "run.json")
-        )
+        self.folder = folder
+        self.config = folder / "run.yaml"
+        self.output = folder / "out.jsonl"
+        self.partial = folder / "out.jsonl.partial"
+        self.manifest = folder / "out.jsonl.run.json"
         self.write()
 
     def write(
@@ -43,29 +43,37 @@ class Job:
         rows: str = "rows.jsonl",
         out: str = "out.jsonl",
     ) -> None:
+        """Write the config."""
         self.output = self.folder / out
         self.config.write_text(
             f"model: stub\ninput: {self.folder / rows}\noutput: {self.output}\n{text}\n"
         )
 
     def rows(self, rows: Iterable[Any]) -> None:
+        """Write the input."""
         write_rows(self.folder / "rows.jsonl", rows)
 
-    def run(self, *overrides: str, stub: Stub | None = None, **options: Any) -> Outcome:
-        """Here, with these overrides."""
-        return run(load(self.config, overrides), open_engine=lambda *_: stub or Stub(), **options)
+    def run(self, *overrides: str, stub: StubEngine | None = None, **options: Any) -> RunResult:
+        """Run in this process."""
+        engine = stub or StubEngine()
+        config = load_config(self.config, overrides)
+        return run_batch(config, open_engine=lambda *_: engine, **options)
 
     def start(self, *options: object) -> subprocess.Popen[str]:
-        """As a program."""
+        """Run as a program."""
         command = [sys.executable, str(STUB), str(self.config), *map(str, options)]
-        env = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        }
+        paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
         return subprocess.Popen(
-            command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
 
     def results(self) -> list[Any]:
+        """Return the output rows."""
         return read_rows(self.output)
 
 

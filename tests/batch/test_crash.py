@@ -1,6 +1,6 @@
-"""Runs that are killed, run twice at once, run out of disk, or have very many rows: each as a program of its own.
+"""Killed, concurrent and very long runs, and a full disk: each run is a program.
 
-`JFP8KV_CRASHES=50` kills so many instead of ten.
+`JFP8KV_CRASHES=50` sets the number of kills; the default is 10.
 """
 
 import os
@@ -20,48 +20,50 @@ STEP_S = 0.002
 
 
 def wait_for(
-    what: Callable[[], bool], process: subprocess.Popen[str], patience_s: float = 60
+    condition: Callable[[], bool], process: subprocess.Popen[str], patience_s: float = 60
 ) -> None:
-    """Until it holds, or the process has ended."""
+    """Wait until the condition holds or the process ends."""
     until = time.monotonic() + patience_s
-    while not what() and process.poll() is None:
-        assert time.monotonic() < until, "it takes too long"
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < until, "timed out"
         time.sleep(0.001)
 
 
 def kill(process: subprocess.Popen[str]) -> bool:
-    """Kill it; whether it was still alive."""
+    """Kill a process; return whether it was still alive."""
     process.send_signal(signal.SIGKILL)
     process.communicate()
     return process.returncode == -signal.SIGKILL
 
 
 def ended(process: subprocess.Popen[str], patience_s: float = 120) -> tuple[int, str]:
-    """Its exit status and what it said, once it has ended."""
+    """Wait for a process; return its exit status and stderr."""
     _, err = process.communicate(timeout=patience_s)
     return process.returncode, err
 
 
-def whole_run(job: Job) -> bytes:
-    """What the run makes when nothing disturbs it; nothing of it is left."""
+def expected_output(job: Job) -> bytes:
+    """Return the output of an uninterrupted run, and remove its files."""
     job.run()
-    made = job.output.read_bytes()
-    job.output.unlink(), job.record.unlink()
-    return made
+    output = job.output.read_bytes()
+    job.output.unlink()
+    job.manifest.unlink()
+    return output
 
 
 def lines(job: Job) -> int:
     return job.partial.read_bytes().count(b"\n") if job.partial.exists() else 0
 
 
-def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(job):
+def test_a_run_killed_at_any_moment_ends_with_the_same_output(job):
     job.rows(ROWS)
-    whole = whole_run(job)
-    rng, killed, kept = random.Random(os.environ.get("JFP8KV_CRASH_SEED", "7")), 0, 0
+    expected = expected_output(job)
+    rng = random.Random(os.environ.get("JFP8KV_CRASH_SEED", "7"))
+    killed = kept = 0
     for crash in range(CRASHES):
         process = job.start("--step-s", STEP_S)
         match crash % 5:
-            case 0:  # while it starts, reads what there is and takes the lock
+            case 0:  # while it starts, recovers the journal and takes the lock
                 time.sleep(rng.uniform(0, 0.5))
             case 4 if crash == CRASHES - 1:  # while the output is written
                 wait_for(job.output.with_name("out.jsonl.new").exists, process)
@@ -69,12 +71,12 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(job):
                 target = kept + rng.randrange(1, 2 * len(ROWS) // CRASHES)
                 wait_for(lambda target=target: lines(job) >= target, process)
         killed += kill(process)
-        assert not job.output.exists() or job.output.read_bytes() == whole
+        assert not job.output.exists() or job.output.read_bytes() == expected
         assert job.output.exists() or lines(job) >= kept, "a finished row was lost"
         kept = lines(job)
-    assert killed >= CRASHES // 2  # the machine may be slow to see how far one got
+    assert killed >= CRASHES // 2  # on a slow machine some runs end first
     assert ended(job.start()) == (0, "")
-    assert job.output.read_bytes() == whole
+    assert job.output.read_bytes() == expected
     assert sorted(path.name for path in job.folder.iterdir()) == [
         "out.jsonl",
         "out.jsonl.run.json",
@@ -83,40 +85,40 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(job):
     ]
 
 
-def test_killed_while_the_output_is_written_nothing_of_it_is_seen(job):
+def test_an_output_is_never_seen_in_part(job):
     job.rows(ROWS)
-    whole = whole_run(job)
+    expected = expected_output(job)
     for _ in range(3):
         process = job.start()
         wait_for(job.output.with_name("out.jsonl.new").exists, process)
         kill(process)
-        assert not job.output.exists() or job.output.read_bytes() == whole
+        assert not job.output.exists() or job.output.read_bytes() == expected
     assert ended(job.start()) == (0, "")
-    assert job.output.read_bytes() == whole
+    assert job.output.read_bytes() == expected
 
 
-def test_two_processes_on_one_output_are_refused_and_a_dead_one_holds_nothing(job):
+def test_a_second_process_is_refused_and_a_dead_one_has_no_lock(job):
     job.rows(ROWS)
     first = job.start("--step-s", 0.05)
     wait_for(lambda: lines(job) > 0, first)
     status, err = ended(job.start())
-    assert status == 2 and f"process {first.pid} on" in err and "is writing this output now" in err
+    assert status == 2 and f"process {first.pid} on" in err and "is writing this output" in err
     assert kill(first)
     assert ended(job.start()) == (0, "") and len(job.results()) == len(ROWS)
 
 
 @pytest.mark.parametrize("room", [4_000, 30_000, 100_003])
-def test_a_full_disk_loses_nothing_that_was_finished(job, room):
+def test_a_full_disk_loses_no_finished_row(job, room):
     job.rows(ROWS)
-    whole = whole_run(job)
+    expected = expected_output(job)
     status, err = ended(job.start("--file-bytes", room))
-    assert status == 1 and "File too large" in err and "the same command goes on from there" in err
+    assert status == 1 and "File too large" in err and "the same command resumes" in err
     kept = job.partial.read_bytes()
     assert room - 500 < len(kept) <= room and (kept.endswith(b"}}\n") or not kept)
-    assert ended(job.start()) == (0, "") and job.output.read_bytes() == whole
+    assert ended(job.start()) == (0, "") and job.output.read_bytes() == expected
 
 
-def test_memory_does_not_grow_with_the_rows(job):
+def test_memory_does_not_grow_with_the_number_of_rows(job):
     rows = 200_000
     peak = {}
     for count in (2_000, rows):

@@ -1,5 +1,6 @@
-"""Batch runs of a model, tiny but real, through the command line."""
+"""Batch runs of a tiny model through the command line."""
 
+import itertools
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 
 import jfp8kv
-from jfp8kv.batch.engine import Local
-from jfp8kv.batch.plain import Request, row_seed
+from jfp8kv.batch import load_config
+from jfp8kv.batch.engine import LocalEngine
+from jfp8kv.batch.requests import RowRequest, row_seed
+from jfp8kv.core.errors import StepError
 from tests.batch.conftest import ROOT, read_rows, write_rows
 
 pytestmark = pytest.mark.quick_compile
@@ -51,31 +54,31 @@ def llm() -> jfp8kv.LLM:
     )
 
 
-def test_texts_are_those_that_generate_gives_each_prompt_alone(run, llm):
+def test_outputs_equal_those_of_generate_for_each_prompt_alone(run, llm):
     status, out, err = run("batch", "run.yaml")
     assert (
         (status, out) == (0, "")
         and err.startswith("jfp8kv: out.jsonl: 12 rows; ")
-        and "144 out" in err
+        and "144 completion tokens" in err
     )
-    for number, (row, asked) in enumerate(zip(read_rows(Path("out.jsonl")), ROWS, strict=True)):
+    for number, (row, given) in enumerate(zip(read_rows(Path("out.jsonl")), ROWS, strict=True)):
         (want,) = llm.generate(
-            [f"the {asked['word']}"], max_tokens=12, ignore_eos=True, seed=row_seed(0, number)
+            [f"the {given['word']}"], max_tokens=12, ignore_eos=True, seed=row_seed(0, number)
         )
         assert (row["text"], row["prompt_tokens"]) == (want.text, len(want.prompt_token_ids))
-        assert row["finish_reason"] == "length" and row["word"] == asked["word"]
-    record = json.loads(Path("out.jsonl.run.json").read_text())
+        assert row["finish_reason"] == "length" and row["word"] == given["word"]
+    manifest = json.loads(Path("out.jsonl.run.json").read_text())
     assert (
-        record["status"] == "complete"
-        and record["engine"]["kv_dtype"] == "float32"
-        and record["versions"]["jax"]
+        manifest["status"] == "complete"
+        and manifest["engine"]["kv_dtype"] == "float32"
+        and manifest["versions"]["jax"]
     )
-    assert record["totals"]["completion_tokens"] == 144 and record["seed"] == 0
+    assert manifest["totals"]["completion_tokens"] == 144 and manifest["seed"] == 0
     status, _, err = run("batch", "run.yaml")
-    assert status == 0 and "out.jsonl is complete: 12 rows; nothing is left to do" in err
+    assert status == 0 and "out.jsonl is already complete: 12 rows." in err
 
 
-def test_mistakes_are_two_failed_rows_one(run):
+def test_a_mistake_has_exit_status_2_and_failed_rows_1(run):
     status, out, err = run("batch", "run.yaml", "--set", "sampling.temprature=1")
     assert (status, out) == (2, "") and "Did you mean 'temperature'" in err and err.count("\n") == 1
     assert run("batch")[0] == 2 and "no config" in run("batch")[2]
@@ -99,7 +102,7 @@ def test_the_schema_is_printed(run):
     assert status == 0 and json.loads(out)["properties"]["kv_scales"]
 
 
-def test_openai_requests_are_answered(run):
+def test_openai_requests_get_responses(run):
     chat = {
         "model": "m",
         "messages": [{"role": "user", "content": "hello"}],
@@ -132,7 +135,7 @@ def test_openai_requests_are_answered(run):
     )
 
 
-def test_completions_are_scored_as_the_model_does(run, llm):
+def test_completion_scores_equal_those_of_the_model(run, llm):
     write_rows(Path("rows.jsonl"), [{"q": "the end", "a": " of it"}, {"q": "the end", "a": ""}])
     config = CONFIG.replace("sampling: {max_tokens: 12, ignore_eos: true}", "task: score")
     Path("run.yaml").write_text(
@@ -149,7 +152,7 @@ def test_completions_are_scored_as_the_model_does(run, llm):
     assert "nothing to score" in bad["error"]["message"]
 
 
-def test_texts_are_held_to_what_is_asked_of_them(run):
+def test_outputs_satisfy_the_structured_output_options(run):
     status, _, err = run(
         "batch", "run.yaml", "--set", "sampling={choice: [land, sea, sky], max_tokens: 12}"
     )
@@ -183,7 +186,7 @@ def test_texts_are_held_to_what_is_asked_of_them(run):
     assert [line["response"]["status_code"] for line in read_rows(Path("out.jsonl"))] == [400, 200]
 
 
-def test_scales_are_calibrated_from_all_rows(run):
+def test_scales_are_calibrated_on_all_rows(run):
     config = CONFIG.replace(
         "sampling: {max_tokens: 12, ignore_eos: true}", "task: calibrate"
     ).replace("out.jsonl", "out.safetensors")
@@ -197,14 +200,14 @@ def test_scales_are_calibrated_from_all_rows(run):
         params, [f"the {row['word']}" for row in ROWS], granularity="tensor", max_model_len=None
     )
     np.testing.assert_array_equal(found.k, want.k)
-    assert "nothing is left to do" in run("batch", "run.yaml")[2]
+    assert "already complete" in run("batch", "run.yaml")[2]
     write_rows(Path("rows.jsonl"), [*ROWS[:2], {"wrd": "x"}])
     status, _, err = run("batch", "run.yaml", "--restart")
-    assert status == 2 and "rows.jsonl:3: the template wants 'word'" in err
+    assert status == 2 and "rows.jsonl:3: the template uses 'word'" in err
     assert run("batch", "run.yaml", "--restart", "--set", "kv_dtype=bfloat16")[0] == 2
 
 
-def test_caches_are_compared_over_the_rows(run):
+def test_caches_are_compared_on_the_rows(run):
     config = CONFIG.replace(
         "sampling: {max_tokens: 12, ignore_eos: true}", "task: compare"
     ).replace("out.jsonl", "out.json")
@@ -218,7 +221,7 @@ def test_caches_are_compared_over_the_rows(run):
     assert json.loads(Path("out.json").read_text())["tokens"]
 
 
-def test_scales_calibrated_first_are_kept_and_used_again(run, monkeypatch):
+def test_scales_calibrated_before_a_run_are_stored_and_reused(run, monkeypatch):
     sets = [
         "--set",
         "kv_dtype=fp8_e4m3",
@@ -228,60 +231,63 @@ def test_scales_calibrated_first_are_kept_and_used_again(run, monkeypatch):
     assert run("batch", "run.yaml", *sets)[0] == 0
     found = jfp8kv.KVScales.load("out.jsonl.scales.safetensors")
     assert found.granularity == "head" and len(read_rows(Path("out.jsonl"))) == len(ROWS)
-    from jfp8kv.batch import whole
+    from jfp8kv.batch import dataset_tasks
 
-    monkeypatch.setattr(whole, "calibrated", lambda *_: pytest.fail("they are there already"))
-    whole.scales_first(_config(sets), Path("out.jsonl.scales.safetensors"))
-
-
-def _config(sets):
-    from jfp8kv.batch.check import load
-
-    return load(Path("run.yaml"), sets[1::2])
+    fail = lambda *_, **__: pytest.fail("the scales exist already")  # noqa: E731
+    monkeypatch.setattr(dataset_tasks, "_calibrate", fail)
+    config = load_config("run.yaml", sets[1::2])
+    dataset_tasks.load_calibrated(config, Path("out.jsonl.scales.safetensors"))
 
 
-def test_a_step_that_fails_costs_the_row_that_makes_it_fail_alone():
-    """All rows in a step with "poison" get its error: each is asked again alone, and that one fails again."""
+class FailingLLM:
+    """Runs steps of four prompts. A step with "poison" fails, and so does that prompt alone."""
 
-    class Llm:
-        def generate_iter(self, asked):
-            step = []
-            for number, (prompt, _) in enumerate(asked):
-                step.append((number, prompt))
-                if len(step) == 4:
-                    failed = any(prompt == "poison" for _, prompt in step)
-                    yield from (
-                        (number, RuntimeError("on fire") if failed else prompt.upper())
-                        for number, prompt in step
-                    )
-                    step = []
+    def __init__(self, error: Exception):
+        self.error = error
 
-        def generate(self, prompts, **sampling):
-            assert sampling == {"seed": 5}
-            if prompts == ["poison"]:
-                raise RuntimeError("on fire again")
-            return [prompts[0].upper()]
-
-    local = Local.__new__(Local)
-    local.llm = Llm()
-    asked = [
-        Request(prompt, {"seed": 5})
-        for prompt in ("a", "b", "c", "d", "e", "poison", "f", "g", "h", "i", "j", "k")
-    ]
-    found = dict(local.generate(asked))
-    assert isinstance(found[5], RuntimeError) and str(found.pop(5)) == "on fire again"
-    assert found == {
-        number: request.prompt.upper() for number, request in enumerate(asked) if number != 5
-    }
+    def generate_iter(self, pairs):
+        numbered = enumerate(pairs)
+        while step := list(itertools.islice(numbered, 4)):
+            assert all(sampling == {"seed": 5} for _, (_, sampling) in step)
+            failed = any(prompt == "poison" for _, (prompt, _) in step)
+            if failed and not isinstance(self.error, jfp8kv.Jfp8kvError):
+                raise self.error
+            for number, (prompt, _) in step:
+                yield number, self.error if failed else prompt.upper()
 
 
-def test_a_run_of_a_model_killed_again_and_again_ends_as_if_it_had_not_been(run):
+def local_engine(llm) -> LocalEngine:
+    engine = LocalEngine.__new__(LocalEngine)
+    engine.llm = llm
+    return engine
+
+
+PROMPTS = ("a", "b", "c", "d", "e", "poison", "f", "g", "h", "i", "j", "k")
+REQUESTS = [RowRequest(prompt, {"seed": 5}) for prompt in PROMPTS]
+
+
+def test_a_failed_step_fails_only_the_row_that_causes_it():
+    """The rows of a failed step run again, each alone."""
+    error = StepError("on fire")
+    found = dict(local_engine(FailingLLM(error)).generate(REQUESTS))
+    assert found.pop(5) is error
+    assert found == {number: prompt.upper() for number, prompt in enumerate(PROMPTS) if number != 5}
+
+
+def test_an_unexpected_error_is_not_the_result_of_a_row():
+    with pytest.raises(TypeError, match="a bug"):
+        list(local_engine(FailingLLM(TypeError("a bug"))).generate(REQUESTS))
+
+
+def test_a_killed_run_of_a_model_ends_with_the_same_output(run):
     crashes = int(os.environ.get("JFP8KV_MODEL_CRASHES", "1"))
     write_rows(Path("rows.jsonl"), [{"word": f"word {i}"} for i in range(40)])
     run("batch", "run.yaml")
-    whole = Path("out.jsonl").read_bytes()
-    Path("out.jsonl").unlink(), Path("out.jsonl.run.json").unlink()
-    partial, killed = Path("out.jsonl.partial"), 0
+    expected = Path("out.jsonl").read_bytes()
+    Path("out.jsonl").unlink()
+    Path("out.jsonl.run.json").unlink()
+    partial = Path("out.jsonl.partial")
+    killed = 0
     for crash in range(crashes):
         command = [sys.executable, "-m", "jfp8kv", "batch", "run.yaml", "--quiet"]
         with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
@@ -295,13 +301,13 @@ def test_a_run_of_a_model_killed_again_and_again_ends_as_if_it_had_not_been(run)
         killed += process.returncode == -signal.SIGKILL
     assert killed
     run("batch", "run.yaml")
-    assert Path("out.jsonl").read_bytes() == whole
+    assert Path("out.jsonl").read_bytes() == expected
 
 
-def test_an_engine_takes_what_the_config_says(llm):
-    from jfp8kv.batch.check import load
-
-    config = load(Path("run.yaml"), ["kv_dtype={default: fp8_e4m3, skip: [0]}", "kv_scales=unit"])
-    local = Local(config, Path("scales.safetensors"))
-    assert "fp8_e4m3" in local.about["kv_dtype"] and "bfloat16" in local.about["kv_dtype"]
-    assert local.about["max_model_len"] == 256 and local.token_text(llm.tokenizer.encode("a")[-1])
+def test_an_engine_has_the_options_of_the_config(llm):
+    config = load_config("run.yaml", ["kv_dtype={default: fp8_e4m3, skip: [0]}", "kv_scales=unit"])
+    engine = LocalEngine(config, Path("scales.safetensors"))
+    kv_dtype = engine.description["kv_dtype"]
+    assert "fp8_e4m3" in kv_dtype and "bfloat16" in kv_dtype
+    assert engine.description["max_model_len"] == 256
+    assert engine.token_text(llm.tokenizer.encode("a")[-1])

@@ -1,4 +1,4 @@
-"""OpenAI's batch format: what goes in is understood as the API does, what comes out is of its types."""
+"""OpenAI's batch format: requests have the meaning of the API, responses its types."""
 
 import json
 from types import SimpleNamespace
@@ -10,18 +10,17 @@ from pydantic import BaseModel, ConfigDict
 
 import jfp8kv
 from jfp8kv.batch.config import Config
-from jfp8kv.batch.inputs import Row
-from jfp8kv.batch.openai import CHAT, NO_LIMIT, TEXT, OpenAI
-from jfp8kv.batch.plain import row_seed
-from jfp8kv.batch.templates import RowError
+from jfp8kv.batch.openai import CHAT_URL, COMPLETIONS_URL, UNLIMITED_TOKENS, OpenAIRequests
+from jfp8kv.batch.requests import row_seed
+from jfp8kv.text.rows import Row, RowError
 from tests.batch.conftest import read_rows, write_rows
-from tests.batch.stub import Stub
+from tests.batch.stub import StubEngine
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
 class Response(BaseModel):
-    """Of the output object of OpenAI's API reference, which the `openai` package has no type for."""
+    """The response in OpenAI's API reference; the `openai` package has no type for it."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     status_code: int
@@ -43,30 +42,30 @@ class Line(BaseModel):
     error: Error | None
 
 
-def asks(name, url=CHAT, **body):
+def request(name, url=CHAT_URL, **body):
     return {"custom_id": name, "method": "POST", "url": url, "body": {"model": "m"} | body}
 
 
 @pytest.fixture
-def answers(job):
-    """Run requests over the stub; lines of the output, each of its type."""
+def respond(job):
+    """Run requests on the stub engine; return the validated output lines."""
 
-    def answers(*rows, **options):
+    def respond(*rows, **options):
         job.write("")
         write_rows(job.folder / "rows.jsonl", rows)
-        outcome = job.run(restart=True, **options)
-        assert outcome.totals["rows"] == len(rows)
+        result = job.run(restart=True, **options)
+        assert result.totals.rows == len(rows)
         return [Line.model_validate(line) for line in read_rows(job.output)]
 
-    return answers
+    return respond
 
 
-def test_answers_are_of_the_types_of_the_openai_package(answers):
-    chat, text, logs, text_logs = answers(
-        asks("a", messages=HELLO, n=2, max_tokens=16),
-        asks("b", url=TEXT, prompt="Hello", stop=["x"]),
-        asks("c", messages=HELLO, logprobs=True, top_logprobs=1),
-        asks("d", url=TEXT, prompt=[1, 2, 3], logprobs=1),
+def test_responses_have_the_types_of_the_openai_package(respond):
+    chat, text, logs, text_logs = respond(
+        request("a", messages=HELLO, n=2, max_tokens=16),
+        request("b", url=COMPLETIONS_URL, prompt="Hello", stop=["x"]),
+        request("c", messages=HELLO, logprobs=True, top_logprobs=1),
+        request("d", url=COMPLETIONS_URL, prompt=[1, 2, 3], logprobs=1),
     )
     assert [line.custom_id for line in (chat, text, logs, text_logs)] == ["a", "b", "c", "d"]
     assert all(
@@ -91,7 +90,7 @@ def test_answers_are_of_the_types_of_the_openai_package(answers):
     assert "".join(each.token for each in choice.logprobs.content) == choice.message.content
     assert choice.logprobs.content[0].bytes == [ord(choice.message.content[0])]
     assert len(choice.logprobs.content[0].top_logprobs) == 1, (
-        "the engine gives the token itself, too"
+        "the engine also returns the sampled token"
     )
     (choice,) = Completion.model_validate(text_logs.response.body, strict=True).choices
     assert "".join(choice.logprobs.tokens) == choice.text and choice.logprobs.text_offset == list(
@@ -99,60 +98,63 @@ def test_answers_are_of_the_types_of_the_openai_package(answers):
     )
 
 
-def test_a_token_that_is_a_part_of_a_character_has_no_bytes_and_nothing_made_has_no_offsets():
+def test_a_partial_character_has_no_bytes_and_an_empty_output_no_offsets():
     config = Config.model_validate({"model": "m", "input": "i", "output": "o"})
-    form = OpenAI(config, {1: "a", 2: "\ufffd"}.get, created=0)
+    form = OpenAIRequests(config, {1: "a", 2: "\ufffd"}.get, created=0)
 
-    def body(url, **made):
-        choice = SimpleNamespace(index=0, finish_reason="stop", **made)
+    def logprobs(url, **fields):
+        choice = SimpleNamespace(index=0, finish_reason="stop", **fields)
         result = SimpleNamespace(outputs=[choice], prompt_token_ids=[5])
-        return form.record(Row(0, 1, dict), asks("a", url), result).output["response"]["body"][
+        return form.result(Row(0, 1, dict), request("a", url), result).output["response"]["body"][
             "choices"
         ][0]["logprobs"]
 
-    made = body(CHAT, text="a?", token_ids=[1, 2], logprobs=[{1: -0.5}, {2: -1.5}])
-    assert [(each["bytes"], each["top_logprobs"]) for each in made["content"]] == [
+    found = logprobs(CHAT_URL, text="a?", token_ids=[1, 2], logprobs=[{1: -0.5}, {2: -1.5}])
+    assert [(each["bytes"], each["top_logprobs"]) for each in found["content"]] == [
         ([97], []),
         (None, []),
     ]
-    assert body(TEXT, text="", token_ids=[], logprobs=[])["text_offset"] == []
+    assert logprobs(COMPLETIONS_URL, text="", token_ids=[], logprobs=[])["text_offset"] == []
 
 
-def test_ids_are_unique_and_the_same_in_every_run(answers):
-    rows = [asks(f"r{i}", messages=HELLO) for i in range(20)]
+def test_ids_are_unique_and_the_same_in_every_run(respond):
+    rows = [request(f"r{i}", messages=HELLO) for i in range(20)]
     first, again = (
-        [(line.id, line.response.request_id, line.response.body["id"]) for line in answers(*rows)]
+        [(line.id, line.response.request_id, line.response.body["id"]) for line in respond(*rows)]
         for _ in range(2)
     )
     assert first == again and len(set(first)) == 20
 
 
-def test_requests_that_cannot_be_served_are_answered_and_the_others_run(answers):
+def test_unsupported_requests_get_an_error_response_and_the_others_run(respond):
     bad = [
-        ({"custom_id": "x", "method": "GET", "url": CHAT, "body": {}}, "asks GET"),
         (
-            asks("x", url="/v1/embeddings", input="x"),
+            {"custom_id": "x", "method": "GET", "url": CHAT_URL, "body": {}},
+            "GET /v1/chat/completions: must be POST",
+        ),
+        (
+            request("x", url="/v1/embeddings", input="x"),
             "must be POST /v1/chat/completions or POST /v1/completions",
         ),
-        (asks("x", messages="Hello"), "must be a list of messages"),
+        (request("x", messages="Hello"), "must be a list of messages"),
         (
-            asks("x", messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+            request("x", messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
             "a part of type 'image_url'",
         ),
         (
-            asks("x", messages=[{"role": "user", "content": [{"type": "text"}]}]),
-            "only text can be read, under 'text'",
+            request("x", messages=[{"role": "user", "content": [{"type": "text"}]}]),
+            "only text is supported, under 'text'",
         ),
-        (asks("x", messages=HELLO, top_logprobs=2), "body.top_logprobs goes with logprobs: true"),
-        (asks("x", url=TEXT, prompt=["a", "b"]), "give each prompt a line of its own"),
-        (asks("x", messages=HELLO, tools=[{"type": "function"}]), "body.tools is not served here"),
+        (request("x", messages=HELLO, top_logprobs=2), "body.top_logprobs needs logprobs: true"),
+        (request("x", url=COMPLETIONS_URL, prompt=["a", "b"]), "put each prompt on a line"),
+        (request("x", messages=HELLO, tools=[{"type": "function"}]), "body.tools is not supported"),
         (
-            asks("x", messages=HELLO, temprature=0.5),
-            "body.temprature is not served here. Did you mean 'temperature'",
+            request("x", messages=HELLO, temprature=0.5),
+            "body.temprature is not supported. Did you mean 'temperature'",
         ),
-        (asks("x", messages=HELLO, stream=True), "body.stream is not served"),
+        (request("x", messages=HELLO, stream=True), "body.stream is not supported"),
     ]
-    lines = answers(*(row for row, _ in bad), asks("good", messages=HELLO))
+    lines = respond(*(row for row, _ in bad), request("good", messages=HELLO))
     for line, (_, message) in zip(lines, bad, strict=False):
         assert (
             line.response.status_code == 400
@@ -163,14 +165,19 @@ def test_requests_that_cannot_be_served_are_answered_and_the_others_run(answers)
     assert lines[-1].response.status_code == 200
 
 
-def test_a_line_that_is_no_request_has_an_error_and_no_response(job):
+def test_an_invalid_line_has_an_error_and_no_response(job):
     job.write("")
-    odd = asks("a", messages=HELLO) | {"custom_id": 3}
-    lines = ["nope", json.dumps(asks("a", messages=HELLO)), '{"custom_id": "b"}', json.dumps(odd)]
+    odd = request("a", messages=HELLO) | {"custom_id": 3}
+    lines = [
+        "nope",
+        json.dumps(request("a", messages=HELLO)),
+        '{"custom_id": "b"}',
+        json.dumps(odd),
+    ]
     (job.folder / "rows.jsonl").write_text("\n".join(lines))
     assert job.run("input.format=openai").status == 1
     lines = [Line.model_validate(line) for line in job.results()]
-    assert lines[0].response is None and lines[0].error.message.startswith("line 1: is no JSON")
+    assert lines[0].response is None and lines[0].error.message.startswith("line 1: invalid JSON")
     assert lines[1].response.status_code == 200
     assert (
         lines[2].response.status_code == 400
@@ -183,33 +190,33 @@ def test_a_line_that_is_no_request_has_an_error_and_no_response(job):
     )
 
 
-def test_what_the_engine_refuses_is_400_and_where_it_fails_is_500(answers):
-    lines = answers(
-        asks("a", url=TEXT, prompt=""),
-        asks("b", url=TEXT, prompt="poison"),
-        stub=Stub(broken="poison"),
+def test_a_refused_request_has_status_400_and_an_engine_error_500(respond):
+    lines = respond(
+        request("a", url=COMPLETIONS_URL, prompt=""),
+        request("b", url=COMPLETIONS_URL, prompt="poison"),
+        stub=StubEngine(broken="poison"),
     )
     assert [line.response.status_code for line in lines] == [400, 500]
     assert "the prompt is empty" in lines[0].response.body["error"]["message"]
 
 
 @pytest.fixture
-def asked():
-    """What a request becomes."""
+def converted():
+    """Convert a request, with sampling options in the config."""
 
-    def asked(fields, **sampling):
-        usual = {"top_p": 0.9, "temperature": 0.3} | sampling
+    def converted(fields, **sampling):
+        defaults = {"top_p": 0.9, "temperature": 0.3} | sampling
         config = Config.model_validate(
-            {"model": "m", "input": "i", "output": "o", "sampling": usual}
+            {"model": "m", "input": "i", "output": "o", "sampling": defaults}
         )
-        return OpenAI(config, str, created=0).request(Row(5, 6, dict), fields)
+        return OpenAIRequests(config, str, created=0).request(Row(5, 6, dict), fields)
 
-    return asked
+    return converted
 
 
-def test_a_body_is_understood_as_the_api_does(asked):
-    found = asked(
-        asks(
+def test_a_body_has_the_meaning_of_the_api(converted):
+    found = converted(
+        request(
             "a",
             messages=HELLO,
             temperature=0.0,
@@ -228,8 +235,8 @@ def test_a_body_is_understood_as_the_api_does(asked):
         "top_k": 3,
         "seed": row_seed(0, 5),
     }
-    found = asked(
-        asks(
+    found = converted(
+        request(
             "a",
             messages=HELLO,
             seed=3,
@@ -239,38 +246,41 @@ def test_a_body_is_understood_as_the_api_does(asked):
         )
     )
     assert (
-        found.sampling["max_tokens"] == NO_LIMIT
+        found.sampling["max_tokens"] == UNLIMITED_TOKENS
         and found.sampling["seed"] == 3
         and found.sampling["logprobs"] == 0
     )
     assert found.sampling["logit_bias"] == {50: -100} and found.sampling["temperature"] == 0.3
     assert (
-        asked(asks("a", messages=HELLO, logprobs=False, top_logprobs=None), logprobs=2).sampling[
-            "logprobs"
-        ]
+        converted(
+            request("a", messages=HELLO, logprobs=False, top_logprobs=None), logprobs=2
+        ).sampling["logprobs"]
         is None
     )
-    assert asked(asks("a", messages=HELLO), logprobs=2).sampling["logprobs"] == 2
-    assert asked(asks("a", url=TEXT, prompt="x", n=2, best_of=4)).sampling["best_of"] == 4
-    found = asked(asks("a", url=TEXT, prompt=["one"], logprobs=3))
+    assert converted(request("a", messages=HELLO), logprobs=2).sampling["logprobs"] == 2
+    assert (
+        converted(request("a", url=COMPLETIONS_URL, prompt="x", n=2, best_of=4)).sampling["best_of"]
+        == 4
+    )
+    found = converted(request("a", url=COMPLETIONS_URL, prompt=["one"], logprobs=3))
     assert (
         found.prompt == "one"
         and found.sampling["max_tokens"] == 16
         and found.sampling["logprobs"] == 3
     )
-    assert asked(asks("a", messages=HELLO, seed=-1)).sampling["seed"] == 2**64 - 1
+    assert converted(request("a", messages=HELLO, seed=-1)).sampling["seed"] == 2**64 - 1
     parts = [
         {
             "role": "user",
             "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}],
         }
     ]
-    assert asked(asks("a", messages=parts)).prompt == HELLO
+    assert converted(request("a", messages=parts)).prompt == HELLO
 
 
-def test_what_asks_for_nothing_is_taken(asked):
-    asked(
-        asks(
+def test_values_without_effect_are_accepted(converted):
+    converted(
+        request(
             "a",
             messages=HELLO,
             tools=[],
@@ -282,33 +292,36 @@ def test_what_asks_for_nothing_is_taken(asked):
     )
 
 
-def test_a_response_format_holds_the_text_to_a_schema(asked):
+def test_a_response_format_constrains_the_output(converted):
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     wanted = {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
     assert (
-        asked(asks("a", messages=HELLO, response_format=wanted)).sampling["json_schema"] == schema
+        converted(request("a", messages=HELLO, response_format=wanted)).sampling["json_schema"]
+        == schema
     )
     for form, schema in (
         ({"type": "json_object"}, {"type": "object"}),
         ({"type": "text"}, None),
-    ):  # instead of the config's
-        held = asked(asks("a", messages=HELLO, response_format=form), regex="a*").sampling
-        assert held["json_schema"] == schema and held["regex"] is None
+    ):  # replaces the constraint of the config
+        sampling = converted(
+            request("a", messages=HELLO, response_format=form), regex="a*"
+        ).sampling
+        assert sampling["json_schema"] == schema and sampling["regex"] is None
     with pytest.raises(
         RowError, match="body.response_format is .*must be of type text, json_object"
     ):
-        asked(asks("a", messages=HELLO, response_format={"type": "xml"}))
+        converted(request("a", messages=HELLO, response_format={"type": "xml"}))
 
 
-def test_openai_requests_get_openais_format_and_bring_their_own_prompts(job):
-    write_rows(job.folder / "rows.jsonl", [asks("a", messages=HELLO)])
-    with pytest.raises(jfp8kv.ConfigError, match="prompt: OpenAI batch requests bring their own"):
+def test_openai_requests_determine_the_output_format_and_the_prompts(job):
+    write_rows(job.folder / "rows.jsonl", [request("a", messages=HELLO)])
+    with pytest.raises(
+        jfp8kv.ConfigError, match="prompt: OpenAI batch requests have their prompts"
+    ):
         job.run()
     job.write("", out="out.parquet")
     with pytest.raises(jfp8kv.ConfigError, match="get OpenAI's output format"):
         job.run()
     job.write("task: score")
-    with pytest.raises(
-        jfp8kv.ConfigError, match="task: OpenAI batch requests are for task generate"
-    ):
+    with pytest.raises(jfp8kv.ConfigError, match="task: OpenAI batch requests need task generate"):
         job.run()

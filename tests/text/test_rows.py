@@ -1,5 +1,6 @@
 """The row reader that batch runs and the command line share."""
 
+import csv
 import json
 
 import pytest
@@ -47,6 +48,56 @@ def test_an_invalid_row_does_not_affect_the_rows_after_it(tmp_path):
     ]
 
 
+def test_an_invalid_csv_record_does_not_affect_the_others(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'word,n\na,1\n\xff,2\n"x"y,3\nb,4\n')
+    first, second, third, fourth = (fields for _, _, fields in read(path))
+    assert (first, fourth) == ({"word": "a", "n": "1"}, {"word": "b", "n": "4"})
+    assert second == "invalid UTF-8."
+    assert third.startswith("invalid CSV: ")
+
+
+@pytest.mark.parametrize(("text", "rows"), [("\n\nword\na\n", [(0, 4, {"word": "a"})]), ("", [])])
+def test_the_csv_header_is_the_first_record(tmp_path, text, rows):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    assert read(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('word,"n"x\na,1\n', "a.csv:1: the header is invalid CSV: "),
+        ("a,b,a\n", "a.csv:1: the header has the field 'a' twice"),
+    ],
+)
+def test_an_invalid_csv_header_is_refused(tmp_path, text, message):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read(path)
+
+
+def test_csv_fields_have_no_size_limit_and_the_limit_of_the_process_stays(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("word\n" + "x" * 200_000 + "\n")
+    limit = csv.field_size_limit()
+    for row in Reader(path):
+        assert len(row.fields()["word"]) == 200_000
+        assert csv.field_size_limit() == limit
+
+
+def test_plain_lines_are_prompts(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\n\n two \n\xff\nthree")
+    assert read(path) == [
+        (0, 1, {"prompt": "one"}),
+        (1, 3, {"prompt": " two "}),
+        (2, 4, "invalid UTF-8: invalid start byte at byte 0."),
+        (3, 5, {"prompt": "three"}),
+    ]
+
+
 def test_parquet_rows_are_read_in_order(tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -58,9 +109,35 @@ def test_parquet_rows_are_read_in_order(tmp_path):
         read(tmp_path / "b.parquet")
 
 
+def test_parquet_rows_are_read_in_batches(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [
+        {"word": f"w{i}", "n": i, "tags": ["a"] * (i % 3), "score": None if i % 7 else 0.5}
+        for i in range(1000)
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [fields for _, _, fields in read(tmp_path / "a.parquet")] == rows
+
+
+def test_a_damaged_parquet_file_is_reported(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    table = pa.table({"a": ["x" * 50] * 1000})
+    parquet.write_table(table, path, compression="none", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[20_000:20_400] = b"\xff" * 400
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="a.parquet: cannot be read as Parquet"):
+        read(path)
+
+
 def test_the_format_comes_from_the_suffix_and_the_first_row(tmp_path):
     request = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}
-    (tmp_path / "a.jsonl").write_text(json.dumps(request))
+    (tmp_path / "a.jsonl").write_text("invalid\n" + json.dumps(request))
     (tmp_path / "b.jsonl").write_text("{}")
     found = [format_of(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.txt", "d.CSV")]
     assert found == ["openai", "jsonl", "lines", "csv"]
