@@ -31,7 +31,7 @@ from jfp8kv.engine.programs import Output, ProgramCache, Programs, Step, StepInp
 from jfp8kv.engine.request import CANCELLED, DEADLINE, PrefillOutput, Request, Status
 from jfp8kv.engine.sampler_state import PLAIN, SamplerVariant
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill, Scheduler, SchedulerOutput
-from jfp8kv.engine.speculative import decode_ahead
+from jfp8kv.engine.speculative import decode_speculative
 from jfp8kv.engine.stats import Stats, Stopwatch
 from jfp8kv.engine.structured import StructuredOutput
 from jfp8kv.models.linear import on_cpu
@@ -109,7 +109,7 @@ class Engine:
             attention=self.attention.attend,
             groups=self.cache_config.groups,
             write=self.attention.write,
-            matmul=matmul.beside(self.attention.name),
+            matmul=matmul.select_matmul(self.attention.name),
         )
         if weights is None:
             weights = params.tree
@@ -377,7 +377,7 @@ class Engine:
         most_steps = self.buckets.decode_steps
         if self.buckets.drafts:
             return self._launch(
-                decode_ahead,
+                decode_speculative,
                 batch,
                 variant=variant.name,
                 drafts=self.buckets.drafts,
@@ -396,7 +396,7 @@ class Engine:
         logits = self._launch(step.logits, self.batch_builder.last_tokens(plan))
         batch, variant = self.batch_builder.decode(plan, least)
         started = time.perf_counter()
-        bitmask = self.structured_output.allowed(plan.requests, rows=len(batch.position))
+        bitmask = self.structured_output.token_bitmask(plan.requests, rows=len(batch.position))
         self.stats.grammar_s += time.perf_counter() - started
         batch = dataclasses.replace(batch, token_bitmask=bitmask)
         top = min(variant.top, self.params.config.vocab)

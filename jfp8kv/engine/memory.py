@@ -23,7 +23,7 @@ from jfp8kv.engine.programs import Program, Programs
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.sampler_state import FULL, SamplerVariant
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
-from jfp8kv.engine.speculative import decode_ahead
+from jfp8kv.engine.speculative import decode_speculative
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.sampling.params import SamplingParams
 
@@ -47,7 +47,7 @@ def _decode_program(
     top = min(variant.top, programs.model.config.vocab)
     if buckets.drafts:
         return programs.program(
-            decode_ahead,
+            decode_speculative,
             batch,
             pages,
             variant=variant.name,

@@ -104,7 +104,7 @@ def _append_text(new: NewTokens) -> str | None:
         request.stop_reason = new.token_ids[-1]
         return "stop"
     matcher = request.matcher
-    if matcher is not None and (matcher.complete if new.token_ids else matcher.accepting):
+    if matcher is not None and (matcher.terminated if new.token_ids else matcher.accepting):
         return "stop"
     if not new.token_ids:
         request.stop_reason = (matcher and matcher.error) or NO_TOKEN
@@ -117,8 +117,8 @@ def _grammar_complete(new: NewTokens) -> bool:
     matcher = new.request.matcher
     if matcher is None or new.ended:
         return False
-    matcher.read(new.request.output_ids)
-    return matcher.complete
+    matcher.accept_output(new.request.output_ids)
+    return matcher.terminated
 
 
 def _truncate_output(request: Request, tokens: int) -> None:

@@ -1,16 +1,23 @@
-"""Speculative decoding without a second model: several tokens of a request in one pass, where its own text foretells them.
+"""Speculative decoding by prompt lookup: several tokens of a request per forward pass.
 
-A wide pass runs each request's last token and the drafts after it (`engine/lookup.py`) as one chunk. A token is sampled at each
-place of it, from that place's logits and with the request's key folded with the position, exactly as when decoding one by one.
-It counts if all drafts before it are what was sampled there. For drafts made without chance this is rejection sampling (draft x
-is kept with its probability, and what stands in for it is drawn from the others by theirs), and more than that: noise belongs
-to request and position, so the text is that of plain decoding, greedy or not, as far as logits are (note 017).
+Sequences repeat themselves and their prompts: names, code, quotations, edits. If the last few
+tokens occurred before, the tokens after that occurrence are a guess at the next ones, a *draft*,
+without a draft model (Saxena 2023, "Prompt lookup decoding"). A wrong guess costs time only.
 
-Keys and values of drafts that failed lie past the text: nothing sees them, the next pass writes over them, and no page is found
-by them, for pages are kept by the tokens of the text.
+A wide pass runs the last token of each request and its draft tokens as one chunk. A token is
+sampled at each position of the chunk, from the logits of that position and with the request's key
+folded with the position, exactly as in plain decoding. It is accepted if all draft tokens before it
+equal the tokens sampled there. For a deterministic draft this is rejection sampling (a draft token
+is accepted with its probability, and its replacement is drawn from the other tokens), and more than
+that: noise depends on request and position, so the output equals that of plain decoding, greedy or
+not, up to rounding of the logits (note 017).
 
-A wide pass costs more than a plain one where products take time. So there is one only when some request's draft is likely to be
-right; drafts of the others, which would not be worth it, then go with it.
+Keys and values of rejected draft tokens lie past the end of the sequence. No query sees them, the
+next pass overwrites them, and they are not in the prefix cache, whose keys are computed from the
+sequence.
+
+A wide pass costs more than a plain one where matmuls take time. So it runs only if the draft of
+some request is likely to be right; the drafts of the other requests are then verified as well.
 """
 
 import dataclasses
@@ -24,25 +31,56 @@ from jfp8kv.cache.pool import KVPool, LayerScales
 from jfp8kv.core.pytree import pytree
 from jfp8kv.engine import step
 from jfp8kv.engine.batch import DecodeBatch, DraftCounts, StepOutput
-from jfp8kv.engine.lookup import draft
 from jfp8kv.sampling.penalties import count_token
 from jfp8kv.sampling.sample import sample_batch
 
-LIKELY = 3  # tokens that must speak for a draft to make it worth a wide pass (docs/log.md)
+MAX_NGRAM = 3  # tokens compared; longer matches are not followed more reliably (docs/log.md)
+MIN_LIKELY_NGRAM = 3  # matched tokens that make a draft worth a wide pass (docs/log.md)
 
-Text = Int[Array, " text"]
-Chunk = Int[
-    Array, " chunk"
-]  # what a pass runs of a request: its last token, then drafts, `vocab` past them
+Sequence = Int[Array, " positions"]
+Chunk = Int[Array, " chunk"]
+"""The tokens of one pass: the last token of a request, draft tokens, and `vocab` as padding."""
 Count = Int[Array, ""]
-Counts = (
-    Int[Array, "requests chunk vocab"] | None
-)  # of tokens in the output before each place, where penalties ask
+ChunkCounts = Int[Array, "requests chunk vocab"] | None
+"""Token counts of the output before each position of the chunk, for penalties."""
+
+
+def draft(sequence: Sequence, length: Count, *, count: int) -> tuple[Int[Array, " count"], Count]:
+    """Return `count` draft tokens and the number of tokens that matched.
+
+    The draft follows the longest earlier occurrence of the last tokens, of at most `MAX_NGRAM`, and
+    the latest of several. If nothing matched, the draft is meaningless. An occurrence that overlaps
+    the end is a repetition, and the draft repeats it.
+
+    Args:
+      sequence: the tokens of a request, padded.
+      length: how many of them are there, at least one.
+      count: the number of draft tokens.
+    """
+    size = sequence.shape[0]
+    position = jnp.arange(size, dtype=jnp.int32)
+    last = length - 1
+    equal = position < last
+    matched = jnp.zeros(size, jnp.int32)
+    for back in range(MAX_NGRAM):
+        shifted = jnp.pad(sequence, (back, 0))[:size]  # the token `back` before each position
+        equal &= (position >= back) & (shifted == sequence[last - back])
+        matched += equal.astype(jnp.int32)
+    best = jnp.max(jnp.where(matched > 0, matched * size + position, 0))  # longest, then latest
+    end = best % size
+    period = jnp.maximum(last - end, 1)
+    return sequence[end + 1 + jnp.arange(count, dtype=jnp.int32) % period], best // size
 
 
 @pytree
 class Drafts:
-    """Of one request, or of several with a leading axis: `vocab` past the `count` to try; whether they are worth a pass."""
+    """The drafts of one request, or of several with a leading axis.
+
+    Attributes:
+      tokens: draft tokens, `vocab` past the last.
+      count: the number of draft tokens.
+      likely: whether the draft is worth a wide pass.
+    """
 
     tokens: Int[Array, "*requests drafts"]
     count: Int[Array, "*requests"]
@@ -51,16 +89,16 @@ class Drafts:
 
 @pytree
 class State:
-    """Between two passes: what they came to so far, and the drafts for the next."""
+    """The state between two passes, with the drafts of the next one."""
 
     passes: Count
     batch: DecodeBatch
     drafts: Drafts
-    out: StepOutput
+    output: StepOutput
     pages: KVPool
 
 
-def decode_ahead(
+def decode_speculative(
     model: step.StepModel,
     weights: step.Weights,
     scales: LayerScales | None,
@@ -71,109 +109,133 @@ def decode_ahead(
     drafts: int,
     top: int = 0,
 ) -> tuple[StepOutput, KVPool]:
-    """The tokens of `step.decode`, in up to `batch.steps` (at most `most_steps`) passes of up to `1 + drafts` tokens each.
+    """Generate the tokens of `step.decode`, up to `1 + drafts` per pass.
 
-    `batch.sequences` is what drafts are looked up in.
+    There are up to `batch.steps` passes, at most `most_steps`. Drafts are looked up in
+    `batch.sequences`.
     """
     decoder = model.bind(weights)
     batch = dataclasses.replace(batch, counts=step.counted(batch.counts))
-    rows, vocab, first = batch.position.shape[0], model.config.vocab, batch.position
-    none = jnp.zeros(rows, jnp.int32)
+    rows, vocab = batch.position.shape[0], model.config.vocab
+    first = batch.position
+    zeros = jnp.zeros(rows, jnp.int32)
     empty = StepOutput.empty(rows, most_steps * (1 + drafts), vocab=vocab, top=top)
-    empty = dataclasses.replace(empty, drafts=DraftCounts(verified=none, accepted=none))
+    empty = dataclasses.replace(empty, drafts=DraftCounts(verified=zeros, accepted=zeros))
 
     def unfinished(state: State) -> Array:
         return (state.passes < batch.steps) & jnp.any(state.batch.remaining > 0)
 
-    def likely(state: State) -> Array:
+    def any_likely(state: State) -> Array:
         return jnp.any(state.drafts.likely)
 
-    def wide(state: State) -> State:
+    def wide_pass(state: State) -> State:
         return run(state, state.drafts.tokens, state.drafts.count)
 
-    def plain(state: State) -> State:
-        return run(state, state.drafts.tokens[:, :0], none)
+    def plain_pass(state: State) -> State:
+        return run(state, state.drafts.tokens[:, :0], zeros)
 
-    def run(state: State, guess: Array, tried: Array) -> State:
-        """A pass over each request's last token and these drafts."""
+    def run(state: State, draft_tokens: Array, draft_count: Array) -> State:
+        """Run the last token of each request and its draft tokens."""
         batch = state.batch
         active = batch.remaining > 0
-        chunks = jnp.concatenate([_last(batch), guess], axis=1)
-        forward = batch.forward
+        chunks = jnp.concatenate([_last_tokens(batch), draft_tokens], axis=1)
         forward = dataclasses.replace(
-            forward, tokens=chunks, length=forward.start + jnp.where(active, 1 + tried, 0)
+            batch.forward,
+            tokens=chunks,
+            length=batch.forward.start + jnp.where(active, 1 + draft_count, 0),
         )
         logits, pages = step.chunk_logits(model, decoder, scales, forward, state.pages)
-        counts = (
-            None if batch.counts is None else jax.vmap(_counts_along)(batch.counts.output, chunks)
+        counts = None
+        if batch.counts is not None:
+            counts = jax.vmap(_counts_along)(batch.counts.output, chunks)
+        sampled = _sample(logits, batch, counts, top)
+        accepted = jax.vmap(_num_new_tokens)(
+            sampled.tokens, chunks, draft_count, batch.sampler.end_ids
         )
-        new = _sampled(logits, batch, counts, top)
-        end_ids = batch.sampler.end_ids
-        made = jnp.where(active, jax.vmap(_made)(new.tokens, chunks, tried, end_ids), 0)
-        places = jnp.arange(chunks.shape[1], dtype=jnp.int32)
+        num_new = jnp.where(active, accepted, 0)
+        is_new = jnp.arange(chunks.shape[1], dtype=jnp.int32) < num_new[:, None]
         new = dataclasses.replace(
-            new,
-            tokens=jnp.where(places < made[:, None], new.tokens, vocab),
-            drafts=DraftCounts(verified=tried, accepted=jnp.maximum(made - 1, 0)),
+            sampled,
+            tokens=jnp.where(is_new, sampled.tokens, vocab),
+            drafts=DraftCounts(verified=draft_count, accepted=jnp.maximum(num_new - 1, 0)),
         )
-        out = _joined(state.out, new, batch.position - first)
-        batch = _after(batch, new.tokens, made, counts, vocab)
-        return State(state.passes + 1, batch, propose(batch), out, pages)
+        output = _append(state.output, new, batch.position - first)
+        batch = _after(batch, new.tokens, num_new, counts, vocab)
+        return State(
+            passes=state.passes + 1,
+            batch=batch,
+            drafts=propose(batch),
+            output=output,
+            pages=pages,
+        )
 
     def propose(batch: DecodeBatch) -> Drafts:
-        return jax.vmap(lambda *request: _drafts(*request, drafts, vocab))(
-            batch.sequences, batch.forward.start, batch.remaining
-        )
+        def one(sequence: Array, start: Array, remaining: Array) -> Drafts:
+            return _propose(sequence, start, remaining, drafts, vocab)
+
+        return jax.vmap(one)(batch.sequences, batch.forward.start, batch.remaining)
 
     def alternate(state: State) -> State:
-        """Plain passes up to the next likely draft, wide ones while there are such. (Branches instead would copy the pool.)"""
-        state = lax.while_loop(lambda state: unfinished(state) & ~likely(state), plain, state)
-        return lax.while_loop(lambda state: unfinished(state) & likely(state), wide, state)
+        """Run plain passes until a draft is likely, then wide ones while there are likely drafts.
 
-    state = lax.while_loop(
-        unfinished, alternate, State(jnp.int32(0), batch, propose(batch), empty, pages)
+        Two loops and not a branch: `lax.cond` would copy the pool.
+        """
+        state = lax.while_loop(
+            lambda state: unfinished(state) & ~any_likely(state), plain_pass, state
+        )
+        return lax.while_loop(lambda state: unfinished(state) & any_likely(state), wide_pass, state)
+
+    initial = State(
+        passes=jnp.int32(0), batch=batch, drafts=propose(batch), output=empty, pages=pages
     )
-    return state.out, state.pages
+    final = lax.while_loop(unfinished, alternate, initial)
+    return final.output, final.pages
 
 
-def _last(batch: DecodeBatch) -> Int[Array, "requests 1"]:
-    """The token that each request is about to run."""
-    return jax.vmap(lambda text, start: text[start][None])(batch.sequences, batch.forward.start)
+def _last_tokens(batch: DecodeBatch) -> Int[Array, "requests 1"]:
+    """Return the last token of each request, the next one to run."""
+
+    def one(sequence: Array, start: Array) -> Array:
+        return sequence[start][None]
+
+    return jax.vmap(one)(batch.sequences, batch.forward.start)
 
 
-def _drafts(text: Text, start: Count, remaining: Count, most: int, vocab: int) -> Drafts:
-    """What to try of a request's drafts: none that would take it past its last token."""
-    guess, length = draft(text, start + 1, count=most)
-    count = jnp.where(length > 0, jnp.clip(remaining - 1, 0, most), 0)
-    guess = jnp.where(jnp.arange(most, dtype=jnp.int32) < count, guess, vocab)
-    return Drafts(guess, count, (count > 0) & (length >= LIKELY))
+def _propose(sequence: Sequence, start: Count, remaining: Count, limit: int, vocab: int) -> Drafts:
+    """Return the draft of a request. It never exceeds the tokens that remain to generate."""
+    tokens, matched = draft(sequence, start + 1, count=limit)
+    count = jnp.where(matched > 0, jnp.clip(remaining - 1, 0, limit), 0)
+    tokens = jnp.where(jnp.arange(limit, dtype=jnp.int32) < count, tokens, vocab)
+    likely = (count > 0) & (matched >= MIN_LIKELY_NGRAM)
+    return Drafts(tokens=tokens, count=count, likely=likely)
 
 
 def _counts_along(counts: Int[Array, " vocab"], chunk: Chunk) -> Int[Array, "chunk vocab"]:
-    """How often each token stands in the output before each place, were all drafts right."""
+    """Return the token counts of the output before each position, if all drafts are right."""
 
     def count(counts: Array, token: Array) -> tuple[Array, Array]:
         counts = count_token(counts, token)
         return counts, counts
 
-    return jnp.concatenate([counts[None], lax.scan(count, counts, chunk[1:])[1]])
+    _, later = lax.scan(count, counts, chunk[1:])
+    return jnp.concatenate([counts[None], later])
 
 
-def _sampled(logits: Array, batch: DecodeBatch, counts: Counts, top: int) -> StepOutput:
-    """A token at every place of every request."""
+def _sample(logits: Array, batch: DecodeBatch, counts: ChunkCounts, top: int) -> StepOutput:
+    """Sample a token at each position of each request's chunk."""
     rows, width, vocab = logits.shape
 
-    def places(x: Array) -> Array:
-        """What each request has, for each of its places: their axes in one."""
+    def by_position(x: Array) -> Array:
+        """Repeat the values of each request for each of its positions, on one axis."""
         return jnp.repeat(jnp.asarray(x), width, axis=0)
 
     position = (batch.position[:, None] + jnp.arange(width, dtype=jnp.int32)).reshape(-1)
     logits = logits.reshape(-1, vocab)
     tokens, logprobs = sample_batch(
         logits,
-        jax.tree.map(places, batch.sampler.settings),
+        jax.tree.map(by_position, batch.sampler.settings),
         position,
-        prompt_counts=None if batch.counts is None else places(batch.counts.prompt),
+        prompt_counts=None if batch.counts is None else by_position(batch.counts.prompt),
         output_counts=None if counts is None else counts.reshape(-1, vocab),
     )
     most_likely = step.top_of(logits, batch.sampler.max_logprobs, top)
@@ -184,50 +246,57 @@ def _sampled(logits: Array, batch: DecodeBatch, counts: Counts, top: int) -> Ste
     )
 
 
-def _made(sampled: Chunk, chunk: Chunk, tried: Count, end_ids: Int[Array, " ends"]) -> Count:
-    """How many of the sampled tokens count: those up to the first that is not its draft, or ends the text."""
-    place = jnp.arange(chunk.shape[0] - 1, dtype=jnp.int32)
+def _num_new_tokens(
+    sampled: Chunk, chunk: Chunk, draft_count: Count, end_ids: Int[Array, " ends"]
+) -> Count:
+    """Return the number of new tokens: those up to the first that is not its draft or is an end."""
+    position = jnp.arange(chunk.shape[0] - 1, dtype=jnp.int32)
     ends = jnp.any(sampled[:, None] == end_ids, axis=1)
-    right = (sampled[:-1] == chunk[1:]) & (place < tried) & ~ends[:-1]
+    right = (sampled[:-1] == chunk[1:]) & (position < draft_count) & ~ends[:-1]
     return 1 + jnp.sum(jnp.cumprod(right.astype(jnp.int32)))
 
 
-def _joined(out: StepOutput, new: StepOutput, at: Int[Array, " requests"]) -> StepOutput:
-    """Return `out` with the tokens of one more pass, from place `at` of each request on."""
-    assert out.drafts is not None and new.drafts is not None
-    drafts = jax.tree.map(jnp.add, out.drafts, new.drafts)
-    tokens = dataclasses.replace(out, drafts=None)
-    more = dataclasses.replace(new, drafts=None)
-    joined = jax.tree.map(lambda all, some: jax.vmap(_written)(all, at, some), tokens, more)
+def _append(output: StepOutput, new: StepOutput, at: Int[Array, " requests"]) -> StepOutput:
+    """Return `output` with the new tokens of a pass, written at `at` of each request."""
+    assert output.drafts is not None and new.drafts is not None
+    drafts = jax.tree.map(jnp.add, output.drafts, new.drafts)
+    joined = jax.tree.map(
+        lambda old, more: jax.vmap(_write)(old, at, more),
+        dataclasses.replace(output, drafts=None),
+        dataclasses.replace(new, drafts=None),
+    )
     return dataclasses.replace(joined, drafts=drafts)
 
 
 def _after(
     batch: DecodeBatch,
-    new: Int[Array, "requests chunk"],
-    made: Int[Array, " requests"],
-    counts: Counts,
+    new_tokens: Int[Array, "requests chunk"],
+    num_new: Int[Array, " requests"],
+    counts: ChunkCounts,
     vocab: int,
 ) -> DecodeBatch:
-    """The batch once the tokens `new` were made, `made` of each request and `vocab` past them. `counts`: as along the chunk."""
-    place = jnp.maximum(made - 1, 0)
-    last = jax.vmap(lambda tokens, place: tokens[place])(new, place)
+    """Return the batch after `num_new[i]` of `new_tokens[i]`, padded with `vocab`.
+
+    `counts` are the token counts along the chunk.
+    """
+    index = jnp.maximum(num_new - 1, 0)
+    last = jax.vmap(lambda tokens, index: tokens[index])(new_tokens, index)
     # `vocab`, past the last token, means that no token was left to sample.
     ended = jnp.any(last[:, None] == batch.sampler.end_ids, axis=1) | (last == vocab)
     forward, token_counts = batch.forward, batch.counts
     if token_counts is not None:
-        output = jax.vmap(lambda c, at, token: count_token(c[at], token))(counts, place, last)
+        output = jax.vmap(lambda c, at, token: count_token(c[at], token))(counts, index, last)
         token_counts = dataclasses.replace(token_counts, output=output)
     return dataclasses.replace(
         batch,
-        forward=dataclasses.replace(forward, start=forward.start + made),
-        position=batch.position + made,
-        remaining=jnp.where(ended, 0, batch.remaining - made),
+        forward=dataclasses.replace(forward, start=forward.start + num_new),
+        position=batch.position + num_new,
+        remaining=jnp.where(ended, 0, batch.remaining - num_new),
         counts=token_counts,
-        sequences=jax.vmap(_written)(batch.sequences, forward.start + 1, new),
+        sequences=jax.vmap(_write)(batch.sequences, forward.start + 1, new_tokens),
     )
 
 
-def _written(row: Array, at: Count, values: Array) -> Array:
-    """`row` with these values from place `at` on, as far as it goes."""
+def _write(row: Array, at: Count, values: Array) -> Array:
+    """Return `row` with `values` written from index `at` on. Values past its end are dropped."""
     return row.at[at + jnp.arange(values.shape[0], dtype=jnp.int32)].set(values, mode="drop")

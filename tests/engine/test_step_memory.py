@@ -17,7 +17,7 @@ from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.sampler_state import FULL, PLAIN
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
-from jfp8kv.engine.speculative import decode_ahead
+from jfp8kv.engine.speculative import decode_speculative
 from jfp8kv.sampling.params import SamplingParams
 from tests.models.test_decoder import REFERENCES
 
@@ -81,7 +81,7 @@ def test_a_steps_memory_is_the_same_for_64_mib_and_1_gib_and_the_pool_is_aliased
         )
         function, static = step.decode, {"most_steps": 16, "top": variant.top}
     if kind == "decode ahead":
-        function, static = decode_ahead, static | {"drafts": 3}
+        function, static = decode_speculative, static | {"drafts": 3}
     temporaries = []
     for size in (64 * MIB, 1024 * MIB):
         programs = Programs(engine.model, engine.programs.weights, engine.programs.scales)

@@ -1,4 +1,4 @@
-"""Structured output, on a tiny model with random weights, which would write nothing of the kind by itself."""
+"""Structured output of a tiny model with random weights, which would never produce it unguided."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ SIZES = {
     "kv_cache_memory": 40 * 1024,
 }
 EOS = 2
-WILD = {"max_tokens": 200, "temperature": 3.0}
+RANDOM = {"max_tokens": 200, "temperature": 3.0}
 
 PERSON = {
     "type": "object",
@@ -59,7 +59,7 @@ def is_expression(text: str) -> bool:
     return re.fullmatch(r"[-+()1-9][-+()0-9]*", text) is not None and isinstance(eval(text), int)
 
 
-HELD = [
+CONSTRAINED = [
     ({"json_schema": PERSON}, is_person),
     (
         {"regex": r"([0-9]{4}-[0-9]|n/a|[α-ω]{2,5})"},
@@ -81,16 +81,18 @@ def llm(params) -> jfp8kv.LLM:
 
 
 @pytest.mark.parametrize(
-    ("held", "right"), HELD, ids=[f"{i}_{next(iter(held))}" for i, (held, _) in enumerate(HELD)]
+    ("constraint", "matches"),
+    CONSTRAINED,
+    ids=[f"{i}_{next(iter(constraint))}" for i, (constraint, _) in enumerate(CONSTRAINED)],
 )
-def test_whatever_is_drawn_is_what_was_asked_for(llm, held, right) -> None:
-    (out,) = llm.generate("hello", n=8, seed=1, **WILD, **held)
+def test_outputs_satisfy_the_constraint(llm, constraint, matches) -> None:
+    (out,) = llm.generate("hello", n=8, seed=1, **RANDOM, **constraint)
     assert {each.finish_reason for each in out.outputs} == {"stop"}
     texts = [each.text for each in out.outputs]
-    assert all(right(text) for text in texts) and len(set(texts)) >= 3
+    assert all(matches(text) for text in texts) and len(set(texts)) >= 3
 
 
-def test_a_schema_comes_as_a_dict_as_json_or_from_a_model(llm) -> None:
+def test_a_schema_can_be_a_dict_json_or_a_model_class(llm) -> None:
     class Model:
         @classmethod
         def model_json_schema(cls):
@@ -107,32 +109,32 @@ def test_a_schema_comes_as_a_dict_as_json_or_from_a_model(llm) -> None:
     )
 
 
-def test_held_and_free_requests_beside_each_other_give_the_texts_they_give_alone(llm) -> None:
-    """With beginnings that are shared; then in what memory a session leaves, so that some are preempted."""
-    asks = [
-        SamplingParams(seed=i, max_tokens=40, **held)
-        for i, held in enumerate([{}, *(held for held, _ in HELD), {}])
+def test_constrained_and_free_requests_in_one_batch_give_the_outputs_they_give_alone(llm) -> None:
+    """With shared prefixes, then with so little memory beside a session that some are preempted."""
+    constraints = [{}, *(constraint for constraint, _ in CONSTRAINED), {}]
+    sampling = [
+        SamplingParams(seed=i, max_tokens=40, **constraint)
+        for i, constraint in enumerate(constraints)
     ]
-    prompts = ["hello you, hello"] * 3 + ["you and hello"] * (len(asks) - 3)
+    prompts = ["hello you, hello"] * 3 + ["you and hello"] * (len(sampling) - 3)
 
-    def made(outs) -> list[tuple]:
+    def results(outs) -> list[tuple]:
         return [(out.token_ids, out.outputs[0].finish_reason) for out in outs]
 
-    alone = made(llm.generate([prompt], ask)[0] for prompt, ask in zip(prompts, asks, strict=True))
+    pairs = zip(prompts, sampling, strict=True)
+    alone = results(llm.generate([prompt], params)[0] for prompt, params in pairs)
     before = dataclasses.replace(llm.stats)
-    assert made(llm.generate(prompts, asks)) == alone
-    assert (
-        llm.stats.prefix_hit_tokens > before.prefix_hit_tokens
-        and llm.stats.preemptions == before.preemptions
-    )
+    assert results(llm.generate(prompts, sampling)) == alone
+    assert llm.stats.prefix_hit_tokens > before.prefix_hit_tokens
+    assert llm.stats.preemptions == before.preemptions
     with llm.session([5] * 200):
-        assert made(llm.generate(prompts, asks)) == alone
+        assert results(llm.generate(prompts, sampling)) == alone
     assert llm.stats.preemptions > before.preemptions
     allocator = llm._engine.scheduler.kv_manager.allocator
     assert allocator.free_pages == allocator.num_pages
 
 
-def test_the_stream_is_the_text_and_a_session_goes_on_with_it(llm) -> None:
+def test_a_stream_and_a_session_generate_the_same_constrained_text(llm) -> None:
     sampling = SamplingParams(max_tokens=80, temperature=1.5, seed=3, json_schema=PERSON)
     pieces = list(llm.stream("hello", sampling))
     assert "".join(pieces) == llm.generate("hello", sampling)[0].text and len(pieces) > 1
@@ -140,30 +142,27 @@ def test_the_stream_is_the_text_and_a_session_goes_on_with_it(llm) -> None:
         assert session.generate(sampling).text == "".join(pieces) and session.text.endswith("}")
 
 
-# -- where it ends --------------------------------------------------------------------------------------------------------
+# -- the end of the output -------------------------------------------------------------------------
 
 
-def test_a_text_ends_where_nothing_more_may_come_or_where_the_model_ends_it(llm) -> None:
-    out = llm.generate("hello", regex="abc", **WILD)[0].outputs[0]
-    assert (out.text, out.finish_reason, out.stop_reason) == (
-        "abc",
-        "stop",
-        None,
-    ) and EOS not in out.token_ids
-    ends = llm.generate("hello", n=16, seed=0, choice=["ja", "jaja"], **WILD)[0].outputs
+def test_an_output_ends_where_the_grammar_terminates_or_the_model_ends_it(llm) -> None:
+    out = llm.generate("hello", regex="abc", **RANDOM)[0].outputs[0]
+    assert (out.text, out.finish_reason, out.stop_reason) == ("abc", "stop", None)
+    assert EOS not in out.token_ids
+    ends = llm.generate("hello", n=16, seed=0, choice=["ja", "jaja"], **RANDOM)[0].outputs
     assert {(out.text, out.stop_reason) for out in ends} >= {("ja", EOS), ("jaja", None)}
-    out = llm.generate("hello", regex="a*", logit_bias={EOS: 1e6}, **WILD)[0].outputs[0]
+    out = llm.generate("hello", regex="a*", logit_bias={EOS: 1e6}, **RANDOM)[0].outputs[0]
     assert (out.text, out.token_ids, out.finish_reason, out.stop_reason) == ("", [EOS], "stop", EOS)
 
 
-def test_max_tokens_cuts_a_text_that_is_not_complete(llm) -> None:
+def test_max_tokens_ends_an_output_that_is_not_complete(llm) -> None:
     out = llm.generate("hello", json_schema=PERSON, max_tokens=5)[0].outputs[0]
     assert out.finish_reason == "length" and len(out.token_ids) == 5 and out.text.startswith("{")
     out = llm.generate("hello", regex="abc", max_tokens=3)[0].outputs[0]
     assert out.finish_reason == "stop"
 
 
-def test_ends_are_held_off_and_added_as_a_request_says(llm) -> None:
+def test_min_tokens_ignore_eos_and_stop_tokens_apply_to_structured_output(llm) -> None:
     ids = {"a": llm.tokenizer.encode("a")[-1], "b": llm.tokenizer.encode("b")[-1]}
     likely = {EOS: 50.0, ids["b"]: 100.0}
     out = llm.generate("hello", regex="a*", min_tokens=4, max_tokens=9, logit_bias=likely)[
@@ -188,15 +187,15 @@ def test_ends_are_held_off_and_added_as_a_request_says(llm) -> None:
     assert (out.text, out.stop_reason) == ("a", "bb")
 
 
-def test_a_text_with_no_token_left_ends_and_says_why_and_others_go_on(llm) -> None:
+def test_a_request_with_no_token_left_ends_with_the_reason_and_others_continue(llm) -> None:
     ids = llm.tokenizer.encode("abc", add_special_tokens=False)
-    forbidden = {ids[1]: float("-inf")}
-    asks = [
-        SamplingParams(regex="abc", logit_bias=forbidden),
-        SamplingParams(regex="ab?", logit_bias=forbidden | {EOS: float("-inf")}),
+    masked = {ids[1]: float("-inf")}
+    sampling = [
+        SamplingParams(regex="abc", logit_bias=masked),
+        SamplingParams(regex="ab?", logit_bias=masked | {EOS: float("-inf")}),
         SamplingParams(regex="abc"),
     ]
-    stuck, complete, fine = (out.outputs[0] for out in llm.generate(["hello"] * 3, asks))
+    stuck, complete, fine = (out.outputs[0] for out in llm.generate(["hello"] * 3, sampling))
     assert (stuck.text, stuck.token_ids, stuck.finish_reason) == ("a", ids[:1], "dead_end")
     assert "leave no token" in stuck.stop_reason
     assert (complete.text, complete.finish_reason) == ("a", "stop") and fine.text == "abc"
@@ -204,27 +203,28 @@ def test_a_text_with_no_token_left_ends_and_says_why_and_others_go_on(llm) -> No
     assert (free.token_ids, free.finish_reason) == ([], "dead_end")
 
 
-def test_a_grammar_that_becomes_too_complex_ends_its_text_and_says_so(llm, monkeypatch) -> None:
+def test_a_grammar_that_becomes_too_complex_ends_its_request_with_the_reason(
+    llm, monkeypatch
+) -> None:
     import llguidance
 
-    made, narrow = llguidance.LLMatcher, llguidance.LLParserLimits(step_max_items=1)
-    guides = llm._engine.structured_output
-    monkeypatch.setattr(llguidance, "LLMatcher", lambda *a, **k: made(*a, limits=narrow, **k))
-    monkeypatch.setattr(
-        llguidance.LLMatcher,
-        "grammar_from_json_schema",
-        made.grammar_from_json_schema,
-        raising=False,
-    )
-    guides._compiled.cache_clear()
+    matcher, limits = llguidance.LLMatcher, llguidance.LLParserLimits(step_max_items=1)
+    structured_output = llm._engine.structured_output
+
+    def limited(*args, **kwargs):
+        return matcher(*args, limits=limits, **kwargs)
+
+    limited.grammar_from_json_schema = matcher.grammar_from_json_schema
+    monkeypatch.setattr(llguidance, "LLMatcher", limited)
+    structured_output._grammar.cache_clear()
     out = llm.generate("hello", json_schema={"type": "object"}, max_tokens=20)[0].outputs[0]
-    guides._compiled.cache_clear()
+    structured_output._grammar.cache_clear()
     assert out.finish_reason == "dead_end" and "Too many items" in out.stop_reason
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------------
+# -- invalid constraints ---------------------------------------------------------------------------
 
-REFUSED = [
+INVALID = [
     ({"json_schema": {"type": "nope"}}, "Invalid type: nope"),
     ({"json_schema": {"type": "string", "contains": 1}}, "contains"),
     ({"json_schema": {"$ref": "https://example.com/schema"}}, "not present in a registry"),
@@ -247,28 +247,28 @@ REFUSED = [
     ({"grammar": b"start"}, "grammar=b'start': must be a string"),
     (
         {"regex": "a", "choice": ["a"]},
-        "regex and choice: a text can be held to only one of json_schema, regex, choice, grammar",
+        "regex and choice: a request can have only one of json_schema, regex, choice, grammar",
     ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), REFUSED, ids=[str(given)[:40] for given, _ in REFUSED]
+    ("given", "message"), INVALID, ids=[str(given)[:40] for given, _ in INVALID]
 )
-def test_what_cannot_be_met_is_refused_with_the_reason(llm, given, message) -> None:
+def test_an_invalid_constraint_raises_with_the_reason(llm, given, message) -> None:
     with pytest.raises(ConfigError, match=re.compile(message, re.DOTALL)):
         llm.generate("hello", **given)
 
 
-def test_one_bad_grammar_among_many_prompts_is_refused_before_any_runs(llm) -> None:
+def test_one_invalid_constraint_among_many_prompts_raises_before_any_runs(llm) -> None:
     before = llm.stats.prompt_tokens
-    asks = [SamplingParams(regex="a"), SamplingParams(), SamplingParams(regex="([")]
+    sampling = [SamplingParams(regex="a"), SamplingParams(), SamplingParams(regex="([")]
     with pytest.raises(ConfigError, match="unclosed"):
-        llm.generate(["hello"] * 3, asks)
+        llm.generate(["hello"] * 3, sampling)
     assert llm.stats.prompt_tokens == before
 
 
-def test_it_needs_llguidance_and_a_tokenizer(params, llm, monkeypatch) -> None:
+def test_structured_output_needs_llguidance_and_a_tokenizer(params, llm, monkeypatch) -> None:
     bare = jfp8kv.LLM(jfp8kv.Params(params.tree, params.config), **SIZES)
     with pytest.raises(ConfigError, match="regex='a': needs a tokenizer"):
         bare.generate([[5, 6]], regex="a")
@@ -280,31 +280,29 @@ def test_it_needs_llguidance_and_a_tokenizer(params, llm, monkeypatch) -> None:
         llm.generate("hello", regex="not seen yet")
 
 
-# -- the bits ---------------------------------------------------------------------------------------------------------------
+# -- token bitmasks --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("vocab", "ends"), [(300, [EOS, 4, 7]), (333, [EOS, 4, 7]), (352, [])])
-def test_bits_are_those_of_the_tokens_and_padding_is_never_allowed(params, vocab, ends) -> None:
-    """The oracle tries each token's bytes against the regular expression; `vocab` may be padded past the 300 tokens."""
+def test_bits_are_set_for_matching_tokens_and_never_for_padding(params, vocab, ends) -> None:
+    """The oracle matches the text of each token. `vocab` may be padded past the 300 tokens."""
     from jfp8kv.engine.request import Request
     from jfp8kv.engine.structured import StructuredOutput
 
-    guides = StructuredOutput(params.tokenizer, vocab, eos_ids=tuple(ends[:2]))
-    asked = SamplingParams(regex="h(e|llo)*w?", max_tokens=9, stop_token_ids=ends[2:])
-    start = re.compile("(h((e|llo)*(w|l|ll)?)?)?")  # what a match may begin with
-    free, held = (
-        Request([1], each, np.zeros(2, np.uint32), max_tokens=9)
-        for each in (SamplingParams(), asked)
+    structured_output = StructuredOutput(params.tokenizer, vocab, eos_ids=tuple(ends[:2]))
+    regex = SamplingParams(regex="h(e|llo)*w?", max_tokens=9, stop_token_ids=ends[2:])
+    start = re.compile("(h((e|llo)*(w|l|ll)?)?)?")  # the prefixes of a match
+    free, constrained = (
+        Request([1], sampling, np.zeros(2, np.uint32), max_tokens=9)
+        for sampling in (SamplingParams(), regex)
     )
     for text in ("", "h", "he", "hel", "hello"):
-        held.output_ids = params.tokenizer.encode(text, add_special_tokens=False)
-        held.matcher = None
-        free_mask, mask, padding = guides.allowed([free, held], rows=3)
-        bits = np.unpackbits(
-            np.stack([free_mask, mask, padding]).view(np.uint8), axis=1, bitorder="little"
-        )[:, :vocab]
+        constrained.output_ids = params.tokenizer.encode(text, add_special_tokens=False)
+        constrained.matcher = None
+        masks = structured_output.token_bitmask([free, constrained], rows=3)
+        bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :vocab]
         spelled = {token: params.tokenizer.decode([token]) for token in range(300)}
-        want = set(ends if re.fullmatch(asked.regex, text) else ())
+        want = set(ends if re.fullmatch(regex.regex, text) else ())
         want |= {
             token for token, piece in spelled.items() if piece and start.fullmatch(text + piece)
         }
@@ -313,17 +311,19 @@ def test_bits_are_those_of_the_tokens_and_padding_is_never_allowed(params, vocab
 
 
 @pytest.mark.parametrize("fields", [sentencepiece_fields(), gemma_fields()], ids=["llama", "gemma"])
-def test_tokenizers_of_gguf_files_spell_what_a_grammar_asks_for(params, tmp_path, fields) -> None:
-    """Byte tokens make any character; the space before a word is part of it."""
+def test_tokenizers_of_gguf_files_can_spell_a_grammar(params, tmp_path, fields) -> None:
+    """Any character can be spelled with byte tokens. A token includes the space before a word."""
     from jfp8kv.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 
     tokenizer = tokenizer_from_gguf(fields, eos_ids=(2,), where=tmp_path)
     config = dataclasses.replace(params.config, eos_ids=(2,))
     assert tokenizer.vocab < config.vocab
     llm = jfp8kv.LLM(jfp8kv.Params(params.tree, config, tokenizer), kv_dtype="fp8_e4m3", **SIZES)
-    ask = SamplingParams(regex=r"hello( hello| é){1,3}\n日?", temperature=2.0, max_tokens=60, n=4)
-    for out in llm.generate("hello", ask)[0].outputs:
-        assert re.fullmatch(ask.regex, out.text) and out.finish_reason == "stop"
+    sampling = SamplingParams(
+        regex=r"hello( hello| é){1,3}\n日?", temperature=2.0, max_tokens=60, n=4
+    )
+    for out in llm.generate("hello", sampling)[0].outputs:
+        assert re.fullmatch(sampling.regex, out.text) and out.finish_reason == "stop"
 
 
 def test_after_warmup_structured_requests_compile_nothing(params) -> None:
@@ -334,10 +334,10 @@ def test_after_warmup_structured_requests_compile_nothing(params) -> None:
     )
     llm.warmup(structured=True)
     before = llm.stats.compilations
-    asks = [
+    sampling = [
         SamplingParams(regex="[a-z]{5}"),
         SamplingParams(max_tokens=3),
         SamplingParams(choice=["a", "b"], logprobs=2),
     ]
-    llm.generate(["hello", "you", "hello you"], asks)
+    llm.generate(["hello", "you", "hello you"], sampling)
     assert llm.stats.compilations == before and llm.stats.grammar_s > 0

@@ -1,4 +1,4 @@
-"""Products by the kernel, interpreted: what XLA's are, for all requests at once, and the same text from the engine."""
+"""Matmuls by the interpreted GPU kernel: the results of XLA, and the same output tokens."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv.engine import matmul
-from jfp8kv.engine.matmul import MOST_ROWS, KernelMatmul, beside
+from jfp8kv.engine.matmul import MAX_ROWS, KernelMatmul, select_matmul
 from jfp8kv.models.linear import stacked_matmul
 from pallas_kernels.layer_matmul.reference import layer_matmul_reference
 from tests.models.test_decoder import REFERENCES
@@ -34,14 +34,14 @@ def arrays(requests: int, tokens: int, width: int = 32) -> tuple[jax.Array, jax.
 
 
 def kernels(x: jax.Array, weights: jax.Array, stored=FLOAT32) -> int:
-    """How many kernels run for these requests."""
-    product = jax.vmap(
+    """Return how many kernels run for these requests."""
+    matmul = jax.vmap(
         functools.partial(by_kernel, stored=np.dtype(stored)), in_axes=(0, None, None)
     )
-    return str(jax.make_jaxpr(product)(x, weights, 1)).count("pallas_call[")
+    return str(jax.make_jaxpr(matmul)(x, weights, 1)).count("pallas_call[")
 
 
-def test_requests_are_multiplied_together_by_one_kernel() -> None:
+def test_one_kernel_multiplies_the_rows_of_all_requests() -> None:
     x, weights = arrays(5, 2)
     got = jax.vmap(by_kernel, in_axes=(0, None, None))(x, weights, jnp.int32(1))
     want, bound = layer_matmul_reference(x.reshape(10, -1), weights, 1)
@@ -49,7 +49,7 @@ def test_requests_are_multiplied_together_by_one_kernel() -> None:
     assert kernels(x, weights) == 1
 
 
-def test_what_the_requests_share_stays_one() -> None:
+def test_an_input_shared_by_the_requests_is_multiplied_once() -> None:
     x, weights = arrays(1, 2)
     shared = jax.vmap(lambda _: by_kernel(x[0], weights, 1), out_axes=None, axis_size=4)(
         jnp.arange(4)
@@ -57,9 +57,9 @@ def test_what_the_requests_share_stays_one() -> None:
     np.testing.assert_array_equal(shared, by_kernel(x[0], weights, 1))
 
 
-def test_many_rows_bits_and_matrices_out_of_line_are_left_to_xla() -> None:
-    assert kernels(*arrays(MOST_ROWS // 2, 2)) == 1
-    assert kernels(*arrays(MOST_ROWS // 2 + 1, 2)) == 0
+def test_many_rows_bits_and_unaligned_matrices_are_left_to_xla() -> None:
+    assert kernels(*arrays(MAX_ROWS // 2, 2)) == 1
+    assert kernels(*arrays(MAX_ROWS // 2 + 1, 2)) == 0
     assert kernels(*arrays(2, 1, width=30)) == 0
     x, weights = arrays(2, 1)
     halves = weights.astype(jnp.bfloat16)
@@ -67,17 +67,14 @@ def test_many_rows_bits_and_matrices_out_of_line_are_left_to_xla() -> None:
     assert kernels(x, jax.lax.bitcast_convert_type(halves, jnp.uint16), jnp.bfloat16) == 0
 
 
-def test_products_are_by_kernel_where_attention_is_and_by_xla_elsewhere() -> None:
-    assert beside("pallas") == KernelMatmul() and beside("pallas_interpret") == KernelMatmul(
-        interpret=True
-    )
-    assert beside("xla") is beside("reference") is stacked_matmul
+def test_matmuls_use_the_kernel_if_attention_does_and_xla_otherwise() -> None:
+    assert select_matmul("pallas") == KernelMatmul()
+    assert select_matmul("pallas_interpret") == KernelMatmul(interpret=True)
+    assert select_matmul("xla") is select_matmul("reference") is stacked_matmul
 
 
-@pytest.mark.parametrize(
-    "family", ["llama_gqa", "gpt_oss_saved"]
-)  # the second with biases and experts
-def test_a_text_is_the_same_by_either_product(family, monkeypatch) -> None:
+@pytest.mark.parametrize("family", ["llama_gqa", "gpt_oss_saved"], ids=["dense", "experts, biases"])
+def test_output_tokens_are_the_same_with_either_matmul(family, monkeypatch) -> None:
     params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
     sampling = jfp8kv.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
@@ -86,5 +83,5 @@ def test_a_text_is_the_same_by_either_product(family, monkeypatch) -> None:
         return [out.token_ids for out in llm.generate([list(range(3, 40)), [7, 8]], sampling)]
 
     by_xla = tokens()
-    monkeypatch.setattr(matmul, "beside", lambda _: KernelMatmul(interpret=True))
+    monkeypatch.setattr(matmul, "select_matmul", lambda _: KernelMatmul(interpret=True))
     assert tokens() == by_xla

@@ -1,4 +1,4 @@
-"""The engine on the GPU kernels, interpreted: the same tokens as by XLA, in float32, from pools of NaN where not written."""
+"""The engine with interpreted GPU kernels: the same tokens as with XLA, from poisoned pools."""
 
 import jax
 import pytest
@@ -17,15 +17,14 @@ SIZES = {
     "kv_cache_memory": "400kB",
     "max_num_batched_tokens": 64,
 }
-PROMPTS = [list(range(3, 30)), [7, 8]]  # prefilled and decoded together: two programs
+PROMPTS = [list(range(3, 30)), [7, 8]]  # prefill and decode: two programs
 
 
 def tokens(family: str, attention: str, **cache) -> tuple[list[list[int]], str]:
     params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
     llm = jfp8kv.LLM(params, attention=attention, **SIZES, **cache)
-    llm._engine.pages = poison(
-        llm._engine.pages, 0xFF if llm._engine.pages.v_bits.dtype == "uint8" else 0x7FFF
-    )
+    nan = 0xFF if llm._engine.pages.v_bits.dtype == "uint8" else 0x7FFF
+    llm._engine.pages = poison(llm._engine.pages, nan)
     sampling = jfp8kv.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     return [out.token_ids for out in llm.generate(PROMPTS, sampling)], llm.attention
 
@@ -34,28 +33,26 @@ def tokens(family: str, attention: str, **cache) -> tuple[list[list[int]], str]:
     ("family", "cache"),
     [
         ("llama_gqa", {"kv_dtype": "fp8_e4m3"}),
-        (
-            "gemma2_caps",
-            {"kv_dtype": "fp8_e5m2", "kv_scales": "token_head"},
-        ),  # windows and a cap on scores
+        # Windows and a cap on attention scores.
+        ("gemma2_caps", {"kv_dtype": "fp8_e5m2", "kv_scales": "token_head"}),
         ("gpt_oss_saved", {"kv_dtype": "bfloat16"}),  # sinks
     ],
     ids=lambda x: x if isinstance(x, str) else x["kv_dtype"],
 )
-def test_a_text_is_the_same_by_kernels_and_by_xla(family, cache) -> None:
+def test_output_tokens_are_the_same_with_kernels_and_with_xla(family, cache) -> None:
     by_kernels, why = tokens(family, "pallas_interpret", **cache)
     assert why.startswith("pallas_interpret: requested")
     assert by_kernels == tokens(family, "xla", **cache)[0]
 
 
-def test_layers_that_kernels_cannot_read_are_left_to_xla_and_named() -> None:
+def test_layers_that_kernels_cannot_read_use_xla_and_are_named() -> None:
     mixed = {"kv_dtype": {"default": "fp8_e4m3", "skip": [0]}}
     by_kernels, why = tokens("llama_gqa", "pallas_interpret", **mixed)
     assert "'xla' for layers of bfloat16: pages of uint8 hold bfloat16 in pieces" in why
     assert by_kernels == tokens("llama_gqa", "xla", **mixed)[0]
 
 
-def test_kernels_asked_for_without_a_gpu_are_refused_with_what_to_try() -> None:
+def test_requesting_kernels_without_a_gpu_raises_with_what_to_try() -> None:
     assert jax.default_backend() == "cpu"
     with pytest.raises(NotSupported, match="needs an NVIDIA GPU.*use 'xla'"):
         jfp8kv.LLM(REFERENCES[0], attention="pallas")
