@@ -8,6 +8,7 @@ from jfp8kv.cache.scales import KVScales as KVScales
 from jfp8kv.checkpoint.export import export as export
 from jfp8kv.checkpoint.load import load as load
 from jfp8kv.checkpoint.orbax import save as save
+from jfp8kv.core.compilation_cache import disable_compilation_cache as disable_compilation_cache
 from jfp8kv.core.errors import CapacityError as CapacityError
 from jfp8kv.core.errors import CheckpointError as CheckpointError
 from jfp8kv.core.errors import ConfigError as ConfigError
@@ -21,6 +22,7 @@ from jfp8kv.engine.request import CompletionOutput as CompletionOutput
 from jfp8kv.engine.request import RequestOutput as RequestOutput
 from jfp8kv.engine.scoring import Scored as Scored
 from jfp8kv.engine.stats import Stats as Stats
+from jfp8kv.engine_registry import clear_engines as clear_engines
 from jfp8kv.functional import generate as generate
 from jfp8kv.functional import logits as logits
 from jfp8kv.functional import score as score

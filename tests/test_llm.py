@@ -237,41 +237,6 @@ def test_scores_are_log_probabilities_of_the_logits(params) -> None:
     assert jfp8kv.score(params, "hello", kv_dtype="fp8_e4m3").ndim == 1
 
 
-def test_generate_keeps_its_engine_warm_until_the_cache_changes(params) -> None:
-    from jfp8kv.functional import _llm
-
-    first = _llm(params, "fp8_e4m3", "auto")
-    assert (
-        _llm(params, "fp8_e4m3", "auto") is first and _llm(params, "fp8_e5m2", "auto") is not first
-    )
-    drafting = _llm(params, "fp8_e5m2", "auto", 2)
-    assert (
-        _llm(params, "fp8_e5m2", "auto") is drafting
-        and _llm(params, "fp8_e5m2", "auto", 0) is not drafting
-    )
-    outs = jfp8kv.generate(
-        params,
-        ["hello"],
-        kv_dtype="fp8_e4m3",
-        kv_scales="token_head",
-        max_tokens=4,
-        temperature=0.0,
-    )
-    assert outs[0].text == outs[0].outputs[0].text
-
-
-def test_params_take_their_engine_with_them() -> None:
-    import gc
-    import weakref
-
-    params = jfp8kv.load(FOLDER)
-    jfp8kv.score(params, "hello")
-    gone = weakref.ref(params)
-    del params
-    gc.collect()
-    assert gone() is None
-
-
 def test_weights_of_mixed_types_compute_like_float32(params) -> None:
     import jax
     import jax.numpy as jnp

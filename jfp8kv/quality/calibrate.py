@@ -18,12 +18,12 @@ from jfp8kv.cache.config import context_length
 from jfp8kv.cache.pool import KVPool
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint.load import ModelLike, as_params
+from jfp8kv.core.compilation_cache import use_compilation_cache
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import KVFormat, kv_format
 from jfp8kv.core.options import takes
 from jfp8kv.engine.buckets import Buckets, default_prefill_chunk, step_token_budget
 from jfp8kv.engine.step import StepModel
-from jfp8kv.llm import use_compilation_cache
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.key_bias import mean_rotated_bias
 from jfp8kv.models.linear import on_cpu

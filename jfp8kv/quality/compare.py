@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from jfp8kv.cache.config import context_length, resolve_cache
 from jfp8kv.checkpoint.load import ModelLike, as_params
+from jfp8kv.core.compilation_cache import use_compilation_cache
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.options import takes
 from jfp8kv.engine.buckets import (
@@ -30,7 +31,6 @@ from jfp8kv.engine.buckets import (
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import run_chunks
 from jfp8kv.engine.options import EngineOptions
-from jfp8kv.llm import use_compilation_cache
 from jfp8kv.models.params import Params
 from jfp8kv.quality.cache_choices import CacheChoice, cache_choices, with_calibrated_scales
 from jfp8kv.quality.cache_quality import CacheTotals, Magnitudes, summarize

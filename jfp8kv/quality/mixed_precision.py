@@ -13,6 +13,7 @@ from jfp8kv.cache.groups import LayerGroups, PageRequirements
 from jfp8kv.cache.layout import LayerCacheSpec
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.checkpoint.load import ModelLike, as_params
+from jfp8kv.core.compilation_cache import use_compilation_cache
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.formats import BFLOAT16
 from jfp8kv.core.options import takes
@@ -20,7 +21,6 @@ from jfp8kv.engine.buckets import default_prefill_chunk, max_tokens_per_dispatch
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import run_chunks
 from jfp8kv.engine.options import EngineOptions
-from jfp8kv.llm import use_compilation_cache
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
 from jfp8kv.quality.data import Prompts, iterate_prompts, split_prompts
