@@ -41,6 +41,7 @@ class Section(BaseModel):
 class OptionsSection(Section):
     """A section whose keys are options of the library. A null leaves its key out."""
 
+    options_class: ClassVar[type[Options]] = Options
     option_names: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
@@ -52,12 +53,8 @@ class OptionsSection(Section):
 
     @model_validator(mode="after")
     def _check_combination(self) -> "OptionsSection":
-        self.options()
+        self.options_class.from_fields(**self.given())
         return self
-
-    def options(self) -> Options:
-        """Return the options. Raises `ConfigError` for an invalid combination."""
-        raise NotImplementedError
 
     def given(self) -> dict[str, Any]:
         """Return the options that the config gives, by name."""
@@ -102,6 +99,7 @@ def keys_from(
             **fields,
         )
         if issubclass(model, OptionsSection):
+            model.options_class = options
             model.option_names = frozenset(specs)
         return model
 

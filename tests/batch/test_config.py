@@ -228,6 +228,16 @@ MISTAKES = {
         "task: compare\ncomparison: {kv_scales: [head]}",
         r"run.yaml:4: comparison.kv_scales: .head. scales need prompts: .*comparison.calibration",
     ),
+    "a missing file of scales": (
+        "kv_dtype: fp8_e4m3",
+        "kv_dtype: fp8_e4m3\nkv_scales: there.safetensors",
+        r"run.yaml:4: kv_scales: there.safetensors: no such file",
+    ),
+    "a missing file of scales to compare": (
+        "kv_dtype: fp8_e4m3\nsampling:\n  temperature: 0.5\n  max_tokens: 16",
+        "task: compare\ncomparison: {kv_scales: [unit, there.safetensors]}",
+        r"run.yaml:4: comparison.kv_scales\[1\]: there.safetensors: no such file",
+    ),
     "a cache to compare": (
         "kv_dtype: fp8_e4m3\nsampling:\n  temperature: 0.5\n  max_tokens: 16",
         "task: compare\ncomparison: {kv_dtypes: [fp9]}",
