@@ -315,9 +315,6 @@ def _check_calibrations(source: YamlSource, config: Config) -> None:
 
 
 def _check_comparison(source: YamlSource, config: Config) -> None:
-    for key in ("kv_dtypes", "kv_scales"):
-        for number, name in enumerate(getattr(config.comparison, key)):
-            _check_file(source, ("comparison", key, number), name)
     file = config.comparison.calibration
     calibrated = {*GRANULARITIES} & {*config.comparison.kv_scales}
     if file is not None:

@@ -236,7 +236,7 @@ MISTAKES = {
     "a missing file of scales to compare": (
         "kv_dtype: fp8_e4m3\nsampling:\n  temperature: 0.5\n  max_tokens: 16",
         "task: compare\ncomparison: {kv_scales: [unit, there.safetensors]}",
-        r"run.yaml:4: comparison.kv_scales\[1\]: there.safetensors: no such file",
+        r"run.yaml:4: comparison.kv_scales='there.safetensors': must be one of",
     ),
     "a cache to compare": (
         "kv_dtype: fp8_e4m3\nsampling:\n  temperature: 0.5\n  max_tokens: 16",

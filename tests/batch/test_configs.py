@@ -98,8 +98,5 @@ def test_a_dry_run_of_the_large_config_needs_no_weights(run, tmp_path, model):
     settings = sets(tmp_path, config, model(weights=False, **LARGE))
     status, out, err = run("batch", config, "--dry-run", *settings, "--set", "shard=[1,2]")
     assert status == 0, err
-    assert (
-        "70,554M parameters, 131.42 GiB of weights" in out
-        and "rows     2 (0 would fail)" in out
-    )
+    assert "70,554M parameters, 131.42 GiB of weights" in out and "rows     2 (0 would fail)" in out
     assert "30.00 GiB" in out and "8,192" in out
