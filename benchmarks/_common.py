@@ -1,4 +1,4 @@
-"""Shared by benchmarks: interleaved timing, the real model, sample data, and a header with commit and versions."""
+"""Shared by benchmarks: interleaved timing, the real model, sample data, the header."""
 
 import argparse
 import importlib.util
@@ -19,7 +19,7 @@ console = Console(width=110)
 
 
 def interleaved(sides: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of every call, interleaved: `rounds` of each side after one warm-up round."""
+    """Return the seconds of `rounds` interleaved calls of each side, after one warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, call in sides.items():

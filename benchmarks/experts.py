@@ -1,4 +1,4 @@
-"""Mixture of experts: one expert per tile, against a grouped matmul, against all experts on all tokens.
+"""Mixture of experts: one expert per tile, a grouped matmul, and all experts on all tokens.
 
     python -m benchmarks.experts
 
@@ -25,7 +25,7 @@ BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def module(shape: dict, *, tiled: bool) -> tuple[nnx.GraphDef, nnx.State]:
-    """Return one layer of experts with fixed random weights; `tiled` selects the weight layout of CPUs."""
+    """Return one layer of experts with fixed random weights; `tiled` is the layout of CPUs."""
     config = ExpertsConfig(
         count=shape["experts"], top_k=shape["top_k"], hidden=shape["mlp"], layers=(0,)
     )
@@ -59,7 +59,7 @@ def every_expert(experts: Experts, x: jax.Array) -> jax.Array:
 def compiled(
     forward: Callable, graph: nnx.GraphDef, state: nnx.State
 ) -> Callable[[jax.Array], jax.Array]:
-    """Return `forward(experts, x)`, compiled with the weights as an argument: constants would be folded."""
+    """Return `forward(experts, x)`, compiled with the weights as an argument."""
     step = jax.jit(lambda state, x: forward(nnx.merge(graph, state), x))
     return lambda x: step(state, x)
 
