@@ -327,7 +327,10 @@ def test_one_bad_prompt_among_many_is_refused_before_any_runs(llm) -> None:
         ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype='bfloat16': an alias of kv_dtype"),
         ({"kv_dtpye": "fp8"}, "Did you mean 'kv_dtype'"),
         ({"attention": "flash"}, "attention='flash'"),
-        ({"prompt_lookup": -1}, "prompt_lookup=-1: must be a whole number of at least 0 and at most 32; try 4"),
+        (
+            {"prompt_lookup": -1},
+            "prompt_lookup=-1: must be a whole number of at least 0 and at most 32; try 4",
+        ),
         ({"kv_scales": jfp8kv.KVScales.unit(99)}, "layers=2"),
     ],
 )

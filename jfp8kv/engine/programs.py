@@ -30,6 +30,9 @@ from jfp8kv.engine.step import StepModel, Weights
 
 _MIB = 2**20
 
+# XLA options of all programs, by name. For tests and experiments; None leaves XLA's defaults.
+compiler_options: dict[str, bool | int | str] | None = None
+
 Output = TypeVar("Output")
 Key = tuple[Hashable, ...]
 # (model, weights, scales, batch, pages, **static) -> (output, pages)
@@ -237,7 +240,7 @@ class Programs:
         self, name: str, batch: StepInputs, variant: str, jitted: Any, arguments: tuple[Any, ...]
     ) -> Program:
         started = time.perf_counter()
-        run = jitted.lower(*arguments).compile()
+        run = jitted.lower(*arguments).compile(compiler_options=compiler_options)
         seconds = time.perf_counter() - started
         requests, tokens = batch.shape
         program = Program(name, requests, tokens, variant, seconds, run)

@@ -35,9 +35,7 @@ def rms(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def engine(folder: Path, kv_dtype: str, **options) -> jfp8kv.LLM:
-    return jfp8kv.LLM(
-        jfp8kv.load(folder, dtype="float32"), kv_dtype=kv_dtype, **ENGINE | options
-    )
+    return jfp8kv.LLM(jfp8kv.load(folder, dtype="float32"), kv_dtype=kv_dtype, **ENGINE | options)
 
 
 @pytest.mark.parametrize(
