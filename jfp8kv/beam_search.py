@@ -19,7 +19,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -29,7 +28,7 @@ from jfp8kv.llm import LLM
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.session import Session, extend_batch
 from jfp8kv.text.detokenizer import Detokenizer
-from jfp8kv.text.prompts import Encoded, as_list, encode
+from jfp8kv.text.prompts import Encoded, PromptLike, as_list, encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Rules:
 
 def beam_search(
     llm: LLM,
-    prompts: Any,
+    prompts: PromptLike,
     *,
     beams: int = 4,
     max_tokens: int = 64,

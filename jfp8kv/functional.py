@@ -1,7 +1,7 @@
 """Functions that take a model: `generate`, `logits` and `score`. They reuse an `LLM` for each model
 and cache."""
 
-from typing import Unpack
+from typing import Unpack, overload
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from jfp8kv.engine_registry import engine_for
 from jfp8kv.llm import LLM as LLM  # for batch runs
 from jfp8kv.sampling.keywords import SamplingFields
 from jfp8kv.sampling.params import SamplingParams
-from jfp8kv.text.prompts import PromptLike, TokenIds
+from jfp8kv.text.prompts import OnePrompt, PromptLike, SeveralPrompts, TokenIds
 from jfp8kv.text.prompts import encode_pair as encode_pair
 
 
@@ -82,6 +82,36 @@ def logits(
     """
     llm = engine_for(as_params(params), kv_dtype=kv_dtype, kv_scales=kv_scales)
     return llm.logits(token_ids)
+
+
+@overload  # a str is a Sequence[str] too
+def score(  # type: ignore[overload-overlap]
+    params: ModelLike,
+    texts_or_token_ids: OnePrompt,
+    *,
+    kv_dtype: KVDtype = ...,
+    kv_scales: KVScalesLike = ...,
+) -> np.ndarray: ...
+
+
+@overload
+def score(
+    params: ModelLike,
+    texts_or_token_ids: SeveralPrompts,
+    *,
+    kv_dtype: KVDtype = ...,
+    kv_scales: KVScalesLike = ...,
+) -> list[np.ndarray]: ...
+
+
+@overload
+def score(
+    params: ModelLike,
+    texts_or_token_ids: PromptLike,
+    *,
+    kv_dtype: KVDtype = ...,
+    kv_scales: KVScalesLike = ...,
+) -> list[np.ndarray] | np.ndarray: ...
 
 
 def score(

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Unpack, overload
 
 import numpy as np
 
@@ -23,14 +23,17 @@ from jfp8kv.engine.scoring import Scored, ScoreRequest, logits_request, score_it
 from jfp8kv.engine.stats import Stats
 from jfp8kv.engine.warmup import warmup_steps
 from jfp8kv.models.params import Params
+from jfp8kv.sampling.keywords import SamplingFields
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.session import Session
 from jfp8kv.text.prompts import (
     Encoded,
     EncodedPair,
     Message,
+    OnePrompt,
     Prompt,
     PromptLike,
+    SeveralPrompts,
     TokenIds,
     as_list,
     encode,
@@ -174,7 +177,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
-        **fields: Any,
+        **fields: Unpack[SamplingFields],
     ) -> list[RequestOutput]:
         """Generate a continuation of each prompt.
 
@@ -206,7 +209,7 @@ class LLM:
         self,
         prompts: PromptLike,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **fields: Any,
+        **fields: Unpack[SamplingFields],
     ) -> None:
         """Raise the `ConfigError` that `generate` would raise, without running anything."""
         self._checked(as_list(prompts), sampling_params, fields)
@@ -215,7 +218,9 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **fields: Any,
+        *,
+        progress: bool | None = None,
+        **fields: Unpack[SamplingFields],
     ) -> list[RequestOutput]:
         """Generate replies to one conversation `[{"role": "user", "content": "..."}]`, or to
         several.
@@ -227,18 +232,17 @@ class LLM:
                 'chat takes messages such as [{"role": "user", "content": "..."}]; '
                 "give plain text to generate."
             )
-        return self.generate(messages, sampling_params, **fields)
+        return self.generate(messages, sampling_params, progress=progress, **fields)
 
     def generate_iter(
-        self, requests: Iterable[tuple[Prompt, SamplingParams | Mapping[str, Any] | None]]
+        self, requests: Iterable[tuple[Prompt, SamplingParams | SamplingFields | None]]
     ) -> Iterator[tuple[int, RequestOutput | Jfp8kvError]]:
         """Generate continuations of prompts from an iterator, which may be endless.
 
         Args:
           requests: pairs of a prompt and its sampling parameters, or a mapping of their fields.
-          They
-            are counted from 0, and taken only as the engine has room: memory does not grow with
-            their number.
+            They are counted from 0, and taken only as the engine has room: memory does not grow
+            with their number.
 
         Yields:
           `(number, result)` of each request as soon as it finishes. The result of a request that is
@@ -248,11 +252,11 @@ class LLM:
         """
 
         def make_group(
-            request: tuple[Prompt, SamplingParams | Mapping[str, Any] | None],
+            request: tuple[Prompt, SamplingParams | SamplingFields | None],
         ) -> RequestGroup:
             prompt, params = request
             if isinstance(params, Mapping):
-                (group,) = self._groups([prompt], None, dict(params))
+                (group,) = self._groups([prompt], None, params)
             else:
                 (group,) = self._groups([prompt], params, {})
             return group
@@ -261,7 +265,10 @@ class LLM:
         return self._driver.run_iter(make_group, requests, limit=limit)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **fields: Any
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        **fields: Unpack[SamplingFields],
     ) -> EngineIterator[str]:
         """Generate one continuation and yield its text, piece by piece.
 
@@ -271,7 +278,10 @@ class LLM:
         return self._driver.stream(self._stream_request(prompt, sampling_params, fields))
 
     def astream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, **fields: Any
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        **fields: Unpack[SamplingFields],
     ) -> AsyncIterator[str]:
         """Return `stream` for `async for`. Nothing blocks the event loop.
 
@@ -289,14 +299,14 @@ class LLM:
     def _run(self, requests: list[Request], progress: bool | None) -> None:
         from tqdm import tqdm
 
-        disable = not progress  # None, for tqdm: unless stderr is a terminal
+        disable: bool | None = not progress  # None, for tqdm: unless stderr is a terminal
         if progress is None and len(requests) > 8:
             disable = None
         with tqdm(total=len(requests), unit="prompt", disable=disable) as bar:
             self._driver.run(requests, on_finish=bar.update)
 
     def _stream_request(
-        self, prompt: Prompt, sampling_params: SamplingParams | None, fields: dict[str, Any]
+        self, prompt: Prompt, sampling_params: SamplingParams | None, fields: SamplingFields
     ) -> Request:
         (group,) = self._groups([prompt], sampling_params, fields)
         if len(group.requests) != 1 or group.params.prompt_logprobs is not None:
@@ -315,7 +325,7 @@ class LLM:
         self,
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        fields: dict[str, Any],
+        fields: SamplingFields,
     ) -> list[RequestGroup]:
         """Return the requests of all prompts. Nothing is submitted."""
         return [
@@ -334,7 +344,7 @@ class LLM:
         self,
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        fields: dict[str, Any],
+        fields: SamplingFields,
     ) -> list[tuple[Encoded, SamplingParams]]:
         """Return all prompts as token ids, with their parameters, or raise `ConfigError`."""
         if not prompts:
@@ -375,6 +385,15 @@ class LLM:
         assert request.prompt_outputs is not None
         (logits,) = request.prompt_outputs.arrays
         return logits
+
+    @overload  # a str is a Sequence[str] too
+    def score(self, prompts: OnePrompt) -> np.ndarray: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def score(self, prompts: SeveralPrompts) -> list[np.ndarray]: ...
+
+    @overload
+    def score(self, prompts: PromptLike) -> np.ndarray | list[np.ndarray]: ...
 
     def score(self, prompts: PromptLike) -> np.ndarray | list[np.ndarray]:
         """Return the log-probability of each token but the first, given those before it.

@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TypeAlias, Unpack
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from jfp8kv.engine.driver import EngineDriver
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.kv_manager import SequenceHandle
 from jfp8kv.engine.request import CompletionOutput, Request, RequestOutput
+from jfp8kv.sampling.keywords import SamplingFields
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.text.prompts import TokenIds, encode
 
@@ -122,7 +123,7 @@ class Session:
             )
 
     def generate(
-        self, sampling_params: SamplingParams | None = None, **fields: Any
+        self, sampling_params: SamplingParams | None = None, **fields: Unpack[SamplingFields]
     ) -> CompletionOutput:
         """Generate one continuation, as `llm.generate` does, and append it to the session."""
         with self._lock:

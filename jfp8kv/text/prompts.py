@@ -24,6 +24,9 @@ Prompt: TypeAlias = str | TokenIds | Sequence[Message]
 """One prompt: a text, token ids, or a conversation as chat messages."""
 PromptLike: TypeAlias = Prompt | Sequence[Prompt]
 """One prompt or several."""
+OnePrompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+SeveralPrompts: TypeAlias = Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[Message]]
+"""Prompts in the forms that a type checker can count. An array may be one prompt or several."""
 
 FORMS = (
     "a str, a list of str, a list of token id lists, or chat messages "

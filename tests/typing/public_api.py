@@ -6,6 +6,8 @@ not need, so a keyword that is no longer checked fails `make lint`.
 
 from typing import assert_type
 
+import numpy as np
+
 import jfp8kv
 from jfp8kv import LLM, RequestOutput, SamplingParams
 
@@ -21,9 +23,16 @@ def keywords() -> None:
     LLM("model", attention="flash")  # type: ignore[arg-type]
     jfp8kv.generate("model", [[1, 2]], max_tokens=3, kv_scales="unit")
     jfp8kv.generate("model", "a", temprature=0.5)  # type: ignore[call-arg]
+    LLM("model").generate("a", temprature=0.5)  # type: ignore[call-arg]
+    LLM("model").stream("a", temprature=0.5)  # type: ignore[call-arg]
+    LLM("model").chat([{"role": "user", "content": "a"}], progres=True)  # type: ignore[call-arg]
 
 
 def results() -> None:
     """Return types are precise."""
     assert_type(jfp8kv.generate("model", "a"), list[RequestOutput])
     assert_type(LLM("model").stats, jfp8kv.Stats)
+    assert_type(jfp8kv.score("model", "a"), np.ndarray)
+    assert_type(jfp8kv.score("model", [1, 2]), np.ndarray)
+    assert_type(jfp8kv.score("model", ["a", "b"]), list[np.ndarray])
+    assert_type(LLM("model").score([[1, 2], [3]]), list[np.ndarray])
