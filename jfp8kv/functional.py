@@ -5,25 +5,14 @@ from typing import Unpack, overload
 
 import numpy as np
 
-from jfp8kv.cache.capacity import default_bytes  # noqa: F401  (for batch runs)
-from jfp8kv.checkpoint.export import LAYOUTS as EXPORT_LAYOUTS  # noqa: F401  (for the command line)
-from jfp8kv.checkpoint.export import export as export
 from jfp8kv.checkpoint.load import ModelLike, as_params
-from jfp8kv.checkpoint.load import load as load
 from jfp8kv.core.options import takes
-from jfp8kv.core.sizes import parse_bytes as parse_bytes  # for batch runs
-from jfp8kv.engine.buckets import (
-    Buckets as Buckets,  # for batch runs, as `StructuredOutput` and `encode_pair`
-)
 from jfp8kv.engine.options import KVDtype, KVScalesLike
 from jfp8kv.engine.request import RequestOutput
-from jfp8kv.engine.structured import StructuredOutput as StructuredOutput
 from jfp8kv.engine_registry import engine_for
-from jfp8kv.llm import LLM as LLM  # for batch runs
 from jfp8kv.sampling.keywords import SamplingFields
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.text.prompts import OnePrompt, PromptLike, SeveralPrompts, TokenIds
-from jfp8kv.text.prompts import encode_pair as encode_pair
 
 
 @takes(SamplingParams)
@@ -51,7 +40,7 @@ def generate(
       kv_scales: scales of an FP8 cache, as in `EngineOptions`.
       prompt_lookup: draft tokens per step of prompt-lookup decoding, as in `EngineOptions`.
       sampling_params: sampling parameters of all prompts.
-      progress: whether to show a progress bar; None shows one on a terminal for more than 8 prompts.
+      progress: show a progress bar; None shows one on a terminal for more than 8 prompts.
       **sampling_fields: fields of `SamplingParams`. They override those of `sampling_params`.
 
     Returns:

@@ -8,8 +8,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -18,6 +21,12 @@ import pytest
 import jfp8kv
 from jfp8kv.engine import engine
 from jfp8kv.engine.options import EngineOptions, LoadOptions
+from jfp8kv.quality.options import (
+    BenchOptions,
+    CalibrationOptions,
+    CompareOptions,
+    PlanOptions,
+)
 from jfp8kv.sampling.params import SamplingParams
 from tests.checkpoint.conftest import write_sidecar
 
@@ -153,6 +162,10 @@ def test_stop_ends_the_output_before_the_match(run, expected):
         ("chat", EngineOptions, {"seed"}),
         ("chat", SamplingParams, {"logprobs", "prompt_logprobs", "logit_bias", "n", "best_of"}),
         ("export", LoadOptions, set()),
+        ("calibrate", CalibrationOptions, set()),
+        ("compare", CompareOptions, set()),
+        ("plan", PlanOptions, set()),
+        ("bench", BenchOptions, set()),
     ],
 )
 def test_the_help_has_every_option_of_the_library_with_its_help(run, command, options, omitted):
@@ -160,7 +173,8 @@ def test_the_help_has_every_option_of_the_library_with_its_help(run, command, op
     for spec in options.specs():
         if spec.name not in omitted:
             assert f"--{spec.name.replace('_', '-')} " in help_text
-            assert spec.help.replace("- ", "-") in help_text  # argparse breaks at hyphens
+            shown = spec.help.replace("- ", "-").replace("`", "")
+            assert shown in help_text  # argparse breaks at hyphens
 
 
 def test_defaults_are_those_of_the_library(run, monkeypatch):
@@ -223,20 +237,23 @@ def test_a_full_context_drops_the_oldest_messages(run, says, llm):
 
 @pytest.fixture
 def ctrl_c(monkeypatch):
-    """Raise KeyboardInterrupt in the given step of the engine, counted from 0."""
+    """Send Ctrl-C to the main thread, which waits, during the given step of the engine."""
 
     def ctrl_c(at: int) -> None:
         steps = iter(range(at + 1))
 
         def interrupted(*args: object) -> object:
             if next(steps, None) == at:
-                raise KeyboardInterrupt
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                time.sleep(0.5)  # the main thread handles it before the step ends
             return read(*args)
 
         read = engine.read_new_tokens
         monkeypatch.setattr(engine, "read_new_tokens", interrupted)
 
-    return ctrl_c
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield ctrl_c
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("step", [0, 1], ids=["prefill", "decode"])
@@ -517,6 +534,8 @@ def test_help_and_version_answer_without_jax():
         ["compare", "--help"],
         ["plan", "--help"],
         ["export", "--help"],
+        ["bench", "--help"],
+        ["batch", "--help"],
         ["--version"],
     ):
         done = subprocess.run(

@@ -129,7 +129,7 @@ def _help(spec: OptionSpec, default: Any) -> str:
     elif default is not False and default not in (None, ()):
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         text = f"{text} Default: {shown}."
-    return text.replace("%", "%%")
+    return text.replace("`", "").replace("%", "%%")
 
 
 def given(args: argparse.Namespace, options: type[Options]) -> dict[str, Any]:

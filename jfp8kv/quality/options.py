@@ -70,44 +70,58 @@ def _check_window(window: int | None, max_model_len: int | None) -> None:
 class CalibrationOptions(Options):
     """How static scales are derived from the keys and values of sample prompts."""
 
-    kv_dtype: FP8Name = option("fp8_e4m3", "FP8 format that the scales are for.", convert=_fp8_name)
+    kv_dtype: FP8Name = option(
+        default="fp8_e4m3", help="FP8 format that the scales are for.", convert=_fp8_name
+    )
     granularity: Granularity = option(
-        "head", "What shares a scale in a layer: all of K (all of V), a KV head, or a channel."
+        default="head",
+        help="What shares a scale in a layer: all of K (all of V), a KV head, or a channel.",
     )
     observer: ObserverName = option(
-        "amax",
-        'How a scale is chosen. "amax" maps the largest magnitude to the largest value of the '
-        'format, "percentile" a percentile of the magnitudes. "mse" minimizes the squared error '
-        "over 25 candidates, from the scale of amax down to 1/8 of it, in a second pass.",
+        default="amax",
+        help=(
+            'How a scale is chosen. "amax" maps the largest magnitude to the largest value of the '
+            'format, "percentile" a percentile of the magnitudes. "mse" minimizes the squared '
+            "error over 25 candidates, from the scale of amax down to 1/8 of it, in a second pass."
+        ),
     )
     percentile: float | None = option(
-        None,
-        f'Percentile of observer="percentile". None is {DEFAULT_PERCENTILE}.',
+        default=None,
+        help='Percentile of the magnitudes with observer="percentile". By default 99.99.',
         above=0,
         maximum=100,
         hint=f"such as {DEFAULT_PERCENTILE}",
     )
     window: int | None = option(
-        None,
-        "Split prompts into windows of this many tokens, each a separate sequence. None runs whole "
-        "prompts.",
+        default=None,
+        help=(
+            "Split prompts into windows of this many tokens, each a separate sequence. By default "
+            "each prompt is run whole."
+        ),
         minimum=1,
     )
     max_model_len: int | None = option(
-        None,
-        "Maximum number of tokens of a prompt or window, and the context that K offsets allow for. "
-        "None is the model's limit.",
+        default=None,
+        help=(
+            "Maximum number of tokens of a prompt or window, and the context that K offsets allow "
+            "for. By default the model's limit."
+        ),
         minimum=1,
     )
     k_offset: bool = option(
-        False,
-        "Also compute K offsets: the constant part of the keys, which is subtracted before keys "
-        'are stored. For models with a large K bias. Needs observer="amax" and a second pass.',
+        default=False,
+        help=(
+            "Also compute K offsets: the constant part of the keys, which is subtracted before "
+            'keys are stored. For models with a large K bias. Needs observer="amax" and a second '
+            "pass."
+        ),
     )
     headroom: float = option(
-        1.0,
-        'Factor on amax with observer="amax": other prompts have larger values, which are clipped. '
-        "2 costs precision only in the smallest values.",
+        default=1.0,
+        help=(
+            'Factor on amax with observer="amax": other prompts have larger values, which are '
+            "clipped. 2 costs precision only in the smallest values."
+        ),
         minimum=1,
         hint="such as 2",
     )
@@ -204,39 +218,49 @@ class CompareOptions(Options):
     """
 
     kv_dtypes: KVDtypes = option(
-        ("bfloat16", "fp8_e4m3", "fp8_e5m2"),
-        "Formats of the caches, each as `kv_dtype` of `LLM`. A mapping labels them. The float32 "
-        "cache always comes first. A KVPlan has its scales.",
+        default=("bfloat16", "fp8_e4m3", "fp8_e5m2"),
+        help=(
+            "Formats of the caches, each as `kv_dtype` of `LLM`. A mapping labels them. The "
+            "float32 cache always comes first. A KVPlan has its scales."
+        ),
         convert=_kv_dtypes,
     )
     kv_scales: KVScalesList = option(
-        ("auto", "token_head"),
-        'Scales of the FP8 formats, each as `kv_scales` of `LLM`; "tensor", "head" and "channel" '
-        "are calibrated by amax on `calibration`. A mapping labels them, as does a pair of a label "
-        "and a KVScales.",
+        default=("auto", "token_head"),
+        help=(
+            'Scales of the FP8 formats, each as `kv_scales` of `LLM`; "tensor", "head" and '
+            '"channel" are calibrated by amax on `calibration`. A mapping labels them, as does a '
+            "pair of a label and a KVScales."
+        ),
         convert=_kv_scales,
     )
     window: int | None = option(
-        None,
-        "Split texts into windows of this many tokens, each a separate sequence. None is "
-        "max_model_len.",
+        default=None,
+        help=(
+            "Split texts into windows of this many tokens, each a separate sequence. By default "
+            "max_model_len."
+        ),
         minimum=1,
     )
     needle_lengths: Sequence[int] | None = option(
-        None,
-        "Prompt lengths of the needle-in-a-haystack test, in tokens. None is 256 and 1024, as far "
-        "as the model allows; () skips the test.",
+        default=None,
+        help=(
+            "Prompt lengths of the needle-in-a-haystack test, in tokens. By default 256 and 1024, "
+            "as far as the model allows; an empty list skips the test."
+        ),
         minimum=MIN_LENGTH,
-        hint="() skips the test",
+        hint="an empty list skips the test",
     )
     needle_depths: Sequence[float] = option(
-        DEPTHS,
-        "Positions of the needle, from 0 (the beginning of the prompt) to 1 (the end).",
+        default=DEPTHS,
+        help="Positions of the needle, from 0 (the beginning of the prompt) to 1 (the end).",
         minimum=0,
         maximum=1,
     )
     max_model_len: int | None = option(
-        None, "Maximum number of tokens of a window. None is the model's limit.", minimum=1
+        default=None,
+        help="Maximum number of tokens of a window. By default the model's limit.",
+        minimum=1,
     )
 
     def check(self) -> None:
@@ -296,29 +320,36 @@ class PlanOptions(Options):
     """The budget of a mixed-precision plan and the formats it may use."""
 
     budget: float | str | None = option(
-        None,
-        'Maximum bytes of cache per token, as in `llm.stats`: 2048, "2KiB", or "60%" of a bfloat16 '
-        "cache.",
+        default=None,
+        help=(
+            'Maximum bytes of cache per token, as in `llm.stats`: 2048, "2KiB", or "60%" of a '
+            "bfloat16 cache."
+        ),
         convert=_budget,
     )
     max_loss: float | None = option(
-        None,
-        "Maximum KL divergence from the unquantized cache, in nats per token, instead of a budget.",
+        default=None,
+        help=(
+            "Maximum KL divergence from the unquantized cache, in nats per token, instead of a "
+            "budget."
+        ),
         above=0,
         hint="nats per token, such as 0.01",
     )
     kv_dtypes: Sequence[str] = option(
-        ("bfloat16", "fp8_e4m3"), "Formats to choose from.", convert=_format_names
+        default=("bfloat16", "fp8_e4m3"), help="Formats to choose from.", convert=_format_names
     )
     window: int | None = option(
-        None,
-        "Split texts into windows of this many tokens, each a separate sequence. None is 512.",
+        default=None,
+        help="Split texts into windows of this many tokens, separate sequences. By default 512.",
         minimum=1,
     )
     max_model_len: int | None = option(
-        None,
-        "Longest sequence to plan for: layers with a sliding window cost less in longer sequences, "
-        "and K offsets depend on it. None is the model's limit.",
+        default=None,
+        help=(
+            "Longest sequence to plan for: layers with a sliding window cost less in longer "
+            "sequences, and K offsets depend on it. By default the model's limit."
+        ),
         minimum=1,
     )
 
@@ -365,20 +396,27 @@ class BenchOptions(Options):
     """The requests of a benchmark and the caches that serve them."""
 
     kv_dtypes: Sequence[KVDtype] = option(
-        ("bfloat16", "fp8_e4m3"),
-        "Formats of the caches, each as `kv_dtype` of `LLM`.",
+        default=("bfloat16", "fp8_e4m3"),
+        help="Formats of the caches, each as `kv_dtype` of `LLM`.",
         convert=_bench_dtypes,
     )
     kv_scales: Sequence[KVScalesLike] = option(
-        ("auto",), "Scales of the FP8 caches, each as `kv_scales` of `LLM`.", convert=_bench_scales
+        default=("auto",),
+        help="Scales of the FP8 caches, each as `kv_scales` of `LLM`.",
+        convert=_bench_scales,
     )
-    requests: int = option(8, "Number of concurrent requests.", minimum=1)
-    prompt_tokens: int = option(128, "Prompt tokens of each request.", minimum=1)
-    output_tokens: int = option(64, "Output tokens of each request.", minimum=1)
-    rounds: int = option(3, "Number of timed rounds. Medians are reported.", minimum=1)
+    requests: int = option(default=8, help="Number of concurrent requests.", minimum=1)
+    prompt_tokens: int = option(default=128, help="Prompt tokens of each request.", minimum=1)
+    output_tokens: int = option(default=64, help="Output tokens of each request.", minimum=1)
+    rounds: int = option(default=3, help="Number of timed rounds. Medians are reported.", minimum=1)
     kv_cache_memory: int | str | None = option(
-        None,
-        "Size of each cache in bytes. None is enough for all requests; with less, requests wait or "
-        "are preempted, which shows the gain of a smaller format.",
+        default=None,
+        help=(
+            "Size of each cache in bytes. By default enough for all requests. With less, requests "
+            "wait or are preempted, which shows the gain of a smaller format."
+        ),
     )
-    attention: AttentionName | None = option(None, "Attention implementation, as for `LLM`.")
+    attention: AttentionName | None = option(
+        default=None,
+        help="Attention implementation. By default the fastest one that runs on this device.",
+    )

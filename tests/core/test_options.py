@@ -13,10 +13,23 @@ from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.options import Options, option, options, takes
 from jfp8kv.engine.keywords import EngineFields
 from jfp8kv.engine.options import EngineOptions
+from jfp8kv.quality.options import (
+    BenchOptions,
+    CalibrationOptions,
+    CompareOptions,
+    PlanOptions,
+)
 from jfp8kv.sampling.keywords import SamplingFields
 from jfp8kv.sampling.params import SamplingParams
 
-OPTION_CLASSES = [EngineOptions, SamplingParams]
+OPTION_CLASSES = [
+    EngineOptions,
+    SamplingParams,
+    CalibrationOptions,
+    CompareOptions,
+    PlanOptions,
+    BenchOptions,
+]
 
 
 @options
@@ -127,6 +140,6 @@ def test_the_generated_keywords_are_in_step_with_the_options() -> None:
 
 
 def test_option_modules_do_not_import_jax() -> None:
-    modules = "jfp8kv.engine.options, jfp8kv.sampling.params"
+    modules = "jfp8kv.engine.options, jfp8kv.sampling.params, jfp8kv.quality.options"
     code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

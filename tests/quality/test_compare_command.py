@@ -71,7 +71,7 @@ MISTAKES = {
     "a window in words": (["--window", "x"], "--window"),
     "a needle in words": (
         ["--needle-lengths", "long"],
-        "--needle-lengths long: must be numbers, such as 256,1024, or none",
+        "--needle-lengths long: must be numbers separated by commas, or none",
     ),
     "a needle too short": (["--needle-lengths", "12"], "must be a whole number of at least 49"),
     "a depth beyond the end": (["--needle-depths", "0,2"], "needle_depths="),

@@ -54,8 +54,8 @@ def test_a_plan_is_written_within_the_budget_and_serves_generate(text, tmp_path,
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "either --budget"),
-        (["--budget", "60%", "--max-loss", "0.1"], "either --budget"),
+        ([], "either budget"),
+        (["--budget", "60%", "--max-loss", "0.1"], "either budget"),
         (["--budget", "60%", "--kv-dtypes", "fp8_e4m3,fp9"], "'fp9'"),
         (["--budget", "sixty"], "budget='sixty'"),
         (
