@@ -2,9 +2,10 @@
 
     python -m benchmarks.attention
 
-All configurations compute the same attention over the same tokens, are checked against the reference
-first, and are interleaved in one run. Keys are transposed in their pages, except for "keys as
-values". "gather + astype" is the naive implementation: gather all pages of a request, cast, attend.
+All configurations compute the same attention over the same tokens, are checked against the
+reference first, and are interleaved in one run. Keys are transposed in their pages, except for
+"keys as values". "gather + astype" is the naive implementation: gather all pages of a request,
+cast, attend.
 """
 
 from pathlib import Path

@@ -20,7 +20,7 @@ from benchmarks._common import header, interleaved, median, table
 from jfp8kv.engine.buckets import DECODE_STEPS, DECODE_STEPS_DURING_PREFILL
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
-from jfp8kv.models.names import expected_shapes, nest
+from jfp8kv.models.names import expected_shapes, unflatten
 
 MODEL = Path(__file__).parent.parent / "configs" / "bench" / "windows.yaml"
 DTYPES = ("bfloat16", "fp8_e4m3")
@@ -34,7 +34,7 @@ def random_params(config: ModelConfig) -> jfp8kv.Params:
         name: rng.normal(0, 0.05, shape).astype(config.dtype)
         for name, shape in expected_shapes(config).items()
     }
-    return jfp8kv.Params.from_pytree(nest(weights), config)
+    return jfp8kv.Params.from_pytree(unflatten(weights), config)
 
 
 def check(params: jfp8kv.Params, ids: list[int]) -> None:

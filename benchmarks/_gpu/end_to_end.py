@@ -25,7 +25,7 @@ from jfp8kv.engine.buckets import DECODE_STEPS
 from jfp8kv.engine.request import Request, Status
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
-from jfp8kv.models.names import expected_shapes, nest
+from jfp8kv.models.names import expected_shapes, unflatten
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.sampling.rng import request_key
 
@@ -55,7 +55,7 @@ def random_params(config: ModelConfig) -> jfp8kv.Params:
         return jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16) * scale)(next(keys))
 
     return jfp8kv.Params.from_pytree(
-        nest({name: made(name, s) for name, s in expected_shapes(config).items()}), config
+        unflatten({name: made(name, s) for name, s in expected_shapes(config).items()}), config
     )
 
 

@@ -61,7 +61,7 @@ class Product:
         x, weights = rest
         if self.by_kernel:
             return layer_matmul(x, weights, layer, interpret=self.interpret)
-        return stacked_matmul(x, weights, layer, stored=BFLOAT16, tiled=False)
+        return stacked_matmul(x, weights, layer, weight_dtype=BFLOAT16, tiled=False)
 
 
 def run(session: Session, config: dict[str, Any]) -> None:

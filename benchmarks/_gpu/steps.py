@@ -31,7 +31,7 @@ from jfp8kv.engine.matmul import KernelMatmul
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 from jfp8kv.models.config import ModelConfig, RopeConfig
-from jfp8kv.models.names import expected_shapes, nest
+from jfp8kv.models.names import expected_shapes, unflatten
 from jfp8kv.sampling.params import SamplingParams
 from pallas_kernels import paged_decode, paged_prefill
 
@@ -153,7 +153,7 @@ def _compile(case: StepCase, size: int) -> tuple[Any, str, int]:
     )
     dtype = np.dtype(jnp.bfloat16)
     model = step.StepModel(LLAMA_8B, dtype, attend, kv.groups, KernelWrite(), KernelMatmul())
-    weights = nest(
+    weights = unflatten(
         {
             name: jax.ShapeDtypeStruct(shape, dtype)
             for name, shape in expected_shapes(LLAMA_8B).items()

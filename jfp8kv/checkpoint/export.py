@@ -49,14 +49,14 @@ from jfp8kv.core.formats import E4M3
 from jfp8kv.core.types import PathLike
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families.to_hf import config_to_hf
-from jfp8kv.models.layouts import full_name, hf_modules
+from jfp8kv.models.layouts import add_prefix, hf_modules
 from jfp8kv.models.names import (
     Shape,
-    Source,
+    TensorSource,
     expected_shapes,
     require_names,
     require_shape,
-    sources,
+    tensor_sources,
 )
 from jfp8kv.models.params import Params
 from jfp8kv.text.tokenizer import Tokenizer
@@ -242,7 +242,7 @@ class _Part:
 
     leaf: Any
     index: tuple[int, ...]
-    source: Source
+    source: TensorSource
 
     def values(self) -> np.ndarray:
         on_host = isinstance(self.leaf, np.ndarray) or all(
@@ -267,12 +267,12 @@ def hf_weights(params: Params) -> list[LazyTensor]:
     }
     require_names(leaves, shapes, where="params")
     parts: dict[str, list[_Part]] = {}
-    for name, found in sources(config, hf_modules(config, ())).items():
+    for name, found in tensor_sources(config, hf_modules(config, ())).items():
         _require_array(name, leaves[name], shapes[name])
         stacked = shapes[name][: len(shapes[name]) - len(found[0].part)]
         for index, source in zip(np.ndindex(stacked), found, strict=True):
             parts.setdefault(source.name, []).append(_Part(leaves[name], index, source))
-    return [_lazy_tensor(full_name(config, name), each) for name, each in parts.items()]
+    return [_lazy_tensor(add_prefix(config, name), each) for name, each in parts.items()]
 
 
 def _require_array(name: str, leaf: Any, shape: Shape) -> None:
@@ -292,12 +292,12 @@ def _lazy_tensor(name: str, parts: Sequence[_Part]) -> LazyTensor:
 
 
 def _assemble(parts: Sequence[_Part], dtype: np.dtype) -> np.ndarray:
-    if parts[0].source.take is None:
+    if parts[0].source.extract is None:
         return parts[0].values()
     out = np.empty(parts[0].source.shape, dtype)
     for part in parts:
-        assert part.source.take is not None
-        view = part.source.take(out)
+        assert part.source.extract is not None
+        view = part.source.extract(out)
         assert np.shares_memory(view, out), "parts of a Hugging Face layout are views"
         view[...] = part.values()
     return out

@@ -13,7 +13,7 @@ from jfp8kv.checkpoint.kv_scale_tensors import SIDECAR, Sidecar, is_kv_scale, pa
 from jfp8kv.checkpoint.safetensors import open_safetensors
 from jfp8kv.checkpoint.tensors import StoredTensor
 from jfp8kv.core.errors import CheckpointError
-from jfp8kv.models.layouts import bare, is_buffer
+from jfp8kv.models.layouts import is_buffer, strip_prefix
 
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -22,7 +22,7 @@ PICKLE_ADVICE = (
     "you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) of "
     "transformers writes safetensors."
 )
-_VISION = ("vision_tower.", "multi_modal_projector.")  # bare names of the image encoder
+_VISION = ("vision_tower.", "multi_modal_projector.")  # names without prefix of the image encoder
 
 # Files to download. The ignored ones are other formats and copies of the same weights.
 _SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", KV_FILE]
@@ -165,13 +165,13 @@ def _shard(folder: Path, name: str) -> Path:
 def split_scales(
     tensors: dict[str, StoredTensor],
 ) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """Split tensors into weights by bare name (models/layouts.py) and KV scales by full name.
+    """Split tensors into weights, by name without prefix (models/layouts.py), and KV scales.
 
     Buffers are dropped. The scales of a vision encoder stay with its weights.
     """
     scales = {name: tensor for name, tensor in tensors.items() if _is_text_scale(name)}
     weights = {
-        bare(name): tensor
+        strip_prefix(name): tensor
         for name, tensor in tensors.items()
         if name not in scales and not is_buffer(name)
     }
@@ -179,7 +179,7 @@ def split_scales(
 
 
 def _is_text_scale(name: str) -> bool:
-    return is_kv_scale(name) and not bare(name).startswith(_VISION)
+    return is_kv_scale(name) and not strip_prefix(name).startswith(_VISION)
 
 
 def unread_scales_note(folder: Path) -> str:

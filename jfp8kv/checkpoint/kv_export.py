@@ -24,7 +24,7 @@ from jfp8kv.checkpoint.kv_scales import ScaleIssue, ScaleReport
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.core.formats import E4M3, kv_format
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.layouts import full_name, hf_modules
+from jfp8kv.models.layouts import add_prefix, hf_modules
 
 ExportLayout = Literal["compressed-tensors"]
 COMPRESSED_TENSORS: ExportLayout = "compressed-tensors"
@@ -78,7 +78,7 @@ def scale_tensors(config: ModelConfig, scales: KVScales) -> dict[str, np.ndarray
     for layer in range(config.layers):
         for part, values in (("k", scales.k), ("v", scales.v)):
             value = values[layer]
-            name = full_name(config, f"{attention.format(layer=layer)}.{part}_scale")
+            name = add_prefix(config, f"{attention.format(layer=layer)}.{part}_scale")
             tensors[name] = value.reshape(-1, 1, 1) if len(value) > 1 else value.reshape(1)
     return tensors
 

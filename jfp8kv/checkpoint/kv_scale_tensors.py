@@ -27,7 +27,7 @@ from jfp8kv.checkpoint.safetensors import DTYPES
 from jfp8kv.checkpoint.tensors import StoredTensor
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.layouts import bare
+from jfp8kv.models.layouts import strip_prefix
 
 SIDECAR = "kv_cache_scales.json"
 GRANULARITIES = ("tensor", "head", "channel")  # by the number of axes of one layer's scale
@@ -103,7 +103,7 @@ def is_kv_scale(name: str) -> bool:
 def parse_scale_name(name: str) -> ScaleName | None:
     """Return the fields of a tensor name, or None if it follows no known convention."""
     for convention, pattern in _CONVENTIONS.items():
-        if match := pattern.fullmatch(bare(name)):
+        if match := pattern.fullmatch(strip_prefix(name)):
             groups = match.groupdict()
             part = groups.get("part") or groups["prob"]
             is_zero_point = groups["zero_point"] is not None

@@ -36,7 +36,7 @@ from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
 from jfp8kv.models.families.fields import ids, mapping
 from jfp8kv.models.layouts import gguf_modules, hf_modules
-from jfp8kv.models.names import Module, expected_shapes, nest
+from jfp8kv.models.names import ModuleLayout, expected_shapes, unflatten
 from jfp8kv.models.params import Params
 from jfp8kv.models.quantization import WeightScheme, weight_scheme
 from jfp8kv.text.tokenizer import Tokenizer
@@ -131,7 +131,7 @@ class CheckpointInfo:
     kind: str
     config: ModelConfig
     weights: Mapping[str, StoredTensor]
-    modules: Mapping[str, Module]
+    modules: Mapping[str, ModuleLayout]
     read_tokenizer: Callable[[], Tokenizer | None]
     scale_tensors: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
     scale_report: ScaleReport = dataclasses.field(default_factory=ScaleReport)
@@ -149,7 +149,9 @@ class CheckpointInfo:
             name: jax.ShapeDtypeStruct(shape, dtypes.get(name, default))
             for name, shape in expected_shapes(self.config).items()
         }
-        return Params(nest(leaves), self.config, self.read_tokenizer(), self.scale_report.scales)
+        return Params(
+            unflatten(leaves), self.config, self.read_tokenizer(), self.scale_report.scales
+        )
 
 
 def read_checkpoint_info(source: PathLike, *, weights: bool = True) -> CheckpointInfo:

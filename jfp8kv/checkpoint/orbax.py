@@ -35,7 +35,14 @@ from jfp8kv.checkpoint.tensors import StoredTensor, chunks, load_parameter
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.core.types import PathLike
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.names import Shape, Source, expected_shapes, nest, require_names, require_shape
+from jfp8kv.models.names import (
+    Shape,
+    TensorSource,
+    expected_shapes,
+    require_names,
+    require_shape,
+    unflatten,
+)
 from jfp8kv.models.params import Params
 from jfp8kv.text.tokenizer import Tokenizer
 
@@ -181,7 +188,7 @@ def load_saved(folder: Path, dtype: np.dtype | None) -> Params:
     """
     saved = _read_description(folder)
     shapes = expected_shapes(saved.config)
-    sources = {name: [Source(name, shape, shape)] for name, shape in shapes.items()}
+    sources = {name: [TensorSource(name, shape, shape)] for name, shape in shapes.items()}
     leaves = {}
     with _checkpointer() as checkpointer:
         stored = _open_weights(folder / WEIGHTS, shapes, checkpointer)
@@ -189,7 +196,7 @@ def load_saved(folder: Path, dtype: np.dtype | None) -> Params:
             target = dtype or stored[name].dtype
             assert target is not None, "arrays of Orbax checkpoints have a dtype"
             leaves[name] = load_parameter(shapes[name], sources[name], stored, target)
-    tree = nest({name: leaves[name] for name in shapes})
+    tree = unflatten({name: leaves[name] for name in shapes})
     return Params(tree, saved.config, saved.tokenizer, saved.kv_scales)
 
 
@@ -329,7 +336,7 @@ def _unreadable(path: Path, reason: str) -> CheckpointError:
 def _read_array(path: Path, checkpointer: Any, name: str, out: np.ndarray) -> None:
     import orbax.checkpoint as ocp
 
-    target = nest({name: 0})
+    target = unflatten({name: 0})
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     restore = ocp.args.PyTreeRestore(item=target, restore_args=as_numpy, partial_restore=True)
     try:

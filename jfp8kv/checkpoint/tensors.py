@@ -19,15 +19,15 @@ import numpy as np
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.names import (
-    Module,
+    ModuleLayout,
     Shape,
-    Source,
-    each_source,
+    TensorSource,
     expected_shapes,
-    nest,
     require_names,
     require_shape,
-    sources,
+    source_shapes,
+    tensor_sources,
+    unflatten,
 )
 
 CHUNK_BYTES = 4 << 20
@@ -85,7 +85,7 @@ def most_common_dtype(tensors: Mapping[str, StoredTensor]) -> np.dtype:
 def load_tree(
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],
-    modules: Mapping[str, Module],
+    modules: Mapping[str, ModuleLayout],
     dtype: np.dtype,
     *,
     where: Path,
@@ -102,32 +102,32 @@ def load_tree(
       CheckpointError: a tensor is missing, unexpected, of the wrong shape, quantized in an
         unsupported way, or out of `dtype`'s range.
     """
-    parts = sources(config, modules)
+    parts = tensor_sources(config, modules)
     shapes = expected_shapes(config)
-    expected = each_source(parts)
+    expected = source_shapes(parts)
     _require_floats(tensors)
     require_names(tensors, expected, where=str(where))
     for name, shape in expected.items():
         tensor = tensors[name]
         require_shape(tensor.name, tensor.shape, shape, where=str(tensor.file))
-    return nest(
+    return unflatten(
         {name: load_parameter(shapes[name], each, tensors, dtype) for name, each in parts.items()}
     )
 
 
 def load_parameter(
-    shape: Shape, parts: list[Source], tensors: Mapping[str, StoredTensor], dtype: np.dtype
+    shape: Shape, parts: list[TensorSource], tensors: Mapping[str, StoredTensor], dtype: np.dtype
 ) -> jax.Array:
     """Read one parameter, part by part, onto the default device."""
     host = aligned_empty(shape, dtype)
     rows = host.reshape(len(parts), *parts[0].part)
     for row, part in zip(rows, parts, strict=True):
-        if part.take is None:
+        if part.extract is None:
             tensors[part.name].read_into(row)
         else:
-            tensor = np.empty(part.shape, np.float32 if part.wide else dtype)
+            tensor = np.empty(part.shape, np.float32 if part.needs_float32 else dtype)
             tensors[part.name].read_into(tensor)
-            row[...] = part.take(tensor)
+            row[...] = part.extract(tensor)
     array: jax.Array = jax.device_put(host, may_alias=True)
     # Where the device has separate memory, this frees the host copy before the next parameter.
     array.block_until_ready()

@@ -34,7 +34,7 @@ from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill, Scheduler
 from jfp8kv.engine.speculative import decode_speculative
 from jfp8kv.engine.stats import Stats, Stopwatch
 from jfp8kv.engine.structured import StructuredOutput
-from jfp8kv.models.linear import on_cpu
+from jfp8kv.models.linear import cpu_weight
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import switch_length
 from jfp8kv.sampling.params import MAX_LOGPROBS, SamplingParams
@@ -114,7 +114,7 @@ class Engine:
         if weights is None:
             weights = params.tree
             if on_host:
-                weights = jax.tree.map(lambda w: on_cpu(w, params.dtype), weights)
+                weights = jax.tree.map(lambda w: cpu_weight(w, params.dtype), weights)
         self.programs = Programs(self.model, weights, self.cache_config.layer_scales())
         self.num_pages = self._pool_size()
         self.pages: KVPool | None = self.cache_config.allocate(self.num_pages)

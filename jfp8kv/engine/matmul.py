@@ -34,7 +34,7 @@ class KernelMatmul:
         weight: Array,
         layer: Int[Array, ""] | int,
         *,
-        stored: np.dtype,
+        weight_dtype: np.dtype,
         tiled: bool,
     ) -> Float[Array, "tokens out"]:
         """Return `x @ weight[layer].T`, accumulated in float32 and returned in float32."""
@@ -43,7 +43,7 @@ class KernelMatmul:
         def matmul(x: Array, weight: Array, layer: Array) -> Array:
             if is_supported(weight) and x.shape[0] <= MAX_ROWS:
                 return self._by_kernel(x, weight, layer)
-            return stacked_matmul(x, weight, layer, stored=stored, tiled=tiled)
+            return stacked_matmul(x, weight, layer, weight_dtype=weight_dtype, tiled=tiled)
 
         @matmul.def_vmap
         def _(

@@ -1,1 +1,1 @@
-"""Models: what differs between families as data, the parameters, and one decoder that runs them all."""
+"""Models: families as data, parameters, and one decoder for all of them."""

@@ -1,7 +1,7 @@
-"""What makes one decoder differ from another, as data.
+"""`ModelConfig`: the sizes and options of a decoder-only transformer, as data.
 
-`ModelConfig` holds the numbers and switches of a decoder-only transformer. Reading a family's `config.json` into it is the
-job of `models/families/`; the decoder knows no family.
+`models/families/` converts the `config.json` of each family into it. The decoder does not depend on
+families.
 """
 
 import dataclasses
@@ -14,16 +14,24 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), half-split layout, with its scaling for long contexts.
+    """Rotary position embedding (RoPE), half-split layout, with its scaling for long contexts.
 
-    `kind` and what belongs to it alone:
-      - "default"; "linear": positions are divided by `factor`.
-      - "dynamic": beyond `original_max_len` tokens theta grows with the length of the text (NTK-aware scaling).
-      - "llama3": interpolation by frequency, between `low_freq_factor` and `high_freq_factor` turns over `original_max_len`.
-      - "yarn": the same between `beta_slow` and `beta_fast` turns (arXiv:2309.00071), the bounds rounded if `truncate`.
-      - "longrope": each frequency is divided by its entry of `short_factors`, or of `long_factors` in a text of more than
-        `original_max_len` tokens (arXiv:2402.13753).
-    `share` of the head is rotated, from its front; `magnitude` multiplies cosines and sines (yarn, longrope).
+    Source: Su et al. 2021, arXiv:2104.09864. Values of `kind`:
+      - "default": no scaling.
+      - "linear": positions are divided by `factor`.
+      - "dynamic": beyond `original_max_len` tokens theta grows with the length of the sequence
+        (NTK-aware scaling).
+      - "llama3": interpolation by frequency, between `low_freq_factor` and `high_freq_factor` turns
+        over `original_max_len` tokens.
+      - "yarn": the same between `beta_slow` and `beta_fast` turns (arXiv:2309.00071); the bounds
+        are rounded if `truncate`.
+      - "longrope": each frequency is divided by its entry of `short_factors`, or of `long_factors`
+        in sequences of more than `original_max_len` tokens (arXiv:2402.13753).
+
+    Attributes:
+      theta: the base of the frequencies.
+      share: the part of each head that is rotated, from its start.
+      magnitude: factor on cosines and sines (yarn, longrope).
     """
 
     theta: float = 10000.0
@@ -41,18 +49,24 @@ class RopeConfig:
     long_factors: tuple[float, ...] = ()
 
     def rotated(self, head_dim: int) -> int:
-        """Features of a head that are rotated."""
+        """Return the number of rotated features per head."""
         return int(head_dim * self.share)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
-    """A mixture of experts in the place of the MLP: each token is sent to `top_k` of `count` experts of width `hidden`.
+    """A mixture of experts instead of the MLP: each token is sent to `top_k` of `count` experts.
 
-    Weights are the softmax of the router's logits over all experts, and `normalized` makes those of the chosen sum to 1 (the
-    same as a softmax over the chosen). `shared_hidden`: width of one expert that every token also goes through, behind a
-    sigmoid gate; 0 is none. `clamped`: the gate of gpt-oss, `(up + 1) * gate * sigmoid(alpha * gate)`, gate and up held
-    within `limit`. `layers` lists the layers that have experts; the others keep their MLP.
+    Attributes:
+      count: experts per layer.
+      top_k: experts per token. Their weights are the softmax of the router logits over all experts.
+      hidden: width of an expert.
+      layers: the layers with experts; the others have an MLP.
+      normalized: the weights of the selected experts sum to 1, as in a softmax over these.
+      bias: on the router and in the experts.
+      shared_hidden: width of an expert for every token, with a sigmoid gate; 0 for none.
+      clamped: the gate of gpt-oss, `(up + 1) * gate * sigmoid(alpha * gate)`, with gate and up
+        clamped to `limit`.
     """
 
     count: int
@@ -60,7 +74,7 @@ class ExpertsConfig:
     hidden: int
     layers: tuple[int, ...]
     normalized: bool = True
-    bias: bool = False  # on the router and in the experts
+    bias: bool = False
     shared_hidden: int = 0
     clamped: bool = False
     alpha: float = 1.702
@@ -71,7 +85,8 @@ class ExpertsConfig:
 class ModelConfig:
     """A decoder-only transformer. Sizes are counts; `head_dim` is independent of `hidden`.
 
-    Tuples by layer (`windows`, `layer_ropes`) are empty where all layers are alike: no window; the first of `ropes`, if any.
+    Tuples by layer are empty if all layers are the same: `windows` for no window, `layer_ropes` for
+    the first of `ropes`, if any.
     """
 
     architecture: str
@@ -87,17 +102,13 @@ class ModelConfig:
     activation: Activation = "silu"
     # Positions
     ropes: tuple[RopeConfig, ...] = (RopeConfig(),)
-    layer_ropes: tuple[
-        int, ...
-    ] = ()  # by layer: an index into `ropes`, or -1 for a layer that rotates nothing
-    learned_positions: bool = False  # a table of `max_len` embeddings, added to those of the tokens
+    layer_ropes: tuple[int, ...] = ()  # by layer: an index into `ropes`, or -1 for no rotation
+    learned_positions: bool = False  # `max_len` embeddings, added to those of the tokens
     # Norms
-    norm: Norm = "rms"  # "rms_plus_one" multiplies by 1 + weight; "layer" centres and has a bias
+    norm: Norm = "rms"  # "rms_plus_one" multiplies by 1 + weight; "layer" centers and has a bias
     pre_norm: bool = True  # before attention and MLP
-    post_norm: bool = False  # on what attention and MLP return, before it is added
-    qk_norm: Literal["head", "row"] | None = (
-        None  # of queries and keys: each head by itself, or all heads as one row
-    )
+    post_norm: bool = False  # on the outputs of attention and MLP
+    qk_norm: Literal["head", "row"] | None = None  # of each head, or of all heads together
     # Projections
     qkv_bias: bool = False
     o_bias: bool = False
@@ -105,24 +116,22 @@ class ModelConfig:
     gated_mlp: bool = True  # down(activation(gate) * up); False: down(activation(up))
     experts: ExpertsConfig | None = None
     # Attention
-    windows: tuple[
-        int, ...
-    ] = ()  # by layer: a query sees this many tokens, itself included; 0 sees all
+    windows: tuple[int, ...] = ()  # by layer: tokens that a query sees, its own included; 0 for all
     sm_scale: float | None = None  # None: head_dim ** -0.5
     scale_by_layer: bool = False  # scores of layer l are divided by l + 1 (an option of GPT-2)
     softcap: float | None = None  # of attention scores
     sinks: bool = False  # a learned logit per head that joins the softmax
     # Embeddings and output
     tied_embeddings: bool = False
-    embedding_scale: float = 1.0  # in the weights' type
-    residual_scale: float = 1.0  # on what attention and MLP add
+    embedding_scale: float = 1.0  # in the type of the weights
+    residual_scale: float = 1.0  # on the outputs of attention and MLP
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     # Tokens and types
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
-    dtype: str = "bfloat16"  # what the checkpoint says its weights are
-    kv_cache_dtype: str | None = None  # what the checkpoint declares for its KV cache, in our names
+    dtype: str = "bfloat16"  # of the weights, according to the checkpoint
+    kv_cache_dtype: str | None = None  # the KV cache format that the checkpoint declares
 
     @property
     def attention_scale(self) -> float:
@@ -136,16 +145,16 @@ class ModelConfig:
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
-        """The layers that have an MLP of their own rather than experts."""
+        """The layers with an MLP instead of experts."""
         return tuple(
             i for i in range(self.layers) if self.experts is None or i not in self.experts.layers
         )
 
     def window(self, layer: int) -> int:
-        """Tokens a query of this layer sees, itself included; 0 sees all."""
+        """Return the window of a layer: tokens that a query sees, its own included; 0 for all."""
         return self.windows[layer] if self.windows else 0
 
     def rope(self, layer: int) -> RopeConfig | None:
-        """How this layer rotates queries and keys; None if it does not."""
-        which = self.layer_ropes[layer] if self.layer_ropes else 0
-        return self.ropes[which] if self.ropes and which >= 0 else None
+        """Return the RoPE of a layer; None if it does not rotate."""
+        index = self.layer_ropes[layer] if self.layer_ropes else 0
+        return self.ropes[index] if self.ropes and index >= 0 else None

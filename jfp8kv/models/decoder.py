@@ -1,13 +1,14 @@
-"""The decoder: one Flax NNX module for every family, called on the tokens of one request.
+"""The decoder: one Flax NNX module for all families, called on the tokens of one request.
 
-It knows nothing of caches. Attention is a function it is given: `attend(layer, q, k, v, carry) -> (out, carry)`, with q and k
-already normed and rotated. The engine passes one over pages, calibration one that watches, tests a plain one.
+It does not know the cache. Attention is a function that it receives:
+`attend(layer, q, k, v, carry) -> (out, carry)`, with q and k normed and rotated. The engine passes
+paged attention, calibration one that observes keys and values, tests a plain one.
 
-Layers run under `lax.scan` with their parameters stacked, so a model of 80 layers traces and compiles like one of 2. Where
-layers differ (windows, rotations, experts) they read their entry of a small array by their index.
+Layers run under `lax.scan` with stacked parameters, so a model of 80 layers traces and compiles
+like one of 2. Where layers differ (windows, RoPE, experts) they index a small array by layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jfp8kv.core.platform import activation_dtype
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.experts import Experts
-from jfp8kv.models.layers import FLOAT32, Linear, Norm, Table, activate, gated
+from jfp8kv.models.layers import FLOAT32, Embedding, Linear, Norm, activate, gated_activation
 from jfp8kv.models.linear import Matmul, stacked_matmul, widen
 from jfp8kv.models.rope import AllAngles, angles, layer_angles, rotate
 
@@ -29,12 +30,19 @@ Layer = Int[Array, ""]
 
 
 class Layers(nnx.Module):
-    """The parameters of all layers, and one layer's computation."""
+    """The parameters of all layers, and the computation of one layer."""
 
     def __init__(
-        self, config: ModelConfig, *, dtype: np.dtype, tiled: bool, rngs: nnx.Rngs, matmul: Matmul
+        self,
+        config: ModelConfig,
+        *,
+        dtype: np.dtype[Any],
+        tiled: bool,
+        rngs: nnx.Rngs,
+        matmul: Matmul,
     ):
-        c, dense = config, len(config.dense_layers)
+        c = config
+        dense = len(c.dense_layers)
 
         def linear(out: int, width: int, bias: bool, layers: int = c.layers) -> Linear:
             return Linear(
@@ -45,12 +53,14 @@ class Layers(nnx.Module):
             return Norm(c.layers, width, kind=c.norm, eps=c.norm_eps, dtype=dtype)
 
         if c.pre_norm:
-            self.attention_norm, self.mlp_norm = norm(), norm()
+            self.attention_norm = norm()
+            self.mlp_norm = norm()
         if c.post_norm:
-            self.attention_post_norm, self.mlp_post_norm = norm(), norm()
+            self.attention_post_norm = norm()
+            self.mlp_post_norm = norm()
         if c.qk_norm:
-            heads = {"head": (1, 1), "row": (c.q_heads, c.kv_heads)}[c.qk_norm]
-            self.q_norm, self.k_norm = (norm(h * c.head_dim) for h in heads)
+            self.q_norm = norm((c.q_heads if c.qk_norm == "row" else 1) * c.head_dim)
+            self.k_norm = norm((c.kv_heads if c.qk_norm == "row" else 1) * c.head_dim)
         self.q = linear(c.q_heads * c.head_dim, c.hidden, c.qkv_bias)
         self.k = linear(c.kv_heads * c.head_dim, c.hidden, c.qkv_bias)
         self.v = linear(c.kv_heads * c.head_dim, c.hidden, c.qkv_bias)
@@ -78,25 +88,29 @@ class Layers(nnx.Module):
         carry: Any,
     ) -> tuple[Array, Any]:
         c = self.config
-        y, carry = self._attention(
-            layer, self.attention_norm(x, layer) if c.pre_norm else x, rotations, attend, carry
-        )
-        x = self._added(x, self.attention_post_norm(y, layer) if c.post_norm else y)
+        y = self.attention_norm(x, layer) if c.pre_norm else x
+        y, carry = self._attention(layer, y, rotations, attend, carry)
+        x = self._add(x, self.attention_post_norm(y, layer) if c.post_norm else y)
         y = self._mlp(layer, self.mlp_norm(x, layer) if c.pre_norm else x, real)
-        return self._added(x, self.mlp_post_norm(y, layer) if c.post_norm else y), carry
+        x = self._add(x, self.mlp_post_norm(y, layer) if c.post_norm else y)
+        return x, carry
 
-    def _added(self, x: Array, y: Array) -> Array:
+    def _add(self, x: Array, y: Array) -> Array:
+        """Add `y` to the residual stream."""
         scale = self.config.residual_scale
         return x + (y if scale == 1.0 else y * jnp.asarray(scale, y.dtype))
 
     def _attention(
         self, layer: Layer, x: Array, rotations: AllAngles | None, attend: Attend, carry: Any
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        c, tokens = self.config, x.shape[0]
-        q, k = self.q(x, layer), self.k(x, layer)
+        c = self.config
+        tokens = x.shape[0]
+        q = self.q(x, layer)
+        k = self.k(x, layer)
         if c.qk_norm == "row":
             q, k = self.q_norm(q, layer), self.k_norm(k, layer)
-        q, k = q.reshape(tokens, c.q_heads, c.head_dim), k.reshape(tokens, c.kv_heads, c.head_dim)
+        q = q.reshape(tokens, c.q_heads, c.head_dim)
+        k = k.reshape(tokens, c.kv_heads, c.head_dim)
         if c.qk_norm == "head":
             q, k = self.q_norm(q, layer), self.k_norm(k, layer)
         if rotations is not None:
@@ -114,13 +128,12 @@ class Layers(nnx.Module):
             return self._dense(layer, x)
         if not c.dense_layers:
             return self.experts(x, layer, real)
-        of_experts = np.isin(np.arange(c.layers), c.experts.layers)
-        slots = (
-            np.where(of_experts, np.cumsum(of_experts), np.cumsum(~of_experts)) - 1
-        )  # a layer's place among its kind
+        has_experts = np.isin(np.arange(c.layers), c.experts.layers)
+        # Index of each layer among those with experts, or among those without.
+        slots = np.where(has_experts, np.cumsum(has_experts), np.cumsum(~has_experts)) - 1
         slot = jnp.asarray(slots, jnp.int32)[layer]
         return lax.cond(
-            jnp.asarray(of_experts)[layer],
+            jnp.asarray(has_experts)[layer],
             lambda: self.experts(x, slot, real),
             lambda: self._dense(slot, x),
         )
@@ -128,45 +141,50 @@ class Layers(nnx.Module):
     def _dense(self, slot: Layer, x: Array) -> Array:
         c = self.config
         up = self.up(x, slot)
-        return self.down(
-            gated(c.activation, self.gate(x, slot), up)
-            if c.gated_mlp
-            else activate(c.activation, up),
-            slot,
-        )
+        if c.gated_mlp:
+            inner = gated_activation(c.activation, self.gate(x, slot), up)
+        else:
+            inner = activate(c.activation, up)
+        return self.down(inner, slot)
 
 
 class Decoder(nnx.Module):
     """A decoder-only transformer. Parameters have the names and shapes of `models.names`.
 
-    `dtype` is the weights'; activations are kept in `activation_dtype(dtype)`. `Decoder(config)` draws random weights, mostly
-    for tests; `bind` makes one from a tree of arrays.
+    `Decoder(config)` draws random weights, mostly for tests; `bind` wraps a tree of arrays.
+
+    Args:
+      config: of the model.
+      dtype: of the weights; activations have `activation_dtype(dtype)`.
+      rngs: for random weights.
+      matmul: multiplies by the matrices of a layer, except those of experts.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        dtype: np.dtype | None = None,
+        dtype: np.dtype[Any] | None = None,
         rngs: nnx.Rngs | None = None,
         matmul: Matmul = stacked_matmul,
     ):
-        dtype, rngs = np.dtype(dtype or jnp.dtype(config.dtype)), rngs or nnx.Rngs(0)
+        dtype = np.dtype(dtype or jnp.dtype(config.dtype))
+        rngs = rngs or nnx.Rngs(0)
         tiled = jax.default_backend() == "cpu"
 
-        def table(rows: int) -> Table:
-            return Table(rows, config.hidden, dtype=dtype, tiled=tiled, rngs=rngs)
+        def embedding(rows: int) -> Embedding:
+            return Embedding(rows, config.hidden, dtype=dtype, tiled=tiled, rngs=rngs)
 
-        self.embed = table(config.vocab)
+        self.embed = embedding(config.vocab)
         if config.learned_positions:
-            self.positions = table(config.max_len)
+            self.positions = embedding(config.max_len)
         self.layers = Layers(config, dtype=dtype, tiled=tiled, rngs=rngs, matmul=matmul)
         self.norm = Norm(None, config.hidden, kind=config.norm, eps=config.norm_eps, dtype=dtype)
         if not config.tied_embeddings:
-            self.head = table(config.vocab)
+            self.head = embedding(config.vocab)
         self.config = config
-        self.stored = dtype
-        self.compute = activation_dtype(dtype)
+        self.weight_dtype = dtype
+        self.activation_dtype = activation_dtype(dtype)
 
     def __call__(
         self,
@@ -177,9 +195,15 @@ class Decoder(nnx.Module):
         carry: Any,
         context: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "tokens hidden"], Any]:
-        """Hidden states after the final norm, and what `attend` made of `carry`.
+        """Return the hidden states after the final norm, and the last `carry` of `attend`.
 
-        `context` is how many tokens the text had when its cache was begun (models/rope.py); None: these are all of them.
+        Args:
+          tokens: token ids; ids past the end of the vocabulary are padding.
+          positions: of the tokens.
+          attend: the attention function.
+          carry: passed through `attend` of all layers.
+          context: tokens of the sequence when its cache was started (models/rope.py); None if these
+            are all of them.
         """
         c = self.config
         context = jnp.max(positions) + 1 if context is None else context
@@ -190,44 +214,52 @@ class Decoder(nnx.Module):
             x, carry = state
             return self.layers(layer, x, rotations, real, attend, carry), None
 
-        start = self._embedded(tokens, positions), carry
+        start = self._embed(tokens, positions), carry
         (x, carry), _ = lax.scan(body, start, jnp.arange(c.layers, dtype=jnp.int32))
         return self.norm(x), carry
 
-    def _embedded(
+    def _embed(
         self, tokens: Int[Array, " tokens"], positions: Int[Array, " tokens"]
     ) -> Float[Array, "tokens hidden"]:
-        x = self.embed.rows(tokens, self.compute)
+        x = self.embed.lookup(tokens, self.activation_dtype)
         if self.config.embedding_scale != 1.0:
-            scale = np.asarray(
-                self.config.embedding_scale, self.stored
-            )  # rounded as the weights are: models are trained so
-            x = x * jnp.asarray(scale, self.compute)
-        return (
-            x + self.positions.rows(positions, self.compute) if self.config.learned_positions else x
-        )
+            # Rounded to the type of the weights, as in training.
+            scale = np.asarray(self.config.embedding_scale, self.weight_dtype)
+            x = x * jnp.asarray(scale, self.activation_dtype)
+        if self.config.learned_positions:
+            x = x + self.positions.lookup(positions, self.activation_dtype)
+        return x
 
     def logits(self, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
-        """Scores of every token id, float32."""
+        """Return the logits of every token id, float32."""
         c = self.config
-        scores = (self.embed if c.tied_embeddings else self.head).scores(hidden) * c.logit_scale
-        return (
-            scores
-            if c.logit_softcap is None
-            else c.logit_softcap * jnp.tanh(scores / c.logit_softcap)
-        )
+        head = self.embed if c.tied_embeddings else self.head
+        logits = head.logits(hidden) * c.logit_scale
+        if c.logit_softcap is not None:
+            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        return logits
 
     def sinks(self) -> Float[Array, "layers q_heads"] | None:
-        """The attention sinks of every layer, float32, or None."""
-        return widen(self.layers.sinks[...], self.stored, FLOAT32) if self.config.sinks else None
+        """Return the attention sinks of every layer, float32, or None."""
+        if not self.config.sinks:
+            return None
+        return widen(self.layers.sinks[...], self.weight_dtype, FLOAT32)
 
 
 def bind(
-    config: ModelConfig, tree: Any, dtype: np.dtype, *, matmul: Matmul = stacked_matmul
+    config: ModelConfig,
+    tree: Mapping[str, Any],
+    dtype: np.dtype[Any],
+    *,
+    matmul: Matmul = stacked_matmul,
 ) -> Decoder:
-    """The decoder around a tree of arrays with the native names; `dtype` is the type that 16-bit bits stand for.
+    """Return the decoder with the parameters in `tree`.
 
-    `matmul` multiplies by the matrices of a layer, experts' apart.
+    Args:
+      config: of the model.
+      tree: nested dict of arrays, as in `Params.tree`.
+      dtype: of the weights, also of those that are stored as bits.
+      matmul: multiplies by the matrices of a layer, except those of experts.
     """
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, matmul=matmul))
     graph, state = nnx.split(abstract)

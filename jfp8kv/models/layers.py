@@ -1,7 +1,11 @@
-"""The decoder's building blocks as Flax NNX modules. Each holds its parameter of *all* layers and is called with a layer index.
+"""Building blocks of the decoder, as Flax NNX modules.
 
-Weights lie `[layers, out, in]`, as checkpoints have them; 16-bit ones may be replaced by their bits (models/linear.py).
+Each module has its parameter for *all* layers and is called with a layer index. Weights are stored
+as `[layers, out, in]`, like in checkpoints; 16-bit ones may be replaced by their bits
+(models/linear.py).
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +17,15 @@ from jfp8kv.models.config import Activation
 from jfp8kv.models.config import Norm as NormKind
 from jfp8kv.models.linear import Matmul, stacked_matmul, widen
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
 FLOAT32 = np.dtype(np.float32)
 Layer = Int[Array, ""] | int
 
 
 class Linear(nnx.Module):
-    """`x @ weight[layer].T + bias[layer]`, accumulated in float32, returned in `x.dtype`. `tiled`: see models/linear.py."""
+    """`x @ weight[layer].T + bias[layer]`, accumulated in float32, returned in `x.dtype`.
+
+    `tiled`: see models/linear.py.
+    """
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class Linear(nnx.Module):
         width: int,
         *,
         bias: bool,
-        dtype: np.dtype,
+        dtype: np.dtype[Any],
         tiled: bool,
         rngs: nnx.Rngs,
         matmul: Matmul = stacked_matmul,
@@ -43,26 +44,30 @@ class Linear(nnx.Module):
         if bias:
             self.bias = nnx.Param(jnp.zeros((layers, out), dtype))
         self.has_bias = bias
-        self.stored = np.dtype(dtype)
+        self.weight_dtype = np.dtype(dtype)
         self.tiled = tiled
         self.matmul = matmul
 
     def __call__(self, x: Float[Array, "tokens in"], layer: Layer) -> Float[Array, "tokens out"]:
-        y = self.matmul(x, self.weight[...], layer, stored=self.stored, tiled=self.tiled)
+        y = self.matmul(
+            x, self.weight[...], layer, weight_dtype=self.weight_dtype, tiled=self.tiled
+        )
         if self.has_bias:
-            y = y + widen(self.bias[...][layer], self.stored, FLOAT32)
+            y = y + widen(self.bias[...][layer], self.weight_dtype, FLOAT32)
         return y.astype(x.dtype)
 
 
 class Norm(nnx.Module):
-    """A norm over the last axis in float32, returned in `x.dtype`. `layers=None` is a single norm, called without a layer.
+    """A norm over the last axis, computed in float32 and returned in `x.dtype`.
 
-    "rms": root mean square (Zhang and Sennrich 2019, arXiv:1910.07467), "rms_plus_one" multiplies by `1 + weight`; "layer"
-    subtracts the mean, divides by the standard deviation and adds a bias (Ba et al. 2016, arXiv:1607.06450).
+    "rms" is the root mean square norm (Zhang and Sennrich 2019, arXiv:1910.07467), "rms_plus_one"
+    multiplies by `1 + weight`. "layer" subtracts the mean, divides by the standard deviation and
+    adds a bias (Ba et al. 2016, arXiv:1607.06450). `layers=None` is a single norm, called without a
+    layer.
     """
 
     def __init__(
-        self, layers: int | None, width: int, *, kind: NormKind, eps: float, dtype: np.dtype
+        self, layers: int | None, width: int, *, kind: NormKind, eps: float, dtype: np.dtype[Any]
     ):
         shape = (width,) if layers is None else (layers, width)
         self.weight = nnx.Param(jnp.full(shape, 0 if kind == "rms_plus_one" else 1, dtype))
@@ -70,7 +75,7 @@ class Norm(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(shape, dtype))
         self.kind = kind
         self.eps = eps
-        self.stored = np.dtype(dtype)
+        self.weight_dtype = np.dtype(dtype)
 
     def __call__(
         self, x: Float[Array, "*rows width"], layer: Layer | None = None
@@ -79,43 +84,63 @@ class Norm(nnx.Module):
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        weight = self._read(self.weight, layer)
+        weight = self._of_layer(self.weight, layer)
         normed = normed * (weight + 1.0 if self.kind == "rms_plus_one" else weight)
-        return (normed + self._read(self.bias, layer) if self.kind == "layer" else normed).astype(
-            x.dtype
-        )
+        if self.kind == "layer":
+            normed = normed + self._of_layer(self.bias, layer)
+        return normed.astype(x.dtype)
 
-    def _read(self, parameter: nnx.Param, layer: Layer | None) -> Float[Array, " width"]:
+    def _of_layer(self, parameter: nnx.Param, layer: Layer | None) -> Float[Array, " width"]:
         value = parameter[...] if layer is None else parameter[...][layer]
-        return widen(value, self.stored, FLOAT32)
+        return widen(value, self.weight_dtype, FLOAT32)
 
 
-class Table(nnx.Module):
-    """A `[vocab, hidden]` matrix: read by rows to embed tokens, multiplied by to score them."""
+class Embedding(nnx.Module):
+    """A `[vocab, hidden]` matrix: the token embeddings, or the output head, or both."""
 
-    def __init__(self, vocab: int, hidden: int, *, dtype: np.dtype, tiled: bool, rngs: nnx.Rngs):
-        self.weight = nnx.Param(
-            jax.random.normal(rngs.params(), (vocab, hidden), jnp.float32).astype(dtype)
-        )
-        self.stored = np.dtype(dtype)
+    def __init__(
+        self, vocab: int, hidden: int, *, dtype: np.dtype[Any], tiled: bool, rngs: nnx.Rngs
+    ):
+        weight = jax.random.normal(rngs.params(), (vocab, hidden), jnp.float32)
+        self.weight = nnx.Param(weight.astype(dtype))
+        self.weight_dtype = np.dtype(dtype)
         self.tiled = tiled
 
-    def rows(self, tokens: Int[Array, " tokens"], dtype: np.dtype) -> Float[Array, "tokens hidden"]:
-        """The rows of these token ids. Ids past the end (padding) give the last row."""
-        return widen(self.weight[...].at[tokens].get(mode="clip"), self.stored, dtype)
+    def lookup(
+        self, tokens: Int[Array, " tokens"], dtype: np.dtype[Any]
+    ) -> Float[Array, "tokens hidden"]:
+        """Return the rows of these token ids. Ids past the end (padding) get the last row."""
+        return widen(self.weight[...].at[tokens].get(mode="clip"), self.weight_dtype, dtype)
 
-    def scores(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
-        """`x @ weight.T`, in float32."""
-        return stacked_matmul(x, self.weight[...][None], 0, stored=self.stored, tiled=self.tiled)
+    def logits(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
+        """Return `x @ weight.T` in float32."""
+        weight = self.weight[...][None]
+        return stacked_matmul(x, weight, 0, weight_dtype=self.weight_dtype, tiled=self.tiled)
 
 
 def activate(kind: Activation, x: Float[Array, "tokens mlp"]) -> Float[Array, "tokens mlp"]:
-    """`activation(x)`, in float32, returned in `x.dtype`."""
-    return ACTIVATIONS[kind](x.astype(jnp.float32)).astype(x.dtype)
+    """Return `activation(x)`, computed in float32, in `x.dtype`."""
+    return _activation(kind, x.astype(jnp.float32)).astype(x.dtype)
 
 
-def gated(
+def gated_activation(
     kind: Activation, gate: Float[Array, "tokens mlp"], up: Float[Array, "tokens mlp"]
 ) -> Float[Array, "tokens mlp"]:
-    """`activation(gate) * up` (Shazeer 2020, arXiv:2002.05202), in float32, returned in `up.dtype`."""
-    return (ACTIVATIONS[kind](gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
+    """Return `activation(gate) * up`, computed in float32, in `up.dtype`.
+
+    Source: Shazeer 2020, arXiv:2002.05202.
+    """
+    y = _activation(kind, gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    return y.astype(up.dtype)
+
+
+def _activation(kind: Activation, x: Array) -> Array:
+    match kind:
+        case "silu":
+            return jax.nn.silu(x)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "relu":
+            return jax.nn.relu(x)

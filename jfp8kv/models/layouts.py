@@ -1,52 +1,50 @@
-"""How checkpoints name and lay out the modules of each architecture: one table a layout, in the terms of `names.Module`.
+"""Names and layouts of the modules of each architecture in checkpoints.
 
-Most families keep Llama's names; a table of theirs lists what differs. A row that a model does not have (a bias, a head of its
-own) is simply not asked for.
+There is one table of `names.ModuleLayout` per layout. Most families use Llama's names, and their
+table lists the differences. Rows that a model does not have (a bias, a separate head) are not used.
 """
 
 import re
 from collections.abc import Collection, Mapping
 
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.names import Module
+from jfp8kv.models.names import ModuleLayout
 
-# What stands before the names of a bare decoder: nothing, the causal model's prefix, or the text part of one that also sees.
+# Prefix of the decoder: none, that of the causal model, or the text part of a multimodal one.
 _PREFIX = re.compile(
     r"^(model\.language_model|language_model\.model|language_model|model|transformer)\."
 )
 
-# Buffers that some exporters write and no decoder needs. A bias of GPT-2's is `attn.c_attn.bias`.
+# Buffers that some exporters write. The bias of GPT-2 is `attn.c_attn.bias`.
 _BUFFERS = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(self_)?attn\.(masked_)?bias$"
 )
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a Hugging Face tensor is a buffer that follows from the config, and so is left out."""
+    """Return whether a Hugging Face tensor is a buffer, which follows from the config."""
     return _BUFFERS.search(name) is not None
 
 
-def bare(name: str) -> str:
-    """A Hugging Face tensor's name without the prefix that says which class saved it."""
+def strip_prefix(name: str) -> str:
+    """Return the name of a Hugging Face tensor without the prefix of the class that saved it."""
     return _PREFIX.sub("", name)
 
 
-def full_name(config: ModelConfig, name: str) -> str:
-    """The name that the causal model of this architecture saves a tensor of this bare name under."""
+def add_prefix(config: ModelConfig, name: str) -> str:
+    """Return the name of a tensor in the causal model of this architecture: see `strip_prefix`."""
     if name.startswith("lm_head."):
         return name
     return ("transformer." if config.architecture == "GPT2LMHeadModel" else "model.") + name
 
 
-def _table(rows: Mapping[str, str]) -> dict[str, Module]:
-    return {ours: Module(theirs) for ours, theirs in rows.items()}
+def _table(rows: Mapping[str, str]) -> dict[str, ModuleLayout]:
+    return {native: ModuleLayout(path) for native, path in rows.items()}
 
 
-def _fused(
-    path: str, *parts: str, interleaved: bool = False, transposed: bool = False
-) -> dict[str, Module]:
-    module = Module(path, parts, interleaved=interleaved, transposed=transposed)
-    return {f"layers.{part}": module for part in parts}
+def _fused(path: str, *parts: str, transposed: bool = False) -> dict[str, ModuleLayout]:
+    layout = ModuleLayout(path, parts, transposed=transposed)
+    return {f"layers.{part}": layout for part in parts}
 
 
 _LLAMA = _table(
@@ -76,7 +74,8 @@ _LLAMA = _table(
         "head": "lm_head",
     }
 )
-# Norms before and after: "post_attention_layernorm" is then what it says, where Llama calls the MLP's norm so.
+# With norms before and after, "post_attention_layernorm" is the norm after attention. In Llama it
+# is the norm before the MLP.
 _POST_NORMS = _table(
     {
         "layers.attention_post_norm": "layers.{layer}.post_attention_layernorm",
@@ -95,42 +94,42 @@ _MIXTRAL = _table(
         "layers.experts.down": "layers.{layer}.block_sparse_moe.experts.{expert}.w2",
     }
 )
-# All experts of a layer in one tensor, gate and up fused: what transformers 5 holds in memory.
+# All experts of a layer in one tensor, with gate and up fused: the layout of transformers 5.
 _WHOLE = {"weight": "", "bias": "_bias"}
 _PACKED = {
-    f"layers.experts.{part}": Module(
-        "layers.{layer}.mlp.experts.gate_up_proj", ("experts.gate", "experts.up"), leaves=_WHOLE
+    f"layers.experts.{part}": ModuleLayout(
+        "layers.{layer}.mlp.experts.gate_up_proj", ("experts.gate", "experts.up"), suffixes=_WHOLE
     )
     for part in ("gate", "up")
-} | {"layers.experts.down": Module("layers.{layer}.mlp.experts.down_proj", leaves=_WHOLE)}
+} | {"layers.experts.down": ModuleLayout("layers.{layer}.mlp.experts.down_proj", suffixes=_WHOLE)}
 _GPT_OSS = {
-    "layers.experts.router": Module("layers.{layer}.mlp.router"),
-    "layers.experts.down": Module(
-        "layers.{layer}.mlp.experts.down_proj", transposed=True, leaves=_WHOLE
+    "layers.experts.router": ModuleLayout("layers.{layer}.mlp.router"),
+    "layers.experts.down": ModuleLayout(
+        "layers.{layer}.mlp.experts.down_proj", transposed=True, suffixes=_WHOLE
     ),
 } | {
-    f"layers.experts.{part}": Module(
+    f"layers.experts.{part}": ModuleLayout(
         "layers.{layer}.mlp.experts.gate_up_proj",
         ("experts.gate", "experts.up"),
         interleaved=True,
         transposed=True,
-        leaves=_WHOLE,
+        suffixes=_WHOLE,
     )
     for part in ("gate", "up")
 }
 _GPT2 = {
-    "embed": Module("wte"),
-    "positions": Module("wpe"),
-    "layers.attention_norm": Module("h.{layer}.ln_1"),
-    "layers.o": Module("h.{layer}.attn.c_proj", transposed=True),
-    "layers.mlp_norm": Module("h.{layer}.ln_2"),
-    "layers.up": Module("h.{layer}.mlp.c_fc", transposed=True),
-    "layers.down": Module("h.{layer}.mlp.c_proj", transposed=True),
-    "norm": Module("ln_f"),
-    "head": Module("lm_head"),
+    "embed": ModuleLayout("wte"),
+    "positions": ModuleLayout("wpe"),
+    "layers.attention_norm": ModuleLayout("h.{layer}.ln_1"),
+    "layers.o": ModuleLayout("h.{layer}.attn.c_proj", transposed=True),
+    "layers.mlp_norm": ModuleLayout("h.{layer}.ln_2"),
+    "layers.up": ModuleLayout("h.{layer}.mlp.c_fc", transposed=True),
+    "layers.down": ModuleLayout("h.{layer}.mlp.c_proj", transposed=True),
+    "norm": ModuleLayout("ln_f"),
+    "head": ModuleLayout("lm_head"),
 } | _fused("h.{layer}.attn.c_attn", "q", "k", "v", transposed=True)
 
-_DIFFERENT: dict[str, Mapping[str, Module]] = {
+_DIFFERENT: dict[str, Mapping[str, ModuleLayout]] = {
     "Gemma2ForCausalLM": _POST_NORMS,
     "Gemma3ForCausalLM": _POST_NORMS,
     "Olmo2ForCausalLM": _POST_NORMS,
@@ -141,13 +140,18 @@ _DIFFERENT: dict[str, Mapping[str, Module]] = {
 }
 
 
-def hf_modules(config: ModelConfig, found: Collection[str]) -> dict[str, Module]:
-    """The layout of a Hugging Face checkpoint of this architecture that holds the tensors `found` (bare names)."""
+def hf_modules(config: ModelConfig, found: Collection[str]) -> dict[str, ModuleLayout]:
+    """Return the layout of a Hugging Face checkpoint.
+
+    Args:
+      config: of the model.
+      found: names of the tensors in the checkpoint, without prefix.
+    """
     modules = _LLAMA | dict(_DIFFERENT.get(config.architecture, {}))
     if config.architecture != "GptOssForCausalLM" and any(
         name.endswith(".mlp.experts.gate_up_proj") for name in found
     ):
-        modules |= {"layers.experts.router": Module("layers.{layer}.mlp.gate")} | _PACKED
+        modules |= {"layers.experts.router": ModuleLayout("layers.{layer}.mlp.gate")} | _PACKED
     return modules
 
 
@@ -171,17 +175,19 @@ _GGUF = {
 }
 
 
-def gguf_modules(config: ModelConfig) -> dict[str, Module]:
-    """The layout of a GGUF file of this architecture, as llama.cpp's converter writes it.
+def gguf_modules(config: ModelConfig) -> dict[str, ModuleLayout]:
+    """Return the layout of a GGUF file, as the converter of llama.cpp writes it.
 
-    Llama's q and k are kept in pairs for interleaved RoPE; Gemma's norms are stored with their 1 added.
+    The q and k of Llama are in pairs for interleaved RoPE. Gemma's norms are stored with 1 added.
     """
     modules = _table(_GGUF)
     if config.architecture == "LlamaForCausalLM":
         heads = {"layers.q": config.q_heads, "layers.k": config.kv_heads}
-        modules |= {ours: Module(_GGUF[ours], heads=count) for ours, count in heads.items()}
+        modules |= {name: ModuleLayout(_GGUF[name], heads=count) for name, count in heads.items()}
     if config.norm == "rms_plus_one":
         modules |= {
-            ours: Module(path, offset=-1.0) for ours, path in _GGUF.items() if ours.endswith("norm")
+            name: ModuleLayout(path, offset=-1.0)
+            for name, path in _GGUF.items()
+            if name.endswith("norm")
         }
     return modules

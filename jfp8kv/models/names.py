@@ -1,9 +1,10 @@
-"""The name and shape of every parameter of ours, and where checkpoints keep it.
+"""Names and shapes of all parameters, and how checkpoints store them.
 
-`expected_shapes` is the one place that says which parameters a `ModelConfig` has. Our tree is small because the layers are
-stacked: `layers.q.weight` holds the query projection of every layer, `[layers, out, in]`. Files name each layer's tensor by
-itself, fuse several into one or store them transposed; a `Module` (models/layouts.py lists them) says how, and `sources` turns
-that into the tensors to read and the part of each to take.
+`expected_shapes` defines which parameters a `ModelConfig` has. The native tree is small because the
+layers are stacked: `layers.q.weight` is the query projection of every layer, `[layers, out, in]`.
+Files have one tensor per layer, fuse several into one, or store them transposed. A `ModuleLayout`
+(models/layouts.py lists them) describes that, and `tensor_sources` turns it into the tensors to
+read and the part of each to extract.
 """
 
 import dataclasses
@@ -17,30 +18,32 @@ from jfp8kv.models.config import ModelConfig
 
 Shape = tuple[int, ...]
 LAYERS, EXPERTS = "layers.", "layers.experts."
-EACH_EXPERT = tuple(
-    f"{EXPERTS}{name}" for name in ("gate", "up", "down")
-)  # one matrix for every expert of a layer
+# Modules with one matrix per expert of a layer.
+EACH_EXPERT = tuple(f"{EXPERTS}{name}" for name in ("gate", "up", "down"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Module:
-    """How a checkpoint keeps one module of ours.
+class ModuleLayout:
+    """How a checkpoint stores one native module.
 
-    Args:
-      path: the module's name there, `{layer}` and `{expert}` filled in; without `{expert}`, all of them are one tensor.
-      fused: the modules of ours that share this tensor, in order of their rows (`layers.` left out); () is a tensor of its own.
-      interleaved: the fused modules' rows take turns instead of following each other.
-      transposed: stored `[in, out]`.
-      leaves: what follows `path` for our `weight` and `bias`.
-      heads: rows are kept in pairs for interleaved RoPE, in so many heads, and are put back into halves.
-      offset: added to every value read, before it is rounded to the parameter's type.
+    Attributes:
+      path: name of the module in the checkpoint, a format string of `{layer}` and `{expert}`.
+        Without `{expert}` all experts are one tensor.
+      fused: the native modules that share this tensor, in the order of their rows, without
+        "layers."; () for a separate tensor.
+      interleaved: the rows of the fused modules alternate.
+      transposed: stored as `[in, out]`.
+      suffixes: what follows `path` for the native `weight` and `bias`.
+      heads: the number of heads whose rows are in pairs for interleaved RoPE and must be converted
+        to halves; 0 for none.
+      offset: added to every value, before it is rounded to the type of the parameter.
     """
 
     path: str
     fused: tuple[str, ...] = ()
     interleaved: bool = False
     transposed: bool = False
-    leaves: Mapping[str, str] = dataclasses.field(
+    suffixes: Mapping[str, str] = dataclasses.field(
         default_factory=lambda: {"weight": ".weight", "bias": ".bias"}
     )
     heads: int = 0
@@ -48,21 +51,29 @@ class Module:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """The tensor of theirs, of `shape`, and what one layer (and expert) of a parameter takes of it: an array of shape `part`.
+class TensorSource:
+    """The checkpoint tensor of one layer (and expert) of a parameter.
 
-    `take` works on NumPy and JAX arrays alike; None takes the tensor as it is. Where it computes (`wide`) it wants float32.
+    Attributes:
+      name: of the tensor.
+      shape: of the tensor.
+      part: shape of the extracted part.
+      extract: returns the part, of a NumPy or JAX array; None for the whole tensor.
+      needs_float32: whether `extract` computes, and must be given float32.
     """
 
     name: str
     shape: Shape
     part: Shape
-    take: Callable[[Any], Any] | None = None
-    wide: bool = False
+    extract: Callable[[Any], Any] | None = None
+    needs_float32: bool = False
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Native name -> shape of every parameter of a model: weights `[out, in]`, `layers.*` stacked on a leading axis."""
+    """Return the shape of every parameter of a model, by native name.
+
+    Weights are `[out, in]`; `layers.*` are stacked on a leading axis.
+    """
     c = config
     shapes: dict[str, Shape] = {"embed.weight": (c.vocab, c.hidden)}
     if c.learned_positions:
@@ -94,7 +105,9 @@ def _norms(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def _linears(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    q, kv, dense = c.q_heads * c.head_dim, c.kv_heads * c.head_dim, len(c.dense_layers)
+    q = c.q_heads * c.head_dim
+    kv = c.kv_heads * c.head_dim
+    dense = len(c.dense_layers)
     linears = {
         "q": (c.layers, q, c.hidden, c.qkv_bias),
         "k": (c.layers, kv, c.hidden, c.qkv_bias),
@@ -112,9 +125,11 @@ def _linears(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def _experts(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    if (e := c.experts) is None:
+    e = c.experts
+    if e is None:
         return
-    layers, shared = len(e.layers), e.shared_hidden
+    layers = len(e.layers)
+    shared = e.shared_hidden
     linears = {
         "router": ((layers, e.count, c.hidden), e.bias),
         "gate": ((layers, e.count, e.hidden, c.hidden), e.bias),
@@ -134,101 +149,113 @@ def _experts(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
             yield f"experts.{name}.bias", shape[:-1]
 
 
-def sources(config: ModelConfig, modules: Mapping[str, Module]) -> dict[str, list[Source]]:
-    """For each native parameter the tensors it is read from, layer by layer and expert by expert.
+def tensor_sources(
+    config: ModelConfig, modules: Mapping[str, ModuleLayout]
+) -> dict[str, list[TensorSource]]:
+    """Return, by native parameter, the tensors it is read from, by layer and expert.
 
-    The parts follow each other along the parameter's leading axes: reshaped to `[parts, *part]` it is filled in this order.
+    The parts follow each other along the leading axes of the parameter: reshaped to
+    `[parts, *part]`, it is filled in this order.
     """
     shapes = expected_shapes(config)
-    return {ours: list(_sources(ours, shapes, config, modules)) for ours in shapes}
+    return {name: list(_sources(name, shapes, config, modules)) for name in shapes}
 
 
 def _sources(
-    ours: str, shapes: Mapping[str, Shape], c: ModelConfig, modules: Mapping[str, Module]
-) -> Iterator[Source]:
-    module, _, leaf = ours.rpartition(".") if ours not in modules else (ours, "", "")
-    theirs = modules[module]
-    suffix = theirs.leaves[leaf] if leaf else ""
-    if not ours.startswith(LAYERS):
-        yield _source(theirs, theirs.path + suffix, ours, leaf, shapes[ours], shapes)
+    native: str, shapes: Mapping[str, Shape], c: ModelConfig, modules: Mapping[str, ModuleLayout]
+) -> Iterator[TensorSource]:
+    module, leaf = native, ""
+    if native not in modules:
+        module, _, leaf = native.rpartition(".")
+    layout = modules[module]
+    suffix = layout.suffixes[leaf] if leaf else ""
+    if not native.startswith(LAYERS):
+        yield _source(layout, layout.path + suffix, native, leaf, shapes[native], shapes)
         return
-    apart = module in EACH_EXPERT and "{expert}" in theirs.path
-    shape = shapes[ours][2 if apart else 1 :]
+    by_expert = module in EACH_EXPERT and "{expert}" in layout.path
+    shape = shapes[native][2 if by_expert else 1 :]
     for layer in _layers_of(module, c):
-        for expert in range(shapes[ours][1] if apart else 1):
-            name = theirs.path.format(layer=layer, expert=expert) + suffix
-            yield _source(theirs, name, ours, leaf, shape, shapes)
+        for expert in range(shapes[native][1] if by_expert else 1):
+            name = layout.path.format(layer=layer, expert=expert) + suffix
+            yield _source(layout, name, native, leaf, shape, shapes)
 
 
 def _layers_of(module: str, c: ModelConfig) -> tuple[int, ...]:
     if c.experts is not None and module.startswith(EXPERTS):
         return c.experts.layers
-    return (
-        c.dense_layers
-        if module in ("layers.gate", "layers.up", "layers.down")
-        else tuple(range(c.layers))
-    )
+    if module in ("layers.gate", "layers.up", "layers.down"):
+        return c.dense_layers
+    return tuple(range(c.layers))
 
 
 def _source(
-    module: Module, name: str, ours: str, leaf: str, shape: Shape, shapes: Mapping[str, Shape]
-) -> Source:
-    matrix = leaf == "weight" and len(shape) > 1
-    theirs, axis, part = list(shape), -2 if matrix else -1, None
-    if module.fused:
-        widths = {other: shapes[f"{LAYERS}{other}.{leaf}"][axis] for other in module.fused}
-        theirs[axis], part = (
-            sum(widths.values()),
-            _part(module, ours.removeprefix(LAYERS).rpartition(".")[0], widths),
-        )
-    if matrix and module.transposed:
-        theirs[-2:] = theirs[:-3:-1]
-    if (
-        part is None
-        and not (matrix and module.transposed)
-        and not module.heads
-        and not module.offset
-    ):
-        return Source(name, shape, shape)
+    layout: ModuleLayout,
+    name: str,
+    native: str,
+    leaf: str,
+    shape: Shape,
+    shapes: Mapping[str, Shape],
+) -> TensorSource:
+    is_matrix = leaf == "weight" and len(shape) > 1
+    is_transposed = is_matrix and layout.transposed
+    stored = list(shape)
+    rows: slice | None = None
+    if layout.fused:
+        axis = -2 if is_matrix else -1
+        widths = {other: shapes[f"{LAYERS}{other}.{leaf}"][axis] for other in layout.fused}
+        stored[axis] = sum(widths.values())
+        rows = _fused_rows(layout, native.removeprefix(LAYERS).rpartition(".")[0], widths)
+    if is_transposed:
+        stored[-2:] = stored[:-3:-1]
+    if rows is None and not is_transposed and not layout.heads and not layout.offset:
+        return TensorSource(name, shape, shape)
 
-    def take(x: Any) -> Any:
-        x = x.swapaxes(-1, -2) if matrix and module.transposed else x
-        x = x if part is None else (x[..., part, :] if matrix else x[..., part])
-        x = _halves(x, module.heads) if module.heads else x
-        return x + np.asarray(module.offset, x.dtype) if module.offset else x
+    def extract(x: Any) -> Any:
+        if is_transposed:
+            x = x.swapaxes(-1, -2)
+        if rows is not None:
+            x = x[..., rows, :] if is_matrix else x[..., rows]
+        if layout.heads:
+            x = _pairs_to_halves(x, layout.heads)
+        if layout.offset:
+            x = x + np.asarray(layout.offset, x.dtype)
+        return x
 
-    return Source(name, tuple(theirs), shape, take, wide=bool(module.offset))
-
-
-def _part(module: Module, ours: str, widths: Mapping[str, int]) -> slice:
-    place = module.fused.index(ours)
-    if module.interleaved:
-        return slice(place, None, len(module.fused))
-    start = sum(list(widths.values())[:place])
-    return slice(start, start + widths[ours])
+    return TensorSource(name, tuple(stored), shape, extract, needs_float32=bool(layout.offset))
 
 
-def _halves(x: Any, heads: int) -> Any:
-    """A head's rows 0, half, 1, half + 1, ... as 0, 1, ..., half, ..."""
+def _fused_rows(layout: ModuleLayout, native: str, widths: Mapping[str, int]) -> slice:
+    """Return the rows of one module in a fused tensor."""
+    index = layout.fused.index(native)
+    if layout.interleaved:
+        return slice(index, None, len(layout.fused))
+    start = sum(list(widths.values())[:index])
+    return slice(start, start + widths[native])
+
+
+def _pairs_to_halves(x: Any, heads: int) -> Any:
+    """Reorder the rows 0, half, 1, half + 1, ... of each head to 0, 1, ..., half, ..."""
     return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def each_source(found: Mapping[str, list[Source]]) -> dict[str, Shape]:
-    """Name and shape of every tensor that is read, each once."""
-    return {source.name: source.shape for parts in found.values() for source in parts}
+def source_shapes(sources: Mapping[str, list[TensorSource]]) -> dict[str, Shape]:
+    """Return the shape of every tensor that is read, by name."""
+    return {source.name: source.shape for parts in sources.values() for source in parts}
 
 
 def require_names(found: Collection[str], expected: Mapping[str, Shape], *, where: str) -> None:
-    """Check that `found` is exactly the names of `expected`.
+    """Raise `CheckpointError` unless `found` has exactly the names of `expected`.
 
-    Raises:
-      CheckpointError: names the first missing or unexpected parameters, and the shape a missing one should have.
+    The message has the first missing or unexpected names, and the shapes of missing ones.
     """
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
     if missing:
         hint = ""
         if all(name.startswith(("head.", "lm_head.", "output.")) for name in missing):
-            hint = " If the model ties its output to its embeddings, its config must say so (tie_word_embeddings)."
+            hint = (
+                " If the output is tied to the embeddings, the config must say so "
+                "(tie_word_embeddings)."
+            )
         raise CheckpointError(f"{where}: {_some(missing, 'missing')}.{hint}")
     unexpected = [name for name in found if name not in expected]
     if unexpected:
@@ -241,16 +268,17 @@ def require_names(found: Collection[str], expected: Mapping[str, Shape], *, wher
 
 
 def require_shape(name: str, found: Shape, expected: Shape, *, where: str) -> None:
-    """Raise a `CheckpointError` naming the parameter and both shapes unless they agree."""
+    """Raise `CheckpointError`, with the name and both shapes, unless the shapes agree."""
     if tuple(found) != tuple(expected):
         raise CheckpointError(
-            f"{where}: {name} has shape {list(found)}, expected {list(expected)} by the model's config."
+            f"{where}: {name} has shape {list(found)}, expected {list(expected)} by the config of "
+            "the model."
         )
 
 
-def nest(flat: Mapping[str, object]) -> dict:
-    """`{"a.b": x}` -> `{"a": {"b": x}}`."""
-    tree: dict = {}
+def unflatten(flat: Mapping[str, object]) -> dict[str, Any]:
+    """Return `{"a": {"b": x}}` for `{"a.b": x}`."""
+    tree: dict[str, Any] = {}
     for name, value in flat.items():
         *path, leaf = name.split(".")
         node = tree
@@ -261,5 +289,7 @@ def nest(flat: Mapping[str, object]) -> dict:
 
 
 def _some(names: list[str], what: str) -> str:
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    shown = ", ".join(names[:4])
+    if len(names) > 4:
+        shown += f" and {len(names) - 4} more"
     return f"{len(names)} parameter{'s' if len(names) > 1 else ''} {what}: {shown}"

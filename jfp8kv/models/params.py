@@ -1,8 +1,9 @@
-"""A model's weights with what they need to be used: the config, the tokenizer and the KV scales found beside them.
+"""The weights of a model, with its config, its tokenizer and the KV scales of its checkpoint.
 
-`Params` is a pytree whose leaves are the weights and nothing else, so `jax.tree.map`, `jax.jit` and `jax.device_put`
-treat it like the dict inside. `Params.from_pytree` takes the trees people already hold: our own layout, an NNX module
-or state, Hugging Face names, or a Flax tree with `kernel`, `embedding` and `scale` leaves.
+`Params` is a pytree whose leaves are the weights only, so `jax.tree.map`, `jax.jit` and
+`jax.device_put` treat it like the dict inside. `Params.from_pytree` accepts other trees: the native
+layout, an NNX module or state, Hugging Face names, or a Flax tree with `kernel`, `embedding` and
+`scale` leaves.
 """
 
 import dataclasses
@@ -17,30 +18,33 @@ import numpy as np
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
-from jfp8kv.models.layouts import bare, hf_modules, is_buffer
+from jfp8kv.models.layouts import hf_modules, is_buffer, strip_prefix
 from jfp8kv.models.names import (
     Shape,
-    Source,
-    each_source,
+    TensorSource,
     expected_shapes,
-    nest,
     require_names,
     require_shape,
-    sources,
+    source_shapes,
+    tensor_sources,
+    unflatten,
 )
 from jfp8kv.text.tokenizer import as_tokenizer
 
 _WHERE = "the given tree"
 
 
-class _Same:
-    """Static pytree data compared by identity: tokenizers and scales have no equality that is worth a recompilation."""
+class _ById:
+    """Static pytree data that is compared by identity.
+
+    Tokenizers and scales have no equality that justifies a recompilation.
+    """
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, _ById) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -49,13 +53,14 @@ class _Same:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Params:
-    """The weights of one model (the leaves) and what is static about it.
+    """The weights of one model (the leaves), and static data.
 
     Attributes:
-      tree: nested dict of arrays; linear weights are `[out, in]`, those of `layers` stacked to `[layers, out, in]`.
-        RoPE is the half-split layout. `head` is absent when the output is tied to the embeddings.
-      config: the `ModelConfig` that every shape in `tree` agrees with.
-      tokenizer: a `Tokenizer`, or None: prompts must then be token ids.
+      tree: nested dict of arrays. Linear weights are `[out, in]`, those of `layers` are stacked to
+        `[layers, out, in]`. RoPE has the half-split layout. `head` is absent if the output is tied
+        to the embeddings.
+      config: the `ModelConfig`; every shape in `tree` agrees with it.
+      tokenizer: a `Tokenizer`; None if prompts must be token ids.
       kv_scales: the scales found in the checkpoint, or None.
     """
 
@@ -66,44 +71,53 @@ class Params:
 
     @classmethod
     def from_pytree(cls, tree: Any, config: Any, tokenizer: Any = None) -> "Params":
-        """Wrap weights the caller already holds, after checking every name and shape.
+        """Wrap weights in memory, after checking all names and shapes.
 
         Args:
-          tree: one of: the nested dict of `Params.tree`; an `nnx.Module` or `nnx.State` with those names; a flat or
-            nested mapping with Hugging Face names, with or without the leading "model."; a Flax tree with Hugging
-            Face module names, whose `kernel` leaves are `[in, out]` and are transposed. Arrays already on a device
-            are not copied, except to stack layers that come one by one.
+          tree: one of: the nested dict of `Params.tree`; an `nnx.Module` or `nnx.State` with those
+            names; a flat or nested mapping with Hugging Face names, with or without the leading
+            "model."; a Flax tree with Hugging Face module names, whose `kernel` leaves are
+            `[in, out]` and are transposed. Arrays on a device are not copied, except to stack
+            separate layers.
           config: a `ModelConfig`, a dict as in `config.json`, or a transformers config.
-          tokenizer: None, a `Tokenizer`, a transformers or `tokenizers` one, or anything with `encode` and `decode`.
+          tokenizer: None, a `Tokenizer`, one of transformers or `tokenizers`, or any object with
+            `encode` and `decode`.
 
         Raises:
-          CheckpointError: a parameter missing, unexpected, of the wrong shape or not floating point.
-          ConfigError: a config or tokenizer that cannot be read.
+          CheckpointError: a parameter is missing, unexpected, of the wrong shape or not floating
+            point.
+          ConfigError: an invalid config or tokenizer.
+
+        Example:
+          params = jfp8kv.Params.from_pytree(nnx_model, hf_config, tokenizer)
         """
         config = _config(config)
         flat = _flatten(tree)
-        ours = any(name.startswith(("embed.", "layers.q.")) for name in flat)
-        native = _checked(flat, expected_shapes(config)) if ours else _from_hf_names(flat, config)
-        return cls(nest(native), config, as_tokenizer(tokenizer, eos_ids=config.eos_ids))
+        is_native = any(name.startswith(("embed.", "layers.q.")) for name in flat)
+        if is_native:
+            native = _checked(flat, expected_shapes(config))
+        else:
+            native = _from_hf_names(flat, config)
+        return cls(unflatten(native), config, as_tokenizer(tokenizer, eos_ids=config.eos_ids))
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the weights, read off the embeddings."""
+        """The dtype of the weights: that of the embeddings."""
         return np.dtype(self.tree["embed"]["weight"].dtype)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The tokens that end a text: the config's, or else the tokenizer's."""
+        """The end-of-sequence tokens of the config, or else of the tokenizer."""
         return tuple(self.config.eos_ids or getattr(self.tokenizer, "eos_ids", ()))
 
     @property
     def size(self) -> int:
-        """How many parameters there are."""
+        """The number of parameters."""
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.tree))
 
     @property
     def nbytes(self) -> int:
-        """How many bytes they take."""
+        """The size of the parameters in bytes."""
         return sum(
             math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.tree)
         )
@@ -115,12 +129,13 @@ class Params:
         ):
             return f"Params({self.config.architecture})"
         return (
-            f"Params({self.config.architecture}, {_human(self.size)} parameters, {_human(self.nbytes)}B, {self.dtype}, "
+            f"Params({self.config.architecture}, {_human(self.size)} parameters, "
+            f"{_human(self.nbytes)}B, {self.dtype}, "
             f"tokenizer={'yes' if self.tokenizer is not None else 'no'})"
         )
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-        static = (self.config, _Same(self.tokenizer), _Same(self.kv_scales))
+        static = (self.config, _ById(self.tokenizer), _ById(self.kv_scales))
         return [(jax.tree_util.GetAttrKey("tree"), self.tree)], static
 
     @classmethod
@@ -137,30 +152,24 @@ def _config(config: Any) -> ModelConfig:
         config = config.to_dict()
     if not isinstance(config, Mapping):
         raise ConfigError(
-            f"config of type {type(config).__name__}: must be a ModelConfig, a dict as in config.json, or a "
-            "transformers config."
+            f"config of type {type(config).__name__}: must be a ModelConfig, a dict as in "
+            "config.json, or a transformers config."
         )
     return config_from_hf(config)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
-    """Dotted name -> array, from nested or flat mappings, lists, tuple keys, NNX modules and states."""
+    """Return the arrays by dotted name.
+
+    Takes nested or flat mappings, lists, tuple keys, NNX modules and states.
+    """
     flat: dict[str, Any] = {}
 
     def walk(path: tuple[str, ...], node: Any) -> None:
         if isinstance(node, Mapping):
             for key, child in node.items():
-                walk(
-                    (
-                        *path,
-                        *(
-                            map(str, key)
-                            if isinstance(key, tuple)
-                            else [str(key).replace("/", ".")]
-                        ),
-                    ),
-                    child,
-                )
+                parts = map(str, key) if isinstance(key, tuple) else [str(key).replace("/", ".")]
+                walk((*path, *parts), child)
         elif isinstance(node, list | tuple):
             for index, child in enumerate(node):
                 walk((*path, str(index)), child)
@@ -181,7 +190,7 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
 
 def _plain(tree: Any) -> Any:
-    """NNX modules and states as nested dicts of arrays; anything else as it is."""
+    """Return NNX modules and states as nested dicts of arrays, anything else unchanged."""
     if isinstance(tree, Mapping | list | tuple) and type(tree).__module__ == "builtins":
         return tree
     from flax import nnx
@@ -194,27 +203,29 @@ def _plain(tree: Any) -> Any:
 
 
 def _from_hf_names(flat: Mapping[str, Any], config: ModelConfig) -> dict[str, jax.Array]:
-    theirs = dict(_hf_name(name, leaf) for name, leaf in flat.items() if not is_buffer(name))
+    leaves = dict(_hf_leaf(name, leaf) for name, leaf in flat.items() if not is_buffer(name))
     if config.tied_embeddings:
-        theirs.pop(
-            "lm_head.weight", None
-        )  # a copy of the embeddings that Hugging Face state dicts list again
-    found = sources(config, hf_modules(config, theirs))
-    theirs = _checked(theirs, each_source(found))
+        # Hugging Face state dicts list the embeddings twice.
+        leaves.pop("lm_head.weight", None)
+    sources = tensor_sources(config, hf_modules(config, leaves))
+    tensors = _checked(leaves, source_shapes(sources))
     shapes = expected_shapes(config)
-    return {ours: _parameter(shapes[ours], parts, theirs) for ours, parts in found.items()}
+    return {name: _parameter(shapes[name], parts, tensors) for name, parts in sources.items()}
 
 
-def _parameter(shape: Shape, parts: list[Source], theirs: Mapping[str, jax.Array]) -> jax.Array:
-    taken = [
-        theirs[part.name] if part.take is None else part.take(theirs[part.name]) for part in parts
+def _parameter(
+    shape: Shape, parts: list[TensorSource], tensors: Mapping[str, jax.Array]
+) -> jax.Array:
+    arrays = [
+        tensors[part.name] if part.extract is None else part.extract(tensors[part.name])
+        for part in parts
     ]
-    return taken[0] if shape == parts[0].part else jnp.stack(taken).reshape(shape)
+    return arrays[0] if shape == parts[0].part else jnp.stack(arrays).reshape(shape)
 
 
-def _hf_name(name: str, leaf: Any) -> tuple[str, Any]:
-    """One leaf under its bare Hugging Face name, a Flax `kernel` turned to `[out, in]`."""
-    *path, kind = bare(name).split(".")
+def _hf_leaf(name: str, leaf: Any) -> tuple[str, Any]:
+    """Return a leaf and its Hugging Face name without prefix; a Flax `kernel` is transposed."""
+    *path, kind = strip_prefix(name).split(".")
     if kind == "kernel":
         leaf = leaf.T
     return ".".join([*path, "weight" if kind in ("kernel", "embedding", "scale") else kind]), leaf

@@ -1,9 +1,9 @@
-"""What a checkpoint's `quantization_config` says, in the spellings of the tools that write it.
+"""The `quantization_config` of checkpoints, in the formats of the tools that write it.
 
-Two questions. How are the *weights* quantized? `weight_scheme` answers with data, or refuses by name what cannot be
-read. Does it declare an FP8 *KV cache*? `declared_kv_dtype`, and the engine's "auto" follows it. Either may be true
-without the other. Sources: the configs that compressed-tensors (LLM Compressor, vLLM), ModelOpt, Quark, AutoFP8, FBGEMM
-and transformers (DeepSeek's and gpt-oss's own) write.
+`weight_scheme` returns how the *weights* are quantized, or refuses what is not supported.
+`declared_kv_dtype` returns the FP8 *KV cache* that the config declares, which "auto" follows. A
+checkpoint may have either without the other. Sources: configs written by compressed-tensors (LLM
+Compressor, vLLM), ModelOpt, Quark, AutoFP8, FBGEMM and transformers (for DeepSeek and gpt-oss).
 """
 
 import dataclasses
@@ -18,7 +18,10 @@ Block = tuple[int, int]
 
 WHOLE: Block = (0, 0)
 PER_CHANNEL: Block = (1, 0)
-SUPPORTED = "compressed-tensors (float-quantized, 8 bits), modelopt (FP8), quark (fp8_e4m3), fp8, fbgemm_fp8, and mxfp4 as in gpt-oss"
+SUPPORTED = (
+    "compressed-tensors (float-quantized, 8 bits), modelopt (FP8), quark (fp8_e4m3), fp8, "
+    "fbgemm_fp8, and mxfp4 as in gpt-oss"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +29,10 @@ class WeightScheme:
     """How a checkpoint quantizes its weights.
 
     Attributes:
-      method: the tool's own name for it, `quant_method`.
-      kind: "fp8" is a float8 weight beside its scales; "mxfp4" is gpt-oss's experts (OCP Microscaling Formats 1.0).
-      blocks: the `(rows, columns)` of a weight that may share one scale, 0 for all of them; one entry for each way
-        that the checkpoint uses.
+      method: the `quant_method` of the config.
+      kind: "fp8" for float8 weights with scales; "mxfp4" for the experts of gpt-oss (OCP
+        Microscaling Formats 1.0).
+      blocks: the block shapes in the checkpoint: `(rows, columns)` that share a scale, 0 for all.
     """
 
     method: str
@@ -37,28 +40,32 @@ class WeightScheme:
     blocks: tuple[Block, ...]
 
     def __str__(self) -> str:
-        return f"{self.method}: {'FP8' if self.kind == 'fp8' else 'MXFP4'}, a scale per {' or '.join(map(_words, self.blocks))}"
+        kind = "FP8" if self.kind == "fp8" else "MXFP4"
+        return f"{self.method}: {kind}, a scale per {' or '.join(map(_describe, self.blocks))}"
 
 
-def _words(block: Block) -> str:
-    named = {WHOLE: "tensor", PER_CHANNEL: "channel"}
-    return named.get(block) or (
-        f"group of {block[1]}" if block[0] == 1 else f"block of {block[0]} x {block[1]}"
-    )
+def _describe(block: Block) -> str:
+    if block == WHOLE:
+        return "tensor"
+    if block == PER_CHANNEL:
+        return "channel"
+    rows, columns = block
+    return f"group of {columns}" if rows == 1 else f"block of {rows} x {columns}"
 
 
 def weight_scheme(quantization: Mapping[str, Any] | None) -> WeightScheme | None:
-    """How the weights are quantized; None when they are not.
+    """Return how the weights are quantized; None if they are not.
 
     Raises:
-      CheckpointError: a method, format or width that is not read, naming it and what is; a malformed config.
+      CheckpointError: an unsupported method, format or width, with the supported ones; a malformed
+        config.
     """
     if not quantization:
         return None
     method = str(quantization.get("quant_method"))
     if method not in _SCHEMES:
         raise _refused(method)
-    with _named(quantization):
+    with _malformed(quantization):
         blocks = _SCHEMES[method](quantization)
     return WeightScheme(method, "mxfp4" if method == "mxfp4" else "fp8", blocks) if blocks else None
 
@@ -145,7 +152,7 @@ _SCHEMES: dict[str, Callable[[Mapping[str, Any]], tuple[Block, ...]]] = {
 
 def _size(value: Any) -> int:
     if int(value) < 1:
-        raise ValueError(f"{value!r} is no size")
+        raise ValueError(f"{value!r} is not a size")
     return int(value)
 
 
@@ -156,35 +163,33 @@ def _pair(value: Any) -> Block:
 
 def _refused(method: str, what: str = "") -> CheckpointError:
     return CheckpointError(
-        f"quantization_config with quant_method {method!r}{what and ', ' + what}: quantized weights of this kind are not "
-        f"read; supported are {SUPPORTED}. Load the unquantized checkpoint, or one of these."
+        f"quantization_config with quant_method {method!r}{what and ', ' + what}: quantized "
+        f"weights of this kind are not supported; supported are {SUPPORTED}. Load the unquantized "
+        "checkpoint, or one of these."
     )
 
 
 @contextmanager
-def _named(quantization: Mapping[str, Any]) -> Iterator[None]:
+def _malformed(quantization: Mapping[str, Any]) -> Iterator[None]:
+    """Raise `CheckpointError` for entries of another type than the tools write."""
     try:
         yield
     except CheckpointError:
         raise
-    except (
-        AttributeError,
-        TypeError,
-        ValueError,
-    ) as error:  # an entry of another type than the tools write
+    except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"quantization_config={quantization!r}: malformed ({error})."
         ) from error
 
 
 def declared_kv_dtype(quantization: Mapping[str, Any] | None) -> str | None:
-    """`"fp8_e4m3"` when the config declares an FP8 KV cache, None when it declares none.
+    """Return the FP8 format that the config declares for the KV cache, or None.
 
-    Warns about a KV cache scheme of another kind. Raises `CheckpointError` for a malformed config.
+    Warns about an unknown KV cache scheme. Raises `CheckpointError` for a malformed config.
     """
     if not quantization:
         return None
-    with _named(quantization):
+    with _malformed(quantization):
         return _declared(quantization)
 
 
@@ -193,7 +198,7 @@ def _declared(quantization: Mapping[str, Any]) -> str | None:
     if quantization.get("quant_method") == "fp8" and (
         scheme == "static" or quantization.get("kv_cache_quant_targets")
     ):
-        return "fp8_e4m3"  # AutoFP8's two spellings
+        return "fp8_e4m3"  # the two forms of AutoFP8
     if scheme:
         if scheme.get("num_bits") == 8 and scheme.get("type") == "float":
             return "fp8_e4m3"
@@ -203,14 +208,18 @@ def _declared(quantization: Mapping[str, Any]) -> str | None:
         return "fp8_e5m2"
     if declared := scheme or algorithm or outputs:
         warnings.warn(
-            f"The checkpoint declares a KV cache scheme that is not known here and is ignored: {declared}",
+            f"The checkpoint declares an unknown KV cache scheme, which is ignored: {declared}",
             stacklevel=2,
         )
     return None
 
 
 def _kv_entries(quantization: Mapping[str, Any]) -> tuple[Any, Any, set[str]]:
-    """compressed-tensors' scheme (AutoFP8's word), ModelOpt's algorithm, and the dtypes that Quark gives K and V."""
+    """Return the KV entries of the config.
+
+    They are the scheme of compressed-tensors or AutoFP8, the algorithm of ModelOpt, and the dtypes
+    of K and V of Quark.
+    """
     outputs = {
         str((part.get("output_tensors") or {}).get("dtype"))
         for part in (quantization.get("kv_cache_quant_config") or {}).values()
@@ -219,16 +228,16 @@ def _kv_entries(quantization: Mapping[str, Any]) -> tuple[Any, Any, set[str]]:
 
 
 def scales_made_for(quantization: Mapping[str, Any] | None) -> str:
-    """The format that the KV scales of such a checkpoint are made for.
+    """Return the format that the KV scales of the checkpoint are for.
 
-    "fp8_e4m3" unless the config says otherwise: "fp8_e4m3fnuz", "fp8_e5m2", or what it says, in words, when scales for that
-    mean nothing here (integers, 4 bits). Raises `CheckpointError` for a malformed config.
+    "fp8_e4m3" unless the config declares another: "fp8_e4m3fnuz", "fp8_e5m2", or a description of
+    an unsupported one (integers, 4 bits). Raises `CheckpointError` for a malformed config.
     """
     if not quantization:
         return "fp8_e4m3"
     if any("fnuz" in text.lower() for text in _strings(quantization)):
         return "fp8_e4m3fnuz"
-    with _named(quantization):
+    with _malformed(quantization):
         scheme, algorithm, outputs = _kv_entries(quantization)
         if isinstance(scheme, Mapping):
             bits, kind = scheme.get("num_bits"), scheme.get("type")
@@ -239,7 +248,7 @@ def scales_made_for(quantization: Mapping[str, Any] | None) -> str:
 
 
 def is_static_kv(quantization: Mapping[str, Any] | None) -> bool:
-    """Whether a declared FP8 cache has its scales in the checkpoint, rather than finds them as it runs."""
+    """Return whether a declared FP8 cache has static scales, which the checkpoint contains."""
     scheme = (quantization or {}).get("kv_cache_scheme")
     return not (isinstance(scheme, Mapping) and scheme.get("dynamic"))
 

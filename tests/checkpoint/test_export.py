@@ -22,7 +22,7 @@ from jfp8kv.checkpoint import safetensors as writer
 from jfp8kv.checkpoint.export import export
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.names import expected_shapes, nest
+from jfp8kv.models.names import expected_shapes, unflatten
 from jfp8kv.models.params import Params
 
 ROOT = Path(__file__).parent.parent / "references"
@@ -219,7 +219,7 @@ def test_written_files_are_aligned_and_readable_by_the_safetensors_library(tmp_p
 
 def test_export_has_one_tensor_in_memory_at_a_time(tmp_path):
     config = ModelConfig("Phi3ForCausalLM", 2000, 256, 6, 8, 4, 32, 512, 128)
-    tree = nest(
+    tree = unflatten(
         {name: np.ones(shape, np.float32) for name, shape in expected_shapes(config).items()}
     )
     params, largest = Params(tree, config), 2 * 512 * 256 * 4  # gate and up fused

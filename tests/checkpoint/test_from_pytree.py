@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from jfp8kv.checkpoint.load import load
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.families import config_from_hf
-from jfp8kv.models.names import expected_shapes, nest
+from jfp8kv.models.names import expected_shapes, unflatten
 from jfp8kv.models.params import Params
 from jfp8kv.text.tokenizer import Tokenizer
 
@@ -72,8 +72,8 @@ def test_the_prefix_model_may_be_missing(params, config, tensors):
 
 
 def test_nested_wrapped_and_tuple_keyed_trees_are_equal(params, config, tensors):
-    assert same(params, Params.from_pytree(nest(tensors), config))
-    assert same(params, Params.from_pytree({"params": nest(tensors)}, config))
+    assert same(params, Params.from_pytree(unflatten(tensors), config))
+    assert same(params, Params.from_pytree({"params": unflatten(tensors)}, config))
     assert same(
         params,
         Params.from_pytree({tuple(name.split(".")): t for name, t in tensors.items()}, config),
@@ -87,7 +87,7 @@ def test_a_flax_tree_has_its_kernels_transposed(params, config, tensors):
         if leaf == "weight":
             leaf = "embedding" if "embed" in module else "scale" if "norm" in module else "kernel"
         flax[f"{module}.{leaf}"] = tensor.T if leaf == "kernel" else tensor
-    assert same(params, Params.from_pytree(nest(flax), config))
+    assert same(params, Params.from_pytree(unflatten(flax), config))
 
 
 def test_the_native_tree_is_not_copied(params):

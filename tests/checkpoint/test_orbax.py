@@ -20,7 +20,7 @@ from jfp8kv.checkpoint import Tokenizer, load, save
 from jfp8kv.checkpoint.load import read_scale_report
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.names import expected_shapes, nest
+from jfp8kv.models.names import expected_shapes, unflatten
 from jfp8kv.models.params import Params
 
 pytestmark = pytest.mark.quick_compile
@@ -394,7 +394,7 @@ print((kib("VmHWM") - before) * 1024 / params.nbytes, params.nbytes)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_loading_has_less_than_two_copies_of_the_weights_in_memory(tiny, tmp_path):
     config = ModelConfig("LlamaForCausalLM", 8000, 1024, 8, 16, 16, 64, 4096, 128)
-    tree = nest(
+    tree = unflatten(
         {name: jnp.ones(shape, jnp.bfloat16) for name, shape in expected_shapes(config).items()}
     )
     save(Params(tree, config), tmp_path / "saved")

@@ -24,7 +24,7 @@ SIZES = {
     "kv_cache_memory": "400kB",
     "max_num_batched_tokens": 16,
 }
-by_kernel = functools.partial(KernelMatmul(interpret=True), stored=FLOAT32, tiled=False)
+by_kernel = functools.partial(KernelMatmul(interpret=True), weight_dtype=FLOAT32, tiled=False)
 
 
 def arrays(requests: int, tokens: int, width: int = 32) -> tuple[jax.Array, jax.Array]:
@@ -33,10 +33,10 @@ def arrays(requests: int, tokens: int, width: int = 32) -> tuple[jax.Array, jax.
     return jnp.asarray(x, jnp.float32), jnp.asarray(weights, jnp.float32)
 
 
-def kernels(x: jax.Array, weights: jax.Array, stored=FLOAT32) -> int:
+def kernels(x: jax.Array, weights: jax.Array, weight_dtype=FLOAT32) -> int:
     """Return how many kernels run for these requests."""
     matmul = jax.vmap(
-        functools.partial(by_kernel, stored=np.dtype(stored)), in_axes=(0, None, None)
+        functools.partial(by_kernel, weight_dtype=np.dtype(weight_dtype)), in_axes=(0, None, None)
     )
     return str(jax.make_jaxpr(matmul)(x, weights, 1)).count("pallas_call[")
 

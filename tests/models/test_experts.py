@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jfp8kv.models.config import ExpertsConfig
-from jfp8kv.models.experts import LARGEST_TILE, SMALLEST_TILE, Experts, _tile
+from jfp8kv.models.experts import MAX_TILE, MIN_TILE, Experts, _tile
 
 HIDDEN, LAYERS = 24, 3
 BOTH = pytest.mark.parametrize("tiled", [True, False], ids=["by tile", "by group"])
@@ -135,7 +135,7 @@ def test_an_expert_nobody_was_sent_to_is_not_read() -> None:
 
 @pytest.mark.parametrize(
     ("assignments", "count", "rows"),
-    [(1, 128, SMALLEST_TILE), (64, 32, 2), (2048, 32, 64), (10**6, 8, LARGEST_TILE), (300, 100, 4)],
+    [(1, 128, MIN_TILE), (64, 32, 2), (2048, 32, 64), (10**6, 8, MAX_TILE), (300, 100, 4)],
 )
 def test_a_tile_has_about_the_rows_that_an_expert_gets(assignments, count, rows) -> None:
     assert _tile(assignments, count) == rows

@@ -18,7 +18,7 @@ def test_a_stacked_product_is_the_layers_product(monkeypatch, dtype, out, tiled)
     weight = jnp.asarray(rng.normal(size=(3, out, 40)), dtype)
     x = jnp.asarray(rng.normal(size=(2, 5, 40)), jnp.float32)
     product = jax.vmap(
-        lambda x, w, layer: stacked_matmul(x, w, layer, stored=np.dtype(dtype), tiled=tiled),
+        lambda x, w, layer: stacked_matmul(x, w, layer, weight_dtype=np.dtype(dtype), tiled=tiled),
         (0, None, None),
     )
     want = np.asarray(x, np.float64) @ np.asarray(weight[2], np.float64).T
@@ -46,7 +46,7 @@ def test_a_decoding_row_never_copies_a_layers_matrix() -> None:
 
     def run(x, weight):
         def body(x, layer):
-            y = stacked_matmul(x, weight, layer, stored=np.dtype(jnp.bfloat16), tiled=True)
+            y = stacked_matmul(x, weight, layer, weight_dtype=np.dtype(jnp.bfloat16), tiled=True)
             return x + y[:, :width], None
 
         return jax.lax.scan(body, x, jnp.arange(layers, dtype=jnp.int32))[0]

@@ -12,7 +12,7 @@ from rich.console import Console
 import jfp8kv
 from jfp8kv import CheckpointError, ConfigError
 from jfp8kv.models.families import config_from_hf
-from jfp8kv.models.names import expected_shapes, nest
+from jfp8kv.models.names import expected_shapes, unflatten
 from tests.models.test_decoder import REFERENCES
 
 FOLDER = REFERENCES[0].parent / "llama_bf16"
@@ -166,7 +166,7 @@ def test_an_engine_counts_the_same_bytes(windows, cache, monkeypatch):
     }
     config = config_from_hf(TINY | (changes if windows else {}))
     assert config.windows == windows
-    tree = nest(
+    tree = unflatten(
         {name: jnp.full(shape, 0.1, jnp.float32) for name, shape in expected_shapes(config).items()}
     )
     params = jfp8kv.Params.from_pytree(tree, config)
