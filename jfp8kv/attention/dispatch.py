@@ -10,10 +10,10 @@ import dataclasses
 import jax
 
 from jfp8kv.attention import reference, xla
-from jfp8kv.attention.interface import Attention, KVPool, Write
+from jfp8kv.attention.interface import Attention, Write
 from jfp8kv.attention.pallas import PallasAttention
 from jfp8kv.cache.kernel_write import KernelWrite
-from jfp8kv.cache.pool import write
+from jfp8kv.cache.pool import KVPool, write
 from jfp8kv.core.errors import NotSupported, invalid_choice
 from jfp8kv.core.log import logger, warn_once
 from jfp8kv.core.types import ATTENTIONS

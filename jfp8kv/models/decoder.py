@@ -8,7 +8,7 @@ Layers run under `lax.scan` with stacked parameters, so a model of 80 layers tra
 like one of 2. Where layers differ (windows, RoPE, experts) they index a small array by layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -248,7 +248,7 @@ class Decoder(nnx.Module):
 
 def bind(
     config: ModelConfig,
-    tree: Mapping[str, Any],
+    tree: dict[str, Any],
     dtype: np.dtype[Any],
     *,
     matmul: Matmul = stacked_matmul,

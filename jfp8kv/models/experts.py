@@ -214,11 +214,7 @@ class Experts(nnx.Module):
             weight, bias = projection
             weight = widen(weight[slot], self.weight_dtype, x.dtype)
             y = lax.ragged_dot_general(
-                rows,
-                widen(weight[slot], self.stored, x.dtype),
-                sizes,
-                groups,
-                preferred_element_type=jnp.float32,
+                rows, weight, sizes, groups, preferred_element_type=jnp.float32
             )
             if bias is not None:
                 bias = widen(bias[slot], self.weight_dtype, x.dtype).astype(jnp.float32)
