@@ -164,7 +164,7 @@ class CacheTotals:
         self.sequences.append(SequenceTotals())
 
     def add(self, scores: TokenScores, stats: CacheStats, predicted: int, tokens: int) -> None:
-        """Add a chunk of `tokens` tokens, the first `predicted` of which have a next token."""
+        """Add a chunk of `tokens` tokens. The first `predicted` of them have a next token."""
         sequence = self.sequences[-1]
         sequence.count += predicted
         sequence.nll += float(np.sum(scores.nll[:predicted], dtype=np.float64))

@@ -239,7 +239,7 @@ class Calibrator:
           observer: empty statistics.
           transform: which keys are observed; by default those that are written to the cache.
 
-        Raises `ConfigError` if there are no prompts, or for NaN or infinity.
+        Raises `ConfigError` for NaN, for infinity, and without prompts.
         """
         transform = transform or CachedKeys()
         max_tokens = observer.max_tokens(self.shape)

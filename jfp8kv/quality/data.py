@@ -48,7 +48,7 @@ def split_prompts(
 
     Raises:
       ConfigError: a prompt that is empty, of an unknown form, or has an id outside the vocabulary.
-      CapacityError: a prompt longer than `max_model_len`, where there is no window.
+      CapacityError: without a window, a prompt longer than `max_model_len`.
     """
     for number, prompt in enumerate(prompts):
         label = f"{name} {number}"

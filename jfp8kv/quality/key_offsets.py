@@ -34,7 +34,7 @@ PerChannel = Float[Array | np.ndarray, "layers kv_heads head_dim"]
 
 @pytree
 class CachedKeys:
-    """Keys and values as they are written to the cache."""
+    """The keys and values that are written to the cache."""
 
     def bind(self, config: ModelConfig, rotations: AllAngles | None) -> ObservedBlock:
         """Return the function of one chunk whose RoPE angles are `rotations`."""

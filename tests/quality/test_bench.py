@@ -1,4 +1,4 @@
-"""Caches measured side by side: what is counted, how it prints, and every mistake in one line."""
+"""`bench`: the numbers of the report, its output, and errors in one line."""
 
 import json
 
@@ -27,9 +27,7 @@ def report(params) -> jfp8kv.BenchmarkReport:
     )
 
 
-def test_fp8_ones_are_measured_with_all_scales_and_each_has_room_for_all_requests(
-    params, report
-) -> None:
+def test_fp8_caches_run_with_all_scales_and_have_room_for_all_requests(params, report) -> None:
     config, names = params.config, ["bfloat16", "fp8_e4m3", "fp8_e4m3, token_head"]
     assert [cache.kv_dtype for cache in report.caches] == names
     values = 2 * config.layers * config.kv_heads
@@ -44,14 +42,14 @@ def test_fp8_ones_are_measured_with_all_scales_and_each_has_room_for_all_request
         )
         assert cache.first_token_s > 0 and cache.prefill_tokens_s > 0
         assert cache.decode_tokens_s > cache.output_tokens_s > 0, (
-            "all of it takes longer than its decoding"
+            "a round takes longer than its decode steps"
         )
 
 
-def test_with_little_memory_requests_are_preempted_and_all_get_their_tokens(params) -> None:
+def test_a_small_cache_preempts_requests_and_all_finish(params) -> None:
     memory = (
         3 * 2 * 64 * 256
-    )  # half of what bfloat16 needs for three texts of 120 tokens, in pages of 64
+    )  # half of what bfloat16 needs for three sequences of 120 tokens, in pages of 64
     sizes = SMALL | {"output_tokens": 100, "rounds": 1}
     tight, roomy = jfp8kv.bench(params, kv_cache_memory=memory // 2, **sizes).caches
     assert (tight.max_requests, roomy.max_requests) == (
@@ -60,7 +58,7 @@ def test_with_little_memory_requests_are_preempted_and_all_get_their_tokens(para
     ) and tight.preemptions > 0 == roomy.preemptions
 
 
-def test_it_prints_as_a_table_everywhere(report) -> None:
+def test_the_report_prints_as_text_terminal_table_and_html(report) -> None:
     lines = str(report).splitlines()
     assert (
         lines[0]
@@ -81,7 +79,7 @@ def test_it_prints_as_a_table_everywhere(report) -> None:
     )
 
 
-def test_the_command_prints_what_bench_reports(run) -> None:
+def test_the_command_prints_the_report(run) -> None:
     sizes = ["--requests", "2", "--prompt-tokens", "1", "--output-tokens", "3", "--rounds", "1"]
     status, out, err = run("bench", MODEL, *sizes, "--kv-dtypes", "fp8_e5m2", "--json", "--quiet")
     found = json.loads(out)
@@ -95,7 +93,7 @@ def test_the_command_prints_what_bench_reports(run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("options", "message"),
     [
         ({"requests": 0}, "requests=0: must be a whole number of at least 1"),
         ({"rounds": True}, "rounds=True"),
@@ -105,13 +103,13 @@ def test_the_command_prints_what_bench_reports(run) -> None:
         ({"kv_dtypes": ["fp9"]}, "'fp9'"),
     ],
 )
-def test_mistakes_are_said_before_a_model_is_loaded(asked, said) -> None:
-    with pytest.raises(ConfigError, match=said):
-        jfp8kv.bench("no/such/model", **asked)
+def test_invalid_options_are_refused_before_the_model_is_loaded(options, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        jfp8kv.bench("no/such/model", **options)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--prompt-tokens", "9999"], "10063"),
         (["--kv-cache-memory", "lots"], "kv_cache_memory='lots'"),
@@ -119,11 +117,11 @@ def test_mistakes_are_said_before_a_model_is_loaded(asked, said) -> None:
         (["--attention", "flash"], "'flash'"),
     ],
 )
-def test_the_command_says_mistakes_in_one_line(run, options, said) -> None:
+def test_the_command_reports_an_error_in_one_line(run, options, message) -> None:
     status, out, err = run("bench", MODEL, *options)
     assert (
         (status, out) == (2, "")
         and err.startswith("jfp8kv: error: ")
-        and said in err
+        and message in err
         and err.count("\n") == 1
     )

@@ -35,7 +35,7 @@ def of_plan() -> jfp8kv.KVPlan:
     return jfp8kv.KVPlan((jfp8kv.LayerPlan("fp8_e4m3", "unit"),) * LAYERS, unit(), 64.0)
 
 
-def test_the_float32_cache_comes_first_and_once_then_formats_with_scales_where_they_have_any():
+def test_the_float32_cache_comes_first_then_each_format_with_its_scales():
     found = labels(["float32", "bfloat16", "fp8", "fp8_e5m2"], ["unit", "token_head"])
     assert found == [
         "float32",
@@ -50,11 +50,11 @@ def test_the_float32_cache_comes_first_and_once_then_formats_with_scales_where_t
 @pytest.mark.parametrize(
     "given", ["fp8_e4m3", ["fp8_e4m3"], ("fp8",), {"fp8_e4m3": "fp8"}, iter(["fp8_e4m3"])]
 )
-def test_one_format_may_come_alone_or_in_anything_that_holds_it(given):
+def test_one_format_may_be_given_alone_or_in_any_container(given):
     assert labels(given) == ["float32", "fp8_e4m3 unit"]
 
 
-def test_a_dict_and_pairs_name_things():
+def test_mappings_and_pairs_label_caches():
     assert labels({"half": "bfloat16", "e4": "fp8"}, {"one": "unit", "own": unit()}) == [
         "float32",
         "half",
@@ -77,7 +77,7 @@ def test_formats_by_layer_are_one_cache(given):
     assert labels(given) == ["float32", "bfloat16 x1, fp8_e4m3 x1 unit"]
 
 
-def test_a_plan_comes_once_with_its_own_scales(tmp_path):
+def test_a_plan_comes_once_with_its_scales(tmp_path):
     of_plan().save(tmp_path / "best.kvplan")
     given = [of_plan(), tmp_path / "best.kvplan", ("mine", of_plan())]
     found = choices(given, ["unit", "token_head"])
@@ -85,7 +85,7 @@ def test_a_plan_comes_once_with_its_own_scales(tmp_path):
     assert all(isinstance(c.kv_dtype, jfp8kv.KVPlan) and c.kv_scales == "auto" for c in found[1:])
 
 
-def test_scales_of_a_file_are_called_by_its_name_and_equal_labels_get_numbers(tmp_path):
+def test_scales_in_a_file_have_its_name_and_equal_labels_are_numbered(tmp_path):
     unit().save(tmp_path / "found.safetensors")
     scales = [str(tmp_path / "found.safetensors"), tmp_path / "found.safetensors", unit(), unit()]
     wanted = [
@@ -120,20 +120,20 @@ BAD_SCALES = {
 
 
 @pytest.mark.parametrize("kind", BAD_DTYPES)
-def test_what_is_no_format_is_refused(kind):
-    given, said = BAD_DTYPES[kind]
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_formats_are_refused(kind):
+    given, message = BAD_DTYPES[kind]
+    with pytest.raises(ConfigError, match=message):
         choices(given)
 
 
 @pytest.mark.parametrize("kind", BAD_SCALES)
-def test_what_are_no_scales_is_refused(kind):
-    given, said = BAD_SCALES[kind]
-    with pytest.raises((ConfigError, CheckpointError), match=said):
+def test_invalid_scales_are_refused(kind):
+    given, message = BAD_SCALES[kind]
+    with pytest.raises((ConfigError, CheckpointError), match=message):
         choices("fp8", given)
 
 
-def test_names_are_refused_without_a_model():
+def test_invalid_options_are_refused_without_a_model():
     for given in (
         {"kv_dtypes": ["fp9"]},
         {"kv_scales": "heads"},
@@ -159,7 +159,7 @@ def by_calibrate(kv_dtype: str, granularity: str) -> jfp8kv.KVScales:
     )
 
 
-def test_calibrated_scales_are_those_of_calibrate_bit_for_bit():
+def test_calibrated_scales_equal_those_of_calibrate_bit_for_bit():
     found = calibrated(["fp8_e4m3", "fp8_e5m2"])
     for kv_dtype in ("fp8_e4m3", "fp8_e5m2"):
         for granularity in GRANULARITIES:
@@ -169,7 +169,7 @@ def test_calibrated_scales_are_those_of_calibrate_bit_for_bit():
             assert ours.kv_dtype == theirs.kv_dtype == kv_format(kv_dtype).name
 
 
-def test_each_layer_of_a_mixture_gets_the_scale_of_its_own_format():
+def test_with_mixed_formats_each_layer_gets_the_scale_of_its_format():
     found = calibrated({"mix": ["fp8_e5m2", "fp8_e4m3"], "half": ["fp8_e5m2", "bfloat16"]})
     first, second = by_calibrate("fp8_e5m2", "head"), by_calibrate("fp8_e4m3", "head")
     np.testing.assert_array_equal(found["mix head"].k, np.stack([first.k[0], second.k[1]]))

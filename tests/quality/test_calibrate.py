@@ -1,4 +1,4 @@
-"""`calibrate` on whole models: equal to NumPy on keys and values of another pass, in any order, in constant memory."""
+"""`calibrate` on tiny models: matches NumPy, in any order of prompts, in constant memory."""
 
 import dataclasses
 import itertools
@@ -46,11 +46,11 @@ def prompts(name: str, *lengths: int) -> list[list[int]]:
     return [rng.integers(0, load(name).config.vocab, n).tolist() for n in lengths]
 
 
-PROMPTS = (40, 23, 17)  # one width of chunk, so that few programs are compiled
+PROMPTS = (40, 23, 17)  # one chunk width, so that few programs are compiled
 
 
-def seen_by_the_oracle(name: str, tokens: list[int]) -> np.ndarray:
-    """Keys and values `[layers, kinds, tokens, kv_heads, head_dim]` of the float64 forward pass of tests/references."""
+def oracle_kv(name: str, tokens: list[int]) -> np.ndarray:
+    """Return K and V of the float64 oracle, `[layers, kinds, tokens, kv_heads, head_dim]`."""
     seen: dict[tuple[int, str], np.ndarray] = {}
 
     def store(x, layer, which):
@@ -64,8 +64,8 @@ def seen_by_the_oracle(name: str, tokens: list[int]) -> np.ndarray:
     )
 
 
-def seen_by_capture(name: str, tokens: list[int]) -> np.ndarray:
-    """The same by the decoder, with an `attend` that keeps them all: for families the oracle does not know."""
+def decoder_kv(name: str, tokens: list[int]) -> np.ndarray:
+    """Return the same from the decoder, for families that the oracle does not implement."""
     params = load(name)
     c = params.config
     decoder = bind(c, params.tree, params.dtype)
@@ -82,22 +82,22 @@ def seen_by_capture(name: str, tokens: list[int]) -> np.ndarray:
     )
 
     def attend(layer, q, k, v, carry):
-        pages, kept = carry
+        pages, captured_kv = carry
         out, pages = cached(layer, q, k, v, pages)
-        return out, (pages, kept.at[layer].set(jnp.stack([k, v])))
+        return out, (pages, captured_kv.at[layer].set(jnp.stack([k, v])))
 
-    kept = jnp.zeros((c.layers, 2, len(tokens), c.kv_heads, c.head_dim), jnp.float32)
+    captured_kv = jnp.zeros((c.layers, 2, len(tokens), c.kv_heads, c.head_dim), jnp.float32)
     positions = jnp.arange(len(tokens), dtype=jnp.int32)
-    carry = observe.new_float32_pool(c, 512), kept
+    carry = observe.new_float32_pool(c, 512), captured_kv
     return np.asarray(
         decoder(jnp.asarray(tokens, jnp.int32), positions, attend=attend, carry=carry)[1][1]
     )
 
 
 CAPTURES = {
-    "llama_gqa": seen_by_the_oracle,
-    "qwen2_bias": seen_by_the_oracle,
-    "gemma3_new": seen_by_capture,
+    "llama_gqa": oracle_kv,
+    "qwen2_bias": oracle_kv,
+    "gemma3_new": decoder_kv,
 }
 
 
@@ -107,12 +107,12 @@ def captured(name: str) -> np.ndarray:
 
 
 def stacked(scales: jfp8kv.KVScales) -> np.ndarray:
-    """`[layers, kinds, heads, channels]`."""
+    """Return `[layers, kinds, heads, channels]`."""
     return np.stack([scales.k, scales.v], axis=1)
 
 
-def units_of(x: np.ndarray, granularity: str) -> np.ndarray:
-    """`x` of `captured` as `[layers, kinds, heads, channels, values that share a scale]`."""
+def by_scale(x: np.ndarray, granularity: str) -> np.ndarray:
+    """Reshape `captured` to `[layers, kinds, heads, channels, values that share a scale]`."""
     layers, kinds, tokens, heads, dim = x.shape
     x = np.moveaxis(x, 2, -1)
     if granularity == "tensor":
@@ -129,10 +129,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "granularity", "kv_dtype", "observer"), CASES)
-def test_scales_are_those_of_numpy_on_the_keys_and_values_of_another_pass(
+def test_scales_match_numpy_on_keys_and_values_of_a_reference_pass(
     name, granularity, kv_dtype, observer
 ):
-    """Two passes in float32 and float64 agree to 1e-5; a percentile is at most 33/32 too high; see each observer's tests."""
+    """Float32 and float64 passes agree to 1e-5. A percentile is at most 33/32 too high."""
     options = {"percentile": 99.0} if observer == "percentile" else {}
     found = jfp8kv.calibrate(
         load(name),
@@ -142,7 +142,7 @@ def test_scales_are_those_of_numpy_on_the_keys_and_values_of_another_pass(
         observer=observer,
         **options,
     )
-    fmt, x = kv_format(kv_dtype), units_of(captured(name), granularity)
+    fmt, x = kv_format(kv_dtype), by_scale(captured(name), granularity)
     scales, amax = stacked(found), np.abs(x).max(axis=-1)
     assert scales.shape == amax.shape and found.granularity == granularity
     if observer == "amax":
@@ -156,7 +156,7 @@ def test_scales_are_those_of_numpy_on_the_keys_and_values_of_another_pass(
             np.float32(amax / fmt.largest * 2 ** (-i / STEPS_PER_OCTAVE)) for i in range(CANDIDATES)
         ]
         least = np.min([squared_error(x, scale, fmt) for scale in candidates], axis=0)
-        # A hair apart, a value may fall on the other side of a rounding boundary: one of a few dozen moves the error by some %.
+        # The passes may round a value differently: one of a few dozen changes the error by some %.
         assert np.all(squared_error(x, scales, fmt) <= least * 1.1)
 
 
@@ -169,7 +169,7 @@ def squared_error(x: np.ndarray, scale: np.ndarray, fmt) -> np.ndarray:
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
-def test_order_and_grouping_of_the_data_change_no_bit(observer):
+def test_order_and_grouping_of_prompts_change_no_bit(observer):
     params, texts = load("llama_gqa"), prompts("llama_gqa", 40, 23, 17, 33, 20)
 
     def found(texts) -> np.ndarray:
@@ -180,7 +180,7 @@ def test_order_and_grouping_of_the_data_change_no_bit(observer):
     np.testing.assert_array_equal(found(texts[i] for i in (3, 0, 4, 2, 1)), whole)
 
 
-def test_every_prompt_counts_and_not_the_last_one_alone():
+def test_every_prompt_counts():
     params, texts = load("llama_gqa"), prompts("llama_gqa", *PROMPTS)
     whole = stacked(jfp8kv.calibrate(params, texts))
     each = np.stack([stacked(jfp8kv.calibrate(params, [text])) for text in texts])
@@ -188,8 +188,8 @@ def test_every_prompt_counts_and_not_the_last_one_alone():
     assert len(set(each.argmax(axis=0).ravel().tolist())) > 1
 
 
-def test_a_text_in_chunks_gives_what_it_gives_whole(monkeypatch):
-    """Windows, and keys of earlier chunks, included: the chunks are shorter than both text and window."""
+def test_chunked_prefill_gives_the_same_scales(monkeypatch):
+    """The chunks are shorter than the prompt and than the sliding window."""
     params, texts = load("gemma3_new"), prompts("gemma3_new", 60)
     whole = stacked(jfp8kv.calibrate(params, texts, granularity="channel"))
     monkeypatch.setattr(calibration, "default_prefill_chunk", lambda: 16)
@@ -198,7 +198,7 @@ def test_a_text_in_chunks_gives_what_it_gives_whole(monkeypatch):
     )
 
 
-def test_pieces_of_a_window_are_texts_of_their_own():
+def test_windows_are_separate_sequences():
     params, (text,) = load("llama_gqa"), prompts("llama_gqa", 50)
     cut = jfp8kv.calibrate(params, text, window=20)
     np.testing.assert_array_equal(
@@ -207,7 +207,7 @@ def test_pieces_of_a_window_are_texts_of_their_own():
 
 
 def with_keys_times(params: jfp8kv.Params, factor: float) -> jfp8kv.Params:
-    """The same function with keys `factor` times as large, a power of two: queries are divided by it."""
+    """Scale the keys by `factor`, a power of two, and the queries by its inverse."""
     layers = params.tree["layers"]
     scaled = {
         name: {leaf: weight * by for leaf, weight in layers[name].items()}
@@ -221,10 +221,12 @@ def with_keys_times(params: jfp8kv.Params, factor: float) -> jfp8kv.Params:
     [("qwen2_bias", 16.0, 0.85), ("llama_gqa", 2.0**-11, 0.25)],
     ids=["clipped", "flushed"],
 )
-def test_channel_scales_rescue_keys_that_lie_outside_the_range_of_e4m3(name, factor, share):
-    """Keys up to 946 are clipped at 448, keys of up to 0.0037 fall among the subnormals: measured 0.69 and 0.13 of the error
-    that unit scales make. Inside the range a scale changes little, since a float rounds by a share of the value
-    (docs/notes/009)."""
+def test_channel_scales_reduce_the_error_of_keys_outside_the_range_of_e4m3(name, factor, share):
+    """Keys up to 946 are clipped at 448; keys up to 0.0037 are subnormal.
+
+    Measured: 0.69 and 0.13 of the error of unit scales. Inside the range a scale changes little,
+    because the rounding error of a float is relative (docs/notes/009).
+    """
     params = with_keys_times(load(name), factor)
     data = prompts(name, *[60] * 8)
     scales = jfp8kv.calibrate(params, data, granularity="channel")
@@ -240,11 +242,11 @@ def test_channel_scales_rescue_keys_that_lie_outside_the_range_of_e4m3(name, fac
     assert channel < share * unit
 
 
-# -- memory -------------------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)
-def test_arrays_alive_do_not_grow_with_the_number_of_prompts(observer):
+def test_memory_does_not_grow_with_the_number_of_prompts(observer):
     params, (text,) = load("llama_gqa"), prompts("llama_gqa", 20)
     alive = []
 
@@ -257,7 +259,7 @@ def test_arrays_alive_do_not_grow_with_the_number_of_prompts(observer):
     assert len(set(alive[2:])) == 1
 
 
-def test_the_compiled_pass_updates_in_place_and_its_temporaries_do_not_grow_with_the_cache():
+def test_the_step_updates_in_place_and_temporaries_do_not_grow_with_the_cache():
     params = load("llama_gqa")
     c = params.config
     statistics = AmaxObserver.empty(ScaleShape(c.layers, c.kv_heads, c.head_dim, "channel"))
@@ -278,18 +280,18 @@ def test_the_compiled_pass_updates_in_place_and_its_temporaries_do_not_grow_with
     assert large.temp_size_in_bytes - small.temp_size_in_bytes < pool_bytes / 100
 
 
-def test_a_second_pass_reads_what_the_first_one_kept(tmp_path):
+def test_the_spool_replays_what_it_recorded(tmp_path):
     texts = [[[1, 2, 3], [4]], [[5]], [[6, 7]] * 3]
     with TokenSpool() as spool:
         assert list(spool.record(texts)) == texts
         assert list(spool.replay()) == texts
 
 
-# -- mistakes -----------------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("texts", "options", "said"),
+    ("texts", "options", "message"),
     [
         ([], {}, "prompts is empty"),
         (iter([]), {}, "prompts is empty"),
@@ -327,20 +329,20 @@ def test_a_second_pass_reads_what_the_first_one_kept(tmp_path):
         ([[1]], {"granularty": "head"}, "granularty: no such keyword. Did you mean 'granularity'"),
     ],
 )
-def test_a_mistake_is_named_with_what_is_allowed(texts, options, said):
-    with pytest.raises(jfp8kv.ConfigError, match=said):
+def test_invalid_arguments_are_refused(texts, options, message):
+    with pytest.raises(jfp8kv.ConfigError, match=message):
         jfp8kv.calibrate(load("llama_gqa"), texts, **options)
 
 
-@pytest.mark.parametrize(("value", "said"), [(np.nan, "NaN"), (np.inf, "an infinity")])
-def test_what_is_not_finite_is_refused_by_prompt_and_layer(value, said):
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "NaN"), (np.inf, "an infinity")])
+def test_nan_and_infinity_are_refused_with_prompt_and_layer(value, message):
     """One infinite weight of layer 1 makes its values infinite; NaN makes them NaN."""
     params = load("llama_gqa")
     tree = jax.tree.map(lambda x: x, params.tree)
     weight = tree["layers"]["v"]["weight"]
     tree["layers"]["v"]["weight"] = weight.at[1, 3, :].set(0.0).at[1, 3, 0].set(value)
     broken = dataclasses.replace(params, tree=tree)
-    with pytest.raises(jfp8kv.ConfigError, match=f"prompt 0 gave {said} among the V of layer 1"):
+    with pytest.raises(jfp8kv.ConfigError, match=f"prompt 0 gave {message} among the V of layer 1"):
         jfp8kv.calibrate(broken, prompts("llama_gqa", *PROMPTS))
 
 

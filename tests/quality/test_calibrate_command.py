@@ -24,17 +24,17 @@ def params():
     return jfp8kv.load(MODEL)
 
 
-def test_a_text_file_has_a_prompt_on_each_line_and_the_scales_serve_generate(run, params, tmp_path):
+def test_a_text_file_is_one_prompt_per_line_and_generate_takes_the_scales(run, params, tmp_path):
     data, out = tmp_path / "data.txt", tmp_path / "scales.safetensors"
     data.write_bytes(b"\xef\xbb\xbf" + "\r\n\n".join(LINES).encode())
-    status, shown, said = run("calibrate", MODEL, data, "--out", out)
-    assert status == 0, said
+    status, shown, message = run("calibrate", MODEL, data, "--out", out)
+    assert status == 0, message
     assert same(out, jfp8kv.calibrate(params, LINES))
     assert (
         shown.startswith("amax scales per head for fp8_e4m3, 2 layers\n  K  min ")
         and "\n  V  min " in shown
     )
-    assert "of 3 prompts" in said and f"wrote {out}" in said
+    assert "of 3 prompts" in message and f"wrote {out}" in message
     generate = (
         "generate",
         MODEL,
@@ -50,7 +50,7 @@ def test_a_text_file_has_a_prompt_on_each_line_and_the_scales_serve_generate(run
     assert run(*generate)[0] == 0
 
 
-def test_a_window_takes_a_text_file_as_one_text(run, params, tmp_path):
+def test_with_a_window_a_text_file_is_one_prompt(run, params, tmp_path):
     data, out = tmp_path / "data.txt", tmp_path / "scales.safetensors"
     data.write_text("\n".join(LINES))
     options = (
@@ -65,8 +65,10 @@ def test_a_window_takes_a_text_file_as_one_text(run, params, tmp_path):
         "--kv-dtype",
         "fp8_e5m2",
     )
-    status, shown, said = run("calibrate", MODEL, data, "--out", out, "--json", "--quiet", *options)
-    assert (status, said) == (0, "")
+    status, shown, message = run(
+        "calibrate", MODEL, data, "--out", out, "--json", "--quiet", *options
+    )
+    assert (status, message) == (0, "")
     expected = jfp8kv.calibrate(
         params,
         "\n".join(LINES),
@@ -81,7 +83,7 @@ def test_a_window_takes_a_text_file_as_one_text(run, params, tmp_path):
     assert summary["k"] == {
         name: float(getattr(np, name)(expected.k)) for name in ("min", "median", "max")
     }
-    asked = {
+    options = {
         "kv_dtype": "fp8_e5m2",
         "granularity": "channel",
         "observer": "percentile",
@@ -89,10 +91,10 @@ def test_a_window_takes_a_text_file_as_one_text(run, params, tmp_path):
     }
     tokens = len(params.tokenizer.encode("\n".join(LINES)))
     seen = {"out": str(out), "prompts": 1, "tokens": tokens, "layers": 2}
-    assert {name: summary[name] for name in asked | seen} == asked | seen
+    assert {name: summary[name] for name in options | seen} == options | seen
 
 
-def test_records_give_their_text_prompt_or_messages_or_the_field_named(run, params, tmp_path):
+def test_records_give_text_prompt_messages_or_the_named_field(run, params, tmp_path):
     data, out = tmp_path / "data.jsonl", tmp_path / "scales.safetensors"
     chat = [{"role": "user", "content": LINES[2]}]
     records = [
@@ -108,7 +110,7 @@ def test_records_give_their_text_prompt_or_messages_or_the_field_named(run, para
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "options", "said"),
+    ("name", "content", "options", "message"),
     [
         ("none.txt", None, [], "none.txt: no such file"),
         ("data.txt", "", [], "prompts is empty"),
@@ -140,18 +142,18 @@ def test_records_give_their_text_prompt_or_messages_or_the_field_named(run, para
         ("data.jsonl", '{"text": 5}', [], "prompt 0 is of type int"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_two(run, tmp_path, name, content, options, said):
+def test_an_error_is_one_line_and_status_two(run, tmp_path, name, content, options, message):
     data, out = tmp_path / name, tmp_path / "scales.safetensors"
     if content is not None:
         data.write_bytes(content if isinstance(content, bytes) else content.encode())
     status, shown, error = run("calibrate", MODEL, data, "--out", out, *options)
     assert (status, shown) == (2, "")
     (line,) = error.splitlines()
-    assert line.startswith("jfp8kv: error: ") and said in line
+    assert line.startswith("jfp8kv: error: ") and message in line
     assert not out.exists()
 
 
-def test_a_place_that_takes_no_file_is_refused_before_the_model_is_read(run, tmp_path):
+def test_an_unwritable_output_is_refused_before_the_model_is_read(run, tmp_path):
     (tmp_path / "data.txt").write_text("a")
     for out in (tmp_path, tmp_path / "none" / "scales"):
         status, _, error = run(

@@ -1,4 +1,4 @@
-"""`compare` on tiny models: what it says of a cache is what NumPy makes of the logits that this cache gives."""
+"""`compare` on tiny models: its metrics match NumPy on the logits of engines with these caches."""
 
 import json
 import math
@@ -25,11 +25,11 @@ MIX = {"default": "fp8_e4m3", "skip": [0]}
 
 
 def texts() -> list[list[int]]:
-    """Pieces of 40, 40, 33 and 1 tokens: the last has nothing to say."""
+    """Return texts whose windows have 40, 40, 33 and 1 tokens; the last predicts nothing."""
     return prompts(NAME, 80, 33, 1)
 
 
-def pieces() -> list[list[int]]:
+def windows() -> list[list[int]]:
     whole, other, _ = texts()
     return [whole[:WINDOW], whole[WINDOW:], other]
 
@@ -39,8 +39,8 @@ def calibration() -> list[list[int]]:
 
 
 @cache
-def by_layer() -> jfp8kv.KVPlan:
-    """Keys less an offset in one layer, scales by token and head in the other."""
+def mixed_plan() -> jfp8kv.KVPlan:
+    """Return a plan with a K offset in one layer and dynamic scales in the other."""
     scales = jfp8kv.calibrate(
         load(NAME), calibration(), granularity="channel", k_offset=True, max_model_len=LONGEST
     )
@@ -56,7 +56,7 @@ def report() -> jfp8kv.QualityReport:
     return jfp8kv.compare(
         load(NAME),
         texts(),
-        kv_dtypes={"half": "bfloat16", "e4m3": "fp8_e4m3", "mix": MIX, "planned": by_layer()},
+        kv_dtypes={"half": "bfloat16", "e4m3": "fp8_e4m3", "mix": MIX, "planned": mixed_plan()},
         kv_scales=["unit", "head"],
         calibration=calibration(),
         window=WINDOW,
@@ -71,7 +71,7 @@ CACHES = {
     "float32": lambda: ("float32", "unit"),
     "e4m3 head": lambda: ("fp8_e4m3", jfp8kv.calibrate(load(NAME), calibration(), window=WINDOW)),
     "mix unit": lambda: (MIX, "unit"),
-    "planned": lambda: (by_layer(), "auto"),
+    "planned": lambda: (mixed_plan(), "auto"),
 }
 
 
@@ -84,7 +84,7 @@ def engine(label: str) -> jfp8kv.LLM:
 
 @cache
 def log_probabilities(label: str) -> list[np.ndarray]:
-    logits = [engine(label).logits(ids).astype(np.float64) for ids in pieces()]
+    logits = [engine(label).logits(ids).astype(np.float64) for ids in windows()]
     return [
         x
         - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True))
@@ -94,17 +94,17 @@ def log_probabilities(label: str) -> list[np.ndarray]:
 
 
 def ratio_and_error(sums: list[float], counts: list[int]) -> tuple[float, float]:
-    """A mean by token over pieces, and its standard error, loop by loop."""
+    """Return a mean per token over sequences, and its standard error, by loops."""
     mean, m = sum(sums) / sum(counts), len(sums)
     squares = sum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
     return mean, math.sqrt(squares * m / (m - 1)) / sum(counts)
 
 
 @pytest.mark.parametrize("label", CACHES)
-def test_quality_is_what_numpy_makes_of_the_logits(report, label):
-    """Another program rounds its sums in another order, 1e-6 of a logit, and so now and then an FP8 value the other way: 1%."""
-    found, counts = report[label], [len(ids) - 1 for ids in pieces()]
-    each = list(zip(log_probabilities("float32"), log_probabilities(label), pieces(), strict=True))
+def test_metrics_match_numpy_on_the_logits_of_an_engine(report, label):
+    """Another program sums in another order: 1e-6 of a logit, and sometimes an FP8 value: 1%."""
+    found, counts = report[label], [len(ids) - 1 for ids in windows()]
+    each = list(zip(log_probabilities("float32"), log_probabilities(label), windows(), strict=True))
     nll = [-sum(q[i, ids[i + 1]] for i in range(len(ids) - 1)) for _, q, ids in each]
     base = [-sum(p[i, ids[i + 1]] for i in range(len(ids) - 1)) for p, _, ids in each]
     kl = [np.sum((np.exp(p) * (p - q))[:-1]) for p, q, _ in each]
@@ -125,11 +125,11 @@ def test_quality_is_what_numpy_makes_of_the_logits(report, label):
     if label == "float32":
         assert (found.kl, found.kl_largest, found.nll_change, found.top1_agreement) == (0, 0, 0, 1)
     else:
-        assert mean > 1e-3, "or else this shows nothing"
+        assert mean > 1e-3, "otherwise this test shows nothing"
 
 
 @pytest.mark.parametrize("label", CACHES)
-def test_bytes_per_token_are_those_of_an_engine(report, label):
+def test_bytes_per_token_match_an_engine(report, label):
     settings = {"max_model_len": LONGEST, "kv_cache_memory": "1MB"}
     kv_dtype, kv_scales = CACHES[label]()
     stats = jfp8kv.LLM(load(NAME), kv_dtype=kv_dtype, kv_scales=kv_scales, **settings).stats
@@ -137,23 +137,23 @@ def test_bytes_per_token_are_those_of_an_engine(report, label):
 
 
 @pytest.mark.parametrize("label", ["float32", "planned"])
-def test_recall_is_the_share_of_likeliest_tokens_after_the_cue(report, label):
+def test_recall_is_the_share_of_most_likely_tokens_after_the_cue(report, label):
     ids = np.concatenate([np.asarray(text, np.int32) for text in texts()])
     for depth, needle in enumerate(create_needles(ids, (LONGEST,), DEPTHS)):
-        likeliest = engine(label).logits(needle.ids).argmax(-1)
-        asked = range(LONGEST - NEEDLE_TOKENS + CUE_TOKENS, LONGEST)
-        wanted = np.mean([likeliest[i - 1] == needle.ids[i] for i in asked])
-        assert report[label].needle_recall[0][depth] == wanted
+        most_likely = engine(label).logits(needle.ids).argmax(-1)
+        options = range(LONGEST - NEEDLE_TOKENS + CUE_TOKENS, LONGEST)
+        expected = np.mean([most_likely[i - 1] == needle.ids[i] for i in options])
+        assert report[label].needle_recall[0][depth] == expected
 
 
-def test_every_cache_is_there_with_what_each_layer_keeps(report):
-    wanted = [
+def test_the_report_has_every_cache_and_its_formats_by_layer(report):
+    expected = [
         "float32",
         "half",
         *(f"{name} {scales}" for name in ("e4m3", "mix") for scales in ("unit", "head")),
         "planned",
     ]
-    assert [choice.label for choice in report.caches] == wanted
+    assert [cache.label for cache in report.caches] == expected
     assert (report.tokens, report.sequences, report.window) == (113, 3, WINDOW)
     assert report["mix head"].layers == ("bfloat16", "fp8_e4m3")
     assert report["planned"].layers == ("fp8_e4m3", "fp8_e4m3 with token_head scales")
@@ -161,31 +161,31 @@ def test_every_cache_is_there_with_what_each_layer_keeps(report):
         report["mixed"]
 
 
-def test_what_is_kept_follows_from_what_is_stored(report):
+def test_reconstruction_error_follows_from_the_formats(report):
     base, half, mix = report["float32"], report["half"], report["mix unit"]
     assert (
         base.k.snr_db == (math.inf, math.inf)
         and base.k.mean_snr_db == math.inf
         and base.v.flushed_share == 0
     )
-    assert all(50 < each < 60 for each in half.k.snr_db), "8 bits of mantissa: about 56 dB"
+    assert all(50 < each < 60 for each in half.k.snr_db), "a mantissa of 8 bits: about 56 dB"
     assert mix.k.snr_db[0] == half.k.snr_db[0] and mix.v.snr_db[1] == pytest.approx(31.5, abs=1), (
-        "4 bits: about 31.5 dB"
+        "a mantissa of 4 bits: about 31.5 dB"
     )
     assert mix.k.worst_layer == 1
     assert report["planned"].k.snr_db[0] > report["e4m3 head"].k.snr_db[0] + 10, (
-        "an offset takes the bias off"
+        "an offset removes the bias"
     )
     assert report["e4m3 head"].k.clipped_share > 0 == report["e4m3 unit"].k.clipped_share
     assert np.shape(mix.k.snr_db_by_head) == (2, load(NAME).config.kv_heads)
 
 
-def test_limits_are_those_of_static_scales_without_an_offset(report):
+def test_limits_are_given_for_static_scales_without_offsets(report):
     assert report["e4m3 unit"].k.limits == ((2.0**-9, 448.0),) * 2
     assert report["planned"].k.limits == (None, None)
     lowest, largest = report["planned"].v.limits[0]
     assert (
-        largest == pytest.approx(448 * np.median(by_layer().scales.v[0]))
+        largest == pytest.approx(448 * np.median(mixed_plan().scales.v[0]))
         and report["planned"].v.limits[1] is None
     )
     assert lowest == pytest.approx(largest / 448 / 512)
@@ -199,15 +199,13 @@ def test_magnitudes_count_every_value_that_was_cached(report):
         ] * c.layers
 
 
-def test_a_report_is_json(report):
-    kept = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert [choice["label"] for choice in kept["caches"]] == [
-        choice.label for choice in report.caches
-    ]
-    assert kept["caches"][0]["k"]["snr_db"] == [None, None], "infinity is no JSON"
-    assert kept["caches"][3]["kl"] == report.caches[3].kl
-    assert kept["caches"][3]["v"]["clipped_share"] == report.caches[3].v.clipped_share > 0, (
-        "what is derived is there, too"
+def test_the_report_is_json(report):
+    saved = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [cache["label"] for cache in saved["caches"]] == [cache.label for cache in report.caches]
+    assert saved["caches"][0]["k"]["snr_db"] == [None, None], "JSON has no infinity"
+    assert saved["caches"][3]["kl"] == report.caches[3].kl
+    assert saved["caches"][3]["v"]["clipped_share"] == report.caches[3].v.clipped_share > 0, (
+        "properties are included"
     )
 
 
@@ -239,7 +237,7 @@ def test_a_notebook_gets_html_tables(report):
     assert "float32" in named._repr_html_()
 
 
-def test_a_picture_names_its_axes_and_all_caches(report, tmp_path):
+def test_the_figure_labels_its_axes_and_all_caches(report, tmp_path):
     figure = report.plot()
     titles = [panel.get_title() for panel in figure.axes]
     assert [title.split(":")[0] for title in titles] == [
@@ -252,14 +250,14 @@ def test_a_picture_names_its_axes_and_all_caches(report, tmp_path):
     ]
     assert all(panel.get_xlabel() for panel in figure.axes)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        choice.label for choice in report.caches[1:]
+        cache.label for cache in report.caches[1:]
     ]
-    assert not plt.get_fignums(), "a figure left open is shown twice in a notebook, and kept"
+    assert not plt.get_fignums(), "a notebook shows an open figure twice"
     figure.savefig(tmp_path / "report.png", dpi=40)
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
-def compare(name: str = NAME, given=None, **asked) -> jfp8kv.QualityReport:
+def compare(name: str = NAME, given=None, **options) -> jfp8kv.QualityReport:
     usual = {
         "kv_dtypes": "fp8_e4m3",
         "kv_scales": "unit",
@@ -268,19 +266,19 @@ def compare(name: str = NAME, given=None, **asked) -> jfp8kv.QualityReport:
         "needle_lengths": (),
     }
     return jfp8kv.compare(
-        load(name), prompts(name, LONGEST) if given is None else given, **(usual | asked)
+        load(name), prompts(name, LONGEST) if given is None else given, **(usual | options)
     )
 
 
-def test_one_piece_has_no_standard_error_and_no_needles_leave_no_table():
+def test_a_single_sequence_has_no_stderr_and_no_needles_have_no_table():
     found = compare()
     assert found["fp8_e4m3 unit"].kl_stderr is None and found["fp8_e4m3 unit"].mean_recall is None
     assert "needle" not in str(found) and "±" not in str(found)
     assert found.needle_depths == () and len(found.plot().axes) == 6
 
 
-def test_windows_and_chunks_change_nothing_but_bytes(monkeypatch):
-    """A model whose layers see 8 or all tokens, in texts and pools that are used again, in chunks of 16 tokens."""
+def test_sliding_windows_and_chunks_change_only_the_bytes(monkeypatch):
+    """A model with sliding windows of 8 tokens, in reused pools, in chunks of 16 tokens."""
     name = "gemma3_new"
     params, ids = load(name), prompts(name, 60, 50)
     monkeypatch.setattr(buckets, "MAX_LOGITS_BYTES", 4 * params.config.vocab * 16)
@@ -295,12 +293,12 @@ def test_windows_and_chunks_change_nothing_but_bytes(monkeypatch):
     scores = np.concatenate([llm.score(text) for text in ids])
     assert found.nll == pytest.approx(-scores.astype(np.float64).mean(), rel=1e-4)
     assert found.bytes_per_token == llm.stats.kv_bytes_per_token
-    assert max(params.config.windows) < 50, "or else no window slides"
+    assert max(params.config.windows) < 50, "otherwise no window slides"
 
 
-def test_scales_chosen_for_the_longest_text_are_those_of_an_engine_for_such_texts():
-    """A bias that turns with the position: over the 16 tokens of the text it is constant, over 64 it is not, and the layer that
-    has it keeps bfloat16."""
+def test_scales_that_depend_on_max_model_len_match_an_engine():
+    """RoPE rotates the bias: over the 16 tokens of the text it is constant, over 64 it is not, and
+    its layer stays bfloat16."""
     params = with_bias(40.0, pair=1)
     sizes = {"max_model_len": 64, "progress": False, "needle_lengths": ()}
     with pytest.warns(UserWarning, match="Keys of layers 1 have a K bias"):
@@ -315,17 +313,17 @@ def test_scales_chosen_for_the_longest_text_are_those_of_an_engine_for_such_text
 
 
 MISTAKES = {
-    "no text": ({"given": []}, ConfigError, "texts is empty"),
+    "no texts": ({"given": []}, ConfigError, "texts is empty"),
     "an empty text": ({"given": [[1, 2], []]}, ConfigError, "text 1 is empty"),
-    "no texts at all": ({"given": 3}, ConfigError, "texts of type int"),
-    "a token that is not there": (
+    "texts of another type": ({"given": 3}, ConfigError, "texts of type int"),
+    "a token outside the vocabulary": (
         {"given": [[1, 10**6]]},
         ConfigError,
         "text 0 has token id 1000000",
     ),
     "texts of one token": ({"given": [[1], [2]]}, ConfigError, "no two consecutive tokens"),
     "a text without a tokenizer": ({"given": ["once"]}, ConfigError, "text 0"),
-    "a window of nothing": ({"window": 0}, ConfigError, "window=0"),
+    "an empty window": ({"window": 0}, ConfigError, "window=0"),
     "a window beyond the model": ({"window": 10**6, "max_model_len": None}, ConfigError, "1000000"),
     "a context beyond the model": ({"max_model_len": 10**6}, ConfigError, "max_model_len=1000000"),
     "a needle beyond the model": (
@@ -335,23 +333,23 @@ MISTAKES = {
     ),
     "a depth beyond the end": ({"needle_depths": [2]}, ConfigError, "needle_depths"),
     "an unknown format": ({"kv_dtypes": ["fp9"]}, ConfigError, "fp9"),
-    "scales to calibrate on nothing": (
+    "calibrated scales without prompts": (
         {"kv_scales": "head"},
         ConfigError,
         "fp8_e4m3 head: these scales are calibrated",
     ),
-    "calibration for nothing": ({"calibration": [[1, 2]]}, ConfigError, "no cache uses it"),
-    "calibration that is empty": (
+    "unused calibration prompts": ({"calibration": [[1, 2]]}, ConfigError, "no cache uses it"),
+    "an empty calibration prompt": (
         {"kv_scales": "head", "calibration": [[]]},
         ConfigError,
         "calibration prompt 0 is empty",
     ),
-    "calibration on none": (
+    "no calibration prompts": (
         {"kv_scales": "head", "calibration": iter([])},
         ConfigError,
         "calibration is empty",
     ),
-    "calibration that is none": (
+    "calibration of another type": (
         {"kv_scales": "head", "calibration": 5},
         ConfigError,
         "calibration of type int",
@@ -361,15 +359,15 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_refused_before_anything_runs(mistake, monkeypatch):
+def test_invalid_arguments_are_refused_before_anything_runs(mistake, monkeypatch):
     monkeypatch.setattr(
-        comparison, "_create_runs", lambda *_, **__: pytest.fail("an engine was made")
+        comparison, "_create_runs", lambda *_, **__: pytest.fail("an engine was created")
     )
-    asked, error, said = MISTAKES[mistake]
-    with pytest.raises(error, match=said):
-        compare(**asked)
+    options, error, message = MISTAKES[mistake]
+    with pytest.raises(error, match=message):
+        compare(**options)
 
 
-def test_what_is_no_params_is_refused():
+def test_a_model_of_another_type_is_refused():
     with pytest.raises(ConfigError, match="must be a Params"):
         jfp8kv.compare({}, [[1, 2]])

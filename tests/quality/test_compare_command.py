@@ -20,10 +20,10 @@ def text(tmp_path) -> Path:
     return tmp_path / "text.txt"
 
 
-def test_it_prints_what_compare_reports(run, text, tmp_path):
-    """As tables, with what is kept by layer and a picture; then as JSON, from records, and nothing else."""
+def test_the_command_prints_the_report(run, text, tmp_path):
+    """As tables with a table by layer and a figure; then as JSON, from records."""
     params, scales = jfp8kv.load(MODEL), ("unit", "head")
-    asked = {"window": 56, "needle_lengths": [64], "needle_depths": [0, 1], "max_model_len": 64}
+    options = {"window": 56, "needle_lengths": [64], "needle_depths": [0, 1], "max_model_len": 64}
     report = jfp8kv.compare(
         params,
         TEXT,
@@ -31,7 +31,7 @@ def test_it_prints_what_compare_reports(run, text, tmp_path):
         kv_scales=scales,
         calibration=TEXT[::-1],
         progress=False,
-        **asked,
+        **options,
     )
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": TEXT[::-1]}))
     given = (
@@ -43,21 +43,21 @@ def test_it_prints_what_compare_reports(run, text, tmp_path):
         tmp_path / "other.jsonl",
         *USUAL,
     )
-    status, shown, said = run(
+    status, shown, message = run(
         "compare", MODEL, text, *given, "--by-layer", "--plot", tmp_path / "out.svg"
     )
-    assert status == 0, said
+    assert status == 0, message
     assert shown == f"{report}\n\n{report.by_layer()}\n"
-    assert said.splitlines()[-1].startswith(f"jfp8kv: 3 caches over {report.tokens} tokens in ")
-    assert said.endswith(f"; wrote {tmp_path / 'out.svg'}\n") and (
+    assert message.splitlines()[-1].startswith(f"jfp8kv: 3 caches over {report.tokens} tokens in ")
+    assert message.endswith(f"; wrote {tmp_path / 'out.svg'}\n") and (
         tmp_path / "out.svg"
     ).read_text().startswith("<?xml")
     records = tmp_path / "text.jsonl"
     records.write_text(json.dumps({"body": TEXT}) + "\n")
     other = ("--calibration", tmp_path / "other.jsonl", "--field", "body")
     (tmp_path / "other.jsonl").write_text(json.dumps({"body": TEXT[::-1]}))
-    status, shown, said = run("compare", MODEL, records, *given, *other, "--json", "--quiet")
-    assert (status, said) == (0, "")
+    status, shown, message = run("compare", MODEL, records, *given, *other, "--json", "--quiet")
+    assert (status, message) == (0, "")
     assert json.loads(shown) == report.to_dict()
 
 
@@ -66,8 +66,8 @@ MISTAKES = {
     "an unknown format": (["--kv-dtypes", "bfloat16,fp8_e4m4"], "Did you mean 'fp8_e4m3'?"),
     "no format": (["--kv-dtypes", ","], "kv_dtypes is empty"),
     "unknown scales": (["--kv-scales", "unit,tokenhead"], "Did you mean 'token_head'?"),
-    "scales that are not there": (["--kv-scales", "/no/scales"], "'/no/scales'"),
-    "a window of nothing": (["--window", 0], "window=0"),
+    "scales without a file": (["--kv-scales", "/no/scales"], "'/no/scales'"),
+    "an empty window": (["--window", 0], "window=0"),
     "a window in words": (["--window", "x"], "--window"),
     "a needle in words": (
         ["--needle-lengths", "long"],
@@ -76,9 +76,9 @@ MISTAKES = {
     "a needle too short": (["--needle-lengths", "12"], "must be a whole number of at least 49"),
     "a depth beyond the end": (["--needle-depths", "0,2"], "needle_depths="),
     "no such calibration": (["--calibration", "/no/texts"], "/no/texts: no such file"),
-    "a field of a text": (["--field", "text"], "names a field of a row"),
-    "no picture": (["--plot", "out.gif"], "--plot='.gif': must be one of '.png'"),
-    "a picture nowhere": (
+    "a field of a text file": (["--field", "text"], "names a field of a row"),
+    "an unknown image format": (["--plot", "out.gif"], "--plot='.gif': must be one of '.png'"),
+    "an unwritable figure": (
         ["--plot", "/no/out.png"],
         "--plot /no/out.png: cannot be written",
     ),
@@ -87,11 +87,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_status_two_before_the_model_is_read(run, text, mistake):
+def test_an_error_is_one_line_and_status_two_before_the_model_is_read(run, text, mistake):
     given, named = MISTAKES[mistake]
-    status, shown, said = run("compare", "/no/model", text, *given)
+    status, shown, message = run("compare", "/no/model", text, *given)
     assert (status, shown) == (2, "")
-    (line,) = said.splitlines()
+    (line,) = message.splitlines()
     assert line.startswith("jfp8kv: error: ") and named in line
 
 
@@ -107,11 +107,11 @@ def test_a_mistake_is_one_line_and_status_two_before_the_model_is_read(run, text
         (TEXT, ["--max-model-len", "512"], "max_model_len=512"),
     ],
 )
-def test_what_only_the_model_can_tell_is_one_line_too(run, text, content, given, named):
+def test_an_error_that_needs_the_model_is_one_line_and_status_two(run, text, content, given, named):
     text.unlink()
     if content is not None:
         text.write_bytes(content if isinstance(content, bytes) else content.encode())
-    status, shown, said = run("compare", MODEL, text, *given)
+    status, shown, message = run("compare", MODEL, text, *given)
     assert (status, shown) == (2, "")
-    (line,) = said.splitlines()
+    (line,) = message.splitlines()
     assert line.startswith("jfp8kv: error: ") and named in line

@@ -1,4 +1,4 @@
-"""Divergence, likelihood and agreement are NumPy's in float64, down to differences that float32 hardly shows."""
+"""KL, likelihood and agreement match NumPy, down to differences that float32 hardly resolves."""
 
 import jax
 import jax.numpy as jnp
@@ -25,40 +25,40 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def divergence(base: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """By the definition, in extended precision."""
+    """Return KL by its definition, in extended precision."""
     p, q = log_softmax(base), log_softmax(other)
     return np.sum(np.exp(p) * (p - q), axis=-1).astype(np.float64)
 
 
-FOLLOWING = np.arange(12, dtype=np.int32) * 7
+NEXT_IDS = np.arange(12, dtype=np.int32) * 7
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_divergence_is_that_of_extended_precision(spread):
-    """Every term is positive, so its relative error is that of p (a few roundings of logits up to 20: 1e-6) and of a square."""
+def test_kl_matches_extended_precision(spread):
+    """All terms are positive: the relative error is that of p (1e-6) and of a square."""
     base, other = pair(spread)
-    found = np.asarray(jax.jit(token_scores)(base, other, FOLLOWING).kl)
+    found = np.asarray(jax.jit(token_scores)(base, other, NEXT_IDS).kl)
     np.testing.assert_allclose(found, divergence(base, other), rtol=2e-5)
 
 
-def test_a_constant_added_to_all_logits_changes_nothing_that_shows():
-    """The mean is off by up to 1e-6 here: half its square is 5e-13, where the divergence is 5e-7."""
+def test_kl_is_invariant_to_a_constant_added_to_all_logits():
+    """The mean has an error of up to 1e-6 here: half its square is 5e-13, and KL is 5e-7."""
     base, other = pair(1e-3, shift=3.0)
-    found = np.asarray(jax.jit(token_scores)(base, other, FOLLOWING).kl)
+    found = np.asarray(jax.jit(token_scores)(base, other, NEXT_IDS).kl)
     np.testing.assert_allclose(found, divergence(base, other), rtol=2e-5)
 
 
-def test_equal_logits_diverge_by_exactly_nothing():
+def test_kl_of_equal_logits_is_exactly_zero():
     base, _ = pair(1.0)
-    found = jax.jit(token_scores)(base, base.copy(), FOLLOWING)
+    found = jax.jit(token_scores)(base, base.copy(), NEXT_IDS)
     assert np.all(np.asarray(found.kl) == 0) and np.all(found.agrees)
 
 
-def test_divergence_is_right_where_float32_lacks_the_range():
-    """A token that the base finds impossible, p = exp(-120), and the other likely: exp(d) alone is infinite, p alone is 0."""
+def test_kl_is_right_where_float32_lacks_the_range():
+    """A token with p = exp(-120) that the other finds likely: exp(d) is infinite and p is 0."""
     base, other = pair(1e-3)
     base[:6, 7], other[:6, 7] = -120, np.linspace(-30, 30, 6)
-    found = np.asarray(jax.jit(token_scores)(base, other, FOLLOWING).kl)
+    found = np.asarray(jax.jit(token_scores)(base, other, NEXT_IDS).kl)
     wanted = divergence(base, other)
     np.testing.assert_allclose(found[6:], wanted[6:], rtol=2e-5)
     np.testing.assert_allclose(
@@ -68,19 +68,19 @@ def test_divergence_is_right_where_float32_lacks_the_range():
 
 
 @pytest.mark.parametrize("spread", [1e-3, 10.0])
-def test_likelihood_and_agreement_are_those_of_numpy(spread):
-    """log-sum-exp and the difference each round at a magnitude of up to 40: 4e-6."""
+def test_likelihood_and_agreement_match_numpy(spread):
+    """log-sum-exp and the difference both round at a magnitude of up to 40: 4e-6."""
     base, other = pair(spread)
-    found = jax.jit(token_scores)(base, other, FOLLOWING)
-    nll = -log_softmax(other)[np.arange(12), FOLLOWING]
+    found = jax.jit(token_scores)(base, other, NEXT_IDS)
+    nll = -log_softmax(other)[np.arange(12), NEXT_IDS]
     np.testing.assert_allclose(np.asarray(found.nll), nll.astype(np.float64), atol=8e-6)
     agrees = base.argmax(axis=-1) == other.argmax(axis=-1)
     np.testing.assert_array_equal(np.asarray(found.agrees), agrees)
     assert agrees.all() == (spread < 1)
 
 
-def test_the_excess_of_exp_keeps_its_digits_on_both_sides_of_the_series():
-    """Each branch loses a factor of 10 to cancellation at the most, and rounds a few times: 2e-6 covers 30 roundings."""
+def test_exp_excess_is_accurate_on_both_sides_of_the_series():
+    """Each branch loses at most a factor of 10 to cancellation: 2e-6 covers 30 roundings."""
     x = np.concatenate([s * np.geomspace(1e-12, 20, 400) for s in (-1, 1)]).astype(np.float32)
     exact = x.astype(np.longdouble)
     terms = [exact**k / np.prod(np.arange(1, k + 1, dtype=np.longdouble)) for k in range(2, 30)]

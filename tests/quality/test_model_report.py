@@ -1,4 +1,4 @@
-"""What `inspect` says is what published models have, what an engine counts, and what `load` then loads; no weight is read."""
+"""`inspect` matches published sizes, an engine and `load`, and reads no weights."""
 
 import json
 import math
@@ -57,7 +57,7 @@ TINY = {
 
 
 def described(folder: Path, config: dict, **changes) -> Path:
-    """A folder that holds a config alone."""
+    """Write a folder with a config and no weights."""
     (folder / "config.json").write_text(json.dumps(config | changes))
     return folder
 
@@ -67,9 +67,9 @@ def with_weights(
     shapes: dict[str, tuple[int, ...]],
     kinds: dict[str, tuple[str, int]] | None = None,
 ) -> Path:
-    """Add a safetensors file whose bytes are a hole: any size takes no room on the disk.
+    """Add a sparse safetensors file, which takes no space on disk.
 
-    Tensors are bfloat16, or of the kind and bytes an element given by name.
+    Tensors are bfloat16, or have the dtype and bytes per element given by name in `kinds`.
     """
     header, end = {}, 0
     for name, shape in shapes.items():
@@ -104,9 +104,7 @@ def by_name(found: jfp8kv.ModelReport) -> dict[tuple[str, str], object]:
     return {(cost.kv_dtype, cost.scales): cost for cost in found.caches}
 
 
-def test_llama_3_8b_is_sized_as_published_from_16_gb_of_weights_that_are_not_read(
-    tmp_path, monkeypatch
-):
+def test_llama_3_8b_has_its_published_size_without_reading_weights(tmp_path, monkeypatch):
     def read(*_):
         raise AssertionError("a weight was read")
 
@@ -129,7 +127,7 @@ def test_llama_3_8b_is_sized_as_published_from_16_gb_of_weights_that_are_not_rea
     assert by_name(found)["fp8_e4m3", "token_head"].bytes_per_token == 2 * 32 * 8 * (128 + 1)
 
 
-def test_gemma_3_1b_is_sized_as_published_and_its_windows_are_counted(tmp_path):
+def test_gemma_3_1b_has_its_published_size_with_windows_counted(tmp_path):
     found = jfp8kv.inspect(described(tmp_path, GEMMA3_1B), kv_dtype="fp8")
     assert (found.weights.parameters, found.weights.bytes_on_disk, found.weights.tensors) == (
         999_885_952,
@@ -140,7 +138,8 @@ def test_gemma_3_1b_is_sized_as_published_and_its_windows_are_counted(tmp_path):
     assert (len(local.layers), local.window, local.rope.theta) == (22, 512, 1e4)
     assert (whole.layers, whole.window, whole.rope.theta) == ((5, 11, 17, 23), 0, 1e6)
     assert [cost.kv_dtype for cost in found.caches if cost.requested] == ["fp8_e4m3"]
-    # Seven groups of four layers, one of them whole; a dispatch of 512 beside a window of 512 touches at most 17 pages of 64.
+    # Seven groups of four layers, one with full attention. A window of 512 and a dispatch of 512
+    # tokens use at most 17 pages of 64.
     page = 2 * 4 * 64 * 256
     text = by_name(found)["fp8_e4m3", "static"].sequences[1]
     assert (text.tokens, text.bytes, text.bytes_without_windows) == (
@@ -196,13 +195,13 @@ def test_an_engine_counts_the_same_bytes(windows, cache, monkeypatch):
     for text in cost.sequences:
         held.clear()
         llm.generate([[1] * (text.tokens - 4)], max_tokens=4, ignore_eos=True)
-        # What is said is the most that a text may need at any one time: its last chunk may be shorter than a window allows for.
+        # The report has the most that a sequence may need; its last chunk may be shorter.
         most = max(held) * engine.cache_config.page_bytes
         assert 0.9 * text.bytes < most <= text.bytes if windows else most == text.bytes
 
 
 @pytest.mark.parametrize("folder", REFERENCES, ids=lambda folder: folder.name)
-def test_a_source_and_what_is_loaded_from_it_are_inspected_alike(folder):
+def test_a_checkpoint_and_its_loaded_params_give_the_same_report(folder):
     source, params = jfp8kv.inspect(folder), jfp8kv.load(folder)
     loaded = jfp8kv.inspect(params)
     assert (source.model, source.caches, source.attention) == (
@@ -230,7 +229,7 @@ def test_a_gguf_file_is_described_by_its_header(smollm2_path, monkeypatch):
     assert by_name(found)["fp8_e4m3", "static"].bytes_per_token == 11_520
 
 
-def test_a_saved_model_is_described_by_what_lies_beside_its_weights(tmp_path, monkeypatch):
+def test_a_saved_model_is_described_without_reading_weights(tmp_path, monkeypatch):
     loaded = jfp8kv.load(FOLDER)
     params = jfp8kv.Params(
         loaded.tree, loaded.config, loaded.tokenizer, jfp8kv.KVScales.unit(loaded.config.layers)
@@ -258,7 +257,7 @@ def test_a_saved_model_is_described_by_what_lies_beside_its_weights(tmp_path, mo
     )
 
 
-def test_float8_weights_are_said_as_they_are_stored(tmp_path):
+def test_float8_weights_are_reported_in_their_stored_format(tmp_path):
     config = LLAMA3_8B | {"num_hidden_layers": 1, "quantization_config": {"quant_method": "fp8"}}
     shapes = llama_tensors(config)
     quantized = [name for name in shapes if "_proj" in name]
@@ -271,7 +270,7 @@ def test_float8_weights_are_said_as_they_are_stored(tmp_path):
     assert "7 F8_E4M3, 5 BF16 (fp8: FP8, a scale per tensor)" in str(found)
 
 
-def test_scales_in_a_checkpoint_are_named_and_what_it_declares_is_what_auto_means(tmp_path):
+def test_scales_are_named_and_auto_is_the_declared_format(tmp_path):
     scheme = {
         "quant_method": "compressed-tensors",
         "kv_cache_scheme": {"num_bits": 8, "type": "float"},
@@ -292,12 +291,12 @@ def test_scales_in_a_checkpoint_are_named_and_what_it_declares_is_what_auto_mean
         found.weights.tensors == {"BF16": 21} and found.weights.quantization == "compressed-tensors"
     )
     assert (
-        f"4 tensors: {names[0]} to {names[-1]}; the config declares an fp8_e4m3 cache; ISSUES: 4, see below"
-        in str(found)
+        f"4 tensors: {names[0]} to {names[-1]}; the config declares an fp8_e4m3 cache; "
+        "ISSUES: 4, see below" in str(found)
     )
 
 
-def test_scales_in_memory_are_said_by_granularity():
+def test_scales_in_memory_are_reported_by_granularity():
     loaded = jfp8kv.load(FOLDER)
     params = jfp8kv.Params(
         loaded.tree, loaded.config, kv_scales=jfp8kv.KVScales.unit(loaded.config.layers)
@@ -315,7 +314,7 @@ FAMILIES = {
         },
         ["experts       2 of 4 in every layer, of size 16"],
     ),
-    "layers that rotate nothing": (
+    "layers without RoPE": (
         {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 1, 0, 1, 1, 0]},
         ["4  full       default", "2  full       none", "0-1, 3-4", "2, 5"],
     ),
@@ -331,7 +330,7 @@ FAMILIES = {
         },
         ["llama3, theta 10,000, x8"],
     ),
-    "norms after": (
+    "post norms": (
         {"architectures": ["Olmo2ForCausalLM"]},
         ["RMS after attention and MLP; queries and keys over all heads"],
     ),
@@ -339,13 +338,13 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_family_has_is_said(tmp_path, family):
-    changes, said = FAMILIES[family]
+def test_features_of_a_family_are_reported(tmp_path, family):
+    changes, message = FAMILIES[family]
     shown = str(jfp8kv.inspect(described(tmp_path, TINY, **changes)))
-    assert all(text in shown for text in said), shown
+    assert all(text in shown for text in message), shown
 
 
-def test_positions_from_a_table_are_said(tmp_path):
+def test_learned_positions_are_reported(tmp_path):
     gpt2 = {
         "architectures": ["GPT2LMHeadModel"],
         "n_embd": 16,
@@ -361,7 +360,7 @@ def test_positions_from_a_table_are_said(tmp_path):
     )
 
 
-def test_it_prints_plainly_fits_a_terminal_and_survives_json(tmp_path):
+def test_the_report_prints_as_text_terminal_table_html_and_json(tmp_path):
     found = jfp8kv.inspect(described(tmp_path, GEMMA3_1B))
     assert "\x1b" not in str(found) and not any(
         line != line.rstrip() for line in str(found).splitlines()
@@ -377,20 +376,20 @@ def test_it_prints_plainly_fits_a_terminal_and_survives_json(tmp_path):
     assert (kept["model"]["group"], kept["caches"][0]["sequences"][1]["tokens"]) == (4, 8192)
 
 
-def test_of_a_hub_model_only_the_small_files_are_fetched(tmp_path, monkeypatch):
-    asked = {}
+def test_only_the_small_files_of_a_hub_model_are_downloaded(tmp_path, monkeypatch):
+    options = {}
 
     def snapshot_download(repo, **patterns):
-        asked[repo] = patterns["allow_patterns"]
+        options[repo] = patterns["allow_patterns"]
         return str(described(tmp_path, LLAMA3_8B))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     found = jfp8kv.inspect("owner/llama")
     assert (found.source, found.weights.parameters) == ("owner/llama", 8_030_261_248)
-    assert "*.json" in asked["owner/llama"] and "*.safetensors" not in asked["owner/llama"]
+    assert "*.json" in options["owner/llama"] and "*.safetensors" not in options["owner/llama"]
 
 
-def test_a_vision_part_is_counted_and_left_out(tmp_path):
+def test_vision_tensors_are_counted_and_ignored(tmp_path):
     text = {
         key: value
         for key, value in GEMMA3_1B.items()
@@ -413,7 +412,7 @@ MISTAKES = {
     "no model": ("/no/model", {}, CheckpointError, "/no/model"),
     "not a source": (3, {}, ConfigError, "source=3"),
     "an unknown format": (FOLDER, {"kv_dtype": "fp8_e4m4"}, ConfigError, "Did you mean 'fp8_e4m3'"),
-    "scales that are not there": (
+    "scales that the checkpoint does not have": (
         FOLDER,
         {"kv_dtype": "fp8", "kv_scales": "checkpoint"},
         ConfigError,
@@ -425,12 +424,12 @@ MISTAKES = {
         ConfigError,
         "max_model_len=512",
     ),
-    "pages of nothing": (FOLDER, {"page_size": 0}, ConfigError, "page_size=0"),
+    "an invalid page size": (FOLDER, {"page_size": 0}, ConfigError, "page_size=0"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_named(mistake):
+def test_invalid_arguments_are_refused(mistake):
     source, settings, error, named = MISTAKES[mistake]
     with pytest.raises(error, match=named):
         jfp8kv.inspect(source, **settings)

@@ -1,4 +1,4 @@
-"""Statistics on blocks of known content: each answer can be worked out by hand, or is a NumPy loop's."""
+"""Observers on blocks of known content: results follow by hand or from a NumPy loop."""
 
 import math
 
@@ -30,7 +30,7 @@ def units(
 
 
 def see(statistics, *blocks: np.ndarray, layer: int = 0):
-    """`statistics` after blocks `[kinds, tokens, kv_heads, head_dim]`, on the host."""
+    """Return the statistics after blocks `[kinds, tokens, kv_heads, head_dim]`, on the host."""
     for x in blocks:
         statistics = update(
             statistics, jnp.int32(layer), jnp.asarray(x, jnp.float32), jnp.ones(x.shape[1], bool)
@@ -39,7 +39,7 @@ def see(statistics, *blocks: np.ndarray, layer: int = 0):
 
 
 def column(values) -> np.ndarray:
-    """One channel of one head with these values, in K and in V."""
+    """Return one channel of one head with these values, in K and in V."""
     return np.broadcast_to(
         np.asarray(values, np.float32).reshape(1, -1, 1, 1), (2, len(values), 1, 1)
     )
@@ -48,7 +48,7 @@ def column(values) -> np.ndarray:
 def scale_of(
     observer: str, x: np.ndarray, fmt: KVFormat, of: ScaleShape, percent: float = 99.99
 ) -> np.ndarray:
-    """Scales `[layers, kinds, heads, channels]` for one block."""
+    """Return scales `[layers, kinds, heads, channels]` for one block."""
     if observer == "amax":
         return see(AmaxObserver.empty(of), x).scales(fmt)
     if observer == "percentile":
@@ -68,8 +68,8 @@ def test_the_largest_magnitude_becomes_the_largest_finite_value(fmt):
 
 @FORMATS
 @pytest.mark.parametrize("percent", [50.0, 90.0, 99.0, 99.99, 100.0])
-def test_a_percentile_of_a_uniform_distribution_is_the_value_itself(fmt, percent):
-    """Of 1, 2, ..., 10000 thousandths, p % do not exceed p / 10; a bin ends at most 33/32 above what it holds."""
+def test_a_percentile_of_a_uniform_distribution_is_that_value(fmt, percent):
+    """Of 1, 2, ..., 10000 thousandths, p % do not exceed p / 10. A bin is at most 33/32 wide."""
     bound = (
         scale_of("percentile", column(np.arange(1, 10001) / 1000), fmt, units(), percent)
         * fmt.largest
@@ -78,8 +78,8 @@ def test_a_percentile_of_a_uniform_distribution_is_the_value_itself(fmt, percent
     assert np.all(value * (1 - 1e-6) <= bound) and np.all(bound <= value * 33 / 32)
 
 
-def test_one_outlier_rules_amax_and_not_the_percentile():
-    """One value of 10000 is 1000; the 9999th largest of the others, all at most 1, is the 99.99th percentile."""
+def test_an_outlier_determines_amax_and_not_the_percentile():
+    """One of 10000 values is 1000; the 99.99th percentile is the largest of the others, 1."""
     x = column([*np.linspace(0.0, 1.0, 9999), 1000.0])
     assert scale_of("amax", x, E4M3, units()).max() == np.float32(1000 / 448)
     bound = scale_of("percentile", x, E4M3, units(), 99.99).max() * 448
@@ -88,7 +88,7 @@ def test_one_outlier_rules_amax_and_not_the_percentile():
 
 
 def test_mse_clips_one_value_to_store_all_others_exactly():
-    """Ten thousand ones and one 2 ** (1/8): under amax the ones fall between two codes, an eighth of an octave below on one."""
+    """With amax the ones fall between two codes; with 1/8 octave less each is a code."""
     x = column([1.0] * 10000 + [2 ** (1 / 8)])
     assert scale_of("mse", x, E4M3, units()) == pytest.approx(
         np.full((1, 2, 1, 1), 1 / 448), rel=1e-6
@@ -121,7 +121,7 @@ def test_every_magnitude_gives_a_scale_with_a_finite_inverse(observer, fmt, valu
 
 
 def test_small_values_below_the_first_bin_are_within_its_width():
-    """Half are zero and the percentile is too: the bound is where the first bin ends, 33/32 of 2**-16."""
+    """The percentile is zero: the bound is the edge of the first bin, 33/32 of 2**-16."""
     bound = scale_of("percentile", column([0.0] * 60 + [1.0] * 40), E4M3, units(), 50.0) * 448
     assert bound == pytest.approx(2.0**-16 * 33 / 32)
 
@@ -133,12 +133,12 @@ def test_bins_end_at_most_a_thirty_second_above_one_another():
 
 
 def shared(x: np.ndarray, granularity: str) -> tuple[int, ...]:
-    """Axes of a block `[kinds, tokens, kv_heads, head_dim]` that one scale covers."""
+    """Return the axes of a block `[kinds, tokens, kv_heads, head_dim]` that share a scale."""
     return {"tensor": (1, 2, 3), "head": (1, 3), "channel": (1,)}[granularity]
 
 
 def errors_of(x: np.ndarray, scale: np.ndarray, fmt: KVFormat, granularity: str) -> np.ndarray:
-    """The squared error of storing `x` under `scale`, float64 `[kinds, 1, heads, channels]`."""
+    """Return the squared error of `x` with `scale`, float64 `[kinds, 1, heads, channels]`."""
     stored = (
         encode_numpy(x * (np.float32(1) / scale), fmt).view(fmt.dtype).astype(np.float64) * scale
     )
@@ -147,8 +147,8 @@ def errors_of(x: np.ndarray, scale: np.ndarray, fmt: KVFormat, granularity: str)
 
 @FORMATS
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_mse_finds_what_a_search_in_numpy_finds(granularity, fmt):
-    """MSEObserver are summed in float32 and rounded to 2**-30 of the squared peak: a near tie may go the other way, within 1e-4."""
+def test_mse_matches_a_search_in_numpy(granularity, fmt):
+    """Errors are float32 sums, rounded to 2**-30 of amax**2: near ties differ within 1e-4."""
     x = np.random.default_rng(0).standard_t(3, (2, 300, 2, 4)).astype(np.float32)
     of = units(granularity, kv_heads=2, head_dim=4)
     found = scale_of("mse", x, fmt, of)[0][:, None]
@@ -161,7 +161,7 @@ def test_mse_finds_what_a_search_in_numpy_finds(granularity, fmt):
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_counts_are_those_of_numpy_and_padding_never_counts(granularity):
+def test_counts_match_numpy_and_ignore_padding(granularity):
     rng = np.random.default_rng(1)
     x = (rng.standard_normal((2, 40, 3, 4)) * np.exp(rng.uniform(-12, 12, (2, 40, 3, 4)))).astype(
         np.float32
@@ -186,7 +186,7 @@ def test_counts_are_those_of_numpy_and_padding_never_counts(granularity):
 
 
 @pytest.mark.parametrize("kind", ["amax", "percentile", "mse"])
-def test_blocks_in_any_order_and_merged_in_any_way_are_the_same(kind):
+def test_any_order_of_blocks_and_merges_gives_the_same_statistics(kind):
     rng = np.random.default_rng(2)
     blocks = [rng.standard_normal((2, 8, 2, 4)).astype(np.float32) * 10.0**i for i in range(-2, 3)]
     of = units("head", kv_heads=2, head_dim=4)
@@ -203,7 +203,7 @@ def test_blocks_in_any_order_and_merged_in_any_way_are_the_same(kind):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-def test_a_histogram_is_taken_to_the_host_before_its_counts_could_overflow():
+def test_max_tokens_of_a_histogram_keeps_counts_below_overflow():
     of = units("tensor", kv_heads=8, head_dim=128)
     assert HistogramObserver.empty(of).max_tokens(of) * of.values_per_token < 2**31
     assert math.prod(of.shape) == 2

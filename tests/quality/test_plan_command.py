@@ -24,8 +24,8 @@ def text(tmp_path) -> Path:
 
 def test_a_plan_is_written_within_the_budget_and_serves_generate(text, tmp_path, capsys) -> None:
     out = tmp_path / "plan"
-    asked = ["--out", str(out), "--budget", "75%", "--window", "32", "--max-model-len", "64"]
-    assert main(["plan", str(MODEL), str(text), *asked, "--json"]) == 0
+    options = ["--out", str(out), "--budget", "75%", "--window", "32", "--max-model-len", "64"]
+    assert main(["plan", str(MODEL), str(text), *options, "--json"]) == 0
     shown = capsys.readouterr()
     told, plan = json.loads(shown.out), jfp8kv.KVPlan.load(out)
     assert (
@@ -52,7 +52,7 @@ def test_a_plan_is_written_within_the_budget_and_serves_generate(text, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ([], "either budget"),
         (["--budget", "60%", "--max-loss", "0.1"], "either budget"),
@@ -65,13 +65,13 @@ def test_a_plan_is_written_within_the_budget_and_serves_generate(text, tmp_path,
         (["--budget", "60%", "--filed", "x"], "Did you mean '--field'"),
     ],
 )
-def test_mistakes_are_said_in_one_line(options, said, text, tmp_path, capsys) -> None:
+def test_an_error_is_one_line_and_status_two(options, message, text, tmp_path, capsys) -> None:
     out = [] if "--out" in options else ["--out", str(tmp_path / "plan")]
     assert main(["plan", str(MODEL), str(text), *out, *options]) == 2
     told = capsys.readouterr()
     assert (
         not told.out
         and told.err.startswith("jfp8kv: error: ")
-        and said in told.err
+        and message in told.err
         and told.err.count("\n") == 1
     )

@@ -1,4 +1,4 @@
-"""`plan_kv` on tiny models: what it measures is what the real cache does, and it keeps its budgets."""
+"""`plan_kv` on tiny models: its measurements match the real cache, and its budgets hold."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def measured_on() -> list[list[int]]:
 
 
 def kl(params: jfp8kv.Params, kv_dtype, kv_scales="auto") -> float:
-    """Of the real cache against a float32 one, nats per token, by float64 NumPy."""
+    """Return the KL of the real cache from a float32 cache, nats per token, in float64 NumPy."""
 
     def log_softmax(x):
         x = x.astype(np.float64)
@@ -49,12 +49,12 @@ def half() -> jfp8kv.KVPlan:
     return plan(budget="80%")
 
 
-def test_the_loss_is_that_of_the_real_cache(half) -> None:
-    """Simulated and stored values differ by rounding alone, which moves a value over a boundary now and then: 1%."""
+def test_the_loss_matches_the_real_cache(half) -> None:
+    """Simulated and stored values differ only by rounding, which sometimes changes a code: 1%."""
     assert half.loss == pytest.approx(kl(load(NAME), half), rel=0.01)
 
 
-def test_the_bytes_are_those_of_the_engine_and_within_the_budget(half) -> None:
+def test_the_bytes_match_an_engine_and_the_budget(half) -> None:
     params = load(NAME)
     llm = jfp8kv.LLM(params, kv_dtype=half, max_model_len=LONGEST, kv_cache_memory="2MB")
     assert llm.stats.kv_bytes_per_token == half.bytes_per_token
@@ -62,8 +62,8 @@ def test_the_bytes_are_those_of_the_engine_and_within_the_budget(half) -> None:
     assert half.bytes_per_token <= 0.8 * c.layers * 2 * c.kv_heads * c.head_dim * 2
 
 
-def test_no_one_way_for_all_layers_loses_less(half) -> None:
-    """Layers add up to first order alone; what they do to each other is a few percent here."""
+def test_no_uniform_cache_has_a_smaller_loss(half) -> None:
+    """Losses of layers add up to first order; interactions are a few percent here."""
     params = load(NAME)
     less = jfp8kv.calibrate(
         params, texts()[::2], granularity="channel", k_offset=True, max_model_len=LONGEST
@@ -73,12 +73,12 @@ def test_no_one_way_for_all_layers_loses_less(half) -> None:
     )
 
 
-def test_fewest_bytes_within_a_loss(half) -> None:
+def test_max_loss_gives_the_fewest_bytes_within_it(half) -> None:
     found = plan(max_loss=half.loss * 1.5)
     assert found.loss <= half.loss * 1.5 and found.bytes_per_token <= half.bytes_per_token
 
 
-def test_it_generates_and_survives_a_file(half, tmp_path) -> None:
+def test_the_plan_generates_and_round_trips_through_a_file(half, tmp_path) -> None:
     half.save(tmp_path / "plan")
     given = {"max_tokens": 5, "temperature": 0.0, "ignore_eos": True}
     one, other = (
@@ -90,7 +90,7 @@ def test_it_generates_and_survives_a_file(half, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({}, "either budget"),
         ({"budget": 100, "max_loss": 0.1}, "either budget"),
@@ -104,6 +104,6 @@ def test_it_generates_and_survives_a_file(half, tmp_path) -> None:
         ({"budgets": 100}, "Did you mean 'budget'"),
     ],
 )
-def test_what_cannot_be_is_refused(given, said) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_arguments_are_refused(given, message) -> None:
+    with pytest.raises(ConfigError, match=message):
         plan(**given)

@@ -1,4 +1,4 @@
-"""What is said of stored keys and values is what NumPy finds between those given and those stored, in exact numbers."""
+"""Quantization statistics match NumPy on the given and the stored keys and values."""
 
 from functools import partial
 
@@ -48,9 +48,9 @@ def seen(
     real: int,
     beside=None,
 ) -> QuantStats:
-    """Store `real` of the tokens given, from position `start` on, in pages that lie in no order and held NaN before.
+    """Store `real` tokens from position `start` on, in scattered pages that were filled with NaN.
 
-    No static scales are dynamic ones. `beside` is the kind of the other layer, if it is another.
+    Without `scales` they are dynamic. `beside` is the spec of the other layer, if it differs.
     """
     own = LayerCacheSpec(fmt, dynamic=scales is None)
     kinds = (beside or own, own)
@@ -64,7 +64,7 @@ def seen(
 
 
 def given(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Magnitudes over 24 octaves, a few zeros among them."""
+    """Return magnitudes over 24 octaves, with a few zeros."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(2, WIDTH, HEADS, DIM)) * np.exp2(
         rng.uniform(-14, 10, (2, WIDTH, HEADS, DIM))
@@ -74,13 +74,13 @@ def given(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stored(x: np.ndarray, fmt, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What the cache has of `x` under `scale`, and whether that is the largest there is."""
+    """Return what the cache stores of `x` with `scale`, and where that is the largest value."""
     code = encode_numpy(x * (np.float32(1) / scale), fmt).view(fmt.dtype).astype(np.float32)
     return code * scale, np.abs(code) == fmt.largest
 
 
 def token_head_scale(x: np.ndarray, fmt) -> np.ndarray:
-    """The smallest power of two that leaves each token's head within range; the least there is where all is zero."""
+    """Return the smallest power of two that keeps each token's head in range; 2**-126 for zeros."""
     amax = np.abs(x).max(axis=-1, keepdims=True)
     exponent = np.full(amax.shape, -126.0)
     for i in np.ndindex(amax.shape):
@@ -99,8 +99,8 @@ SCALES = {
 @pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 @pytest.mark.parametrize("kind", SCALES)
 @pytest.mark.parametrize(("start", "real"), [(0, 16), (7, 13), (11, 16)])
-def test_error_clipped_and_flushed_are_those_of_numpy(fmt, kind, start, real):
-    """The counts exactly; sums of a hundred float32 squares to 1e-5."""
+def test_error_clipped_and_flushed_match_numpy(fmt, kind, start, real):
+    """Counts match exactly, sums of a hundred float32 squares to 1e-5."""
     x = np.stack(given())
     scale = SCALES[kind]
     if scale is None:
@@ -111,27 +111,27 @@ def test_error_clipped_and_flushed_are_those_of_numpy(fmt, kind, start, real):
         by = np.stack([scale, 2 * scale])[:, None]
     found = seen(fmt, scales, *x, start=start, real=real)
     x = x[:, :real]
-    kept, at_the_top = stored(x, fmt, by if scale is not None else by[:, :real])
+    decoded, at_largest = stored(x, fmt, by if scale is not None else by[:, :real])
     over = (1, 3)
-    wanted = {
+    expected = {
         "signal": np.sum(x.astype(np.float64) ** 2, axis=over),
-        "noise": np.sum((x.astype(np.float64) - kept) ** 2, axis=over),
-        "clipped": np.sum(at_the_top & (np.abs(x) > np.abs(kept) * (1 + 2.0**-22)), axis=over),
-        "flushed": np.sum((x != 0) & (kept == 0), axis=over),
+        "noise": np.sum((x.astype(np.float64) - decoded) ** 2, axis=over),
+        "clipped": np.sum(at_largest & (np.abs(x) > np.abs(decoded) * (1 + 2.0**-22)), axis=over),
+        "flushed": np.sum((x != 0) & (decoded == 0), axis=over),
     }
-    for name, value in wanted.items():
+    for name, value in expected.items():
         values = np.asarray(getattr(found, name))
         assert not values[0].any(), "the other layer"
         np.testing.assert_allclose(
             values[LAYER], value, rtol=1e-5 if name in ("signal", "noise") else 0
         )
-    assert kind != "clips" or wanted["clipped"].any(), "or else this shows nothing"
-    assert kind != "flushes" or wanted["flushed"].any()
-    assert kind != "token_head" or not wanted["clipped"].any()
+    assert kind != "clips" or expected["clipped"].any(), "otherwise this test shows nothing"
+    assert kind != "flushes" or expected["flushed"].any()
+    assert kind != "token_head" or not expected["clipped"].any()
 
 
-def test_values_that_are_the_largest_under_their_scale_are_not_clipped():
-    """A calibrated scale is amax / 448 in float32: what it makes of amax is off by a rounding or two either way."""
+def test_a_calibrated_amax_is_not_clipped():
+    """A calibrated scale is amax / 448 in float32, so amax / scale is 448 up to two roundings."""
     k, v = given(1)
     k, v = k / 7, v / 7
     amax = [np.abs(x).max(axis=(0, 2)).reshape(1, HEADS, 1) for x in (k, v)]
@@ -142,15 +142,15 @@ def test_values_that_are_the_largest_under_their_scale_are_not_clipped():
     assert np.array_equal(np.asarray(tight.clipped[LAYER]) > 0, np.ones((2, HEADS), bool))
 
 
-def test_a_float32_cache_loses_nothing():
+def test_a_float32_cache_has_no_error():
     found = seen(FLOAT32, KVScales.unit(LAYERS), *given(), start=5, real=12)
     assert np.asarray(found.signal[LAYER]).all()
     assert not any(np.asarray(x).any() for x in (found.noise, found.clipped, found.flushed))
 
 
-def test_keys_stored_less_an_offset_are_judged_by_what_is_left_of_them():
-    """Keys around a constant far beyond the range: with it taken off hardly any is clipped, and the error is that of what is
-    left. Their squares are those of whole keys."""
+def test_with_k_offsets_the_error_is_that_of_the_difference():
+    """Keys around a constant beyond the range: without it few are clipped. The signal is that of
+    whole keys."""
     rng = np.random.default_rng(6)
     offset = rng.normal(size=(1, HEADS, DIM)).astype(np.float32) * 900
     rest, v = given(2)
@@ -161,26 +161,28 @@ def test_keys_stored_less_an_offset_are_judged_by_what_is_left_of_them():
         seen(E4M3, scales, k, v, start=3, real=12) for scales in (less, KVScales(ones, ones))
     )
     left = (k - offset)[:12]
-    kept, at_the_top = stored(left, E4M3, np.float32(1))
-    wanted = {
+    decoded, at_largest = stored(left, E4M3, np.float32(1))
+    expected = {
         "signal": np.sum(k[:12].astype(np.float64) ** 2, axis=(0, 2)),
-        "noise": np.sum((left.astype(np.float64) - kept) ** 2, axis=(0, 2)),
-        "clipped": np.sum(at_the_top & (np.abs(left) > np.abs(kept) * (1 + 2.0**-22)), axis=(0, 2)),
-        "flushed": np.sum((left != 0) & (kept == 0), axis=(0, 2)),
+        "noise": np.sum((left.astype(np.float64) - decoded) ** 2, axis=(0, 2)),
+        "clipped": np.sum(
+            at_largest & (np.abs(left) > np.abs(decoded) * (1 + 2.0**-22)), axis=(0, 2)
+        ),
+        "flushed": np.sum((left != 0) & (decoded == 0), axis=(0, 2)),
     }
-    for name, value in wanted.items():
+    for name, value in expected.items():
         np.testing.assert_allclose(np.asarray(getattr(found, name))[LAYER, 0], value, rtol=1e-5)
         np.testing.assert_array_equal(
             np.asarray(getattr(found, name))[LAYER, 1], np.asarray(getattr(plain, name))[LAYER, 1]
         )
-    assert wanted["flushed"].any()
-    assert np.asarray(plain.clipped)[LAYER, 0].sum() > 10 * wanted["clipped"].sum()
+    assert expected["flushed"].any()
+    assert np.asarray(plain.clipped)[LAYER, 0].sum() > 10 * expected["clipped"].sum()
 
 
 @pytest.mark.parametrize(
     "other", [LayerCacheSpec(BFLOAT16), LayerCacheSpec(E5M2, dynamic=True)], ids=str
 )
-def test_a_layer_is_judged_by_its_own_format_whatever_the_other_has(other):
+def test_each_layer_is_measured_in_its_own_format(other):
     scales = KVScales(*(np.full((LAYERS, 1, 1), 2.0**-7, np.float32) for _ in "kv"))
     for fmt in (E4M3, FLOAT16):
         alone, beside = (

@@ -1,4 +1,4 @@
-"""`inspect` shows what an FP8 cache would use of a model's scales, layer by layer, and says what is wrong: it never raises."""
+"""`inspect` reports the scales of an FP8 cache by layer and every issue, and never raises."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,11 @@ from tests.checkpoint.conftest import (
 AT = "model.layers.{}.self_attn.{}"
 K0, V0, K1, V1 = (AT.format(layer, f"{part}_scale") for layer in (0, 1) for part in "kv")
 GIVEN = [0.5, 2.0], [0.25, 4.0]
-STRICT = "Strict loading refuses these scales; strict=False, or --no-strict, applies the fallbacks above."
+STRICT = "Strict loading refuses these scales; strict=False, or --no-strict, applies the fallbacks"
 
 
 def folder_of(path: Path, scales: dict, layout: str = "compressed-tensors", **changes) -> Path:
-    """A model of two layers with these tensors beside its weights; None leaves one out."""
+    """Write a model of two layers with these scale tensors; None omits one."""
     config = hf_config(**({"quantization_config": SCALE_LAYOUTS[layout][2]} | changes))
     tensors = hf_tensors(config) | scales
     return write_folder(
@@ -34,12 +34,12 @@ def folder_of(path: Path, scales: dict, layout: str = "compressed-tensors", **ch
 
 
 def in_words(found: jfp8kv.ModelReport) -> str:
-    """What it prints, with a space where columns are apart."""
+    """Return the printed report with one space between columns."""
     return "\n".join(" ".join(line.split()) for line in str(found).splitlines())
 
 
 @pytest.mark.parametrize("layout", SCALE_LAYOUTS)
-def test_every_layout_gives_a_row_for_each_layer(tmp_path, layout):
+def test_every_naming_convention_gives_a_row_for_each_layer(tmp_path, layout):
     k, v = (GIVEN[0], GIVEN[0]) if layout == "AutoFP8" else GIVEN
     found = jfp8kv.inspect(folder_of(tmp_path, scale_tensors(layout, k, v), layout))
     names = [
@@ -56,9 +56,7 @@ def test_every_layout_gives_a_row_for_each_layer(tmp_path, layout):
     )
 
 
-def test_only_the_scales_are_read_and_those_of_heads_are_shown_from_least_to_largest(
-    tmp_path, monkeypatch
-):
+def test_only_scales_are_read_and_scales_per_head_are_shown_as_a_range(tmp_path, monkeypatch):
     folder = folder_of(
         tmp_path, scale_tensors("compressed-tensors", [[0.5, 0.125], [2.0, 2.0]], *[GIVEN[1]])
     )
@@ -78,7 +76,7 @@ def test_only_the_scales_are_read_and_those_of_heads_are_shown_from_least_to_lar
     assert f"\n0 0.125 to 0.5 0.25 {K0}, {V0} head used" in in_words(found)
 
 
-# What is done to sound scales of layer 1, what its row then has as K and V, which tensors it names and what its verdict says.
+# Changes to the valid scales of layer 1, and its K, V, sources and verdict.
 IS_NO_SCALE = "a scale must be positive and finite: scale 1 is used instead"
 Q1, FUSED = AT.format(1, "q_scale"), AT.format(1, "k_proj.k_scale")
 BROKEN = {
@@ -128,7 +126,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_is_wrong_with_a_scale_is_its_layers_verdict_and_nothing_raises(tmp_path, case):
+def test_an_invalid_scale_is_reported_in_the_verdict_and_not_raised(tmp_path, case):
     edit, expected, sources, verdict = BROKEN[case]
     found = jfp8kv.inspect(
         folder_of(tmp_path, scale_tensors("compressed-tensors", *GIVEN) | edit), kv_dtype="fp8"
@@ -152,7 +150,7 @@ def test_what_is_wrong_with_a_scale_is_its_layers_verdict_and_nothing_raises(tmp
     )
 
 
-def test_what_belongs_to_no_layer_is_shown_too(tmp_path):
+def test_scales_of_unknown_layers_are_reported(tmp_path):
     more = {AT.format(7, "k_scale"): np.float32([1]), AT.format(0, "key_scale"): np.float32([1])}
     found = jfp8kv.inspect(folder_of(tmp_path, scale_tensors("compressed-tensors", *GIVEN) | more))
     *layers, row = found.scales.layers
@@ -164,13 +162,13 @@ def test_what_belongs_to_no_layer_is_shown_too(tmp_path):
     )
     assert f"\n7 - - {AT.format(7, 'k_scale')} - {row.verdict}" in in_words(found)
     assert (
-        f"\n{AT.format(0, 'key_scale')} looks like a KV-cache scale, but its name follows no known convention"
-        in str(found)
+        f"\n{AT.format(0, 'key_scale')} looks like a KV-cache scale, but its name follows no known "
+        "convention" in str(found)
     )
     assert set(found.scales.unused) == set(more)
 
 
-def test_scales_of_queries_and_probabilities_are_shown_as_without_use(tmp_path):
+def test_scales_of_queries_and_probabilities_are_reported_as_unused(tmp_path):
     q, prob = AT.format(0, "q_proj.output_scale"), AT.format(1, "prob_output_scale")
     more = {q: np.asarray([1, 2, 3, 4], ml_dtypes.bfloat16), prob: np.float32([0.5])}
     scales = jfp8kv.inspect(
@@ -195,7 +193,7 @@ def test_scales_of_queries_and_probabilities_are_shown_as_without_use(tmp_path):
     )
 
 
-def test_a_sidecar_is_named_and_what_it_was_made_for_is_said(tmp_path):
+def test_a_sidecar_is_reported_with_its_format(tmp_path):
     folder = write_sidecar(
         folder_of(tmp_path, {}, quantization_config=None), [[0.5, float("nan")]], "float8_e4m3fnuz"
     )
@@ -212,7 +210,7 @@ def test_a_sidecar_is_named_and_what_it_was_made_for_is_said(tmp_path):
     assert "Note: its KV-cache scales are for fp8_e4m3fnuz" in str(found)
 
 
-def test_without_weights_the_scales_among_them_are_said_to_be_unread(tmp_path):
+def test_without_weights_their_scales_are_reported_as_not_read(tmp_path):
     config = hf_config(quantization_config=SCALE_LAYOUTS["ModelOpt"][2])
     tensors = hf_tensors(config) | scale_tensors("ModelOpt", *GIVEN)
     for shard in write_folder(tmp_path, config, tensors, shards=2).glob("*.safetensors"):
@@ -230,7 +228,7 @@ def test_without_weights_the_scales_among_them_are_said_to_be_unread(tmp_path):
     )
 
 
-def test_scales_in_memory_and_in_a_file_of_ours_are_shown_with_what_keys_are_stored_less_by(
+def test_scales_of_this_library_are_reported_with_k_offsets(
     tmp_path,
 ):
     loaded = jfp8kv.load(folder_of(tmp_path / "model", {}, quantization_config=None))
@@ -258,7 +256,7 @@ def test_scales_in_memory_and_in_a_file_of_ours_are_shown_with_what_keys_are_sto
     )
 
 
-def test_the_table_survives_json_whatever_the_scales_are(tmp_path):
+def test_the_summary_is_json_for_any_scales(tmp_path):
     edit = {
         K1: np.float32([np.nan]),
         V1: np.float32([np.inf]),
