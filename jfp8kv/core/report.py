@@ -25,7 +25,8 @@ class Report(abc.ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and properties as JSON types; infinity and NaN become None."""
-        return to_json(self)
+        fields: dict[str, Any] = to_json(self)
+        return fields
 
     def __str__(self) -> str:
         return plain(self._layout(None))

@@ -178,7 +178,7 @@ class CacheTotals:
             self.magnitudes = new if self.magnitudes is None else self.magnitudes.merge(new)
 
     def _add_quantization(self, new: QuantStats) -> None:
-        for field in dataclasses.fields(new):  # type: ignore[arg-type]
+        for field in dataclasses.fields(new):
             values = np.asarray(getattr(new, field.name), np.float64)
             self.quantization[field.name] = self.quantization.get(field.name, 0.0) + values
 

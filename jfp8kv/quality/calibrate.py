@@ -142,7 +142,10 @@ class _Passes:
 
         few = count is not None and count <= FEW_PROMPTS
         hidden = (few or None) if self.progress is None else not self.progress
-        return tqdm(prompts, total=count, desc=description, unit="prompt", disable=hidden)
+        bar: Iterable[Windows] = tqdm(
+            prompts, total=count, desc=description, unit="prompt", disable=hidden
+        )
+        return bar
 
 
 def _choose(passes: _Passes, options: CalibrationOptions) -> np.ndarray:

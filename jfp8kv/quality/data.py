@@ -102,4 +102,5 @@ class TokenSpool:
             yield [self._read_ids(length) for length in lengths]
 
     def _read_ids(self, count: int) -> list[int]:
-        return np.frombuffer(self._file.read(4 * count), np.int32).tolist()
+        ids: list[int] = np.frombuffer(self._file.read(4 * count), np.int32).tolist()
+        return ids

@@ -67,7 +67,8 @@ def kl_divergence(
         far = jnp.maximum(jax.nn.logsumexp(log_p + d, axis=-1), 0.0)
         return jnp.where(is_far, far, near)
 
-    return lax.cond(jnp.any(is_far), with_far, lambda: near)
+    kl: Array = lax.cond(jnp.any(is_far), with_far, lambda: near)
+    return kl
 
 
 def token_scores(

@@ -72,24 +72,28 @@ def calibration_step(
     sequence is page `i` of the pool.
     """
     config = model.config
-    chunk = jax.tree.map(jnp.asarray, chunk)
+    start = jnp.asarray(chunk.start)
+    length = jnp.asarray(chunk.length)
+    context = jnp.asarray(chunk.context)
+    tokens = jnp.asarray(chunk.tokens)
     pages, _ = carry
     decoder = bind(config, weights, model.dtype)
     page_table = jnp.arange(pages.num_pages, dtype=jnp.int32)
-    metadata = AttentionMetadata(page_table, chunk.start, chunk.length, chunk.length)
+    metadata = AttentionMetadata(page_table, start, length, length)
     cached = paged_attend(
         model.attention, unit_scales(config), model.options(decoder), lambda layer: metadata
     )
-    positions = chunk.start + jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
-    valid = positions < chunk.length
-    rotations = angles(config, positions, chunk.context) if config.ropes else None
+    positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    valid = positions < length
+    rotations = angles(config, positions, context) if config.ropes else None
     observed_block = transform.bind(config, rotations)
 
     def update(observer: Any, layer: Layer, k: KV, v: KV, pages: KVPool) -> Any:
         return observer.update(layer, observed_block(layer, k, v), valid)
 
     attend = observe(_in_float32(cached), update)
-    return decoder(chunk.tokens, positions, attend=attend, carry=carry, context=chunk.context)[1]
+    _, carry = decoder(tokens, positions, attend=attend, carry=carry, context=context)
+    return carry
 
 
 run_calibration_step = jax.jit(calibration_step, static_argnums=0, donate_argnums=4)

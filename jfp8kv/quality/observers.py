@@ -280,7 +280,7 @@ class HistogramObserver:
         total = int(seen.flat[-1])  # the same for all scales
         rank = math.ceil(Fraction(str(percent)) / 100 * total)
         bins = np.argmax(seen >= max(rank, 1), axis=-1)
-        return np.minimum(upper_edges()[bins], self.amax)
+        return np.asarray(np.minimum(upper_edges()[bins], self.amax))
 
     def scales(self, fmt: KVFormat, percent: float) -> np.ndarray:
         """Return the scales that map the percentile to the largest finite value of `fmt`."""
@@ -367,7 +367,7 @@ class MSEObserver:
     def scales(self) -> np.ndarray:
         """Return the candidates of least error, the largest on ties."""
         best = np.argmin(self.sums, axis=0)
-        return np.take_along_axis(np.asarray(self.candidates), best[None], axis=0)[0]
+        return np.asarray(np.take_along_axis(np.asarray(self.candidates), best[None], axis=0)[0])
 
 
 def _magnitude_bits(x: Float[Array, "*dims"]) -> UInt32[Array, "*dims"]:
@@ -375,7 +375,8 @@ def _magnitude_bits(x: Float[Array, "*dims"]) -> UInt32[Array, "*dims"]:
 
     A maximum of floats can lose a NaN on a CPU; a maximum of these bits cannot.
     """
-    return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) & jnp.uint32(0x7FFFFFFF)
+    bits: Array = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return jnp.bitwise_and(bits, jnp.uint32(0x7FFFFFFF))
 
 
 def _reduce(

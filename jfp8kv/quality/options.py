@@ -289,7 +289,7 @@ def _percentage(budget: Any) -> float | None:
     return float(match[1]) if match else None
 
 
-def _budget(value: Any) -> float | str | None:
+def _budget(value: Any) -> Any:
     if value is None or _percentage(value):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:

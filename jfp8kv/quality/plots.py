@@ -55,7 +55,7 @@ def comparison_figure(
     Raises `NotSupported` if matplotlib is not installed.
     """
     plt = _pyplot()
-    figure = plt.figure(figsize=SIZE_INCHES, layout="constrained")
+    figure: Figure = plt.figure(figsize=SIZE_INCHES, layout="constrained")
     panels = figure.subplots(2, 3)
     styles = [
         CacheStyle(cache, f"C{i % COLORS}", MARKERS[i % len(MARKERS)], DASHES[i % len(DASHES)])

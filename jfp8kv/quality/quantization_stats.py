@@ -121,7 +121,10 @@ def score_with_stats(
         )
         return (decoder.logits(hidden), stats), pages
 
-    return each_request(one, batch, pages, out_axes=((0, 0), None))
+    scored: tuple[tuple[Array, CacheStats], KVPool] = each_request(
+        one, batch, pages, out_axes=((0, 0), None)
+    )
+    return scored
 
 
 def quantization_update(

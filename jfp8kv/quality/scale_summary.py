@@ -15,7 +15,9 @@ from jfp8kv.checkpoint.kv_scales import IGNORED, LayerScales, ScaleIssue, ScaleR
 from jfp8kv.core.report import empty_table, gap
 
 IN_MEMORY = "Params.kv_scales"
-STRICT_NOTE = "Strict loading refuses these scales; strict=False, or --no-strict, applies the fallbacks above."
+STRICT_NOTE = (
+    "Strict loading refuses these scales; with strict=False (--no-strict) the fallbacks apply."
+)
 
 Range: TypeAlias = tuple[float, float]
 """The smallest and the largest value over heads and channels."""

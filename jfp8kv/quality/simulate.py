@@ -77,7 +77,8 @@ def simulated_score(
         )
         return decoder.logits(hidden), pages
 
-    return each_request(one, batch, pages, out_axes=(0, None))
+    scored: tuple[Array, KVPool] = each_request(one, batch, pages, out_axes=(0, None))
+    return scored
 
 
 def _quantize_first(

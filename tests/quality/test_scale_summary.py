@@ -21,7 +21,7 @@ from tests.checkpoint.conftest import (
 AT = "model.layers.{}.self_attn.{}"
 K0, V0, K1, V1 = (AT.format(layer, f"{part}_scale") for layer in (0, 1) for part in "kv")
 GIVEN = [0.5, 2.0], [0.25, 4.0]
-STRICT = "Strict loading refuses these scales; strict=False, or --no-strict, applies the fallbacks"
+STRICT = "Strict loading refuses these scales; with strict=False (--no-strict) the fallbacks apply."
 
 
 def folder_of(path: Path, scales: dict, layout: str = "compressed-tensors", **changes) -> Path:
