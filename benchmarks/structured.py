@@ -1,13 +1,13 @@
-"""What it costs to hold texts to a JSON schema.
+"""The cost of structured output.
 
     python -m benchmarks.structured
 
-The same prompts without and with a schema (of an array that is never done, so that all make as many tokens), and free ones
-beside one that is held to it. Then the host's share: how long it takes to find out which tokens may come next, and how much of
-that is over before the device has run the model, which it does meanwhile.
+The same prompts without and with a JSON schema (of an array that is never complete, so that all
+outputs have the same length), and unconstrained requests in a batch with a constrained one. Then
+the share of the host: the time to compute the token bitmasks, and how much of it is hidden behind
+the forward pass, which the device runs meanwhile.
 """
 
-import functools
 import time
 
 import jfp8kv
@@ -28,103 +28,106 @@ PERSON = {
 SCHEMA = {"type": "array", "items": PERSON, "minItems": 1000}
 
 
-class Watch:
-    """Times an engine's guides, and sees whether the device was still running the model once they were done."""
+class BitmaskTimer:
+    """Times the computation of bitmasks, and records whether the device was still busy after it."""
 
     def __init__(self, llm: jfp8kv.LLM):
-        engine = llm._engine
         self.seconds: list[float] = []
         self.hidden: list[bool] = []
-        engine.structured_output.allowed = functools.partial(
-            self._timed, engine.structured_output.allowed
-        )
-        engine.programs.compute = functools.partial(self._seen, engine.programs.compute)
+        engine = llm._engine
+        token_bitmask, compute = engine.structured_output.token_bitmask, engine.programs.compute
 
-    def _timed(self, allowed, *args, **more):
-        began = time.perf_counter()
-        masks = allowed(*args, **more)
-        self.seconds.append(time.perf_counter() - began)
-        return masks
+        def timed_bitmask(*args, **kwargs):
+            started = time.perf_counter()
+            bitmask = token_bitmask(*args, **kwargs)
+            self.seconds.append(time.perf_counter() - started)
+            return bitmask
 
-    def _seen(self, compute, function, logits, batch, **static):
-        self.hidden.append(not logits.is_ready())
-        return compute(function, logits, batch, **static)
+        def recorded_compute(function, logits, batch, **static):
+            self.hidden.append(not logits.is_ready())
+            return compute(function, logits, batch, **static)
+
+        engine.structured_output.token_bitmask = timed_bitmask
+        engine.programs.compute = recorded_compute
+
+    def reset(self) -> None:
+        self.seconds.clear()
+        self.hidden.clear()
 
 
-def compiled(llm: jfp8kv.LLM) -> None:
-    """What the first request of a model and of a grammar pays once."""
-    guides, began = llm._engine.structured_output, time.perf_counter()
-    guides._known  # noqa: B018
-    known, began = time.perf_counter() - began, time.perf_counter()
-    guides.check(jfp8kv.SamplingParams(json_schema=SCHEMA))
+def print_compile_times(llm: jfp8kv.LLM) -> None:
+    """Print the one-time costs of a vocabulary and of a grammar."""
+    structured_output = llm._engine.structured_output
+    started = time.perf_counter()
+    structured_output._ll_tokenizer  # noqa: B018
+    vocabulary = time.perf_counter() - started
+    started = time.perf_counter()
+    structured_output.check(jfp8kv.SamplingParams(json_schema=SCHEMA))
+    schema = time.perf_counter() - started
     console.print(
-        f"once: the vocabulary {known * 1e3:.0f} ms, the schema {(time.perf_counter() - began) * 1e3:.1f} ms"
+        f"once: the vocabulary {vocabulary * 1e3:.0f} ms, the schema {schema * 1e3:.1f} ms"
     )
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--requests", type=int, default=8)
-    arguments.add_argument("--tokens", type=int, default=64, help="made for each")
+    arguments.add_argument("--tokens", type=int, default=64, help="output tokens of each request")
     given = arguments.parse_args()
     header()
     params = jfp8kv.load(given.model or smollm2())
     sizes = {"max_num_seqs": given.requests, "max_model_len": 512, "kv_cache_memory": "256MiB"}
     llm = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", **sizes)
     llm.warmup(structured=True)
-    compiled(llm)
-    watch = Watch(llm)
-    prompts = [f"A list of {i + 3} users of our site, as JSON:\n" for i in range(given.requests)]
-    free = jfp8kv.SamplingParams(temperature=0.7, seed=0, max_tokens=given.tokens, ignore_eos=True)
-    held = jfp8kv.SamplingParams.from_fields(free, json_schema=SCHEMA)
+    print_compile_times(llm)
+    timer = BitmaskTimer(llm)
+    count, tokens = given.requests, given.tokens
+    prompts = [f"A list of {i + 3} users of our site, as JSON:\n" for i in range(count)]
+    free = jfp8kv.SamplingParams(temperature=0.7, seed=0, max_tokens=tokens, ignore_eos=True)
+    constrained = jfp8kv.SamplingParams.from_fields(free, json_schema=SCHEMA)
+    cpu_seconds: dict[str, list[float]] = {}
 
-    cpu: dict[str, list[float]] = {}
-
-    def side(name: str, asks: list[jfp8kv.SamplingParams]):
-        def run() -> list[jfp8kv.RequestOutput]:
-            began = time.process_time()
-            outs = llm.generate(prompts, asks, progress=False)
-            cpu.setdefault(name, []).append(time.process_time() - began)
-            assert all(len(out.token_ids) == given.tokens for out in outs), (
-                "they are to make as many tokens"
-            )
-            assert not any(
-                ask is held and not out.text.lstrip().startswith("[")
-                for ask, out in zip(asks, outs, strict=True)
-            )
-            return []
+    def side(name: str, sampling: list[jfp8kv.SamplingParams]):
+        def run() -> None:
+            started = time.process_time()
+            outs = llm.generate(prompts, sampling, progress=False)
+            cpu_seconds.setdefault(name, []).append(time.process_time() - started)
+            for out, params in zip(outs, sampling, strict=True):
+                assert len(out.token_ids) == tokens, "all outputs have the same length"
+                assert params is free or out.text.lstrip().startswith("[")
 
         return run
 
-    count = given.requests
-    asked = {
-        "free": [free] * count,
-        "one held": [held] + [free] * (count - 1),
-        "all held": [held] * count,
+    sides = {
+        name: side(name, sampling)
+        for name, sampling in {
+            "unconstrained": [free] * count,
+            "one constrained": [constrained] + [free] * (count - 1),
+            "all constrained": [constrained] * count,
+        }.items()
     }
-    sides = {name: side(name, asks) for name, asks in asked.items()}
-    seconds = {
-        name: median(times) for name, times in interleaved(sides, rounds=given.rounds).items()
-    }
-    steps = given.tokens
+    timings = interleaved(sides, rounds=given.rounds)
+    seconds = {name: median(times) for name, times in timings.items()}
     rows = [
         [
             name,
-            f"{took / steps * 1e3:.1f}",
-            f"{count * steps / took:.1f}",
-            f"{min(cpu[name]) / steps * 1e3:.1f}",
+            f"{took / tokens * 1e3:.1f}",
+            f"{count * tokens / took:.1f}",
+            f"{min(cpu_seconds[name]) / tokens * 1e3:.1f}",
         ]
         for name, took in seconds.items()
     ]
-    columns = ["", "ms a step", "tok/s", "CPU ms a step, least"]
-    table(f"{count} requests, {steps} tokens each, prompts included", columns, rows)
-    watch.seconds, watch.hidden = [], []
-    sides["all held"]()
-    worst, all_ = max(watch.seconds), sum(watch.seconds)
-    unseen = sum(s for s, hidden in zip(watch.seconds, watch.hidden, strict=True) if hidden)
+    columns = ["", "ms per step", "tok/s", "CPU ms per step, minimum"]
+    table(f"{count} requests, {tokens} tokens each, prefill included", columns, rows)
+    timer.reset()
+    sides["all constrained"]()
+    total = sum(timer.seconds)
+    share = total / seconds["all constrained"]
+    hidden = sum(s for s, hidden in zip(timer.seconds, timer.hidden, strict=True) if hidden)
     console.print(
-        f"masks of {count} held requests: {median(watch.seconds) * 1e3:.2f} ms a step (most {worst * 1e3:.1f}), "
-        f"{all_ / seconds['all held']:.1%} of all time; {unseen / all_:.0%} of it hidden"
+        f"bitmasks of {count} requests: {median(timer.seconds) * 1e3:.2f} ms per step "
+        f"(maximum {max(timer.seconds) * 1e3:.1f}), {share:.1%} of the time, "
+        f"{hidden / total:.0%} of it hidden"
     )
 
 

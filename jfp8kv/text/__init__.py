@@ -1,1 +1,1 @@
-"""Text on its way in and out of the engine: tokenizers, prompts, detokenization."""
+"""Tokenizers, chat templates, prompts and detokenization."""

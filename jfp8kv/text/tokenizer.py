@@ -1,9 +1,9 @@
-"""Text to token ids and back, chat messages to token ids.
+"""Tokenizer: text to token ids and back, and chat messages to text.
 
-`Tokenizer` is a thin wrapper around a `tokenizers.Tokenizer` (or anything with `encode` and `decode`), with the chat
-template rendered here by Jinja's sandbox under the rules Hugging Face documents for templates. It is compared and
-hashed by identity, as static data of a pytree should be. transformers is not needed: it imports torch wherever torch
-is installed.
+`Tokenizer` is a thin wrapper around a `tokenizers.Tokenizer`, or any object with `encode` and
+`decode`. Chat templates are rendered in Jinja's sandbox by the rules that Hugging Face documents.
+It is compared and hashed by identity, as static data of a pytree must be. transformers is not used:
+it imports torch where torch is installed.
 """
 
 import datetime
@@ -18,14 +18,17 @@ Message: TypeAlias = Mapping[str, object]
 
 
 class Tokenizer:
-    """A tokenizer with its chat template and the ids that end a text.
+    """A tokenizer with its chat template and end-of-sequence tokens.
+
+        tokenizer = jfp8kv.load("path").tokenizer
+        ids = tokenizer.chat([{"role": "user", "content": "Hello"}])
 
     Args:
-      backend: has `encode(text, add_special_tokens=)` giving ids, or an object with `.ids`, and
-        `decode(ids, skip_special_tokens=)`.
+      backend: an object with `encode(text, add_special_tokens=)`, which returns ids or an object
+        with `.ids`, and `decode(ids, skip_special_tokens=)`.
       chat_template: a Jinja template, or None.
-      special_tokens: what templates may name, such as `{"bos_token": "<s>", "eos_token": "</s>"}`.
-      eos_ids: the token ids that end a text.
+      special_tokens: variables of the template, such as `{"bos_token": "<s>"}`.
+      eos_ids: the token ids that end an output.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class Tokenizer:
         backend: Any,
         *,
         chat_template: str | None = None,
-        special_tokens: Mapping[str, str] | None = None,
+        special_tokens: Mapping[str, object] | None = None,
         eos_ids: Iterable[int] = (),
     ) -> None:
         self._backend = backend
@@ -43,49 +46,57 @@ class Tokenizer:
 
     @property
     def vocab(self) -> int:
-        """How many tokens the tokenizer knows, special ones included; a model's `vocab` may be padded beyond it."""
+        """The number of tokens, including special ones. A model may pad its `vocab` beyond it."""
         return len(self._backend.get_vocab())
 
     @property
     def backend(self) -> Any:
-        """What does the encoding."""
+        """The wrapped tokenizer."""
         return self._backend
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template of conversations, or None."""
+        """The Jinja template of the model, or None."""
         return self._chat_template
 
     @property
-    def special_tokens(self) -> dict[str, Any]:
-        """What templates may name, such as `{"bos_token": "<s>"}`."""
+    def special_tokens(self) -> dict[str, object]:
+        """Variables of the chat template, such as `{"bos_token": "<s>"}`."""
         return dict(self._special_tokens)
 
     @property
     def has_chat_template(self) -> bool:
+        """Whether there is a chat template."""
         return self._chat_template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids, with the special tokens (a leading BOS) that the model's tokenizer adds by itself unless told not to."""
+        """Return the token ids of a text.
+
+        `add_special_tokens`: whether to add those of the model's tokenizer, such as a leading BOS.
+        """
         return self._ids(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Iterable[SupportsInt], skip_special_tokens: bool = True) -> str:
-        """Text of token ids. Bytes that are not whole characters come out as U+FFFD."""
+        """Return the text of token ids. Incomplete characters become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation, as the chat template lays it out; by default ready for the assistant's answer.
+        """Return the token ids of a conversation, rendered by the chat template.
 
-        Raises:
-          ConfigError: no chat template, malformed messages, or messages that the template refuses.
+        Args:
+          messages: `[{"role": "user", "content": "..."}, ...]`.
+          add_generation_prompt: whether to end with the start of the assistant's message.
+
+        Raises `ConfigError` if there is no chat template, or if it refuses the messages.
         """
         return self._ids(self.render(messages, add_generation_prompt), add_special_tokens=False)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation, special tokens written out. Errors as for `chat`."""
+        """Return the text of a conversation, with special tokens written out. See `chat`."""
         if self._chat_template is None:
             raise ConfigError(
-                "This model's tokenizer has no chat template: give a plain text prompt instead of messages."
+                "This model's tokenizer has no chat template: "
+                "give a plain text prompt instead of messages."
             )
         check_messages(messages)
         return render_template(
@@ -107,28 +118,37 @@ class Tokenizer:
 
 
 def as_tokenizer(tokenizer: Any, *, eos_ids: Iterable[int] = ()) -> Tokenizer | None:
-    """Our `Tokenizer` around what the caller has; None stays None. `eos_ids` serve a tokenizer that names none."""
+    """Return a `Tokenizer` that wraps the given one. None stays None.
+
+    Args:
+      tokenizer: a `Tokenizer`, a tokenizer of `tokenizers` or `transformers`, or an object with
+        `encode` and `decode`.
+      eos_ids: the end-of-sequence tokens, instead of those the tokenizer names.
+    """
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
         return tokenizer
     if not callable(getattr(tokenizer, "encode", None)) or not callable(
         getattr(tokenizer, "decode", None)
     ):
         raise ConfigError(
-            f"tokenizer of type {type(tokenizer).__name__}: must be None, a Tokenizer, a transformers or tokenizers "
-            "tokenizer, or an object with encode and decode."
+            f"tokenizer of type {type(tokenizer).__name__}: must be None, a Tokenizer, a "
+            "transformers or tokenizers tokenizer, or an object with encode and decode."
         )
-    own = getattr(tokenizer, "eos_token_id", None)
+    eos_id = getattr(tokenizer, "eos_token_id", None)
     template = getattr(tokenizer, "chat_template", None)
     return Tokenizer(
         getattr(tokenizer, "backend_tokenizer", tokenizer),
         chat_template=pick_template(template),
         special_tokens=getattr(tokenizer, "special_tokens_map", None),
-        eos_ids=tuple(eos_ids) or (() if own is None else (own,)),
+        eos_ids=tuple(eos_ids) or (() if eos_id is None else (eos_id,)),
     )
 
 
 def pick_template(template: Any) -> str | None:
-    """One Jinja template from the forms checkpoints use: a string, `{name: template}`, or `[{"name", "template"}]`."""
+    """Return the default Jinja template from a form that checkpoints use.
+
+    The forms are a string, `{name: template}`, and `[{"name": ..., "template": ...}]`.
+    """
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, Mapping):
@@ -137,7 +157,7 @@ def pick_template(template: Any) -> str | None:
 
 
 def check_messages(messages: Any) -> None:
-    """Raise a `ConfigError` naming the first message that is not `{"role": str, "content": ...}`."""
+    """Raise `ConfigError` for the first message that is not `{"role": str, "content": ...}`."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ConfigError(
             "messages: must be a non-empty list of {'role': ..., 'content': ...}, such as "
@@ -153,9 +173,10 @@ def check_messages(messages: Any) -> None:
 
 
 def render_template(template: str, **variables: Any) -> str:
-    """A chat template's text. The sandbox keeps a checkpoint's template from running code.
+    """Return the text of a chat template.
 
-    Source: Hugging Face's documentation of chat templates (`trim_blocks`, `lstrip_blocks`, `raise_exception`,
+    The sandbox keeps the template of a checkpoint from running code. Source: Hugging Face's
+    documentation of chat templates (`trim_blocks`, `lstrip_blocks`, `raise_exception`,
     `strftime_now`, `tojson` without HTML escapes, `{% generation %}` blocks).
     """
     import jinja2
@@ -163,7 +184,7 @@ def render_template(template: str, **variables: Any) -> str:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %} ... {% endgeneration %}` marks the assistant's text for training; here it is only text."""
+        """`{% generation %} ... {% endgeneration %}`, a mark for training, is ignored here."""
 
         tags = {"generation"}
 

@@ -1,3 +1,5 @@
+"""Incremental detokenization, against the decoding of all ids at once."""
+
 import functools
 import random
 
@@ -19,7 +21,7 @@ TEXTS = st.text(alphabet="the ca.STOP\né你好世😀👩\u200d🎉ÿ", max_siz
 
 @functools.cache
 def byte_level() -> Tokenizer:
-    """A byte-level BPE tokenizer: its tokens are runs of bytes, which begin and end inside characters."""
+    """Return a byte-level BPE tokenizer. Its tokens may start and end inside characters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -32,7 +34,7 @@ def byte_level() -> Tokenizer:
 
 @functools.cache
 def byte_fallback() -> Tokenizer:
-    """A tokenizer of the SentencePiece kind: spaces are ▁, the first is dropped, unknown characters are byte tokens."""
+    """Return a SentencePiece-like tokenizer with byte fallback, which drops the first space."""
     pieces = ["<unk>", "<s>", "▁", *"abcdehinopstwSTOP.", "▁t", "▁th", "▁the"]
     pieces += [f"<0x{byte:02X}>" for byte in range(256)]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
@@ -51,10 +53,13 @@ def byte_fallback() -> Tokenizer:
 
 
 def in_chunks(ids: list[int], seed: int) -> list[list[int]]:
-    """`ids` cut at random into runs of 0 to 6."""
-    rng, chunks, at = random.Random(seed), [], 0
+    """Split `ids` at random into chunks of 0 to 6."""
+    rng = random.Random(seed)
+    chunks: list[list[int]] = []
+    at = 0
     while at < len(ids):
-        chunks.append(ids[at : at + (size := rng.randint(0, 6))])
+        size = rng.randint(0, 6)
+        chunks.append(ids[at : at + size])
         at += size
     return chunks
 
@@ -64,7 +69,10 @@ def pieces_of(detokenizer: Detokenizer, chunks: list[list[int]]) -> list[str]:
 
 
 def naive_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The text before the stop string that is complete first (of several, the longest), read letter by letter."""
+    """Search character by character for the stop string that is complete first.
+
+    Of several, the longest counts. Returns the text before it, and the stop string or None.
+    """
     for end in range(1, len(text) + 1):
         matching = [stop for stop in stops if text[:end].endswith(stop)]
         if matching:
@@ -74,7 +82,7 @@ def naive_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
 
 
 class CountingDecoder:
-    """A tokenizer that remembers the longest list it was asked to decode."""
+    """A tokenizer that records the longest list of ids it decoded."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.longest = tokenizer, 0
@@ -86,7 +94,7 @@ class CountingDecoder:
 
 @settings(max_examples=400)
 @given(st.lists(st.integers(0, 340), max_size=40), st.integers(0, 9))
-def test_pieces_of_any_byte_level_tokens_join_to_the_decoding_of_all(ids, seed):
+def test_pieces_of_any_byte_level_tokens_join_to_the_full_decoding(ids, seed):
     tokenizer = byte_level()
     full = tokenizer.decode(ids)
     for chunks in ([[token] for token in ids], in_chunks(ids, seed)):
@@ -97,7 +105,7 @@ def test_pieces_of_any_byte_level_tokens_join_to_the_decoding_of_all(ids, seed):
 
 @settings(max_examples=200)
 @given(TEXTS, st.integers(0, 9))
-def test_pieces_of_any_text_hold_whole_characters_and_join_to_it(text, seed):
+def test_pieces_of_any_text_are_whole_characters_and_join_to_it(text, seed):
     for tokenizer in (byte_level(), byte_fallback()):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         for chunks in ([[token] for token in ids], in_chunks(ids, seed)):
@@ -112,9 +120,7 @@ def test_pieces_of_any_text_hold_whole_characters_and_join_to_it(text, seed):
     st.lists(st.text("theSTOP 你好😀a", min_size=1, max_size=5), min_size=1, max_size=3),
     st.integers(0, 9),
 )
-def test_stop_strings_that_straddle_tokens_cut_where_a_search_of_the_whole_text_does(
-    text, stops, seed
-):
+def test_stop_strings_that_span_tokens_end_the_text_where_a_full_search_does(text, stops, seed):
     for tokenizer in (byte_level(), byte_fallback()):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         detokenizer = Detokenizer(tokenizer, stops)
@@ -128,14 +134,11 @@ def test_stop_strings_that_straddle_tokens_cut_where_a_search_of_the_whole_text_
     st.lists(st.text("theSTOP 你好😀a", min_size=1, max_size=5), min_size=1, max_size=3),
     st.integers(0, 9),
 )
-def test_a_stop_string_that_is_kept_is_the_end_of_the_text(text, stops, seed):
+def test_a_kept_stop_string_is_the_end_of_the_text(text, stops, seed):
     tokenizer = byte_level()
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    shown = "".join(
-        pieces_of(
-            detokenizer := Detokenizer(tokenizer, stops, keep_stop=True), in_chunks(ids, seed)
-        )
-    )
+    detokenizer = Detokenizer(tokenizer, stops, keep_stop=True)
+    shown = "".join(pieces_of(detokenizer, in_chunks(ids, seed)))
     before, found = naive_cut(tokenizer.decode(ids), stops)
     assert (shown, detokenizer.stopped) == (before + (found or ""), found)
 
@@ -164,10 +167,13 @@ def test_without_a_stop_string_every_token_pushed_is_kept():
     assert detokenizer.stopped is None
 
 
-def test_text_that_may_begin_a_stop_string_waits_until_it_cannot():
+def test_text_waits_while_it_may_be_the_start_of_a_stop_string():
     tokenizer = byte_level()
     detokenizer = Detokenizer(tokenizer, ["\n\nUser:"])
-    push = lambda text: detokenizer.push(tokenizer.encode(text).ids)  # noqa: E731
+
+    def push(text: str) -> str:
+        return detokenizer.push(tokenizer.encode(text).ids)
+
     assert push("Yes.") == "Yes."
     assert push("\n\nUs") == ""
     assert push("ually") == "\n\nUsually"
@@ -175,7 +181,7 @@ def test_text_that_may_begin_a_stop_string_waits_until_it_cannot():
     assert detokenizer.finish() == "\n"
 
 
-def test_an_emoji_spread_over_four_tokens_is_emitted_whole_by_the_last():
+def test_an_emoji_of_four_tokens_is_emitted_with_the_last():
     for tokenizer in (byte_level(), byte_fallback()):
         names = [f"<0x{byte:02X}>" for byte in "🦩".encode()]
         raw = [tokenizer.token_to_id(name) for name in names]
@@ -185,14 +191,14 @@ def test_an_emoji_spread_over_four_tokens_is_emitted_whole_by_the_last():
         assert pieces == [""] * (len(ids) - 1) + ["🦩"]
 
 
-def test_special_tokens_in_the_middle_of_a_character_do_not_break_it():
+def test_special_tokens_inside_a_character_do_not_break_it():
     tokenizer = byte_level()
     end = tokenizer.token_to_id(SPECIAL)
     ids = [token for i in tokenizer.encode("🦩").ids for token in [i] + [end] * 5]
     assert "".join(pieces_of(Detokenizer(tokenizer), [[token] for token in ids])) == "🦩"
 
 
-def test_a_character_that_never_comes_to_its_end_is_one_replacement_character():
+def test_an_incomplete_character_at_the_end_is_one_replacement_character():
     tokenizer = byte_level()
     detokenizer = Detokenizer(tokenizer)
     assert detokenizer.push(tokenizer.encode("🦩").ids[:-1]) == ""
@@ -200,24 +206,22 @@ def test_a_character_that_never_comes_to_its_end_is_one_replacement_character():
     assert detokenizer.finish() == ""
 
 
-def test_the_first_word_keeps_its_space_when_the_prompt_is_given_as_context():
+def test_the_first_word_keeps_its_space_with_the_prompt_as_context():
     tokenizer = byte_fallback()
     word = [tokenizer.token_to_id("▁the")]
     assert Detokenizer(tokenizer).push(word) == "the"
     assert Detokenizer(tokenizer, context=word).push(word) == " the"
 
 
-@pytest.mark.parametrize("kind", ["text", "random", "broken", "special"])
+@pytest.mark.parametrize("kind", ["text", "random", "invalid", "special"])
 def test_work_per_token_does_not_grow_with_the_text(kind):
     tokenizer = byte_level()
     rng = random.Random(0)
-    lone = tokenizer.token_to_id(
-        "¡"
-    )  # the letter that stands for byte 0xA1, which begins no character
+    invalid = tokenizer.token_to_id("¡")  # byte 0xA1, which starts no character
     ids = {
         "text": tokenizer.encode("the cat 你好 😀" * 60).ids,
         "random": [rng.randrange(340) for _ in range(600)],
-        "broken": [lone] * 600,
+        "invalid": [invalid] * 600,
         "special": [tokenizer.token_to_id(SPECIAL)] * 600,
     }[kind]
     decoder = CountingDecoder(tokenizer)
