@@ -1,4 +1,4 @@
-"""Beam search is what a plain loop over the logits of whole texts finds, and holds no page once it is done."""
+"""Beam search finds what a plain loop over logits of whole sequences does, and frees all pages."""
 
 import math
 
@@ -7,9 +7,8 @@ import pytest
 
 import jfp8kv
 from jfp8kv.core.errors import CapacityError, ConfigError
-from tests.engines import tiny
+from tests.engines import tiny, used_pages
 from tests.models.test_decoder import REFERENCES
-from tests.test_session import pages
 
 pytestmark = pytest.mark.quick_compile
 
@@ -33,10 +32,11 @@ def llm() -> jfp8kv.LLM:
 
 
 class Oracle:
-    """The rules again, with whole texts instead of sessions, and lists of everything instead of arrays."""
+    """The same rules with whole sequences instead of sessions, and lists instead of arrays."""
 
     def __init__(self, llm: jfp8kv.LLM):
-        self.llm, self.known = llm, {}
+        self.llm = llm
+        self.known: dict[tuple[int, ...], list[float]] = {}
 
     def logprobs(self, ids: list[int]) -> list[float]:
         if tuple(ids) not in self.known:
@@ -48,20 +48,21 @@ class Oracle:
     def search(
         self, prompt, beams, max_tokens, length_penalty, early_stopping, ends
     ) -> list[tuple[list[int], float]]:
-        live, finished = [([], 0.0)], []
+        live: list[tuple[list[int], float]] = [([], 0.0)]
+        finished: list[tuple[float, list[int], float]] = []
         for length in range(1, max_tokens + 1):
-            every = []
+            every: list[tuple[float, list[int]]] = []
             for ids, total in live:
                 every += [
                     (total + x, [*ids, token])
                     for token, x in enumerate(self.logprobs(prompt + ids))
                 ]
-            every.sort(key=lambda text: -text[0])
+            every.sort(key=lambda item: -item[0])
             live = [(ids, total) for total, ids in every if ids[-1] not in ends][:beams]
             for total, ids in every[:beams]:
                 if ids[-1] in ends or length == max_tokens:
                     finished.append((total / length**length_penalty, ids, total))
-            finished = sorted(finished, key=lambda text: -text[0])[:beams]
+            finished = sorted(finished, key=lambda item: -item[0])[:beams]
             if len(finished) == beams:
                 longest = max_tokens if early_stopping == "never" and length_penalty > 0 else length
                 if (
@@ -80,20 +81,20 @@ def oracle(llm) -> Oracle:
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 3.0, -1.0])
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize(("beams", "max_tokens"), [(1, 7), (2, 9), (3, 5), (6, 4)])
-def test_the_texts_are_those_of_a_plain_search_over_whole_texts(
+def test_the_result_is_that_of_a_plain_search_over_whole_sequences(
     llm, oracle, beams, max_tokens, early_stopping, length_penalty
 ) -> None:
     greedy = llm.generate([PROMPT], max_tokens=8, temperature=0.0, ignore_eos=True)[0].token_ids
     ends = [greedy[2], greedy[5], 3]
-    asked = {
+    options = {
         "max_tokens": max_tokens,
         "length_penalty": length_penalty,
         "early_stopping": early_stopping,
     }
     (out,) = jfp8kv.beam_search(
-        llm, PROMPT, beams=beams, stop_token_ids=ends, ignore_eos=True, **asked
+        llm, PROMPT, beams=beams, stop_token_ids=ends, ignore_eos=True, **options
     )
-    want = oracle.search(PROMPT, beams=beams, ends=ends, **asked)
+    want = oracle.search(PROMPT, beams=beams, ends=ends, **options)
     assert [each.token_ids for each in out.outputs] == [ids for ids, _ in want]
     np.testing.assert_allclose(
         [each.cumulative_logprob for each in out.outputs], [total for _, total in want], atol=1e-4
@@ -103,20 +104,22 @@ def test_the_texts_are_those_of_a_plain_search_over_whole_texts(
         assert (each.finish_reason, each.stop_reason) == (
             ("stop", each.token_ids[-1]) if ended else ("length", None)
         )
-    assert pages(llm) == 0
+    assert used_pages(llm) == 0
 
 
-def test_windows_change_nothing() -> None:
+def test_sliding_windows_do_not_change_the_result() -> None:
     llm = engine("gemma3_new", kv_dtype="fp8_e5m2")
     prompt = np.random.default_rng(0).integers(3, 90, 22).tolist()
-    asked = {"beams": 3, "max_tokens": 9, "length_penalty": 1.0, "early_stopping": False}
-    (out,) = jfp8kv.beam_search(llm, prompt, ignore_eos=True, **asked)
-    want = Oracle(llm).search(prompt, ends=[], **asked)
-    assert [each.token_ids for each in out.outputs] == [ids for ids, _ in want] and pages(llm) == 0
+    options = {"beams": 3, "max_tokens": 9, "length_penalty": 1.0, "early_stopping": False}
+    (out,) = jfp8kv.beam_search(llm, prompt, ignore_eos=True, **options)
+    want = Oracle(llm).search(prompt, ends=[], **options)
+    assert [each.token_ids for each in out.outputs] == [ids for ids, _ in want] and used_pages(
+        llm
+    ) == 0
 
 
 @pytest.mark.parametrize("length", [1, 6, 8])
-def test_one_beam_is_greedy(llm, length) -> None:
+def test_one_beam_is_greedy_decoding(llm, length) -> None:
     prompts = [PROMPT[:length], (PROMPT * 2)[:length][::-1]]
     greedy = llm.generate(prompts, max_tokens=10, temperature=0.0, stop_token_ids=[5])
     for out, want in zip(
@@ -128,12 +131,12 @@ def test_one_beam_is_greedy(llm, length) -> None:
         assert out.outputs[0].finish_reason == want.outputs[0].finish_reason
 
 
-def test_more_beams_find_likelier_texts_than_greedy_and_share_their_pages(llm, monkeypatch) -> None:
-    most, extend_batch = [], jfp8kv.beam_search.__globals__["extend_batch"]
+def test_more_beams_find_more_likely_sequences_and_share_pages(llm, monkeypatch) -> None:
+    used, extend_batch = [], jfp8kv.beam_search.__globals__["extend_batch"]
 
     def watched(sessions, tokens):
         out = extend_batch(sessions, tokens)
-        most.append(pages(llm))
+        used.append(used_pages(llm))
         return out
 
     monkeypatch.setitem(jfp8kv.beam_search.__globals__, "extend_batch", watched)
@@ -145,10 +148,10 @@ def test_more_beams_find_likelier_texts_than_greedy_and_share_their_pages(llm, m
     )
     assert out.outputs[0].cumulative_logprob >= one.outputs[0].cumulative_logprob
     assert [each.index for each in out.outputs] == [0, 1, 2, 3]
-    assert max(most) <= 6 + 4 * 2, "six pages of the prompt, and two of each beam's own"
+    assert max(used) <= 6 + 4 * 2, "six shared pages of the prompt, and two more of each beam"
 
 
-def test_the_text_is_that_of_the_tokens_without_the_end_token() -> None:
+def test_the_end_token_is_not_part_of_the_text() -> None:
     llm = jfp8kv.LLM(jfp8kv.load(REFERENCES[0], dtype="float32"), **SIZES)
     (greedy,) = llm.generate("abc", max_tokens=6, temperature=0.0, ignore_eos=True)
     ends = [greedy.token_ids[-1]]
@@ -161,19 +164,19 @@ def test_the_text_is_that_of_the_tokens_without_the_end_token() -> None:
     assert (out.prompt, out.text, out.token_ids) == ("abc", want.text, want.token_ids)
 
 
-def test_as_many_tokens_are_made_as_the_context_has_room_for(llm) -> None:
+def test_the_context_length_limits_the_output(llm) -> None:
     (out,) = jfp8kv.beam_search(llm, [5] * 60, beams=2, max_tokens=20, ignore_eos=True)
     assert [len(each.token_ids) for each in out.outputs] == [4, 4]
-    with pytest.raises(CapacityError, match="max_model_len=64 leaves room for none"):
+    with pytest.raises(CapacityError, match="max_model_len=64 leaves no room"):
         jfp8kv.beam_search(llm, [5] * 64)
 
 
-def test_a_search_that_finds_no_room_or_fails_gives_back_what_it_held(monkeypatch) -> None:
+def test_a_search_that_fails_frees_all_its_pages(monkeypatch) -> None:
     llm = engine()
     tight = engine(kv_cache_memory=17 * llm._engine.cache_config.page_bytes)
     with pytest.raises(CapacityError, match="beams=12 for prompt 0: .* Or try fewer beams"):
         jfp8kv.beam_search(tight, [5] * 20, beams=12, max_tokens=20, ignore_eos=True)
-    assert pages(tight) == 0
+    assert used_pages(tight) == 0
     call, calls = llm._engine.programs.call, []
 
     def failing(step, *args, **kwargs):
@@ -185,11 +188,11 @@ def test_a_search_that_finds_no_room_or_fails_gives_back_what_it_held(monkeypatc
     monkeypatch.setattr(llm._engine.programs, "call", failing)
     with pytest.raises(RuntimeError, match="the device is gone"):
         jfp8kv.beam_search(llm, PROMPT, beams=3, ignore_eos=True)
-    assert pages(llm) == 0
+    assert used_pages(llm) == 0
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ({"beams": 0}, "beams=0"),
         ({"beams": True}, "beams=True"),
@@ -202,6 +205,6 @@ def test_a_search_that_finds_no_room_or_fails_gives_back_what_it_held(monkeypatc
         ({"stop_token_ids": [10_000]}, "stop_token_ids: id 10000 is outside"),
     ],
 )
-def test_what_cannot_be_asked_for_is_refused_before_anything_runs(llm, wrong, says) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_an_invalid_option_is_refused_before_anything_runs(llm, wrong, message) -> None:
+    with pytest.raises(ConfigError, match=message):
         jfp8kv.beam_search(llm, PROMPT, **wrong)

@@ -160,18 +160,18 @@ def test_a_stop_string_ends_the_text_before_it(llm) -> None:
     )
     assert len(out.token_ids) < 40
     fields = {"max_tokens": 40, "temperature": 1.0, "seed": 3, "ignore_eos": True, "stop": stop}
-    kept = llm.generate("hello", include_stop_str_in_output=True, **fields)[0].outputs[0]
-    assert kept.text == out.text + stop and kept.token_ids == out.token_ids
+    included = llm.generate("hello", include_stop_str_in_output=True, **fields)[0].outputs[0]
+    assert included.text == out.text + stop and included.token_ids == out.token_ids
 
 
 def test_a_stop_token_ends_it_at_the_token(llm) -> None:
-    made = llm.generate("hello", max_tokens=20, temperature=1.0, seed=3, ignore_eos=True)[
+    tokens = llm.generate("hello", max_tokens=20, temperature=1.0, seed=3, ignore_eos=True)[
         0
     ].token_ids
     out = llm.generate(
-        "hello", max_tokens=20, temperature=1.0, seed=3, ignore_eos=True, stop_token_ids=[made[6]]
+        "hello", max_tokens=20, temperature=1.0, seed=3, ignore_eos=True, stop_token_ids=[tokens[6]]
     )[0].outputs[0]
-    assert out.token_ids == made[: made.index(made[6]) + 1] and out.stop_reason == made[6]
+    assert out.token_ids == tokens[: tokens.index(tokens[6]) + 1] and out.stop_reason == tokens[6]
 
 
 def test_logprobs_hold_the_sampled_token_and_the_likeliest(llm) -> None:
@@ -253,19 +253,19 @@ def test_weights_of_mixed_types_compute_like_float32(params) -> None:
 def test_a_tokenizer_ends_a_text_where_the_config_names_no_end(params) -> None:
     import dataclasses
 
-    made = jfp8kv.generate(params, "hello", max_tokens=8, temperature=0.0, ignore_eos=True)[
+    tokens = jfp8kv.generate(params, "hello", max_tokens=8, temperature=0.0, ignore_eos=True)[
         0
     ].token_ids
     tokenizer = dataclasses.replace(
         params, config=dataclasses.replace(params.config, eos_ids=())
     ).tokenizer
-    before, tokenizer.eos_ids = tokenizer.eos_ids, (made[3],)
+    before, tokenizer.eos_ids = tokenizer.eos_ids, (tokens[3],)
     try:
         bare = jfp8kv.Params(params.tree, dataclasses.replace(params.config, eos_ids=()), tokenizer)
         out = jfp8kv.generate(bare, "hello", max_tokens=8, temperature=0.0)[0]
     finally:
         tokenizer.eos_ids = before
-    assert out.token_ids == made[: made.index(made[3]) + 1]
+    assert out.token_ids == tokens[: tokens.index(tokens[3]) + 1]
 
 
 MISTAKES = [

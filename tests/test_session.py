@@ -1,4 +1,4 @@
-"""Sessions: texts that stay in the cache, extended, taken back and branched in any order, are what they are if run anew."""
+"""Sessions: extended, rolled back and forked in any order, they match sequences without a cache."""
 
 import contextlib
 import gc
@@ -28,25 +28,20 @@ def llm() -> jfp8kv.LLM:
     return engine()
 
 
-def pages(llm: jfp8kv.LLM) -> int:
-    """Return the number of allocated pages, once those of dropped sessions are free."""
-    return used_pages(llm)
-
-
 TREES = {
-    "one format, all of the text": {},
-    "nothing shared with others": {"prefix_caching": False},
-    "two formats, scales by token and head, windows": {
+    "one format, full attention": {},
+    "no prefix caching": {"prefix_caching": False},
+    "two formats, token-head scales, windows": {
         "family": "gemma3_new",
         "kv_dtype": {"default": "fp8_e5m2", "skip": [0]},
         "kv_scales": "token_head",
     },
-    "ropes that change with length": {"family": "phi3_longrope_cross"},
+    "RoPE that depends on the length": {"family": "phi3_longrope_cross"},
 }
 
 
 @pytest.mark.parametrize("kind", TREES.values(), ids=TREES)
-def test_any_tree_of_texts_has_the_logits_of_each_text_run_anew(kind) -> None:
+def test_any_tree_of_sessions_has_the_logits_of_uncached_sequences(kind) -> None:
     llm, oracle = (
         engine(**{"kv_cache_memory": "2MB"} | kind | apart)
         for apart in ({}, {"prefix_caching": False})
@@ -94,12 +89,12 @@ def test_any_tree_of_texts_has_the_logits_of_each_text_run_anew(kind) -> None:
             )
     for session in sessions:
         session.close()
-    assert pages(llm) == 0
+    assert used_pages(llm) == 0
 
 
 @pytest.fixture
 def ran(llm, monkeypatch) -> list[str]:
-    """The names of the steps that ran."""
+    """The names of the steps that were dispatched."""
     names, call = [], llm._engine.programs.call
 
     def counted(step, *args, **kwargs):
@@ -110,49 +105,45 @@ def ran(llm, monkeypatch) -> list[str]:
     return names
 
 
-def test_a_fork_runs_and_copies_nothing_and_whoever_goes_on_first_copies_the_last_page(
-    llm, ran
-) -> None:
-    stem = llm.session(list(range(3, 3 + 3 * PAGE + 2)))
-    assert pages(llm) == 4
+def test_a_fork_computes_and_copies_nothing_and_the_first_write_copies_the_page(llm, ran) -> None:
+    trunk = llm.session(list(range(3, 3 + 3 * PAGE + 2)))
+    assert used_pages(llm) == 4
     ran.clear()
-    branch = stem.fork()
+    branch = trunk.fork()
     twig = branch.fork()
-    assert not ran and pages(llm) == 4 and stem.pages == branch.pages == twig.pages
+    assert not ran and used_pages(llm) == 4 and trunk.pages == branch.pages == twig.pages
     branch.extend([1])
-    assert ran == ["copy", "logits"] and pages(llm) == 5
-    assert stem.pages[0][:3] == branch.pages[0][:3] and stem.pages[0][3] != branch.pages[0][3]
-    stem.close()
+    assert ran == ["copy", "logits"] and used_pages(llm) == 5
+    assert trunk.pages[0][:3] == branch.pages[0][:3] and trunk.pages[0][3] != branch.pages[0][3]
+    trunk.close()
     ran.clear()
     twig.extend([2])
-    assert ran == ["logits"] and pages(llm) == 5, "it was the last to hold that page"
+    assert ran == ["logits"] and used_pages(llm) == 5, "the page had no other owner"
     branch.extend([1] * PAGE)
-    assert pages(llm) == 6
+    assert used_pages(llm) == 6
     twig.close()
     del branch
     gc.collect()
-    assert pages(llm) == 0
+    assert used_pages(llm) == 0
 
 
-def test_a_text_taken_back_goes_on_without_copy_or_anything_run_again(llm, ran) -> None:
+def test_a_rolled_back_session_is_extended_without_copy_or_recompute(llm, ran) -> None:
     with llm.session(list(range(3, 3 + 2 * PAGE))) as session:
-        held = session.pages
+        before = session.pages
         ran.clear()
         session.rollback(3)
         session.extend([5])
-        assert ran == ["logits"] and session.pages == held
+        assert ran == ["logits"] and session.pages == before
         session.rollback(6)
         session.rollback(0)
         assert (
-            ran == ["logits"] and len(session) == 2 * PAGE - 8 and session.pages[0] == held[0][:1]
+            ran == ["logits"] and len(session) == 2 * PAGE - 8 and session.pages[0] == before[0][:1]
         )
 
 
-def test_what_others_have_of_a_text_is_not_run_again_but_where_its_logits_are_asked_for(
-    llm, ran
-) -> None:
+def test_cached_tokens_are_run_only_if_their_logits_are_requested(llm, ran) -> None:
     ids = list(range(60, 60 + 3 * PAGE))
-    with llm.session(ids) as stem, llm.session([9]) as other, llm.session(ids[:PAGE]) as third:
+    with llm.session(ids) as trunk, llm.session([9]) as other, llm.session(ids[:PAGE]) as third:
         want = llm.logits(ids)
         other.rollback(1)
         ran.clear()
@@ -162,46 +153,48 @@ def test_what_others_have_of_a_text_is_not_run_again_but_where_its_logits_are_as
         np.testing.assert_allclose(
             jfp8kv.extend_batch([third], [ids[PAGE:]])[0], want[-1], rtol=0, atol=2e-5
         )
-        assert ran == ["copy", "last_logits"] and third.pages[0][:2] == stem.pages[0][:2]
+        assert ran == ["copy", "last_logits"] and third.pages[0][:2] == trunk.pages[0][:2]
         out = third.generate(max_tokens=2 * PAGE + 2, temperature=0.0, ignore_eos=True)
         assert ran[-1] == "prefill" and ran.count("prefill") == 1, (
-            "of what it made, the end that fills no page"
+            "of the output, the end that fills no page"
         )
         np.testing.assert_allclose(
             third.extend([5])[0], llm.logits([*ids, *out.token_ids, 5])[-1], rtol=0, atol=2e-5
         )
 
 
-def test_several_sessions_go_on_in_one_dispatch(llm, ran) -> None:
-    with llm.session([9] * 20) as stem, stem.fork() as branch:
+def test_several_sessions_are_extended_in_one_dispatch(llm, ran) -> None:
+    with llm.session([9] * 20) as trunk, trunk.fork() as branch:
         ran.clear()
-        jfp8kv.extend_batch([stem, branch], [1, [2]])
+        jfp8kv.extend_batch([trunk, branch], [1, [2]])
         assert (
-            ran == ["copy", "last_logits"] and stem.token_ids[-1] == 1 and branch.token_ids[-1] == 2
+            ran == ["copy", "last_logits"]
+            and trunk.token_ids[-1] == 1
+            and branch.token_ids[-1] == 2
         )
-        for sessions, new, says in (
+        for sessions, new, message in (
             ([], [], "0 sessions"),
-            ([stem], [1, 2], "2 tokens for 1 sessions"),
-            ([stem, stem], [1, 2], "the same session twice"),
-            ([stem, branch], [1, []], "empty"),
-            ([stem, branch], [1, 10_000], "ids must be from 0"),
+            ([trunk], [1, 2], "2 tokens for 1 sessions"),
+            ([trunk, trunk], [1, 2], "the same session twice"),
+            ([trunk, branch], [1, []], "empty"),
+            ([trunk, branch], [1, 10_000], "ids must be from 0"),
         ):
-            with pytest.raises(ConfigError, match=says):
+            with pytest.raises(ConfigError, match=message):
                 jfp8kv.extend_batch(sessions, new)
-        assert len(stem) == len(branch) == 21
+        assert len(trunk) == len(branch) == 21
 
 
-def test_a_fork_in_a_full_pool_goes_on_once_there_is_room_and_nothing_is_lost_before() -> None:
+def test_a_fork_in_a_full_pool_is_unchanged_by_errors_and_extended_once_there_is_room() -> None:
     llm = engine(kv_cache_memory=7 * engine()._engine.cache_config.page_bytes)
-    with llm.session([7] * 24) as other, llm.session([9] * 17) as stem:
-        branches = [stem.fork() for _ in range(3)]
-        assert pages(llm) == 6
-        want = stem.extend([1])
+    with llm.session([7] * 24) as other, llm.session([9] * 17) as trunk:
+        branches = [trunk.fork() for _ in range(3)]
+        assert used_pages(llm) == 6
+        want = trunk.extend([1])
         with pytest.raises(CapacityError, match="Open sessions own the others"):
             branches[0].extend([1])
         with pytest.raises(CapacityError, match="Open sessions own the others"):
             jfp8kv.extend_batch(branches, [1, 1, 1])
-        assert {len(branch) for branch in branches} == {17} and pages(llm) == 7
+        assert {len(branch) for branch in branches} == {17} and used_pages(llm) == 7
         other.close()
         np.testing.assert_allclose(
             jfp8kv.extend_batch(branches, [1, 1, 1]), np.tile(want[-1], (3, 1)), rtol=0, atol=2e-5
@@ -210,32 +203,30 @@ def test_a_fork_in_a_full_pool_goes_on_once_there_is_room_and_nothing_is_lost_be
             branch.close()
 
 
-def test_what_a_text_took_to_go_on_is_given_back_when_others_find_no_room() -> None:
+def test_new_pages_of_a_batch_are_freed_when_one_session_finds_no_room() -> None:
     llm = engine(kv_cache_memory=6 * engine()._engine.cache_config.page_bytes)
-    with llm.session([7] * 24), llm.session([9] * 16) as stem, stem.fork() as branch:
-        assert pages(llm) == 5
+    with llm.session([7] * 24), llm.session([9] * 16) as trunk, trunk.fork() as branch:
+        assert used_pages(llm) == 5
         with pytest.raises(CapacityError, match="Open sessions own the others"):
-            jfp8kv.extend_batch([stem, branch], [1, 2])
-        assert pages(llm) == 5 and stem.pages == branch.pages
-        assert stem.extend([1]).shape[0] == 1 and pages(llm) == 6
+            jfp8kv.extend_batch([trunk, branch], [1, 2])
+        assert used_pages(llm) == 5 and trunk.pages == branch.pages
+        assert trunk.extend([1]).shape[0] == 1 and used_pages(llm) == 6
 
 
-def test_threads_that_take_the_same_sessions_on_in_any_order_wait_for_each_other_and_never_in_a_circle(
-    llm,
-) -> None:
+def test_threads_that_extend_the_same_sessions_in_any_order_never_deadlock(llm) -> None:
     with llm.session([9] * 20) as one, one.fork() as other:
 
-        def go_on(sessions: list[jfp8kv.Session]) -> None:
+        def extend(sessions: list[jfp8kv.Session]) -> None:
             for _ in range(5):
                 jfp8kv.extend_batch(sessions, [1, 1])
 
         with ThreadPoolExecutor() as threads:
-            list(threads.map(go_on, [[one, other], [other, one], [one, other]]))
+            list(threads.map(extend, [[one, other], [other, one], [one, other]]))
         assert one.token_ids == other.token_ids == [9] * 20 + [1] * 15
 
 
 @pytest.mark.parametrize("prompt", [5, 20])
-def test_continuations_of_one_prompt_run_it_once(llm, ran, prompt) -> None:
+def test_continuations_of_one_prompt_prefill_it_once(llm, ran, prompt) -> None:
     ids = list(range(40, 40 + prompt))
     sampling = {"max_tokens": 6, "temperature": 1.0, "seed": 5, "ignore_eos": True}
     ran.clear()
@@ -246,13 +237,13 @@ def test_continuations_of_one_prompt_run_it_once(llm, ran, prompt) -> None:
     )
     apart = engine(prefix_caching=False).generate([ids], n=2, **sampling)[0]
     assert [each.token_ids for each in out.outputs] == [each.token_ids for each in apart.outputs]
-    assert pages(llm) == 0
+    assert used_pages(llm) == 0
 
 
-def test_a_session_is_freed_at_the_end_of_a_with_and_then_refuses_everything(llm) -> None:
+def test_a_session_is_freed_at_the_end_of_a_with_and_then_refuses_all_calls(llm) -> None:
     with llm.session([5, 6, 7]) as session:
-        assert pages(llm) == 1 and len(session) == 3
-    assert pages(llm) == 0
+        assert used_pages(llm) == 1 and len(session) == 3
+    assert used_pages(llm) == 0
     session.close()
     for call in (
         lambda: session.extend([1]),
@@ -268,40 +259,38 @@ def test_a_session_is_freed_at_the_end_of_a_with_and_then_refuses_everything(llm
 
 
 @pytest.mark.parametrize("tokens", [-1, 4, True, 1.0])
-def test_a_rollback_past_the_beginning_is_refused(llm, tokens) -> None:
+def test_a_rollback_of_an_invalid_number_of_tokens_is_refused(llm, tokens) -> None:
     with llm.session([5, 6, 7]) as session, pytest.raises(ConfigError, match="from 0 to 3"):
         session.rollback(tokens)
 
 
-def test_what_cannot_be_added_leaves_the_text_as_it_was(llm) -> None:
+def test_invalid_tokens_leave_the_session_unchanged(llm) -> None:
     with llm.session([5, 6, 7]) as session:
-        for wrong, says in (
+        for wrong, message in (
             ([10_000], "ids must be from 0"),
             ([1] * 96, "max_model_len=96"),
             ("abc", "tokenizer"),
             ([], "empty"),
         ):
-            with pytest.raises(ConfigError, match=says):
+            with pytest.raises(ConfigError, match=message):
                 session.extend(wrong)
-        for fields, says in (
+        for fields, message in (
             ({"n": 2}, "fork it for several"),
             ({"prompt_logprobs": 1}, "try llm.score"),
         ):
-            with pytest.raises(ConfigError, match=says):
+            with pytest.raises(ConfigError, match=message):
                 session.generate(**fields)
         assert session.token_ids == [5, 6, 7]
 
 
-def test_a_prompt_that_others_ask_for_is_shared_with_a_session(llm) -> None:
+def test_a_request_shares_the_pages_of_a_session_with_the_same_prefix(llm) -> None:
     with llm.session([9] * 40):
         before = llm.stats.prefix_hit_tokens
         llm.generate([[9] * 40 + [1, 2, 3]], max_tokens=2)
         assert llm.stats.prefix_hit_tokens == before + 40
 
 
-def test_sessions_that_hold_all_memory_are_named_in_the_refusal_and_the_next_call_is_served() -> (
-    None
-):
+def test_a_refusal_names_the_sessions_that_own_the_pages_and_the_next_call_is_served() -> None:
     llm = engine(kv_cache_memory=6 * engine()._engine.cache_config.page_bytes)
     with llm.session([7] * 24), llm.session([9] * 17) as session:
         with pytest.raises(CapacityError, match="Open sessions own the others: close some"):
@@ -312,8 +301,8 @@ def test_sessions_that_hold_all_memory_are_named_in_the_refusal_and_the_next_cal
     assert len(llm.generate([[8] * 20], max_tokens=4, ignore_eos=True)[0].token_ids) == 4
 
 
-def test_a_text_that_just_ended_is_not_refused_for_want_of_room() -> None:
-    """Its stop string is found after the plan that finds no room for it."""
+def test_a_request_that_just_finished_is_not_refused_for_lack_of_pages() -> None:
+    """Its stop string is found after the scheduler finds no pages for its next tokens."""
     params = jfp8kv.load(REFERENCES[0], dtype="float32")
     llm = jfp8kv.LLM(params, **SIZES | MEMORY)
     sampling = {"max_tokens": 40, "temperature": 1.0, "seed": 1, "ignore_eos": True}
@@ -333,7 +322,7 @@ def test_a_text_that_just_ended_is_not_refused_for_want_of_room() -> None:
 
 @pytest.mark.parametrize("caller", ["session", "score", "logits"])
 def test_a_running_request_loses_nothing_when_others_need_its_pages(caller) -> None:
-    """A session preempts it at once, and what the session keeps is free again before it goes on."""
+    """A session preempts it at once. The session is closed before the request continues."""
     params = jfp8kv.load(REFERENCES[0], dtype="float32")
     sampling = {"max_tokens": 30, "temperature": 1.0, "seed": 1, "ignore_eos": True}
     llm = jfp8kv.LLM(params, **SIZES | MEMORY)
@@ -348,7 +337,7 @@ def test_a_running_request_loses_nothing_when_others_need_its_pages(caller) -> N
     assert text + "".join(stream) == alone
 
 
-def test_after_a_failed_step_a_session_and_its_forks_go_on(monkeypatch) -> None:
+def test_a_session_and_its_forks_survive_a_failed_step(monkeypatch) -> None:
     llm = engine()
     with llm.session(list(range(20))) as session, session.fork() as branch:
         want = llm.logits([*range(20), 5])[-1:]
@@ -365,4 +354,4 @@ def test_after_a_failed_step_a_session_and_its_forks_go_on(monkeypatch) -> None:
         for each in (session, branch, twig):
             np.testing.assert_allclose(each.extend([5]), want, rtol=0, atol=2e-5)
         twig.close()
-    assert pages(llm) == 0
+    assert used_pages(llm) == 0

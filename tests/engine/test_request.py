@@ -1,4 +1,4 @@
-"""Which of a prompt's continuations are returned."""
+"""Requests of one prompt, and the selection of the best."""
 
 import pytest
 
@@ -8,13 +8,13 @@ from jfp8kv.text.prompts import Encoded
 
 
 @pytest.mark.parametrize(
-    ("held", "want"),
+    ("constraint", "want"),
     [({}, [-1.0, -2.0, -0.1, -0.2, -0.3]), ({"regex": "a+"}, [-2.0, -0.1, -0.2, -0.3, -1.0])],
-    ids=["free", "held to a grammar"],
+    ids=["free text", "structured output"],
 )
-def test_the_best_of_several_are_whole_before_they_are_likely(held, want) -> None:
-    """By its length a text may end that is free, and not one that was to look like something."""
-    params = SamplingParams(n=5, best_of=5, **held)
+def test_best_of_ranks_complete_outputs_first_then_by_mean_logprob(constraint, want) -> None:
+    """An output that ends by its length is complete, unless it is structured."""
+    params = SamplingParams(n=5, best_of=5, **constraint)
     group = RequestGroup.of(
         Encoded(None, [1]), params, max_new_tokens=9, tokenizer=None, engine_seed=0, number=0
     )
@@ -26,9 +26,7 @@ def test_the_best_of_several_are_whole_before_they_are_likely(held, want) -> Non
         (-0.2, "deadline"),
     ]
     for request, (logprob, reason) in zip(group.requests, ends, strict=True):
-        request.output_ids, request.output_logprobs, request.finish_reason = (
-            [5, 5],
-            [logprob] * 2,
-            reason,
-        )
+        request.output_ids = [5, 5]
+        request.output_logprobs = [logprob] * 2
+        request.finish_reason = reason
     assert [out.cumulative_logprob / 2 for out in group.output().outputs] == want
