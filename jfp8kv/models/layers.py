@@ -90,7 +90,9 @@ class Norm(nnx.Module):
             normed = normed + self._of_layer(self.bias, layer)
         return normed.astype(x.dtype)
 
-    def _of_layer(self, parameter: "nnx.Param[Array]", layer: Layer | None) -> Float[Array, " width"]:
+    def _of_layer(
+        self, parameter: "nnx.Param[Array]", layer: Layer | None
+    ) -> Float[Array, " width"]:
         value = parameter[...] if layer is None else parameter[...][layer]
         return widen(value, self.weight_dtype, FLOAT32)
 

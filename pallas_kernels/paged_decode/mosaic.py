@@ -105,9 +105,11 @@ def paged_decode_mosaic(
     given |= {name: given[name][at] for name in ("k_scale", "v_scale", "sinks") if name in given}
     try:
         out, weight = launch(gpu, how, _operands(how, given, scale_of_scores(head_dim, sm_scale)))
-    except Exception as error:
+    except (AttributeError, NotImplementedError, TypeError) as error:
+        # The API of Mosaic GPU changes between releases: names, arguments, supported operations.
         raise NotSupported(
-            f"Mosaic GPU of jax {jax.__version__} does not take this kernel, made with {MADE_WITH}: {error}"
+            f"Mosaic GPU of jax {jax.__version__} does not take this kernel, written for jax "
+            f"{MADE_WITH}: {error}"
         ) from error
     out = _together(
         _by_head(how, group, out), _by_head(how, group, weight[..., None]), given.get("sinks")

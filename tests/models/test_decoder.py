@@ -1,4 +1,7 @@
-"""The decoder: FP8 rounding against PyTorch, scales against the oracle, no cache at all. `test_families` has every family."""
+"""The decoder: FP8 rounding against PyTorch, scales against the oracle, and no cache.
+
+`test_families` has every family.
+"""
 
 from pathlib import Path
 
@@ -46,7 +49,7 @@ def engine(folder: Path, kv_dtype: str, **options) -> jfp8kv.LLM:
     ],
     ids=lambda x: getattr(x, "name", x),
 )
-def test_an_fp8_cache_rounds_keys_and_values_as_pytorch_does(folder, fmt) -> None:
+def test_an_fp8_cache_rounds_keys_and_values_like_pytorch(folder, fmt) -> None:
     reference = np.load(folder / "reference.npz")
     llm = engine(folder, f"fp8_{fmt}")
     assert rms(llm.logits(reference["tokens"])[-4:], reference[f"last_logits_{fmt}"]) <= 1e-5
@@ -56,38 +59,34 @@ def test_an_fp8_cache_rounds_keys_and_values_as_pytorch_does(folder, fmt) -> Non
     assert out[0].token_ids == reference[f"greedy_{fmt}"].tolist()
 
 
-def static_scales(config: ModelConfig, kind: str) -> jfp8kv.KVScales:
+def static_scales(config: ModelConfig, granularity: str) -> jfp8kv.KVScales:
     heads, dim = {
         "tensor": (1, 1),
         "head": (config.kv_heads, 1),
         "channel": (config.kv_heads, config.head_dim),
-    }[kind]
+    }[granularity]
     rng = np.random.default_rng(3)
     return jfp8kv.KVScales(*rng.uniform(0.002, 0.05, (2, config.layers, heads, dim)))
 
 
-@pytest.mark.parametrize("kind", ["tensor", "head", "channel", "token_head"])
+@pytest.mark.parametrize("granularity", ["tensor", "head", "channel", "token_head"])
 @pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
-def test_every_granularity_of_scales_agrees_with_the_oracle(kind, fmt) -> None:
-    """A value may fall on the other side of a rounding boundary, since the library multiplies by the scale's inverse: 5e-3."""
+def test_every_granularity_of_scales_agrees_with_the_oracle(granularity, fmt) -> None:
+    """The library multiplies by the inverse of a scale, so values may round differently: 5e-3."""
     folder = REFERENCES[0].parent / "llama_gqa"
     tokens = np.load(folder / "reference.npz")["tokens"]
-    if kind == "token_head":
-        llm, store = (
-            engine(folder, f"fp8_{fmt}", kv_scales=kind),
-            oracle.fp8_store(fmt, dynamic=True),
-        )
+    if granularity == "token_head":
+        llm = engine(folder, f"fp8_{fmt}", kv_scales=granularity)
+        store = oracle.fp8_store(fmt, dynamic=True)
     else:
-        scales = static_scales(jfp8kv.load(folder).config, kind)
-        llm, store = (
-            engine(folder, f"fp8_{fmt}", kv_scales=scales),
-            oracle.fp8_store(fmt, scales.k, scales.v),
-        )
+        scales = static_scales(jfp8kv.load(folder).config, granularity)
+        llm = engine(folder, f"fp8_{fmt}", kv_scales=scales)
+        store = oracle.fp8_store(fmt, scales.k, scales.v)
     assert rms(llm.logits(tokens), oracle.forward(folder, tokens, store)) <= 5e-3
 
 
 def plain_attention(config: ModelConfig):
-    """`attend` without any cache: keys and values of the call itself."""
+    """Return `attend` without a cache: over the keys and values of the call."""
 
     def attend(layer, q, k, v, carry):
         tokens, group = q.shape[0], config.group
@@ -100,7 +99,7 @@ def plain_attention(config: ModelConfig):
 
 
 @CASES
-def test_the_model_runs_without_a_cache_and_carries_what_attend_carries(folder) -> None:
+def test_the_model_runs_without_a_cache_and_passes_the_carry_through(folder) -> None:
     reference, params = np.load(folder / "reference.npz"), jfp8kv.load(folder, dtype="float32")
     decoder = bind(params.config, params.tree, params.dtype)
     tokens = jnp.asarray(reference["tokens"])
@@ -113,14 +112,14 @@ def test_the_model_runs_without_a_cache_and_carries_what_attend_carries(folder) 
 
 
 @pytest.mark.parametrize("folder", FAMILIES, ids=lambda folder: folder.name)
-def test_a_module_has_the_parameters_the_names_say(folder) -> None:
+def test_the_decoder_has_the_expected_parameters(folder) -> None:
     config = config_from_hf(read_config(folder))
     state = nnx.state(nnx.eval_shape(lambda: Decoder(config)), nnx.Param)
     found = {".".join(map(str, path)): value.shape for path, value in nnx.to_flat_state(state)}
     assert found == {name: tuple(shape) for name, shape in expected_shapes(config).items()}
 
 
-def test_a_live_module_generates_like_its_parameters() -> None:
+def test_an_nnx_module_generates_the_same_tokens_as_its_parameters() -> None:
     config = jfp8kv.load(REFERENCES[0].parent / "llama_gqa").config
     module = Decoder(config, dtype=np.dtype("float32"), rngs=nnx.Rngs(7))
     params = jfp8kv.Params.from_pytree(module, config)
@@ -135,7 +134,7 @@ def test_a_live_module_generates_like_its_parameters() -> None:
 
 
 def mixed(layers: int) -> dict:
-    """Every way in which the layers of one model can differ."""
+    """Return options in which the layers of one model differ in everything they can."""
     return {
         "ropes": (RopeConfig(), RopeConfig(1e6, "linear", 4.0)),
         "layer_ropes": tuple((0, 1, -1, 0)[i % 4] for i in range(layers)),
@@ -147,7 +146,7 @@ def mixed(layers: int) -> dict:
     }
 
 
-@pytest.mark.parametrize("differ", [lambda layers: {}, mixed], ids=["alike", "mixed"])
+@pytest.mark.parametrize("differ", [lambda layers: {}, mixed], ids=["uniform", "mixed"])
 def test_the_traced_program_does_not_grow_with_depth(differ) -> None:
     def equations(layers: int) -> int:
         config = ModelConfig(

@@ -1,4 +1,4 @@
-"""Experts: each implementation agrees with a NumPy loop over tokens, and no expert runs for a token it was not sent."""
+"""Expert layers: each implementation agrees with a NumPy loop over tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def tokens(count: int, seed: int = 0) -> np.ndarray:
 
 
 def by_token(module: Experts, x: np.ndarray, slot: int) -> np.ndarray:
-    """One token after another, one expert after another, in float64."""
+    """Return the outputs of a loop over tokens and experts in float64."""
     c = module.config
 
     def read(part, *at):
@@ -90,7 +90,7 @@ def by_token(module: Experts, x: np.ndarray, slot: int) -> np.ndarray:
     ids=["plain", "shared", "clamped", "all of them"],
 )
 def test_each_token_goes_through_its_experts(tiled, count, options) -> None:
-    """Three products of at most 24 terms, each rounding by 2**-24 of the sum of magnitudes: 1e-5 of the largest output."""
+    """Three matmuls of at most 24 terms, with errors of 2**-24 of the sum of magnitudes: 1e-5."""
     module, x = experts(tiled=tiled, **options), tokens(count)
     for slot in range(LAYERS):
         want = by_token(module, x, slot)
@@ -99,7 +99,7 @@ def test_each_token_goes_through_its_experts(tiled, count, options) -> None:
 
 
 @BOTH
-def test_requests_are_routed_together_under_vmap_and_each_gets_its_own(tiled) -> None:
+def test_requests_are_routed_together_under_vmap(tiled) -> None:
     module = experts(tiled=tiled)
     x = jnp.stack([tokens(6, 1), tokens(6, 2), tokens(6, 3)])
     real = jnp.ones((3, 6), bool).at[1, 4:].set(False)
@@ -113,15 +113,15 @@ def test_requests_are_routed_together_under_vmap_and_each_gets_its_own(tiled) ->
 
 
 @BOTH
-def test_padding_goes_to_no_expert_and_gets_zeros(tiled) -> None:
+def test_padding_is_sent_to_no_expert_and_gets_zeros(tiled) -> None:
     real = jnp.asarray([True, False, True, False])
     x = jnp.asarray(tokens(4)).at[1].set(jnp.nan)
     got = np.asarray(experts(tiled=tiled)(x, 0, real))
     assert np.array_equal(got[[1, 3]], np.zeros((2, HIDDEN))) and np.isfinite(got).all()
 
 
-def test_an_expert_nobody_was_sent_to_is_not_read() -> None:
-    """Its weights are NaN: any use would show."""
+def test_an_expert_without_tokens_is_not_read() -> None:
+    """Its weights are NaN, so any use would show."""
     module = experts(tiled=True)
     x, real = jnp.asarray(tokens(3)), jnp.ones(3, bool)
     used = np.unique(np.asarray(module.route(x, 0)[1]))
@@ -137,5 +137,5 @@ def test_an_expert_nobody_was_sent_to_is_not_read() -> None:
     ("assignments", "count", "rows"),
     [(1, 128, MIN_TILE), (64, 32, 2), (2048, 32, 64), (10**6, 8, MAX_TILE), (300, 100, 4)],
 )
-def test_a_tile_has_about_the_rows_that_an_expert_gets(assignments, count, rows) -> None:
+def test_a_tile_has_the_average_number_of_rows_of_an_expert(assignments, count, rows) -> None:
     assert _tile(assignments, count) == rows

@@ -1,4 +1,4 @@
-"""Products with stacked weights: the same as indexing the stack first, whole or tiled, from values or from their bits."""
+"""Matmuls with stacked weights equal indexing the stack first: whole or tiled, values or bits."""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ from jfp8kv.models.linear import as_bits, stacked_matmul
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("out", [8, 21, 64, 100])
 @pytest.mark.parametrize("tiled", [True, False])
-def test_a_stacked_product_is_the_layers_product(monkeypatch, dtype, out, tiled) -> None:
+def test_a_stacked_matmul_equals_the_matmul_of_the_layer(monkeypatch, dtype, out, tiled) -> None:
     monkeypatch.setattr(linear, "TILE_BYTES", 4 * 40 * 16)  # tiles of 16 rows
     rng = np.random.default_rng(0)
     weight = jnp.asarray(rng.normal(size=(3, out, 40)), dtype)
     x = jnp.asarray(rng.normal(size=(2, 5, 40)), jnp.float32)
-    product = jax.vmap(
+    matmul = jax.vmap(
         lambda x, w, layer: stacked_matmul(x, w, layer, weight_dtype=np.dtype(dtype), tiled=tiled),
         (0, None, None),
     )
@@ -28,10 +28,10 @@ def test_a_stacked_product_is_the_layers_product(monkeypatch, dtype, out, tiled)
         * (np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(weight[2], np.float64)).T)
     )
     for w in (weight, as_bits(weight)):
-        assert np.all(np.abs(np.asarray(jax.jit(product)(x, w, jnp.int32(2))) - want) <= bound)
+        assert np.all(np.abs(np.asarray(jax.jit(matmul)(x, w, jnp.int32(2))) - want) <= bound)
 
 
-def test_bits_share_the_memory_of_their_weights_and_keep_it_alive() -> None:
+def test_bits_share_the_memory_of_the_weights_and_keep_it_alive() -> None:
     weight = jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.bfloat16)
     want, address = np.asarray(weight).view(np.uint16).copy(), weight.unsafe_buffer_pointer()
     bits = as_bits(weight)
@@ -39,8 +39,8 @@ def test_bits_share_the_memory_of_their_weights_and_keep_it_alive() -> None:
     assert bits.unsafe_buffer_pointer() == address and np.array_equal(np.asarray(bits), want)
 
 
-def test_a_decoding_row_never_copies_a_layers_matrix() -> None:
-    """Under scan the tile is what is materialized: temporaries stay below one widened layer."""
+def test_decoding_never_copies_the_matrix_of_a_layer() -> None:
+    """Under scan only a tile is materialized: temporaries are smaller than one widened layer."""
     layers, out, width = 4, 4096, 1024
     weight = jax.ShapeDtypeStruct((layers, out, width), jnp.uint16)
 

@@ -1,4 +1,4 @@
-"""How the weights are quantized, in every tool's spelling, becomes a `WeightScheme`; what is not read is refused by name."""
+"""`quantization_config`s of every tool become a `WeightScheme`; unsupported ones are refused."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def compressed(*weights, **more):
 
 
 @pytest.mark.parametrize(
-    ("quantization", "blocks", "said"),
+    ("quantization", "blocks", "description"),
     [
         (compressed(FP8), ((0, 0),), "a scale per tensor"),
         (
@@ -87,9 +87,9 @@ def compressed(*weights, **more):
         ),
     ],
 )
-def test_a_scheme_says_how_many_weights_share_a_scale(quantization, blocks, said):
+def test_a_scheme_has_the_block_shapes_of_the_config(quantization, blocks, description):
     scheme = weight_scheme(quantization)
-    assert scheme.blocks == blocks and said in str(scheme)
+    assert scheme.blocks == blocks and description in str(scheme)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_weights_that_are_not_quantized_have_no_scheme(quantization):
         ({"quant_method": "fp8", "expert_dtype": "fp4"}, "expert_dtype 'fp4'"),
     ],
 )
-def test_a_scheme_that_is_not_read_is_refused_with_those_that_are(quantization, named):
+def test_an_unsupported_scheme_is_refused_with_the_supported_ones(quantization, named):
     with pytest.raises(CheckpointError) as error:
         weight_scheme(quantization)
     assert all(
@@ -165,7 +165,7 @@ def test_a_scheme_that_is_not_read_is_refused_with_those_that_are(quantization, 
         {"quant_method": "quark", "global_quant_config": "fp8"},
     ],
 )
-def test_a_malformed_scheme_is_named(quantization):
+def test_a_malformed_scheme_is_refused_by_name(quantization):
     with pytest.raises(CheckpointError, match="quantization_config=.*malformed"):
         weight_scheme(quantization)
 
@@ -173,13 +173,13 @@ def test_a_malformed_scheme_is_named(quantization):
 @pytest.mark.parametrize(
     "more", [{"kv_cache_scheme": "static"}, {"kv_cache_quant_targets": ["k_proj", "v_proj"]}]
 )
-def test_autofp8_declares_an_fp8_cache_in_two_spellings(more):
+def test_autofp8_declares_an_fp8_cache_in_two_forms(more):
     assert (
         declared_kv_dtype({"quant_method": "fp8", "activation_scheme": "static"} | more)
         == "fp8_e4m3"
     )
 
 
-def test_quantized_weights_and_a_quantized_cache_are_declared_side_by_side():
+def test_weights_and_cache_are_declared_independently():
     both = compressed(FP8, kv_cache_scheme=FP8)
     assert declared_kv_dtype(both) == "fp8_e4m3" and weight_scheme(both).blocks == ((0, 0),)
