@@ -75,7 +75,7 @@ def measure(
     finished: list[float] = []
     batches: list[tuple[DecodeBatch, dict[str, Any]]] = []
     while engine.scheduler.waiting or engine.scheduler.running:
-        jax.block_until_ready([in_flight.output for in_flight in engine._in_flight])
+        jax.block_until_ready([in_flight.output for in_flight in engine.results.in_flight])
         device_free = time.perf_counter()
         before = len(recorded.seen)
         engine.step()

@@ -35,7 +35,7 @@ class BitmaskTimer:
         self.seconds: list[float] = []
         self.hidden: list[bool] = []
         engine = llm._engine
-        token_bitmask, compute = engine.structured_output.token_bitmask, engine.programs.compute
+        token_bitmask, compute = engine.batch_builder.token_bitmask, engine.programs.compute
 
         def timed_bitmask(*args, **kwargs):
             started = time.perf_counter()
@@ -47,7 +47,7 @@ class BitmaskTimer:
             self.hidden.append(not logits.is_ready())
             return compute(function, logits, batch, **static)
 
-        engine.structured_output.token_bitmask = timed_bitmask
+        engine.batch_builder.token_bitmask = timed_bitmask
         engine.programs.compute = recorded_compute
 
     def reset(self) -> None:

@@ -3,7 +3,7 @@ products with one matrix of a stack.
 
 `contract.md` says what all of them are given and promise. They raise `NotSupported` for what they cannot do, and run anywhere
 in interpret mode. The library meets them in `jfp8kv/attention/dispatch.py`, `jfp8kv/cache/` and
-`jfp8kv/engine/matmul.py` alone, and never meets `paged_decode_mosaic`, which is an experiment (docs/notes/014).
+`jfp8kv/attention/matmul.py` alone, and never meets `paged_decode_mosaic`, which is an experiment (docs/notes/014).
 """
 
 from pallas_kernels.errors import NotSupported

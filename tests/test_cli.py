@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import jfp8kv
-from jfp8kv.engine import engine
+from jfp8kv.engine import postprocess
 from jfp8kv.engine.options import EngineOptions, LoadOptions
 from jfp8kv.quality.options import (
     BenchOptions,
@@ -248,8 +248,8 @@ def ctrl_c(monkeypatch):
                 time.sleep(0.5)  # the main thread handles it before the step ends
             return read(*args)
 
-        read = engine.read_new_tokens
-        monkeypatch.setattr(engine, "read_new_tokens", interrupted)
+        read = postprocess.read_new_tokens
+        monkeypatch.setattr(postprocess, "read_new_tokens", interrupted)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield ctrl_c

@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks._gpu.guards import array_bytes
 from benchmarks._gpu.topology import Target
+from jfp8kv.attention.matmul import KernelMatmul
 from jfp8kv.attention.pallas import PallasAttention
 from jfp8kv.cache.config import CacheConfig
 from jfp8kv.cache.kernel_write import KernelWrite
@@ -27,7 +28,6 @@ from jfp8kv.core.formats import E4M3, E5M2
 from jfp8kv.engine import step
 from jfp8kv.engine.batch import BatchBuilder, DecodeBatch, ForwardBatch
 from jfp8kv.engine.buckets import Buckets, step_token_budget
-from jfp8kv.engine.matmul import KernelMatmul
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 from jfp8kv.models.config import ModelConfig, RopeConfig

@@ -18,8 +18,8 @@ from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.text.rows import Fields, Row
 
 if TYPE_CHECKING:
-    from jfp8kv.engine.structured import StructuredOutput
     from jfp8kv.models.params import Params
+    from jfp8kv.sampling.structured import StructuredOutput
     from jfp8kv.text.tokenizer import Tokenizer
 
 MAX_ERRORS_SHOWN = 3
@@ -159,7 +159,7 @@ def _calibration_files(config: Config) -> Iterator[InputFile]:
 
 def _count_rows(config: Config, model: "Params", max_model_len: int) -> RowCounts:
     """Count every row of the shard. Raises `ConfigError` if none of the first rows is valid."""
-    from jfp8kv.engine.structured import StructuredOutput
+    from jfp8kv.sampling.structured import StructuredOutput
 
     structured = StructuredOutput(model.tokenizer, model.config.vocab, eos_ids=model.eos_ids)
     reader = config.input.reader()

@@ -5,6 +5,7 @@ under hashes of its contents. When its last owner releases it, a registered page
 can still be found and shared, until the pool needs it for something else. Eviction is LRU.
 """
 
+import dataclasses
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable
 
@@ -113,3 +114,23 @@ class PageAllocator:
         for page_hash in self._hashes.pop(page):
             del self._pages[page_hash]
         return page
+
+
+@dataclasses.dataclass
+class PageTable:
+    """The pages of one sequence in one group of layers.
+
+    Attributes:
+      first: the index in the sequence of the first page still allocated.
+      pages: page numbers in the pool, from `first` on.
+      registered: full pages with a lower index are in the prefix cache.
+    """
+
+    first: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    registered: int = 0
+
+    @property
+    def end(self) -> int:
+        """The index behind the last allocated page."""
+        return self.first + len(self.pages)

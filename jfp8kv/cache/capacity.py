@@ -28,7 +28,7 @@ def free_bytes(device: Device) -> int:
     """
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
+        return int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
     return _host_free_bytes()
 
 

@@ -10,9 +10,8 @@ from jaxtyping import Array, Int, Int32
 from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.pytree import AnyArray, pytree
 
-MAX_COPIES = (
-    64  # per dispatch. The loop ends after the last copy, so one program serves all counts.
-)
+# Per dispatch. The loop ends after the last copy, so one program serves all counts.
+MAX_COPIES = 64
 
 
 @pytree
@@ -56,11 +55,13 @@ def copy_pages(
     """
 
     def put(index: Array, pages: KVPool) -> KVPool:
-        return jax.tree.map(
+        copied: KVPool = jax.tree.map(
             lambda pool: _copied(pool, pages.num_pages, source[index], target[index]), pages
         )
+        return copied
 
-    return lax.fori_loop(0, count, put, pages)
+    copied: KVPool = lax.fori_loop(0, count, put, pages)
+    return copied
 
 
 def _copied(pool: Array, num_pages: int, source: Int[Array, ""], target: Int[Array, ""]) -> Array:

@@ -14,15 +14,15 @@ from jfp8kv.cache.groups import PageRequirements
 from jfp8kv.core.pytree import AnyArray, pytree
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.request import Request
-from jfp8kv.engine.sampler_state import (
+from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
+from jfp8kv.sampling.settings import PAST_THE_END, SamplerSettings, stack_settings
+from jfp8kv.sampling.state import (
     PLAIN,
     SamplerVariant,
     SamplingState,
-    sampling_state,
     variant_of,
 )
-from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
-from jfp8kv.sampling.settings import PAST_THE_END, SamplerSettings, stack_settings
+from jfp8kv.sampling.structured import GrammarMatcher, StructuredOutput
 
 MIN_RECENT_TOKENS = 64  # output tokens of a request that cross to the device uncounted
 
@@ -167,6 +167,7 @@ class BatchBuilder:
       num_pages: pages in the pool; pads page tables.
       max_model_len: the most tokens of a sequence.
       eos_ids: the model's end-of-sequence tokens.
+      structured_output: the grammars of requests.
       switch_length: the length at which a sequence restarts its cache (models/rope.py), if any.
     """
 
@@ -180,6 +181,7 @@ class BatchBuilder:
         num_pages: int,
         max_model_len: int,
         eos_ids: tuple[int, ...],
+        structured_output: StructuredOutput,
         switch_length: int | None = None,
     ):
         self.buckets = buckets
@@ -189,6 +191,7 @@ class BatchBuilder:
         self.num_pages = num_pages
         self.max_model_len = max_model_len
         self.eos_ids = eos_ids
+        self.structured_output = structured_output
         self.switch_length = switch_length
         self._sampler: _CachedSampler | None = None
         self._counts: _CachedCounts | None = None
@@ -201,7 +204,7 @@ class BatchBuilder:
         return self._forward(plan.requests, plan.chunks, rows=rows, width=plan.width)
 
     def logprobs(self, plan: ScheduledPrefill) -> LogprobsBatch:
-        """Return the batch for a chunk of each request and the log-probabilities of the next tokens."""
+        """Return the batch for a chunk of each request, with the tokens to score."""
         forward = self.prefill(plan)
         next_tokens = np.full(forward.shape, self.vocab, np.int32)
         for row, request, chunk in zip(next_tokens, plan.requests, plan.chunks, strict=False):
@@ -246,11 +249,36 @@ class BatchBuilder:
         )
         return batch, variant
 
+    def token_bitmask(self, requests: list[Request], *, rows: int) -> np.ndarray:
+        """Return the tokens that the requests' grammars allow next, see `DecodeBatch`."""
+        matchers = [self._matcher(request) for request in requests]
+        return self.structured_output.token_bitmask(matchers, rows=rows)
+
     def _decode_rows(self, plan: ScheduledDecode) -> int:
         return self.buckets.decode_rows(len(plan.requests), batch_invariant=plan.seeded)
 
     def _state(self, request: Request) -> SamplingState:
-        return sampling_state(request, self.vocab, self.eos_ids)
+        """Return the request's sampling state, created if needed."""
+        if request.sampling_state is None:
+            request.sampling_state = SamplingState(
+                request.params,
+                request.key,
+                request.prompt_ids,
+                vocab=self.vocab,
+                eos_ids=self.eos_ids,
+            )
+        return request.sampling_state
+
+    def _matcher(self, request: Request) -> GrammarMatcher | None:
+        """Return the request's matcher at the end of its output. None without a constraint."""
+        constraint = request.params.constraint
+        if constraint is None:
+            return None
+        if request.matcher is None:
+            end_ids = self._state(request).end_ids
+            request.matcher = self.structured_output.new_matcher(constraint, end_ids)
+        request.matcher.accept_output(request.output_ids)
+        return request.matcher
 
     def _remaining(self, request: Request) -> int:
         """Return the most tokens to generate, up to the first past `switch_length`."""
@@ -325,11 +353,12 @@ class BatchBuilder:
             masked=variant.masked,
         )
         max_logprobs = max((request.params.logprobs or 0 for request in requests), default=0)
-        return jax.device_put(
+        inputs: SamplerInputs = jax.device_put(
             SamplerInputs(
                 settings=settings, end_ids=end_ids, max_logprobs=np.array(max_logprobs, np.int32)
             )
         )
+        return inputs
 
     def _token_counts(self, requests: list[Request], rows: int) -> TokenCounts:
         """Return token counts, and the output tokens since they were last computed.
@@ -372,7 +401,7 @@ class BatchBuilder:
         """Return the prompt and output tokens of each request, padded with `vocab`."""
         sequences = np.full((rows, self.max_model_len), self.vocab, np.int32)
         for row, request in zip(sequences, requests, strict=False):
-            row[: request.num_tokens] = self._state(request).token_ids(request)
+            row[: request.num_tokens] = self._state(request).token_ids(request.output_ids)
         return sequences
 
 
@@ -417,50 +446,3 @@ class StepOutput:
             logprobs=jnp.zeros(shape, jnp.float32),
             top=no_top if top else None,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class NewTokens:
-    """The tokens that one dispatch generated for one request.
-
-    Log-probabilities stay on the device until they are requested.
-    """
-
-    request: Request
-    token_ids: list[int]
-    output: StepOutput
-    row: int
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last of them is an end token."""
-        state = self.request.sampling_state
-        assert state is not None, "the request has decoded"
-        return bool(self.token_ids) and self.token_ids[-1] in state.end_ids
-
-    def logprobs(self) -> list[float]:
-        """Return the log-probability of each token."""
-        return np.asarray(self.output.logprobs)[self.row, : len(self.token_ids)].tolist()
-
-    def top_logprobs(self, count: int) -> list[dict[int, float]]:
-        """Return log-probabilities of the `count` most likely tokens and the sampled one, by id."""
-        found: list[dict[int, float]] = [{} for _ in self.token_ids]
-        if count:
-            assert self.output.top is not None, "the full sampler ran"
-            ids = np.asarray(self.output.top.token_ids)[self.row, :, :count].tolist()
-            values = np.asarray(self.output.top.logprobs)[self.row, :, :count].tolist()
-            found = [dict(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
-        sampled = zip(found, self.token_ids, self.logprobs(), strict=False)
-        return [top | {token: logprob} for top, token, logprob in sampled]
-
-
-def read_new_tokens(output: StepOutput, requests: list[Request], vocab: int) -> list[NewTokens]:
-    """Wait for the device, and return the new tokens of each request."""
-    tokens = np.asarray(output.tokens)
-    counts = np.sum(tokens < vocab, axis=1).tolist()
-    return [
-        NewTokens(request=request, token_ids=ids[:count], output=output, row=row)
-        for row, (request, ids, count) in enumerate(
-            zip(requests, tokens.tolist(), counts, strict=False)
-        )
-    ]

@@ -4,57 +4,41 @@ A step of the engine waits for the tokens of the step before, commits them, sche
 and dispatches it. While the device runs that, the host emits the output of the committed tokens.
 """
 
-import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 
 from jfp8kv.attention.dispatch import select_backend
+from jfp8kv.attention.matmul import select_matmul
 from jfp8kv.cache.allocator import PageAllocator
-from jfp8kv.cache.capacity import default_bytes, free_bytes
 from jfp8kv.cache.config import context_length, resolve_cache
 from jfp8kv.cache.copy import batched
 from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError
 from jfp8kv.core.log import logger
 from jfp8kv.core.platform import activation_dtype
-from jfp8kv.engine import matmul, memory, postprocess, step
-from jfp8kv.engine.batch import BatchBuilder, NewTokens, StepOutput, read_new_tokens
+from jfp8kv.engine import step
+from jfp8kv.engine.batch import BatchBuilder, StepOutput
 from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.kv_manager import KVCacheManager, SequenceHandle
+from jfp8kv.engine.memory import default_cache_bytes
 from jfp8kv.engine.options import EngineOptions
-from jfp8kv.engine.programs import Output, ProgramCache, Programs, Step, StepInputs
-from jfp8kv.engine.request import CANCELLED, DEADLINE, PrefillOutput, Request, Status
-from jfp8kv.engine.sampler_state import PLAIN, SamplerVariant
+from jfp8kv.engine.postprocess import StepResults, finish
+from jfp8kv.engine.programs import Output, Programs, Step, StepInputs
+from jfp8kv.engine.request import CANCELLED, DEADLINE, PrefillOutput, Request
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill, Scheduler, SchedulerOutput
 from jfp8kv.engine.speculative import decode_speculative
-from jfp8kv.engine.stats import Stats, Stopwatch
-from jfp8kv.engine.structured import StructuredOutput
+from jfp8kv.engine.stats import Stats
 from jfp8kv.models.linear import cpu_weight
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import switch_length
 from jfp8kv.sampling.params import MAX_LOGPROBS, SamplingParams
-
-
-@dataclasses.dataclass(frozen=True)
-class InFlight:
-    """A dispatch whose results have not been committed.
-
-    Attributes:
-      number: of the scheduler step it belongs to.
-      plan: what was dispatched.
-      output: its output, on the device.
-      positions: of a prefill, the positions it runs of each request.
-    """
-
-    number: int
-    plan: ScheduledDecode | ScheduledPrefill
-    output: Any
-    positions: tuple[range, ...] = ()
+from jfp8kv.sampling.state import PLAIN, SamplerVariant
+from jfp8kv.sampling.structured import StructuredOutput
 
 
 class Engine:
@@ -66,7 +50,6 @@ class Engine:
       weights: the weights on the device of another engine with the same `params`, to share them.
 
     Attributes:
-      pages: the pool. None after a step that failed has lost it, until `ready`.
       dropped: handles of sequences to free before the next step. Appending is safe at any time.
     """
 
@@ -109,27 +92,25 @@ class Engine:
             attention=self.attention.attend,
             groups=self.cache_config.groups,
             write=self.attention.write,
-            matmul=matmul.select_matmul(self.attention.name),
+            matmul=select_matmul(self.attention.name),
         )
         if weights is None:
             weights = params.tree
             if on_host:
                 weights = jax.tree.map(lambda w: cpu_weight(w, params.dtype), weights)
         self.programs = Programs(self.model, weights, self.cache_config.layer_scales())
-        self.num_pages = self._pool_size()
-        self.pages: KVPool | None = self.cache_config.allocate(self.num_pages)
-        self.batch_builder = self._new_batch_builder(self.num_pages)
         self.structured_output = StructuredOutput(
             params.tokenizer, config.vocab, eos_ids=params.eos_ids
         )
+        self.num_pages = self._pool_size()
+        self._pages: KVPool | None = self.cache_config.allocate(self.num_pages)
+        self.batch_builder = self._new_batch_builder(self.num_pages)
         self.stats = self._new_stats()
         self.scheduler = self._new_scheduler()
         self.dropped: deque[SequenceHandle] = deque()
-        self._in_flight: deque[InFlight] = deque()  # in the order of dispatch
-        self._to_emit: deque[NewTokens] = deque()  # committed tokens whose output is not emitted
-        self._steps = 0
-        self._watch = Stopwatch()
-        self._free_since = 0.0  # when the device last became free
+        self.results = StepResults(
+            self.stats, vocab=config.vocab, switch_length=self.batch_builder.switch_length
+        )
         logger.info(
             "KV cache: %d pages (%.1f MiB, %s), %d tokens at max_model_len=%d",
             self.num_pages,
@@ -141,31 +122,17 @@ class Engine:
 
     def _pool_size(self) -> int:
         """Return the number of pages: `kv_cache_memory`, or what the largest step leaves free."""
-        limit = self._pages_per_sequence * self.buckets.max_requests
+        sequence = self._pages_per_sequence
+        limit = sequence * self.buckets.max_requests
         budget = self.options.kv_cache_memory
         if budget is None:
-            step_bytes = self._step_bytes(limit * self.cache_config.page_bytes)
-            budget = default_bytes(jax.local_devices()[0], step_bytes=step_bytes)
+            budget = default_cache_bytes(
+                self.programs,
+                self._new_batch_builder(sequence),
+                jax.eval_shape(lambda: self.cache_config.new_pool(sequence)),
+                limit=limit * self.cache_config.page_bytes,
+            )
         return self.cache_config.num_pages(budget, limit=limit)
-
-    def _step_bytes(self, pool_limit: int) -> int:
-        """Return the memory of the largest step, see engine/memory.py.
-
-        `pool_limit` is the size of the largest useful pool. If it leaves several times the
-        estimate, nothing is compiled.
-        """
-        device = jax.local_devices()[0]
-        estimate = memory.estimated_step_bytes(self.params.config, self.buckets)
-        left = free_bytes(device) - pool_limit
-        if device.platform == "cpu" or left >= memory.AMPLE * estimate:
-            return estimate
-        # Discarded when done: the real programs are compiled for the real size of the pool.
-        programs = Programs(
-            self.model, self.programs.weights, self.programs.scales, cache=ProgramCache(size=0)
-        )
-        num_pages = self._pages_per_sequence
-        pool = jax.eval_shape(lambda: self.cache_config.new_pool(num_pages))
-        return memory.compiled_step_bytes(programs, self._new_batch_builder(num_pages), pool)
 
     def _new_batch_builder(self, num_pages: int) -> BatchBuilder:
         return BatchBuilder(
@@ -176,6 +143,7 @@ class Engine:
             num_pages=num_pages,
             max_model_len=self.max_model_len,
             eos_ids=self.params.eos_ids,
+            structured_output=self.structured_output,
             switch_length=switch_length(self.params.config.ropes),
         )
 
@@ -257,7 +225,7 @@ class Engine:
         """Finish requests in any state and free their pages."""
         for request in requests:
             if request.finish_reason is None:
-                postprocess.finish(request, CANCELLED, self.scheduler)
+                finish(request, CANCELLED, self.scheduler)
         self.count_used()
 
     def end_late(self, now: float) -> None:
@@ -265,7 +233,7 @@ class Engine:
         unfinished = [*self.scheduler.waiting, *self.scheduler.running]
         for request in unfinished:
             if request.deadline <= now:
-                postprocess.finish(request, DEADLINE, self.scheduler)
+                finish(request, DEADLINE, self.scheduler)
         self.count_used()
 
     def step(self) -> None:
@@ -274,51 +242,57 @@ class Engine:
         If the first waiting request can never get its pages, it ends with an error.
         """
         self.free_dropped()
-        with self._watch:
-            self._commit()
+        with self.results.stopwatch:
+            self.results.commit(self.scheduler)
             try:
                 scheduled = self.scheduler.schedule()
                 if scheduled is None:
-                    self._commit(wait_for_prefill=True)
+                    self.results.commit(self.scheduler, wait_for_prefill=True)
                 else:
                     self._dispatch(scheduled)
             except CapacityError as error:
                 first = self.scheduler.waiting[0]
-                self._emit()  # a stop string may end it
+                self.results.emit(self.scheduler)  # a stop string may end it
                 if first.finish_reason is None:
                     first.error = error
                     self.cancel([first])
             finally:
-                self._emit()
+                self.results.emit(self.scheduler)
+                self.count_used()
 
     def settle(self) -> None:
         """Wait for all steps in flight, commit their tokens and emit their output."""
-        with self._watch:
-            self._commit(wait_for_prefill=True)
-            self._emit()
+        with self.results.stopwatch:
+            self.results.commit(self.scheduler, wait_for_prefill=True)
+            self.results.emit(self.scheduler)
+            self.count_used()
 
     def abandon(self, requests: Iterable[Request], error: Jfp8kvError) -> None:
         """Reset the cache after a failed step, and end `requests` with `error`."""
         for request in requests:
             request.abort(error)
-        lost = [in_flight.output for in_flight in self._in_flight]
-        self._in_flight.clear()
-        self._to_emit.clear()
-        for output in lost:
-            # A step that still runs uses memory. Its error is the one reported, or its consequence.
-            with contextlib.suppress(Exception):
-                jax.block_until_ready(output)
+        self.results.discard()
         self.scheduler = self._new_scheduler()
         try:
-            jax.block_until_ready(self.pages)
+            jax.block_until_ready(self._pages)
         except Exception:  # noqa: BLE001 (whatever the step that wrote it has raised)
-            self.pages = None
+            self._pages = None
         self.count_used()
+
+    @property
+    def pages(self) -> KVPool:
+        """The pool. A failed step loses it, and `ready` allocates another."""
+        assert self._pages is not None, "`ready` was called after the failed step"
+        return self._pages
+
+    @pages.setter
+    def pages(self, pages: KVPool) -> None:
+        self._pages = pages
 
     def ready(self) -> None:
         """Allocate a pool if a failed step has lost it. Raises `DeviceMemoryError`."""
-        if self.pages is None:
-            self.pages = self.cache_config.allocate(self.num_pages)
+        if self._pages is None:
+            self._pages = self.cache_config.allocate(self.num_pages)
 
     def free_dropped(self) -> None:
         """Free the pages of dropped sequences."""
@@ -337,20 +311,18 @@ class Engine:
 
     def _dispatch(self, scheduled: SchedulerOutput) -> None:
         """Start a scheduler step on the device."""
-        if not self._in_flight:
-            self._free_since = self._watch.now()
-        self._steps += 1
+        self.results.start_step()
         if scheduled.decode is not None:
             structured = any(request.params.constraint for request in scheduled.decode.requests)
             decode = self.decode_structured if structured else self.decode
             output = decode(scheduled.decode)
-            self._in_flight.append(InFlight(self._steps, scheduled.decode, output))
+            self.results.add(scheduled.decode, output)
             self.stats.decode_steps += scheduled.decode.steps
         if scheduled.prefill is not None:
             output = self.prefill(scheduled.prefill)
             chunks = list(zip(scheduled.prefill.requests, scheduled.prefill.chunks, strict=True))
             positions = tuple(range(r.cached, r.cached + chunk) for r, chunk in chunks)
-            self._in_flight.append(InFlight(self._steps, scheduled.prefill, output, positions))
+            self.results.add(scheduled.prefill, output, positions)
             self.stats.prefill_steps += 1
             for request, chunk in chunks:
                 request.cached += chunk
@@ -396,7 +368,7 @@ class Engine:
         logits = self._launch(step.logits, self.batch_builder.last_tokens(plan))
         batch, variant = self.batch_builder.decode(plan, least)
         started = time.perf_counter()
-        bitmask = self.structured_output.token_bitmask(plan.requests, rows=len(batch.position))
+        bitmask = self.batch_builder.token_bitmask(plan.requests, rows=len(batch.position))
         self.stats.grammar_s += time.perf_counter() - started
         batch = dataclasses.replace(batch, token_bitmask=bitmask)
         top = min(variant.top, self.params.config.vocab)
@@ -405,7 +377,12 @@ class Engine:
         return output
 
     def run(
-        self, function: Step[Output], batch: StepInputs, *, scales: Any = None, **static: Hashable
+        self,
+        function: Step[Output],
+        batch: StepInputs,
+        *,
+        scales: Any = None,
+        **static: Any,
     ) -> Output:
         """Run a step on the pool and wait for it. For `scales` see `Programs.call`."""
         output = self._launch(function, batch, scales=scales, **static)
@@ -413,7 +390,13 @@ class Engine:
         return output
 
     def _launch(
-        self, function: Step[Output], batch: StepInputs, *, scales: Any = None, **static: Hashable
+        self,
+        function: Step[Output],
+        batch: StepInputs,
+        *,
+        scales: Any = None,
+        variant: str = "",
+        **static: Any,
     ) -> Output:
         """Start a step on the pool, in place, after the page copies that it depends on.
 
@@ -425,58 +408,7 @@ class Engine:
             _, self.pages = self.programs.call(step.copy, some, self.pages)
         copies.clear()
         output, self.pages = self.programs.call(
-            function, batch, self.pages, scales=scales, **static
+            function, batch, self.pages, scales=scales, variant=variant, **static
         )
         self.stats.compilations = len(self.programs.compiled)
         return output
-
-    # Results
-
-    def _commit(self, *, wait_for_prefill: bool = False) -> None:
-        """Wait for the tokens of the last step and commit them.
-
-        Its prefill may continue, since no plan depends on its result. It is waited for one step
-        later, so the host is at most one step ahead of the device.
-        """
-        while self._in_flight:
-            in_flight = self._in_flight[0]
-            if isinstance(in_flight.plan, ScheduledPrefill):
-                if in_flight.number == self._steps and not wait_for_prefill:
-                    return
-                jax.block_until_ready(in_flight.output)
-                self.stats.prefill_s += self._device_seconds()
-                if in_flight.plan.output is not PrefillOutput.NONE:
-                    postprocess.store_prompt_outputs(
-                        in_flight.output, in_flight.plan, in_flight.positions, self.scheduler
-                    )
-            elif any(request.status is Status.RUNNING for request in in_flight.plan.requests):
-                self._commit_decode(in_flight.output, in_flight.plan)
-            self._in_flight.popleft()
-
-    def _commit_decode(self, output: StepOutput, plan: ScheduledDecode) -> None:
-        """Wait for the tokens of a decode and commit them."""
-        new_tokens = read_new_tokens(output, plan.requests, self.params.config.vocab)
-        self.stats.decode_s += self._device_seconds()
-        limit = self.batch_builder.switch_length
-        for new in new_tokens:
-            if postprocess.commit_tokens(new, self.scheduler, limit):
-                self._to_emit.append(new)
-        postprocess.count_drafts(output, self.stats)
-
-    def _device_seconds(self) -> float:
-        """Return the seconds since the device was free, and mark it as free now."""
-        before = self._free_since
-        self._free_since = self._watch.now()
-        return self._free_since - before
-
-    def _emit(self) -> None:
-        """Emit the output of committed tokens.
-
-        A request that ends at a stop string may have a step in flight. Its tokens are dropped.
-        """
-        while self._to_emit:
-            new = self._to_emit[0]
-            if new.request.finish_reason is None:
-                postprocess.emit_output(new, self.scheduler, self.stats)
-            self._to_emit.popleft()
-        self.count_used()

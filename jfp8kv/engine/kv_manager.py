@@ -2,9 +2,9 @@
 
 A page is allocated as its sequence grows, and freed when no later query can see it (sliding
 windows). Full pages are registered in the prefix cache under a hash of their tokens and of all
-tokens before them, so sequences with the same prefix share them. Formats, scales and weights are the
-same for all sequences of an engine and take no part in the hash. Pages that no sequence owns can
-still be found until the pool needs them.
+tokens before them, so sequences with the same prefix share them. Formats, scales and weights are
+the same for all sequences of an engine and take no part in the hash. Pages that no sequence owns
+can still be found until the pool needs them.
 
 A partly filled page is registered as well, while its sequence has no output: `n` continuations of a
 prompt run it once, up to its last token but one. A sequence that writes to a shared page copies it
@@ -18,29 +18,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jfp8kv.cache.allocator import PageAllocator
+from jfp8kv.cache.allocator import PageAllocator, PageTable
 from jfp8kv.cache.groups import PageRequirements
 from jfp8kv.engine.request import Request
-
-
-@dataclasses.dataclass
-class PageTable:
-    """The pages of one sequence in one group of layers.
-
-    Attributes:
-      first: the index in the sequence of the first page still allocated.
-      pages: page numbers in the pool, from `first` on.
-      registered: full pages with a lower index are in the prefix cache.
-    """
-
-    first: int = 0
-    pages: list[int] = dataclasses.field(default_factory=list)
-    registered: int = 0
-
-    @property
-    def end(self) -> int:
-        """The index behind the last allocated page."""
-        return self.first + len(self.pages)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,17 +15,18 @@ depend on the size of the pool, so they are known before the pool is allocated:
 import jax
 import numpy as np
 
+from jfp8kv.cache.capacity import default_bytes, free_bytes
 from jfp8kv.cache.pool import KVPool
 from jfp8kv.engine import step
 from jfp8kv.engine.batch import BatchBuilder, DecodeBatch, ForwardBatch
 from jfp8kv.engine.buckets import MAX_LOGITS_BYTES, Buckets
-from jfp8kv.engine.programs import Program, Programs
+from jfp8kv.engine.programs import Program, ProgramCache, Programs
 from jfp8kv.engine.request import Request
-from jfp8kv.engine.sampler_state import FULL, SamplerVariant
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 from jfp8kv.engine.speculative import decode_speculative
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.sampling.state import FULL, SamplerVariant
 
 # Arrays of the size of the logits that live at once: in a decode the logits, the adjusted logits
 # and two token counts; in scoring the logits, their softmax and the output.
@@ -58,6 +59,31 @@ def _decode_program(
     return programs.program(
         step.decode, batch, pages, variant=variant.name, most_steps=buckets.decode_steps, top=top
     )
+
+
+def default_cache_bytes(
+    programs: Programs, builder: BatchBuilder, pages: KVPool, *, limit: int
+) -> int:
+    """Return the size of the KV cache if none is given.
+
+    Args:
+      programs: the engine's programs; none is added to them.
+      builder: builds batches for `pages`.
+      pages: an abstract pool of any size.
+      limit: the size of the largest useful cache. Where that leaves ample memory, nothing is
+        compiled.
+
+    Raises `CapacityError` if the largest step leaves no memory.
+    """
+    device = jax.local_devices()[0]
+    step_bytes = estimated_step_bytes(programs.model.config, builder.buckets)
+    ample = free_bytes(device) - limit >= AMPLE * step_bytes
+    if device.platform != "cpu" and not ample:
+        measured = Programs(
+            programs.model, programs.weights, programs.scales, cache=ProgramCache(size=0)
+        )
+        step_bytes = compiled_step_bytes(measured, builder, pages)
+    return default_bytes(device, step_bytes=step_bytes)
 
 
 def compiled_step_bytes(programs: Programs, builder: BatchBuilder, pages: KVPool) -> int:
@@ -104,5 +130,6 @@ def _step_bytes(program: Program, batch: ForwardBatch | DecodeBatch) -> int:
     """Return temporaries, outputs other than the pool, and the batch."""
     memory = program.memory
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    inputs = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch))
-    return memory.temp_size_in_bytes + max(0, outputs) + inputs
+    inputs = sum(int(x.size) * x.dtype.itemsize for x in jax.tree.leaves(batch))
+    needed: int = memory.temp_size_in_bytes + max(0, outputs) + inputs
+    return needed

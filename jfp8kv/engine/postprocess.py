@@ -1,4 +1,4 @@
-"""Post-processing of new tokens, in two phases.
+"""Results of dispatched steps, and post-processing of their tokens in two phases.
 
 `commit_tokens` is on the critical path, since the device waits for the next step: token ids, the
 cached length, and whether the sequence ended by a token or by its length. `emit_output` is
@@ -6,17 +6,180 @@ overlapped with the next step: text, stop strings, log-probabilities, page hashe
 is therefore found one step late, and what the device still computes for its request is dropped.
 """
 
+import contextlib
+import dataclasses
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jfp8kv.engine.batch import NewTokens, StepOutput
-from jfp8kv.engine.request import DEAD_END, NO_TOKEN, Request, Status
-from jfp8kv.engine.scheduler import ScheduledPrefill, Scheduler
-from jfp8kv.engine.stats import Stats
+from jfp8kv.engine.batch import StepOutput
+from jfp8kv.engine.request import DEAD_END, NO_TOKEN, PrefillOutput, Request, Status
+from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill, Scheduler
+from jfp8kv.engine.stats import Stats, Stopwatch
+
+
+@dataclasses.dataclass(frozen=True)
+class InFlight:
+    """A dispatch whose results have not been committed.
+
+    Attributes:
+      number: of the scheduler step it belongs to.
+      plan: what was dispatched.
+      output: its output, on the device.
+      positions: of a prefill, the positions it runs of each request.
+    """
+
+    number: int
+    plan: ScheduledDecode | ScheduledPrefill
+    output: Any
+    positions: tuple[range, ...] = ()
+
+
+class StepResults:
+    """The dispatches in flight, and committed tokens whose output has not been emitted.
+
+    Args:
+      stats: counts tokens and seconds of device time.
+      vocab: the vocabulary size.
+      switch_length: the length at which a sequence restarts its cache (models/rope.py), if any.
+
+    Attributes:
+      in_flight: dispatches, in order.
+      stopwatch: measures the time in which the engine is driven.
+    """
+
+    def __init__(self, stats: Stats, *, vocab: int, switch_length: int | None):
+        self.stats = stats
+        self.vocab = vocab
+        self.switch_length = switch_length
+        self.in_flight: deque[InFlight] = deque()
+        self.stopwatch = Stopwatch()
+        self._to_emit: deque[NewTokens] = deque()
+        self._step = 0
+        self._free_since = 0.0  # when the device last became free
+
+    def start_step(self) -> None:
+        """Start a scheduler step: the dispatches added from here on belong to it."""
+        if not self.in_flight:
+            self._free_since = self.stopwatch.now()
+        self._step += 1
+
+    def add(
+        self,
+        plan: ScheduledDecode | ScheduledPrefill,
+        output: Any,
+        positions: tuple[range, ...] = (),
+    ) -> None:
+        """Add a dispatch of the current step."""
+        self.in_flight.append(InFlight(self._step, plan, output, positions))
+
+    def commit(self, scheduler: Scheduler, *, wait_for_prefill: bool = False) -> None:
+        """Wait for the tokens of the last step and commit them.
+
+        Its prefill may continue, since no plan depends on its result. It is waited for one step
+        later, so the host is at most one step ahead of the device.
+        """
+        while self.in_flight:
+            first = self.in_flight[0]
+            if isinstance(first.plan, ScheduledPrefill):
+                if first.number == self._step and not wait_for_prefill:
+                    return
+                jax.block_until_ready(first.output)
+                self.stats.prefill_s += self._device_seconds()
+                if first.plan.output is not PrefillOutput.NONE:
+                    store_prompt_outputs(first.output, first.plan, first.positions, scheduler)
+            elif any(request.status is Status.RUNNING for request in first.plan.requests):
+                self._commit_decode(first.output, first.plan, scheduler)
+            self.in_flight.popleft()
+
+    def _commit_decode(
+        self, output: StepOutput, plan: ScheduledDecode, scheduler: Scheduler
+    ) -> None:
+        new_tokens = read_new_tokens(output, plan.requests, self.vocab)
+        self.stats.decode_s += self._device_seconds()
+        for new in new_tokens:
+            if commit_tokens(new, scheduler, self.switch_length):
+                self._to_emit.append(new)
+        count_drafts(output, self.stats)
+
+    def emit(self, scheduler: Scheduler) -> None:
+        """Emit the output of committed tokens.
+
+        A request that ends at a stop string may have a step in flight. Its tokens are dropped.
+        """
+        while self._to_emit:
+            new = self._to_emit[0]
+            if new.request.finish_reason is None:
+                emit_output(new, scheduler, self.stats)
+            self._to_emit.popleft()
+
+    def discard(self) -> None:
+        """Forget all results after a failed step, and wait for the steps that still run."""
+        outputs = [dispatch.output for dispatch in self.in_flight]
+        self.in_flight.clear()
+        self._to_emit.clear()
+        for output in outputs:
+            # Running steps use memory. An error here is the one reported, or its consequence.
+            with contextlib.suppress(Exception):
+                jax.block_until_ready(output)
+
+    def _device_seconds(self) -> float:
+        """Return the seconds since the device was free, and mark it as free now."""
+        before = self._free_since
+        self._free_since = self.stopwatch.now()
+        return self._free_since - before
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTokens:
+    """The tokens that one dispatch generated for one request.
+
+    Log-probabilities stay on the device until they are requested.
+    """
+
+    request: Request
+    token_ids: list[int]
+    output: StepOutput
+    row: int
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last of them is an end token."""
+        state = self.request.sampling_state
+        assert state is not None, "the request has decoded"
+        return bool(self.token_ids) and self.token_ids[-1] in state.end_ids
+
+    def logprobs(self) -> list[float]:
+        """Return the log-probability of each token."""
+        logprobs = np.asarray(self.output.logprobs)[self.row, : len(self.token_ids)]
+        return [float(logprob) for logprob in logprobs]
+
+    def top_logprobs(self, count: int) -> list[dict[int, float]]:
+        """Return log-probabilities of the `count` most likely tokens and the sampled one, by id."""
+        found: list[dict[int, float]] = [{} for _ in self.token_ids]
+        if count:
+            assert self.output.top is not None, "the full sampler ran"
+            ids = np.asarray(self.output.top.token_ids)[self.row, :, :count].tolist()
+            values = np.asarray(self.output.top.logprobs)[self.row, :, :count].tolist()
+            found = [dict(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
+        sampled = zip(found, self.token_ids, self.logprobs(), strict=False)
+        return [top | {token: logprob} for top, token, logprob in sampled]
+
+
+def read_new_tokens(output: StepOutput, requests: list[Request], vocab: int) -> list[NewTokens]:
+    """Wait for the device, and return the new tokens of each request."""
+    tokens = np.asarray(output.tokens)
+    counts = np.sum(tokens < vocab, axis=1).tolist()
+    return [
+        NewTokens(request=request, token_ids=ids[:count], output=output, row=row)
+        for row, (request, ids, count) in enumerate(
+            zip(requests, tokens.tolist(), counts, strict=False)
+        )
+    ]
 
 
 def commit_tokens(new: NewTokens, scheduler: Scheduler, switch_length: int | None) -> bool:

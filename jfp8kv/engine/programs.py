@@ -172,7 +172,8 @@ class Programs:
         """
         scales = self.scales if scales is None else scales
         program = self.program(step, batch, pages, scales=scales, variant=variant, **static)
-        return program.run(self.weights, scales, batch, pages)
+        result: tuple[Output, KVPool] = program.run(self.weights, scales, batch, pages)
+        return result
 
     def compute(
         self,
@@ -187,7 +188,8 @@ class Programs:
         key = (function, *static.items(), _signature((values, batch)))
         jitted = jax.jit(functools.partial(function, **static))
         program = self._find(key, function.__name__, batch, variant, jitted, (values, batch))
-        return program.run(values, batch)
+        output: Output = program.run(values, batch)
+        return output
 
     def program(
         self,
@@ -272,7 +274,7 @@ class CompiledStep:
       step: the name of the step.
       requests: padded requests of its bucket.
       tokens: padded tokens of each request that run at once.
-      variant: the sampler of a decode, "plain" or "full" (engine/sampler_state.py).
+      variant: the sampler of a decode, "plain" or "full" (sampling/state.py).
       seconds: what compiling took, here or in the other engine.
       temporary_bytes: memory it needs besides its arguments and outputs.
       code_bytes: size of its machine code, 0 where the platform does not report it.

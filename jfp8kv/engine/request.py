@@ -6,13 +6,15 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
+from jfp8kv.cache.allocator import PageTable
 from jfp8kv.core.errors import Jfp8kvError
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.sampling.rng import request_key
+from jfp8kv.sampling.state import SamplingState
+from jfp8kv.sampling.structured import GrammarMatcher
 from jfp8kv.text.detokenizer import Detokenizer
 from jfp8kv.text.prompts import Encoded
 from jfp8kv.text.tokenizer import Tokenizer
@@ -179,13 +181,15 @@ class Request:
     on_update: Callable[["Request"], object] | None = (
         None  # called after new output, and at the end
     )
-    sampling_state: Any = None  # created at the first decode (engine/sampler_state.py)
-    matcher: Any = None  # the grammar matcher, created when first needed (engine/structured.py)
+    sampling_state: SamplingState | None = None  # created at the first decode
+    matcher: GrammarMatcher | None = None  # created at the first decode, with a constraint
     status: Status = Status.WAITING
     output_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
-    page_tables: list[Any] = dataclasses.field(default_factory=list)  # one for each layer group
+    page_tables: list[PageTable] = dataclasses.field(
+        default_factory=list
+    )  # one for each layer group
     page_hashes: list[bytes] = dataclasses.field(default_factory=list)  # of its first full pages
     cached: int = 0
     context: int = 0  # tokens when its cache was started; see `reset_for_recompute`

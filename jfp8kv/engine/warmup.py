@@ -11,8 +11,8 @@ from jfp8kv.engine.buckets import padded_counts
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import prefill_only_request
 from jfp8kv.engine.request import PrefillOutput, PromptOutputs, Request
-from jfp8kv.engine.sampler_state import FULL, PLAIN
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
+from jfp8kv.sampling.state import FULL, PLAIN
 
 
 def warmup_steps(

@@ -1,6 +1,6 @@
 """Options of structured output: a JSON schema, a regular expression, a list of choices, a grammar.
 
-This module checks their form on the host. engine/structured.py compiles them and reports
+This module checks their form on the host. sampling/structured.py compiles them and reports
 constraints that cannot be satisfied.
 """
 

@@ -11,7 +11,8 @@ import pytest
 
 import jfp8kv
 from jfp8kv.engine import postprocess
-from jfp8kv.engine.batch import NewTokens, StepOutput
+from jfp8kv.engine.batch import StepOutput
+from jfp8kv.engine.postprocess import NewTokens
 from jfp8kv.engine.scheduler import ScheduledDecode, SchedulerOutput
 from tests.engines import used_pages
 from tests.models.test_decoder import REFERENCES
@@ -45,7 +46,7 @@ def test_output_is_emitted_while_the_next_step_runs(llm, monkeypatch) -> None:
     emit = postprocess.emit_output
 
     def recorded(new: NewTokens, *rest: Any) -> None:
-        plans = [type(in_flight.plan) for in_flight in engine._in_flight]
+        plans = [type(in_flight.plan) for in_flight in engine.results.in_flight]
         seen.append((len(new.request.output_ids), plans))
         emit(new, *rest)
 
@@ -63,7 +64,7 @@ def test_prompts_are_prefilled_beside_a_decode_at_most_one_step_ahead(llm, monke
     dispatch = engine._dispatch
 
     def recorded(scheduled: SchedulerOutput) -> None:
-        ahead.append(len({in_flight.number for in_flight in engine._in_flight}))
+        ahead.append(len({in_flight.number for in_flight in engine.results.in_flight}))
         steps.append(scheduled)
         dispatch(scheduled)
 
@@ -191,7 +192,7 @@ def test_a_failure_on_the_device_is_raised_when_its_results_are_needed(
     monkeypatch.undo()
     with pytest.raises(jfp8kv.Jfp8kvError, match="a step failed: RuntimeError: the device is gone"):
         list(stream)
-    assert used_pages(llm) == 0 and not engine._in_flight
+    assert used_pages(llm) == 0 and not engine.results.in_flight
     assert [out.token_ids for out in llm.generate(prompts, seed=1, **LONG)] == want
 
 

@@ -15,10 +15,10 @@ from jfp8kv.cache.pool import KVPool
 from jfp8kv.engine import step
 from jfp8kv.engine.programs import Programs
 from jfp8kv.engine.request import Request
-from jfp8kv.engine.sampler_state import FULL, PLAIN
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 from jfp8kv.engine.speculative import decode_speculative
 from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.sampling.state import FULL, PLAIN
 from tests.models.test_decoder import REFERENCES
 
 # XLA lays buffers out before LLVM has its say: the figures are the same with its optimizations and without.

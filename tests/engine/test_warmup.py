@@ -12,7 +12,7 @@ from rich.console import Console
 
 import jfp8kv
 from jfp8kv import SamplingParams
-from jfp8kv.engine.sampler_state import FULL, PLAIN, SamplerVariant, variant_of
+from jfp8kv.sampling.state import FULL, PLAIN, SamplerVariant, variant_of
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jfp8kv.engine.request import Request
-from jfp8kv.sampling.params import MAX_LOGPROBS
+from jfp8kv.sampling.params import MAX_LOGPROBS, SamplingParams
 from jfp8kv.sampling.settings import SamplerSettings, bucket, settings_from
 
 
@@ -76,17 +75,31 @@ def variant_of(required: Sequence[SamplerVariant]) -> SamplerVariant:
 class SamplingState:
     """The sampling state of one request, created when it first decodes.
 
+    Args:
+      params: of the request.
+      key: its random key.
+      prompt_ids: its prompt.
+      vocab: the vocabulary size.
+      eos_ids: the model's end-of-sequence tokens.
+
     Attributes:
       end_ids: the token ids that end the output.
       settings: the request's row of the batched sampler settings.
       required: the smallest sampler that serves the request.
     """
 
-    def __init__(self, request: Request, vocab: int, eos_ids: tuple[int, ...]):
-        params = request.params
+    def __init__(
+        self,
+        params: SamplingParams,
+        key: np.ndarray,
+        prompt_ids: Sequence[int],
+        *,
+        vocab: int,
+        eos_ids: tuple[int, ...],
+    ):
         eos = () if params.ignore_eos else eos_ids
         self.end_ids = frozenset(params.stop_token_ids) | frozenset(eos)
-        self.settings: SamplerSettings = settings_from(params, request.key, eos_ids=eos_ids)
+        self.settings: SamplerSettings = settings_from(params, key, eos_ids=eos_ids)
         full = (
             params.counts_tokens
             or params.min_tokens > 0
@@ -96,12 +109,12 @@ class SamplingState:
         self.required = SamplerVariant(len(self.end_ids), len(params.logit_bias or ()), full)
         self._counts: np.ndarray | None = None
         if params.counts_tokens:
-            prompt = np.bincount(request.prompt_ids, minlength=vocab)
+            prompt = np.bincount(prompt_ids, minlength=vocab)
             self._counts = np.stack([prompt, np.zeros(vocab)]).astype(np.int32)
         self._counted = 0
-        self._prompt_ids = np.array(request.prompt_ids, np.int32)
+        self._prompt_ids = np.array(prompt_ids, np.int32)
 
-    def token_counts(self, output_ids: list[int]) -> np.ndarray | None:
+    def token_counts(self, output_ids: Sequence[int]) -> np.ndarray | None:
         """Return the counts of each token in prompt and output, int32 `[2, vocab]`.
 
         None for a request without penalties.
@@ -111,13 +124,6 @@ class SamplingState:
             self._counted = len(output_ids)
         return self._counts
 
-    def token_ids(self, request: Request) -> np.ndarray:
-        """Return the prompt and output tokens of the request, int32."""
-        return np.concatenate([self._prompt_ids, np.array(request.output_ids, np.int32)])
-
-
-def sampling_state(request: Request, vocab: int, eos_ids: tuple[int, ...]) -> SamplingState:
-    """Return the request's sampling state, creating it if needed."""
-    if request.sampling_state is None:
-        request.sampling_state = SamplingState(request, vocab, eos_ids)
-    return request.sampling_state
+    def token_ids(self, output_ids: Sequence[int]) -> np.ndarray:
+        """Return the prompt tokens followed by the output tokens, int32."""
+        return np.concatenate([self._prompt_ids, np.array(output_ids, np.int32)])

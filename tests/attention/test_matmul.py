@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jfp8kv
-from jfp8kv.engine import matmul
-from jfp8kv.engine.matmul import MAX_ROWS, KernelMatmul, select_matmul
+from jfp8kv.attention.matmul import MAX_ROWS, KernelMatmul, select_matmul
+from jfp8kv.engine import engine as engine_module
 from jfp8kv.models.linear import stacked_matmul
 from pallas_kernels.layer_matmul.reference import layer_matmul_reference
 from tests.models.test_decoder import REFERENCES
@@ -83,5 +83,5 @@ def test_output_tokens_are_the_same_with_either_matmul(family, monkeypatch) -> N
         return [out.token_ids for out in llm.generate([list(range(3, 40)), [7, 8]], sampling)]
 
     by_xla = tokens()
-    monkeypatch.setattr(matmul, "select_matmul", lambda _: KernelMatmul(interpret=True))
+    monkeypatch.setattr(engine_module, "select_matmul", lambda _: KernelMatmul(interpret=True))
     assert tokens() == by_xla

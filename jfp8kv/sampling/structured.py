@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.engine.request import Request
-from jfp8kv.engine.sampler_state import sampling_state
 from jfp8kv.sampling.constraint import Constraint
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.text.tokenizer import Tokenizer
@@ -110,29 +108,22 @@ class StructuredOutput:
         if params.constraint is not None:
             self._grammar(params.constraint)
 
-    def matcher(self, request: Request) -> GrammarMatcher | None:
-        """Return the request's matcher at the end of its output. None without a constraint."""
-        constraint = request.params.constraint
-        if constraint is None:
-            return None
-        if request.matcher is None:
-            request.matcher = GrammarMatcher(
-                self._grammar(constraint).deep_copy(),
-                words=-(-self._ll_tokenizer.vocab_size // 32),
-                eos_ids=self._ll_tokenizer.eos_tokens,
-                end_ids=sampling_state(request, self._vocab, self._eos_ids).end_ids,
-            )
-        request.matcher.accept_output(request.output_ids)
-        return request.matcher
+    def new_matcher(self, constraint: Constraint, end_ids: Iterable[int]) -> GrammarMatcher:
+        """Return a matcher at the start of an output that ends with one of `end_ids`."""
+        return GrammarMatcher(
+            self._grammar(constraint).deep_copy(),
+            words=-(-self._ll_tokenizer.vocab_size // 32),
+            eos_ids=self._ll_tokenizer.eos_tokens,
+            end_ids=end_ids,
+        )
 
-    def token_bitmask(self, requests: list[Request], *, rows: int) -> np.ndarray:
-        """Return a bitmask for each request, uint32 `[rows, words]`.
+    def token_bitmask(self, matchers: Sequence[GrammarMatcher | None], *, rows: int) -> np.ndarray:
+        """Return a bitmask for each matcher, uint32 `[rows, words]`.
 
-        All tokens are allowed for a request without a constraint, and in padding rows.
+        All tokens are allowed where there is no matcher, and in padding rows.
         """
         bitmasks = np.full((rows, -(-self._vocab // 32)), 0xFFFFFFFF, np.uint32)
-        for request, bitmask in zip(requests, bitmasks, strict=False):
-            matcher = self.matcher(request)
+        for matcher, bitmask in zip(matchers, bitmasks, strict=False):
             if matcher is not None:
                 matcher.fill_bitmask(bitmask)
         return bitmasks

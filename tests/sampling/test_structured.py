@@ -286,20 +286,16 @@ def test_structured_output_needs_llguidance_and_a_tokenizer(params, llm, monkeyp
 @pytest.mark.parametrize(("vocab", "ends"), [(300, [EOS, 4, 7]), (333, [EOS, 4, 7]), (352, [])])
 def test_bits_are_set_for_matching_tokens_and_never_for_padding(params, vocab, ends) -> None:
     """The oracle matches the text of each token. `vocab` may be padded past the 300 tokens."""
-    from jfp8kv.engine.request import Request
-    from jfp8kv.engine.structured import StructuredOutput
+    from jfp8kv.sampling.structured import StructuredOutput
 
     structured_output = StructuredOutput(params.tokenizer, vocab, eos_ids=tuple(ends[:2]))
     regex = SamplingParams(regex="h(e|llo)*w?", max_tokens=9, stop_token_ids=ends[2:])
     start = re.compile("(h((e|llo)*(w|l|ll)?)?)?")  # the prefixes of a match
-    free, constrained = (
-        Request([1], sampling, np.zeros(2, np.uint32), max_tokens=9)
-        for sampling in (SamplingParams(), regex)
-    )
+    end_ids = {*ends[:2], *regex.stop_token_ids}
     for text in ("", "h", "he", "hel", "hello"):
-        constrained.output_ids = params.tokenizer.encode(text, add_special_tokens=False)
-        constrained.matcher = None
-        masks = structured_output.token_bitmask([free, constrained], rows=3)
+        matcher = structured_output.new_matcher(regex.constraint, end_ids)
+        matcher.accept_output(params.tokenizer.encode(text, add_special_tokens=False))
+        masks = structured_output.token_bitmask([None, matcher], rows=3)
         bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :vocab]
         spelled = {token: params.tokenizer.decode([token]) for token in range(300)}
         want = set(ends if re.fullmatch(regex.regex, text) else ())
