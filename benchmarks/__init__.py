@@ -1,1 +1,1 @@
-"""Benchmarks: each prints what it measured beside the alternative, in one run. `make bench` runs them all."""
+"""Benchmarks: each prints a measurement beside the alternative. `make bench` runs all."""

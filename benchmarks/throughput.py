@@ -3,8 +3,8 @@
     python -m benchmarks.throughput
 
 One stream and 16 prompts at once. Caches are interleaved in one warm process: `jfp8kv bench` does
-the same for any model. Time to first token is measured in new processes, from `import jfp8kv` on: cold
-(an empty compilation cache) and with a warm compilation cache.
+the same for any model. Time to first token is measured in new processes, from `import jfp8kv` on:
+cold (an empty compilation cache) and with a warm compilation cache.
 """
 
 import os

@@ -26,9 +26,9 @@ outs = jfp8kv.generate(params, messages, kv_dtype="fp8_e4m3", max_tokens=48, tem
 print(outs[0].text)
 
 # %% [markdown]
-# ## One prompt, three caches
-# An `LLM` is an engine that stays warm and reports what its cache costs. Rounding keys and values to 8 bits changes the
-# logits slightly. Where two tokens are almost equally likely, the outputs may diverge.
+# ## One prompt, three caches An `LLM` is an engine that stays warm and reports what its cache
+# costs. Rounding keys and values to 8 bits changes the logits slightly. Where two tokens are almost
+# equally likely, the outputs may diverge.
 
 # %%
 FORMATS = ["bfloat16", "fp8_e4m3", "fp8_e5m2"]

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Your own model
-# A model in memory, such as one you are training, generates without a checkpoint: `Params.from_pytree` checks every
-# parameter name and shape and wraps the tree. Here it is a Flax NNX module; an `nnx.State` or a dict works too, with
-# these names or those of Hugging Face, `kernel` leaves included.
+# # Your own model A model in memory, such as one you are training, generates without a checkpoint:
+# `Params.from_pytree` checks every parameter name and shape and wraps the tree. Here it is a Flax
+# NNX module; an `nnx.State` or a dict works too, with these names or those of Hugging Face,
+# `kernel` leaves included.
 
 # %%
 import jax
@@ -35,20 +35,19 @@ options = dict(kv_dtype="fp8_e4m3", temperature=0.0, max_tokens=12, ignore_eos=T
 jfp8kv.generate(params, [prompt], **options)[0].token_ids
 
 # %% [markdown]
-# `logits` runs the code that generates, through the same cache. So it shows what FP8 costs *this* model.
+# `logits` runs the code that generates, through the same cache. So it shows what FP8 costs *this*
+# model.
 
 # %%
 exact = jfp8kv.logits(params, prompt, kv_dtype="float32")
 for kv_dtype in ("bfloat16", "fp8_e4m3", "fp8_e5m2"):
     error = jfp8kv.logits(params, prompt, kv_dtype=kv_dtype) - exact
-    print(
-        f"{kv_dtype:9} relative rms error of the logits {np.sqrt(np.mean(error**2) / np.mean(exact**2)):.1e}"
-    )
+    relative_rms = np.sqrt(np.mean(error**2) / np.mean(exact**2))
+    print(f"{kv_dtype:9} relative RMS error of the logits {relative_rms:.1e}")
 
 # %% [markdown]
-# ## After an update
-# `Params` is a pytree: it works with `jax.tree.map`, `jax.jit` and optimizers. New weights compile nothing, so sampling
-# between two training steps is cheap.
+# ## After an update `Params` is a pytree: it works with `jax.tree.map`, `jax.jit` and optimizers.
+# New weights compile nothing, so sampling between two training steps is cheap.
 
 # %%
 keys = iter(jax.random.split(jax.random.key(1), 100))

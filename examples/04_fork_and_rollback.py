@@ -1,6 +1,6 @@
 # %% [markdown]
-# # Fork and roll back
-# A session is a sequence that stays in the cache. Forks share its pages copy-on-write, so no token of a tree is run twice.
+# # Fork and roll back A session is a sequence that stays in the cache. Forks share its pages
+# copy-on-write, so no token of a tree is run twice.
 
 # %%
 import importlib.util
@@ -26,9 +26,9 @@ with llm.session("The capital of France is") as session:
     print(session.generate(max_tokens=12, temperature=0.0).text, "|", logits.shape)
 
 # %% [markdown]
-# ## A small tree search
-# Greedy decoding does not find the most likely sequence of 8 tokens. Best-first search: the leaf with the highest
-# log-probability is extended by two branches in one dispatch, until one is long enough. (See also `jfp8kv.beam_search`.)
+# ## A small tree search Greedy decoding does not find the most likely sequence of 8 tokens.
+# Best-first search: the leaf with the highest log-probability is extended by two branches in one
+# dispatch, until one is long enough. (See also `jfp8kv.beam_search`.)
 
 
 # %%
@@ -55,9 +55,11 @@ print(f"{leaves[0][0]:.2f} {leaves[0][1].text}")
 sequences = [session for _, session, _ in leaves[:12]]
 pages = sorted({page for session in sequences for page in session.pages[0]})
 owners = {page: sum(page in session.pages[0] for session in sequences) for page in pages}
-picture = np.array(
-    [[owners[page] if page in session.pages[0] else np.nan for page in pages] for session in sequences]
-)
+picture = np.full((len(sequences), len(pages)), np.nan)
+for row, session in enumerate(sequences):
+    for column, page in enumerate(pages):
+        if page in session.pages[0]:
+            picture[row, column] = owners[page]
 figure, axes = plt.subplots(figsize=(9, 3.5), layout="constrained")
 axes.pcolormesh(picture[::-1], cmap="Blues", vmin=0, edgecolors="white", linewidth=2)
 axes.set(title="Pages of 4 tokens, by leaf", yticks=[], xticks=[])

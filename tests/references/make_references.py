@@ -1,23 +1,24 @@
-"""Tiny random Llamas and what PyTorch says about them, written once and committed.
+"""Tiny random Llamas and outputs of PyTorch about them, written once and committed.
 
-Run by hand (README.md has the command and the versions); tests read the files and never import torch. Each case is a
-Hugging Face folder: the `config.json` below exactly as written, so old and new spellings both occur, and safetensors.
-`reference.npz` then holds what transformers computes after loading that folder from disk:
+Run by hand (README.md has the command and the versions); tests read the files and never import
+torch. Each case is a Hugging Face folder: the `config.json` below exactly as written, so old and
+new spellings both occur, and safetensors. `reference.npz` then holds what transformers computes
+after loading that folder from disk:
 
     seed                 the seed the weights and the prompt were drawn with
     tokens               int32 [61], the prompt: odd, and past the end of a page of 16
     logits               float32 [61, vocab]
     greedy               int32 [24], the ids that follow
-    last_logits_e4m3     float32 [4, vocab]: the last four rows of `logits` when every key (after RoPE) and value is
+    last_logits_e4m3     float32 [4, vocab]: the last four rows of `logits` with each key (after RoPE) and value
     last_logits_e5m2     clipped, rounded to FP8 with scale 1, and read back before attention
     greedy_e4m3          int32 [24]
     greedy_e5m2          int32 [24]
 
-Equal greedy ids prove something only if the ids vary and no choice is a near tie, so seeds are tried in order until
-each of the three greedy paths has a margin and enough different ids, and none contains a special id. A key or value
-half way between two FP8 numbers would round either way with the order of a sum, and one that does moves the logits by
-about a thousandth, so seeds with such a prompt are passed over too: every float32 implementation is to store
-the same bytes.
+Equal greedy ids prove something only if the ids vary and no choice is a near tie, so seeds are
+tried in order until each of the three greedy paths has a margin and enough different ids, and none
+contains a special id. A key or value half way between two FP8 numbers would round either way with
+the order of a sum, and one that does moves the logits by about a thousandth, so seeds with such a
+prompt are passed over too: every float32 implementation is to store the same bytes.
 """
 
 import argparse
@@ -44,7 +45,7 @@ PROMPT_TOKENS = 61
 GREEDY_TOKENS = 24
 LAST_ROWS = 4
 MIN_MARGIN = 0.03  # between the best and the second-best logit, at every greedy step
-MIN_SLACK = 1e-6  # of the largest key or value in its token and head: how far it may move and still round the same way
+MIN_SLACK = 1e-6  # distance to a rounding boundary, relative to the largest of the token and head
 MIN_DIFFERENT = 14  # ids among the 24
 SPECIAL_IDS = 5  # ids below this are special, and never in a prompt
 
@@ -62,8 +63,8 @@ SHARED = {
 class Case:
     """A folder to write. `config` is its `config.json`; `dtype` what the weights are saved in.
 
-    `first_seed` is where the search for a seed starts: the one that was found, counting up from 0. After a change of
-    sizes or bounds, set it back to 0; the search takes about ten minutes for all.
+    `first_seed` is where the search for a seed starts: the one that was found, counting up from 0.
+    After a change of sizes or bounds, set it back to 0; the search takes about ten minutes for all.
     """
 
     name: str
@@ -236,11 +237,11 @@ CASES = [
 ]
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------
+# --- the folder ----------------------------------------------------------------------------------
 
 
 def random_tensor(name: str, shape: torch.Size, rng: np.random.Generator) -> torch.Tensor:
-    """Weights that make every part count: attention is not uniform, norms are not one, logits are a few units wide."""
+    """Draw weights that make every part matter: non-uniform attention, norms not one."""
     normal = rng.standard_normal(tuple(shape))
     if "norm" in name:
         value = rng.uniform(0.5, 1.5, tuple(shape))
@@ -289,7 +290,7 @@ def save_shards(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-# --- what PyTorch says ----------------------------------------------------------------------------------------------
+# --- outputs of PyTorch ---------------------------------------------------------------------------
 
 
 class RoundingCache(DynamicCache):
@@ -323,7 +324,7 @@ def new_cache(fp8: torch.dtype | None) -> DynamicCache:
 
 
 def greedy(model: LlamaForCausalLM, prompt: list[int], fp8: torch.dtype | None) -> list[int] | None:
-    """The ids that follow, or None when a step is too near a tie, an id is special, or too few ids differ."""
+    """Return greedy ids; None if a step is a near tie, an id is special, or few ids differ."""
     ids = list(prompt)
     for _ in range(GREEDY_TOKENS):
         best = run(model, ids, new_cache(fp8))[-1].topk(2)
@@ -335,7 +336,7 @@ def greedy(model: LlamaForCausalLM, prompt: list[int], fp8: torch.dtype | None) 
 
 
 def load(folder: Path) -> LlamaForCausalLM:
-    """The folder as transformers understands it, in float32, with nothing missing and nothing left over."""
+    """Load the folder with transformers in float32, with no missing and no unexpected keys."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -345,7 +346,7 @@ def load(folder: Path) -> LlamaForCausalLM:
 
 
 def reference(case: Case, folder: Path, seed: int) -> dict[str, np.ndarray] | None:
-    """Write the checkpoint drawn with `seed` and compute its arrays; None when the seed makes a weak test."""
+    """Write the checkpoint of `seed` and compute its arrays; None if the seed makes a weak test."""
     rng = np.random.default_rng(seed)
     write_checkpoint(case, folder, rng)
     model = load(folder)
@@ -366,7 +367,7 @@ def reference(case: Case, folder: Path, seed: int) -> dict[str, np.ndarray] | No
     return arrays
 
 
-# --- a tokenizer ----------------------------------------------------------------------------------------------------
+# --- a tokenizer ---------------------------------------------------------------------------------
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog and the dog sleeps on",
@@ -374,13 +375,14 @@ CORPUS = [
     "un café, s'il vous plaît: le café était fermé hier",
 ]
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
+    "{{ bos_token }}{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
 def write_tokenizer(folder: Path, vocab: int) -> None:
-    """A byte-level BPE of exactly `vocab` ids whose merges leave most multi-byte characters in pieces."""
+    """Train a byte-level BPE of `vocab` ids that splits most multi-byte characters."""
     specials = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,17 +1,20 @@
 """A Llama forward pass that can be checked by eye, with a hook where keys and values are stored.
 
-Everything here is plain NumPy in float64: no cache, no batching, no pages, one loop over layers and one over heads.
-It reads a Hugging Face folder by itself and shares no code with the library, so that agreement means something.
+Everything here is plain NumPy in float64: no cache, no batching, no pages, one loop over layers and
+one over heads. It reads a Hugging Face folder by itself and shares no code with the library, so
+that agreement means something.
 
-    logits = forward(folder, tokens)                            # full precision, compare with `reference.npz`
-    logits = forward(folder, tokens, fp8_store("e4m3"))         # keys and values rounded through FP8, scale 1
+    logits = forward(folder, tokens)                     # full precision
+    logits = forward(folder, tokens, fp8_store("e4m3"))  # keys and values in FP8, scale 1
     ids    = greedy(folder, tokens, 24, fp8_store("e5m2", dynamic=True))
 
-`store(x, layer, which)` receives the keys after RoPE (`which="k"`) or the values (`which="v"`) of one layer, float64
-`[tokens, kv_heads, head_dim]`, and returns what attention reads back. A token also reads its own stored key and value,
-so running all tokens at once gives what a cache filled one token at a time gives.
+`store(x, layer, which)` receives the keys after RoPE (`which="k"`) or the values (`which="v"`) of
+one layer, float64 `[tokens, kv_heads, head_dim]`, and returns what attention reads back. A token
+also reads its own stored key and value, so running all tokens at once gives what a cache filled one
+token at a time gives.
 
-RoPE follows Su et al. 2021 (arXiv:2104.09864) in the half-split layout; its "llama3" scaling is that of Llama 3.1.
+RoPE follows Su et al. 2021 (arXiv:2104.09864) in the half-split layout; its "llama3" scaling is
+that of Llama 3.1.
 """
 
 import json
@@ -30,7 +33,7 @@ Weights = dict[str, np.ndarray]
 FORMATS = {"e4m3": (ml_dtypes.float8_e4m3fn, 448.0), "e5m2": (ml_dtypes.float8_e5m2, 57344.0)}
 
 
-# --- reading the folder ---------------------------------------------------------------------------------------------
+# --- reading the folder --------------------------------------------------------------------------
 
 
 def read(folder: str | Path) -> tuple[dict[str, Any], Weights]:
@@ -46,14 +49,14 @@ def read(folder: str | Path) -> tuple[dict[str, Any], Weights]:
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings from either spelling: `rope_parameters`, or `rope_theta` beside `rope_scaling`."""
+    """Return RoPE settings of `rope_parameters`, or of `rope_theta` and `rope_scaling`."""
     found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     found["rope_type"] = found.get("rope_type", found.get("type", "default"))
     found["rope_theta"] = found.get("rope_theta", config.get("rope_theta", 10000.0))
     return found
 
 
-# --- the pieces -----------------------------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------
 
 
 def linear(x: np.ndarray, weights: Weights, name: str) -> np.ndarray:
@@ -88,7 +91,7 @@ def rope_frequencies(rope: dict[str, Any], head_dim: int) -> np.ndarray:
 
 
 def rotate(x: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """Turn the pair (x[d], x[d + head_dim / 2]) of token t by `t * frequencies[d]`; x `[tokens, heads, head_dim]`."""
+    """Rotate the pairs (x[d], x[d + head_dim / 2]) of token t by `t * frequencies[d]`."""
     angle = np.arange(len(x))[:, None, None] * frequencies
     first, second = np.split(x, 2, axis=-1)
     turned = [
@@ -111,7 +114,7 @@ def activation(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """q `[tokens, q_heads, head_dim]`, k and v `[tokens, kv_heads, head_dim]` -> `[tokens, q_heads * head_dim]`."""
+    """Return causal attention, `[tokens, q_heads * head_dim]`."""
     tokens, q_heads, head_dim = q.shape
     group = q_heads // k.shape[1]
     future = np.triu(np.ones((tokens, tokens), bool), k=1)
@@ -124,20 +127,20 @@ def causal_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return out.reshape(tokens, q_heads * head_dim)
 
 
-# --- the model ------------------------------------------------------------------------------------------------------
+# --- the model -----------------------------------------------------------------------------------
 
 
 def forward(
     folder: str | Path, tokens: Sequence[int] | np.ndarray, store: Store | None = None
 ) -> np.ndarray:
-    """Logits `[tokens, vocab]`, float64, of a Llama checkpoint. `store=None` keeps keys and values as they are."""
+    """Return logits `[tokens, vocab]` in float64. `store=None` leaves keys and values exact."""
     return _forward(*read(folder), np.asarray(tokens), store)
 
 
 def greedy(
     folder: str | Path, tokens: Sequence[int] | np.ndarray, n: int, store: Store | None = None
 ) -> list[int]:
-    """The `n` ids that follow `tokens`, each the most likely next one. End-of-text ids do not end it."""
+    """Return `n` greedy ids after `tokens`. End-of-text ids do not end the sequence."""
     config, weights = read(folder)
     ids = [int(token) for token in tokens]
     for _ in range(n):
@@ -177,7 +180,7 @@ def _forward(
     return x @ weights["model.embed_tokens.weight" if tied else "lm_head.weight"].T
 
 
-# --- storing in FP8 -------------------------------------------------------------------------------------------------
+# --- storing in FP8 ------------------------------------------------------------------------------
 
 
 def fp8_store(
@@ -188,9 +191,10 @@ def fp8_store(
 ) -> Store:
     """A store that rounds through FP8: `fmt` is "e4m3" (float8_e4m3fn) or "e5m2".
 
-    `k_scales` and `v_scales` broadcast to `[layers, kv_heads, head_dim]` (a number, per tensor, head or channel); None
-    is scale 1. `dynamic=True` gives every token and head its own scale instead, see `token_head_scales`.
-    Source of the formats: OCP 8-bit Floating Point Specification 1.0.
+    `k_scales` and `v_scales` broadcast to `[layers, kv_heads, head_dim]` (a number, per tensor,
+    head or channel); None is scale 1. `dynamic=True` gives every token and head its own scale
+    instead, see `token_head_scales`. Source of the formats: OCP 8-bit Floating Point Specification
+    1.0.
     """
     if fmt not in FORMATS:
         raise ValueError(f"fmt={fmt!r}: must be one of {sorted(FORMATS)}.")
@@ -209,7 +213,7 @@ def fp8_store(
 
 
 def through_fp8(x: np.ndarray, scale: np.ndarray, fmt: str) -> np.ndarray:
-    """What comes back of `x`: divided by `scale`, clipped to the finite range, rounded to nearest even, multiplied.
+    """Quantize and dequantize `x`: divide by `scale`, clip, round to nearest even, multiply.
 
     The division and the product are in float32, as in a cache that is fed float32 keys and values.
     """
@@ -221,7 +225,7 @@ def through_fp8(x: np.ndarray, scale: np.ndarray, fmt: str) -> np.ndarray:
 
 
 def token_head_scales(x: np.ndarray, fmt: str) -> np.ndarray:
-    """One float32 scale per token and head, `[tokens, kv_heads, 1]`: the smallest power of two that holds the largest value.
+    """Return one float32 scale per token and head, the smallest sufficient power of two.
 
     A token and head that is all zero gets scale 1 (any would do).
     """

@@ -1,7 +1,8 @@
-"""The oracle says what PyTorch said, in full precision and in FP8, and the references tell a wrong model from it.
+"""The oracle agrees with PyTorch, in full precision and in FP8, and the references detect errors.
 
-No torch here: `reference.npz` holds what it computed (README.md). The oracle works in float64 and PyTorch worked in
-float32, whose rounding through two or three layers is a few 1e-6 of the logits; 1e-5 leaves room for little else.
+No torch here: `reference.npz` holds what it computed (README.md). The oracle works in float64 and
+PyTorch worked in float32, whose rounding through two or three layers is a few 1e-6 of the logits;
+1e-5 leaves room for little else.
 """
 
 import json

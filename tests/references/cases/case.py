@@ -1,4 +1,4 @@
-"""What a case of a family is: a configuration, how its weights are drawn, and how the folder is written."""
+"""A reference case: a configuration, how its weights are drawn, how its folder is written."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,9 +15,10 @@ IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 class Family:
     """A folder to write.
 
-    `config` is what its model is built from. `as_is` keeps that dictionary as `config.json`, in the words of an older
-    checkpoint; otherwise the folder is what `save_pretrained` writes. `relayout` changes the tensors of the file
-    after that, `fused_experts` has 5.23 write experts the way it holds them. `first_seed` is where the search starts.
+    `config` is what its model is built from. `as_is` keeps that dictionary as `config.json`, in the
+    words of an older checkpoint; otherwise the folder is what `save_pretrained` writes. `relayout`
+    changes the tensors of the file after that, `fused_experts` has 5.23 write experts the way it
+    holds them. `first_seed` is where the search starts.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Family:
 def saved(
     name: str, first_seed: int, model_type: str, sizes: dict[str, Any], /, **config: Any
 ) -> Family:
-    """A folder as 5.23 writes it. Names of fields of `Family` among the keywords go there, the rest is configuration."""
+    """Return a folder as 5.23 writes it. Keywords are fields of `Family` or configuration."""
     return _family(name, first_seed, {"model_type": model_type} | IDS | sizes, config)
 
 
@@ -80,7 +81,7 @@ def _family(name: str, first_seed: int, start: dict[str, Any], given: dict[str, 
 def sizes(
     vocab: int, hidden: int, mlp: int, layers: int, q_heads: int, kv_heads: int | None, **more: Any
 ) -> dict[str, Any]:
-    """The seven numbers most configurations have, by their usual names; `kv_heads=None` leaves that key out."""
+    """Return the common sizes of a configuration; `kv_heads=None` leaves that key out."""
     found = {
         "vocab_size": vocab,
         "hidden_size": hidden,

@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3. Their embeddings are drawn small: the model multiplies them by the root of the hidden size."""
+"""Gemma 1, 2 and 3. Embeddings are small: the model scales them by sqrt(hidden)."""
 
 import torch
 from cases.case import old, saved, sizes

@@ -56,7 +56,7 @@ QWEN3_MOE = [
         mlp_only_layers=[1],
         tie_word_embeddings=True,
     ),
-    old(  # layers 1 and 3 are sparse; the weights of the chosen experts do not sum to one; every layer slides
+    old(  # layers 1 and 3 are sparse, expert weights are not normalized, all layers slide
         "qwen3_moe_step",
         5,
         "Qwen3MoeForCausalLM",

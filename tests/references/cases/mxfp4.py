@@ -1,7 +1,8 @@
 """MXFP4 as the published GPT-OSS files keep their experts: 32 four-bit numbers to a power of two.
 
-`[experts, in, out]` becomes `blocks` uint8 `[experts, out, in / 32, 16]` and `scales` uint8 `[experts, out, in / 32]`;
-two numbers to a byte, the earlier one in the low half. Source: OCP Microscaling Formats 1.0, section 5.
+`[experts, in, out]` becomes `blocks` uint8 `[experts, out, in / 32, 16]` and `scales` uint8
+`[experts, out, in / 32]`; two numbers to a byte, the earlier one in the low half. Source: OCP
+Microscaling Formats 1.0, section 5.
 """
 
 import torch
@@ -13,7 +14,7 @@ BIAS = 127
 
 
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The blocks and scales nearest to `weight`, the scale being that of the largest number of a block."""
+    """Return the nearest blocks and scales; a scale is that of the largest value of a block."""
     rows = weight.float().transpose(1, 2).unflatten(-1, (-1, 32))
     exponent = (
         rows.abs().amax(-1).log2().floor() - 2
