@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Unpack, overload
+from typing import Unpack, cast, overload
 
 import numpy as np
 
@@ -235,7 +235,7 @@ class LLM:
         return self.generate(messages, sampling_params, progress=progress, **fields)
 
     def generate_iter(
-        self, requests: Iterable[tuple[Prompt, SamplingParams | SamplingFields | None]]
+        self, requests: Iterable[tuple[Prompt, SamplingParams | Mapping[str, object] | None]]
     ) -> Iterator[tuple[int, RequestOutput | Jfp8kvError]]:
         """Generate continuations of prompts from an iterator, which may be endless.
 
@@ -252,11 +252,11 @@ class LLM:
         """
 
         def make_group(
-            request: tuple[Prompt, SamplingParams | SamplingFields | None],
+            request: tuple[Prompt, SamplingParams | Mapping[str, object] | None],
         ) -> RequestGroup:
             prompt, params = request
             if isinstance(params, Mapping):
-                (group,) = self._groups([prompt], None, params)
+                (group,) = self._groups([prompt], None, cast(SamplingFields, params))
             else:
                 (group,) = self._groups([prompt], params, {})
             return group

@@ -34,7 +34,7 @@ def use_compilation_cache() -> None:
         switch = os.environ.get(SWITCH, "1")
         if switch not in ("0", "1"):
             raise ConfigError(f"{SWITCH}={switch!r}: must be 0 (off) or 1 (on, the default).")
-        configured = jax.config.jax_compilation_cache_dir is not None
+        configured = jax.config.jax_compilation_cache_dir is not None  # type: ignore[attr-defined]
         if switch == "0" or configured or "JAX_COMPILATION_CACHE_DIR" in os.environ:
             return
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))

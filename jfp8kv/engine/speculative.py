@@ -173,6 +173,7 @@ def decode_speculative(
         def one(sequence: Array, start: Array, remaining: Array) -> Drafts:
             return _propose(sequence, start, remaining, drafts, vocab)
 
+        assert batch.sequences is not None
         return jax.vmap(one)(batch.sequences, batch.forward.start, batch.remaining)
 
     def alternate(state: State) -> State:
@@ -198,6 +199,7 @@ def _last_tokens(batch: DecodeBatch) -> Int[Array, "requests 1"]:
     def one(sequence: Array, start: Array) -> Array:
         return sequence[start][None]
 
+    assert batch.sequences is not None
     return jax.vmap(one)(batch.sequences, batch.forward.start)
 
 
@@ -284,6 +286,7 @@ def _after(
     # `vocab`, past the last token, means that no token was left to sample.
     ended = jnp.any(last[:, None] == batch.sampler.end_ids, axis=1) | (last == vocab)
     forward, token_counts = batch.forward, batch.counts
+    assert batch.sequences is not None
     if token_counts is not None:
         output = jax.vmap(lambda c, at, token: count_token(c[at], token))(counts, index, last)
         token_counts = dataclasses.replace(token_counts, output=output)

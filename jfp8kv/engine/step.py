@@ -126,7 +126,7 @@ def _forward(
     return decoder(chunk.tokens, positions, attend=attend, carry=pages, context=chunk.context)
 
 
-def each_request(one: Callable, batch: ForwardBatch, pages: KVPool, *, out_axes: Any) -> Any:
+def each_request(one: Callable[..., Any], batch: ForwardBatch, pages: KVPool, *, out_axes: Any) -> Any:
     """Return `one(chunk, pages)` for each request of the batch. The pool is shared."""
 
     def request(
@@ -248,11 +248,11 @@ def decode(
     rows, vocab = batch.position.shape[0], model.config.vocab
     empty = StepOutput.empty(rows, most_steps, vocab=vocab, top=top)
 
-    def unfinished(state: tuple) -> Array:
+    def unfinished(state: tuple[Any, ...]) -> Array:
         step, batch, _, _ = state
         return (step < batch.steps) & jnp.any(batch.remaining > 0)
 
-    def advance(state: tuple) -> tuple:
+    def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
         step, batch, out, pages = state
         active = batch.remaining > 0
         forward = batch.forward

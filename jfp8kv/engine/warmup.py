@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import jax
 
 from jfp8kv.cache.copy import PageCopies
+from jfp8kv.cache.pool import KVPool
 from jfp8kv.engine import step
 from jfp8kv.engine.batch import ForwardBatch
 from jfp8kv.engine.buckets import padded_counts
@@ -28,13 +29,13 @@ def warmup_steps(
             jax.block_until_ready(engine.prefill(plan))
             yield
     for width in (buckets.session_chunk(1), *buckets.chunks):
-        engine.programs.program(step.prefill, _chunks(engine, 1, width), engine.pages)
+        engine.programs.program(step.prefill, _chunks(engine, 1, width), _pool(engine))
         yield
         if width <= buckets.max_logits_chunk:
-            engine.programs.program(step.logits, _chunks(engine, 1, width), engine.pages)
+            engine.programs.program(step.logits, _chunks(engine, 1, width), _pool(engine))
             yield
         for rows in padded_counts(buckets.prefill_requests(width)) if branches else ():
-            engine.programs.program(step.last_logits, _chunks(engine, rows, width), engine.pages)
+            engine.programs.program(step.last_logits, _chunks(engine, rows, width), _pool(engine))
             yield
     engine.run(step.copy, PageCopies.of([]))
     for rows in padded_counts(buckets.max_requests):
@@ -59,3 +60,8 @@ def _nobody(count: int) -> list[Request]:
     for request in requests:
         request.prompt_outputs = PromptOutputs.logprobs([0])
     return requests
+
+
+def _pool(engine: Engine) -> KVPool:
+    assert engine.pages is not None, "warm-up runs on an engine that is ready"
+    return engine.pages

@@ -9,15 +9,14 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from jfp8kv.attention.interface import Attend, AttentionMetadata, Query, paged_attend
 from jfp8kv.cache.layout import PoolLayout
 from jfp8kv.cache.pool import KV, KVPool, Layer, LayerScales, new_pool
 from jfp8kv.cache.scales import KVScales
 from jfp8kv.core.formats import FLOAT32
-from jfp8kv.core.pytree import pytree
+from jfp8kv.core.pytree import AnyArray, pytree
 from jfp8kv.engine.step import StepModel, Weights
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.decoder import bind
@@ -53,10 +52,10 @@ def observe(
 class CalibrationChunk:
     """Tokens `start .. length-1` of a sequence of `context` tokens, and padding."""
 
-    tokens: Int[Array | np.ndarray, " tokens"]
-    start: Int[Array | np.ndarray, ""]
-    length: Int[Array | np.ndarray, ""]
-    context: Int[Array | np.ndarray, ""]
+    tokens: Int[AnyArray, " tokens"]
+    start: Int[AnyArray, ""]
+    length: Int[AnyArray, ""]
+    context: Int[AnyArray, ""]
 
 
 def calibration_step(

@@ -18,6 +18,7 @@ with `vmap`, and branches choose between computations with equal results.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def _draw_batch(
     The results of greedy requests are meaningless.
     """
 
-    def over(draw: Callable) -> Callable:
+    def over(draw: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: jax.vmap(draw)(logits, settings, keys)
 
     def filtered_draw() -> Int32[Array, " requests"]:
