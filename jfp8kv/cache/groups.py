@@ -7,7 +7,7 @@ One pool and one allocator serve all groups, since a page number has the same by
 memory that windows save is available to all sequences. A model without windows is one group of all
 layers. (vLLM: hybrid KV cache manager.)
 
-The pages of one page number lie in `depth` *layer slots*. A layer takes one slot, or several where
+The pages of one page number take `depth` *layer slots*. A layer takes one slot, or several where
 formats differ: a 16-bit layer takes two slots of bytes (cache/layout.py).
 
 A group with a window frees pages that no later query can see, and allocates new ones as the

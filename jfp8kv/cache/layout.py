@@ -38,7 +38,7 @@ class LayerCacheSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PoolLayout:
-    """Where the pages of a page number lie in the pool.
+    """The place of the pages of a page number in the pool.
 
     Attributes:
       specs: by layer, what it stores.

@@ -1,4 +1,4 @@
-"""Types of public arguments, for signatures and option classes. Importing it does not import JAX."""
+"""Types of public arguments, for signatures and option classes. Importing it does not load JAX."""
 
 import os
 import typing

@@ -178,7 +178,7 @@ def _flatten(tree: Any) -> dict[str, Any]:
 
     walk((), _plain(tree))
     if not flat:
-        raise CheckpointError(f"{_WHERE} of type {type(tree).__name__} holds no arrays.")
+        raise CheckpointError(f"{_WHERE} of type {type(tree).__name__} contains no arrays.")
     for name, leaf in flat.items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise CheckpointError(f"{_WHERE}: {name} is a {type(leaf).__name__}, not an array.")
