@@ -2,8 +2,8 @@
 
 Before a matmul, XLA:GPU copies the layer's matrix out of the stack of all layers. A decode step
 does little but read weights, so each of them would be read, written and read again. The kernel
-reads the matrix in place, for the rows of all requests of a batch at once. Prefill has so many rows
-that the matmul takes longer than the copy, and is left to XLA.
+reads the matrix in place, for the rows of all requests of a batch at once. In prefill the matmul
+takes longer than the copy, so it is left to XLA.
 """
 
 import dataclasses
@@ -57,7 +57,8 @@ class KernelMatmul:
             y = matmul(x.reshape(-1, x.shape[-1]), weight, layer)
             return y.reshape(requests, -1, y.shape[-1]), True
 
-        return matmul(x, weight, jnp.asarray(layer, jnp.int32))
+        y: Array = matmul(x, weight, jnp.asarray(layer, jnp.int32))
+        return y
 
     def _by_kernel(self, x: Array, weight: Array, layer: Array) -> Array:
         # Imported here: it takes as long as importing the rest of the library.

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from jfp8kv.core.errors import ConfigError, Jfp8kvError, StepError
+from jfp8kv.core.errors import ConfigError, DeviceMemoryError, Jfp8kvError, StepError
 from jfp8kv.engine.driver import EngineDriver
 from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.forward import PREFILL_ONLY
@@ -91,7 +91,7 @@ def score_iter(
     limit = 2 * driver.engine.buckets.max_requests
     for index, result in driver.run_iter(request, by_length(), limit=limit):
         number, pair = taken.pop(index)
-        if isinstance(result, StepError):
+        if isinstance(result, StepError | DeviceMemoryError):
             ((_, result),) = driver.run_iter(request, [pair], limit=1)
         yield number, result
 

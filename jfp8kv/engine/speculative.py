@@ -123,7 +123,7 @@ def decode_speculative(
     empty = dataclasses.replace(empty, drafts=DraftCounts(verified=zeros, accepted=zeros))
 
     def unfinished(state: State) -> Array:
-        return (state.passes < batch.steps) & jnp.any(state.batch.remaining > 0)
+        return jnp.logical_and(state.passes < batch.steps, jnp.any(state.batch.remaining > 0))
 
     def any_likely(state: State) -> Array:
         return jnp.any(state.drafts.likely)
@@ -174,7 +174,8 @@ def decode_speculative(
             return _propose(sequence, start, remaining, drafts, vocab)
 
         assert batch.sequences is not None
-        return jax.vmap(one)(batch.sequences, batch.forward.start, batch.remaining)
+        proposed: Drafts = jax.vmap(one)(batch.sequences, batch.forward.start, batch.remaining)
+        return proposed
 
     def alternate(state: State) -> State:
         """Run plain passes until a draft is likely, then wide ones while there are likely drafts.
@@ -262,7 +263,7 @@ def _append(output: StepOutput, new: StepOutput, at: Int[Array, " requests"]) ->
     """Return `output` with the new tokens of a pass, written at `at` of each request."""
     assert output.drafts is not None and new.drafts is not None
     drafts = jax.tree.map(jnp.add, output.drafts, new.drafts)
-    joined = jax.tree.map(
+    joined: StepOutput = jax.tree.map(
         lambda old, more: jax.vmap(_write)(old, at, more),
         dataclasses.replace(output, drafts=None),
         dataclasses.replace(new, drafts=None),
@@ -281,6 +282,7 @@ def _after(
 
     `counts` are the token counts along the chunk.
     """
+    assert batch.sequences is not None
     index = jnp.maximum(num_new - 1, 0)
     last = jax.vmap(lambda tokens, index: tokens[index])(new_tokens, index)
     # `vocab`, past the last token, means that no token was left to sample.

@@ -14,7 +14,7 @@ of a step does not grow with it.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,12 @@ from jfp8kv.models.linear import Matmul, stacked_matmul
 from jfp8kv.sampling.penalties import count_token
 from jfp8kv.sampling.sample import logprob_at, sample_batch, top_logprobs
 
-Weights = Any  # the tree of `Params`; on some backends 16-bit leaves are stored as their bits
+T = TypeVar("T")
+DecodeState: TypeAlias = tuple[Array, DecodeBatch, StepOutput, KVPool]
+"""The number of steps so far, the batch, the output and the pool."""
+Weights: TypeAlias = (
+    Any  # the tree of `Params`; on some backends 16-bit leaves are stored as their bits
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +131,18 @@ def _forward(
     return decoder(chunk.tokens, positions, attend=attend, carry=pages, context=chunk.context)
 
 
-def each_request(one: Callable[..., Any], batch: ForwardBatch, pages: KVPool, *, out_axes: Any) -> Any:
+def each_request(
+    one: Callable[[Chunk, KVPool], T],
+    batch: ForwardBatch,
+    pages: KVPool,
+    *,
+    out_axes: int | None | tuple[int | None, ...],
+) -> T:
     """Return `one(chunk, pages)` for each request of the batch. The pool is shared."""
 
     def request(
         tokens: Array, tables: Array, start: Array, length: Array, context: Array, pages: KVPool
-    ) -> Any:
+    ) -> T:
         chunk = Chunk(
             tokens=tokens,
             page_tables=tables,
@@ -143,7 +154,10 @@ def each_request(one: Callable[..., Any], batch: ForwardBatch, pages: KVPool, *,
         return one(chunk, pages)
 
     each = jax.vmap(request, in_axes=(0, 0, 0, 0, 0, None), out_axes=out_axes)
-    return each(batch.tokens, batch.page_tables, batch.start, batch.length, batch.context, pages)
+    result: T = each(
+        batch.tokens, batch.page_tables, batch.start, batch.length, batch.context, pages
+    )
+    return result
 
 
 def chunk_logits(
@@ -209,7 +223,8 @@ def top_of(
             token_ids=jnp.zeros(shape, jnp.int32), logprobs=jnp.zeros(shape, jnp.float32)
         )
 
-    return lax.cond(max_logprobs > 0, compute, skip)
+    found: TopLogprobs = lax.cond(max_logprobs > 0, compute, skip)
+    return found
 
 
 def prefill(
@@ -248,11 +263,11 @@ def decode(
     rows, vocab = batch.position.shape[0], model.config.vocab
     empty = StepOutput.empty(rows, most_steps, vocab=vocab, top=top)
 
-    def unfinished(state: tuple[Any, ...]) -> Array:
+    def unfinished(state: DecodeState) -> Array:
         step, batch, _, _ = state
-        return (step < batch.steps) & jnp.any(batch.remaining > 0)
+        return jnp.logical_and(step < batch.steps, jnp.any(batch.remaining > 0))
 
-    def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
+    def advance(state: DecodeState) -> DecodeState:
         step, batch, out, pages = state
         active = batch.remaining > 0
         forward = batch.forward
@@ -267,7 +282,7 @@ def decode(
         return step + 1, _after(batch, token, active, vocab), out, pages
 
     batch = dataclasses.replace(batch, counts=counted(batch.counts))
-    state = (jnp.int32(0), batch, empty, pages)
+    state: DecodeState = (jnp.int32(0), batch, empty, pages)
     _, _, out, pages = lax.while_loop(unfinished, advance, state)
     return out, pages
 
@@ -380,9 +395,9 @@ def last_logits(
 def sample(
     logits: Float[Array, "requests tokens vocab"], batch: DecodeBatch, *, top: int = 0
 ) -> StepOutput:
-    """Sample a token for each request from the logits that `score` returned after its last one.
+    """Sample a token for each request from the logits that `logits` returned after its last one.
 
-    With `score` it is one step of `decode`, split so that the host can compute token bitmasks.
+    Both together are one step of `decode`, split so that the host can compute token bitmasks.
     """
     batch = dataclasses.replace(batch, counts=counted(batch.counts))
     return _sampled(logits[:, 0], batch, top)

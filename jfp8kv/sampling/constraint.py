@@ -7,7 +7,6 @@ constraints that cannot be satisfied.
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from jfp8kv.core.errors import ConfigError
 
@@ -32,7 +31,7 @@ def check_single(constraints: Sequence[Constraint]) -> None:
         raise ConfigError(f"{names}: a request can have only one of {', '.join(CONSTRAINTS)}.")
 
 
-def schema_json(schema: Any) -> str | None:
+def schema_json(schema: object) -> str | None:
     """Return a JSON schema as JSON text.
 
     Accepts a dict, JSON text, or a class or object with `model_json_schema()`.
@@ -55,7 +54,7 @@ def schema_json(schema: Any) -> str | None:
     )
 
 
-def pattern(name: str, text: Any) -> str | None:
+def pattern(name: str, text: object) -> str | None:
     """Return the text of a regular expression or a grammar, checked."""
     if text is None:
         return None
@@ -63,7 +62,7 @@ def pattern(name: str, text: Any) -> str | None:
     return _check_text(name, text, advice)
 
 
-def choices(values: Any) -> tuple[str, ...] | None:
+def choices(values: object) -> tuple[str, ...] | None:
     """Return the strings to choose from, checked."""
     if values is None:
         return None
@@ -79,7 +78,7 @@ def choices(values: Any) -> tuple[str, ...] | None:
     return texts
 
 
-def _check_text(name: str, text: Any, advice: str) -> str:
+def _check_text(name: str, text: object, advice: str) -> str:
     """Return `text` if it is a non-empty string that UTF-8 can encode."""
     if not isinstance(text, str) or not text:
         raise ConfigError(advice)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jfp8kv.core.pytree import pytree
@@ -135,7 +136,7 @@ def cut(
       bounds: keys that include the cut.
       total: at least the measure of all keys from the lower bound on.
     """
-    low = jnp.where(active, bounds[0], jnp.iinfo(jnp.int32).min)
+    low = jnp.where(active, bounds[0], np.iinfo(np.int32).min)
     high = jnp.where(active, bounds[1] + 1, low)
 
     def searching(state: tuple[Array, Array]) -> Bool[Array, ""]:

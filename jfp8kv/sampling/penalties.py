@@ -59,8 +59,9 @@ def _penalized(
     rate = settings.repetition_penalty
     seen = prompt_counts + output_counts > 0
     logits = jnp.where(seen, jnp.where(logits > 0, logits / rate, logits * rate), logits)
-    present = jnp.where(output_counts > 0, settings.presence_penalty, 0)
-    return logits - present - settings.frequency_penalty * output_counts.astype(jnp.float32)
+    presence = jnp.where(output_counts > 0, settings.presence_penalty, 0)
+    frequency = jnp.asarray(settings.frequency_penalty) * output_counts.astype(jnp.float32)
+    return logits - presence - frequency
 
 
 def _or_zero(

@@ -67,7 +67,8 @@ def fold_in(key: UInt32[Array, "2"], data: Int32[Array, ""]) -> UInt32[Array, "2
 def random_bits(key: UInt32[Array, "2"], ids: Int32[Array, " tokens"]) -> UInt32[Array, " tokens"]:
     """Return the random word of each id: entry i of `jax.random.bits(key, (n,))` for any n > i."""
     x, y = threefry((key[0], key[1]), (jnp.zeros_like(ids, jnp.uint32), ids.astype(jnp.uint32)))
-    return x ^ y
+    bits: Array = x ^ y
+    return bits
 
 
 def exponential(key: UInt32[Array, "2"], ids: Int32[Array, " tokens"]) -> Float32[Array, " tokens"]:

@@ -18,7 +18,7 @@ with `vmap`, and branches choose between computations with equal results.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from jfp8kv.sampling.filters import Outside, keep, weights
 from jfp8kv.sampling.penalties import adjust, apply_token_bitmask
 from jfp8kv.sampling.rng import exponential, fold_in
 from jfp8kv.sampling.settings import SamplerSettings
+
+T = TypeVar("T")
 
 BLOCK = 64  # adjacent token ids that are searched together
 LIKELY_BLOCKS = 128
@@ -106,11 +108,12 @@ def _adjust_batch(
     )
     biased = jnp.any(settings.bias_ids < logits.shape[1])
     penalized = jnp.any(jnp.stack(penalties) != 0)
-    return jax.lax.cond(
+    adjusted: Array = jax.lax.cond(
         biased | penalized | jnp.any(positions < settings.min_tokens),
         lambda: jax.vmap(adjust)(logits, settings, positions, prompt_counts, output_counts),
         lambda: logits,
     )
+    return adjusted
 
 
 def _if_any(
@@ -130,8 +133,12 @@ def _draw_batch(
     The results of greedy requests are meaningless.
     """
 
-    def over(draw: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: jax.vmap(draw)(logits, settings, keys)
+    def over(draw: Callable[..., T]) -> Callable[[], T]:
+        def batched() -> T:
+            drawn: T = jax.vmap(draw)(logits, settings, keys)
+            return drawn
+
+        return batched
 
     def filtered_draw() -> Int32[Array, " requests"]:
         if logits.shape[1] < 2 * BLOCK * LIKELY_BLOCKS:
@@ -140,11 +147,15 @@ def _draw_batch(
         tokens, certain = jax.lax.cond(
             jnp.all(filtered | greedy), over(_draw_likely), lambda: skipped
         )
-        return jax.lax.cond(jnp.all(certain | greedy), lambda: tokens, over(_draw))
+        filtered_tokens: Array = jax.lax.cond(
+            jnp.all(certain | greedy), lambda: tokens, over(_draw)
+        )
+        return filtered_tokens
 
     greedy = settings.temperature == 0
     filtered = (settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0)
-    return jax.lax.cond(jnp.any(filtered & ~greedy), filtered_draw, over(_draw_unfiltered))
+    tokens: Array = jax.lax.cond(jnp.any(filtered & ~greedy), filtered_draw, over(_draw_unfiltered))
+    return tokens
 
 
 def _draw(

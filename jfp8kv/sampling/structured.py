@@ -57,19 +57,20 @@ class GrammarMatcher:
     @property
     def terminated(self) -> bool:
         """Whether the output matches the grammar and cannot be continued."""
-        return self._matcher.is_stopped() and self.accepting
+        return bool(self._matcher.is_stopped()) and self.accepting
 
     @property
     def accepting(self) -> bool:
         """Whether the output matches the grammar as a whole."""
-        return self._matcher.is_accepting()
+        return bool(self._matcher.is_accepting())
 
     @property
     def error(self) -> str | None:
         """The reason why the matcher failed, such as a state too complex to follow; or None."""
         if not self._matcher.is_error():
             return None
-        return self._matcher.get_error().strip().splitlines()[0]
+        message: str = self._matcher.get_error()
+        return message.strip().splitlines()[0]
 
     def fill_bitmask(self, bitmask: Bitmask) -> None:
         """Set the bits of the tokens that may come next, and clear the others."""
@@ -176,14 +177,16 @@ def _llguidance(constraint: Constraint | None = None) -> Any:
 
 def _grammar(matcher: Any, constraint: Constraint) -> str:
     """Return the constraint as a grammar of llguidance."""
+    grammar: str
     match constraint.field:
         case "json_schema":
-            return matcher.grammar_from_json_schema(
-                constraint.value, defaults={"whitespace_pattern": WHITESPACE}
-            )
+            defaults = {"whitespace_pattern": WHITESPACE}
+            grammar = matcher.grammar_from_json_schema(constraint.value, defaults=defaults)
         case "regex":
-            return matcher.grammar_from_regex(constraint.value)
+            grammar = matcher.grammar_from_regex(constraint.value)
         case "choice":
             alternatives = " | ".join(json.dumps(text) for text in constraint.value)
-            return matcher.grammar_from_lark(f"start: {alternatives}")
-    return matcher.grammar_from_lark(constraint.value)
+            grammar = matcher.grammar_from_lark(f"start: {alternatives}")
+        case _:
+            grammar = matcher.grammar_from_lark(constraint.value)
+    return grammar

@@ -78,7 +78,10 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[SupportsInt], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids. Incomplete characters become U+FFFD."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        text: str = self._backend.decode(
+            [int(i) for i in ids], skip_special_tokens=skip_special_tokens
+        )
+        return text
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Return the token ids of a conversation, rendered by the chat template.
@@ -151,12 +154,11 @@ def pick_template(template: Any) -> str | None:
     """
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, Mapping):
-        return template.get("default")
-    return template
+    chosen: str | None = template.get("default") if isinstance(template, Mapping) else template
+    return chosen
 
 
-def check_messages(messages: Any) -> None:
+def check_messages(messages: object) -> None:
     """Raise `ConfigError` for the first message that is not `{"role": str, "content": ...}`."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
         raise ConfigError(
@@ -172,7 +174,7 @@ def check_messages(messages: Any) -> None:
             raise ConfigError(f"messages[{number}] from {message['role']!r} has no 'content'.")
 
 
-def render_template(template: str, **variables: Any) -> str:
+def render_template(template: str, **variables: object) -> str:
     """Return the text of a chat template.
 
     The sandbox keeps the template of a checkpoint from running code. Source: Hugging Face's
