@@ -157,8 +157,7 @@ class LLM:
         - structured output, unless `structured` is given,
         - several sessions in one dispatch (`extend_batch`, `beam_search`), unless `branches` is
         given,
-        - a request with more than 64 end tokens or more than 512 entries in `logit_bias`,
-        - batches of `score_iter`.
+        - a request with more than 64 end tokens or more than 512 entries in `logit_bias`.
         """
         for _ in self._driver.iterate(
             warmup_steps(self._engine, structured=structured, branches=branches)
