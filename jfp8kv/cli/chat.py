@@ -122,7 +122,7 @@ class Conversation:
         return self.context - len(self.llm.tokenizer.chat([*self.system, *messages, message]))
 
     def _drop_oldest(self, message: Message) -> None:
-        """Drop the oldest messages until a reply has room for `max_tokens` or 1/4 of the context."""
+        """Drop the oldest messages until `max_tokens`, or 1/4 of the context, are left."""
         wanted = min(self.params.max_tokens, self.context // 4)
         dropped = 0
         while self.messages and self._room(self.messages, message) < wanted:

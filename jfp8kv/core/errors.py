@@ -42,11 +42,11 @@ def did_you_mean(given: object, allowed: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def unknown_keyword(name: str, allowed: Iterable[str], *, meant: str | None = None) -> ConfigError:
-    """Return the error for an unknown keyword: its name, the closest or `meant` one, and all."""
+def unknown_keyword(name: str, allowed: Iterable[str]) -> ConfigError:
+    """Return the error for an unknown keyword: its name, the closest known one, and all."""
     allowed = list(allowed)
     return ConfigError(
-        f"{name}: no such keyword.{did_you_mean(meant or name, allowed)} "
+        f"{name}: no such keyword.{did_you_mean(name, allowed)} "
         f"Keywords: {', '.join(allowed)}."
     )
 

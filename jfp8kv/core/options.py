@@ -161,9 +161,9 @@ class OptionSpec:
 
 
 def option(
+    *,
     default: Any,
     help: str,
-    *,
     minimum: int | float | None = None,
     above: int | float | None = None,
     maximum: int | float | None = None,
@@ -171,7 +171,7 @@ def option(
     convert: Callable[[Any], Any] | None = None,
     hash: bool = True,
 ) -> Any:
-    """Declare a field of an option class.
+    """Declare a field of an option class. Type checkers know the default by its keyword (PEP 681).
 
     Args:
       default: the value where none is given.

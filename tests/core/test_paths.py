@@ -7,6 +7,7 @@ import pytest
 import jfp8kv
 from jfp8kv.core.paths import looks_like_path
 from jfp8kv.core.types import KV_DTYPES, KV_SCALES
+from jfp8kv.quality.options import CompareOptions, PlanOptions
 
 MODEL = Path(__file__).resolve().parent.parent / "references" / "llama_bf16"
 
@@ -58,3 +59,28 @@ def test_an_unknown_name_is_refused_although_a_file_has_it(tmp_path) -> None:
         jfp8kv.LLM(params, kv_dtype="mine")
     with pytest.raises(jfp8kv.ConfigError, match="kv_scales='mine': must be one of"):
         jfp8kv.LLM(params, kv_dtype="fp8", kv_scales="mine")
+
+
+@pytest.mark.usefixtures("files_named_like_options")
+def test_files_named_like_an_option_change_nothing_for_lists_of_caches() -> None:
+    compared = CompareOptions(kv_dtypes=["fp8", "bfloat16"], kv_scales=["unit", "head"])
+    assert [choice.value for choice in compared.dtype_choices] == ["fp8", "bfloat16"]
+    assert [choice.value for choice in compared.scales_choices] == ["unit", "head"]
+    with pytest.raises(jfp8kv.ConfigError, match="kv_scales='mine': must be one of"):
+        Path("mine").write_bytes(b"")
+        CompareOptions(kv_scales=["mine"])
+    assert PlanOptions(budget="60%", kv_dtypes=["fp8"]).kv_dtypes == ("fp8_e4m3",)
+
+
+@pytest.mark.usefixtures("files_named_like_options")
+def test_files_named_like_an_option_change_nothing_for_commands_and_configs(run) -> None:
+    cache = ("--kv-dtype", "fp8", "--kv-scales", "unit")
+    status, _, err = run("generate", MODEL, "--prompt", "a", "--max-tokens", 1, *cache)
+    assert status == 0 and "KV cache (fp8_e4m3)" in err
+    Path("rows.jsonl").write_text('{"prompt": "a"}')
+    Path("run.yaml").write_text(
+        f"model: {MODEL}\ninput: rows.jsonl\noutput: out.jsonl\n"
+        "kv_dtype: fp8\nkv_scales: unit\nsampling: {max_tokens: 1}\n"
+    )
+    status, _, err = run("batch", "run.yaml", "--quiet")
+    assert (status, err) == (0, "")

@@ -1,7 +1,7 @@
 """Uses of the public interface that mypy checks and nothing runs.
 
-Each `type: ignore` marks a mistake that a type checker must flag. mypy reports the ones that it does
-not need, so a keyword that is no longer checked fails `make lint`.
+Each `type: ignore` marks a mistake that a type checker must flag. mypy reports an unused one, so
+`make lint` fails when a keyword is no longer checked.
 """
 
 from typing import assert_type
@@ -23,6 +23,15 @@ def keywords() -> None:
     LLM("model", attention="flash")  # type: ignore[arg-type]
     jfp8kv.generate("model", [[1, 2]], max_tokens=3, kv_scales="unit")
     jfp8kv.generate("model", "a", temprature=0.5)  # type: ignore[call-arg]
+    jfp8kv.calibrate("model", ["a"], granularity="channel", headroom=2.0)
+    jfp8kv.calibrate("model", ["a"], granularty="head")  # type: ignore[call-arg]
+    jfp8kv.calibrate("model", ["a"], observer="max")  # type: ignore[arg-type]
+    jfp8kv.compare("model", ["a"], kv_dtypes=["fp8"], needle_lengths=[256])
+    jfp8kv.compare("model", ["a"], windw=512)  # type: ignore[call-arg]
+    jfp8kv.plan_kv("model", ["a"], budget="60%")
+    jfp8kv.plan_kv("model", ["a"], budgt="60%")  # type: ignore[call-arg]
+    jfp8kv.bench("model", kv_dtypes=["fp8"], requests=4)
+    jfp8kv.bench("model", request=4)  # type: ignore[call-arg]
     LLM("model").generate("a", temprature=0.5)  # type: ignore[call-arg]
     LLM("model").stream("a", temprature=0.5)  # type: ignore[call-arg]
     LLM("model").chat([{"role": "user", "content": "a"}], progres=True)  # type: ignore[call-arg]
