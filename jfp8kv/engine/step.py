@@ -136,9 +136,12 @@ def each_request(
     batch: ForwardBatch,
     pages: KVPool,
     *,
-    out_axes: int | None | tuple[int | None, ...],
+    out_axes: Any,
 ) -> T:
-    """Return `one(chunk, pages)` for each request of the batch. The pool is shared."""
+    """Return `one(chunk, pages)` for each request of the batch. The pool is shared.
+
+    `out_axes` is that of `jax.vmap`.
+    """
 
     def request(
         tokens: Array, tables: Array, start: Array, length: Array, context: Array, pages: KVPool

@@ -328,3 +328,16 @@ def intermediates(jaxpr):
                 inner = getattr(item, "jaxpr", item)
                 if hasattr(inner, "eqns"):
                     yield from intermediates(inner)
+
+
+def test_a_warm_engine_scores_batches_of_any_size_without_compiling(llm):
+    llm.warmup()
+    compiled = llm.stats.compilations
+    for count in (1, 2, 5):
+        for length in (2, 20, 50, 90):
+            rows = [[5 + i] * length for i in range(count)]
+            assert [len(scores) for scores in llm.score(rows)] == [length - 1] * count
+            assert len(dict(llm.score_iter((row, None) for row in rows))) == count
+            llm.generate(rows, max_tokens=1, prompt_logprobs=2)
+    llm.logits([5] * 50)
+    assert llm.stats.compilations == compiled
