@@ -7,7 +7,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv.core.errors import CapacityError, ConfigError
-from tests.engines import tiny, used_pages
+from tests.engines import tiny_llm, used_pages
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
@@ -23,7 +23,7 @@ PROMPT = [7, 8, 9, 10, 11, 12]
 
 
 def engine(family: str = "llama_gqa", **more) -> jfp8kv.LLM:
-    return tiny(family, **SIZES | more)
+    return tiny_llm(family, **SIZES | more)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv.core.errors import CapacityError, ConfigError
-from tests.engines import tiny, used_pages
+from tests.engines import tiny_llm, used_pages
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
@@ -20,7 +20,7 @@ MEMORY = {"kv_cache_memory": "400kB"}
 
 
 def engine(family: str = "llama_gqa", **options) -> jfp8kv.LLM:
-    return tiny(family, **SIZES | MEMORY | options)
+    return tiny_llm(family, **SIZES | MEMORY | options)
 
 
 @pytest.fixture(scope="module")

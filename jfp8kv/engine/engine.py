@@ -226,15 +226,15 @@ class Engine:
         for request in requests:
             if request.finish_reason is None:
                 finish(request, CANCELLED, self.scheduler)
-        self.count_used()
+        self.update_usage()
 
-    def end_late(self, now: float) -> None:
+    def expire_deadlines(self, now: float) -> None:
         """Finish requests whose deadline has passed, with the output they have."""
         unfinished = [*self.scheduler.waiting, *self.scheduler.running]
         for request in unfinished:
             if request.deadline <= now:
                 finish(request, DEADLINE, self.scheduler)
-        self.count_used()
+        self.update_usage()
 
     def step(self) -> None:
         """Commit the tokens of the last step, dispatch the next one, and emit output meanwhile.
@@ -258,14 +258,14 @@ class Engine:
                     self.cancel([first])
             finally:
                 self.results.emit(self.scheduler)
-                self.count_used()
+                self.update_usage()
 
     def settle(self) -> None:
         """Wait for all steps in flight, commit their tokens and emit their output."""
         with self.results.stopwatch:
             self.results.commit(self.scheduler, wait_for_prefill=True)
             self.results.emit(self.scheduler)
-            self.count_used()
+            self.update_usage()
 
     def abandon(self, requests: Iterable[Request], error: Jfp8kvError) -> None:
         """Reset the cache after a failed step, and end `requests` with `error`."""
@@ -277,19 +277,19 @@ class Engine:
             jax.block_until_ready(self._pages)
         except Exception:  # noqa: BLE001 (whatever the step that wrote it has raised)
             self._pages = None
-        self.count_used()
+        self.update_usage()
 
     @property
     def pages(self) -> KVPool:
-        """The pool. A failed step loses it, and `ready` allocates another."""
-        assert self._pages is not None, "`ready` was called after the failed step"
+        """The pool. A failed step loses it, and `ensure_pool` allocates another."""
+        assert self._pages is not None, "`ensure_pool` was called after the failed step"
         return self._pages
 
     @pages.setter
     def pages(self, pages: KVPool) -> None:
         self._pages = pages
 
-    def ready(self) -> None:
+    def ensure_pool(self) -> None:
         """Allocate a pool if a failed step has lost it. Raises `DeviceMemoryError`."""
         if self._pages is None:
             self._pages = self.cache_config.allocate(self.num_pages)
@@ -299,9 +299,9 @@ class Engine:
         while self.dropped:
             handle = self.dropped.popleft()
             handle.kv_manager.release(handle.request)
-            self.count_used()
+            self.update_usage()
 
-    def count_used(self) -> None:
+    def update_usage(self) -> None:
         """Update `stats` with the pages and tokens in use."""
         self.stats.kv_tokens_used = sum(request.cached for request in self.scheduler.running)
         used_pages = self.scheduler.kv_manager.allocator.used_pages
@@ -329,7 +329,7 @@ class Engine:
                 self.scheduler.kv_manager.cache_prefix(request)
                 if request.prefill_only and not request.prefilling:
                     self.scheduler.finish(request)  # its outputs are stored when they are computed
-        self.count_used()
+        self.update_usage()
 
     def prefill(self, plan: ScheduledPrefill) -> Any:
         """Start a prefill, and return its output on the device."""

@@ -84,7 +84,7 @@ def prefill_sessions(
     yield from _run(engine, [handle.request for handle in handles], function, width)
     for handle in handles:
         handle.kv_manager.cache_prefix(handle.request)
-    engine.count_used()
+    engine.update_usage()
 
 
 def _resume(engine: Engine, handle: SequenceHandle, logits_from: int) -> None:

@@ -100,7 +100,7 @@ class EngineLoop:
             return
         engine = self._ready_engine()
         if self._with_deadline:
-            engine.end_late(self.clock())
+            engine.expire_deadlines(self.clock())
         engine.step()
 
     def submit(self, channel: Channel, requests: Sequence[Request]) -> None:
@@ -165,7 +165,7 @@ class EngineLoop:
     def _ready_engine(self) -> Engine:
         """Return the engine, with a pool: a failed step may have taken it."""
         engine = self._open_engine()
-        engine.ready()
+        engine.ensure_pool()
         return engine
 
     def _fail(self, error: BaseException) -> Jfp8kvError:

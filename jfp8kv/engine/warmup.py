@@ -5,13 +5,12 @@ from collections.abc import Iterator
 import jax
 
 from jfp8kv.cache.copy import PageCopies
-from jfp8kv.cache.pool import KVPool
 from jfp8kv.engine import step
 from jfp8kv.engine.batch import ForwardBatch
 from jfp8kv.engine.buckets import padded_counts
 from jfp8kv.engine.engine import Engine
-from jfp8kv.engine.forward import prefill_only_request
-from jfp8kv.engine.request import PrefillOutput, PromptOutputs, Request
+from jfp8kv.engine.memory import idle_requests
+from jfp8kv.engine.request import PrefillOutput, PromptOutputs
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 from jfp8kv.sampling.state import FULL, PLAIN
 
@@ -19,49 +18,52 @@ from jfp8kv.sampling.state import FULL, PLAIN
 def warmup_steps(
     engine: Engine, *, structured: bool = False, branches: bool = False
 ) -> Iterator[None]:
-    """Compile the step programs, some for each item of the iterator. See `LLM.warmup`."""
+    """Compile the step programs, a few for each item of the iterator.
+
+    Requests without pages run them, so nothing is written to the cache. Not compiled are the
+    programs of requests with longer lists of ids than the full sampler has.
+
+    Args:
+      engine: it may run other steps between two items.
+      structured: compile the programs of structured output too.
+      branches: compile those of sessions that are extended together too.
+    """
     engine.settle()
     buckets = engine.buckets
     for width in buckets.chunks:
         for rows in padded_counts(buckets.prefill_requests(width)):
-            engine.run(step.prefill, _chunks(engine, rows, width))
-            plan = ScheduledPrefill(_nobody(rows), [1] * rows, width, output=PrefillOutput.LOGPROBS)
-            jax.block_until_ready(engine.prefill(plan))
+            engine.run(step.prefill, _idle_chunks(engine, rows, width))
+            jax.block_until_ready(engine.prefill(_idle_scoring(rows, width)))
             yield
     for width in (buckets.session_chunk(1), *buckets.chunks):
-        engine.programs.program(step.prefill, _chunks(engine, 1, width), _pool(engine))
+        engine.programs.program(step.prefill, _idle_chunks(engine, 1, width), engine.pages)
         yield
         if width <= buckets.max_logits_chunk:
-            engine.programs.program(step.logits, _chunks(engine, 1, width), _pool(engine))
+            engine.programs.program(step.logits, _idle_chunks(engine, 1, width), engine.pages)
             yield
         for rows in padded_counts(buckets.prefill_requests(width)) if branches else ():
-            engine.programs.program(step.last_logits, _chunks(engine, rows, width), _pool(engine))
+            chunks = _idle_chunks(engine, rows, width)
+            engine.programs.program(step.last_logits, chunks, engine.pages)
             yield
     engine.run(step.copy, PageCopies.of([]))
+    decodes = (engine.decode, engine.decode_structured) if structured else (engine.decode,)
     for rows in padded_counts(buckets.max_requests):
         for variant in (PLAIN, FULL):
-            for decode in (
-                (engine.decode, engine.decode_structured) if structured else (engine.decode,)
-            ):
-                jax.block_until_ready(decode(ScheduledDecode(_nobody(rows), 1), variant))
+            for decode in decodes:
+                jax.block_until_ready(decode(ScheduledDecode(idle_requests(rows), 1), variant))
                 yield
     engine.programs.mark_warm()
     engine.stats.compilations = len(engine.programs.compiled)
 
 
-def _chunks(engine: Engine, count: int, width: int) -> ForwardBatch:
-    """A chunk for each of so many."""
-    return engine.batch_builder.prefill(ScheduledPrefill(_nobody(count), [1] * count, width))
+def _idle_chunks(engine: Engine, rows: int, width: int) -> ForwardBatch:
+    """Return a prefill batch of requests without pages."""
+    return engine.batch_builder.prefill(ScheduledPrefill(idle_requests(rows), [1] * rows, width))
 
 
-def _nobody(count: int) -> list[Request]:
-    """Requests that own no page: running them writes nothing."""
-    requests = [prefill_only_request([0]) for _ in range(count)]
+def _idle_scoring(rows: int, width: int) -> ScheduledPrefill:
+    """Return a prefill, of requests without pages, that returns log-probabilities."""
+    requests = idle_requests(rows)
     for request in requests:
         request.prompt_outputs = PromptOutputs.logprobs([0])
-    return requests
-
-
-def _pool(engine: Engine) -> KVPool:
-    assert engine.pages is not None, "warm-up runs on an engine that is ready"
-    return engine.pages
+    return ScheduledPrefill(requests, [1] * rows, width, output=PrefillOutput.LOGPROBS)

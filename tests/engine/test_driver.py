@@ -61,7 +61,7 @@ class FakeEngine(Engine):
             if r.finish_reason is None:
                 self._end(r, CANCELLED)
 
-    def end_late(self, now: float) -> None:
+    def expire_deadlines(self, now: float) -> None:
         for r in list(self.queue):
             if r.deadline <= now:
                 self._end(r, "deadline")
@@ -70,7 +70,7 @@ class FakeEngine(Engine):
         self.freed += self.dropped
         self.dropped.clear()
 
-    def ready(self) -> None:
+    def ensure_pool(self) -> None:
         pass
 
     def abandon(self, requests: Any, error: Jfp8kvError) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import jfp8kv
 from jfp8kv.core.errors import CapacityError
-from tests.engines import only, poisoned, used_pages
+from tests.engines import limit_free_pages, poisoned, used_pages
 from tests.models.test_decoder import REFERENCES
 
 FOLDER = REFERENCES[0].parent / "llama_gqa"
@@ -91,7 +91,7 @@ def test_preempted_requests_give_the_tokens_of_undisturbed_ones(llm, params) -> 
     want = tokens(llm.generate(batch, **sampling))
     for prefix_caching in (True, False):
         small = same_cache(llm, params, prefix_caching=prefix_caching)
-        with only(small, pages=16):
+        with limit_free_pages(small, pages=16):
             assert tokens(small.generate(batch, **sampling)) == want
         assert small.stats.preemptions > 0
 
@@ -100,7 +100,7 @@ def test_a_preempted_stream_loses_and_repeats_no_text() -> None:
     llm = jfp8kv.LLM(jfp8kv.load(REFERENCES[0], dtype="float32"), **SIZES)
     sampling = {"max_tokens": 40, "temperature": 1.0, "ignore_eos": True}
     alone = [llm.generate("abc", seed=i, **sampling)[0].text for i in range(3)]
-    with only(llm, pages=9):
+    with limit_free_pages(llm, pages=9):
         streams = [llm.stream("abc", seed=i, **sampling) for i in range(3)]
         texts = [""] * 3
         unfinished = set(range(3))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jfp8kv
-from tests.engines import only, poisoned
+from tests.engines import limit_free_pages, poisoned
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
@@ -45,7 +45,7 @@ def test_prefix_caching_and_preemption_change_no_output(family) -> None:
     few = without._engine.requirements.total_pages(64) + 6
     for pages in (ample, few):
         llm = new_llm(prefix_caching=True)
-        with only(llm, pages):
+        with limit_free_pages(llm, pages):
             for _ in range(2):
                 assert [out.token_ids for out in llm.generate(prompts, **GREEDY)] == want
         # With few pages, those of the prefix may have been evicted.
