@@ -1,9 +1,10 @@
-"""After a warm-up nothing compiles, whatever requests ask for; and what was compiled is told as a table."""
+"""After a warm-up nothing compiles, and the report lists what was compiled."""
 
 import contextlib
 import json
 from collections.abc import Iterator
 from io import StringIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from rich.console import Console
 import jfp8kv
 from jfp8kv import SamplingParams
 from jfp8kv.sampling.state import FULL, PLAIN, SamplerVariant, variant_of
+from tests.engines import used_pages
 from tests.models.test_decoder import REFERENCES
 
 pytestmark = pytest.mark.quick_compile
@@ -39,39 +41,38 @@ def llm(params) -> jfp8kv.LLM:
     return llm
 
 
-def anything(rng: np.random.Generator, vocab: int) -> SamplingParams:
-    """Some of all that a request can ask for."""
+def random_sampling(rng: np.random.Generator, vocab: int) -> SamplingParams:
+    """Return parameters with a few random fields set."""
 
-    def some(make) -> list[int]:
-        return rng.choice(vocab, size=rng.integers(1, make), replace=False).tolist()
+    def token_ids(limit: int) -> list[int]:
+        return rng.choice(vocab, size=rng.integers(1, limit), replace=False).tolist()
 
-    wishes = {
-        "temperature": lambda: float(rng.choice([0.0, 0.7, 1.3])),
-        "top_k": lambda: int(rng.integers(0, 20)),
-        "top_p": lambda: float(rng.uniform(0.3, 1)),
-        "min_p": lambda: float(rng.uniform(0, 0.3)),
-        "repetition_penalty": lambda: float(rng.uniform(0.8, 1.5)),
-        "presence_penalty": lambda: float(rng.uniform(-1, 1)),
-        "frequency_penalty": lambda: float(rng.uniform(-1, 1)),
-        "stop": lambda: ["e", "the"][: rng.integers(1, 3)],
-        "stop_token_ids": lambda: some(60),
-        "ignore_eos": lambda: bool(rng.integers(2)),
-        "n": lambda: int(rng.integers(1, 3)),
-        "logprobs": lambda: int(rng.integers(0, 21)),
-        "prompt_logprobs": lambda: int(rng.integers(0, 5)),
-        "seed": lambda: int(rng.integers(0, 2**40)),
-        "logit_bias": lambda: dict.fromkeys(some(200), float(rng.uniform(-5, 5))),
-        "min_tokens": lambda: 2,
+    fields: dict[str, Any] = {
+        "temperature": float(rng.choice([0.0, 0.7, 1.3])),
+        "top_k": int(rng.integers(0, 20)),
+        "top_p": float(rng.uniform(0.3, 1)),
+        "min_p": float(rng.uniform(0, 0.3)),
+        "repetition_penalty": float(rng.uniform(0.8, 1.5)),
+        "presence_penalty": float(rng.uniform(-1, 1)),
+        "frequency_penalty": float(rng.uniform(-1, 1)),
+        "stop": ["e", "the"][: rng.integers(1, 3)],
+        "stop_token_ids": token_ids(60),
+        "ignore_eos": bool(rng.integers(2)),
+        "n": int(rng.integers(1, 3)),
+        "logprobs": int(rng.integers(0, 21)),
+        "prompt_logprobs": int(rng.integers(0, 5)),
+        "seed": int(rng.integers(0, 2**40)),
+        "logit_bias": dict.fromkeys(token_ids(200), float(rng.uniform(-5, 5))),
+        "min_tokens": 2,
     }
-    chosen = rng.choice(list(wishes), size=rng.integers(0, 6), replace=False)
-    return SamplingParams(
-        max_tokens=int(rng.integers(2, 7)), **{name: wishes[name]() for name in chosen}
-    )
+    chosen = rng.choice(list(fields), size=rng.integers(0, 6), replace=False)
+    max_tokens = int(rng.integers(2, 7))
+    return SamplingParams(max_tokens=max_tokens, **{name: fields[name] for name in chosen})
 
 
 @contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """What XLA compiles meanwhile, be it by the library or behind its back."""
+def xla_compilations() -> Iterator[list[str]]:
+    """Record what XLA compiles in the context, by the library or without its knowledge."""
     seen: list[str] = []
 
     def listen(name: str, *_, **__) -> None:
@@ -85,10 +86,10 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_500_requests_for_anything_compile_nothing(llm) -> None:
+def test_500_requests_with_any_parameters_compile_nothing(llm, caplog) -> None:
     rng, vocab = np.random.default_rng(0), llm.params.config.vocab
-    built, served = llm.stats.compilations, 0
-    with compilations() as seen:
+    compiled, served = llm.stats.compilations, 0
+    with xla_compilations() as seen:
         while served < 500:
             count = int(rng.integers(1, 40))
             prompts = [rng.integers(5, vocab, rng.integers(1, 100)).tolist() for _ in range(count)]
@@ -98,14 +99,12 @@ def test_500_requests_for_anything_compile_nothing(llm) -> None:
             ]
             for stream in streams:
                 next(stream, None)
-            outs = llm.generate(prompts, [anything(rng, vocab) for _ in range(count)])
+            outs = llm.generate(prompts, [random_sampling(rng, vocab) for _ in range(count)])
             for stream in streams:
                 stream.close()
-            assert all(
-                0 < len(each.token_ids) <= 6 or each.finish_reason == "stop"
-                for out in outs
-                for each in out.outputs
-            )
+            for completion in (completion for out in outs for completion in out.outputs):
+                ended = completion.finish_reason == "stop"
+                assert 0 < len(completion.token_ids) <= 6 or ended
             served += sum(len(out.outputs) for out in outs) + len(streams)
         with llm.session([5, 6, 7]) as session, session.fork() as branch:
             branch.extend([8] * 9)
@@ -113,24 +112,26 @@ def test_500_requests_for_anything_compile_nothing(llm) -> None:
             branch.generate(max_tokens=3, presence_penalty=1.0)
             jfp8kv.extend_batch([session, branch], [[7] * 30, 8])
         jfp8kv.beam_search(llm, [[5, 6, 7], [8] * 50], beams=4, max_tokens=5)
-    assert llm.stats.compilations == built and seen == []
-    allocator = llm._engine.scheduler.kv_manager.allocator
-    assert allocator.free_pages == allocator.num_pages
+    assert llm.stats.compilations == compiled and seen == []
+    assert "compiled step" not in caplog.text
+    assert used_pages(llm) == 0
 
 
-def test_longer_lists_than_the_full_program_has_compile_once_and_act(llm) -> None:
+def test_longer_id_lists_than_those_of_the_full_sampler_compile_one_program(llm, caplog) -> None:
     vocab = llm.params.config.vocab
     base = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True}
-    built = llm.stats.compilations
+    compiled = llm.stats.compilations
     for token in (7, 8):
         ends = [t for t in range(vocab) if t != token][:80]
         out = llm.generate([[5, 6]], logit_bias={token: 1e6}, stop_token_ids=ends, **base)[0]
         assert out.token_ids == [token] * 3
-    assert llm.stats.compilations == built + 1
+    assert llm.stats.compilations == compiled + 1
     assert llm.compile_report().steps[-1].variant == "full, 128 ends, 512 biased"
+    (record,) = [record for record in caplog.records if "compiled step" in record.getMessage()]
+    assert record.levelname == "WARNING" and "while serving" in record.getMessage()
 
 
-def test_full_and_plain_programs_make_the_same_tokens(llm) -> None:
+def test_the_full_and_the_plain_sampler_generate_the_same_tokens(llm) -> None:
     prompts = [[5, 6, 7], [9] * 30, [11, 12]]
     for sampling in ({"temperature": 0.0}, {"temperature": 0.9, "seed": 3}):
         fields = {"max_tokens": 12, "ignore_eos": True} | sampling
@@ -138,47 +139,41 @@ def test_full_and_plain_programs_make_the_same_tokens(llm) -> None:
         assert [out.token_ids for out in llm.generate(prompts, logprobs=1, **fields)] == plain
 
 
-def test_the_narrowest_program_that_serves_all_is_taken() -> None:
+def test_the_smallest_sampler_that_serves_all_requests_is_chosen() -> None:
     assert variant_of([SamplerVariant(1, 0, False), SamplerVariant(8, 0, False)]) == PLAIN
     assert variant_of([SamplerVariant(1, 0, False), SamplerVariant(9, 0, False)]) == FULL
     assert variant_of([SamplerVariant(1, 0, False), SamplerVariant(1, 1, True)]) == FULL
     assert variant_of([SamplerVariant(65, 0, False)]) == SamplerVariant(128, 512, True)
 
 
-def test_the_report_lists_every_program_with_its_bucket_its_seconds_and_bytes(params, llm) -> None:
+def test_the_report_lists_every_program_with_its_bucket_seconds_and_bytes(params, llm) -> None:
     report = llm.compile_report()
     steps = [(s.step, s.requests, s.tokens, s.variant) for s in report.steps]
     assert len(set(steps)) == len(steps)
-    prefill = [("prefill", 1, 28, ""), ("prefill", 2, 28, ""), ("prefill", 1, 56, "")]
-    decode = [("decode", rows, 1, variant) for rows in (1, 2, 4) for variant in ("plain", "full")]
-    assert set(steps) >= {*prefill, *decode, ("logits", 1, 28, ""), ("logits", 1, 56, "")}
-    assert set(steps) >= {("prefill", 1, 1, ""), ("logits", 1, 1, ""), ("copy", 64, 1, "")}, (
-        "tokens of sessions, pages of forks"
-    )
-    assert set(steps) >= {("last_logits", rows, 1, "") for rows in (1, 2, 4)}, (
-        "and of those that go on together"
-    )
+    prefill = {("prefill", 1, 28, ""), ("prefill", 2, 28, ""), ("prefill", 1, 56, "")}
+    decode = {("decode", rows, 1, variant) for rows in (1, 2, 4) for variant in ("plain", "full")}
+    logits = {("logits", 1, 28, ""), ("logits", 1, 56, "")}
+    sessions = {("prefill", 1, 1, ""), ("logits", 1, 1, ""), ("copy", 64, 1, "")}
+    batched_sessions = {("last_logits", rows, 1, "") for rows in (1, 2, 4)}
+    assert set(steps) >= prefill | decode | logits | sessions | batched_sessions
     assert all(s.seconds > 0 and s.temporary_bytes > 0 and s.code_bytes >= 0 for s in report.steps)
     assert sum(not s.shared for s in report.steps) == llm.stats.compilations
     assert report.seconds == pytest.approx(sum(s.seconds for s in report.steps if not s.shared))
 
     other = jfp8kv.LLM(params, kv_dtype="fp8_e4m3", **SIZES)
     other.generate([[5]], max_tokens=2)
-    (found,) = other.compile_report().steps
-    assert found.shared and other.stats.compilations == 0 and other.compile_report().seconds == 0
-    assert (found.step, found.requests, found.variant) == ("decode", 1, "plain")
+    (shared,) = other.compile_report().steps
+    assert shared.shared and other.stats.compilations == 0 and other.compile_report().seconds == 0
+    assert (shared.step, shared.requests, shared.variant) == ("decode", 1, "plain")
 
 
 def test_the_report_prints_as_a_table(llm) -> None:
     report = llm.compile_report()
-    lines = str(report).splitlines()
-    assert (
-        lines[0]
-        == f"{len(report.steps)} programs, {llm.stats.compilations} compiled here in {report.seconds:.1f} s"
-    )
-    assert "requests x tokens" in lines[1] and any(
-        "decode" in line and "2 x 1" in line and "full" in line for line in lines
-    )
+    title, header, *rows = str(report).splitlines()
+    compiled = f"{llm.stats.compilations} compiled here in {report.seconds:.1f} s"
+    assert title == f"{len(report.steps)} programs, {compiled}"
+    assert "requests x tokens" in header
+    assert any("decode" in row and "2 x 1" in row and "full" in row for row in rows)
     out = StringIO()
     Console(file=out, width=100).print(report)
     assert "temporaries MiB" in out.getvalue() and "temporaries MiB" in report._repr_html_()
