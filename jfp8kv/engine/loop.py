@@ -61,7 +61,7 @@ class Channel:
     deliver: Callable[[Update], object]
     stream: bool  # deliver new text too, not only the end of a request
     until_finished: bool  # the caller waits from the first submission to the end of all requests
-    requests: set[Request] = dataclasses.field(default_factory=set)
+    requests: dict[Request, None] = dataclasses.field(default_factory=dict)  # an ordered set
     sent: int = 0  # characters of the stream that were delivered
 
 
@@ -109,7 +109,7 @@ class EngineLoop:
         for request in requests:
             request.on_update = self._updated.append
             self._channels[request] = channel
-            channel.requests.add(request)
+            channel.requests[request] = None
             if request.params.deadline_s is not None:
                 self._with_deadline.add(request)
         if channel.until_finished:
@@ -124,8 +124,8 @@ class EngineLoop:
 
     def cancel(self, channel: Channel, requests: Iterable[Request] | None = None) -> None:
         """Cancel requests of `channel` (None: all of them) and free their pages."""
-        chosen = channel.requests if requests is None else channel.requests.intersection(requests)
-        self._open_engine().cancel(list(chosen))
+        chosen = channel.requests if requests is None else requests
+        self._open_engine().cancel([r for r in chosen if r in channel.requests])
 
     def release(self, handles: Iterable[SequenceHandle]) -> None:
         """Free the pages of sequences that are not requests."""
@@ -211,7 +211,7 @@ class EngineLoop:
     def _forget(self, request: Request, channel: Channel) -> None:
         request.on_update = None
         del self._channels[request]
-        channel.requests.discard(request)
+        del channel.requests[request]
         self._with_deadline.discard(request)
 
 

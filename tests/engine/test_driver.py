@@ -605,6 +605,15 @@ def test_close_ends_requests_in_flight_and_later_calls_with_a_clear_error() -> N
     assert gone() is None, "the memory is free though the driver is still referred to"
 
 
+def test_calls_in_a_process_without_the_engine_thread_raise_instead_of_waiting() -> None:
+    """As after a fork, which copies no thread."""
+    driver = EngineDriver(FakeEngine())
+    driver._inbox.put(None)
+    driver._thread.join(WAIT_S)
+    with pytest.raises(ConfigError, match="create the LLM after a fork"):
+        driver.run([request(1)])
+
+
 SCRIPTS = {
     "a daemon thread waits": """
         threading.Thread(target=driver.run, args=([request(10**9)],), daemon=True).start()
