@@ -69,7 +69,7 @@ class LongRequest:
             self.decode()
 
     def decode(self) -> None:
-        """Run one scheduler step to its end."""
+        """Run one scheduler step to completion."""
         self.llm._engine.step()
         self.llm._engine.settle()
         self.peak_bytes = max(self.peak_bytes, self.llm.stats.kv_bytes_used)
