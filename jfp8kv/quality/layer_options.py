@@ -8,11 +8,11 @@ import numpy as np
 
 from jfp8kv.cache.plan import KVPlan, LayerPlan
 from jfp8kv.cache.scales import TOKEN_HEAD, UNIT, KVScales
-from jfp8kv.core.formats import kv_format
+from jfp8kv.core.formats import KVFormat, kv_format
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
 from jfp8kv.quality.calibrate import Calibrator, amax_scales, run_calibration
-from jfp8kv.quality.observers import AmaxObserver
+from jfp8kv.quality.observers import AmaxObserver, ScaleShape
 from jfp8kv.quality.options import CalibrationOptions
 
 ScalesKey: TypeAlias = tuple[str, bool]
@@ -50,14 +50,16 @@ class LayerOptions:
         """Return all options with these formats, calibrated on `prompts` (token ids)."""
         plans: list[LayerPlan] = []
         scales: list[KVScales] = []
-        for name in kv_dtypes:
-            if not kv_format(name).is_fp8:
-                plans.append(LayerPlan(name))
+        formats = [kv_format(name) for name in kv_dtypes]
+        amax = _channel_amax(params, prompts) if any(fmt.is_fp8 for fmt in formats) else None
+        for fmt in formats:
+            if amax is None or not fmt.is_fp8:
+                plans.append(LayerPlan(fmt.name))
                 scales.append(full_scales(None, params.config))
                 continue
-            calibrated = _calibrate(params, name, prompts, max_model_len)
+            calibrated = _calibrate(params, fmt, amax, prompts, max_model_len)
             for key in FP8_SCALES:
-                plans.append(LayerPlan(name, *key))
+                plans.append(LayerPlan(fmt.name, *key))
                 scales.append(full_scales(calibrated.get(key), params.config))
         return cls(tuple(plans), tuple(scales))
 
@@ -96,28 +98,37 @@ class LayerOptions:
         return KVPlan(layers, scales, bytes_per_token, loss)
 
 
+def _channel_amax(params: Params, prompts: Sequence[list[int]]) -> AmaxObserver:
+    """Return the amax of each channel, which serves all FP8 formats."""
+    calibrator = Calibrator(params, "channel")
+    return calibrator.run([[ids] for ids in prompts], AmaxObserver.empty(calibrator.shape))
+
+
 def _calibrate(
-    params: Params, kv_dtype: str, prompts: Sequence[list[int]], max_model_len: int
+    params: Params,
+    fmt: KVFormat,
+    amax: AmaxObserver,
+    prompts: Sequence[list[int]],
+    max_model_len: int,
 ) -> dict[ScalesKey, KVScales]:
     """Return the scales of each option that needs some."""
-    calibrator = Calibrator(params, "channel")
-    shape = calibrator.shape
-    amax = calibrator.run([[ids] for ids in prompts], AmaxObserver.empty(shape))
-    formats = [kv_format(kv_dtype)] * params.config.layers
+    config = params.config
+    shape = ScaleShape(config.layers, config.kv_heads, config.head_dim, "channel")
+    formats = [fmt] * config.layers
     options = CalibrationOptions.from_fields(
-        kv_dtype=kv_dtype,
+        kv_dtype=fmt.name,
         granularity="channel",
         k_offset=True,
         headroom=HEADROOM,
         max_model_len=max_model_len,
     )
     offset = run_calibration(params, prompts, options, progress=False).scales
-    dynamic = KVScales(np.ones_like(offset.k), np.ones_like(offset.v), offset.k_offset)
+    ones = np.ones_like(offset.k)
     return {
         ("head", False): amax_scales(amax, shape, "head", formats, HEADROOM),
         ("channel", False): amax_scales(amax, shape, "channel", formats, HEADROOM),
         ("channel", True): offset,
-        (TOKEN_HEAD, True): dynamic,
+        (TOKEN_HEAD, True): KVScales(ones, ones, offset.k_offset),
     }
 
 

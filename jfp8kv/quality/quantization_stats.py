@@ -122,7 +122,7 @@ def score_with_stats(
         return (decoder.logits(hidden), stats), pages
 
     scored: tuple[tuple[Array, CacheStats], KVPool] = each_request(
-        one, batch, pages, out_axes=((0, 0), None)
+        one, batch, pages, out_axes=(0, None)
     )
     return scored
 
