@@ -33,6 +33,7 @@ from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 from jfp8kv.models.config import ModelConfig, RopeConfig
 from jfp8kv.models.names import expected_shapes, unflatten
 from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.sampling.structured import StructuredOutput
 from pallas_kernels import paged_decode, paged_prefill
 
 LLAMA_8B = ModelConfig(
@@ -181,15 +182,21 @@ def _compile(case: StepCase, size: int) -> tuple[Any, str, int]:
 def _batch(name: str, kv: CacheConfig, num_pages: int) -> DecodeBatch | ForwardBatch:
     """A batch as the engine builds it; which tokens and pages it names does not matter."""
     pages = LLAMA_8B.max_len // kv.page_size
-    batcher = BatchBuilder(
-        buckets=Buckets(REQUESTS, step_token_budget(CHUNK, REQUESTS)), vocab=LLAMA_8B.vocab, requirements=kv.requirements, pages=pages,
-        num_pages=num_pages, max_model_len=LLAMA_8B.max_len, eos_ids=(),
-    )  # fmt: skip
+    builder = BatchBuilder(
+        buckets=Buckets(REQUESTS, step_token_budget(CHUNK, REQUESTS)),
+        vocab=LLAMA_8B.vocab,
+        requirements=kv.requirements,
+        pages=pages,
+        num_pages=num_pages,
+        max_model_len=LLAMA_8B.max_len,
+        eos_ids=(),
+        structured_output=StructuredOutput(None, LLAMA_8B.vocab, eos_ids=()),
+    )
     count = REQUESTS if name == "decode" else 4
     requests = [
         Request([1] * CHUNK, SamplingParams(), np.zeros(2, np.uint32), max_tokens=8)
         for _ in range(count)
     ]
     if name == "decode":
-        return batcher.decode(ScheduledDecode(requests, 8))[0]
-    return batcher.prefill(ScheduledPrefill(requests, [CHUNK // 4] * count, CHUNK // 4))
+        return builder.decode(ScheduledDecode(requests, 8))[0]
+    return builder.prefill(ScheduledPrefill(requests, [CHUNK // 4] * count, CHUNK // 4))
