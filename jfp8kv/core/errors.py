@@ -46,8 +46,7 @@ def unknown_keyword(name: str, allowed: Iterable[str]) -> ConfigError:
     """Return the error for an unknown keyword: its name, the closest known one, and all."""
     allowed = list(allowed)
     return ConfigError(
-        f"{name}: no such keyword.{did_you_mean(name, allowed)} "
-        f"Keywords: {', '.join(allowed)}."
+        f"{name}: no such keyword.{did_you_mean(name, allowed)} Keywords: {', '.join(allowed)}."
     )
 
 

@@ -157,7 +157,8 @@ class OptionSpec:
         """Return the help sentence with the type, the range and the default, for docstrings."""
         names = map(repr, self.choices) if self.choices else map(_type_name, self.types)
         allowed = ", ".join(filter(None, (" | ".join(names), self.range.removeprefix("of "))))
-        return f"{self.name} ({allowed}): {self.help} Default: {self.default!r}."
+        default = "" if self.default is None else f" Default: {self.default!r}."
+        return f"{self.name} ({allowed}): {self.help}{default}"
 
 
 def option(

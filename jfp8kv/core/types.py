@@ -2,10 +2,9 @@
 
 import os
 import typing
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
+from typing import Any, Literal, TypeAlias
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -21,4 +20,4 @@ AttentionName: TypeAlias = Literal["pallas", "xla", "reference", "pallas_interpr
 ATTENTIONS: tuple[str, ...] = typing.get_args(AttentionName)
 
 WeightsDtypeName: TypeAlias = Literal["bfloat16", "float16", "float32"]
-WeightsDtype: TypeAlias = Union[WeightsDtypeName, "np.dtype[Any]", "type[np.generic]"]  # noqa: UP007
+WeightsDtype: TypeAlias = WeightsDtypeName | np.dtype[Any] | type[np.generic]

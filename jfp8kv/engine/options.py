@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, ForwardRef, TypeAlias, Union
 
 from jfp8kv.core.errors import invalid_choice
 from jfp8kv.core.options import Options, option, options
@@ -20,12 +20,15 @@ from jfp8kv.core.types import (
 if TYPE_CHECKING:
     from jfp8kv.cache.plan import KVPlan
     from jfp8kv.cache.scales import KVScales
+else:  # their modules import JAX; `typing.get_type_hints` finds them by these references
+    KVPlan = ForwardRef("KVPlan", module="jfp8kv.cache.plan")
+    KVScales = ForwardRef("KVScales", module="jfp8kv.cache.scales")
 
 # A string that is not a known name is a path if it has a separator or a suffix (`core.paths`).
 KVDtype: TypeAlias = Union[  # noqa: UP007
-    KVDtypeName, Mapping[str, Any], Sequence[str], "KVPlan", os.PathLike[str]
+    KVDtypeName, Mapping[str, Any], Sequence[str], KVPlan, os.PathLike[str]
 ]
-KVScalesLike: TypeAlias = Union[KVScalesName, str, "KVScales", os.PathLike[str]]  # noqa: UP007
+KVScalesLike: TypeAlias = Union[KVScalesName, str, KVScales, os.PathLike[str]]  # noqa: UP007
 
 MAX_SEED = 2**64 - 1
 MAX_PROMPT_LOOKUP = 32  # a longer draft costs more than even a repetitive sequence gains
