@@ -226,7 +226,7 @@ class SamplingParams(Options):
         convert=functools.partial(pattern, "regex"),
     )
     choice: Sequence[str] | None = option(
-        default=None, help="Strings, one of which is the output.", convert=choices
+        default=None, help="Strings to choose from: the output is one of them.", convert=choices
     )
     grammar: str | None = option(
         default=None,
