@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from jfp8kv.batch.config import CalibrateFirst, Config, InputFile
 from jfp8kv.batch.dataset_tasks import DATASET_TASKS, read_prompts
 from jfp8kv.batch.engine import engine_kv_dtype
+from jfp8kv.batch.openai import check_custom_ids
 from jfp8kv.batch.requests import RowRequest
 from jfp8kv.batch.run import validate_first_rows
 from jfp8kv.batch.run_requests import request_format
@@ -164,7 +165,9 @@ def _count_rows(config: Config, model: "Params", max_model_len: int) -> RowCount
     structured = StructuredOutput(model.tokenizer, model.config.vocab, eos_ids=model.eos_ids)
     reader = config.input.reader()
     build = _request_builder(config)
-    if reader.format != "openai":
+    if reader.format == "openai":
+        check_custom_ids(reader)
+    else:
         validate_first_rows(config.input, build)
     counts = RowCounts()
     index, count = config.shard or (0, 1)

@@ -5,19 +5,22 @@
      "response": {"status_code": 200, "request_id": ..., "body": {...}}, "error": null}
 
 A request that is not supported gets the response of the API: status 400 and the reason. A failure
-of the engine has status 500. A line that is not a request has no response, and an `error`. Source:
-OpenAI's API reference, Batch (request input object, request output object), Chat and Completions.
+of the engine has status 500. A line that is not a request has no response, and an `error`. A file
+with an empty or repeated `custom_id` is refused as a whole, because its responses could not be
+matched to the requests. Source: OpenAI's API reference, Batch (request input object, request output
+object), Chat and Completions.
 """
 
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, cast
 
 from jfp8kv.batch.config import Config
 from jfp8kv.batch.requests import RowRequest, RowResult, row_seed
-from jfp8kv.core.errors import did_you_mean
-from jfp8kv.text.rows import OPENAI_KEYS, Fields, Row, RowError
+from jfp8kv.core.errors import ConfigError, did_you_mean
+from jfp8kv.text.rows import OPENAI_KEYS, Fields, Reader, Row, RowError
 
 if TYPE_CHECKING:
     from jfp8kv.engine.request import CompletionOutput, RequestOutput
@@ -67,6 +70,10 @@ NO_EFFECT_VALUES: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "suffix": ("",),
+    "top_logprobs": (0,),
     "modalities": (["text"],),
     "echo": (False,),
 }
@@ -74,6 +81,32 @@ CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
 REPLACEMENT = "\ufffd"  # in the text of a token that is only a part of a character
 UNLIMITED_TOKENS = 2**31 - 1  # the context length is the limit
 DEFAULT_COMPLETION_TOKENS = 16
+
+
+def check_custom_ids(reader: Reader) -> None:
+    """Raise `ConfigError` if a `custom_id` of the file is empty or repeated, naming the lines.
+
+    Lines that are not requests are skipped here; they get an `error` in the output.
+    """
+    lines: dict[str, int] = {}
+    with closing(iter(reader)) as rows:
+        for row in rows:
+            try:
+                custom_id = row.fields().get("custom_id")
+            except RowError:
+                continue
+            if not isinstance(custom_id, str):
+                continue
+            if not custom_id:
+                raise ConfigError(
+                    f"{reader.path}:{row.line}: custom_id is empty: give each request an id."
+                )
+            first = lines.setdefault(custom_id, row.line)
+            if first != row.line:
+                raise ConfigError(
+                    f"{reader.path}:{row.line}: custom_id {custom_id!r} is already used in line "
+                    f"{first}: give each request of the file a different id."
+                )
 
 
 class OpenAIRequests:
@@ -236,7 +269,7 @@ def _finish_reason(completion: "CompletionOutput") -> str:
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the conversation; contents in parts are joined."""
+    """Return the conversation; text parts are joined with newlines."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise RowError("body.messages: must be a list of messages.")
@@ -257,7 +290,7 @@ def _content(content: Any) -> Any:
                     f"body.messages has a part of type {kind!r}: only text is supported, under "
                     "'text'."
                 )
-    return "".join(texts)
+    return "\n".join(texts)
 
 
 def _prompt(body: Mapping[str, Any]) -> Any:
@@ -288,15 +321,22 @@ def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
     if "response_format" in given:
         fields |= dict.fromkeys(CONSTRAINTS) | _constraint(given["response_format"])
     if "logprobs" in given:
-        fields["logprobs"] = _logprobs(given) if chat else given["logprobs"]
-    if chat and "top_logprobs" in given and not given.get("logprobs"):
+        fields["logprobs"] = _logprobs(given, chat)
+    if chat and given.get("top_logprobs") and not given.get("logprobs"):
         raise RowError("body.top_logprobs needs logprobs: true.")
     return fields
 
 
-def _logprobs(given: Mapping[str, Any]) -> Any:
-    """Return the number of top log-probabilities of a chat request."""
-    return given.get("top_logprobs", 0) if given["logprobs"] else None
+def _logprobs(given: Mapping[str, Any], chat: bool) -> Any:
+    """Return the number of top log-probabilities, None for none."""
+    logprobs = given["logprobs"]
+    if logprobs is False:
+        return None
+    if not chat:
+        return logprobs
+    if logprobs is not True:
+        raise RowError(f"body.logprobs is {logprobs!r}: must be true or false.")
+    return given.get("top_logprobs", 0)
 
 
 def _constraint(response_format: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jfp8kv.batch.dataset_tasks import DATASET_TASKS
 from jfp8kv.batch.engine import BatchEngine, LocalEngine
 from jfp8kv.batch.journal import Journal, Totals
 from jfp8kv.batch.manifest import Manifest, RunFiles, locked, new_session, open_manifest
+from jfp8kv.batch.openai import check_custom_ids
 from jfp8kv.batch.progress import Progress, ProgressDisplay
 from jfp8kv.batch.ray_runner import run_on_ray
 from jfp8kv.batch.requests import RowResult, TemplatedRequests
@@ -175,8 +176,10 @@ class _RowRun:
 
     def run(self) -> RunResult:
         """Run all rows that are not finished and write the output."""
-        if isinstance(self.form, TemplatedRequests):  # OpenAI requests do not depend on the config
+        if isinstance(self.form, TemplatedRequests):
             validate_first_rows(self.config.input, self.form.request)
+        else:  # the requests do not depend on the config
+            check_custom_ids(self.config.input.reader())
         session = new_session()
         sessions = [*self.manifest.data["sessions"], session]
         started = time.monotonic()

@@ -9,13 +9,15 @@ from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ConfigDict
 
 import jfp8kv
+from jfp8kv.batch import dry_run, load_config
 from jfp8kv.batch.config import Config
 from jfp8kv.batch.openai import CHAT_URL, COMPLETIONS_URL, UNLIMITED_TOKENS, OpenAIRequests
 from jfp8kv.batch.requests import row_seed
 from jfp8kv.text.rows import Row, RowError
-from tests.batch.conftest import read_rows, write_rows
+from tests.batch.conftest import ROOT, read_rows, write_rows
 from tests.batch.stub import StubEngine
 
+MODEL = ROOT / "tests" / "references" / "llama_bf16"
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -154,7 +156,8 @@ def test_unsupported_requests_get_an_error_response_and_the_others_run(respond):
         ),
         (request("x", messages=HELLO, stream=True), "body.stream is not supported"),
     ]
-    lines = respond(*(row for row, _ in bad), request("good", messages=HELLO))
+    rows = [row | {"custom_id": f"x{number}"} for number, (row, _) in enumerate(bad)]
+    lines = respond(*rows, request("good", messages=HELLO))
     for line, (_, message) in zip(lines, bad, strict=False):
         assert (
             line.response.status_code == 400
@@ -198,6 +201,41 @@ def test_a_refused_request_has_status_400_and_an_engine_error_500(respond):
     )
     assert [line.response.status_code for line in lines] == [400, 500]
     assert "the prompt is empty" in lines[0].response.body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["a", "b", "a"], "rows.jsonl:3: custom_id 'a' is already used in line 1"),
+        (["a", "b", "b", "b"], "rows.jsonl:3: custom_id 'b' is already used in line 2"),
+        (["é", "e", "é"], "rows.jsonl:3: custom_id 'é' is already used in line 1"),
+        (["", "b"], "rows.jsonl:1: custom_id is empty"),
+        (["a", ""], "rows.jsonl:2: custom_id is empty"),
+    ],
+)
+@pytest.mark.parametrize("start", ["run", "dry run", "shard"])
+def test_a_file_with_an_empty_or_repeated_custom_id_is_refused(job, ids, message, start):
+    job.write("")
+    write_rows(job.folder / "rows.jsonl", [request(each, messages=HELLO) for each in ids])
+    with pytest.raises(jfp8kv.ConfigError, match=message):
+        if start == "dry run":
+            dry_run(load_config(job.config, [f"model={MODEL}"]))
+        else:
+            job.run(*(["shard=[1,2]"] if start == "shard" else []))
+    assert not job.output.exists() and not job.partial.exists() and not job.manifest.exists()
+
+
+def test_a_repeated_custom_id_late_in_a_file_is_found_before_the_first_row_runs(job):
+    class NeverStarted(StubEngine):
+        def generate(self, requests):
+            raise AssertionError("the engine was started")
+
+    job.write("")
+    ids = [f"r{number}" for number in range(5000)]
+    rows = [request(each, messages=HELLO) for each in [*ids, "r17"]]
+    write_rows(job.folder / "rows.jsonl", rows)
+    with pytest.raises(jfp8kv.ConfigError, match="jsonl:5001: custom_id 'r17'.* in line 18"):
+        job.run(stub=NeverStarted())
 
 
 @pytest.fixture
@@ -272,10 +310,12 @@ def test_a_body_has_the_meaning_of_the_api(converted):
     parts = [
         {
             "role": "user",
-            "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}],
+            "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}],
         }
     ]
-    assert converted(request("a", messages=parts)).prompt == HELLO
+    assert converted(request("a", messages=parts)).prompt == [
+        {"role": "user", "content": "one\ntwo"}
+    ]
 
 
 def test_values_without_effect_are_accepted(converted):
@@ -288,8 +328,45 @@ def test_values_without_effect_are_accepted(converted):
             store=True,
             response_format={"type": "text"},
             tool_choice="none",
+            functions=[],
+            function_call="none",
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"logprobs": False, "top_logprobs": 0}, None),
+        ({"logprobs": False, "top_logprobs": None}, None),
+        ({"logprobs": False}, None),
+        ({"logprobs": None, "top_logprobs": 0}, "default"),
+        ({"top_logprobs": 0}, "default"),
+        ({"logprobs": True, "top_logprobs": 0}, 0),
+        ({"logprobs": True, "top_logprobs": 3}, 3),
+    ],
+)
+def test_log_probabilities_of_a_chat_have_the_meaning_of_the_api(converted, body, expected):
+    sampling = converted(request("a", messages=HELLO, **body)).sampling
+    assert sampling.get("logprobs", "default") == expected
+
+
+@pytest.mark.parametrize("body", [{"logprobs": None}, {"logprobs": False, "top_logprobs": 0}, {}])
+def test_a_completion_without_log_probabilities_is_accepted(converted, body):
+    sampling = converted(request("a", url=COMPLETIONS_URL, prompt="x", **body)).sampling
+    assert sampling.get("logprobs") is None
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"logprobs": False, "top_logprobs": 2}, "top_logprobs needs logprobs: true"),
+        ({"logprobs": 2}, "body.logprobs is 2: must be true or false"),
+    ],
+)
+def test_log_probabilities_that_contradict_are_refused(converted, body, message):
+    with pytest.raises(RowError, match=message):
+        converted(request("a", messages=HELLO, **body))
 
 
 def test_a_response_format_constrains_the_output(converted):
