@@ -59,7 +59,7 @@ def main() -> None:
                 step.decode,
                 batch,
                 abstract_pool(engine.cache_config, size * MIB),
-                most_steps=engine.buckets.decode_steps,
+                max_steps=engine.buckets.decode_steps,
                 top=0,
             ).memory
             temporaries = memory.temp_size_in_bytes / MIB

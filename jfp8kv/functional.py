@@ -117,5 +117,3 @@ def score(
     """
     llm = engine_for(as_params(params), kv_dtype=kv_dtype, kv_scales=kv_scales)
     return llm.score(texts_or_token_ids)
-
-

@@ -292,7 +292,7 @@ class LLM:
     def session(self, prompt: Prompt) -> Session:
         """Prefill a prompt and return it as a `Session`: a sequence that stays in the cache."""
         ids = encode(prompt, self.tokenizer, what="prompt").ids
-        self._engine.check(ids, forward.PREFILL_ONLY, what="prompt", more=0)
+        self._engine.check(ids, forward.PREFILL_ONLY, what="prompt", new_tokens=0)
         return Session.start(self._driver, ids, self.generate)
 
     def _run(self, requests: list[Request], progress: bool | None) -> None:
@@ -378,7 +378,7 @@ class LLM:
         They are computed through the paged cache, by the code that generates.
         """
         ids = encode(token_ids, None, what="token_ids").ids
-        self._engine.check(ids, forward.PREFILL_ONLY, what="token_ids", more=0)
+        self._engine.check(ids, forward.PREFILL_ONLY, what="token_ids", new_tokens=0)
         request = logits_request(ids)
         self._driver.run([request])
         assert request.prompt_outputs is not None

@@ -255,7 +255,7 @@ def _appended(sessions: Sequence[Session], tokens: Sequence[int | Tokens]) -> It
         added = [session._encode(new) for session, new in zip(sessions, tokens, strict=True)]
         for session, ids in zip(sessions, added, strict=True):
             sequence = [*session._request.prompt_ids, *ids]
-            session._engine.check(sequence, forward.PREFILL_ONLY, what="the sequence", more=0)
+            session._engine.check(sequence, forward.PREFILL_ONLY, what="the sequence", new_tokens=0)
         lengths = [len(session) for session in sessions]
         try:
             for session, ids in zip(sessions, added, strict=True):

@@ -165,7 +165,7 @@ def _compile(case: StepCase, size: int) -> tuple[Any, str, int]:
     on_target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=case.target.sharding), arguments
     )
-    static = {"most_steps": 8} if case.step == "decode" else {}
+    static = {"max_steps": 8} if case.step == "decode" else {}
     function = jax.jit(
         functools.partial(getattr(step, case.step), model, **static), donate_argnums=3
     )

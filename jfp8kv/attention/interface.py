@@ -29,13 +29,13 @@ class AttentionMetadata:
       start: position of the first query; the others follow it.
       length: tokens in the cache, those of the queries included. Queries at `length` or beyond are
         padding.
-      most_tokens: upper bound of `length` over all requests of the batch; backends stop there.
+      max_length: upper bound of `length` over all requests of the batch; backends stop there.
     """
 
     page_table: Int[Array, " pages"]
     start: Int[Array, ""]
     length: Int[Array, ""]
-    most_tokens: Int[Array, ""]
+    max_length: Int[Array, ""]
 
 
 @pytree

@@ -90,7 +90,7 @@ def attention(
 
     peak, total = _initial(options, layer, kv_heads, tokens, group)
     out = jnp.zeros((kv_heads, tokens * group, head_dim), jnp.float32)
-    tiles = _num_tiles(metadata.most_tokens, window, tokens, tile)
+    tiles = _num_tiles(metadata.max_length, window, tokens, tile)
     _, total, out = lax.fori_loop(0, tiles, body, (peak, total, out))
 
     out = out * (pages.fmt.tile_factor / jnp.where(total == 0, 1.0, total))[..., None]
@@ -117,12 +117,12 @@ def _query_rows(
     return rows.reshape(kv_heads, -1, head_dim).astype(dtype)
 
 
-def _num_tiles(most_tokens: Array, window: Array | None, tokens: int, tile: int) -> Array:
+def _num_tiles(max_length: Array, window: Array | None, tokens: int, tile: int) -> Array:
     """Return the number of tiles, the same for all requests.
 
     It covers the longest sequence, or all tiles that the keys of a window can touch.
     """
-    tiles = (most_tokens + (tile - 1)) // tile
+    tiles = (max_length + (tile - 1)) // tile
     if window is None:
         return tiles
     of_window = jnp.minimum(tiles, (window + tokens - 3) // tile + 2)

@@ -170,7 +170,7 @@ def resolve_cache(
     *,
     page_size: int,
     max_tokens_per_dispatch: int,
-    longest: int | None = None,
+    max_model_len: int | None = None,
 ) -> CacheConfig:
     """Resolve `kv_dtype` and `kv_scales` for a model.
 
@@ -180,7 +180,7 @@ def resolve_cache(
       kv_scales: a name, a `KVScales` or a path to one.
       page_size: tokens per page.
       max_tokens_per_dispatch: the most tokens that one dispatch adds to a sequence.
-      longest: length of the longest sequence; None for the context length of the model.
+      max_model_len: length of the longest sequence; None for the context length of the model.
 
     Raises `ConfigError` or `CheckpointError` for what the model or the format does not support.
     """
@@ -193,7 +193,7 @@ def resolve_cache(
         formats = layer_formats(kv_dtype, config, params.dtype.name)
         dynamic = False
         if _is_auto(kv_scales) and params.kv_scales is None:
-            formats, scales = default_scales(params, formats, longest or config.max_len)
+            formats, scales = default_scales(params, formats, max_model_len or config.max_len)
         else:
             dynamic, scales = _resolve_scales(params, formats, kv_scales)
         specs = tuple(LayerCacheSpec(fmt, dynamic and fmt.is_fp8) for fmt in formats)

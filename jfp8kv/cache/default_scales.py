@@ -26,7 +26,7 @@ KEY_REACH = 16.0  # by channel: the scale covers keys this far from the bias
 
 
 def default_scales(
-    params: Params, formats: tuple[KVFormat, ...], longest: int
+    params: Params, formats: tuple[KVFormat, ...], max_model_len: int
 ) -> tuple[tuple[KVFormat, ...], KVScales]:
     """Return the format of each layer, and its scales.
 
@@ -35,7 +35,7 @@ def default_scales(
     Args:
       params: the model; its leaves may be shapes, which have scale 1.
       formats: the requested format of each layer.
-      longest: length of the longest sequence, in tokens.
+      max_model_len: length of the longest sequence, in tokens.
     """
     unit = KVScales.unit(params.config.layers)
     is_fp8 = np.array([fmt.is_fp8 for fmt in formats])
@@ -46,7 +46,7 @@ def default_scales(
     if not large.any():
         return formats, unit
     offset, deviation = mean_rotated_bias(
-        params.config, np.where(large[:, None, None], keys.bias, 0), longest
+        params.config, np.where(large[:, None, None], keys.bias, 0), max_model_len
     )
     rotating = _exceeds(deviation, MAX_DEVIATION, keys) & large
     if rotating.any():

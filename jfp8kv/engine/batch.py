@@ -224,12 +224,14 @@ class BatchBuilder:
         return self._forward(plan.requests, [1] * len(plan.requests), rows=rows, width=1)
 
     def decode(
-        self, plan: ScheduledDecode, least: SamplerVariant = PLAIN
+        self, plan: ScheduledDecode, min_variant: SamplerVariant = PLAIN
     ) -> tuple[DecodeBatch, SamplerVariant]:
-        """Return the batch for a decode, padded to a bucket, and its sampler: at least `least`."""
+        """Return the batch for a decode, padded to a bucket, and its sampler: at least `min_variant`."""
         requests = plan.requests
         rows = self._decode_rows(plan)
-        variant = variant_of([least, *(self._state(request).required for request in requests)])
+        variant = variant_of(
+            [min_variant, *(self._state(request).required for request in requests)]
+        )
         position = np.zeros(rows, np.int32)
         remaining = np.zeros(rows, np.int32)
         for row, request in enumerate(requests):
@@ -310,7 +312,7 @@ class BatchBuilder:
             start[row] = request.cached
             length[row] = stop
             context[row] = request.context
-            final = min(stop + new_tokens - 1, request.most_tokens)
+            final = min(stop + new_tokens - 1, request.max_num_tokens)
             max_length = max(max_length, final)
             end = self.requirements.end_page(final)
             for group, table in enumerate(request.page_tables):

@@ -175,10 +175,10 @@ class Buckets:
         """Return the most tokens per request that a decode of `steps` steps generates."""
         return steps * (1 + self.drafts)
 
-    def steps(self, count: int, *, few: bool, batch_invariant: bool = False) -> int:
+    def steps(self, count: int, *, during_prefill: bool, batch_invariant: bool = False) -> int:
         """Return the most steps of one decode of `count` requests, few of them beside a prefill."""
         rows = self.decode_rows(count, batch_invariant=batch_invariant)
-        most = DECODE_STEPS_DURING_PREFILL if few else self.decode_steps
+        most = DECODE_STEPS_DURING_PREFILL if during_prefill else self.decode_steps
         return min(most, self.token_budget // rows)
 
 

@@ -75,7 +75,7 @@ class Engine:
             options.kv_scales,
             page_size=options.page_size,
             max_tokens_per_dispatch=self.buckets.max_tokens_per_dispatch,
-            longest=self.max_model_len,
+            max_model_len=self.max_model_len,
         )
         self.requirements = cache_config.requirements
         self._pages_per_sequence = self.requirements.total_pages(self.max_model_len)
@@ -172,17 +172,25 @@ class Engine:
     # Validation
 
     def check(
-        self, prompt_ids: list[int], params: SamplingParams, *, what: str = "prompt", more: int = 1
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        what: str = "prompt",
+        new_tokens: int = 1,
     ) -> None:
         """Raise unless the empty engine can finish this request.
 
         Args:
-          prompt_ids: its prompt.
-          params: its parameters.
-          what: the name of the prompt in messages.
-          more: output tokens for which the context must have room; 0 if nothing is generated.
+          prompt_ids: token ids of the prompt.
+          params: sampling parameters.
+          what: the name of the prompt in error messages.
+          new_tokens: the output tokens that `max_model_len` must have room for; 0 if nothing is
+            generated.
 
-        Raises `ConfigError` or `CapacityError`.
+        Raises:
+          ConfigError: an empty prompt, or a token id outside the vocabulary.
+          CapacityError: a request that exceeds `max_model_len` or the KV cache.
         """
         if not prompt_ids:
             raise ConfigError(f"{what} is empty: at least one token is needed.")
@@ -194,9 +202,9 @@ class Engine:
             )
         params.check_vocab(vocab)
         self.structured_output.check(params)
-        self.check_length(len(prompt_ids), more, what=what)
-        output = params.max_tokens if more else 0
-        tokens = min(len(prompt_ids) + output, self.max_model_len)
+        self.check_length(len(prompt_ids), new_tokens, what=what)
+        max_new_tokens = params.max_tokens if new_tokens else 0
+        tokens = min(len(prompt_ids) + max_new_tokens, self.max_model_len)
         pages = self.requirements.total_pages(tokens)
         if pages > self.num_pages:
             raise CapacityError(
@@ -206,12 +214,12 @@ class Engine:
                 f"{pages * self.cache_config.page_bytes} bytes, or a smaller max_tokens."
             )
 
-    def check_length(self, tokens: int, more: int, *, what: str = "prompt") -> None:
-        """Raise `CapacityError` if a prompt leaves no room for `more` tokens in `max_model_len`."""
-        if tokens + more > self.max_model_len:
+    def check_length(self, tokens: int, new_tokens: int, *, what: str = "prompt") -> None:
+        """Raise `CapacityError` if `max_model_len` has no room for `new_tokens` after a prompt."""
+        if tokens + new_tokens > self.max_model_len:
             raise CapacityError(
                 f"{what} has {tokens} tokens: max_model_len={self.max_model_len} leaves room for "
-                f"{self.max_model_len - more} at most."
+                f"{self.max_model_len - new_tokens} at most."
             )
 
     # Requests
@@ -342,31 +350,31 @@ class Engine:
                 top = min(MAX_LOGPROBS, self.params.config.vocab)
                 return self._launch(step.logprobs, self.batch_builder.logprobs(plan), top=top)
 
-    def decode(self, plan: ScheduledDecode, least: SamplerVariant = PLAIN) -> StepOutput:
-        """Start a decode whose sampler is at least `least`, and return its output on the device."""
-        batch, variant = self.batch_builder.decode(plan, least)
+    def decode(self, plan: ScheduledDecode, min_variant: SamplerVariant = PLAIN) -> StepOutput:
+        """Start a decode whose sampler is at least `min_variant`, and return its output on the device."""
+        batch, variant = self.batch_builder.decode(plan, min_variant)
         top = min(variant.top, self.params.config.vocab)
-        most_steps = self.buckets.decode_steps
+        max_steps = self.buckets.decode_steps
         if self.buckets.drafts:
             return self._launch(
                 decode_speculative,
                 batch,
                 variant=variant.name,
                 drafts=self.buckets.drafts,
-                most_steps=most_steps,
+                max_steps=max_steps,
                 top=top,
             )
-        return self._launch(
-            step.decode, batch, variant=variant.name, most_steps=most_steps, top=top
-        )
+        return self._launch(step.decode, batch, variant=variant.name, max_steps=max_steps, top=top)
 
-    def decode_structured(self, plan: ScheduledDecode, least: SamplerVariant = PLAIN) -> StepOutput:
+    def decode_structured(
+        self, plan: ScheduledDecode, min_variant: SamplerVariant = PLAIN
+    ) -> StepOutput:
         """`decode` for one token per request, with token bitmasks.
 
         The host computes the bitmasks while the device runs the model.
         """
         logits = self._launch(step.logits, self.batch_builder.last_tokens(plan))
-        batch, variant = self.batch_builder.decode(plan, least)
+        batch, variant = self.batch_builder.decode(plan, min_variant)
         started = time.perf_counter()
         bitmask = self.batch_builder.token_bitmask(plan.requests, rows=len(batch.position))
         self.stats.grammar_s += time.perf_counter() - started

@@ -53,11 +53,11 @@ def _decode_program(
             pages,
             variant=variant.name,
             drafts=buckets.drafts,
-            most_steps=buckets.decode_steps,
+            max_steps=buckets.decode_steps,
             top=top,
         )
     return programs.program(
-        step.decode, batch, pages, variant=variant.name, most_steps=buckets.decode_steps, top=top
+        step.decode, batch, pages, variant=variant.name, max_steps=buckets.decode_steps, top=top
     )
 
 

@@ -241,7 +241,7 @@ class Request:
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
-    def most_tokens(self) -> int:
+    def max_num_tokens(self) -> int:
         """The most prompt and output tokens it may get."""
         return len(self.prompt_ids) + self.max_tokens
 

@@ -78,7 +78,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue `request`. The caller has checked that the empty pool has room for it."""
-        pages = self.kv_manager.requirements.total_pages(request.most_tokens)
+        pages = self.kv_manager.requirements.total_pages(request.max_num_tokens)
         assert pages <= self.kv_manager.allocator.num_pages
         self.waiting.append(request)
 
@@ -153,20 +153,22 @@ class Scheduler:
     def _tokens_after_decode(self, request: Request) -> int:
         """Return the length of the sequence after its prefill and one decode."""
         new_tokens = self.buckets.max_new_tokens(self.buckets.decode_steps)
-        return min(request.num_tokens + new_tokens, request.most_tokens)
+        return min(request.num_tokens + new_tokens, request.max_num_tokens)
 
     def _decode(self, requests: list[Request]) -> ScheduledDecode | None:
         if not requests:
             return None
         first_token = any(not request.output_ids for request in requests)
-        few = first_token or len(requests) < len(self.running)
+        during_prefill = first_token or len(requests) < len(self.running)
         seeded = ScheduledDecode(requests, 1).seeded
-        steps = self.buckets.steps(len(requests), few=few, batch_invariant=seeded)
+        steps = self.buckets.steps(
+            len(requests), during_prefill=during_prefill, batch_invariant=seeded
+        )
         steps = min(steps, max(r.max_tokens - len(r.output_ids) for r in requests))
         if any(request.params.constraint for request in requests):
             steps = 1  # the token bitmask is computed before each token
         new_tokens = self.buckets.max_new_tokens(steps)
-        running = self._allocate(requests, lambda r: min(r.cached + new_tokens, r.most_tokens))
+        running = self._allocate(requests, lambda r: min(r.cached + new_tokens, r.max_num_tokens))
         return ScheduledDecode(running, steps) if running else None
 
     def _prefill(self, requests: list[Request]) -> ScheduledPrefill | None:

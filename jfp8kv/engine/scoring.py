@@ -45,7 +45,7 @@ class ScoreRequest:
         first = max(1, pair.prompt_tokens)
         if len(pair.ids) <= first:
             raise ConfigError("nothing to score: at least one token must follow another.")
-        engine.check(pair.ids, PREFILL_ONLY, what="the sequence", more=0)
+        engine.check(pair.ids, PREFILL_ONLY, what="the sequence", new_tokens=0)
         outputs = PromptOutputs.logprobs(pair.ids, first=first)
         return cls(pair.prompt_tokens, [_prefill_only(pair.ids, outputs)])
 

@@ -105,13 +105,13 @@ def decode_speculative(
     batch: DecodeBatch,
     pages: KVPool,
     *,
-    most_steps: int,
+    max_steps: int,
     drafts: int,
     top: int = 0,
 ) -> tuple[StepOutput, KVPool]:
     """Generate the tokens of `step.decode`, up to `1 + drafts` per pass.
 
-    There are up to `batch.steps` passes, at most `most_steps`. Drafts are looked up in
+    There are up to `batch.steps` passes, at most `max_steps`. Drafts are looked up in
     `batch.sequences`.
     """
     decoder = model.bind(weights)
@@ -119,7 +119,7 @@ def decode_speculative(
     rows, vocab = batch.position.shape[0], model.config.vocab
     first = batch.position
     zeros = jnp.zeros(rows, jnp.int32)
-    empty = StepOutput.empty(rows, most_steps * (1 + drafts), vocab=vocab, top=top)
+    empty = StepOutput.empty(rows, max_steps * (1 + drafts), vocab=vocab, top=top)
     empty = dataclasses.replace(empty, drafts=DraftCounts(verified=zeros, accepted=zeros))
 
     def unfinished(state: State) -> Array:

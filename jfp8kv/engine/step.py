@@ -255,16 +255,16 @@ def decode(
     batch: DecodeBatch,
     pages: KVPool,
     *,
-    most_steps: int,
+    max_steps: int,
     top: int = 0,
 ) -> tuple[StepOutput, KVPool]:
-    """Generate up to `batch.steps` tokens for each request, at most `most_steps`.
+    """Generate up to `batch.steps` tokens for each request, at most `max_steps`.
 
     A request stops at an end token and after `remaining` tokens.
     """
     decoder = model.bind(weights)
     rows, vocab = batch.position.shape[0], model.config.vocab
-    empty = StepOutput.empty(rows, most_steps, vocab=vocab, top=top)
+    empty = StepOutput.empty(rows, max_steps, vocab=vocab, top=top)
 
     def unfinished(state: DecodeState) -> Array:
         step, batch, _, _ = state

@@ -99,7 +99,7 @@ class _Builder:
             kv_scales,
             page_size=PAGE_SIZE,
             max_tokens_per_dispatch=1,
-            longest=self.max_model_len,
+            max_model_len=self.max_model_len,
         )
 
 

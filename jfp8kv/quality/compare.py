@@ -195,7 +195,7 @@ def _create_runs(
             choice.kv_scales,
             page_size=PAGE_SIZE,
             max_tokens_per_dispatch=max_tokens_per_dispatch(chunk),
-            longest=max_model_len,
+            max_model_len=max_model_len,
         )
         engine_options = EngineOptions(
             kv_dtype=choice.kv_dtype,

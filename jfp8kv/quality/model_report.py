@@ -143,7 +143,7 @@ def _report(
         options.kv_scales,
         page_size=options.page_size,
         max_tokens_per_dispatch=span,
-        longest=longest,
+        max_model_len=longest,
     )
     lengths = [*(length for length in LENGTHS if length < longest), longest]
     return ModelReport(

@@ -58,7 +58,7 @@ def weights(
     return jnp.exp((logits - finite_peak) / jnp.where(temperature > 0, temperature, 1))
 
 
-def keep(
+def filter_weights(
     logits: Float32[Array, " tokens"],
     settings: SamplerSettings,
     peak: Float32[Array, ""],

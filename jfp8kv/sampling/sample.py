@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from jfp8kv.sampling.filters import Outside, keep, weights
+from jfp8kv.sampling.filters import Outside, filter_weights, weights
 from jfp8kv.sampling.penalties import adjust, apply_token_bitmask
 from jfp8kv.sampling.rng import exponential, fold_in
 from jfp8kv.sampling.settings import SamplerSettings
@@ -161,7 +161,7 @@ def _draw_batch(
 def _draw(
     logits: Float32[Array, " vocab"], settings: SamplerSettings, key: UInt32[Array, "2"]
 ) -> Int32[Array, ""]:
-    kept, _ = keep(logits, settings, jnp.max(logits))
+    kept, _ = filter_weights(logits, settings, jnp.max(logits))
     return _race(kept, _all_ids(logits), key)
 
 
@@ -194,7 +194,7 @@ def _draw_likely(
         return jnp.sum(weights(x, settings.temperature, best[0]))
 
     outside = Outside(ceiling=best[-1], mass=jnp.maximum(mass(logits) - mass(likely), 0))
-    kept, certain = keep(likely, settings, best[0], outside)
+    kept, certain = filter_weights(likely, settings, best[0], outside)
     return _race(kept, ids, key), certain
 
 

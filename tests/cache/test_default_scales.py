@@ -26,7 +26,7 @@ def load(name: str) -> jfp8kv.Params:
 
 def resolved(params: jfp8kv.Params, kv_dtype: str = "fp8_e4m3", kv_scales="auto") -> CacheConfig:
     return resolve_cache(
-        params, kv_dtype, kv_scales, page_size=16, max_tokens_per_dispatch=16, longest=LONGEST
+        params, kv_dtype, kv_scales, page_size=16, max_tokens_per_dispatch=16, max_model_len=LONGEST
     )
 
 

@@ -235,15 +235,18 @@ def test_a_long_prompt_does_not_stall_a_decoding_request() -> None:
 def test_padded_chunks_and_a_padded_decode_fit_the_budget(seqs, chunk) -> None:
     buckets = Buckets(seqs, step_token_budget(chunk, seqs), min_decode_rows=2)
     assert buckets.max_prefill_chunk == chunk == max(buckets.chunks)
-    decode = buckets.steps(seqs, few=True) * buckets.decode_rows(seqs)
+    decode = buckets.steps(seqs, during_prefill=True) * buckets.decode_rows(seqs)
     for width in buckets.chunks:
         most = buckets.prefill_requests(width)
         prefill = width * buckets.prefill_rows(most, width)
         assert 1 <= most <= seqs and decode + prefill <= buckets.token_budget
         assert chunk < 32 or width >= 16
     for count in range(1, seqs + 1):
-        assert 1 <= buckets.steps(count, few=False) <= DECODE_STEPS
-        assert buckets.steps(count, few=False) * buckets.decode_rows(count) <= buckets.token_budget
+        assert 1 <= buckets.steps(count, during_prefill=False) <= DECODE_STEPS
+        assert (
+            buckets.steps(count, during_prefill=False) * buckets.decode_rows(count)
+            <= buckets.token_budget
+        )
 
 
 def test_chunk_widths_halve_twice_and_then_quarter() -> None:

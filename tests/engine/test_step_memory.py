@@ -64,13 +64,13 @@ def compile_step(name: str, engine: Engine, pool: KVPool) -> Program:
         return programs.program(step.prefill, chunks, pool)
     if name == "copy":
         return programs.program(step.copy, PageCopies.of([(0, 1)]), pool)
-    least = FULL if name == "full decode" else PLAIN
-    batch, variant = engine.batch_builder.decode(ScheduledDecode(requests, 4), least)
+    min_variant = FULL if name == "full decode" else PLAIN
+    batch, variant = engine.batch_builder.decode(ScheduledDecode(requests, 4), min_variant)
     if name == "speculative decode":
         return programs.program(
-            decode_speculative, batch, pool, most_steps=16, top=variant.top, drafts=DRAFTS
+            decode_speculative, batch, pool, max_steps=16, top=variant.top, drafts=DRAFTS
         )
-    return programs.program(step.decode, batch, pool, most_steps=16, top=variant.top)
+    return programs.program(step.decode, batch, pool, max_steps=16, top=variant.top)
 
 
 @pytest.mark.parametrize(

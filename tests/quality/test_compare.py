@@ -306,7 +306,7 @@ def test_scales_that_depend_on_max_model_len_match_an_engine():
             params, [[5, 6, 7, 8] * 4], kv_dtypes=["fp8_e4m3"], kv_scales="auto", **sizes
         )
         kv = resolve_cache(
-            params, "fp8_e4m3", "auto", page_size=64, max_tokens_per_dispatch=64, longest=64
+            params, "fp8_e4m3", "auto", page_size=64, max_tokens_per_dispatch=64, max_model_len=64
         )
     assert found["fp8_e4m3 auto"].layers == tuple(map(str, kv.specs)) == ("fp8_e4m3", "bfloat16")
     assert found["fp8_e4m3 auto"].bytes_per_token == kv.bytes_per_token(64)

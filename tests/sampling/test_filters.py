@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jfp8kv.sampling.filters import Outside, keep, ordered, weights
+from jfp8kv.sampling.filters import Outside, filter_weights, ordered, weights
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.sampling.rng import request_key
 from jfp8kv.sampling.settings import settings_from
 from tests.sampling import oracle
 
-kept = jax.jit(keep)
+kept = jax.jit(filter_weights)
 
 
 def probabilities(logits, params) -> np.ndarray:
