@@ -44,6 +44,8 @@ from jfp8kv.quality.quality_report import QualityReport as QualityReport
 from jfp8kv.sampling.params import SamplingParams as SamplingParams
 from jfp8kv.session import Session as Session
 from jfp8kv.session import extend_batch as extend_batch
+from jfp8kv.text.chat import ChatOptions as ChatOptions
+from jfp8kv.text.prompts import ChatPrompt as ChatPrompt
 from jfp8kv.text.tokenizer import Tokenizer as Tokenizer
 
 __version__: str

@@ -8,14 +8,21 @@ import numpy as np
 from jfp8kv.checkpoint.load import ModelLike, as_params
 from jfp8kv.core.options import takes
 from jfp8kv.engine.options import KVDtype, KVScalesLike
-from jfp8kv.engine.request import RequestOutput
+from jfp8kv.engine.request import GenerateFields, RequestOutput
 from jfp8kv.engine_registry import engine_for
-from jfp8kv.sampling.keywords import SamplingFields
 from jfp8kv.sampling.params import SamplingParams
-from jfp8kv.text.prompts import OnePrompt, PromptLike, SeveralPrompts, TokenIds
+from jfp8kv.text.chat import ChatOptions, split_fields
+from jfp8kv.text.prompts import (
+    OnePrompt,
+    PromptLike,
+    SeveralPrompts,
+    TokenIds,
+    as_list,
+    with_chat_options,
+)
 
 
-@takes(SamplingParams)
+@takes(SamplingParams, ChatOptions)
 def generate(
     params: ModelLike,
     prompts: PromptLike,
@@ -25,7 +32,7 @@ def generate(
     prompt_lookup: int = 0,
     sampling_params: SamplingParams | None = None,
     progress: bool | None = None,
-    **sampling_fields: Unpack[SamplingFields],
+    **fields: Unpack[GenerateFields],
 ) -> list[RequestOutput]:
     """Generate a continuation of each prompt.
 
@@ -41,7 +48,8 @@ def generate(
       prompt_lookup: draft tokens per step of prompt-lookup decoding, as in `EngineOptions`.
       sampling_params: sampling parameters of all prompts.
       progress: show a progress bar; None shows one on a terminal for more than 8 prompts.
-      **sampling_fields: fields of `SamplingParams`. They override those of `sampling_params`.
+      **fields: fields of `SamplingParams`, which override those of `sampling_params`, and of
+        `ChatOptions`, for chat messages.
 
     Returns:
       One output for each prompt, in the order of `prompts`.
@@ -49,12 +57,15 @@ def generate(
     Raises:
       ConfigError: an invalid prompt or option. Nothing has run then.
     """
-    also = ("kv_dtype", "kv_scales", "prompt_lookup", "sampling_params", "progress")
+    chat, sampling_fields = split_fields(fields)
+    keywords = ("kv_dtype", "kv_scales", "prompt_lookup", "sampling_params", "progress")
+    also = (*keywords, *ChatOptions.names())
     sampling = SamplingParams.from_fields(sampling_params, also=also, **sampling_fields)
+    listed = with_chat_options(as_list(prompts), chat)
     llm = engine_for(
         as_params(params), kv_dtype=kv_dtype, kv_scales=kv_scales, prompt_lookup=prompt_lookup
     )
-    return llm.generate(prompts, sampling, progress=progress)
+    return llm.generate(listed, sampling, progress=progress)
 
 
 def logits(

@@ -18,14 +18,21 @@ from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.keywords import EngineFields
 from jfp8kv.engine.options import EngineOptions, KVDtype
 from jfp8kv.engine.programs import CompileReport
-from jfp8kv.engine.request import Request, RequestGroup, RequestOutput
+from jfp8kv.engine.request import (
+    GenerateFields,
+    Request,
+    RequestGroup,
+    RequestOutput,
+    with_stop_tokens,
+)
 from jfp8kv.engine.scoring import Scored, ScoreRequest, logits_request, score_iter
 from jfp8kv.engine.stats import Stats
 from jfp8kv.engine.warmup import warmup_steps
 from jfp8kv.models.params import Params
-from jfp8kv.sampling.keywords import SamplingFields
-from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.sampling.params import SamplingParams, params_by_prompt
 from jfp8kv.session import Session
+from jfp8kv.text.chat import ChatOptions, split_fields
+from jfp8kv.text.keywords import ChatFields
 from jfp8kv.text.prompts import (
     Encoded,
     EncodedPair,
@@ -39,6 +46,7 @@ from jfp8kv.text.prompts import (
     encode,
     encode_pair,
     is_single,
+    with_chat_options,
 )
 from jfp8kv.text.tokenizer import Tokenizer
 
@@ -176,7 +184,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
-        **fields: Unpack[SamplingFields],
+        **fields: Unpack[GenerateFields],
     ) -> list[RequestOutput]:
         """Generate a continuation of each prompt.
 
@@ -187,7 +195,8 @@ class LLM:
           sampling_params: for all prompts, or a list with one for each.
           progress: whether to show a progress bar; None shows one on a terminal for more than 8
             prompts.
-          **fields: fields of `SamplingParams`. They override those of `sampling_params`.
+          **fields: fields of `SamplingParams`, which override those of `sampling_params`, and of
+            `ChatOptions`, for chat messages: `tools`, `chat_template_kwargs`, ...
 
         Returns:
           One output for each prompt, in the order of `prompts`.
@@ -208,7 +217,7 @@ class LLM:
         self,
         prompts: PromptLike,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        **fields: Unpack[SamplingFields],
+        **fields: Unpack[GenerateFields],
     ) -> None:
         """Raise the `ConfigError` that `generate` would raise, without running anything."""
         self._checked(as_list(prompts), sampling_params, fields)
@@ -219,12 +228,11 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | None = None,
-        **fields: Unpack[SamplingFields],
+        **fields: Unpack[GenerateFields],
     ) -> list[RequestOutput]:
-        """Generate replies to one conversation `[{"role": "user", "content": "..."}]`, or to
-        several.
+        """Generate replies to one conversation, or to several. Options are those of `generate`.
 
-        Options are those of `generate`.
+        llm.chat([{"role": "user", "content": "..."}], tools=[get_weather])
         """
         if isinstance(messages, str) or any(isinstance(m, str) for m in messages):
             raise ConfigError(
@@ -239,7 +247,7 @@ class LLM:
         """Generate continuations of prompts from an iterator, which may be endless.
 
         Args:
-          requests: pairs of a prompt and its sampling parameters, or a mapping of their fields.
+          requests: pairs of a prompt and its sampling parameters, or a mapping of fields.
             They are counted from 0, and taken only as the engine has room: memory does not grow
             with their number.
 
@@ -255,7 +263,7 @@ class LLM:
         ) -> RequestGroup:
             prompt, params = request
             if isinstance(params, Mapping):
-                (group,) = self._groups([prompt], None, cast(SamplingFields, params))
+                (group,) = self._groups([prompt], None, cast(GenerateFields, params))
             else:
                 (group,) = self._groups([prompt], params, {})
             return group
@@ -267,7 +275,7 @@ class LLM:
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
-        **fields: Unpack[SamplingFields],
+        **fields: Unpack[GenerateFields],
     ) -> EngineIterator[str]:
         """Generate one continuation and yield its text, piece by piece.
 
@@ -280,7 +288,7 @@ class LLM:
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
-        **fields: Unpack[SamplingFields],
+        **fields: Unpack[GenerateFields],
     ) -> AsyncIterator[str]:
         """Return `stream` for `async for`. Nothing blocks the event loop.
 
@@ -289,8 +297,13 @@ class LLM:
         """
         return self._driver.astream(self._stream_request(prompt, sampling_params, fields))
 
-    def session(self, prompt: Prompt) -> Session:
-        """Prefill a prompt and return it as a `Session`: a sequence that stays in the cache."""
+    def session(self, prompt: Prompt, **chat_fields: Unpack[ChatFields]) -> Session:
+        """Prefill a prompt and return it as a `Session`: a sequence that stays in the cache.
+
+        `chat_fields` are fields of `ChatOptions`, for chat messages.
+        """
+        chat = ChatOptions.from_fields(**chat_fields) if chat_fields else None
+        (prompt,) = with_chat_options([prompt], chat)
         ids = encode(prompt, self.tokenizer, what="prompt").ids
         self._engine.check(ids, forward.PREFILL_ONLY, what="prompt", new_tokens=0)
         return Session.start(self._driver, ids, self.generate)
@@ -305,7 +318,7 @@ class LLM:
             self._driver.run(requests, on_finish=bar.update)
 
     def _stream_request(
-        self, prompt: Prompt, sampling_params: SamplingParams | None, fields: SamplingFields
+        self, prompt: Prompt, sampling_params: SamplingParams | None, fields: GenerateFields
     ) -> Request:
         (group,) = self._groups([prompt], sampling_params, fields)
         if len(group.requests) != 1 or group.params.prompt_logprobs is not None:
@@ -324,7 +337,7 @@ class LLM:
         self,
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        fields: SamplingFields,
+        fields: GenerateFields,
     ) -> list[RequestGroup]:
         """Return the requests of all prompts. Nothing is submitted."""
         return [
@@ -343,24 +356,21 @@ class LLM:
         self,
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        fields: SamplingFields,
+        fields: GenerateFields,
     ) -> list[tuple[Encoded, SamplingParams]]:
         """Return all prompts as token ids, with their parameters, or raise `ConfigError`."""
         if not prompts:
             raise ConfigError("prompts is empty: give at least one.")
-        if isinstance(sampling_params, list | tuple):
-            given = list(sampling_params)
-        else:
-            given = [sampling_params] * len(prompts)
-        if len(given) != len(prompts):
-            raise ConfigError(
-                f"{len(given)} sampling parameters for {len(prompts)} prompts: give one for all, "
-                "or one for each."
-            )
+        given = params_by_prompt(sampling_params, len(prompts))
+        chat, sampling = split_fields(fields)
+        prompts = with_chat_options(prompts, chat)
         checked = []
         for index, (prompt, base) in enumerate(zip(prompts, given, strict=True)):
             what = f"prompt {index}"
-            params = SamplingParams.from_fields(base, also=("progress",), **fields)
+            params = SamplingParams.from_fields(
+                base, also=("progress", *ChatOptions.names()), **sampling
+            )
+            params = with_stop_tokens(params, self.tokenizer, self.params.config.vocab)
             encoded = encode(prompt, self.tokenizer, what=what)
             self._engine.check(encoded.ids, params, what=what)
             if params.stop and self.tokenizer is None:

@@ -12,6 +12,7 @@ from jfp8kv.engine.options import EngineOptions
 from jfp8kv.quality.options import CalibrationOptions, CompareOptions
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.text import rows
+from jfp8kv.text.chat import ChatOptions
 from jfp8kv.text.rows import RowFormat
 
 Task: TypeAlias = Literal["generate", "score", "calibrate", "compare"]
@@ -104,6 +105,15 @@ class SamplingSection(OptionsSection):
     def options(self) -> SamplingParams:
         """Return the options."""
         return SamplingParams.from_fields(**self.given())
+
+
+@keys_from(ChatOptions)
+class ChatSection(OptionsSection):
+    """How messages become a prompt, as in `jfp8kv.ChatOptions`."""
+
+    tools: list[dict[str, Any]] | None = FROM_OPTION
+    documents: list[dict[str, Any]] | None = FROM_OPTION
+    chat_template_kwargs: dict[str, Any] | None = FROM_OPTION
 
 
 @keys_from(CalibrationOptions, omit=("kv_dtype", "max_model_len"))
@@ -212,6 +222,8 @@ class Config(Section):
     """A Jinja template over the fields of the row. By default the row has the prompt."""
     messages: list[MessageTemplate] | None = None
     """A conversation instead of a prompt, for models with a chat template."""
+    chat: ChatSection = ChatSection()
+    """Chat options of messages. Fields tools, documents and chat_template_kwargs of a row win."""
     completion: str | None = None
     """For score: a template of the completion. Without it the whole prompt is scored."""
     input: Input

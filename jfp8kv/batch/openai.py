@@ -13,13 +13,16 @@ object), Chat and Completions.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, cast
 
 from jfp8kv.batch.config import Config
 from jfp8kv.batch.requests import RowRequest, RowResult, row_seed
 from jfp8kv.core.errors import ConfigError, did_you_mean
+from jfp8kv.text.chat import ChatOptions, normalize_messages
+from jfp8kv.text.prompts import ChatPrompt, Prompt
 from jfp8kv.text.rows import OPENAI_KEYS, Fields, Reader, Row, RowError
 
 if TYPE_CHECKING:
@@ -48,10 +51,15 @@ VLLM_SAMPLING = {
     "stop_token_ids",
     "ignore_eos",
     "include_stop_str_in_output",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
 }
 SAMPLING_KEYS = frozenset(OPENAI_SAMPLING | VLLM_SAMPLING)
 CONVERTED_KEYS = {"logprobs", "logit_bias", "response_format"}
-CHAT_KEYS = {"messages", "max_completion_tokens", "top_logprobs"}
+# Keys with the name and the meaning of a field of `ChatOptions`: `tools` is OpenAI's, the others
+# are vLLM's.
+CHAT_OPTIONS = frozenset(ChatOptions.names())
+CHAT_KEYS = {"messages", "max_completion_tokens", "top_logprobs", *CHAT_OPTIONS}
 # Keys that are accepted and have no effect: accounting, caching and streaming.
 IGNORED_KEYS = {
     "model",
@@ -68,7 +76,6 @@ IGNORED_KEYS = {
 # Values of unsupported keys that request nothing.
 NO_EFFECT_VALUES: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
-    "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -147,9 +154,25 @@ class OpenAIRequests:
             "seed": row_seed(self._config.seed, row.number),
         }
         return RowRequest(
-            prompt=_messages(body) if chat else _prompt(body),
+            prompt=self._chat_prompt(body) if chat else _prompt(body),
             sampling=defaults | self._defaults | _sampling(body, chat),
         )
+
+    def _chat_prompt(self, body: Mapping[str, Any]) -> Prompt:
+        """Return the conversation of a body. Raises `RowError` for an invalid one."""
+        given = self._config.chat.given()
+        given |= {name: body[name] for name in CHAT_OPTIONS if body.get(name) is not None}
+        if body.get("tool_choice") == "none" or not given.get("tools"):
+            given.pop("tools", None)
+        try:
+            messages = _messages(body)
+            options = ChatOptions(**given)
+        except RowError:
+            raise
+        except ConfigError as error:
+            raise RowError(f"body.{error}") from None
+        _check_tools(body.get("tools") or ())
+        return ChatPrompt(messages, options) if given else messages
 
     def result(self, row: Row, fields: Fields, result: "RequestOutput | Scored") -> RowResult:
         """Return the response to a request."""
@@ -268,29 +291,60 @@ def _finish_reason(completion: "CompletionOutput") -> str:
     return "stop" if completion.finish_reason == "stop" else "length"
 
 
+def _check_tools(tools: Sequence[Any]) -> None:
+    for number, tool in enumerate(tools):
+        match tool:
+            case {"type": "function", "function": {"name": str()}}:
+                pass
+            case _:
+                raise RowError(f"body.tools[{number}]: must be a function with a name.")
+
+
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the conversation; text parts are joined with newlines."""
+    """Return the conversation, with the arguments of tool calls as objects.
+
+    The API has them as JSON text, and chat templates expect objects.
+    """
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise RowError("body.messages: must be a list of messages.")
-    return [message | {"content": _content(message.get("content"))} for message in messages]
+    normalized = normalize_messages(messages)
+    for number, message in enumerate(normalized):
+        if "tool_calls" in message:
+            where = f"body.messages[{number}].tool_calls"
+            message["tool_calls"] = _tool_calls(message["tool_calls"], where)
+    return normalized
 
 
-def _content(content: Any) -> Any:
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        match part:
-            case {"type": "text", "text": str(text)}:
-                texts.append(text)
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise RowError(f"{where}: must be a list of tool calls.")
+    parsed = []
+    for number, call in enumerate(calls):
+        match call:
+            case {"function": {"name": str(), "arguments": arguments} as function}:
+                name = f"{where}[{number}].function.arguments"
+                function = {**function, "arguments": _arguments(arguments, name)}
+            case {"function": {"name": str()} as function}:
+                function = {**function, "arguments": {}}
             case _:
-                kind = part.get("type") if isinstance(part, dict) else part
-                raise RowError(
-                    f"body.messages has a part of type {kind!r}: only text is supported, under "
-                    "'text'."
-                )
-    return "\n".join(texts)
+                raise RowError(f"{where}[{number}]: must have a function with a name.")
+        parsed.append({**call, "function": function})
+    return parsed
+
+
+def _arguments(arguments: Any, where: str) -> dict[str, Any]:
+    """Return the arguments of a tool call as an object; of empty text, no arguments."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"{where} is not valid JSON: {error}.") from None
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, dict):
+        raise RowError(f"{where} is {arguments!r}: must be a JSON object.")
+    return arguments
 
 
 def _prompt(body: Mapping[str, Any]) -> Any:

@@ -10,6 +10,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jfp8kv.batch.config import Config, MessageTemplate
 from jfp8kv.core.errors import ConfigError, did_you_mean
+from jfp8kv.text.chat import ChatOptions
+from jfp8kv.text.prompts import ChatPrompt, Prompt
 from jfp8kv.text.rows import Fields, RowError, prompt_of
 
 # What an expression in a template can raise, such as {{ 1 / 0 }} or {{ "a" + 1 }}.
@@ -67,16 +69,25 @@ def render(template: Template, fields: Fields) -> str:
 
 
 def prompt_builder(config: Config) -> Callable[[Fields], Any]:
-    """Return the function that builds the prompt of a row: a string, token ids or messages."""
+    """Return the function that builds the prompt of a row: a string, token ids or messages.
+
+    Messages get the `chat` options of the config.
+    """
+    chat_fields = config.chat.given()
     if config.prompt is not None:
         return partial(render, compiled(config.prompt))
     if config.messages is not None:
-        return partial(_render_messages, config.messages)
-    return partial(prompt_of, hint="give `prompt:` in the config, such as '{{ field }}'")
+        options = ChatOptions(**chat_fields) if chat_fields else None
+        return partial(_render_messages, config.messages, options)
+    hint = "give `prompt:` in the config, such as '{{ field }}'"
+    return partial(prompt_of, hint=hint, chat_fields=chat_fields)
 
 
-def _render_messages(messages: list[MessageTemplate], fields: Fields) -> list[dict[str, str]]:
-    return [
+def _render_messages(
+    messages: list[MessageTemplate], options: ChatOptions | None, fields: Fields
+) -> Prompt:
+    rendered = [
         {"role": message.role, "content": render(compiled(message.content), fields)}
         for message in messages
     ]
+    return rendered if options is None else ChatPrompt(rendered, options)

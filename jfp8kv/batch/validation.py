@@ -231,6 +231,8 @@ def _check_keys(source: YamlSource, config: Config) -> None:
         )
     if config.prompt is not None and config.messages is not None:
         raise source.error(("messages",), "give either prompt or messages.")
+    if config.prompt is not None and config.chat.given():
+        raise source.error(("chat",), "the options of chat messages, and prompt is text.")
     if config.runner == "ray":
         _check_at(source, ("runner",), _require_ray)
     elif "ray" in config.model_fields_set:

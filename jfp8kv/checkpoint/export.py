@@ -103,7 +103,7 @@ def export(
     require_serializable(params.tokenizer)
     tensors = hf_weights(params)
     config = dataclasses.replace(params.config, dtype=params.dtype.name)
-    hf_config = config_to_hf(config) | {"pad_token_id": _pad_id(params.tokenizer)}
+    hf_config = config_to_hf(config) | {"pad_token_id": _pad_id(params.tokenizer, config.vocab)}
     scales = _resolve_scales(params, kv_scales)
     _warn_if_declared_cache_changes(config, scales)
     with atomic_folder(path) as temporary:
@@ -190,13 +190,13 @@ def _write_scales(config: ModelConfig, scales: KVScales, folder: Path) -> list[L
     ]
 
 
-def _pad_id(tokenizer: Tokenizer | None) -> int | None:
+def _pad_id(tokenizer: Tokenizer | None, vocab: int) -> int | None:
     """Return the padding token's id. Without one in config.json, families assume different ids."""
     token = tokenizer.special_tokens.get("pad_token") if tokenizer is not None else None
     if tokenizer is None or not isinstance(token, str):
         return None
     number: int | None = tokenizer.backend.token_to_id(token)
-    return number
+    return number if number is not None and number < vocab else None
 
 
 def _generation_config(params: Params) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for theirs, ours in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         number = fields.get(f"tokenizer.ggml.{theirs}_token_id")
-        if number is not None and number < len(tokens):
+        if number is not None and 0 <= number < len(tokens):
             found[f"{ours}_token"] = tokens[number]
     return found
 

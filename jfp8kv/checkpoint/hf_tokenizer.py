@@ -1,60 +1,162 @@
 """Read and write the tokenizer of a Hugging Face folder.
 
-The files are `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`. `tokenizer.json`
-has everything but the roles of the special tokens, tokens added later, and the chat template. Its
-post-processor decides whether BOS is added, as in transformers 5 (`add_bos_token` of the config is
-for folders without a tokenizer.json). transformers itself is not used, because it imports torch
-where torch is installed.
+transformers reads it: checkpoints are made for its rules on special tokens, their roles and chat
+templates. Its code is imported when a tokenizer is read. It imports torch where torch is installed,
+except for a plain `tokenizer.json`, which its general class reads without `AutoTokenizer`.
 """
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jfp8kv.checkpoint.hf_folder import read_json
 from jfp8kv.core.errors import CheckpointError, ConfigError
-from jfp8kv.text.tokenizer import Tokenizer, pick_template
+from jfp8kv.text.chat import quiet_transformers
+from jfp8kv.text.tokenizer import Tokenizer, named_templates
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-_OTHER_FORMATS = ("tokenizer.model", "vocab.json", "tekken.json", "spiece.model")
-_ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
-_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# Files of which one is enough for a tokenizer.
+_FORMATS = (TOKENIZER, "tekken.json", "vocab.json", "vocab.txt")
+_FORMAT_SUFFIXES = (".model", ".tiktoken")
+# Tokenizer classes that are `tokenizer.json` as it is, for model types without a class of their own
+# rules. `AutoTokenizer` then takes the general class.
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_PLAIN_MODEL_TYPES = ("llama",)
 
 
-def read_tokenizer(folder: Path, *, eos_ids: Iterable[int] = ()) -> Tokenizer | None:
-    """Return the folder's tokenizer, or None if it has no tokenizer.json.
+def read_tokenizer(folder: Path, *, vocab: int | None = None) -> Tokenizer | None:
+    """Return the folder's tokenizer, or None if it has none.
 
-    Warns about a tokenizer in an unsupported format.
+    Args:
+      folder: a Hugging Face folder.
+      vocab: the model's vocabulary size. An EOS token outside it is dropped, with a warning.
 
     Raises:
-      CheckpointError: a tokenizer file is damaged.
+      CheckpointError: a tokenizer that is damaged, needs a library that is not installed, or needs
+        code of the checkpoint, which is never run.
     """
-    path = folder / TOKENIZER
-    if not path.is_file():
-        if other := next((name for name in _OTHER_FORMATS if (folder / name).is_file()), None):
-            warnings.warn(
-                f"{folder}: its tokenizer is in {other}, and the folder has no tokenizer.json, so "
-                "prompts must be token ids. "
-                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers "
-                "writes one.",
-                stacklevel=4,
-            )
+    name = _format(folder)
+    if name is None:
         return None
-    backend = read_backend(path)
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    special = _special_tokens(settings)
-    backend.no_truncation()
-    backend.no_padding()
-    _add_missing_tokens(backend, settings, special)
-    eos = backend.token_to_id(special.get("eos_token", ""))
+    added = _added_tokens(settings)
+    theirs = _load(folder, name, _loader(folder, settings))
+    backend = getattr(theirs, "backend_tokenizer", theirs)
+    if backend is not theirs:
+        backend.no_truncation()
+        backend.no_padding()
+        _check_added_tokens(backend, added)
+    eos = theirs.eos_token_id
+    if eos is not None and vocab is not None and not 0 <= eos < vocab:
+        warnings.warn(
+            f"{folder / SETTINGS}: eos_token {theirs.eos_token!r} has the id {eos}, outside the "
+            f"model's vocabulary of {vocab} tokens, and is ignored.",
+            stacklevel=4,
+        )
+        eos = None
     return Tokenizer(
         backend,
-        chat_template=_chat_template(folder, settings),
-        special_tokens=special,
-        eos_ids=tuple(eos_ids) or (() if eos is None else (eos,)),
+        chat_template=named_templates(theirs.chat_template),
+        special_tokens=theirs.special_tokens_map,
+        eos_ids=() if eos is None else (eos,),
     )
+
+
+def _format(folder: Path) -> str | None:
+    """Return the file that has the tokenizer."""
+    for name in _FORMATS:
+        if (folder / name).is_file():
+            return name
+    found = (path.name for path in folder.iterdir() if path.name.endswith(_FORMAT_SUFFIXES))
+    return min(found, default=None)
+
+
+def _loader(folder: Path, settings: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the function of transformers that reads the folder's tokenizer."""
+    config = folder / "config.json"
+    model_type = read_json(config).get("model_type") if config.is_file() else None
+    plain = (
+        (folder / TOKENIZER).is_file()
+        and settings.get("tokenizer_class") in _PLAIN_CLASSES
+        and "auto_map" not in settings
+        and model_type in _PLAIN_MODEL_TYPES
+    )
+    loader: Callable[..., Any]
+    with quiet_transformers():
+        if plain:
+            from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+            loader = TokenizersBackend.from_pretrained
+        else:
+            from transformers import AutoTokenizer
+
+            loader = AutoTokenizer.from_pretrained
+    return loader
+
+
+def _load(folder: Path, name: str, loader: Callable[..., Any]) -> Any:
+    try:
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return loader(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # noqa: BLE001 (transformers documents no exceptions)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CheckpointError(
+            f"{folder / name}: not a readable tokenizer: {reason}.{_advice(name, reason)}"
+        ) from error
+
+
+def _advice(name: str, reason: str) -> str:
+    if "custom code" in reason:
+        return (
+            " Code of a checkpoint is never run. Where you trust it, save the tokenizer as a "
+            "tokenizer.json with save_pretrained of transformers."
+        )
+    if name.endswith(_FORMAT_SUFFIXES):
+        needed = {"sentencepiece": "SentencePiece", "tiktoken": "tiktoken"}
+        missing = {module: name for module, name in needed.items() if find_spec(module) is None}
+        if missing:
+            installs = " or ".join(f"pip install 'jfp8kv[{module}]'" for module in missing)
+            return f" A file in the format of {' or '.join(missing.values())} needs {installs}."
+    if name == "tekken.json" and find_spec("mistral_common") is None:
+        return " mistral-common may read it: pip install 'jfp8kv[mistral]'."
+    return ""
+
+
+def _check_added_tokens(backend: Any, added: Mapping[int, str]) -> None:
+    """Raise `CheckpointError` if a token of `added_tokens_decoder` has another id."""
+    for number, content in added.items():
+        if (assigned := backend.token_to_id(content)) != number:
+            raise CheckpointError(
+                f"{SETTINGS} gives {content!r} the id {number}; with {TOKENIZER} it would be "
+                f"{assigned}."
+            )
+
+
+def _added_tokens(settings: Mapping[str, Any]) -> dict[int, str]:
+    """Return the tokens of `added_tokens_decoder` by id.
+
+    Raises:
+      CheckpointError: the entry is malformed.
+    """
+    listed = settings.get("added_tokens_decoder") or {}
+    if not isinstance(listed, Mapping):
+        raise CheckpointError(f"{SETTINGS}: added_tokens_decoder must be a JSON object.")
+    added = {}
+    for number, entry in listed.items():
+        if not number.isdecimal() or not isinstance(entry, Mapping):
+            raise CheckpointError(
+                f"{SETTINGS}: added_tokens_decoder is malformed at {number!r}: {entry!r}."
+            )
+        if not isinstance(entry.get("content"), str):
+            raise CheckpointError(
+                f"{SETTINGS}: added_tokens_decoder is malformed at {number!r}: no content."
+            )
+        added[int(number)] = entry["content"]
+    return added
 
 
 def read_backend(path: Path) -> Any:
@@ -75,71 +177,6 @@ def read_backend(path: Path) -> Any:
         if type(error) is not Exception:  # tokenizers raises bare Exception for invalid content
             raise
         raise CheckpointError(f"{path}: not a readable tokenizer: {error}.") from error
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens by role, such as `{"bos_token": "<s>"}`.
-
-    A token is a string, or an object with `content`.
-    """
-    tokens = {}
-    for role in _ROLES:
-        value = settings.get(f"{role}_token")
-        value = value.get("content") if isinstance(value, Mapping) else value
-        if isinstance(value, str):
-            tokens[f"{role}_token"] = value
-    return tokens
-
-
-def _add_missing_tokens(
-    backend: Any, settings: Mapping[str, Any], special: Mapping[str, str]
-) -> None:
-    """Add the tokens of tokenizer_config.json that tokenizer.json lacks."""
-    from tokenizers import AddedToken
-
-    for number, entry in _added_tokens(settings):
-        content = entry["content"]
-        if backend.token_to_id(content) is not None:
-            continue
-        flags = {flag: entry[flag] for flag in _TOKEN_FLAGS if flag in entry}
-        backend.add_tokens([AddedToken(content, **flags)])
-        if (assigned := backend.token_to_id(content)) != number:
-            raise CheckpointError(
-                f"{SETTINGS} gives {content!r} the id {number}; with {TOKENIZER} it would be "
-                f"{assigned}."
-            )
-    missing = [token for token in special.values() if backend.token_to_id(token) is None]
-    backend.add_special_tokens(missing)
-
-
-def _added_tokens(settings: Mapping[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    """Return `added_tokens_decoder` in the order of the ids.
-
-    Raises:
-      CheckpointError: the entry is malformed.
-    """
-    listed = settings.get("added_tokens_decoder") or {}
-    if not isinstance(listed, Mapping):
-        raise CheckpointError(f"{SETTINGS}: added_tokens_decoder must be a JSON object.")
-    entries = []
-    for number, entry in listed.items():
-        if not number.isdecimal() or not isinstance(entry, Mapping):
-            raise CheckpointError(
-                f"{SETTINGS}: added_tokens_decoder is malformed at {number!r}: {entry!r}."
-            )
-        if not isinstance(entry.get("content"), str):
-            raise CheckpointError(
-                f"{SETTINGS}: added_tokens_decoder is malformed at {number!r}: no content."
-            )
-        entries.append((int(number), dict(entry)))
-    return sorted(entries, key=lambda item: item[0])
-
-
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    return pick_template(settings.get("chat_template"))
 
 
 def require_serializable(tokenizer: Any) -> None:
@@ -173,8 +210,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_len: int) -> None
         "model_max_length": max_len,
         **special_tokens_json(tokenizer),
     }
-    if tokenizer.chat_template is not None:
-        settings["chat_template"] = tokenizer.chat_template
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        settings["chat_template"] = [
+            {"name": name, "template": text} for name, text in template.items()
+        ]
+    elif template is not None:
+        settings["chat_template"] = template
     (folder / TOKENIZER).write_text(tokenizer.backend.to_str(), encoding="utf-8")
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (folder / SETTINGS).write_text(f"{text}\n", encoding="utf-8")

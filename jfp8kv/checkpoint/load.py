@@ -8,7 +8,7 @@ checkpoint runs: no pickles, no remote code, and chat templates are rendered in 
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,12 +17,6 @@ import jax
 import numpy as np
 
 from jfp8kv.checkpoint import hf_folder as hf
-from jfp8kv.checkpoint.foreign import (
-    PICKLE_ADVICE,
-    PICKLES,
-    check_tokenizer_files,
-    describe_file,
-)
 from jfp8kv.checkpoint.hf_tokenizer import read_tokenizer
 from jfp8kv.checkpoint.kv_export import prefer_kv_file
 from jfp8kv.checkpoint.kv_scales import ScaleReport, check_scales
@@ -40,7 +34,8 @@ from jfp8kv.core.paths import looks_like_path
 from jfp8kv.core.types import PathLike, WeightsDtype
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import config_from_hf
-from jfp8kv.models.families.fields import ids, mapping
+from jfp8kv.models.families.fields import CONFIG_FILE, mapping
+from jfp8kv.models.families.gguf import end_token_sources
 from jfp8kv.models.layouts import gguf_modules, hf_modules
 from jfp8kv.models.names import ModuleLayout, expected_shapes, unflatten
 from jfp8kv.models.params import Params
@@ -130,6 +125,7 @@ class CheckpointInfo:
       scale_report: the KV scales of those tensors, of a side-car, or of a file of this library.
       vision_tensors: the number of tensors of a vision encoder, which are ignored.
       weight_scheme: how the weights are quantized, None if they are not.
+      end_sources: the ids of end-of-sequence tokens by the file or metadata that names them.
       quant_method: the tool that quantized the checkpoint, perhaps only its KV cache.
     """
 
@@ -144,6 +140,7 @@ class CheckpointInfo:
     vision_tensors: int = 0
     weight_scheme: WeightScheme | None = None
     quant_method: str | None = None
+    end_sources: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def abstract_params(self) -> Params:
         """Return the `Params` that `load` gives, with a `jax.ShapeDtypeStruct` per array."""
@@ -229,18 +226,15 @@ def locate(source: PathLike, *, weights: bool = True) -> Path:
 
 
 def _checked_file(path: Path) -> Path:
+    if path.suffix in hf.PICKLES:
+        raise CheckpointError(f"{path}: {hf.PICKLE_ADVICE}")
     if path.suffix == ".safetensors":
         raise CheckpointError(
             f"{path}: give the folder that contains it and its config.json: {path.parent}"
         )
-    if path.suffix == ".gguf":
-        return path
-    found = describe_file(path)
-    if found is not None:
-        raise CheckpointError(f"{path}: neither a folder nor a .gguf file, but {found}.")
-    if path.suffix in PICKLES:
-        raise CheckpointError(f"{path}: {PICKLE_ADVICE}")
-    raise CheckpointError(f"{path}: neither a folder nor a .gguf file.")
+    if path.suffix != ".gguf":
+        raise CheckpointError(f"{path}: neither a folder nor a .gguf file.")
+    return path
 
 
 def _read_info(path: Path, *, needs_weights: bool) -> CheckpointInfo:
@@ -253,7 +247,6 @@ def _read_info(path: Path, *, needs_weights: bool) -> CheckpointInfo:
 
 def _folder_info(folder: Path, *, needs_weights: bool) -> CheckpointInfo:
     declared = hf.read_config(folder)
-    check_tokenizer_files(folder)
     config = config_from_hf(declared)
     scheme = weight_scheme(declared.get("quantization_config"))
     has_weights = needs_weights or any(folder.glob("*.safetensors"))
@@ -266,11 +259,15 @@ def _folder_info(folder: Path, *, needs_weights: bool) -> CheckpointInfo:
     if not tensors:  # missing scales cannot be detected
         notes = report.notes if report.layers else ()
         report = dataclasses.replace(report, notes=(*notes, hf.unread_scales_note(folder)))
+    end_sources = {
+        CONFIG_FILE: config.eos_ids,
+        hf.GENERATION_CONFIG: hf.read_generation_eos_ids(folder, config.vocab),
+    }
     config = dataclasses.replace(
         config,
         kv_cache_dtype=config.kv_cache_dtype or report.declared_kv_dtype,
         dtype=most_common_dtype(weights).name if weights else config.dtype,
-        eos_ids=ids([*config.eos_ids, *ids(hf.read_generation_eos_ids(folder))]),
+        eos_ids=merged_ids(end_sources),
     )
     return CheckpointInfo(
         folder,
@@ -278,13 +275,19 @@ def _folder_info(folder: Path, *, needs_weights: bool) -> CheckpointInfo:
         config,
         weights,
         hf_modules(config, weights),
-        partial(read_tokenizer, folder, eos_ids=config.eos_ids),
+        partial(read_tokenizer, folder, vocab=config.vocab),
+        end_sources=end_sources,
         scale_tensors=scales,
         scale_report=report,
         vision_tensors=len(all_weights) - len(stored_weights),
         weight_scheme=scheme,
         quant_method=mapping(declared, "quantization_config").get("quant_method"),
     )
+
+
+def merged_ids(sources: Mapping[str, Iterable[int]]) -> tuple[int, ...]:
+    """Return the ids of all sources, each once."""
+    return tuple(dict.fromkeys(token for found in sources.values() for token in found))
 
 
 def _folder_scale_report(
@@ -310,7 +313,15 @@ def _gguf_info(path: Path) -> CheckpointInfo:
     file = open_gguf(path)
     config = dataclasses.replace(file.config, dtype=most_common_dtype(file.tensors).name)
     modules = gguf_modules(config)
-    return CheckpointInfo(path, "GGUF file", config, file.tensors, modules, file.read_tokenizer)
+    return CheckpointInfo(
+        path,
+        "GGUF file",
+        config,
+        file.tensors,
+        modules,
+        file.read_tokenizer,
+        end_sources={f"tokenizer.ggml.{k}": v for k, v in end_token_sources(file.fields).items()},
+    )
 
 
 def _saved_info(folder: Path) -> CheckpointInfo:
@@ -326,6 +337,7 @@ def _saved_info(folder: Path) -> CheckpointInfo:
         {},
         lambda: saved.tokenizer,
         scale_report=report,
+        end_sources={"config": saved.config.eos_ids},
     )
 
 

@@ -211,7 +211,7 @@ def read_saved_info(folder: Path) -> tuple[SavedModel, dict[str, StoredTensor]]:
 class _SavedTokenizer(pydantic.BaseModel):
     """The entry "tokenizer" of the description."""
 
-    chat_template: str | None
+    chat_template: str | dict[str, str] | None
     special_tokens: dict[str, Any]
     eos_ids: tuple[int, ...]
 

@@ -198,7 +198,8 @@ class Engine:
         invalid = next((token for token in prompt_ids if not 0 <= token < vocab), None)
         if invalid is not None:
             raise ConfigError(
-                f"{what} has the token id {invalid}: ids must be from 0 to {vocab - 1}."
+                f"{what} has the token id {invalid}{self._token_name(invalid)}: ids must be from 0 "
+                f"to {vocab - 1}."
             )
         params.check_vocab(vocab)
         self.structured_output.check(params)
@@ -213,6 +214,12 @@ class Engine:
                 f"{self.stats.kv_tokens_capacity}: give kv_cache_memory of at least "
                 f"{pages * self.cache_config.page_bytes} bytes, or a smaller max_tokens."
             )
+
+    def _token_name(self, token: int) -> str:
+        """Return the text of a token that the tokenizer has and the model lacks, for messages."""
+        tokenizer = self.params.tokenizer
+        text = tokenizer.token_text(token) if tokenizer is not None and token >= 0 else ""
+        return f" ({text!r} of the tokenizer)" if text else ""
 
     def check_length(self, tokens: int, new_tokens: int, *, what: str = "prompt") -> None:
         """Raise `CapacityError` if `max_model_len` has no room for `new_tokens` after a prompt."""

@@ -264,7 +264,10 @@ def _append_text(new: NewTokens) -> str | None:
             request.stop_reason = detokenizer.stopped
             return "stop"
     if new.ended:
-        request.stop_reason = new.token_ids[-1]
+        request.stop_reason = request.special_stops.get(new.token_ids[-1], new.token_ids[-1])
+        if detokenizer is not None and request.params.include_stop_str_in_output:
+            request.text += detokenizer.finish()
+            request.text += request.special_stops.get(new.token_ids[-1], "")
         return "stop"
     matcher = request.matcher
     if matcher is not None and (matcher.terminated if new.token_ids else matcher.accepting):

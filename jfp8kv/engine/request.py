@@ -11,11 +11,13 @@ import numpy as np
 
 from jfp8kv.cache.allocator import PageTable
 from jfp8kv.core.errors import Jfp8kvError
+from jfp8kv.sampling.keywords import SamplingFields
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.sampling.rng import request_key
 from jfp8kv.sampling.state import SamplingState
 from jfp8kv.sampling.structured import GrammarMatcher
 from jfp8kv.text.detokenizer import Detokenizer
+from jfp8kv.text.keywords import ChatFields
 from jfp8kv.text.prompts import Encoded
 from jfp8kv.text.tokenizer import Tokenizer
 
@@ -25,6 +27,10 @@ CANCELLED = "cancelled"  # finish reason: cancelled by the caller, or aborted wi
 NO_TOKEN = "logit_bias, min_tokens and the structured output leave no token"  # a stop reason
 
 PROMPT_CONTEXT = 4  # prompt tokens detokenized before the first output token, for a leading space
+
+
+class GenerateFields(SamplingFields, ChatFields, total=False):
+    """Keywords of `generate`: fields of `SamplingParams` and of `ChatOptions`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +184,7 @@ class Request:
     index: int = 0  # among the continuations of its prompt
     prompt_outputs: PromptOutputs | None = None  # scores or logits of the prompt, if requested
     detokenizer: Detokenizer | None = None
+    special_stops: dict[int, str] = dataclasses.field(default_factory=dict)
     on_update: Callable[["Request"], object] | None = (
         None  # called after new output, and at the end
     )
@@ -335,6 +342,7 @@ class RequestGroup:
                 max_tokens=min(params.max_tokens, max_new_tokens),
                 index=index,
                 detokenizer=None if tokenizer is None else _detokenizer(tokenizer, prompt, params),
+                special_stops=special_stops(params, tokenizer),
             )
             for index in range(params.best_of or params.n)
         ]
@@ -377,9 +385,40 @@ class RequestGroup:
         return ranked[: self.params.n]
 
 
+def special_stops(params: SamplingParams, tokenizer: Tokenizer | None) -> dict[int, str]:
+    """Return the stop strings that are the text of one special token, by its id."""
+    special = {} if tokenizer is None else tokenizer.special_ids
+    return {special[stop]: stop for stop in params.stop if stop in special}
+
+
+def with_stop_tokens(
+    params: SamplingParams, tokenizer: Tokenizer | None, vocab: int
+) -> SamplingParams:
+    """Return `params` with the ids of stop strings that are special tokens."""
+    added = [token for token in special_stops(params, tokenizer) if token < vocab]
+    if not added:
+        return params
+    return dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *added))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """A tokenizer's `decode` with the options of a request."""
+
+    tokenizer: Tokenizer
+    params: SamplingParams
+
+    def decode(self, ids: list[int], /) -> str:
+        return self.tokenizer.decode(
+            ids,
+            skip_special_tokens=self.params.skip_special_tokens,
+            spaces_between_special_tokens=self.params.spaces_between_special_tokens,
+        )
+
+
 def _detokenizer(tokenizer: Tokenizer, prompt: Encoded, params: SamplingParams) -> Detokenizer:
     return Detokenizer(
-        tokenizer,
+        _Decoder(tokenizer, params),
         params.stop,
         keep_stop=params.include_stop_str_in_output,
         context=prompt.ids[-PROMPT_CONTEXT:],

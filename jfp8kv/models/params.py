@@ -98,7 +98,7 @@ class Params:
             native = _checked(flat, expected_shapes(config))
         else:
             native = _from_hf_names(flat, config)
-        return cls(unflatten(native), config, as_tokenizer(tokenizer, eos_ids=config.eos_ids))
+        return cls(unflatten(native), config, as_tokenizer(tokenizer))
 
     @property
     def dtype(self) -> np.dtype:
@@ -107,8 +107,10 @@ class Params:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The end-of-sequence tokens of the config, or else of the tokenizer."""
-        return tuple(self.config.eos_ids or getattr(self.tokenizer, "eos_ids", ()))
+        """The end-of-sequence tokens: those of the config and of the tokenizer, if in the
+        vocabulary."""
+        listed = [*self.config.eos_ids, *getattr(self.tokenizer, "eos_ids", ())]
+        return tuple(token for token in dict.fromkeys(listed) if 0 <= token < self.config.vocab)
 
     @property
     def size(self) -> int:

@@ -5,7 +5,7 @@ Sizes are those of the shapes in the config. Cache sizes come from `CacheConfig`
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -40,6 +40,21 @@ _QK_NORMS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class EndToken:
+    """A token that ends a sequence.
+
+    Attributes:
+      id: its id.
+      text: its text, None without a tokenizer.
+      sources: the files or metadata that name it.
+    """
+
+    id: int
+    text: str | None
+    sources: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class ModelReport(Report):
     """A model, its sizes and its KV scales. Prints as tables; `to_dict` returns everything.
@@ -52,6 +67,7 @@ class ModelReport(Report):
       caches: the size of the cache in each format.
       scales: the KV scales of the checkpoint.
       tokenizer, chat_template: whether the model has them.
+      end_tokens: the tokens that end a sequence, and where each comes from.
       max_model_len, page_size: as in `LLM`.
       max_tokens_per_dispatch: most tokens that one dispatch adds to a sequence. Layers with a
         sliding window store that many more than the window.
@@ -66,6 +82,7 @@ class ModelReport(Report):
     scales: ScaleSummary
     tokenizer: bool
     chat_template: bool
+    end_tokens: tuple[EndToken, ...]
     max_model_len: int
     page_size: int
     max_tokens_per_dispatch: int
@@ -118,12 +135,13 @@ def inspect(
     if isinstance(model, Params):
         weights = WeightsSummary.in_memory(model)
         scales = ScaleSummary.in_memory(model.kv_scales)
-        return _report(model, "Params", "Params in memory", weights, scales, options)
+        sources = {"config": model.config.eos_ids}
+        return _report(model, "Params", "Params in memory", weights, scales, sources, options)
     info = read_checkpoint_info(model, weights=False)
     params = info.abstract_params()
     weights = WeightsSummary.of_checkpoint(info, params)
     scales = ScaleSummary.of(info.scale_report, info.scale_tensors)
-    return _report(params, os.fspath(model), info.kind, weights, scales, options)
+    return _report(params, os.fspath(model), info.kind, weights, scales, info.end_sources, options)
 
 
 def _report(
@@ -132,6 +150,7 @@ def _report(
     kind: str,
     weights: WeightsSummary,
     scales: ScaleSummary,
+    end_sources: Mapping[str, Sequence[int]],
     options: EngineOptions,
 ) -> ModelReport:
     config = params.config
@@ -156,9 +175,26 @@ def _report(
         scales=scales,
         tokenizer=params.tokenizer is not None,
         chat_template=bool(getattr(params.tokenizer, "has_chat_template", False)),
+        end_tokens=_end_tokens(params, end_sources),
         max_model_len=longest,
         page_size=options.page_size,
         max_tokens_per_dispatch=span,
+    )
+
+
+def _end_tokens(params: Params, sources: Mapping[str, Sequence[int]]) -> tuple[EndToken, ...]:
+    """Return the end-of-sequence tokens with their sources, the tokenizer among them."""
+    tokenizer = params.tokenizer
+    named = dict(sources)
+    if tokenizer is not None and not any(key.startswith("tokenizer.") for key in sources):
+        named["tokenizer"] = tokenizer.eos_ids
+    return tuple(
+        EndToken(
+            token,
+            None if tokenizer is None else tokenizer.token_text(token),
+            tuple(name for name, found in named.items() if token in found),
+        )
+        for token in params.eos_ids
     )
 
 
@@ -173,6 +209,7 @@ def _facts_table(report: ModelReport) -> Table:
         *_model_facts(report.model),
         *_weight_facts(report.weights),
         ("tokenizer", _tokenizer_text(report)),
+        ("end tokens", _end_tokens_text(report)),
         ("KV scales", _scales_text(report)),
     ):
         table.add_row(label, text)
@@ -241,6 +278,16 @@ def _tokenizer_text(report: ModelReport) -> str:
     if not report.tokenizer:
         return "none found: prompts are token ids"
     return f"found, {'with' if report.chat_template else 'without'} a chat template"
+
+
+def _end_tokens_text(report: ModelReport) -> str:
+    return (
+        "; ".join(
+            f"{end.id}{'' if end.text is None else f' {end.text!r}'} ({', '.join(end.sources)})"
+            for end in report.end_tokens
+        )
+        or "none: a sequence ends at max_tokens"
+    )
 
 
 def _scales_text(report: ModelReport) -> str:

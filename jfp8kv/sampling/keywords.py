@@ -19,6 +19,8 @@ class SamplingFields(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     include_stop_str_in_output: bool
+    skip_special_tokens: bool
+    spaces_between_special_tokens: bool
     n: int
     logprobs: int | None
     prompt_logprobs: int | None

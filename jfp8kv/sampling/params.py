@@ -8,7 +8,7 @@ import functools
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.core.options import Options, option, options
@@ -91,6 +91,10 @@ class SamplingParams(Options):
     A request with a `seed` gives the same tokens in every batch. Few requests are then decoded in
     8 rows, which is slower for a single one.
 
+    Constraints describe text. Where `choice`, `regex` or `json_schema` contain the text of a
+    special token, it is spelled with ordinary tokens: the special token is never sampled for it.
+    `grammar` can name a special token without quotes: `start: <|tool_call|>`.
+
     `logprobs` and `prompt_logprobs` report the model's distribution before any other field applies.
 
     Raises `ConfigError` for a value outside its range.
@@ -154,7 +158,10 @@ class SamplingParams(Options):
     )
     stop: Sequence[str] = option(
         default=(),
-        help="Strings that end the output before their first match, also before min_tokens.",
+        help=(
+            "Strings that end the output before their first match, also before min_tokens. One "
+            "that is the text of a special token ends it at that token too."
+        ),
         convert=_stop_strings,
     )
     stop_token_ids: Sequence[int] = option(
@@ -165,6 +172,14 @@ class SamplingParams(Options):
     )
     include_stop_str_in_output: bool = option(
         default=False, help="Include the matched stop string in the text."
+    )
+    skip_special_tokens: bool = option(default=True, help="Leave special tokens out of the text.")
+    spaces_between_special_tokens: bool = option(
+        default=True,
+        help=(
+            "With skip_special_tokens=False, keep the spaces that some tokenizers decode between "
+            "two special tokens."
+        ),
     )
     n: int = option(default=1, help="Number of outputs per prompt.", minimum=1, hint="try 1")
     logprobs: int | None = option(
@@ -282,3 +297,17 @@ class SamplingParams(Options):
                         f"{name}: id {token} is outside the vocabulary; "
                         f"ids go from 0 to {vocab - 1}."
                     )
+
+
+def params_by_prompt(
+    given: SamplingParams | Sequence[SamplingParams] | None, prompts: int
+) -> Sequence[SamplingParams | None]:
+    """Return the sampling parameters of each prompt, from one for all or one for each."""
+    if not isinstance(given, list | tuple):
+        return [cast(SamplingParams | None, given)] * prompts
+    if len(given) != prompts:
+        raise ConfigError(
+            f"{len(given)} sampling parameters for {prompts} prompts: give one for all, or one for "
+            "each."
+        )
+    return given

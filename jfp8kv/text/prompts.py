@@ -1,14 +1,15 @@
 """Prompts in every accepted form (text, token ids or chat messages) and their token ids."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os.path import commonprefix
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import numpy as np
 
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.text.tokenizer import Message as Message
+from jfp8kv.text.chat import ChatOptions, is_message
+from jfp8kv.text.chat import Message as Message
 from jfp8kv.text.tokenizer import Tokenizer
 
 
@@ -19,12 +20,20 @@ class SupportsArray(Protocol):
     def __array__(self) -> np.ndarray: ...
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChatPrompt:
+    """A conversation with the options of its chat template."""
+
+    messages: Sequence[Message]
+    options: ChatOptions
+
+
 TokenIds: TypeAlias = Sequence[int] | SupportsArray
-Prompt: TypeAlias = str | TokenIds | Sequence[Message]
+Prompt: TypeAlias = str | TokenIds | Sequence[Message] | ChatPrompt
 """One prompt: a text, token ids, or a conversation as chat messages."""
 PromptLike: TypeAlias = Prompt | Sequence[Prompt]
 """One prompt or several."""
-OnePrompt: TypeAlias = str | Sequence[int] | Sequence[Message]
+OnePrompt: TypeAlias = str | Sequence[int] | Sequence[Message] | ChatPrompt
 SeveralPrompts: TypeAlias = Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[Message]]
 """Prompts in the forms that a type checker can count. An array may be one prompt or several."""
 
@@ -58,11 +67,40 @@ def as_list(prompts: PromptLike) -> list[Prompt]:
 def is_single(prompts: PromptLike) -> bool:
     """Return whether this is one prompt (a text, token ids or messages), not a list of them."""
     listed = _to_list(prompts)
-    if isinstance(listed, str):
+    if isinstance(listed, str | ChatPrompt):
         return True
     if not isinstance(listed, Sequence) or not listed:
         return False
-    return all(isinstance(item, Mapping) or _is_token_id(item) for item in listed)
+    return all(is_message(item) or _is_token_id(item) for item in listed)
+
+
+def with_chat_options(prompts: Sequence[Prompt], options: ChatOptions | None) -> list[Prompt]:
+    """Return conversations with the options of their chat template; None returns the prompts.
+
+    Raises `ConfigError` for a prompt that is not a conversation.
+    """
+    if options is None:
+        return list(prompts)
+    chats: list[Prompt] = []
+    for number, prompt in enumerate(prompts):
+        if not is_conversation(prompt):
+            given = [n for n in options.names() if getattr(options, n) != getattr(_DEFAULTS, n)]
+            raise ConfigError(
+                f"prompt {number} is not a list of chat messages: {', '.join(given) or 'chat'} "
+                "options apply to messages only."
+            )
+        chats.append(ChatPrompt(prompt, options))
+    return chats
+
+
+_DEFAULTS = ChatOptions()
+
+
+def is_conversation(prompt: object) -> TypeGuard[Sequence[Message]]:
+    """Return whether a prompt is a list of chat messages."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str | bytes) or not prompt:
+        return False
+    return all(is_message(item) for item in prompt)
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer | None, *, what: str) -> Encoded:
@@ -79,15 +117,21 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None, *, what: str) -> Encoded
         if not prompt:
             raise ConfigError(f"{what} is empty: at least one character is needed.")
         return Encoded(prompt, _require(tokenizer, what).encode(_check_unicode(prompt, what)))
+    if isinstance(prompt, ChatPrompt):
+        return _encode_chat(prompt, _require(tokenizer, what), what=what)
     listed = _to_list(prompt)
     if isinstance(listed, Sequence) and not isinstance(listed, bytes):
         if all(_is_token_id(item) for item in listed):
             return Encoded(None, [int(item) for item in listed])
-        if all(isinstance(item, Mapping) for item in listed):
-            tokenizer = _require(tokenizer, what)
-            text = _check_unicode(tokenizer.render(listed), what)
-            return Encoded(text, tokenizer.encode(text, add_special_tokens=False))
+        if all(is_message(item) for item in listed):
+            chat = ChatPrompt(listed, _DEFAULTS)
+            return _encode_chat(chat, _require(tokenizer, what), what=what)
     raise ConfigError(f"{what} is of type {type(listed).__name__}: prompts must be {FORMS}.")
+
+
+def _encode_chat(chat: ChatPrompt, tokenizer: Tokenizer, *, what: str) -> Encoded:
+    text = _check_unicode(tokenizer.render(chat.messages, chat.options), what)
+    return Encoded(text, tokenizer.encode(text, add_special_tokens=False))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,16 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, NoReturn, TypeAlias
 
 from jfp8kv.core.errors import ConfigError, NotSupported
+from jfp8kv.text.chat import ChatOptions
+from jfp8kv.text.prompts import is_conversation, with_chat_options
 
 Fields: TypeAlias = dict[str, Any]
 RowFormat: TypeAlias = Literal["jsonl", "csv", "parquet", "lines", "openai"]
@@ -32,6 +35,7 @@ FORMATS: dict[str, RowFormat] = {
 }
 OPENAI_KEYS = frozenset(("custom_id", "method", "url", "body"))
 PROMPT_FIELDS = ("prompt", "messages", "text")  # the first one that a row has is its prompt
+CHAT_FIELDS = ("tools", "documents", "chat_template_kwargs")  # options of a row's conversation
 PARQUET_ROWS = 256  # rows that are read at a time
 
 
@@ -139,17 +143,43 @@ def format_of(
     return "openai" if found == "jsonl" and _is_openai(Path(path)) else found
 
 
-def prompt_of(fields: Fields, field: str | None = None, *, hint: str) -> Any:
+def prompt_of(
+    fields: Fields,
+    field: str | None = None,
+    *,
+    hint: str,
+    chat_fields: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     """Return the prompt of a row: its `field`, or the first of `PROMPT_FIELDS` that it has.
 
-    Raises `RowError` for a row without it. `hint` ends the message: how to name the field.
+    A conversation gets the chat options of the row: its fields named in `CHAT_FIELDS`.
+
+    Args:
+      fields: the fields of the row.
+      field: the name of the field with the prompt.
+      hint: ends the message for a row without one: how to name the field.
+      chat_fields: chat options of all rows, which those of the row override.
+
+    Raises `RowError` for a row without a prompt, or with invalid chat options.
     """
     names = PROMPT_FIELDS if field is None else (field,)
     for name in names:
         if name in fields:
-            return fields[name]
+            return _with_chat_fields(fields[name], fields, chat_fields)
     found = ", ".join(map(repr, fields)) or "no fields"
     raise RowError(f"has no {' or '.join(map(repr, names))}, but {found}: {hint}.")
+
+
+def _with_chat_fields(prompt: Any, fields: Fields, chat_fields: Mapping[str, Any]) -> Any:
+    given = dict(chat_fields)
+    if is_conversation(prompt):
+        given |= {name: fields[name] for name in CHAT_FIELDS if fields.get(name) is not None}
+    if not given:
+        return prompt
+    try:
+        return with_chat_options([prompt], ChatOptions(**given))[0]
+    except ConfigError as error:
+        raise RowError(str(error)) from None
 
 
 def _is_openai(path: Path) -> bool:

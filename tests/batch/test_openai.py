@@ -13,6 +13,7 @@ from jfp8kv.batch import dry_run, load_config
 from jfp8kv.batch.config import Config
 from jfp8kv.batch.openai import CHAT_URL, COMPLETIONS_URL, UNLIMITED_TOKENS, OpenAIRequests
 from jfp8kv.batch.requests import row_seed
+from jfp8kv.text.chat import ChatOptions
 from jfp8kv.text.rows import Row, RowError
 from tests.batch.conftest import ROOT, read_rows, write_rows
 from tests.batch.stub import StubEngine
@@ -145,11 +146,13 @@ def test_unsupported_requests_get_an_error_response_and_the_others_run(respond):
         ),
         (
             request("x", messages=[{"role": "user", "content": [{"type": "text"}]}]),
-            "only text is supported, under 'text'",
+            "must be {'type': 'text', 'text': ...} with a string",
         ),
         (request("x", messages=HELLO, top_logprobs=2), "body.top_logprobs needs logprobs: true"),
         (request("x", url=COMPLETIONS_URL, prompt=["a", "b"]), "put each prompt on a line"),
-        (request("x", messages=HELLO, tools=[{"type": "function"}]), "body.tools is not supported"),
+        (request("x", messages=HELLO, tools=[{"type": "function"}]), "body.tools[0]: must be"),
+        (request("x", messages=HELLO, tools={"f": 1}), "body.tools={'f': 1}: must be a list"),
+        (request("x", messages=HELLO, tool_choice="required"), "body.tool_choice is not supported"),
         (
             request("x", messages=HELLO, temprature=0.5),
             "body.temprature is not supported. Did you mean 'temperature'",
@@ -313,9 +316,7 @@ def test_a_body_has_the_meaning_of_the_api(converted):
             "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}],
         }
     ]
-    assert converted(request("a", messages=parts)).prompt == [
-        {"role": "user", "content": "one\ntwo"}
-    ]
+    assert converted(request("a", messages=parts)).prompt == parts
 
 
 def test_values_without_effect_are_accepted(converted):
@@ -402,3 +403,65 @@ def test_openai_requests_determine_the_output_format_and_the_prompts(job):
     job.write("task: score")
     with pytest.raises(jfp8kv.ConfigError, match="task: OpenAI batch requests need task generate"):
         job.run()
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1, "é"]}'}}
+WEATHER = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "sunny"}
+
+
+def calling(arguments):
+    call = CALL | {"function": {"name": "f", "arguments": arguments}}
+    return [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}, RESULT]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [('{"a": [1, "é"]}', {"a": [1, "é"]}), ("{}", {}), ("", {}), (None, {}), ({"a": 1}, {"a": 1})],
+)
+def test_arguments_of_tool_calls_are_parsed_before_the_template(converted, arguments, expected):
+    found = converted(request("a", messages=calling(arguments), tools=[WEATHER]))
+    call = found.prompt.messages[1]
+    assert "content" not in call
+    assert call["tool_calls"][0]["function"] == {"name": "f", "arguments": expected}
+    assert found.prompt.options == ChatOptions(tools=[WEATHER])
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        (calling("{"), r"body.messages\[1\].tool_calls\[0\].function.arguments is not valid JSON"),
+        (calling("[1]"), r"arguments is \[1\]: must be a JSON object"),
+        ([*HELLO, {"role": "assistant", "tool_calls": "f"}], "must be a list of tool calls"),
+        ([*HELLO, {"role": "assistant", "tool_calls": [{}]}], "must have a function with a name"),
+        ([{"role": "user", "content": 3}], r"body.messages\[0\] from 'user' has content of type"),
+    ],
+)
+def test_malformed_tool_calls_are_refused_by_position(converted, messages, named):
+    with pytest.raises(RowError, match=named):
+        converted(request("a", messages=messages))
+
+
+@pytest.mark.parametrize(
+    ("body", "options"),
+    [
+        ({}, None),
+        ({"tools": []}, None),
+        ({"tools": None, "tool_choice": "auto"}, None),
+        ({"tools": [WEATHER], "tool_choice": "none"}, None),
+        ({"tools": [WEATHER], "tool_choice": "auto"}, ChatOptions(tools=[WEATHER])),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False}},
+            ChatOptions(chat_template_kwargs={"enable_thinking": False}),
+        ),
+        ({"chat_template": "x"}, ChatOptions(chat_template="x")),
+        ({"documents": [{"text": "x"}]}, ChatOptions(documents=[{"text": "x"}])),
+        (
+            {"add_generation_prompt": False, "continue_final_message": True},
+            ChatOptions(add_generation_prompt=False, continue_final_message=True),
+        ),
+    ],
+)
+def test_chat_options_of_a_body_reach_the_template(converted, body, options):
+    found = converted(request("a", messages=HELLO, **body)).prompt
+    assert found == HELLO if options is None else found.options == options

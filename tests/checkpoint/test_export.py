@@ -298,7 +298,7 @@ def test_eos_of_the_tokenizer_is_exported_if_the_config_has_none(tiny, params, t
     tokenizer = Tokenizer(with_tokenizer(tiny, tmp_path / "hf").tokenizer.backend, eos_ids=(2,))
     config = dataclasses.replace(params.config, eos_ids=())
     export(dataclasses.replace(params, config=config, tokenizer=tokenizer), tmp_path / "out")
-    assert load(tmp_path / "out").tokenizer.eos_ids == (2,)
+    assert load(tmp_path / "out").eos_ids == (2,)
 
 
 # Errors

@@ -214,7 +214,7 @@ GGUF = {
         ({"llama.attention.head_count": [4, 4]}, ["num_attention_heads=[4, 4]"]),
         ({"llama.rope.freq_base": "1e4"}, ["freq_base='1e4'", "positive number"]),
         ({"llama.rope.scale_linear": "two"}, ["factor='two'", "positive number"]),
-        ({"tokenizer.ggml.eos_token_id": "</s>"}, ["eos_token_id=['</s>']"]),
+        ({"tokenizer.ggml.eos_token_id": "</s>"}, ["tokenizer.ggml.eos_token_id='</s>'"]),
     ],
 )
 def test_unsupported_gguf_metadata_is_refused_by_name(change, named):
@@ -300,11 +300,14 @@ def test_gemma3_gguf_max_length_includes_the_rope_scaling():
     ("arch", "tokens", "expected"),
     [
         ("qwen2", ["a", "b", "<|im_end|>", "<|endoftext|>"], (2, 3)),
-        ("gemma3", ["<pad>", "<eos>", "<bos>", "<end_of_turn>"], (2, 1, 3)),
-        ("llama", ["<|eot_id|>", "a", "</s>", "<|im_end|>"], (2, 0)),
+        ("gemma3", ["<pad>", "<eos>", "<bos>", "<end_of_turn>"], (2, 3, 1)),
+        ("llama", ["<|eot_id|>", "a", "</s>", "<|im_end|>"], (2, 0, 3)),
+        ("llama", ["<|im_end|>", "<|eom_id|>", "</s>", "<EOT>"], (2, 0, 1, 3)),
+        ("qwen3", ["a", "<|end|>", "</s>", "<|endoftext|>"], (2, 1, 3)),
+        ("llama", ["<|end|>", "<|return|>", "a", "b"], (2, 1)),  # harmony: <|end|> ends a message
     ],
 )
-def test_gguf_eos_ids_include_those_of_the_family(arch, tokens, expected):
+def test_gguf_eos_ids_include_tokens_known_by_their_text(arch, tokens, expected):
     metadata = {key.replace("llama.", f"{arch}."): value for key, value in GGUF.items()} | {
         "general.architecture": arch
     }

@@ -3,17 +3,16 @@
 import json
 import warnings
 
-import jinja2
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from jfp8kv.checkpoint import Tokenizer, load
+from jfp8kv.checkpoint import load
 from jfp8kv.checkpoint.gguf_tokenizer import tokenizer_from_gguf
-from jfp8kv.checkpoint.hf_tokenizer import read_tokenizer
+from jfp8kv.checkpoint.hf_tokenizer import read_backend, read_tokenizer
 from jfp8kv.core.errors import CheckpointError, ConfigError
-from jfp8kv.text.tokenizer import as_tokenizer, check_messages, render_template
+from jfp8kv.text.tokenizer import as_tokenizer
 
 TEXTS = [
     "hello world 123",
@@ -51,7 +50,7 @@ def gguf_fields(tiny, **changes):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_folder_and_gguf_tokenizers_of_one_vocabulary_agree(tiny, folder, text):
-    hf = read_tokenizer(folder, eos_ids=(2,))
+    hf = read_tokenizer(folder)
     gguf = tokenizer_from_gguf(gguf_fields(tiny), eos_ids=(2,), where=folder)
     assert hf.encode(text) == gguf.encode(text)
     assert hf.chat(CHAT) == gguf.chat(CHAT)
@@ -104,7 +103,7 @@ def test_load_of_a_gguf_file_has_its_tokenizer(tiny, tmp_path):
         writer.add_chat_template(tiny.chatml)
 
     params = load(tiny.gguf(tmp_path / "a.gguf", config, tiny.tensors(config), more=more))
-    assert params.config.eos_ids == params.tokenizer.eos_ids == (2,)
+    assert params.config.eos_ids == params.tokenizer.eos_ids == (2, 0)
     assert params.tokenizer.render(CHAT).endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -281,7 +280,7 @@ def test_ids_and_chats_equal_those_of_transformers(tiny, tmp_path, transformers,
                 theirs.encode(text), skip_special_tokens=True
             )
         for prompt in (True, False):
-            assert ours.chat(CHAT, prompt) == theirs.apply_chat_template(
+            assert ours.chat(CHAT, add_generation_prompt=prompt) == theirs.apply_chat_template(
                 CHAT, add_generation_prompt=prompt, return_dict=False
             )
         assert ours.eos_ids == (theirs.eos_token_id,)
@@ -310,7 +309,7 @@ def test_a_bug_while_reading_a_tokenizer_is_not_reported_as_damage(
     folder = tiny.tokenizer(tmp_path)
     monkeypatch.setattr("tokenizers.Tokenizer", Backend)
     with pytest.raises(error, match="a bug"):
-        read_tokenizer(folder)
+        read_backend(folder / "tokenizer.json")
 
 
 def test_tokens_listed_only_in_the_config_are_added_at_their_ids(tiny, tmp_path):
@@ -321,19 +320,16 @@ def test_tokens_listed_only_in_the_config_are_added_at_their_ids(tiny, tmp_path)
         read_tokenizer(tiny.tokenizer(tmp_path, added_tokens_decoder={"300": entry}))
 
 
-def test_a_damaged_tokenizer_is_refused_and_other_formats_give_a_warning(folder):
+def test_a_damaged_tokenizer_is_refused(folder):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a readable tokenizer"):
         read_tokenizer(folder)
-    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
-    with pytest.warns(UserWarning, match=r"tokenizer\.model.*save_pretrained"):
-        assert read_tokenizer(folder) is None
 
 
 def test_a_chat_template_may_be_a_file_or_one_of_several(tiny, tmp_path):
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
     folder = tiny.tokenizer(
-        tmp_path, chat_template=None, **{"pad_token": {"content": "<|endoftext|>"}}
+        tmp_path, chat_template=None, pad_token={"content": "<|endoftext|>", "__type": "AddedToken"}
     )
     assert not read_tokenizer(folder).has_chat_template
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -348,52 +344,6 @@ def test_without_a_chat_template_messages_are_refused(tiny, tmp_path):
         read_tokenizer(tiny.tokenizer(tmp_path, chat_template=None)).chat(CHAT)
 
 
-@pytest.mark.parametrize(
-    ("messages", "named"),
-    [
-        ([], "non-empty list"),
-        ("hello", "non-empty list"),
-        ({"role": "user", "content": "x"}, "non-empty list"),
-        (["hello"], r"messages\[0\]='hello'"),
-        ([{"content": "x"}], r"messages\[0\].*'role'"),
-        ([CHAT[0], {"role": "user"}], r"messages\[1\] from 'user' has no 'content'"),
-    ],
-)
-def test_malformed_messages_are_refused_by_position(messages, named):
-    with pytest.raises(ConfigError, match=named):
-        check_messages(messages)
-
-
-def test_errors_of_a_template_are_reported(folder):
-    raising = Tokenizer(None, chat_template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ConfigError, match="roles must alternate"):
-        raising.chat(CHAT)
-    with pytest.raises(ConfigError, match="not valid"):
-        Tokenizer(None, chat_template="{% for %}").chat(CHAT)
-
-
-def test_templates_have_the_filters_and_tags_of_hugging_face():
-    source = (
-        "{% for m in messages %}\n{% if loop.index0 == 1 %}{% break %}{% endif %}\n"
-        "{{ m | tojson }}\n{% endfor %}"
-        "{% generation %}a<b{% endgeneration %}{{ strftime_now('%Y') | length }}"
-    )
-    assert (
-        render_template(source, messages=CHAT) == '{"role": "system", "content": "Be brief."}\na<b4'
-    )
-
-
-def test_templates_run_in_a_sandbox():
-    with pytest.raises(ConfigError, match="refuses"):
-        render_template(
-            "{{ messages.__class__.__mro__ }}{{ ''.__class__.__base__.__subclasses__() }}",
-            messages=CHAT,
-        )
-    with pytest.raises(ConfigError, match="refuses"):
-        render_template("{{ messages.append(1) }}", messages=CHAT)
-    assert issubclass(jinja2.exceptions.SecurityError, jinja2.TemplateError)
-
-
 def test_any_object_with_encode_and_decode_is_a_tokenizer():
     class Bytes:
         def encode(self, text, add_special_tokens=True):
@@ -402,10 +352,12 @@ def test_any_object_with_encode_and_decode_is_a_tokenizer():
         def decode(self, ids, skip_special_tokens=True):
             return bytes(ids).decode()
 
+        eos_token_id = 0
+
         def get_vocab(self):
             return {chr(i): i for i in range(256)}
 
-    tokenizer = as_tokenizer(Bytes(), eos_ids=(0,))
+    tokenizer = as_tokenizer(Bytes())
     assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
     assert (tokenizer.eos_ids, tokenizer.vocab) == ((0,), 256)
     assert as_tokenizer(tokenizer) is tokenizer and as_tokenizer(None) is None

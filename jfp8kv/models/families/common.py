@@ -44,6 +44,7 @@ def llama_like(
     head_dim = f.count(d, "head_dim", head_dim or hidden // q_heads)
     max_len = f.count(d, "max_position_embeddings", max_len)
     layers = f.count(d, "num_hidden_layers")
+    vocab = f.count(d, "vocab_size")
     # A null `num_key_value_heads` means as many as query heads, not the family's default.
     default_kv_heads = q_heads if "num_key_value_heads" in d else kv_heads or q_heads
     if ropes is None:
@@ -51,7 +52,7 @@ def llama_like(
         ropes = read_ropes(d, types, head_dim=head_dim, max_len=max_len, theta=theta)
     config = ModelConfig(
         architecture=architecture,
-        vocab=f.count(d, "vocab_size"),
+        vocab=vocab,
         hidden=hidden,
         layers=layers,
         q_heads=q_heads,
@@ -64,8 +65,8 @@ def llama_like(
         ropes=ropes[0],
         layer_ropes=ropes[1],
         tied_embeddings=f.flag(d, "tie_word_embeddings", tied),
-        bos_id=f.token_id(d, "bos_token_id"),
-        eos_ids=f.ids(d.get("eos_token_id")),
+        bos_id=f.token_id(d, "bos_token_id", vocab),
+        eos_ids=f.eos_ids(d, vocab),
         dtype=f.dtype(d),
         kv_cache_dtype=declared_kv_dtype(f.mapping(d, "quantization_config")),
     )

@@ -1,7 +1,8 @@
 """Read single fields of a `config.json`. A `ConfigError` names the field and what it allows."""
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
 from jfp8kv.core.errors import ConfigError
@@ -19,6 +20,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu",
 }
 DTYPES = ("float32", "bfloat16", "float16")
+CONFIG_FILE = "config.json"
 _IN_CONFIG = "in the model's config"
 
 
@@ -123,12 +125,43 @@ def ids(value: object) -> tuple[int, ...]:
     return tuple(dict.fromkeys(listed))
 
 
-def token_id(d: Fields, key: str, default: int | None = None) -> int | None:
-    """Return a token id, or None for null; `default` if the field is missing."""
-    value = d.get(key, default)
-    if value is not None and not is_integer(value):
+def ids_in_vocab(
+    tokens: Iterable[int], vocab: int, *, key: str, where: str = CONFIG_FILE
+) -> tuple[int, ...]:
+    """Return the ids that a vocabulary has. A negative id means none.
+
+    Warns about an id past the end, naming the key and the file: `where`.
+    """
+    known = []
+    for token in tokens:
+        if token >= vocab:
+            warnings.warn(
+                f"{where}: {key}={token} is outside the vocabulary of {vocab} tokens, and is "
+                "ignored.",
+                stacklevel=2,
+            )
+        elif token >= 0:
+            known.append(token)
+    return tuple(dict.fromkeys(known))
+
+
+def eos_ids(d: Fields, vocab: int, default: int | None = None) -> tuple[int, ...]:
+    """Return the ids of `eos_token_id` that the vocabulary has; `default` if it is missing."""
+    if "eos_token_id" not in d:
+        return () if default is None or default >= vocab else (default,)
+    return ids_in_vocab(ids(d["eos_token_id"]), vocab, key="eos_token_id")
+
+
+def token_id(d: Fields, key: str, vocab: int, default: int | None = None) -> int | None:
+    """Return a token id that the vocabulary has; None for null; `default` if it is missing."""
+    if key not in d:
+        return None if default is None or default >= vocab else default
+    value = d[key]
+    if value is None:
+        return None
+    if not is_integer(value):
         raise ConfigError(f"{key}={value!r} {_IN_CONFIG}: must be a token id.")
-    return value
+    return next(iter(ids_in_vocab([value], vocab, key=key)), None)
 
 
 def refuse(d: Fields, key: str, *allowed: object, reason: str) -> None:

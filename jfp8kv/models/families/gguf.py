@@ -6,7 +6,7 @@ converter writes for each architecture, and its defaults for missing metadata.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,20 +14,41 @@ import numpy as np
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families import MODEL_TYPES, config_from_hf
-from jfp8kv.models.families.fields import is_integer, number
+from jfp8kv.models.families.fields import ids_in_vocab, is_integer, number
 from jfp8kv.models.families.ropes import FULL, ORIGINAL, SLIDING
 
 # By `general.architecture`: Hugging Face's `model_type`.
 _HF_TYPES = {name: name for name in ("llama", "qwen2", "qwen3")} | {"gemma3": "gemma3_text"}
 # The one size of Gemma 3 that scales scores by hidden / heads. No metadata field says so.
 _GEMMA3_27B_LAYERS = 62
-# A file names one or two EOS tokens. These are the others in the families' generation configs.
-_EOS_TOKENS = {
-    "llama": ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
-    "qwen2": ("<|endoftext|>", "<|im_end|>"),
-    "qwen3": ("<|endoftext|>", "<|im_end|>"),
-    "gemma3": ("<eos>", "<end_of_turn>"),
-}
+# A file names one to three EOS tokens. Tokens with these texts end a sequence too, in every file,
+# as in llama.cpp (llama-vocab.cpp, `special_eog_ids`).
+END_TOKENS = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<end_of_utterance>",
+    "<eos>",
+    "</s>",
+)
+# Harmony ends a message inside an answer with <|end|>, and the answer with one of these.
+_HARMONY = ("<|return|>", "<|call|>")
+_TOKENIZER = "tokenizer.ggml"
+_END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+_NO_TOKEN = 2**32 - 1  # -1 as the unsigned integer that the file stores
 # Rope fields that are only supported at their defaults.
 _ROPE_DEFAULTS = {
     "rope.scaling.attn_factor": 1.0,
@@ -43,6 +64,7 @@ def config_from_gguf(
     *,
     tensors: Mapping[str, tuple[int, ...]],
     rope_factors: np.ndarray | None = None,
+    where: str = "GGUF metadata",
 ) -> ModelConfig:
     """Return the `ModelConfig` of GGUF metadata.
 
@@ -51,6 +73,7 @@ def config_from_gguf(
       tensors: the shapes of the file's tensors.
       rope_factors: the file's `rope_freqs.weight`, if it has one. Llama 3.1 stores the divisors
         that result from its rope scaling, and the scaling is recovered from them.
+      where: the name of the file in warnings.
 
     Raises:
       ConfigError: missing or unsupported metadata, by name.
@@ -72,9 +95,15 @@ def config_from_gguf(
             "supported in GGUF files."
         )
     theta = _shortest(number(fields, f"{arch}.rope.freq_base", 10000.0))
+    vocab = _vocab(fields, get("vocab_size"), tensors)
+
+    def known(key: str, ids: Iterable[int]) -> tuple[int, ...]:
+        limit = vocab if is_integer(vocab) else 0
+        return ids_in_vocab(ids, limit, key=f"{_TOKENIZER}.{key}", where=where)
+
     as_hf = {
         "architectures": [MODEL_TYPES[_HF_TYPES[arch]]],
-        "vocab_size": _vocab(fields, get("vocab_size"), tensors),
+        "vocab_size": vocab,
         "hidden_size": get("embedding_length"),
         "num_hidden_layers": get("block_count"),
         "num_attention_heads": get("attention.head_count"),
@@ -88,8 +117,12 @@ def config_from_gguf(
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _eos_ids(fields, arch),
+        "bos_token_id": next(
+            iter(known("bos_token_id", _listed_ids(fields, "bos_token_id"))), None
+        ),
+        "eos_token_id": [
+            token for key, ids in end_token_sources(fields).items() for token in known(key, ids)
+        ],
     }
     if arch == "gemma3":
         as_hf |= _gemma3_entries(get)
@@ -125,14 +158,29 @@ def _hidden_per_head(get: Get) -> int | None:
     return hidden // heads if is_integer(hidden) and is_integer(heads) and heads > 0 else None
 
 
-def _eos_ids(fields: Mapping[str, Any], arch: str) -> list[Any]:
-    """Return the EOS tokens of the file, then those of the family that it has."""
-    listed = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    tokens = fields.get("tokenizer.ggml.tokens")
-    family = []
+def end_token_sources(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the end-of-sequence tokens of a file by the key of `tokenizer.ggml` that names them.
+
+    Tokens that are known by their text are under `tokens`.
+    """
+    sources = {key: _listed_ids(fields, key) for key in _END_KEYS}
+    tokens = fields.get(f"{_TOKENIZER}.tokens")
     if isinstance(tokens, list):
-        family = [tokens.index(token) for token in _EOS_TOKENS[arch] if token in tokens]
-    return [token for token in listed if token is not None] + family
+        known = {text: tokens.index(text) for text in END_TOKENS if text in tokens}
+        if any(text in known for text in _HARMONY):
+            known.pop("<|end|>", None)
+        sources["tokens"] = tuple(known.values())
+    return {key: found for key, found in sources.items() if found}
+
+
+def _listed_ids(fields: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """Return the id under a key of the tokenizer, if there is one."""
+    value = fields.get(f"{_TOKENIZER}.{key}")
+    if value is None or value == _NO_TOKEN:
+        return ()
+    if not is_integer(value):
+        raise ConfigError(f"{_TOKENIZER}.{key}={value!r}: must be a token id.")
+    return (value,)
 
 
 def _gemma3_entries(get: Get) -> dict[str, Any]:

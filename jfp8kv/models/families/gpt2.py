@@ -18,9 +18,10 @@ def gpt2(d: Fields) -> ModelConfig:
     hidden = f.count(d, "n_embd", 768)
     heads = f.count(d, "n_head", 12)
     activation = d.get("activation_function", "gelu_new")
+    vocab = f.count(d, "vocab_size", 50257)
     config = ModelConfig(
         architecture="GPT2LMHeadModel",
-        vocab=f.count(d, "vocab_size", 50257),
+        vocab=vocab,
         hidden=hidden,
         layers=f.count(d, "n_layer", 12),
         q_heads=heads,
@@ -40,8 +41,8 @@ def gpt2(d: Fields) -> ModelConfig:
         sm_scale=None if f.flag(d, "scale_attn_weights", True) else 1.0,
         scale_by_layer=f.flag(d, "scale_attn_by_inverse_layer_idx"),
         tied_embeddings=f.flag(d, "tie_word_embeddings", True),
-        bos_id=f.token_id(d, "bos_token_id", 50256),
-        eos_ids=f.ids(d.get("eos_token_id", 50256)),
+        bos_id=f.token_id(d, "bos_token_id", vocab, 50256),
+        eos_ids=f.eos_ids(d, vocab, 50256),
         dtype=f.dtype(d),
         kv_cache_dtype=declared_kv_dtype(f.mapping(d, "quantization_config")),
     )
