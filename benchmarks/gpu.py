@@ -1,13 +1,14 @@
-"""The GPU kernels on an NVIDIA GPU: checked, tuned, timed, and held against goals and others, in ten minutes.
+"""Check, tune and time the GPU kernels on an NVIDIA GPU, in ten minutes.
 
-    python -m benchmarks.gpu                 everything; results in benchmarks/results/DEVICE-DATE.json
-    python -m benchmarks.gpu --tune          and the block sizes it found go where the kernels read them
-    python -m benchmarks.gpu --adopt FILE    the block sizes of a results file go there, on any machine
-    python -m benchmarks.gpu --dry-run       every part on a CPU, tiny and interpreted: proves that the script runs
+    python -m benchmarks.gpu                 everything; writes benchmarks/results/DEVICE-DATE.json
+    python -m benchmarks.gpu --tune          also installs the tuned block sizes
+    python -m benchmarks.gpu --adopt FILE    installs the block sizes of a results file
+    python -m benchmarks.gpu --dry-run       every part on a CPU, with tiny shapes, interpreted
 
-Memory-bound figures are shares of what a copy reaches, measured first and in the same way. Every kernel is checked against
-float64 on fresh random numbers before anything is timed; one that is wrong is not timed, and the exit status is 1. A part that
-runs out of its share of the time says what it left out. Block sizes are tuned before the timing, which uses them.
+Memory-bound figures are fractions of the bandwidth of a copy, which is measured first. Every kernel
+is compared with float64 on new random numbers before anything is timed. A wrong kernel is not
+timed, and the exit status is 1. A part that exceeds its share of the time lists what it skipped.
+Block sizes are tuned before the timing, which uses them.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from benchmarks._gpu import (
     device,
     end_to_end,
     engine,
-    matmuls,
+    matmul,
     mosaic,
     peers,
     tune,
@@ -51,13 +52,13 @@ PARTS: dict[str, Callable[[Session, dict[str, Any]], None]] = {
     "decode": attention.decode,
     "write": writes.run,
     "prefill": attention.prefill,
-    "product": matmuls.run,
+    "matmul": matmul.run,
     "peers": peers.run,
     "end_to_end": end_to_end.run,
     "mosaic": mosaic.run,
 }
-ALWAYS = ("device", "check")  # what the others rest on
-ASKED_FOR = ("mosaic",)  # may hang
+ALWAYS = ("device", "check")  # prerequisites of the others
+OPTIONAL = ("mosaic",)  # may hang
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -71,28 +72,29 @@ PACKAGES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark and return the exit status."""
     given = arguments().parse_args(argv)
     if given.adopt:
         return adopt(given.adopt)
-    os.environ.setdefault(
-        "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-    )  # PyTorch's peers share the memory
+    # PyTorch's peers share the memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if given.dry_run:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_disable_most_optimizations", True)
     elif jax.default_backend() != "gpu":
         console.print(
-            "No GPU here: `python -m benchmarks.gpu --dry-run` shows that the script runs."
+            "No GPU found: `python -m benchmarks.gpu --dry-run` tests the script on a CPU."
         )
         return 2
-    keep_compiled_programs()
+    enable_compilation_cache()
     began = time.perf_counter()
     config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))[
         "dry_run" if given.dry_run else "gpu"
     ]
-    session = opened(given, config, began)
+    session = open_session(given, config, began)
     header()
-    say(f"timed by {session.clock.by} ({session.clock.why}); results go to {session.path}")
+    clock = session.clock
+    say(f"timed by {clock.name} ({clock.reason}); results: {session.path}")
     try:
         run(session, config, [part for part in PARTS if part in ALWAYS or part in given.parts])
     finally:
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(session: Session, config: dict[str, Any], parts: Sequence[str]) -> None:
-    """The parts in turn; what is known is written after each."""
+    """Run the parts in order, and write the results after each."""
     for part in parts:
         session.begin(part, config["shares"][part])
         with session.guarded(part):
@@ -114,74 +116,78 @@ def run(session: Session, config: dict[str, Any], parts: Sequence[str]) -> None:
         session.save()
     found = goals(session)
     session.facts["goals"] = [
-        {"what": g.what.strip(), "wanted": g.wanted, "got": g.got, "met": g.met} for g in found
+        {
+            "name": goal.name.strip(),
+            "goal": goal.goal,
+            "measured": goal.measured,
+            "status": goal.status,
+        }
+        for goal in found
     ]
     session.save()
     show(found, table, dry_run=session.dry_run)
 
 
 def adopt(path: Path) -> int:
-    """Take over the block sizes of a run elsewhere."""
+    """Install the block sizes of a results file, and return the exit status."""
     facts = json.loads(path.read_text(encoding="utf-8"))
     if facts["dry_run"] or not facts.get("tuned"):
-        say(f"{path} has no block sizes to take over: a dry run, or one that did not tune.")
+        say(f"{path} has no tuned block sizes: it is a dry run, or did not tune.")
         return 2
     say(f"block sizes: {', '.join(map(str, tune.publish(facts['tuned'])))}")
     return 0
 
 
-def keep_compiled_programs() -> None:
-    """In the checkout, unless somebody said where; as the library would, but without the packages it asks for the place."""
+def enable_compilation_cache() -> None:
+    """Cache compiled programs in the checkout, unless JAX is configured with another folder."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def say(text: str) -> None:
+    """Print a line without formatting."""
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=10, help="that all of it may take")
+    parser.add_argument("--minutes", type=float, default=10, help="time limit")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="tiny shapes, interpreted on the CPU; measures nothing",
+        help="tiny shapes, interpreted on a CPU; measures nothing",
     )
-    parser.add_argument(
-        "--tune", action="store_true", help="write block sizes where the kernels read them, too"
-    )
+    parser.add_argument("--tune", action="store_true", help="also install the tuned block sizes")
     parser.add_argument(
         "--adopt",
         type=Path,
         metavar="FILE",
-        help="write the block sizes of a results file there, and end",
+        help="install the block sizes of a results file, and exit",
     )
-    parser.add_argument(
-        "--clock", choices=["cupti", "loop"], help="how to time; by itself CUPTI where it works"
-    )
+    parser.add_argument("--clock", choices=["cupti", "loop"], help="by default CUPTI, if it works")
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the results; by itself benchmarks/results, and .cache for a dry run",
+        help="folder of the results; by default benchmarks/results, or .cache for a dry run",
     )
     parser.add_argument(
         "--parts",
         nargs="+",
         choices=list(PARTS),
-        default=[part for part in PARTS if part not in ASKED_FOR],
-        help=f"{' and '.join(ALWAYS)} always run, {' and '.join(ASKED_FOR)} where named",
+        default=[part for part in PARTS if part not in OPTIONAL],
+        help=f"{' and '.join(ALWAYS)} always run; {' and '.join(OPTIONAL)} only if named",
     )
     return parser
 
 
-def opened(given: argparse.Namespace, config: dict[str, Any], began: float) -> Session:
-    clock = Clock(
-        **config["clock"], cupti=None if given.clock == "loop" or given.dry_run else cupti()
-    )
+def open_session(given: argparse.Namespace, config: dict[str, Any], began: float) -> Session:
+    """Return the session of a run."""
+    bindings = None if given.clock == "loop" or given.dry_run else cupti()
+    clock = Clock(**config["clock"], cupti=bindings)
     kind = jax.devices()[0].device_kind
     name = f"dry run {kind}" if given.dry_run else kind
     folder = given.out or (ROOT / ".cache" / "results" if given.dry_run else RESULTS)
@@ -191,23 +197,24 @@ def opened(given: argparse.Namespace, config: dict[str, Any], began: float) -> S
         "dry_run": given.dry_run,
         "versions": versions(),
         "commit": commit(),
-        "clock": clock.by,
+        "clock": clock.name,
     }
     return session
 
 
 def versions() -> dict[str, str]:
-    """Of the packages there are."""
-    there = {
+    """Return the versions of the installed packages."""
+    installed = {
         found.metadata["Name"].lower().replace("_", "-"): found.version
         for found in metadata.distributions()
     }
     return {"python": sys.version.split()[0]} | {
-        name: there[name] for name in PACKAGES if name in there
+        name: installed[name] for name in PACKAGES if name in installed
     }
 
 
 def commit() -> str:
+    """Return the commit of the checkout."""
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False

@@ -85,7 +85,12 @@ def automatic_cache(params: jfp8kv.Params, kv_dtype: str, longest: int):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         auto = resolve_cache(
-            params, kv_dtype, "auto", page_size=64, max_tokens_per_dispatch=64, max_model_len=longest
+            params,
+            kv_dtype,
+            "auto",
+            page_size=64,
+            max_tokens_per_dispatch=64,
+            max_model_len=longest,
         )
     for warning in caught:
         console.print(str(warning.message), style="dim")

@@ -1,8 +1,8 @@
 """Reference paged attention for one query at a time: scores, softmax, weighted sum.
 
-`scores` and `softmax` take NumPy or JAX arrays. The rest is NumPy in float64: the kernels are tested
-against it. Both sides read the same stored bits, so they differ by the rounding of the kernels only.
-`precision.py` derives the bound.
+`scores` and `softmax` take NumPy or JAX arrays. The rest is NumPy in float64: the kernels are
+tested against it. Both sides read the same stored bits, so they differ by the rounding of the
+kernels only. `error_bound.py` derives the bound.
 """
 
 from collections.abc import Iterator
@@ -10,92 +10,103 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pallas_kernels.kernel_inputs import LayerView
 
-class Row(NamedTuple):
-    """One query and head, and what it sees. Static scales are where the kernels have them: K's in the query, V's beside it."""
+# Softmax constants. exp(MASKED - LOWEST) is 0, so the weights of a row without keys sum to 0.
+MASKED = -1e30  # score of a masked key
+LOWEST = -1e20  # initial running maximum
 
-    place: int  # of the query in `q`
+
+class QueryRow(NamedTuple):
+    """One query head of one token, with the keys and values that it attends to.
+
+    Static scales are applied where the kernels apply them: K scales to the query, V scales to the
+    output.
+    """
+
+    index: int  # of the query in `q`
     head: int
     q: np.ndarray  # [head_dim], times the K scales
-    k: np.ndarray  # [keys, head_dim]
-    v: np.ndarray  # [keys, head_dim]
+    k: np.ndarray  # [keys, head_dim], times the dynamic scales
+    v: np.ndarray  # [keys, head_dim], times the dynamic scales
     v_scale: np.ndarray  # [head_dim]
-    k_dynamic: np.ndarray  # [keys]: dynamic scales, in `k` and `v` already; 1 without
+    k_dynamic: np.ndarray  # [keys]: dynamic scales; 1 if scales are static
     v_dynamic: np.ndarray  # [keys]
-    k_largest: float  # of any token that the chunk sees
-    v_largest: float
-    offset: float  # added to the scores
-    sinks: np.ndarray  # [1] or [0]: logits that join the softmax's denominator
+    k_max_scale: float  # largest dynamic scale of the tokens that the chunk attends to
+    v_max_scale: float
+    score_offset: float  # added to the scores
+    sinks: np.ndarray  # [1] or [0]: logits added to the softmax denominator
 
 
-def rows(
+def query_rows(
     q: Any,
-    k_pages: Any,
-    v_pages: Any,
+    kv: LayerView,
     page_table: Any,
     lengths: Any,
     first_query: Any,
     queries: Any,
     *,
     element: Any = None,
-    layer: int | None = None,
-    first_row: Any = 0,
-    k_scale: Any = None,
-    v_scale: Any = None,
-    k_exponent: Any = None,
-    v_exponent: Any = None,
-    first_exponent_row: Any = None,
-    window: Any = None,
-    sinks: Any = None,
     score_offset: Any = None,
-) -> Iterator[Row]:
-    """Every row of every request. Slots that a request's queries do not see are not touched."""
-    element = np.dtype(k_pages.dtype if element is None else element)
-    if layer is not None:
-        by_layer = (first_row, first_exponent_row, k_scale, v_scale, window, sinks)
-        here = (None if x is None else np.asarray(x)[layer] for x in by_layer)
-        first_row, first_exponent_row, k_scale, v_scale, window, sinks = here
-    k_pages, v_pages = (
-        np.asarray(pages).view(element).astype(np.float64) for pages in (k_pages, v_pages)
-    )
-    q, page_table = np.asarray(q).astype(np.float64), np.asarray(page_table)
-    (_, kv_heads, page_size, head_dim), q_heads = k_pages.shape, q.shape[1]
-    k_scale, v_scale = (
-        np.ones((kv_heads, head_dim)) if s is None else _float32(s) for s in (k_scale, v_scale)
-    )
-    first_exponent_row = first_row if first_exponent_row is None else first_exponent_row
+) -> Iterator[QueryRow]:
+    """Yield every query head of every query of every request.
+
+    Takes the arguments of `paged_prefill`. Slots outside the window of all queries are not read.
+    """
+    element = np.dtype(kv.k_pages.dtype if element is None else element)
+    layer = _select_layer(kv)
+    k_pages = np.asarray(kv.k_pages).view(element).astype(np.float64)
+    v_pages = np.asarray(kv.v_pages).view(element).astype(np.float64)
+    q = np.asarray(q).astype(np.float64)
+    page_table = np.asarray(page_table)
+    _, kv_heads, page_size, head_dim = k_pages.shape
+    q_heads = q.shape[1]
+    ones = np.ones((kv_heads, head_dim))
+    k_scale = ones if layer.k_scale is None else _as_float32(layer.k_scale)
+    v_scale = ones if layer.v_scale is None else _as_float32(layer.v_scale)
+    first_row = layer.first_row
+    first_exponent_row = layer.first_exponent_row
+    if first_exponent_row is None:
+        first_exponent_row = first_row
+    window = layer.window
+
+    def dynamic_scales(exponents: Any, page: Any, head: int, slot: Any) -> np.ndarray:
+        if exponents is None:
+            return np.ones(len(slot))
+        return 2.0 ** (np.float64(exponents[first_exponent_row + page, head, slot]) - 127)
 
     for request, i in ((request, i) for request, n in enumerate(queries) for i in range(n)):
-        length, place = int(lengths[request]), int(first_query[request]) + i
+        length = int(lengths[request])
+        index = int(first_query[request]) + i
         position = length - int(queries[request]) + i
-        chunk, seen = (max(0, p - window + 1) if window else 0 for p in (position - i, position))
-        token = np.arange(chunk, length)  # what some query of the chunk sees
-        page, slot, sees = (
-            page_table[request, token // page_size],
-            token % page_size,
-            (token >= seen) & (token <= position),
-        )
+        chunk_start = max(0, position - i - window + 1) if window else 0
+        window_start = max(0, position - window + 1) if window else 0
+        token = np.arange(chunk_start, length)  # visible to any query of the chunk
+        page = page_table[request, token // page_size]
+        slot = token % page_size
+        visible = (token >= window_start) & (token <= position)
         for head in range(q_heads):
             kv_head = head * kv_heads // q_heads
-            k_dynamic, v_dynamic = (
-                np.ones(len(token))
-                if e is None
-                else 2.0 ** (np.float64(e[first_exponent_row + page, kv_head, slot]) - 127)
-                for e in (k_exponent, v_exponent)
-            )
-            yield Row(
-                place,
+            k_dynamic = dynamic_scales(kv.k_exponent, page, kv_head, slot)
+            v_dynamic = dynamic_scales(kv.v_exponent, page, kv_head, slot)
+            k = k_pages[first_row + page, kv_head, slot] * k_dynamic[:, None]
+            v = v_pages[first_row + page, kv_head, slot] * v_dynamic[:, None]
+            sinks = np.zeros(0)
+            if layer.sinks is not None:
+                sinks = _as_float32(layer.sinks)[head : head + 1]
+            yield QueryRow(
+                index,
                 head,
-                q[place, head] * k_scale[kv_head],
-                (k_pages[first_row + page, kv_head, slot] * k_dynamic[:, None])[sees],
-                (v_pages[first_row + page, kv_head, slot] * v_dynamic[:, None])[sees],
+                q[index, head] * k_scale[kv_head],
+                k[visible],
+                v[visible],
                 v_scale[kv_head],
-                k_dynamic[sees],
-                v_dynamic[sees],
+                k_dynamic[visible],
+                v_dynamic[visible],
                 k_dynamic.max(),
                 v_dynamic.max(),
-                0.0 if score_offset is None else float(score_offset[place, head]),
-                np.zeros(0) if sinks is None else _float32(sinks)[head : head + 1],
+                0.0 if score_offset is None else float(score_offset[index, head]),
+                sinks,
             )
 
 
@@ -136,15 +147,24 @@ def softmax(scores: Any, sinks: Any) -> tuple[Any, Any]:
 
 
 def attention(
-    row: Row, *, sm_scale: float | None = None, softcap: float | None = None
+    row: QueryRow, *, sm_scale: float | None = None, softcap: float | None = None
 ) -> np.ndarray:
-    """`[head_dim]`: `softmax(q k^T) v`."""
-    part, _ = softmax(
-        scores(row.q, row.k, sm_scale=sm_scale, softcap=softcap, offset=row.offset), row.sinks
-    )
-    return part @ row.v * row.v_scale
+    """Return `softmax(q k^T) v` of one query, `[head_dim]`."""
+    row_scores = scores(row.q, row.k, sm_scale=sm_scale, softcap=softcap, offset=row.score_offset)
+    weights, _ = softmax(row_scores, row.sinks)
+    return weights @ row.v * row.v_scale
 
 
-def _float32(x: Any) -> np.ndarray:
-    """As the kernels take them."""
+def _select_layer(kv: LayerView) -> LayerView:
+    """Return the view with the values of its layer where it has those of all layers."""
+    if kv.layer is None:
+        return kv
+    names = ("first_row", "first_exponent_row", "k_scale", "v_scale", "window", "sinks")
+    by_layer = {name: getattr(kv, name) for name in names}
+    here = {n: None if x is None else np.asarray(x)[kv.layer] for n, x in by_layer.items()}
+    return kv._replace(**here)
+
+
+def _as_float32(x: Any) -> np.ndarray:
+    """Return `x` rounded to float32, as the kernels read it, in float64."""
     return np.asarray(x).astype(np.float32).astype(np.float64)

@@ -1,1 +1,1 @@
-"""GPU kernels: compiled without a GPU and their machine code read (`gpu_compile`), checked and timed on one (`gpu`)."""
+"""Benchmarks of the GPU kernels: `gpu` times them, `gpu_compile` compiles them without a GPU."""

@@ -1,5 +1,6 @@
-"""Decode and prefill attention, timed: FP8 pages against bf16 pages, scales by tensor against scales by token and head."""
+"""Time decode and prefill attention: FP8 and bfloat16 pages, tensor and token-head scales."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -8,62 +9,80 @@ import jax
 
 from benchmarks._gpu.problems import NONE, TENSOR, TOKEN_HEAD, Attention, Shape
 from benchmarks._gpu.session import Row, Session
-from benchmarks._gpu.timing import compiled
+from benchmarks._gpu.timing import compile_jobs
 
 
 def problems(session: Session, config: dict[str, Any], part: str) -> Iterator[Attention]:
-    """Every shape, element and kind of scales, with the blocks that tuning found in this run."""
+    """Yield every shape, element type and kind of scales, with the blocks tuned in this run."""
     for shape in Shape.all(config, part):
         for element in config["elements"]:
             for scales in (TENSOR, TOKEN_HEAD) if element != "bf16" else (NONE,):
-                one = Attention(
+                problem = Attention(
                     shape, element, scales, part == "prefill", config["rotation"], session.dry_run
                 )
-                yield replace(one, blocks=session.blocks.get((one.kernel, one.block_class)))
+                blocks = session.blocks.get((problem.kernel, problem.tuning_key))
+                yield replace(problem, blocks=blocks)
 
 
 def decode(session: Session, config: dict[str, Any]) -> None:
+    """Time the decode problems."""
     run(session, config, problems(session, config, "decode"))
 
 
 def prefill(session: Session, config: dict[str, Any]) -> None:
+    """Time the prefill problems."""
     run(session, config, problems(session, config, "prefill"))
 
 
-def run(session: Session, config: dict[str, Any], todo: Iterable[Attention]) -> None:
-    """A row for each; programs are compiled several at once, a little ahead."""
-    todo, size = list(todo), config["compilers"]
-    for some in (todo[i : i + size] for i in range(0, len(todo), size)):
-        programs = compile_all(session, some, size) if session.left() > 0 else {}
-        for one in session.each(some, lambda a: f"{a.shape.name}, {a.element}, {a.scales}"):
-            if session.may_time(one.kernel, one.element, one.kernel, shape=one.shape.name):
-                with session.guarded(one.kernel, **labels(one)):
-                    time_one(session, one, programs.get(one))
+def run(session: Session, config: dict[str, Any], problems: Iterable[Attention]) -> None:
+    """Add a row per problem. Programs are compiled concurrently, a few problems ahead."""
+    remaining = list(problems)
+    size = config["compilers"]
+    for start in range(0, len(remaining), size):
+        current = remaining[start : start + size]
+        programs = compile_all(session, current, size) if session.left() > 0 else {}
+        for problem in session.each(current, describe):
+            kernel = problem.kernel
+            if session.may_time(kernel, problem.element, kernel, shape=problem.shape.name):
+                with session.guarded(kernel, **labels(problem)):
+                    time_one(session, problem, programs.get(problem))
 
 
-def compile_all(session: Session, some: Iterable[Attention], workers: int) -> Any:
-    """Programs by what they compute."""
+def compile_all(session: Session, problems: Iterable[Attention], workers: int) -> Any:
+    """Return programs by problem."""
 
-    def lowered(one: Attention) -> Any:
-        return session.clock.lower(one.work, jax.eval_shape(one.carry), jax.eval_shape(one.rest))
+    def lower(problem: Attention) -> Any:
+        carry, rest = jax.eval_shape(problem.carry), jax.eval_shape(problem.rest)
+        return session.clock.lower(problem.work, carry, rest)
 
-    return compiled(((one, lambda one=one: lowered(one)) for one in some), workers=workers)
-
-
-def labels(one: Attention) -> dict[str, str]:
-    return {"shape": one.shape.name, "element": one.element, "scales": one.scales}
+    jobs = ((problem, functools.partial(lower, problem)) for problem in problems)
+    return compile_jobs(jobs, workers=workers)
 
 
-def time_one(session: Session, one: Attention, program: Any) -> Row:
+def describe(problem: Attention) -> str:
+    """Return a name for skipped problems."""
+    return f"{problem.shape.name}, {problem.element}, {problem.scales}"
+
+
+def labels(problem: Attention) -> dict[str, str]:
+    """Return the columns that identify a problem in the results."""
+    return {
+        "shape": problem.shape.name,
+        "element": problem.element,
+        "scales": problem.scales,
+    }
+
+
+def time_one(session: Session, problem: Attention, program: Any) -> Row:
+    """Time one problem and add its row."""
     if isinstance(program, Exception):
         raise program
-    taken = session.clock.time(one.work, program, *one.arrays())
-    figures = taken.row
-    if one.prefill:
-        figures["tflops"] = one.shape.prefill_flop() / taken.median / 1e12
+    timing = session.clock.time(problem.work, program, *problem.arrays())
+    figures = timing.row
+    if problem.prefill:
+        figures["tflops"] = problem.shape.prefill_flop() / timing.median / 1e12
     else:
-        rate = one.shape.cache_bytes(one.element, one.scales) / taken.median
-        figures |= {"gb_s": rate / 1e9, "share_of_copy": rate / session.facts["copy_bytes_s"]}
-    return session.row(
-        one.kernel, **labels(one), **figures, blocks=None if one.blocks is None else str(one.blocks)
-    )
+        rate = problem.shape.cache_bytes(problem.element, problem.scales) / timing.median
+        figures |= {"gb_s": rate / 1e9, "fraction_of_copy": rate / session.facts["copy_bytes_s"]}
+    blocks = None if problem.blocks is None else str(problem.blocks)
+    return session.row(problem.kernel, **labels(problem), **figures, blocks=blocks)

@@ -1,7 +1,8 @@
-"""What the instructions of a loop allow at best, on a multiprocessor with enough warps, where issue slots and pipes are all.
+"""Static upper bound of a loop's throughput, from issue slots and execution pipes alone.
 
-Four schedulers issue one instruction a clock each; a pipe takes 32 lanes of a warp at its own rate. The bound is the fullest of
-these. It leaves out latency, bank conflicts, partial waves and everything outside the loop: an upper bound, not a forecast.
+Four schedulers issue one instruction per clock each; a pipe executes the 32 lanes of a warp at its
+rate. The bound is that of the busiest of these, with enough warps on the multiprocessor. It ignores
+latency, bank conflicts, partial waves and everything outside the loop: it is not a prediction.
 """
 
 import re
@@ -16,7 +17,8 @@ MEMORY = re.compile(r"(?:LDSM?|STSM?|LDG(?:STS)?|STG|LDL|STL|LD|ST|ATOM[SG]?|RED
 FLOAT = re.compile(r"(?:F(?:FMA|MUL|ADD)|H(?:FMA2|MUL2|ADD2))\b")
 INTEGER_MULTIPLY = re.compile(r"(?:IMAD|IDP)\b")
 LOGIC = re.compile(
-    r"(?:LOP3|PLOP3|PRMT|SHF|SGXT|LEA|IADD3|VIADD|IABS|ISETP|FSETP|HSETP2|SEL|FSEL|FMNMX|HMNMX2|VIMNMX|IMNMX|F2FP|I2FP|MOV)\b"
+    r"(?:LOP3|PLOP3|PRMT|SHF|SGXT|LEA|IADD3|VIADD|IABS|ISETP|FSETP|HSETP2|SEL|FSEL"
+    r"|FMNMX|HMNMX2|VIMNMX|IMNMX|F2FP|I2FP|MOV)\b"
 )
 ASYNC_COPY = re.compile(r"LDGSTS\b.*\.128\b")
 WARP = 32
@@ -24,17 +26,17 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Bound:
-    """The share of a peak that a loop can reach at best, and the pipe that says so."""
+    """The largest fraction of a peak rate that a loop can reach, and the pipe that limits it."""
 
-    share: float
-    of: str
+    fraction: float
+    peak: str
     limit: str
 
 
 def clocks(counts: Counter[str], warps: int, target: Target) -> dict[str, float]:
-    """Clocks that each pipe needs for one iteration of all warps of a block."""
+    """Return the clocks that each pipe needs for one iteration of all warps of a block."""
 
-    def of(kind: re.Pattern[str]) -> int:
+    def count(kind: re.Pattern[str]) -> int:
         return sum(n for op, n in counts.items() if kind.match(op))
 
     tensor = sum(
@@ -44,22 +46,22 @@ def clocks(counts: Counter[str], warps: int, target: Target) -> dict[str, float]
     )
     return {
         "issue": counts.total() * warps / 4,
-        "float": of(FLOAT) * warps / target.fma,
-        "integer multiply": of(INTEGER_MULTIPLY) * warps / 2,
-        "logic": of(LOGIC) * warps / 2,
-        "special functions": of(SPECIAL) * warps * 2,
+        "float": count(FLOAT) * warps / target.fma,
+        "integer multiply": count(INTEGER_MULTIPLY) * warps / 2,
+        "logic": count(LOGIC) * warps / 2,
+        "special functions": count(SPECIAL) * warps * 2,
         "shared memory": sum(n * _beats(op) for op, n in counts.items() if MEMORY.match(op))
         * warps,
         "tensor": tensor * warps,
     }
 
 
-def streaming(
+def streaming_bound(
     counts: Counter[str], warps: int, target: Target, *, used: float = 1.0
 ) -> Bound | None:
-    """The share of memory bandwidth at which a loop can stream the cache: what it copies in, over the clocks it needs.
+    """Return the bound on the fraction of memory bandwidth: bytes copied, over the clocks needed.
 
-    `used` is the part of its copies that are not masked: of channels that pad `head_dim` to a power of two nothing is read.
+    `used` is the fraction of its copies that are not masked. Padded channels are not read.
     """
     copied = sum(n for op, n in counts.items() if ASYNC_COPY.match(op)) * 16 * WARP * warps * used
     if not copied:
@@ -69,12 +71,13 @@ def streaming(
     return Bound(bytes_s / target.figure("memory_bandwidth"), "HBM", limit)
 
 
-def multiplying(
+def matmul_bound(
     counts: Counter[str], warps: int, target: Target, *, used: float = 1.0
 ) -> Bound | None:
-    """The share of the tensor cores' peak in 16-bit floating point; `used` is the part of the products that is no padding.
+    """Return the bound on the fraction of the tensor cores' peak in 16-bit floating point.
 
-    Float32 queries take three products for one.
+    `used` is the fraction of the products that are not padding. A float32 product takes three TF32
+    products.
     """
     done = sum(
         n * multiply_adds(op) / (3 if "TF32" in op else 1)
@@ -89,7 +92,10 @@ def multiplying(
 
 
 def multiply_adds(op: str) -> int:
-    """Multiply-adds of one warp: HMMA.16816 is 16 x 8 x 16; HGMMA.64x128x16 is shared by the four warps of a group."""
+    """Return the multiply-adds of one warp.
+
+    HMMA.16816 computes 16 x 8 x 16; the four warps of a group share an HGMMA.64x128x16.
+    """
     if group := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
         m, n, k = (int(x) for x in group.groups())
         return m * n * k // 4
@@ -97,12 +103,15 @@ def multiply_adds(op: str) -> int:
 
 
 def _rate(op: str, target: Target) -> float:
-    """Multiply-adds a clock of a multiprocessor; TF32 has half as many."""
+    """Return the multiply-adds per clock of a multiprocessor; TF32 has half as many."""
     return target.tensor[op.split(".")[0]] / (2 if "TF32" in op else 1)
 
 
 def _beats(op: str) -> int:
-    """Clocks a memory instruction of a warp holds shared memory, which moves 128 bytes a clock."""
+    """Return the clocks for which a warp's memory instruction occupies shared memory.
+
+    Shared memory transfers 128 bytes per clock.
+    """
     width = re.search(r"\.(128|64)\b", op)
     if width:
         return int(width[1]) // 32

@@ -1,4 +1,4 @@
-"""Every kernel against float64, on fresh random data and in every set of options, before any is timed."""
+"""Compare every kernel with float64 references on new random data, before any is timed."""
 
 import functools
 import secrets
@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks._gpu import library, writes
-from benchmarks._gpu.batches import Batch, Case, Sizes
 from benchmarks._gpu.problems import capability
+from benchmarks._gpu.random_batches import Case, RandomBatch, Sizes
 from benchmarks._gpu.session import Session
-from benchmarks._gpu.timing import compiled
+from benchmarks._gpu.timing import compile_jobs
 from pallas_kernels import DecodeBlocks, paged_decode, paged_prefill
-from pallas_kernels.elements import multiplied_in
-from pallas_kernels.paged_decode.blocks import blocks_for
+from pallas_kernels.fp8 import compute_dtype
+from pallas_kernels.paged_decode.blocks import choose_blocks
+from pallas_kernels.testing import as_view
 
 KERNELS = {"paged_decode": paged_decode, "paged_prefill": paged_prefill}
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -27,112 +28,129 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "window": ("window",),
     "soft cap": ("softcap",),
     "sinks": ("sinks",),
-    "all of them": ("channel scales", "window", "softcap", "sinks", "score offset"),
-    "all of them, dynamic": ("token and head scales", "window", "softcap", "sinks", "score offset"),
+    "all, static scales": ("channel scales", "window", "softcap", "sinks", "score offset"),
+    "all, dynamic scales": ("token and head scales", "window", "softcap", "sinks", "score offset"),
 }
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "head_dim 128": {"head_dim": 128, "page_size": 64},
     "head_dim 256": {"head_dim": 256, "page_size": 64},
     "head_dim 80": {"head_dim": 80},
     "pages of 17": {"page_size": 17},
     "a group of 7": {"q_heads": 14},
     "a group of 32": {"q_heads": 64},
-    "one program a request": {"split": 1, "page_size": 64},
+    "one split": {"splits": 1, "page_size": 64},
     "long": {"lengths": (3000, 700), "queries": (9, 40), "page_size": 64},
 }
-DRY = Sizes(
-    lengths=(0, 1, 21), queries=(0, 1, 9), q_heads=4, kv_heads=2, head_dim=16, page_size=8, split=2
+DRY_RUN_SIZES = Sizes(
+    lengths=(0, 1, 21),
+    queries=(0, 1, 9),
+    q_heads=4,
+    kv_heads=2,
+    head_dim=16,
+    page_size=8,
+    splits=2,
 )
 
 
 def cases(elements: list[str], dry_run: bool) -> Iterator[Case]:
-    """Plain ones first, so that what there is no time for is not what the timing waits for."""
+    """Yield all cases. Plain ones come first: timing depends on them, and time may run out."""
     if dry_run:
-        yield Case(
-            "all of them, dynamic",
-            "paged_decode",
-            elements[0],
-            DRY,
-            OPTIONS["all of them, dynamic"],
-        )
-        yield Case("all of them", "paged_prefill", elements[0], DRY, OPTIONS["all of them"])
-        yield from (
-            Case("plain", kernel, element, DRY) for kernel in KERNELS for element in elements[1:]
-        )
+        dynamic, static = "all, dynamic scales", "all, static scales"
+        first = elements[0]
+        yield Case(dynamic, "paged_decode", first, DRY_RUN_SIZES, OPTIONS[dynamic])
+        yield Case(static, "paged_prefill", first, DRY_RUN_SIZES, OPTIONS[static])
+        for kernel in KERNELS:
+            yield from (Case("plain", kernel, other, DRY_RUN_SIZES) for other in elements[1:])
         return
     for element in elements:
         yield from (Case("plain", kernel, element) for kernel in KERNELS)
     for kernel in KERNELS:
-        for name, options in list(OPTIONS.items())[1:]:
-            fits = [
-                e
-                for e in elements
-                if "token and head scales" not in options or e in ("e4m3", "e5m2")
-            ]
-            yield from (Case(name, kernel, element, Sizes(), options) for element in fits)
-        for name, sizes in SIZES.items():
-            yield from (
-                Case(name, kernel, element, replace(Sizes(), **sizes)) for element in elements
-            )
-        for element in ("e4m3", "f32"):
-            yield Case(
-                "float32 queries", kernel, element, Sizes(), OPTIONS["channel scales"], np.float32
-            )
-        yield Case("plain", kernel, "f16", Sizes(), (), np.float16)
+        yield from _variants(kernel, elements)
+
+
+def _variants(kernel: str, elements: list[str]) -> Iterator[Case]:
+    for name, options in list(OPTIONS.items())[1:]:
+        dynamic = "token and head scales" in options
+        for element in elements:
+            if element in ("e4m3", "e5m2") or not dynamic:
+                yield Case(name, kernel, element, Sizes(), options)
+    for name, sizes in SIZES.items():
+        for element in elements:
+            yield Case(name, kernel, element, replace(Sizes(), **sizes))
+    for element in ("e4m3", "f32"):
+        options = OPTIONS["channel scales"]
+        yield Case("float32 queries", kernel, element, Sizes(), options, np.float32)
+    yield Case("plain", kernel, "f16", Sizes(), (), np.float16)
 
 
 def run(session: Session, config: dict[str, Any]) -> None:
-    """A row for each case; what is wrong makes the run fail and is not timed."""
-    elements, seed = config["elements"], secrets.randbits(32)
+    """Add a row per case. A wrong kernel fails the run and is not timed."""
+    elements = config["elements"]
+    seed = secrets.randbits(32)
     session.row("random numbers", seed=seed)
-    left = list(cases(elements, session.dry_run))
-    while left and session.left() > 0:
-        some, left = left[: 2 * config["compilers"]], left[2 * config["compilers"] :]
-        batches = {case: case.batch(seed + i) for i, case in enumerate(some)}
+    remaining = list(cases(elements, session.dry_run))
+    size = 2 * config["compilers"]
+    while remaining and session.left() > 0:
+        current, remaining = remaining[:size], remaining[size:]
+        batches = {case: case.batch(seed + i) for i, case in enumerate(current)}
         jobs = (
             (case, functools.partial(lower, batch, session.dry_run))
             for case, batch in batches.items()
         )
-        for case, program in compiled(jobs, workers=config["compilers"]).items():
+        for case, program in compile_jobs(jobs, workers=config["compilers"]).items():
             check(session, batches[case], program)
-    for case in left:
+    for case in remaining:
         session.row(str(case), skipped="no time left")
     writes.check(session, config, seed)
     library.check(session, config, seed)
 
 
-def lower(batch: Batch, interpret: bool) -> jax.stages.Lowered:
-    kernel, case = KERNELS[batch.case.kernel], batch.case
+def lower(batch: RandomBatch, interpret: bool) -> jax.stages.Lowered:
+    """Return the lowered kernel of a case."""
+    case = batch.case
+    sizes = case.sizes
     blocks: dict[str, Any] = {}
     if case.kernel == "paged_decode":
-        s = case.sizes
-        usual = blocks_for(
-            requests=len(s.lengths), kv_heads=s.kv_heads, group=s.q_heads // s.kv_heads, head_dim=s.head_dim,
-            tokens=max(s.lengths), element=batch.dtype, compute=multiplied_in(batch.dtype, np.dtype(case.q_dtype)),
-            page_size=s.page_size,
-        )  # fmt: skip
-        blocks["blocks"] = DecodeBlocks(usual.block_k, usual.warps, usual.stages, s.split)
+        default = choose_blocks(
+            requests=len(sizes.lengths),
+            kv_heads=sizes.kv_heads,
+            group=sizes.q_heads // sizes.kv_heads,
+            head_dim=sizes.head_dim,
+            tokens=max(sizes.lengths),
+            element=batch.dtype,
+            compute=compute_dtype(batch.dtype, np.dtype(case.q_dtype)),
+        )
+        blocks["blocks"] = DecodeBlocks(
+            default.block_k, default.warps, default.stages, sizes.splits
+        )
 
     def call(arrays: dict[str, jax.Array]) -> jax.Array:
-        how = {"element": batch.dtype, "capability": capability(), "interpret": interpret}
-        return kernel(**arrays, **how, **batch.static, **blocks)
+        return KERNELS[case.kernel](
+            **as_view(arrays),
+            **batch.static,
+            **blocks,
+            element=batch.dtype,
+            capability=capability(),
+            interpret=interpret,
+        )
 
     return jax.jit(call).lower(batch.arrays)
 
 
-def check(session: Session, batch: Batch, program: Any) -> None:
-    """One row, and whether the kernel may still be timed."""
-    case, error = batch.case, np.inf
+def check(session: Session, batch: RandomBatch, program: Any) -> None:
+    """Add a row, and record whether the kernel may be timed."""
+    case = batch.case
+    error = np.inf
     with session.guarded(str(case)):
         if isinstance(program, Exception):
-            session.right[case.kernel, case.element] = False
+            session.correct[case.kernel, case.element] = False
             raise program
-        poison(batch.arrays["q"].shape, batch.arrays["q"].dtype)
+        poison_memory(batch.arrays["q"].shape, batch.arrays["q"].dtype)
         got = np.asarray(program({name: jnp.asarray(x) for name, x in batch.arrays.items()}))
         error = batch.error(got)
     session.judge(case.kernel, case.element, str(case), error)
 
 
-def poison(size: tuple[int, ...], dtype: Any) -> None:
-    """Leave NaN in the memory that results of this size are likely to get."""
+def poison_memory(size: tuple[int, ...], dtype: Any) -> None:
+    """Fill memory with NaN that results of this size will probably reuse."""
     jax.block_until_ready([jnp.full(size, jnp.nan, dtype) for _ in range(4)])

@@ -1,4 +1,4 @@
-"""The device itself: what XLA's compiler knows of it, and how fast it copies memory, which everything else is held against."""
+"""The device: its XLA target config, and its copy bandwidth, the reference of all other figures."""
 
 from typing import Any
 
@@ -10,12 +10,13 @@ from benchmarks._gpu.timing import Work
 
 
 def run(session: Session, config: dict[str, Any]) -> None:
+    """Record the target config and the copy bandwidth."""
     target_config(session)
     copy_bandwidth(session, config)
 
 
 def target_config(session: Session) -> None:
-    """Leave the device's target config beside the results: `configs/gpu/` takes such files to compile without a GPU."""
+    """Write the device's target config, which `configs/gpu/` uses to compile without a GPU."""
     with session.guarded("target config", ours=False):
         from jax._src.lib import xla_client
 
@@ -28,12 +29,17 @@ def target_config(session: Session) -> None:
 
 
 def copy_bandwidth(session: Session, config: dict[str, Any]) -> None:
-    """Bytes read and written a second by a copy that changes each word a little, so that it cannot be left out."""
+    """Measure the bytes per second that a copy reads and writes.
+
+    It changes each word, so that the compiler cannot remove it.
+    """
     size = config["copy"]
-    work = Work(lambda words, rest, turn: words ^ (jnp.asarray(turn, jnp.uint32) + jnp.uint32(1)))
+    work = Work(lambda words, rest, copy: words ^ (jnp.asarray(copy, jnp.uint32) + jnp.uint32(1)))
     words = jax.jit(
         lambda: jax.random.bits(jax.random.key(0, impl="rbg"), (size // 4,), jnp.uint32)
     )()
-    taken = session.clock.time(work, session.clock.lower(work, words, None).compile(), words, None)
-    session.facts["copy_bytes_s"] = rate = 2 * size / taken.median
-    session.row("copy", bytes=size, us=taken.median * 1e6, gb_s=rate / 1e9, by=taken.by)
+    program = session.clock.lower(work, words, None).compile()
+    timing = session.clock.time(work, program, words, None)
+    rate = 2 * size / timing.median
+    session.facts["copy_bytes_s"] = rate
+    session.row("copy", bytes=size, us=timing.median * 1e6, gb_s=rate / 1e9, clock=timing.clock)

@@ -1,8 +1,9 @@
-"""The engine's decode with a large model of random weights, as many requests as a given KV memory holds: bfloat16 against FP8.
+"""Time the engine's decode with a large model of random weights: FP8 against bfloat16.
 
-Prompts are taken as read: their tokens count as cached, and the pool is filled with random numbers. A step's floor is the time
-in which a copy moves its bytes: the weights once, embeddings aside, and keys and values of every request. Which kernels a step
-goes to is shown beside it.
+Both have the same KV cache memory, and as many requests as fit. Prompts are not prefilled: their
+tokens count as cached, and the pool has random numbers. The lower bound of a step is the time in
+which a copy moves its bytes: the weights without embeddings, and the keys and values of all
+requests. The kernels of a step are listed.
 """
 
 import time
@@ -30,40 +31,42 @@ from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.sampling.rng import request_key
 
 KV_DTYPES = ("bfloat16", "fp8_e4m3")
-MOST_KERNELS = 12  # shown of those that a step runs
-BLOCK_ROWS = 64  # random pages, repeated to fill a pool
+MAX_KERNELS = 12  # rows of kernels per step
+RANDOM_PAGES = 64  # repeated to fill a pool
 
 
 def run(session: Session, config: dict[str, Any]) -> None:
-    """A row for each format of the cache."""
-    asked = config["end_to_end"]
-    model = config_from_hf(asked["model"])
+    """Add a row per cache format."""
+    part = config["end_to_end"]
+    model = config_from_hf(part["model"])
     params = random_params(model)
     for kv_dtype in session.each(KV_DTYPES):
         with session.guarded("decode", kv_dtype=kv_dtype):
-            time_decode(session, params, kv_dtype, asked)
+            time_decode(session, params, kv_dtype, part)
 
 
 def random_params(config: ModelConfig) -> jfp8kv.Params:
-    """Weights made on the device, in bfloat16."""
+    """Return random bfloat16 weights, created on the device."""
     keys = iter(jax.random.split(jax.random.key(0, impl="rbg"), 64))
 
-    def made(name: str, shape: tuple[int, ...]) -> jax.Array:
+    def create(name: str, shape: tuple[int, ...]) -> jax.Array:
         if "norm" in name:
             return jnp.ones(shape, jnp.bfloat16)
         scale = jnp.bfloat16(shape[-1] ** -0.5)
         return jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16) * scale)(next(keys))
 
     return jfp8kv.Params.from_pytree(
-        unflatten({name: made(name, s) for name, s in expected_shapes(config).items()}), config
+        unflatten({name: create(name, s) for name, s in expected_shapes(config).items()}), config
     )
 
 
 def time_decode(
-    session: Session, params: jfp8kv.Params, kv_dtype: str, asked: dict[str, Any]
+    session: Session, params: jfp8kv.Params, kv_dtype: str, part: dict[str, Any]
 ) -> None:
-    """Time dispatches of several tokens for every request that fits."""
-    context, memory, rounds = asked["context"], asked["kv_cache_memory"], asked["rounds"]
+    """Time dispatches of several tokens, with as many requests as fit."""
+    context = part["context"]
+    memory = part["kv_cache_memory"]
+    rounds = part["rounds"]
     new = DECODE_STEPS * (rounds + 3)
     kv = resolve_cache(
         params,
@@ -74,11 +77,16 @@ def time_decode(
     )
     requests = max(1, int(parse_bytes(memory) // kv.sequence_bytes(context + new)))
     engine, attention = open_engine(
-        params, asked["attention"], kv_dtype=kv_dtype, kv_cache_memory=memory, max_model_len=context + new,
-        max_num_seqs=requests, prefix_caching=False,
-        **({} if kv_dtype == "bfloat16" else {"kv_scales": "unit"}),
-    )  # fmt: skip
-    engine.pages = filled(engine.pages, FORMATS[kv_dtype].dtype)
+        params,
+        part["attention"],
+        kv_dtype=kv_dtype,
+        kv_cache_memory=memory,
+        max_model_len=context + new,
+        max_num_seqs=requests,
+        prefix_caching=False,
+        kv_scales="auto" if kv_dtype == "bfloat16" else "unit",
+    )
+    engine.pages = fill_random(engine.pages, FORMATS[kv_dtype].dtype)
     rng = np.random.default_rng(0)
     sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
     for number in range(requests):
@@ -86,12 +94,11 @@ def time_decode(
         key = request_key(None, index=0, engine_seed=0, number=number)
         request = Request(prompt, sampling, key, max_tokens=new)
         assert engine.scheduler.kv_manager.allocate(request, context), (
-            "the pool is smaller than was planned"
+            "the pool is smaller than planned"
         )
-        request.cached, request.status = (
-            context - 1,
-            Status.RUNNING,
-        )  # as if its prompt had been run: the pool is random
+        # As after its prefill.
+        request.cached = context - 1
+        request.status = Status.RUNNING
         engine.scheduler.running.append(request)
 
     def dispatch() -> None:
@@ -99,11 +106,11 @@ def time_decode(
         engine.settle()
 
     seconds = []
-    for turn in range(rounds + 2):  # first tokens for each, and a round that compiles
+    for number in range(rounds + 2):  # two warm-up rounds
         began = time.perf_counter()
         before = engine.stats.generated_tokens
         dispatch()
-        if turn > 1:
+        if number > 1:
             assert engine.stats.generated_tokens - before == DECODE_STEPS * requests, (
                 "not every request decoded"
             )
@@ -111,19 +118,27 @@ def time_decode(
     step = median(seconds)
     embeddings = 0 if params.config.tied_embeddings else params.tree["embed"]["weight"].nbytes
     read = params.nbytes - embeddings + requests * context * kv.bytes_per_token(context)
-    floor = read / session.facts["copy_bytes_s"]
+    bound = read / session.facts["copy_bytes_s"]
     session.row(
-        "decode", kv_dtype=kv_dtype, attention=attention, requests=requests, context=context, kv_cache_memory=memory,
-        tokens_s=requests / step, step_ms=1e3 * step, floor_ms=1e3 * floor, share_of_floor=floor / step,
-    )  # fmt: skip
-    for name, (count, spent) in list(session.clock.kernels(dispatch).items())[:MOST_KERNELS]:
+        "decode",
+        kv_dtype=kv_dtype,
+        attention=attention,
+        requests=requests,
+        context=context,
+        kv_cache_memory=memory,
+        tokens_s=requests / step,
+        step_ms=1e3 * step,
+        bound_ms=1e3 * bound,
+        fraction_of_bound=bound / step,
+    )
+    for name, (count, spent) in list(session.clock.kernels(dispatch).items())[:MAX_KERNELS]:
         session.row(
             f"{kv_dtype}: {name}", times=count / DECODE_STEPS, ms=1e3 * spent / DECODE_STEPS
         )
 
 
 def open_engine(params: jfp8kv.Params, attention: str | None, **sizes: Any) -> tuple[Any, str]:
-    """An engine with the attention asked for, or the one this version has instead; and its name."""
+    """Return an engine with the requested attention, or else the default, and the name of it."""
     try:
         engine = jfp8kv.LLM(params, attention=attention, **sizes)._engine
     except NotSupported:
@@ -131,15 +146,14 @@ def open_engine(params: jfp8kv.Params, attention: str | None, **sizes: Any) -> t
     return engine, engine.attention.name
 
 
-def filled(pages: KVPool, dtype: np.dtype) -> KVPool:
-    """The pool with random numbers in it: a few pages, over and over."""
+def fill_random(pages: KVPool, dtype: np.dtype) -> KVPool:
+    """Return the pool filled with a few random pages, repeated."""
 
     def fill(pool: jax.Array, seed: int) -> jax.Array:
         rows = pool.shape[0]
-        some = random_bits(
-            jax.random.key(seed, impl="rbg"), (min(rows, BLOCK_ROWS), *pool.shape[1:]), dtype
-        )
-        return jnp.tile(some, (-(-rows // some.shape[0]), 1, 1, 1))[:rows]
+        size = (min(rows, RANDOM_PAGES), *pool.shape[1:])
+        block = random_bits(jax.random.key(seed, impl="rbg"), size, dtype)
+        return jnp.tile(block, (-(-rows // block.shape[0]), 1, 1, 1))[:rows]
 
     fill = jax.jit(fill, static_argnums=1, donate_argnums=0)
     k, v = fill(pages.k_bits, 0), fill(pages.v_bits, 1)

@@ -1,9 +1,8 @@
-"""The whole engine on the device at hand: its logits by kernels against XLA's, and its texts against its own logits.
+"""Check the engine on this device: logits with kernels against XLA, and decode against prefill.
 
-Prefill, the write, decode and products all take part, in a small Llama of random weights. What one engine sums in another order
-than the other moves a value a little, and one that lies between two codes of an FP8 cache moves by a whole step: so logits are
-held against each other by their norm. A token that decode made must be the likeliest that prefill finds at its place, or lie as
-near to it as logits may differ.
+A small Llama with random weights uses all kernels. Summation in another order changes values a
+little, and an FP8 code by a whole step, so logits are compared by norm. A token from decode must be
+the top token of prefill at its position, or within the tolerance of it.
 """
 
 from typing import Any
@@ -15,9 +14,9 @@ from benchmarks._gpu.end_to_end import random_params
 from benchmarks._gpu.session import Session
 from jfp8kv.models.families import config_from_hf
 
-ALIKE = (
-    2.0**-6
-)  # of the norm of logits: three products of TF32 or bfloat16 a layer, and roundings to FP8 that fall elsewhere
+# Relative difference of logits by norm: three matmuls in TF32 or bfloat16 per layer, and different
+# FP8 rounding.
+TOLERANCE = 2.0**-6
 CACHES = {
     "bf16": {"kv_dtype": "bfloat16"},
     "e4m3": {"kv_dtype": "fp8_e4m3", "kv_scales": "unit"},
@@ -27,41 +26,51 @@ CACHES = {
 
 
 def run(session: Session, config: dict[str, Any]) -> None:
-    """Two rows for each format of the cache; the run fails where one is wrong."""
-    asked = config["engine"]
-    params = random_params(config_from_hf(asked["model"]))
-    sizes = {
-        "max_num_seqs": 8,
-        "kv_cache_memory": "64MiB",
-        "max_model_len": asked["prompt"] + asked["output"],
-    }
+    """Add two rows per cache format. Wrong ones fail the run."""
+    part = config["engine"]
+    params = random_params(config_from_hf(part["model"]))
+    max_model_len = part["prompt"] + part["output"]
     rng = np.random.default_rng(0)
     prompts = [
-        rng.integers(0, params.config.vocab, n).tolist()
-        for n in (1, asked["prompt"] // 3, asked["prompt"])
+        rng.integers(0, params.config.vocab, length).tolist()
+        for length in (1, part["prompt"] // 3, part["prompt"])
     ]
-    for name in session.each(asked["caches"]):
+    for name in session.each(part["caches"]):
         with session.guarded("engine", cache=name):
-            kernels = jfp8kv.LLM(params, attention=asked["attention"], **CACHES[name], **sizes)
-            outputs = kernels.generate(
-                prompts, max_tokens=asked["output"], temperature=0.0, ignore_eos=True
+
+            def open_llm(attention: str, cache: str = name) -> jfp8kv.LLM:
+                return jfp8kv.LLM(
+                    params,
+                    attention=attention,
+                    max_num_seqs=8,
+                    kv_cache_memory="64MiB",
+                    max_model_len=max_model_len,
+                    **CACHES[cache],
+                )
+
+            llm = open_llm(part["attention"])
+            outputs = llm.generate(
+                prompts, max_tokens=part["output"], temperature=0.0, ignore_eos=True
             )
-            texts = [[*out.prompt_token_ids, *out.token_ids] for out in outputs]
-            logits = [kernels.logits(text) for text in texts]
-            theirs = jfp8kv.LLM(params, attention="xla", **CACHES[name], **sizes).logits(texts[-1])
-            apart = np.linalg.norm(logits[-1] - theirs) / np.linalg.norm(theirs)
-            session.judge("engine", name, f"logits by kernels and by XLA, {name}", apart / ALIKE)
-            worst = max(
-                behind(rows, text, len(p))
-                for rows, text, p in zip(logits, texts, prompts, strict=True)
+            sequences = [[*out.prompt_token_ids, *out.token_ids] for out in outputs]
+            logits = [llm.logits(sequence) for sequence in sequences]
+            expected = open_llm("xla").logits(sequences[-1])
+            error = np.linalg.norm(logits[-1] - expected) / np.linalg.norm(expected)
+            what = f"logits with kernels and with XLA, {name}"
+            session.judge("engine", name, what, error / TOLERANCE)
+            gap = max(
+                largest_gap(rows, sequence, len(prompt))
+                for rows, sequence, prompt in zip(logits, sequences, prompts, strict=True)
             )
-            session.judge(
-                "engine", name, f"texts and the engine's own logits, {name}", worst / ALIKE
-            )
+            session.judge("engine", name, f"decode and prefill logits, {name}", gap / TOLERANCE)
 
 
-def behind(logits: np.ndarray, text: list[int], prompt: int) -> float:
-    """How far the worst generated token is behind the likeliest one at its place, by the largest logit there."""
-    rows, made = logits[prompt - 1 : -1], text[prompt:]
-    gaps = rows.max(axis=1) - rows[np.arange(len(made)), made]
+def largest_gap(logits: np.ndarray, token_ids: list[int], prompt: int) -> float:
+    """Return the largest gap between the logits of a generated token and of the top token.
+
+    Relative to the largest logit at that position. `prompt`: number of prompt tokens.
+    """
+    rows = logits[prompt - 1 : -1]
+    new_tokens = token_ids[prompt:]
+    gaps = rows.max(axis=1) - rows[np.arange(len(new_tokens)), new_tokens]
     return float((gaps / np.abs(rows).max(axis=1)).max())

@@ -1,4 +1,4 @@
-"""What must be true of a compiled kernel. Each guard says in a few words what it found; an empty list is a pass."""
+"""Guards on compiled kernels. Each yields its faults as short messages; none means a pass."""
 
 import math
 import re
@@ -11,67 +11,74 @@ from benchmarks._gpu.bound import ASYNC_COPY, TENSOR
 NARROW = re.compile(r"(?:LDS|LDG|LD|STG|ST)\b.*\.[US](?:8|16)\b")
 SPILL = re.compile(r"(?:LDL|STL)\b")
 SLOW_CONVERSION = re.compile(r"F2F(?:\.|$)")
-STEP = re.compile(r"^\s*(?:ROOT )?%\S+ = (?P<made>\([^)]*\)|\S+) (?P<op>[\w-]+)\(", re.M)
+OPERATION = re.compile(r"^\s*(?:ROOT )?%\S+ = (?P<result>\([^)]*\)|\S+) (?P<op>[\w-]+)\(", re.M)
 ARRAY = re.compile(r"[a-z]+(?P<bits>\d+)\w*\[(?P<shape>[\d,]*)\]")
-# What takes no time, and kernels: those do what they are for.
+# Operations that take no time, and kernels.
 FREE = ("parameter", "bitcast", "tuple", "get-tuple-element", "custom-call")
 
 
 @dataclass(frozen=True)
-class Wants:
-    """What a kernel is held to.
+class Expectations:
+    """What the machine code of a kernel must and may contain.
 
-    `attends`: tensor cores and 16-byte asynchronous copies do the work of its hot loop. `narrow` is how many loads and stores
-    of one or two bytes that loop may have: none of them the cache's, which moves wide, but exponents are bytes each.
-    `slow_conversions` may be there where that pipe is no bottleneck. `spill_moves` is how many spilled registers the loop may
-    store or reload; beside it a thread may store and reload `spilled_bytes`, once.
+    Attributes:
+      attention: the hot loop must use tensor cores and 16-byte asynchronous copies.
+      narrow: loads and stores of one or two bytes allowed in the hot loop. Exponents are bytes; the
+        rest of the cache is moved in wide accesses.
+      slow_conversions: conversions on the slow pipe allowed, where it is not the bottleneck.
+      spill_moves: stores and reloads of spilled registers allowed in the hot loop.
+      spilled_bytes: bytes per thread that may be stored and reloaded outside of it.
     """
 
-    attends: bool = True
+    attention: bool = True
     narrow: int = 0
     slow_conversions: int = 0
     spill_moves: int = 0
     spilled_bytes: int = 64
 
 
-def in_code(hot: list[Counter[str]], wants: Wants) -> Iterator[str]:
-    """Faults in the hot loops of a kernel; several loops are each held to all of it."""
+def code_faults(hot: list[Counter[str]], allowed: Expectations) -> Iterator[str]:
+    """Yield the faults in the hot loops of a kernel. Each loop is checked by itself."""
     for counts in hot:
-        if (slow := _count(counts, SLOW_CONVERSION)) > wants.slow_conversions:
-            yield f"{slow} conversions on the slow pipe (F2F); {wants.slow_conversions} allowed"
-        if (moves := _count(counts, SPILL)) > wants.spill_moves:
-            yield f"{moves} moves of spilled registers; {wants.spill_moves} allowed"
-        if (narrow := _count(counts, NARROW)) > wants.narrow:
-            yield f"{narrow} loads and stores of one or two bytes; {wants.narrow} allowed"
-        if wants.attends and not any(op.startswith(TENSOR) for op in counts):
+        if (slow := _count(counts, SLOW_CONVERSION)) > allowed.slow_conversions:
+            yield f"{slow} conversions on the slow pipe (F2F); {allowed.slow_conversions} allowed"
+        if (moves := _count(counts, SPILL)) > allowed.spill_moves:
+            yield f"{moves} moves of spilled registers; {allowed.spill_moves} allowed"
+        if (narrow := _count(counts, NARROW)) > allowed.narrow:
+            yield f"{narrow} loads and stores of one or two bytes; {allowed.narrow} allowed"
+        if allowed.attention and not any(op.startswith(TENSOR) for op in counts):
             yield "no tensor core instruction"
-        if wants.attends and not _count(counts, ASYNC_COPY):
+        if allowed.attention and not _count(counts, ASYNC_COPY):
             yield "no asynchronous copy of 16 bytes"
 
 
-def in_registers(spill_stores: int, spill_loads: int, wants: Wants) -> Iterator[str]:
-    """Registers that went to memory and back, anywhere in the kernel."""
-    if spill_stores + spill_loads > wants.spilled_bytes:
-        yield f"spills {spill_stores} bytes, reloads {spill_loads}; {wants.spilled_bytes} allowed"
+def register_faults(spill_stores: int, spill_loads: int, allowed: Expectations) -> Iterator[str]:
+    """Yield the faults of register spills anywhere in the kernel."""
+    if spill_stores + spill_loads > allowed.spilled_bytes:
+        yield f"spills {spill_stores} bytes, reloads {spill_loads}; {allowed.spilled_bytes} allowed"
 
 
-def in_memory(
+def memory_faults(
     hlo: str, *, temporary_bytes: int, aliased_bytes: int, pool_bytes: list[int], written: bool
 ) -> Iterator[str]:
-    """Faults in the program around the kernel: no other step may write as much as a pool (a copy, or a conversion of every
-    element), and a pool that is written is updated in place."""
-    for step in STEP.finditer(hlo[hlo.index("ENTRY ") :]):
-        most = max((array for array in ARRAY.finditer(step["made"])), key=array_bytes, default=None)
-        if most and step["op"] not in FREE and array_bytes(most) >= min(pool_bytes):
-            yield f"writes {most[0]} beside the kernel ({step['op']})"
+    """Yield the faults in the program around the kernel.
+
+    No other operation may write as much as a pool (a copy, or a conversion of every element), and a
+    written pool must be updated in place.
+    """
+    for operation in OPERATION.finditer(hlo[hlo.index("ENTRY ") :]):
+        arrays = ARRAY.finditer(operation["result"])
+        largest = max(arrays, key=array_bytes, default=None)
+        if largest and operation["op"] not in FREE and array_bytes(largest) >= min(pool_bytes):
+            yield f"writes {largest[0]} outside the kernel ({operation['op']})"
     if temporary_bytes >= min(pool_bytes):
-        yield f"needs {temporary_bytes} bytes beside its arguments: as much as a pool"
+        yield f"needs {temporary_bytes} bytes in addition to its arguments: as much as a pool"
     if written and aliased_bytes < sum(pool_bytes):
         yield f"updates {aliased_bytes} of {sum(pool_bytes)} bytes in place"
 
 
 def array_bytes(array: re.Match[str]) -> int:
-    """Size of an array by its type in HLO, as in `f8e4m3fn[2048,8]`."""
+    """Return the size of an array from its HLO type, such as `f8e4m3fn[2048,8]`."""
     return (
         math.prod(int(size) for size in array["shape"].split(",") if size) * int(array["bits"]) // 8
     )

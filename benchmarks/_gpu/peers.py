@@ -1,7 +1,7 @@
-"""What others need for the same decode: JAX's own kernels here, PyTorch's in processes of their own.
+"""Time the same decode with other libraries: JAX's kernels here, PyTorch's in child processes.
 
-Those are started early, import and compile meanwhile, and wait for a word to begin; nothing of theirs can take this run down.
-Absent, failing or late, a peer is a row that says so.
+The child processes start early, import and compile concurrently, and wait for a line of input
+before they time anything. A peer that is missing, fails or takes too long is recorded as such.
 """
 
 import functools
@@ -24,8 +24,16 @@ from benchmarks._gpu.problems import TOKEN_HEAD, Attention, Shape
 from benchmarks._gpu.session import Session
 from benchmarks._gpu.timing import Work
 
-# Pages of a block, parts of a text, and warps.
-THEIR_BLOCKS = ((8, 16, 8), (2, 16, 4), (1, 8, 4), (2, 4, 4), (1, 1, 4), (2, 1, 4), (4, 1, 8))
+# Of jax's paged_attention: pages per block, splits of the keys, and warps.
+PAGED_ATTENTION_BLOCKS = (
+    (8, 16, 8),
+    (2, 16, 4),
+    (1, 8, 4),
+    (2, 4, 4),
+    (1, 1, 4),
+    (2, 1, 4),
+    (4, 1, 8),
+)
 TORCH = ("sdpa", "flex", "fa3", "flashinfer")
 PIPES: dict[str, Any] = {
     "stdin": subprocess.PIPE,
@@ -37,12 +45,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
-    asked = config["peers"]
-    return Shape("peers", asked["requests"], asked["length"], **config["heads"])
+    """Return the shape of the decode."""
+    part = config["peers"]
+    return Shape("peers", part["requests"], part["length"], **config["heads"])
 
 
 def start(session: Session, config: dict[str, Any]) -> None:
-    """A process for each of PyTorch's kernels, which says `ready` when it is."""
+    """Start a process for each PyTorch kernel. It prints `ready` when it has compiled."""
     s = shape_of(config)
     sizes = {
         name: getattr(s, name)
@@ -58,7 +67,7 @@ def start(session: Session, config: dict[str, Any]) -> None:
 
 
 def run(session: Session, config: dict[str, Any]) -> None:
-    """A row for each peer."""
+    """Add a row per peer."""
     for what, call in session.each(
         jax_peers(shape_of(config), session.dry_run).items(), name=lambda peer: peer[0]
     ):
@@ -66,12 +75,12 @@ def run(session: Session, config: dict[str, Any]) -> None:
             call(session, what)
     for name, process in session.each(list(session.processes.items()), name=lambda peer: peer[0]):
         with session.guarded(name, ours=False):
-            for row in answers(process, min(session.left(), config["peers"]["patience"])):
+            for row in read_rows(process, min(session.left(), config["peers"]["patience"])):
                 session.row(row.pop("what"), **row)
 
 
 def jax_peers(s: Shape, dry_run: bool) -> dict[str, Callable[..., None]]:
-    """Each by its name. cuDNN is not there without a GPU; XLA's own form stands in for it in the dry run."""
+    """Return JAX's kernels by name. In a dry run XLA replaces cuDNN, which needs a GPU."""
     by = "xla" if dry_run else "cudnn"
     elements = {"e4m3": "FP8"} if dry_run else {"e4m3": "FP8", "bf16": "bfloat16"}
     paged = {
@@ -84,18 +93,23 @@ def jax_peers(s: Shape, dry_run: bool) -> dict[str, Callable[..., None]]:
 
 
 def paged_attention(session: Session, what: str, *, shape: Shape, element: str) -> None:
-    """jax.experimental's kernel, the best of several block sizes. It takes one layer at a time, KV heads first."""
-    from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention as theirs
+    """Time jax.experimental's kernel with several block sizes, and record the fastest.
 
-    one = Attention(
+    It takes the pages of one layer, with KV heads first.
+    """
+    from jax.experimental.pallas.ops.gpu.paged_attention import (
+        paged_attention as jax_paged_attention,
+    )
+
+    problem = Attention(
         shape, element, TOKEN_HEAD if element == "e4m3" else "none", False, 1, session.dry_run
     )
-    q, rest = one.arrays()
+    q, rest = problem.arrays()
 
     @jax.jit
     def arranged(rest: dict[str, Any]) -> dict[str, Any]:
         bits = {
-            name: lax.bitcast_convert_type(rest[name], one.dtype).swapaxes(0, 1)
+            name: lax.bitcast_convert_type(rest[name], problem.dtype).swapaxes(0, 1)
             for name in ("k_pages", "v_pages")
         }
         scales = {}
@@ -107,9 +121,11 @@ def paged_attention(session: Session, what: str, *, shape: Shape, element: str) 
             }
         return bits | scales | {"block_tables": rest["page_table"], "lengths": rest["lengths"]}
 
-    want, given = jax.jit(one.work.step)(q, rest, jnp.int32(0)), arranged(rest)
+    want, given = jax.jit(problem.work.step)(q, rest, jnp.int32(0)), arranged(rest)
     fastest: dict[str, Any] = {}
-    for pages, splits, warps in THEIR_BLOCKS[-1:] if session.dry_run else THEIR_BLOCKS:
+    for pages, splits, warps in (
+        PAGED_ATTENTION_BLOCKS[-1:] if session.dry_run else PAGED_ATTENTION_BLOCKS
+    ):
         blocks = {
             "pages_per_compute_block": min(pages, shape.pages),
             "k_splits": splits,
@@ -119,27 +135,28 @@ def paged_attention(session: Session, what: str, *, shape: Shape, element: str) 
             continue
 
         def step(
-            q: jax.Array, rest: Any, turn: jax.Array, blocks: dict[str, int] = blocks
+            q: jax.Array, rest: Any, copy: jax.Array, blocks: dict[str, int] = blocks
         ) -> jax.Array:
             scaled = q * jnp.asarray(shape.head_dim**-0.5, q.dtype)
-            return theirs(scaled, **rest, **blocks, interpret=session.dry_run).astype(q.dtype)
+            out = jax_paged_attention(scaled, **rest, **blocks, interpret=session.dry_run)
+            return out.astype(q.dtype)
 
         with session.guarded(what, ours=False, **blocks):
-            taken = timed(session, Work(step), q, given, want)
-            if not fastest or taken["us"] < fastest["us"]:
-                fastest = taken | blocks
+            figures = timed(session, Work(step), q, given, want)
+            if not fastest or figures["us"] < fastest["us"]:
+                fastest = figures | blocks
     if fastest:
         session.row(what, shape=shape.name, **fastest)
 
 
 def dense(session: Session, what: str, *, shape: Shape, by: str) -> None:
-    """Keys and values of a request side by side, bfloat16."""
+    """Time `dot_product_attention` over contiguous bfloat16 keys and values."""
     s, keys = shape, jax.random.split(jax.random.key(4, impl="rbg"))
     size = (s.requests, s.length, s.kv_heads, s.head_dim)
     k, v = (jax.random.normal(key, size, ml_dtypes.bfloat16) for key in keys)
     q = jax.random.normal(jax.random.key(1), (s.requests, 1, s.q_heads, s.head_dim), jnp.bfloat16)
 
-    def step(q: jax.Array, rest: Any, turn: jax.Array) -> jax.Array:
+    def step(q: jax.Array, rest: Any, copy: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, *rest, implementation=by)
 
     want = jax.nn.dot_product_attention(q, k, v, implementation="xla")
@@ -147,21 +164,24 @@ def dense(session: Session, what: str, *, shape: Shape, by: str) -> None:
 
 
 def timed(session: Session, work: Work, carry: Any, rest: Any, want: jax.Array) -> dict[str, Any]:
-    """Time, and how far the first call's result is from `want`, by its norm."""
+    """Return the figures of a row, with the relative error of the first call's result."""
     got, want = (
         np.asarray(x, np.float64) for x in (jax.jit(work.step)(carry, rest, jnp.int32(0)), want)
     )
     error = float(np.linalg.norm(got - want) / np.linalg.norm(want))
-    assert error < 0.1, f"it is off by {error:.2g}: not timed"
-    taken = session.clock.time(work, session.clock.lower(work, carry, rest).compile(), carry, rest)
-    return taken.row | {"error": error}
+    assert error < 0.1, f"relative error of {error:.2g}: not timed"
+    program = session.clock.lower(work, carry, rest).compile()
+    return session.clock.time(work, program, carry, rest).row | {"error": error}
 
 
-def answers(process: subprocess.Popen, patience: float) -> list[dict[str, Any]]:
-    """What a process has to say once it is told to begin, or an error after `patience` seconds."""
+def read_rows(process: subprocess.Popen, patience: float) -> list[dict[str, Any]]:
+    """Start the timing of a ready process and return its rows.
+
+    Raises `TimeoutError` if it printed none after `patience` seconds, `RuntimeError` if it ended.
+    """
     ends = time.perf_counter() + max(1.0, patience)
     rows: list[dict[str, Any]] = []
-    told = False
+    started = False
     while time.perf_counter() < ends:
         if not select.select([process.stdout], [], [], 0.2)[0]:
             continue
@@ -169,9 +189,9 @@ def answers(process: subprocess.Popen, patience: float) -> list[dict[str, Any]]:
         if not line:
             if rows:
                 return rows
-            raise RuntimeError(f"ended with status {process.wait()} and said nothing")
-        if line.strip() == "ready" and not told:
-            told = True
+            raise RuntimeError(f"exited with status {process.wait()} without results")
+        if line.strip() == "ready" and not started:
+            started = True
             process.stdin.write("go\n")
             process.stdin.flush()
         elif line.startswith("{"):
@@ -179,4 +199,4 @@ def answers(process: subprocess.Popen, patience: float) -> list[dict[str, Any]]:
     process.kill()
     if rows:
         return rows
-    raise TimeoutError(f"not done after {patience:.0f} s")
+    raise TimeoutError(f"no results after {patience:.0f} s")

@@ -1,4 +1,4 @@
-"""One run on a device: its clock, what was found so far, and the file that keeps it after every part."""
+"""State of one run on a device: its clock, its results so far, and the results file."""
 
 import contextlib
 import datetime
@@ -23,18 +23,28 @@ RESULTS = Path(__file__).parent.parent / "results"
 
 @dataclass
 class Session:
-    """What parts are given. `facts` holds device, versions, commit and rows, and is written to `path`.
+    """State that the parts of a run share.
 
-    `right` says of each kernel and element whether it agreed with the oracle, so far as it was checked. `blocks` holds what
-    tuning found in this run.
+    Attributes:
+      path: the results file.
+      clock: times calls.
+      dry_run: run everything on a CPU with tiny shapes, and measure nothing.
+      ends: when the run must end, by `time.perf_counter`.
+      facts: device, versions, commit and rows: the content of the results file.
+      correct: whether each checked kernel and element type agreed with its reference.
+      blocks: block sizes that this run found by tuning.
+      processes: child processes by peer.
+      failed: whether a kernel was wrong or raised.
+      part: the current part.
+      part_ends: when the current part must end.
     """
 
     path: Path
     clock: Clock
     dry_run: bool
-    ends: float  # by time.perf_counter()
+    ends: float
     facts: dict[str, Any] = field(default_factory=dict)
-    right: dict[tuple[str, str], bool] = field(default_factory=dict)
+    correct: dict[tuple[str, str], bool] = field(default_factory=dict)
     blocks: dict[tuple[str, str], Any] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
     failed: bool = False
@@ -42,18 +52,19 @@ class Session:
     part_ends: float = 0.0
 
     def begin(self, part: str, share: float) -> None:
-        """Start a part, which may take `share` of the time that is left."""
+        """Start a part, which may take `share` of the remaining time."""
         now = time.perf_counter()
-        self.part, self.part_ends = part, now + share * max(0.0, self.ends - now)
+        self.part = part
+        self.part_ends = now + share * max(0.0, self.ends - now)
         console.print(f"\n[bold]{part}[/] (at most {self.part_ends - now:.0f} s)")
 
     def left(self) -> float:
-        """Seconds left to the part."""
+        """Return the remaining seconds of the part."""
         return self.part_ends - time.perf_counter()
 
     @contextlib.contextmanager
-    def within(self, share: float) -> Iterator[None]:
-        """Inside, the part has only so much of its time."""
+    def limited_time(self, share: float) -> Iterator[None]:
+        """Limit the part to `share` of its remaining time inside the context."""
         ends = self.part_ends
         self.part_ends = time.perf_counter() + share * self.left()
         try:
@@ -62,7 +73,7 @@ class Session:
             self.part_ends = ends
 
     def row(self, what: str, **figures: Any) -> Row:
-        """Keep a row and print it."""
+        """Record a row and print it."""
         row = {"part": self.part, "what": what} | figures
         self.facts.setdefault("rows", []).append(row)
         shown = ", ".join(
@@ -72,7 +83,7 @@ class Session:
         return row
 
     def rows(self, part: str, **wanted: Any) -> list[Row]:
-        """The rows of a part that have these values, and a time or rate of their own."""
+        """Return the rows of a part that have these values and were not skipped."""
         found = [
             row
             for row in self.facts.get("rows", [])
@@ -83,7 +94,7 @@ class Session:
         ]
 
     def each(self, items: Iterable[Any], name: Callable[[Any], str] = str) -> Iterator[Any]:
-        """The items that the part has time for, if one takes as long as the longest so far; the others become rows."""
+        """Yield items while there is time for one as long as the longest; record the others."""
         longest = 0.0
         for item in items:
             if self.left() < longest:
@@ -95,7 +106,7 @@ class Session:
 
     @contextlib.contextmanager
     def guarded(self, what: str, *, ours: bool = True, **figures: Any) -> Iterator[None]:
-        """Whatever goes wrong inside becomes a row; with `ours` the run has failed."""
+        """Record exceptions as rows. Those of our code (`ours`) fail the run."""
         try:
             yield
         except Exception as error:
@@ -108,40 +119,43 @@ class Session:
     def judge(
         self, kernel: str, element: str, what: str, error: float, *, ours: bool = True
     ) -> None:
-        """Book an error, a share of what is allowed: wrong once is wrong for good, and with `ours` the run has failed."""
-        right = error <= 1
-        self.right[kernel, element] = self.right.get((kernel, element), True) and right
-        self.row(what, error=float(error), right=right)
-        self.failed |= ours and not right
+        """Record an error, as a fraction of the bound.
+
+        A kernel is correct if all its errors are at most 1. Wrong kernels of ours fail the run.
+        """
+        correct = error <= 1
+        self.correct[kernel, element] = self.correct.get((kernel, element), True) and correct
+        self.row(what, error=float(error), correct=correct)
+        self.failed |= ours and not correct
 
     def may_time(self, kernel: str, element: str, what: str, /, **figures: Any) -> bool:
-        """Whether the kernel was found right; a row says why not."""
-        right = self.right.get((kernel, element))
-        if not right:
-            self.row(
-                what, **figures, skipped="not checked" if right is None else "wrong: not timed"
-            )
-        return bool(right)
+        """Return whether the kernel was checked and is correct. Otherwise record why not."""
+        correct = self.correct.get((kernel, element))
+        if not correct:
+            reason = "not checked" if correct is None else "wrong: not timed"
+            self.row(what, **figures, skipped=reason)
+        return bool(correct)
 
     def end_processes(self) -> None:
-        """End whatever still runs beside this run."""
+        """Kill child processes that are still running."""
         for process in self.processes.values():
             if process.poll() is None:
                 process.kill()
             process.communicate()
 
     def save(self) -> None:
-        """Write what there is so far, whole or not at all."""
+        """Write the results so far, atomically."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".part")
-        beside.write_text(json.dumps(self.facts, indent=1, default=str) + "\n", encoding="utf-8")
-        beside.replace(self.path)
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(json.dumps(self.facts, indent=1, default=str) + "\n", encoding="utf-8")
+        temporary.replace(self.path)
 
 
 def results_path(folder: Path, device: str) -> Path:
-    """`DEVICE-DATE.json`, numbered where there is one already."""
-    stem = f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{datetime.date.today().isoformat()}"
-    names = (f"{stem}{f'-{n}' if n > 1 else ''}.json" for n in range(1, 1000))
+    """Return the path of a new file `DEVICE-DATE.json`, numbered if there is one already."""
+    device_name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    stem = f"{device_name}-{datetime.date.today().isoformat()}"
+    names = (f"{stem}-{n}.json" if n > 1 else f"{stem}.json" for n in range(1, 1000))
     return next(folder / name for name in names if not (folder / name).exists())
 
 

@@ -1,8 +1,9 @@
-"""The engine's own steps with the kernels in them, compiled for a GPU that need not be there.
+"""Compile the engine's steps with the GPU kernels, without a GPU.
 
-The model has the shapes of Llama-3.1-8B (arXiv:2407.21783, table 3), its weights are shapes alone. A step must update the pool
-in place, copy or widen no array of the pool's size, and need as much memory beside its arguments for a small pool as for a
-large one. A decode step must read the matrices of its layers where they lie.
+The model has the shapes of Llama-3.1-8B (arXiv:2407.21783, table 3), without weights. A step must
+update the pool in place, must not copy or convert an array of the pool's size, and must need the
+same temporary memory for a small and a large pool. A decode step must read the matrices of the
+layers in place.
 """
 
 import dataclasses
@@ -37,43 +38,47 @@ from jfp8kv.sampling.structured import StructuredOutput
 from pallas_kernels import paged_decode, paged_prefill
 
 LLAMA_8B = ModelConfig(
-    architecture="llama", vocab=128_256, hidden=4096, layers=32, q_heads=32, kv_heads=8, head_dim=128, mlp_hidden=14_336,
-    max_len=8192, ropes=(RopeConfig(theta=500_000.0),), dtype="bfloat16",
-)  # fmt: skip
+    architecture="llama",
+    vocab=128_256,
+    hidden=4096,
+    layers=32,
+    q_heads=32,
+    kv_heads=8,
+    head_dim=128,
+    mlp_hidden=14_336,
+    max_len=8192,
+    ropes=(RopeConfig(theta=500_000.0),),
+    dtype="bfloat16",
+)
 REQUESTS, CHUNK = 64, 1024
-POOL_BYTES = (
-    3 * 2**30,
-    36 * 2**30,
-)  # K and V together: within and beyond the offsets that 32 bits reach
-MATRIX_BYTES = (
-    2 * LLAMA_8B.hidden * LLAMA_8B.kv_heads * LLAMA_8B.head_dim
-)  # of the smallest matrix of a layer
+POOL_BYTES = (3 * 2**30, 36 * 2**30)  # of K and V: within and beyond 32-bit offsets
+# Of the smallest matrix of a layer.
+MATRIX_BYTES = 2 * LLAMA_8B.hidden * LLAMA_8B.kv_heads * LLAMA_8B.head_dim
 KERNELS = {
     "decode": ("kv_write", "layer_matmul", "paged_decode"),
-    "prefill": (
-        "kv_write",
-        "paged_prefill",
-    ),  # so many rows are left to XLA, which copies each matrix first
+    # With many rows, matmuls are left to XLA.
+    "prefill": ("kv_write", "paged_prefill"),
 }
 ARRAY = re.compile(r"= \(?(?P<dtype>[a-z]+(?P<bits>\d+)\w*)\[(?P<shape>[\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCase:
-    """A step of the engine: `decode` or `prefill`, over a cache of this kind."""
+    """A step of the engine, `decode` or `prefill`, with this cache."""
 
     step: str
-    kind: LayerCacheSpec
+    spec: LayerCacheSpec
     target: Target
 
     @property
     def name(self) -> str:
-        return f"{self.step} step of Llama-3.1-8B, {self.kind}"
+        """Unique name of the case."""
+        return f"{self.step} step of Llama-3.1-8B, {self.spec}"
 
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """What XLA made of a step: bytes beside its arguments, bytes updated in place, its kernels, and every fault."""
+    """Temporary bytes, bytes updated in place, kernels and faults of a compiled step."""
 
     case: StepCase
     temporary_bytes: int
@@ -84,9 +89,9 @@ class StepReport:
 
 
 def step_cases(target: Target) -> list[StepCase]:
-    """Both steps over FP8 with static and with dynamic scales."""
-    kinds = (LayerCacheSpec(E4M3), LayerCacheSpec(E5M2, dynamic=True))
-    return [StepCase(name, kind, target) for kind in kinds for name in ("decode", "prefill")]
+    """Return both steps with FP8 caches, with static and with dynamic scales."""
+    specs = (LayerCacheSpec(E4M3), LayerCacheSpec(E5M2, dynamic=True))
+    return [StepCase(name, spec, target) for spec in specs for name in ("decode", "prefill")]
 
 
 def compile_step(case: StepCase) -> StepReport:
@@ -98,7 +103,7 @@ def compile_step(case: StepCase) -> StepReport:
     ]
     if needed[0] != needed[1]:
         faults.append(
-            f"needs {needed[0]} bytes beside its arguments with the small pool, {needed[1]} with the large one"
+            f"needs {needed[0]} temporary bytes with the small pool, {needed[1]} with the large one"
         )
     memory, text, pool_bytes = reports[0]
     kernels = tuple(name for name in KERNELS[case.step] if name in text)
@@ -117,35 +122,36 @@ def compile_step(case: StepCase) -> StepReport:
 
 
 def _faults(memory: Any, text: str, pool_bytes: int) -> Iterator[str]:
-    """Pools that are not updated in place, and arrays of a pool's size that are no pool."""
+    """Yield pools that are not updated in place, and other arrays of a pool's size."""
     if memory.alias_size_in_bytes < pool_bytes:
         yield f"updates {memory.alias_size_in_bytes} of {pool_bytes} bytes in place"
-    one_bytes = pool_bytes // 2 - pool_bytes // 64  # K or V, its exponents put aside
+    one_bytes = pool_bytes // 2 - pool_bytes // 64  # K or V without exponents
     for found in re.finditer(
         rf"{ARRAY.pattern}[^=\n]*? (?P<op>copy|convert|fusion|bitcast-convert)\(", text
     ):
         if array_bytes(found) >= one_bytes:
-            yield f"makes {found['dtype']}[{found['shape']}] by {found['op']}"
+            yield f"{found['op']} creates {found['dtype']}[{found['shape']}]"
 
 
 def _copied_matrices(text: str) -> Iterator[str]:
-    """Arrays of the weights' type as large as a matrix: nothing else in a decode step is."""
+    """Yield arrays with the dtype and the size of a matrix, which a decode step must not create."""
     for found in re.finditer(rf"{ARRAY.pattern}[^=\n]*? (?P<op>copy|fusion)\(", text):
         if found["dtype"] == "bf16" and array_bytes(found) >= MATRIX_BYTES:
-            yield f"makes {found['dtype']}[{found['shape']}] by {found['op']}, as large as a matrix"
+            array = f"{found['dtype']}[{found['shape']}]"
+            yield f"{found['op']} creates {array}, as large as a matrix"
 
 
 def _compile(case: StepCase, size: int) -> tuple[Any, str, int]:
-    """Memory and text of the program, and the bytes of its pool."""
+    """Return the memory analysis and the text of the program, and the bytes of its pool."""
     kv = CacheConfig(
-        (case.kind,) * LLAMA_8B.layers,
+        (case.spec,) * LLAMA_8B.layers,
         None,
         LLAMA_8B,
         page_size=64,
         max_tokens_per_dispatch=CHUNK,
         keys_transposed=False,
     )
-    if not case.kind.dynamic:
+    if not case.spec.dynamic:
         kv = dataclasses.replace(kv, scales=KVScales.unit(LLAMA_8B.layers))
     num_pages = size // kv.page_bytes
     pool = jax.eval_shape(lambda: kv.new_pool(num_pages))
@@ -180,7 +186,7 @@ def _compile(case: StepCase, size: int) -> tuple[Any, str, int]:
 
 
 def _batch(name: str, kv: CacheConfig, num_pages: int) -> DecodeBatch | ForwardBatch:
-    """A batch as the engine builds it; which tokens and pages it names does not matter."""
+    """Return a batch as the engine builds it. Its tokens and pages do not matter."""
     pages = LLAMA_8B.max_len // kv.page_size
     builder = BatchBuilder(
         buckets=Buckets(REQUESTS, step_token_budget(CHUNK, REQUESTS)),

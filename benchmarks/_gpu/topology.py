@@ -1,4 +1,4 @@
-"""The GPUs that kernels are compiled for: what XLA has to know of one, and what the static bound is made of."""
+"""GPUs that kernels are compiled for: their XLA target configs, and rates for the static bound."""
 
 import contextlib
 import os
@@ -15,17 +15,21 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs" / "gpu"
 
-# ptxas calls Hopper's own instructions sm_90a; XLA compiles for them, and for the plain architecture elsewhere.
+# XLA compiles for sm_90a on Hopper, which has instructions that later GPUs lack.
 ARCHITECTURE = {(8, 0): "sm_80", (9, 0): "sm_90a"}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU by the text of its target config (`configs/gpu/NAME.txtpb`), and the rates that no config has.
+    """A GPU that kernels are compiled for.
 
-    `clock_hz` is a clock held under load. `fma` is float32 instructions a clock of all warps of a multiprocessor; `tensor` is
-    multiply-adds a clock of its tensor cores in 16-bit floating point, by instruction: `mma.sync` (HMMA) reaches little more
-    than half of what `wgmma` (HGMMA) does on Hopper.
+    Attributes:
+      name: of `configs/gpu/NAME.txtpb`.
+      config: text of the XLA target config.
+      clock_hz: clock rate under load.
+      fma: float32 instructions per clock of all warps of a multiprocessor.
+      tensor: multiply-adds per clock of a multiprocessor's tensor cores in 16-bit floating point,
+        by instruction. On Hopper, `mma.sync` (HMMA) reaches about half of `wgmma` (HGMMA).
     """
 
     name: str
@@ -36,30 +40,25 @@ class Target:
 
     @classmethod
     def h100(cls) -> "Target":
-        tensor = {"HMMA": 1024.0, "HGMMA": 2048.0}
-        return cls(
-            "h100", (CONFIGS / "h100.txtpb").read_text(encoding="utf-8"), 1.755e9, 4.0, tensor
-        )
+        """Return an H100 SXM."""
+        config = (CONFIGS / "h100.txtpb").read_text(encoding="utf-8")
+        return cls("h100", config, 1.755e9, 4.0, {"HMMA": 1024.0, "HGMMA": 2048.0})
 
     @classmethod
     def a100(cls) -> "Target":
-        return cls(
-            "a100",
-            (CONFIGS / "a100.txtpb").read_text(encoding="utf-8"),
-            1.41e9,
-            2.0,
-            {"HMMA": 1024.0},
-        )
+        """Return an A100 SXM."""
+        config = (CONFIGS / "a100.txtpb").read_text(encoding="utf-8")
+        return cls("a100", config, 1.41e9, 2.0, {"HMMA": 1024.0})
 
     def figure(self, field: str) -> int:
-        """The first number of that name in the config."""
+        """Return the first number with this name in the config."""
         found = re.search(rf"\b{field}: (\d+)", self.config)
         assert found, f"configs/gpu/{self.name}.txtpb has no {field}"
         return int(found[1])
 
     @property
     def capability(self) -> tuple[int, int]:
-        """The CUDA compute capability; zeros may be left out of a config."""
+        """CUDA compute capability. Configs may omit zeros."""
         found = re.search(r"cuda_compute_capability \{([^}]*)\}", self.config)
         assert found, f"configs/gpu/{self.name}.txtpb has no cuda_compute_capability"
         figures = dict(re.findall(r"(major|minor): (\d+)", found[1]))
@@ -67,17 +66,19 @@ class Target:
 
     @property
     def architecture(self) -> str:
+        """Architecture for ptxas."""
         return ARCHITECTURE[self.capability]
 
     @property
     def device_kind(self) -> str:
+        """Device kind for JAX."""
         found = re.search(r'\bname: "([^"]+)"', self.config)
         assert found, f"configs/gpu/{self.name}.txtpb has no name"
         return found[1]
 
     @cached_property
     def sharding(self) -> NamedSharding:
-        """Where arrays lie that exist only on this GPU, which need not exist."""
+        """Sharding of arrays on this GPU, which need not be present."""
         topology = topologies.get_topology_desc(
             platform="cuda", target_config=self.config, topology="1x1x1"
         )
@@ -85,7 +86,7 @@ class Target:
         return NamedSharding(mesh, PartitionSpec())
 
     def tracing(self) -> contextlib.AbstractContextManager:
-        """Under it Pallas lowers for this GPU. jax before 0.11 asks for no device, and has no public name for one."""
+        """Return a context in which Pallas lowers for this GPU; jax before 0.11 needs none."""
         try:
             from jax.sharding import AbstractDevice, use_abstract_mesh
         except ImportError:
@@ -94,16 +95,16 @@ class Target:
         return use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
-def without_a_gpu() -> None:
-    """Set JAX up to compile for CUDA on a machine that has no CUDA; leaves with what to do if the plugin is missing."""
-    plugin = {
+def configure_without_gpu() -> None:
+    """Configure JAX to compile for CUDA without CUDA. Exit with a hint if the plugin is missing."""
+    installed = {
         name.lower().replace("_", "-")
         for found in metadata.distributions()
         if (name := found.metadata["Name"])
     }
-    if not any(name.startswith("jax-cuda") for name in plugin):
+    if not any(name.startswith("jax-cuda") for name in installed):
         sys.exit(
-            "JAX's CUDA plugin is not on the path: `make gpu-compile` brings it, beside .venv's packages."
+            "JAX's CUDA plugin is not on the path: `make gpu-compile` installs it and runs this."
         )
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     jax.config.update("jax_platforms", "cpu")

@@ -1,7 +1,8 @@
-"""A decode by one of PyTorch's kernels, in a process of its own: `python -m benchmarks._gpu.torch_peers NAME JSON`.
+"""Time a decode with a PyTorch kernel: `python -m benchmarks._gpu.torch_peers NAME JSON`.
 
-Imports and compiles, prints `ready`, waits for a line, and prints a JSON row for each thing it timed, by CUDA events over calls
-that take turns among copies of the data. What it computes is checked against plain attention in float32 for one request.
+Imports and compiles, prints `ready`, waits for a line of input, and prints a JSON row per timing.
+CUDA events measure calls that alternate between copies of the data. The output of one request is
+compared with plain attention in float32.
 """
 
 import importlib
@@ -16,6 +17,7 @@ Call = Callable[[dict[str, Any]], Any]
 
 
 def main() -> None:
+    """Run the peer that the command line names."""
     name, given = sys.argv[1], json.loads(sys.argv[2])
     try:
         torch = importlib.import_module("torch")
@@ -23,40 +25,35 @@ def main() -> None:
         torch.manual_seed(0)
         peers = list(PEERS[name](torch, given, device))
         sets = data(torch, given, device)
-        made = [
-            (what, prepare, call, warm(torch, given, sets, prepare, call))
+        checked = [
+            (what, prepare, call, check(torch, given, sets, prepare, call))
             for what, prepare, call in peers
         ]
     except Exception as error:
-        say({"what": name, "skipped": f"{type(error).__name__}: {error}".splitlines()[0][:300]})
+        print_row({"what": name, "skipped": describe(error)})
         return
     print("ready", flush=True)
     sys.stdin.readline()
-    for what, prepare, call, error in made:
+    for what, prepare, call, error in checked:
         try:
-            say(
-                {
-                    "what": what,
-                    "shape": "peers",
-                    **timed(torch, given, [prepare(one) for one in sets], call),
-                    "error": error,
-                }
-            )
+            figures = timed(torch, given, [prepare(inputs) for inputs in sets], call)
+            print_row({"what": what, "shape": "peers", **figures, "error": error})
         except Exception as failed:
-            say(
-                {
-                    "what": what,
-                    "skipped": f"{type(failed).__name__}: {failed}".splitlines()[0][:300],
-                }
-            )
+            print_row({"what": what, "skipped": describe(failed)})
 
 
-def say(row: dict[str, Any]) -> None:
+def print_row(row: dict[str, Any]) -> None:
+    """Print a row as JSON."""
     print(json.dumps(row), flush=True)
 
 
+def describe(error: Exception) -> str:
+    """Return the first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
 def data(torch: Any, s: dict[str, Any], device: str) -> list[dict[str, Any]]:
-    """Queries, keys and values in bfloat16, in as many copies as exceed the L2 cache."""
+    """Return copies of queries, keys and values in bfloat16 that together exceed the L2 cache."""
     size = 2 * s["requests"] * s["length"] * s["kv_heads"] * s["head_dim"]
 
     def normal(*sizes: int) -> Any:
@@ -70,10 +67,10 @@ def data(torch: Any, s: dict[str, Any], device: str) -> list[dict[str, Any]]:
     ]
 
 
-def warm(
+def check(
     torch: Any, s: dict[str, Any], sets: list[dict[str, Any]], prepare: Call, call: Call
 ) -> float:
-    """Run once; the error of one request by its norm."""
+    """Run once and return the relative error of one request."""
     got = call(prepare(sets[0]))[0].reshape(s["q_heads"], s["head_dim"]).float()
     q, k, v = (sets[0][name][0].float() for name in "qkv")
     group = s["q_heads"] // s["kv_heads"]
@@ -81,35 +78,35 @@ def warm(
     weights = torch.einsum("hd,nhd->hn", q, k).mul(s["head_dim"] ** -0.5).softmax(-1)
     want = torch.einsum("hn,nhd->hd", weights, v)
     error = float((got - want).norm() / want.norm())
-    # FP8 keys and values, and FP8 queries and weights where a kernel multiplies them, are a few percent each.
-    assert error < 0.2, f"it is off by {error:.2g}: not timed"
+    # FP8 keys, values, queries and weights have errors of a few percent each.
+    assert error < 0.2, f"relative error of {error:.2g}: not timed"
     return error
 
 
 def timed(torch: Any, s: dict[str, Any], sets: list[Any], call: Call) -> dict[str, Any]:
-    """Microseconds of a call."""
+    """Return the microseconds per call."""
     seconds = []
     for _ in range(s["repeats"]):
-        turns = [sets[i % len(sets)] for i in range(s["calls"])]
+        inputs = [sets[i % len(sets)] for i in range(s["calls"])]
         if s["dry_run"]:
             began = time.perf_counter()
-            for one in turns:
-                call(one)
-            seconds.append((time.perf_counter() - began) / len(turns))
+            for x in inputs:
+                call(x)
+            seconds.append((time.perf_counter() - began) / len(inputs))
             continue
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         begin.record()
-        for one in turns:
-            call(one)
+        for x in inputs:
+            call(x)
         end.record()
         torch.cuda.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3 / len(turns))
-    return {"us": statistics.median(seconds) * 1e6, "least_us": min(seconds) * 1e6, "by": "events"}
+        seconds.append(begin.elapsed_time(end) / 1e3 / len(inputs))
+    return {"us": statistics.median(seconds) * 1e6, "min_us": min(seconds) * 1e6, "clock": "events"}
 
 
 def sdpa(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str, Call, Call]]:
-    """PyTorch's own, over keys and values side by side."""
+    """Yield PyTorch's attention over contiguous keys and values."""
     attend = torch.nn.functional.scaled_dot_product_attention
     yield (
         "torch SDPA, bfloat16",
@@ -119,7 +116,7 @@ def sdpa(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str, Call
 
 
 def flex(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str, Call, Call]]:
-    """Flex attention, compiled."""
+    """Yield compiled flex attention."""
     from torch.nn.attention.flex_attention import flex_attention
 
     attend = flex_attention if s["dry_run"] else torch.compile(flex_attention, dynamic=False)
@@ -131,6 +128,7 @@ def flex(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str, Call
 
 
 def heads_first(x: dict[str, Any]) -> dict[str, Any]:
+    """Return inputs with heads before tokens."""
     return {
         "q": x["q"][:, :, None],
         "k": x["k"].transpose(1, 2).contiguous(),
@@ -139,7 +137,7 @@ def heads_first(x: dict[str, Any]) -> dict[str, Any]:
 
 
 def fa3(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str, Call, Call]]:
-    """FlashAttention 3 from the wheel fa3-fwd, whose build has no page tables: keys and values lie side by side."""
+    """Yield FlashAttention 3 over contiguous keys and values: fa3-fwd has no page tables."""
     from fa3_fwd_interface import flash_attn_with_kvcache
 
     lengths = torch.full((s["requests"],), s["length"], device=device, dtype=torch.int32)
@@ -158,7 +156,7 @@ def fa3(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str, Call,
 
 
 def flashinfer(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str, Call, Call]]:
-    """FlashInfer over pages, bfloat16 queries; FP8 or bfloat16 keys and values."""
+    """Yield FlashInfer over pages, with bfloat16 queries and FP8 or bfloat16 keys and values."""
     import flashinfer as library
 
     pages = -(-s["length"] // s["page_size"])
@@ -177,9 +175,16 @@ def flashinfer(torch: Any, s: dict[str, Any], device: str) -> Iterator[tuple[str
             device=device,
         )
         wrapper.plan(
-            indptr, order, last, s["q_heads"], s["kv_heads"], s["head_dim"], s["page_size"], q_data_type=torch.bfloat16,
+            indptr,
+            order,
+            last,
+            s["q_heads"],
+            s["kv_heads"],
+            s["head_dim"],
+            s["page_size"],
+            q_data_type=torch.bfloat16,
             kv_data_type=kv_type,
-        )  # fmt: skip
+        )
         return wrapper
 
     def paged(x: dict[str, Any], kv_type: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Block sizes by trying: a table that the kernels read (`pallas_kernels/tuned.py`), for the device at hand.
+"""Tune block sizes for this device, for the tables of `pallas_kernels/tuning.py`.
 
-Blocks are tried in the order of their static bound, the product of all choices, those with the fewest changes from the first
-ones before the rest. For problems of one class at several lengths, the blocks win whose slowest problem, against its own best,
-is fastest.
+All combinations of the configured choices are timed, those with the fewest changes from the first
+choices first. Among problems with the same key, the blocks with the smallest worst-case slowdown
+against the best of each problem are chosen.
 """
 
 import itertools
@@ -21,15 +21,15 @@ from benchmarks._gpu.problems import NONE, TENSOR, Attention, Shape
 from benchmarks._gpu.session import Session
 from pallas_kernels import DecodeBlocks, PrefillBlocks
 from pallas_kernels.backend import cdiv
-from pallas_kernels.paged_decode.blocks import splits_for
-from pallas_kernels.tuned import path_of, read
+from pallas_kernels.paged_decode.blocks import choose_splits
+from pallas_kernels.tuning import read_table, table_path
 
-USUAL_CORES = 132
-ALIKE = 2.0**-6  # of results in bfloat16, each rounded by 2**-9
+DEFAULT_CORES = 132
+TOLERANCE = 2.0**-6  # relative difference of results in bfloat16, each rounded by 2**-9
 
 
 def choices(options: dict[str, list[int]]) -> list[dict[str, int]]:
-    """Every combination, those that differ least from the first choices first."""
+    """Return every combination, those that differ least from the first choices first."""
     names = list(options)
     places = itertools.product(*(range(len(options[name])) for name in names))
     ordered = sorted(places, key=lambda place: (sum(place), place))
@@ -38,26 +38,28 @@ def choices(options: dict[str, list[int]]) -> list[dict[str, int]]:
     ]
 
 
-def candidates(one: Attention, config: dict[str, Any]) -> Iterator[Any]:
-    """The kernel's own choice, then the listed ones; None is its own."""
+def candidates(problem: Attention, config: dict[str, Any]) -> Iterator[Any]:
+    """Yield None, the kernel's default, then the configured blocks."""
     yield None
-    s, seen = one.shape, set()
-    for choice in choices(config["prefill_blocks" if one.prefill else "decode_blocks"]):
-        if one.prefill:
+    s = problem.shape
+    seen = set()
+    for choice in choices(config["prefill_blocks" if problem.prefill else "decode_blocks"]):
+        if problem.prefill:
             blocks: Any = PrefillBlocks(**choice)
         else:
-            cores = getattr(jax.devices()[0], "core_count", USUAL_CORES)
-            splits = splits_for(s.requests * s.kv_heads, a_core=choice.pop("programs"), cores=cores)
-            blocks = DecodeBlocks(
-                **choice, splits=max(1, min(splits, cdiv(s.length, choice["block_k"])))
+            cores = getattr(jax.devices()[0], "core_count", DEFAULT_CORES)
+            splits = choose_splits(
+                s.requests * s.kv_heads, programs_per_core=choice.pop("programs"), cores=cores
             )
+            splits = max(1, min(splits, cdiv(s.length, choice["block_k"])))
+            blocks = DecodeBlocks(**choice, splits=splits)
         if blocks not in seen:
             seen.add(blocks)
             yield blocks
 
 
 def run(session: Session, config: dict[str, Any]) -> None:
-    """Rows with the best of every problem; the table of each kernel goes to `session.facts` and to `session.blocks`."""
+    """Add a row per problem; store the chosen blocks in `session.facts` and `session.blocks`."""
     todo = [
         Attention(
             shape,
@@ -72,68 +74,81 @@ def run(session: Session, config: dict[str, Any]) -> None:
         for element in config["tuned_elements"]
     ]
     seconds: dict[tuple[str, str], dict[str, dict[Any, float]]] = defaultdict(dict)
-    for place, one in enumerate(todo):
-        name, what = (
-            f"{one.shape.name}, {one.element}",
-            {"shape": one.shape.name, "element": one.element},
-        )
-        # What is left is shared evenly among the problems to come.
+    for number, problem in enumerate(todo):
+        name = f"{problem.shape.name}, {problem.element}"
+        row_labels = {"shape": problem.shape.name, "element": problem.element}
+        what = f"tuning {problem.kernel}"
+        # The remaining time is divided equally among the remaining problems.
         with (
-            session.within(1 / (len(todo) - place)),
-            session.guarded(f"tuning {one.kernel}", **what),
+            session.limited_time(1 / (len(todo) - number)),
+            session.guarded(what, **row_labels),
         ):
-            if session.may_time(one.kernel, one.element, f"tuning {one.kernel}", **what):
-                seconds[one.kernel, one.block_class][name] = tried(session, one, config)
-    device, tables = jax.devices()[0].device_kind, defaultdict(dict)
-    for (kernel, problem), times in seconds.items():
-        if best := fairest(times):
-            session.blocks[kernel, problem] = best
-            tables[kernel][problem] = asdict(best)
+            if session.may_time(problem.kernel, problem.element, what, **row_labels):
+                found = time_candidates(session, problem, config)
+                seconds[problem.kernel, problem.tuning_key][name] = found
+    device = jax.devices()[0].device_kind
+    tables: dict[str, dict[str, Any]] = defaultdict(dict)
+    for (kernel, key), times in seconds.items():
+        if best := minimax_blocks(times):
+            session.blocks[kernel, key] = best
+            tables[kernel][key] = asdict(best)
     session.facts["tuned"] = {kernel: {device: table} for kernel, table in tables.items()}
 
 
-def tried(session: Session, one: Attention, config: dict[str, Any]) -> dict[Any, float]:
-    """Seconds by blocks, of those there was time for and that compile. None is what the kernel takes by itself."""
-    some = list(candidates(one, config))
-    (carry, rest), found, usual = one.arrays(), {}, None
+def time_candidates(
+    session: Session, problem: Attention, config: dict[str, Any]
+) -> dict[Any, float]:
+    """Return the seconds of each candidate that compiles, as far as time allows.
+
+    None is the kernel's default. Candidates with different results are recorded as wrong.
+    """
+    blocks_to_try = list(candidates(problem, config))
+    carry, rest = problem.arrays()
+    found: dict[Any, float] = {}
+    expected = None
     size = config["compilers"]
-    for part in (some[i : i + size] for i in range(0, len(some), size)):
+    what = f"tuning {problem.kernel}"
+    for start in range(0, len(blocks_to_try), size):
         if session.left() <= 0 and found:
             break
-        programs = compile_all(session, [replace(one, blocks=blocks) for blocks in part], size)
-        for variant, program in programs.items():
+        variants = [replace(problem, blocks=b) for b in blocks_to_try[start : start + size]]
+        for variant, program in compile_all(session, variants, size).items():
             if isinstance(program, Exception):
                 continue
             got = session.clock.result(program, carry, rest)
-            usual = got if usual is None else usual
-            if (error := distance(got, usual)) < ALIKE:
-                found[variant.blocks] = session.clock.time(
-                    variant.work, program, carry, rest
-                ).median
+            expected = got if expected is None else expected
+            if (error := relative_difference(got, expected)) < TOLERANCE:
+                timing = session.clock.time(variant.work, program, carry, rest)
+                found[variant.blocks] = timing.median
             else:
                 session.failed = True
-                session.row(
-                    f"tuning {one.kernel}",
-                    **labels(one),
-                    skipped=f"wrong by {error:.2g}",
-                    blocks=str(variant.blocks),
-                )
-    best, own = min(found, key=lambda blocks: found[blocks]), found.get(None)
+                reason = f"wrong by {error:.2g}"
+                session.row(what, **labels(problem), skipped=reason, blocks=str(variant.blocks))
+    best = min(found, key=lambda blocks: found[blocks])
+    default = found.get(None)
     session.row(
-        f"tuning {one.kernel}", **labels(one), tried=len(found), of=len(some),
-        us=found[best] * 1e6, own_us=None if own is None else own * 1e6, blocks=str(best or "the kernel's own"),
-    )  # fmt: skip
+        what,
+        **labels(problem),
+        timed=len(found),
+        candidates=len(blocks_to_try),
+        us=found[best] * 1e6,
+        default_us=None if default is None else default * 1e6,
+        blocks=str(best or "default"),
+    )
     return found
 
 
-def distance(a: jax.Array, b: jax.Array) -> float:
-    """How far results are apart, by their norm: other blocks sum in another order, and no more."""
+def relative_difference(a: jax.Array, b: jax.Array) -> float:
+    """Return the relative difference by norm. Other blocks only sum in another order."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
 
-def fairest(times: dict[str, dict[Any, float]]) -> Any:
-    """The blocks whose worst time, as a multiple of each problem's best, is least; None is the kernel's own choice."""
+def minimax_blocks(times: dict[str, dict[Any, float]]) -> Any:
+    """Return the blocks with the smallest worst-case slowdown; None is the kernel's default.
+
+    The slowdown is relative to the best blocks of each problem.
+    """
     common = set.intersection(*(set(found) for found in times.values())) if times else set()
     best = {name: min(found.values()) for name, found in times.items()}
     worst = {
@@ -143,15 +158,18 @@ def fairest(times: dict[str, dict[Any, float]]) -> Any:
     return min(worst, key=lambda blocks: (worst[blocks], blocks is not None), default=None)
 
 
-def publish(tables: dict[str, Any], path: Callable[[str], Path] = path_of) -> list[Path]:
-    """Put what was found into the tables that the kernels read; what they have of other devices and classes stays."""
+def publish(tables: dict[str, Any], path: Callable[[str], Path] = table_path) -> list[Path]:
+    """Merge tuned blocks into the tables of the kernels, and return the written files.
+
+    Entries of other devices and problems are preserved.
+    """
     written = []
     for kernel, devices in tables.items():
-        metadata = path(kernel)
-        table = json.loads(metadata.read_text(encoding="utf-8")) if metadata.exists() else {}
+        file = path(kernel)
+        table = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         for device, problems in devices.items():
             table[device] = table.get(device, {}) | problems
-        metadata.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        written.append(metadata)
-    read.cache_clear()
+        file.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        written.append(file)
+    read_table.cache_clear()
     return written

@@ -1,4 +1,4 @@
-"""New keys and values into the pages: the kernel, checked bit by bit, against XLA's quantize and scatter."""
+"""Check `kv_write` bit by bit, and time it against XLA's quantize and scatter."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks._gpu.library import FORMATS
-from benchmarks._gpu.problems import NONE, TENSOR, TOKEN_HEAD, Shape, turns
+from benchmarks._gpu.problems import NONE, TENSOR, TOKEN_HEAD, Shape, copies
 from benchmarks._gpu.session import Session
-from benchmarks._gpu.timing import Timing, Work, compiled
+from benchmarks._gpu.timing import Timing, Work, compile_jobs
 from jfp8kv.cache.layout import PoolLayout
 from jfp8kv.cache.pool import KVPool, LayerScales, new_pool, write
 from jfp8kv.cache.scales import KVScales
@@ -23,8 +23,8 @@ FUSED, UNFUSED = "kv_write", "XLA quantize and scatter"
 
 
 @dataclass(frozen=True)
-class Writing:
-    """`shape.length` new tokens of every request into a pool of several layers, each call into the next."""
+class CacheWrite:
+    """A write of `shape.length` new tokens per request. Each call writes to the next layer."""
 
     shape: Shape
     element: str
@@ -35,29 +35,32 @@ class Writing:
 
     @property
     def name(self) -> str:
+        """Name of the implementation."""
         return FUSED if self.fused else UNFUSED
 
     @property
     def layers(self) -> int:
-        """Layers written in turn."""
-        return min(64, turns(self.shape.cache_bytes("bf16"), self.rotation))
+        """Layers of the pool."""
+        return min(64, copies(self.shape.cache_bytes("bf16"), self.rotation))
 
     @property
     def pages(self) -> int:
-        """Of one request."""
+        """Pages per request."""
         return -(-(self._start + self.shape.length) // self.shape.page_size)
 
     @property
     def _start(self) -> int:
-        """A decode writes the last slot of its first page."""
+        """Position of the first token. A decode writes the last slot of its first page."""
         return self.shape.page_size - 1 if self.shape.length == 1 else 0
 
     @cached_property
     def work(self) -> Work:
-        return Work(self._fused if self.fused else self._unfused, turns=self.layers, writes=True)
+        """The timed function."""
+        step = self._fused if self.fused else self._unfused
+        return Work(step, copies=self.layers, writes=True)
 
     def carry(self) -> Any:
-        """The pools."""
+        """Return the pools."""
         s, fmt = self.shape, FORMATS[self.element]
         rows = s.requests * self.pages
         if not self.fused:
@@ -78,7 +81,7 @@ class Writing:
         return pools
 
     def rest(self) -> dict[str, Any]:
-        """New keys and values, and where they go: pages in any order."""
+        """Return new keys and values, and a shuffled page table."""
         s = self.shape
         keys = jax.random.split(jax.random.key(3, impl="rbg"), 3)
         k, v = (
@@ -106,21 +109,26 @@ class Writing:
         rest = dict(rest)
         inverse = rest.pop("inverse", None)
         first_row = jnp.asarray(layer, jnp.int32) * (self.shape.requests * self.pages)
-        made = kv_write(
-            **pools, **rest, element=FORMATS[self.element].dtype, first_row=first_row, k_inverse=inverse, v_inverse=inverse,
+        updated = kv_write(
+            **pools,
+            **rest,
+            element=FORMATS[self.element].dtype,
+            first_row=first_row,
+            k_inverse=inverse,
+            v_inverse=inverse,
             interpret=self.interpret,
-        )  # fmt: skip
-        return {name: pool for name, pool in made._asdict().items() if pool is not None}
+        )
+        return {name: pool for name, pool in updated._asdict().items() if pool is not None}
 
     def _unfused(self, pages: KVPool, rest: dict[str, Any], layer: jax.Array) -> KVPool:
         scales = None
         if self.scales != TOKEN_HEAD:
-            sizes = {
-                "layers": self.layers,
-                "kv_heads": self.shape.kv_heads,
-                "head_dim": self.shape.head_dim,
-            }
-            scales = LayerScales.of(KVScales.unit(self.layers), **sizes)
+            scales = LayerScales.of(
+                KVScales.unit(self.layers),
+                layers=self.layers,
+                kv_heads=self.shape.kv_heads,
+                head_dim=self.shape.head_dim,
+            )
 
         def one(k: Any, v: Any, table: Any, start: Any, length: Any) -> KVPool:
             return write(
@@ -140,94 +148,87 @@ class Writing:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _rest(writing: Writing) -> dict[str, Any]:
-    """Compiled once for both ways to write."""
-    return writing.rest()
+def _rest(cache_write: CacheWrite) -> dict[str, Any]:
+    """Return the inputs; compiled once for both implementations."""
+    return cache_write.rest()
 
 
 def check(session: Session, config: dict[str, Any], seed: int) -> None:
-    """The kernel's pools, bit by bit: what NumPy makes of them, where it belongs, and nothing anywhere else."""
+    """Compare the pools of the kernel with those of the NumPy reference, bit by bit."""
     for element in config["elements"]:
-        for dynamic in (False, True)[: 1 + FORMATS[element].is_fp8]:
-            what, error = (
-                f"{FUSED}, {element}, {'token and head' if dynamic else 'channel'} scales",
-                np.inf,
-            )
+        for dynamic in (False, True) if FORMATS[element].is_fp8 else (False,):
+            what = f"{FUSED}, {element}, {'token and head' if dynamic else 'channel'} scales"
+            error = np.inf
             with session.guarded(what):
-                error = 2.0 * _wrong_elements(
-                    element, dynamic, session.dry_run, np.random.default_rng(seed)
-                )
+                rng = np.random.default_rng(seed)
+                error = 2.0 * _count_wrong(element, dynamic, session.dry_run, rng)
             session.judge(FUSED, element, what, error)
 
 
-def _wrong_elements(element: str, dynamic: bool, interpret: bool, rng: np.random.Generator) -> int:
-    """How many stored elements are not what the reference stores, in pools that were all NaN codes."""
-    fmt, heads, channels, page_size, rows = FORMATS[element], 2, 48, 16, 12
-    new = (4, 20, heads, channels)
-    given: dict[str, Any] = {name: rng.normal(0, 200, new).astype(np.float32) for name in "kv"}
-    given |= {
-        f"{name}_pages": np.full(
-            (2 * rows, heads, page_size, channels), fmt.nan_code, fmt.storage_dtype
-        )
-        for name in "kv"
-    }
-    given["page_table"] = rng.permutation(rows).reshape(4, 3).astype(np.int32)
-    given |= {
+def _count_wrong(element: str, dynamic: bool, interpret: bool, rng: np.random.Generator) -> int:
+    """Return how many stored elements differ from the reference, in pools of NaN codes."""
+    fmt = FORMATS[element]
+    heads, channels, page_size, rows = 2, 48, 16, 12
+    pool = (2 * rows, heads, page_size, channels)
+    arguments: dict[str, Any] = {
+        "page_table": rng.permutation(rows).reshape(4, 3).astype(np.int32),
         "start": np.int32([0, 30, 7, 0]),
         "lengths": np.int32([5, 31, 27, 0]),
         "first_row": np.int32(rows),
+        "k_offset": rng.normal(0, 50, (heads, channels)).astype(np.float32),
     }
-    given["k_offset"] = rng.normal(0, 50, (heads, channels)).astype(np.float32)
-    if dynamic:
-        given |= {
-            f"{name}_exponent": np.full((2 * rows, heads, page_size), 255, np.uint8)
-            for name in "kv"
-        }
-    else:
-        given |= {
-            f"{name}_inverse": rng.uniform(0.5, 4, (heads, channels)).astype(np.float32)
-            for name in "kv"
-        }
-    call = jax.jit(lambda given: kv_write(**given, element=fmt.dtype, interpret=interpret))
-    got, want = call(given), kv_write_reference(**given, element=fmt.dtype)
-    return sum(
-        int((np.asarray(a) != b).sum()) for a, b in zip(got, want, strict=True) if a is not None
-    )
+    for name in "kv":
+        arguments[name] = rng.normal(0, 200, (4, 20, heads, channels)).astype(np.float32)
+        arguments[f"{name}_pages"] = np.full(pool, fmt.nan_code, fmt.storage_dtype)
+        if dynamic:
+            arguments[f"{name}_exponent"] = np.full(pool[:3], 255, np.uint8)
+        else:
+            inverse = rng.uniform(0.5, 4, (heads, channels)).astype(np.float32)
+            arguments[f"{name}_inverse"] = inverse
+    call = jax.jit(lambda arguments: kv_write(**arguments, element=fmt.dtype, interpret=interpret))
+    got = call(arguments)
+    want = kv_write_reference(**arguments, element=fmt.dtype)
+    pairs = zip(got, want, strict=True)
+    return sum(int((np.asarray(a) != b).sum()) for a, b in pairs if a is not None)
 
 
 def run(session: Session, config: dict[str, Any]) -> None:
-    """A row for every shape, element and kind of scales, fused and not."""
+    """Add a row per shape, element type and kind of scales, fused and not."""
     todo = [
-        Writing(shape, element, scales, fused, config["rotation"], session.dry_run)
+        CacheWrite(shape, element, scales, fused, config["rotation"], session.dry_run)
         for shape in Shape.all(config, "write")
         for element in config["elements"]
         for scales in ((TENSOR, TOKEN_HEAD) if FORMATS[element].is_fp8 else (NONE,))
         for fused in (True, False)
     ]
     size = config["compilers"]
-    for some in (todo[i : i + size] for i in range(0, len(todo), size)):
-        jobs = (
-            (
-                w,
-                lambda w=w: session.clock.lower(
-                    w.work, jax.eval_shape(w.carry), jax.eval_shape(w.rest)
-                ),
-            )
-            for w in some
-        )
-        programs = compiled(jobs, workers=size) if session.left() > 0 else {}
-        for writing in session.each(some, lambda w: f"{w.shape.name}, {w.element}"):
-            time_one(session, writing, programs.get(writing))
+    for current in (todo[i : i + size] for i in range(0, len(todo), size)):
+        jobs = ((write, functools.partial(lower, session, write)) for write in current)
+        programs = compile_jobs(jobs, workers=size) if session.left() > 0 else {}
+        for cache_write in session.each(current, lambda w: f"{w.shape.name}, {w.element}"):
+            time_one(session, cache_write, programs.get(cache_write))
 
 
-def time_one(session: Session, writing: Writing, program: Any) -> None:
-    what = {"shape": writing.shape.name, "element": writing.element, "scales": writing.scales}
-    if writing.fused and not session.may_time(FUSED, writing.element, FUSED, **what):
+def lower(session: Session, cache_write: CacheWrite) -> jax.stages.Lowered:
+    """Return the lowered program of a write."""
+    carry, rest = jax.eval_shape(cache_write.carry), jax.eval_shape(cache_write.rest)
+    return session.clock.lower(cache_write.work, carry, rest)
+
+
+def time_one(session: Session, cache_write: CacheWrite, program: Any) -> None:
+    """Time one write and add its row."""
+    element = cache_write.element
+    labels = {
+        "shape": cache_write.shape.name,
+        "element": element,
+        "scales": cache_write.scales,
+    }
+    if cache_write.fused and not session.may_time(FUSED, element, FUSED, **labels):
         return
-    with session.guarded(writing.name, **what):
+    with session.guarded(cache_write.name, **labels):
         if isinstance(program, Exception):
             raise program
-        taken: Timing = session.clock.time(
-            writing.work, program, jax.jit(writing.carry)(), _rest(replace(writing, fused=True))
-        )
-        session.row(writing.name, **what, **taken.row)
+        carry = jax.jit(cache_write.carry)()
+        rest = _rest(replace(cache_write, fused=True))
+        timing: Timing = session.clock.time(cache_write.work, program, carry, rest)
+        session.row(cache_write.name, **labels, **timing.row)

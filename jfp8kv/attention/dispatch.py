@@ -17,8 +17,8 @@ from jfp8kv.cache.pool import KVPool, write
 from jfp8kv.core.errors import NotSupported, invalid_choice
 from jfp8kv.core.log import logger, warn_once
 from jfp8kv.core.types import ATTENTIONS
+from pallas_kernels import NotSupported as KernelNotSupported
 from pallas_kernels import check_pool, paged_decode, paged_prefill
-from pallas_kernels.errors import NotSupported as KernelNotSupported
 
 MIN_CAPABILITY = (8, 0)
 

@@ -21,6 +21,7 @@ from jfp8kv.attention.interface import AttentionMetadata, AttentionOptions, Quer
 from jfp8kv.cache.pool import KVPool, Layer, LayerScales
 from jfp8kv.core.log import warn_once
 from jfp8kv.core.pytree import broadcast_unbatched
+from pallas_kernels.kernel_inputs import LayerView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +101,9 @@ class PallasAttention:
         flat = q.reshape(-1, q_heads, head_dim)
         static = None if pages.dynamic else scales
         assert pages.dynamic or scales is not None, "static pages need scales"
-        attend = functools.partial(
-            self.decode if tokens == 1 else self.prefill,
-            element=pages.fmt.dtype,
+        view = LayerView(
+            pages.k_bits,
+            pages.v_bits,
             layer=layer,
             first_row=pages.first_rows,
             k_scale=None if static is None else static.k,
@@ -112,6 +113,10 @@ class PallasAttention:
             first_exponent_row=pages.first_exponent_rows if pages.dynamic else None,
             window=options.window,
             sinks=options.sinks,
+        )
+        attend = functools.partial(
+            self.decode if tokens == 1 else self.prefill,
+            element=pages.fmt.dtype,
             score_offset=score_offset(flat, scales, options, layer),
             sm_scale=options.sm_scale,
             softcap=options.softcap,
@@ -121,8 +126,8 @@ class PallasAttention:
         queries = jnp.clip(length - start, 0, tokens)
         length = jnp.where(queries > 0, start + queries, 0)
         if tokens == 1:
-            out = attend(flat, pages.k_bits, pages.v_bits, page_table, length)
+            out = attend(flat, view, page_table, length)
         else:
             first = jnp.arange(requests, dtype=jnp.int32) * tokens
-            out = attend(flat, pages.k_bits, pages.v_bits, page_table, length, first, queries)
+            out = attend(flat, view, page_table, length, first, queries)
         return out.reshape(q.shape)

@@ -27,7 +27,7 @@ from jfp8kv.attention.interface import (
 from jfp8kv.cache.pool import KVPool, Layer, LayerScales
 from jfp8kv.cache.scales import exponent_scale
 from jfp8kv.core.formats import decode_tile
-from pallas_kernels.elements import LOWEST, MASKED
+from pallas_kernels.reference import LOWEST, MASKED
 
 DECODE_TILE_TOKENS, PREFILL_TILE_TOKENS = 128, 256
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, UInt8
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.core.formats import KVFormat, kv_format
 from jfp8kv.core.types import KV_SCALES
-from pallas_kernels import elements
+from pallas_kernels import fp8
 
 UNIT, TOKEN_HEAD = "unit", "token_head"
 SCALE_NAMES = KV_SCALES
@@ -224,7 +224,7 @@ def token_head_exponent(
     over finite values: infinities saturate and NaN stays NaN without changing other channels. Rows
     of zeros have the smallest exponent, 1.
     """
-    exponent = elements.token_head_exponent(x.astype(jnp.float32), fmt.dtype)
+    exponent = fp8.token_head_exponent(x.astype(jnp.float32), fmt.dtype)
     return exponent.astype(jnp.uint8)
 
 

@@ -5,7 +5,7 @@ defines E4M3 (largest finite value 448, no infinity, one NaN code per sign; `flo
 E5M2 (IEEE-like: largest finite value 57344, infinities, NaNs).
 
 **The cast** clips, rounds to nearest (ties to even) and stores. `astype` alone would turn a large
-value into NaN or infinity. XLA on every backend, the kernels (pallas_kernels/elements.py) and NumPy
+value into NaN or infinity. XLA on every backend, the kernels (pallas_kernels/fp8.py) and NumPy
 (`encode_numpy`) agree on every code.
 
 **Stored arrays are bits** (`uint8`, `uint16`), not floats. XLA:CPU has no float8 or bfloat16
@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 
 from jfp8kv.core.errors import invalid_choice
 from jfp8kv.core.types import KV_DTYPES
-from pallas_kernels import elements
+from pallas_kernels import fp8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _format(
     )
 
 
-E4M3 = _format("fp8_e4m3", ml_dtypes.float8_e4m3fn, np.uint8, 4, 3, elements.E4M3_FACTOR)
+E4M3 = _format("fp8_e4m3", ml_dtypes.float8_e4m3fn, np.uint8, 4, 3, fp8.E4M3_FACTOR)
 E5M2 = _format("fp8_e5m2", ml_dtypes.float8_e5m2, np.uint8, 5, 2)
 BFLOAT16 = _format("bfloat16", ml_dtypes.bfloat16, np.uint16, 8, 7)
 FLOAT16 = _format("float16", np.float16, np.uint16, 5, 10)
@@ -128,7 +128,7 @@ def encode(x: Float[Array, "*dims"], fmt: KVFormat) -> Array:
     Ties go to even. NaN stays NaN, and zero keeps its sign.
     Source: OCP OFP8 1.0, section 5 (saturating mode).
     """
-    return elements.encode(x.astype(jnp.float32), fmt.dtype)
+    return fp8.encode(x.astype(jnp.float32), fmt.dtype)
 
 
 def encode_numpy(x: np.ndarray, fmt: KVFormat) -> np.ndarray:
@@ -147,7 +147,7 @@ def decode_tile(bits: Array, fmt: KVFormat) -> Float[Array, "*dims"]:
     if fmt is E5M2:
         half = bits.astype(jnp.uint16) << 8
     elif fmt is E4M3:
-        half = elements.e4m3_as_half(bits)
+        half = fp8.e4m3_as_half(bits)
     return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32)
 
 

@@ -1,6 +1,6 @@
-"""The write into pages: new keys and values, quantized and scattered in one kernel, in place."""
+"""KV cache write: quantizes new keys and values and scatters them into pages, in one kernel."""
 
 from pallas_kernels.kv_write.blocks import WriteBlocks
-from pallas_kernels.kv_write.kernel import Written, kv_write
+from pallas_kernels.kv_write.kernel import UpdatedPools, kv_write
 
-__all__ = ["WriteBlocks", "Written", "kv_write"]
+__all__ = ["UpdatedPools", "WriteBlocks", "kv_write"]

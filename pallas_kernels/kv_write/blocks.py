@@ -1,4 +1,4 @@
-"""How a write is cut up: tokens and heads of a program, and its warps."""
+"""Block sizes of `kv_write`."""
 
 import dataclasses
 
@@ -6,32 +6,39 @@ import numpy as np
 
 from pallas_kernels.backend import cdiv, power_of_two
 
-WIDE = 32 * 16  # bytes a warp stores at once, 16 a thread
-MOST_WARPS = 4
+WARP_BYTES = 32 * 16  # a warp stores 16 bytes per thread at once
+MAX_WARPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class WriteBlocks:
-    """Tokens and heads handled together, powers of two, and warps of a program."""
+    """Block sizes of `kv_write`.
+
+    Attributes:
+      block_tokens: tokens per program, a power of two.
+      block_heads: KV heads per program, a power of two.
+      warps: warps per program.
+    """
 
     block_tokens: int
     block_heads: int
     warps: int
 
 
-def blocks_for(
+def choose_blocks(
     *, requests: int, tokens: int, kv_heads: int, head_dim: int, element: np.dtype, cores: int = 132
 ) -> WriteBlocks:
-    """Blocks for a GPU of so many cores, which issue four warps at a time each.
+    """Return blocks for a GPU with `cores` multiprocessors, which issue four warps at a time.
 
-    Threads have 16 bytes of keys and of values to store, tokens before heads, for those of one head lie together in a page.
-    Where that leaves the cores idle, as a decode does, threads have less, down to 4 bytes: time is then what one of them takes.
+    A thread stores 16 bytes of keys and 16 of values. Blocks extend over tokens before heads, since
+    the tokens of a head are contiguous in a page. If that does not occupy all multiprocessors, as
+    in decode, a thread stores less, down to 4 bytes: then latency per thread determines the time.
     """
-    rows = max(1, WIDE // (power_of_two(head_dim) * element.itemsize))
-    block_tokens = min(power_of_two(tokens), MOST_WARPS * rows)
+    rows = max(1, WARP_BYTES // (power_of_two(head_dim) * element.itemsize))
+    block_tokens = min(power_of_two(tokens), MAX_WARPS * rows)
     block_heads = min(power_of_two(kv_heads), max(1, rows // block_tokens))
     warps = max(1, block_tokens * block_heads // rows)
     programs = requests * cdiv(tokens, block_tokens) * cdiv(kv_heads, block_heads)
-    while warps < MOST_WARPS and programs * warps < 4 * cores:
+    while warps < MAX_WARPS and programs * warps < 4 * cores:
         warps *= 2
     return WriteBlocks(block_tokens, block_heads, warps)

@@ -1,4 +1,4 @@
-"""Few rows times one layer's matrix, read where it lies in the stack of all layers."""
+"""Matmul of few rows with one layer's matrix, read in place from the stack of all layers."""
 
 from pallas_kernels.layer_matmul.blocks import MatmulBlocks
 from pallas_kernels.layer_matmul.kernel import layer_matmul

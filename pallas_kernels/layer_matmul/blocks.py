@@ -1,4 +1,4 @@
-"""How a product is cut up: outputs, rows and channels of a tile, warps, pipeline stages, and shares of the channels."""
+"""Block sizes of `layer_matmul`."""
 
 import dataclasses
 
@@ -6,19 +6,26 @@ import numpy as np
 
 from pallas_kernels.backend import power_of_two
 
-UNIT = 64  # channels: a share has a whole number of them, whatever the tile
-LEAST_SHARE = 4 * UNIT  # channels that are worth a program of their own
-MOST_SPLITS = 8
-MOST_ROWS = {
-    2: 256,
-    4: 64,
-}  # of a tile, by bytes of an element: its sums fill the registers of its warps
-TILE_BYTES = 128  # of a tile's row of the matrix: a line of the cache
+SPLIT_UNIT = 64  # a split has a multiple of this number of channels, for any tile size
+MIN_SPLIT = 4 * SPLIT_UNIT  # channels; smaller splits are not worth a program
+MAX_SPLITS = 8
+# Rows of a tile, by bytes per element: the sums fill the registers of its warps.
+MAX_ROWS = {2: 256, 4: 64}
+TILE_BYTES = 128  # of a tile's row of the matrix: a cache line
 
 
 @dataclasses.dataclass(frozen=True)
 class MatmulBlocks:
-    """Outputs, rows and channels of a tile, powers of two, warps of a program, tiles in flight, shares of the channels."""
+    """Block sizes of `layer_matmul`. Tile sizes are powers of two.
+
+    Attributes:
+      block_out: output channels per tile.
+      block_rows: rows per tile.
+      block_in: input channels per tile.
+      warps: warps per program.
+      stages: pipeline stages, the tiles in flight.
+      splits: parts of the input channels (split-K).
+    """
 
     block_out: int
     block_rows: int
@@ -28,17 +35,28 @@ class MatmulBlocks:
     splits: int
 
 
-def blocks_for(
+def choose_blocks(
     *, rows: int, out: int, width: int, multiplied: np.dtype, stored: np.dtype, cores: int = 132
 ) -> MatmulBlocks:
-    """Blocks for a GPU of so many cores: two programs on each or one twice as large, for what a core has under way hides the
-    memory's latency. Every program reads all rows of its share, from the L2 cache: large ones where there are many rows.
+    """Return blocks for a GPU with `cores` multiprocessors.
 
-    `splits` depends on the matrix alone, and so does the order in which a row's products are summed: what stands beside a row
-    does not change it.
+    Two programs per multiprocessor, or one that is twice as large, have enough loads in flight to
+    hide memory latency. Every program reads all rows of its split from the L2 cache, so programs
+    are large if there are many rows.
+
+    `splits` depends only on the matrix, and with it the order in which the products of a row are
+    summed: results do not depend on other rows (batch invariance).
+
+    Args:
+      rows: rows of `x`.
+      out: output channels.
+      width: input channels.
+      multiplied: operand type.
+      stored: type of the weights.
+      cores: multiprocessors of the GPU.
     """
-    splits = max(1, min(2 * cores * 64 // max(64, out), width // LEAST_SHARE, MOST_SPLITS))
-    block_rows = min(max(16, power_of_two(rows)), MOST_ROWS[multiplied.itemsize])
+    splits = max(1, min(2 * cores * 64 // max(64, out), width // MIN_SPLIT, MAX_SPLITS))
+    block_rows = min(max(16, power_of_two(rows)), MAX_ROWS[multiplied.itemsize])
     many = block_rows >= 64
     return MatmulBlocks(
         block_out=128 if many else 64,

@@ -1,8 +1,9 @@
-"""Few rows times one layer's matrix: made for decode, where reading the matrix once is all that takes time.
+"""Matmul of few rows with one layer's matrix, for decode, where reading the matrix takes the time.
 
-A program has a tile of outputs, all rows (or as many as fit) and a share of the channels. The matrix is the left operand: its
-tiles go from memory to tensor cores through shared memory once, and rows, few as they are, are padded to 16 and no more.
-Several shares leave a sum each, and the caller's program adds them: a fusion with whatever it does to the product next.
+A program computes a tile of output channels for all rows (or as many as fit) from one split of the
+input channels. The matrix is the left operand: its tiles go from memory through shared memory to
+tensor cores once, and rows are padded only to 16. Several splits return one sum each. XLA adds them
+and fuses the addition with the next operation.
 """
 
 import functools
@@ -14,13 +15,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import cdiv, dot, launch, load, program, store
-from pallas_kernels.elements import BFLOAT16, FLOAT16, FLOAT32
-from pallas_kernels.errors import NotSupported
-from pallas_kernels.layer_matmul.blocks import UNIT, MatmulBlocks, blocks_for
+from pallas_kernels.backend import NotSupported, Refs, cdiv, dot, launch, load, program, store
+from pallas_kernels.fp8 import BFLOAT16, FLOAT16, FLOAT32
+from pallas_kernels.layer_matmul.blocks import SPLIT_UNIT, MatmulBlocks, choose_blocks
 
-TYPES = (BFLOAT16, FLOAT16, FLOAT32)
-Refs = dict[str, Any]
+DTYPES = (BFLOAT16, FLOAT16, FLOAT32)
 
 
 def layer_matmul(
@@ -31,31 +30,38 @@ def layer_matmul(
     blocks: MatmulBlocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "rows out"]:
-    """`x @ weights[layer].T` of weights `[layers, out, in]`, summed and returned in float32.
+    """Return `x @ weights[layer].T`, accumulated and returned in float32.
 
-    Weights of another type than `x` are converted to it first. No more is read of `weights` than the layer's matrix, in place.
+    Args:
+      x: rows in bfloat16, float16 or float32.
+      weights: `[layers, out, in]`, converted to the dtype of `x`. Only the layer's matrix is read.
+      layer: layer index, may be traced.
+      blocks: block sizes; chosen by `choose_blocks` if None.
+      interpret: run in interpret mode.
+
+    Raises `NotSupported` for other dtypes, `ValueError` for inconsistent shapes.
     """
-    (rows, width), (_, out, of) = x.shape, weights.shape
-    if of != width:
+    rows, width = x.shape
+    _, out, weights_width = weights.shape
+    if weights_width != width:
         raise ValueError(
             f"x of {x.shape} and weights of {weights.shape}: both must end with the same axis."
         )
-    for name, given in (("x", x), ("weights", weights)):
-        if np.dtype(given.dtype) not in TYPES:
-            raise NotSupported(
-                f"{name} of {given.dtype}: the product knows {', '.join(t.name for t in TYPES)}."
-            )
+    for name, array in (("x", x), ("weights", weights)):
+        if np.dtype(array.dtype) not in DTYPES:
+            supported = ", ".join(dtype.name for dtype in DTYPES)
+            raise NotSupported(f"{name} of {array.dtype}: the matmul supports {supported}.")
     if rows == 0 or out == 0:
         return jnp.zeros((rows, out), jnp.float32)
     if blocks is None:
-        blocks = blocks_for(
+        blocks = choose_blocks(
             rows=rows,
             out=out,
             width=width,
             multiplied=np.dtype(x.dtype),
             stored=np.dtype(weights.dtype),
         )
-    parts = launch(
+    sums = launch(
         functools.partial(_kernel, blocks=blocks, interpret=interpret),
         {"x": x, "weights": weights, "layer": jnp.asarray(layer, jnp.int32).reshape(1)},
         name="layer_matmul",
@@ -65,36 +71,37 @@ def layer_matmul(
         stages=blocks.stages,
         interpret=interpret,
     )["out"]
-    return functools.reduce(jnp.add, [parts[i] for i in range(blocks.splits)])
+    return functools.reduce(jnp.add, [sums[i] for i in range(blocks.splits)])
 
 
 def _kernel(refs: Refs, out_refs: Refs, *, blocks: MatmulBlocks, interpret: bool) -> None:
     x_ref, weights = refs["x"], refs["weights"]
-    (rows, width), out, layer = x_ref.shape, weights.shape[1], refs["layer"][0]
+    rows, width = x_ref.shape
+    out = weights.shape[1]
+    layer = refs["layer"][0]
     split = program(2)
-    row, row_known = _tile(program(0), blocks.block_rows, rows)
-    at, at_known = _tile(program(1), blocks.block_out, out)
-    share = cdiv(cdiv(width, UNIT), blocks.splits) * UNIT
-    start = split * share
-    end = jnp.minimum(start + share, width)
+    row, row_valid = _tile_index(program(0), blocks.block_rows, rows)
+    out_channel, out_valid = _tile_index(program(1), blocks.block_out, out)
+    split_width = cdiv(cdiv(width, SPLIT_UNIT), blocks.splits) * SPLIT_UNIT
+    start = split * split_width
+    end = jnp.minimum(start + split_width, width)
     once = rows <= blocks.block_rows
-    ragged = (
-        width % blocks.block_in or share % blocks.block_in
-    )  # whether a tile may go past its share
+    # Whether a tile may extend past the end of its split.
+    ragged = width % blocks.block_in or split_width % blocks.block_in
 
     def body(i: jax.Array, total: jax.Array) -> jax.Array:
         channel = start + i * blocks.block_in + jnp.arange(blocks.block_in, dtype=jnp.int32)
-        known = channel < end if ragged else None
+        valid = channel < end if ragged else None
         w = load(
             weights,
             layer,
-            at[:, None],
+            out_channel[:, None],
             channel[None, :],
-            mask=_both(at_known, known),
+            mask=_outer_mask(out_valid, valid),
             other=0,
             once=once,
         )
-        x = load(x_ref, row[:, None], channel[None, :], mask=_both(row_known, known), other=0)
+        x = load(x_ref, row[:, None], channel[None, :], mask=_outer_mask(row_valid, valid), other=0)
         return total + dot(w.astype(x.dtype), x.T, interpret=interpret)
 
     zeros = jnp.zeros((blocks.block_out, blocks.block_rows), jnp.float32)
@@ -103,22 +110,22 @@ def _kernel(refs: Refs, out_refs: Refs, *, blocks: MatmulBlocks, interpret: bool
         out_refs["out"],
         split,
         row[None, :],
-        at[:, None],
+        out_channel[:, None],
         value=total,
-        mask=_both(at_known, row_known),
+        mask=_outer_mask(out_valid, row_valid),
     )
 
 
-def _tile(number: jax.Array, size: int, of: int) -> tuple[jax.Array, jax.Array | None]:
-    """Indices of a tile, and which of them exist; None: all."""
+def _tile_index(number: jax.Array, size: int, total: int) -> tuple[jax.Array, jax.Array | None]:
+    """Return the indices of a tile, and which of them exist; None if all do."""
     index = number * size + jnp.arange(size, dtype=jnp.int32)
-    return index, None if of % size == 0 else index < of
+    return index, None if total % size == 0 else index < total
 
 
-def _both(first: jax.Array | None, second: jax.Array | None) -> jax.Array | None:
-    """`[first, second]`: where both hold; None is no mask."""
-    if first is None and second is None:
+def _outer_mask(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None:
+    """Return the mask `[rows, columns]`; None masks nothing."""
+    if rows is None and columns is None:
         return None
-    return (True if first is None else first[:, None]) & (
-        True if second is None else second[None, :]
-    )
+    row_mask: Any = True if rows is None else rows[:, None]
+    column_mask: Any = True if columns is None else columns[None, :]
+    return row_mask & column_mask

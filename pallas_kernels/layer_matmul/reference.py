@@ -1,27 +1,29 @@
-"""What `layer_matmul` computes, in float64, and how far from it the kernel may be."""
+"""Reference of `layer_matmul` in float64, with a bound on the error of the kernel."""
 
 from typing import Any
 
 import numpy as np
 
-from pallas_kernels.elements import FLOAT32
-from pallas_kernels.layer_matmul.blocks import MOST_SPLITS
-from pallas_kernels.precision import OPERANDS, TINY
+from pallas_kernels.error_bound import OPERAND_ERRORS, TINY
+from pallas_kernels.fp8 import FLOAT32
+from pallas_kernels.layer_matmul.blocks import MAX_SPLITS
 
-CUT = 2.0**-23  # what a sum may lose of itself: tensor cores cut digits off where others round
+TRUNCATION = 2.0**-23  # relative error of an addition: tensor cores truncate instead of rounding
 
 
 def layer_matmul_reference(x: Any, weights: Any, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Product and error bound, both float64 `[rows, out]`.
+    """Return the result and the error bound, both float64 `[rows, out]`.
 
-    Products of 16-bit numbers are exact in float32 unless they are flushed to zero; those of float32 numbers are not. Every
-    product is added once, in whatever order, and so is every share: at most so many sums lose digits on the way to an output.
+    Products of 16-bit numbers are exact in float32 unless they are flushed to zero. Products of
+    float32 numbers are not. Every product is added once, in any order, and so is every split, which
+    bounds the number of truncated additions per output.
     """
     x = np.asarray(x)
     w = np.asarray(weights)[layer].astype(x.dtype).astype(np.float64)
     wide = x.astype(np.float64)
-    sums = wide.shape[1] + MOST_SPLITS
-    lost = sums * CUT / (1 - sums * CUT) + (
-        OPERANDS[FLOAT32].relative if x.dtype == FLOAT32 else 0.0
-    )
-    return wide @ w.T, lost * (np.abs(wide) @ np.abs(w).T) + sums * TINY
+    additions = wide.shape[1] + MAX_SPLITS
+    error = additions * TRUNCATION / (1 - additions * TRUNCATION)
+    if x.dtype == FLOAT32:
+        error += OPERAND_ERRORS[FLOAT32].relative
+    bound = error * (np.abs(wide) @ np.abs(w).T) + additions * TINY
+    return wide @ w.T, bound

@@ -1,4 +1,4 @@
-"""Decode attention over pages: one query token per request."""
+"""Paged decode attention: one query token per request."""
 
 from pallas_kernels.paged_decode.blocks import DecodeBlocks
 from pallas_kernels.paged_decode.kernel import paged_decode

@@ -1,4 +1,4 @@
-"""How a decode is cut up: keys per block, warps, pipeline stages, and among how many programs a request's keys are split."""
+"""Block sizes of `paged_decode`: from the table of tuned sizes, or by rule."""
 
 import dataclasses
 import math
@@ -6,19 +6,24 @@ import math
 import numpy as np
 
 from pallas_kernels.backend import cdiv, power_of_two
-from pallas_kernels.tuned import class_of, tuned
+from pallas_kernels.tuning import problem_key, tuned_blocks
 
-MOST_SPLITS = 128
-PROGRAMS_A_CORE = {
-    1: 8,
-    2: 4,
-    4: 4,
-}  # by their warps: with fewer a multiprocessor waits for memory, with more some wait for it
+MAX_SPLITS = 128
+# Programs per multiprocessor by warps per program. Fewer do not hide memory latency, more leave a
+# partial wave.
+PROGRAMS_PER_CORE = {1: 8, 2: 4, 4: 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeBlocks:
-    """Keys handled together, warps of a program, blocks in flight, and shares of a request's keys."""
+    """Block sizes of `paged_decode`.
+
+    Attributes:
+      block_k: keys per block.
+      warps: warps per program.
+      stages: pipeline stages, the blocks in flight.
+      splits: programs per request and KV head; each handles a part of the keys (flash decoding).
+    """
 
     block_k: int
     warps: int
@@ -26,15 +31,15 @@ class DecodeBlocks:
     splits: int
 
 
-def problem_class(
+def decode_key(
     *, requests: int, kv_heads: int, group: int, head_dim: int, element: np.dtype
 ) -> str:
-    """The class that blocks are tuned for."""
+    """Return the key of a problem in the table of tuned blocks."""
     rows = max(16, power_of_two(group))
-    return class_of(head_dim=head_dim, element=element, rows=rows, programs=requests * kv_heads)
+    return problem_key(head_dim=head_dim, element=element, rows=rows, programs=requests * kv_heads)
 
 
-def blocks_for(
+def choose_blocks(
     *,
     requests: int,
     kv_heads: int,
@@ -43,29 +48,44 @@ def blocks_for(
     tokens: int,
     element: np.dtype,
     compute: np.dtype,
-    page_size: int,
     cores: int = 132,
 ) -> DecodeBlocks:
-    """Blocks for requests of up to `tokens` tokens: those tuned for this device, or by rule for one of so many cores."""
+    """Return blocks for requests of up to `tokens` tokens: those tuned for this device, or by rule.
+
+    Args:
+      requests: requests in the batch.
+      kv_heads: KV heads.
+      group: query heads per KV head.
+      head_dim: channels per head.
+      tokens: the longest possible request.
+      element: the element type of the cache.
+      compute: operand type of the matmuls.
+      cores: multiprocessors of the GPU, for the rule.
+    """
     if compute.itemsize == 2:
-        problem = problem_class(
+        key = decode_key(
             requests=requests, kv_heads=kv_heads, group=group, head_dim=head_dim, element=element
         )
-        if found := tuned("paged_decode", problem):
+        if found := tuned_blocks("paged_decode", key):
             blocks = DecodeBlocks(**found)
-            return dataclasses.replace(
-                blocks, splits=max(1, min(blocks.splits, cdiv(tokens, blocks.block_k)))
-            )
-    block_k, warps = 64 if head_dim <= 128 else 32, 2
+            splits = max(1, min(blocks.splits, cdiv(tokens, blocks.block_k)))
+            return dataclasses.replace(blocks, splits=splits)
+    block_k = 64 if head_dim <= 128 else 32
+    warps = 2
     if compute.itemsize == 4 or (group > 16 and element.itemsize == 2):
         warps = 4
     elif element.itemsize == 1 and group <= 16 and head_dim <= 128:
-        block_k, warps = 64 if head_dim <= 64 else 32, 1
-    splits = splits_for(requests * kv_heads, a_core=PROGRAMS_A_CORE[warps], cores=cores)
+        block_k = 64 if head_dim <= 64 else 32
+        warps = 1
+    splits = choose_splits(
+        requests * kv_heads, programs_per_core=PROGRAMS_PER_CORE[warps], cores=cores
+    )
     return DecodeBlocks(block_k, warps, stages=3, splits=max(1, min(splits, cdiv(tokens, block_k))))
 
 
-def splits_for(programs: int, *, a_core: int, cores: int) -> int:
-    """Shares of a request's keys that make about `a_core` programs a multiprocessor of so many: a power of two, for others were
-    slower (docs/log.md, 2026-11-28)."""
-    return min(MOST_SPLITS, 1 << max(0, round(math.log2(a_core * cores / programs))))
+def choose_splits(programs: int, *, programs_per_core: int, cores: int) -> int:
+    """Return the number of splits that gives about `programs_per_core` programs per multiprocessor.
+
+    A power of two: others were slower (docs/log.md, 2026-11-28).
+    """
+    return min(MAX_SPLITS, 1 << max(0, round(math.log2(programs_per_core * cores / programs))))

@@ -1,18 +1,20 @@
 """The decode kernel for Pallas Mosaic GPU: TMA copies of pages, `wgmma` with keys as its rows.
 
-A program has one KV head of one request, some query heads of its group, and a share of the keys. Pages come by TMA, several
-blocks in flight, and one warpgroup multiplies them. Keys fill the 64 rows that `wgmma` has, and query heads are its columns: a
-small group is padded to 8 heads, not to 64.
+A program handles one KV head of one request, some query heads of its group, and one split of the
+keys. TMA copies pages, several blocks in flight, and one warpgroup multiplies them. Keys fill the
+64 rows of `wgmma`, and query heads are its columns: a small group is padded to 8 heads, not to 64.
 
     scores  [keys, heads]     = K [keys, head_dim] @ q [head_dim, heads]
     out     [head_dim, heads] = V [head_dim, keys] @ weights [keys, heads]
 
-FP8 keys become float16 in registers on their way into the product. Values become float16 in shared memory, for only there can
-they be read transposed. Barriers among the four warps are left to Pallas, which sets a few more than are needed.
+FP8 keys are converted to float16 in registers on their way into the matmul. Values are converted
+in shared memory, because they can only be read transposed from there. Pallas inserts the barriers
+among the four warps, a few more than necessary.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,17 +22,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.attend import LOG2E, first_seen
-from pallas_kernels.backend import pallas
-from pallas_kernels.elements import FLOAT16, LOWEST, MASKED, is_fp8, power
-from pallas_kernels.options import opened
-
-Refs = dict[str, Any]
+from pallas_kernels.backend import Refs, pallas
+from pallas_kernels.fp8 import FLOAT16, exact_exp2, is_fp8
+from pallas_kernels.kernel_inputs import load_scalars
+from pallas_kernels.reference import LOWEST, MASKED
+from pallas_kernels.softmax_loop import LOG2E, first_visible
 
 
 @dataclasses.dataclass(frozen=True)
 class MosaicBlocks:
-    """Keys handled together (64 or 128), blocks that a program has in flight, and shares of a request's keys."""
+    """Block sizes of `paged_decode_mosaic`.
+
+    Attributes:
+      block_k: keys per block, 64 or 128.
+      stages: blocks in flight per program.
+      splits: programs per request and KV head; each handles a part of the keys.
+    """
 
     block_k: int
     stages: int
@@ -38,32 +45,35 @@ class MosaicBlocks:
 
 
 @dataclasses.dataclass(frozen=True)
-class MosaicHow:
-    """What the kernel is compiled for, apart from the shapes of its arrays."""
+class MosaicConfig:
+    """Compile-time parameters, in addition to the shapes of the arrays."""
 
-    element: np.dtype  # what is stored
-    compute: np.dtype  # what is multiplied, in 16 bits
+    element: np.dtype  # type of the stored bits
+    compute: np.dtype  # operand type of the matmuls, 16 bits
     page_size: int
     head_dim: int
-    heads: int  # query heads of a program, a multiple of 8
-    tiles: int  # programs that share a KV head
+    heads: int  # query heads per program, a multiple of 8
+    tiles: int  # programs per KV head
     softcap: float | None
     blocks: MosaicBlocks
     interpret: bool
 
     @property
-    def shift(self) -> float:
-        """Weights are kept larger by `2 ** shift`: a float16 then keeps them down to 2**-34."""
+    def weight_shift(self) -> float:
+        """Softmax weights are multiplied by `2 ** weight_shift`.
+
+        A float16 then represents weights down to 2**-34.
+        """
         return 10.0 if self.compute == FLOAT16 else 0.0
 
     @property
-    def piece(self) -> int:
-        """Keys that one copy brings: a page, or a block's part of one."""
+    def copy_tokens(self) -> int:
+        """Keys per copy: a page, or the part of a page in a block."""
         return min(self.blocks.block_k, self.page_size)
 
 
-class Share(NamedTuple):
-    """A program's keys: `first .. end - 1`, in blocks that begin at `start`, some of them before `first`."""
+class SplitKeys(NamedTuple):
+    """The keys of a program: `first .. end - 1`, in blocks that start at `start <= first`."""
 
     request: jax.Array
     kv_head: jax.Array
@@ -73,20 +83,33 @@ class Share(NamedTuple):
     blocks: jax.Array
 
 
-class Running(NamedTuple):
-    """Weighted values so far, the largest weight's logarithm by head, the same of scores, and sums by key of a block."""
+class SoftmaxState(NamedTuple):
+    """SoftmaxState state of the online softmax.
 
-    out: jax.Array  # [head_dim, heads]
-    largest: jax.Array  # [heads]
-    peak: jax.Array  # [heads]
-    total: jax.Array  # [block_k, heads]
+    Attributes:
+      out: weighted sums of values, `[head_dim, heads]`.
+      max_weight: running maximum of the logarithms of weights, `[heads]`.
+      max_score: running maximum of the scores, `[heads]`.
+      weight_sum: running sums of the weights, separate for each key of a block, `[block_k, heads]`.
+    """
+
+    out: jax.Array
+    max_weight: jax.Array
+    max_score: jax.Array
+    weight_sum: jax.Array
 
 
-def launch(gpu: Any, how: MosaicHow, operands: dict[str, jax.Array]) -> Any:
-    """Outputs `[splits, requests, programs, head_dim, heads]` of the shares, and their weights without `head_dim`."""
+def build_kernel(
+    gpu: Any, config: MosaicConfig, arrays: dict[str, jax.Array]
+) -> Callable[..., Any]:
+    """Return the kernel as a function of the values of `arrays`.
+
+    It returns the outputs of the splits, `[splits, requests, programs, heads, head_dim]`, and the
+    base-2 logarithms of their softmax sums, without `head_dim`.
+    """
 
     def tiled(*shape: int, dtype: np.dtype) -> Any:
-        """Shared memory in the tiles of 8 rows that TMA writes and `wgmma` reads."""
+        """Return shared memory in tiles of 8 rows, which TMA writes and `wgmma` reads."""
         row = min(shape[-1] * dtype.itemsize, 128)
         return gpu.SMEM(
             shape,
@@ -94,54 +117,58 @@ def launch(gpu: Any, how: MosaicHow, operands: dict[str, jax.Array]) -> Any:
             transforms=(gpu.TilingTransform((8, row // dtype.itemsize)), gpu.SwizzleTransform(row)),
         )
 
-    block_k, stages, pieces = how.blocks.block_k, how.blocks.stages, how.blocks.block_k // how.piece
-    shared = {
-        "q_here": tiled(how.heads, how.head_dim, dtype=how.compute),
-        "k_here": tiled(stages, block_k, how.head_dim, dtype=how.element),
-        "v_here": tiled(stages, block_k, how.head_dim, dtype=how.element),
-        "weights": tiled(how.heads, block_k, dtype=how.compute),
-        "weight_here": gpu.SMEM((how.heads,), jnp.float32),
-        "q_arrived": gpu.Barrier(),
-        "k_arrived": gpu.Barrier(num_arrivals=pieces, num_barriers=stages),
-        "v_arrived": gpu.Barrier(num_arrivals=pieces, num_barriers=stages),
+    block_k = config.blocks.block_k
+    stages = config.blocks.stages
+    copies = block_k // config.copy_tokens
+    scratch = {
+        "q_smem": tiled(config.heads, config.head_dim, dtype=config.compute),
+        "k_smem": tiled(stages, block_k, config.head_dim, dtype=config.element),
+        "v_smem": tiled(stages, block_k, config.head_dim, dtype=config.element),
+        "softmax_weights": tiled(config.heads, block_k, dtype=config.compute),
+        "weight_smem": gpu.SMEM((config.heads,), jnp.float32),
+        "q_barrier": gpu.Barrier(),
+        "k_barrier": gpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        "v_barrier": gpu.Barrier(num_arrivals=copies, num_barriers=stages),
     }
-    if is_fp8(how.element):
-        shared["v_decoded"] = tiled(block_k, how.head_dim, dtype=FLOAT16)
-        if how.interpret:
-            shared["k_decoded"] = tiled(block_k, how.head_dim, dtype=FLOAT16)
-    requests, programs = operands["q"].shape[:2]
-    part = (how.blocks.splits, requests, programs)
+    if is_fp8(config.element):
+        scratch["v_decoded"] = tiled(block_k, config.head_dim, dtype=FLOAT16)
+        if config.interpret:
+            scratch["k_decoded"] = tiled(block_k, config.head_dim, dtype=FLOAT16)
+    requests, programs = arrays["q"].shape[:2]
+    split_shape = (config.blocks.splits, requests, programs)
+    names = (*arrays, "out", "weight")
 
-    def kernel(*arrays: Any, **here: Any) -> None:
-        _kernel(gpu, how, dict(zip((*operands, "out", "weight"), arrays, strict=True)) | here)
+    def kernel(*array_refs: Any, **scratch_refs: Any) -> None:
+        _kernel(gpu, config, dict(zip(names, array_refs, strict=True)) | scratch_refs)
 
-    call = gpu.kernel(
+    return gpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct((*part, how.heads, how.head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((*part, how.heads), jnp.float32),
+            jax.ShapeDtypeStruct((*split_shape, config.heads, config.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((*split_shape, config.heads), jnp.float32),
         ],
-        grid=(requests, how.blocks.splits, programs),
+        grid=(requests, config.blocks.splits, programs),
         grid_names=("request", "split", "program"),
-        scratch_types=shared,
+        scratch_types=scratch,
         compiler_params=gpu.CompilerParams(approx_math=True),
-        interpret=gpu.InterpretGPUParams() if how.interpret else None,
+        interpret=gpu.InterpretGPUParams() if config.interpret else None,
         kernel_name="paged_decode_mosaic",
     )
-    return call(*operands.values())
 
 
-def _kernel(gpu: Any, how: MosaicHow, refs: Refs) -> None:
-    refs = opened(refs)
-    share, split, program = _share(how, refs), lax.axis_index("split"), lax.axis_index("program")
-    gpu.copy_gmem_to_smem(refs["q"].at[share.request, program], refs["q_here"], refs["q_arrived"])
-    for i in range(how.blocks.stages):
-        pallas().when(i < share.blocks)(
-            functools.partial(_fetch, gpu, how, refs, share, jnp.int32(i), jnp.int32(i))
-        )
+def _kernel(gpu: Any, config: MosaicConfig, refs: Refs) -> None:
+    refs = load_scalars(refs)
+    keys = _split_keys(config, refs)
+    split = lax.axis_index("split")
+    program = lax.axis_index("program")
+    request = keys.request
+    gpu.copy_gmem_to_smem(refs["q"].at[request, program], refs["q_smem"], refs["q_barrier"])
+    for i in range(config.blocks.stages):
+        fetch = functools.partial(_fetch, gpu, config, refs, keys, jnp.int32(i), jnp.int32(i))
+        pallas().when(i < keys.blocks)(fetch)
     factor, offset = (
         gpu.load(
-            refs[name].at[share.request, program],
+            refs[name].at[request, program],
             layout=gpu.Layout.WGMMA.reduce(0),
             optimized=False,
         )
@@ -149,192 +176,202 @@ def _kernel(gpu: Any, how: MosaicHow, refs: Refs) -> None:
         else None
         for name in ("factor", "offset")
     )
-    gpu.barrier_wait(refs["q_arrived"])
+    gpu.barrier_wait(refs["q_barrier"])
 
     def full(*shape: int, value: float) -> jax.Array:
         layout = gpu.Layout.WGMMA if len(shape) == 2 else gpu.Layout.WGMMA.reduce(0)
         return gpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
-    lowest = full(how.heads, value=LOWEST)
-    empty = Running(
-        full(how.head_dim, how.heads, value=0.0),
+    lowest = full(config.heads, value=LOWEST)
+    initial = SoftmaxState(
+        full(config.head_dim, config.heads, value=0.0),
         lowest,
         lowest,
-        full(how.blocks.block_k, how.heads, value=0.0),
+        full(config.blocks.block_k, config.heads, value=0.0),
     )
-    body = functools.partial(_block, gpu, how, refs, share, factor, offset)
-    now = lax.fori_loop(0, share.blocks, body, empty)
+    body = functools.partial(_attend_block, gpu, config, refs, keys, factor, offset)
+    state = lax.fori_loop(0, keys.blocks, body, initial)
 
-    total = jnp.sum(now.total, axis=0)
-    some = jnp.where(total == 0, 1.0, total)
-    out = now.out * _rows(jnp.exp2(now.largest - now.peak) / some, how.head_dim)
-    refs["out"].at[split, share.request, program].T[...] = gpu.layout_cast(
+    total = jnp.sum(state.weight_sum, axis=0)
+    divisor = jnp.where(total == 0, 1.0, total)
+    scale = jnp.exp2(state.max_weight - state.max_score) / divisor
+    out = state.out * _broadcast_heads(scale, config.head_dim)
+    refs["out"].at[split, request, program].T[...] = gpu.layout_cast(
         out, gpu.Layout.WGMMA_TRANSPOSED
     )
-    refs["weight_here"][...] = jnp.where(total == 0, MASKED, now.peak + jnp.log2(some) - how.shift)
+    weight = state.max_score + jnp.log2(divisor) - config.weight_shift
+    refs["weight_smem"][...] = jnp.where(total == 0, MASKED, weight)
     gpu.commit_smem()
-    gpu.copy_smem_to_gmem(refs["weight_here"], refs["weight"].at[split, share.request, program])
+    gpu.copy_smem_to_gmem(refs["weight_smem"], refs["weight"].at[split, request, program])
     gpu.wait_smem_to_gmem(0)
 
 
-def _share(how: MosaicHow, refs: Refs) -> Share:
-    request, kv_head = lax.axis_index("request"), _div(lax.axis_index("program"), how.tiles)
-    length, block_k = refs["lengths"][request], how.blocks.block_k
-    first = first_seen(refs, length - 1)
+def _split_keys(config: MosaicConfig, refs: Refs) -> SplitKeys:
+    request = lax.axis_index("request")
+    kv_head = _div(lax.axis_index("program"), config.tiles)
+    length = refs["lengths"][request]
+    block_k = config.blocks.block_k
+    first = first_visible(refs, length - 1)
     start = _div(first, block_k) * block_k
-    share = _cdiv(_cdiv(length - start, block_k), how.blocks.splits) * block_k
-    start = start + lax.axis_index("split") * share
-    end = jnp.minimum(start + share, length)
-    return Share(request, kv_head, first, start, end, _cdiv(jnp.maximum(end - start, 0), block_k))
+    size = _cdiv(_cdiv(length - start, block_k), config.blocks.splits) * block_k
+    start = start + lax.axis_index("split") * size
+    end = jnp.minimum(start + size, length)
+    blocks = _cdiv(jnp.maximum(end - start, 0), block_k)
+    return SplitKeys(request, kv_head, first, start, end, blocks)
 
 
-def _block(
+def _attend_block(
     gpu: Any,
-    how: MosaicHow,
+    config: MosaicConfig,
     refs: Refs,
-    share: Share,
+    keys: SplitKeys,
     factor: jax.Array,
     offset: jax.Array | None,
     i: jax.Array,
-    now: Running,
-) -> Running:
-    """One block of keys, and the fetch of the one that takes its place."""
-    block_k, stages = how.blocks.block_k, how.blocks.stages
-    slot, begin = lax.rem(i, jnp.int32(stages)), share.start + i * block_k
-    values = refs["v_decoded"] if "v_decoded" in refs else refs["v_here"].at[slot]
-    k_exponent, v_exponent = (
-        _exponents(gpu, how, refs, share, begin, name) for name in ("k_exponent", "v_exponent")
-    )
+    state: SoftmaxState,
+) -> SoftmaxState:
+    """Process one block of keys, and start the copy of the block that reuses its slot."""
+    block_k = config.blocks.block_k
+    stages = config.blocks.stages
+    slot = lax.rem(i, jnp.int32(stages))
+    start = keys.start + i * block_k
+    values = refs["v_decoded"] if "v_decoded" in refs else refs["v_smem"].at[slot]
+    k_exponent = _scale_exponents(gpu, config, refs, keys, start, "k_exponent")
+    v_exponent = _scale_exponents(gpu, config, refs, keys, start, "v_exponent")
 
     scores = pallas().run_scoped(
-        functools.partial(_products, gpu, how, refs, slot),
-        gpu.ACC((block_k, how.heads), jnp.float32),
+        functools.partial(_scores, gpu, config, refs, slot),
+        gpu.ACC((block_k, config.heads), jnp.float32),
     )
-    scores = scores * _rows(factor, block_k)
+    scores = scores * _broadcast_heads(factor, block_k)
     if k_exponent is not None:
-        scores = scores * _columns(power(k_exponent), how.heads)
+        scores = scores * _broadcast_keys(exact_exp2(k_exponent), config.heads)
     if offset is not None:
-        scores = scores + _rows(offset, block_k)
-    if how.softcap is not None:
-        scores = (how.softcap * LOG2E) * (1.0 - 2.0 / (1.0 + jnp.exp2((2 * LOG2E) * scores)))
-    scores = jnp.where(_known(gpu, share, begin, scores.shape), scores, MASKED)
+        scores = scores + _broadcast_heads(offset, block_k)
+    if config.softcap is not None:
+        scores = (config.softcap * LOG2E) * (1.0 - 2.0 / (1.0 + jnp.exp2((2 * LOG2E) * scores)))
+    scores = jnp.where(_valid(gpu, keys, start, scores.shape), scores, MASKED)
 
-    peak = jnp.maximum(now.peak, jnp.max(scores, axis=0))
-    weights = jnp.exp2(scores - _rows(peak - how.shift, block_k))
-    total = now.total * _rows(jnp.exp2(now.peak - peak), block_k) + weights
-    largest = peak
+    max_score = jnp.maximum(state.max_score, jnp.max(scores, axis=0))
+    weights = jnp.exp2(scores - _broadcast_heads(max_score - config.weight_shift, block_k))
+    rescale = jnp.exp2(state.max_score - max_score)
+    weight_sum = state.weight_sum * _broadcast_heads(rescale, block_k) + weights
+    max_weight = max_score
     if v_exponent is not None:
-        # Dynamic V scales are powers of two: they join weights as logarithms, with a running maximum of their own.
-        scores = scores + _columns(v_exponent.astype(jnp.float32), how.heads)
-        largest = jnp.maximum(now.largest, jnp.max(scores, axis=0))
-        weights = jnp.exp2(scores - _rows(largest - how.shift, block_k))
-    refs["weights"].T[...] = weights.astype(how.compute)
+        # Dynamic V scales are powers of two. They are added to the logarithms of the weights, which
+        # have a separate running maximum.
+        scores = scores + _broadcast_keys(v_exponent.astype(jnp.float32), config.heads)
+        max_weight = jnp.maximum(state.max_weight, jnp.max(scores, axis=0))
+        weights = jnp.exp2(scores - _broadcast_heads(max_weight - config.weight_shift, block_k))
+    refs["softmax_weights"].T[...] = weights.astype(config.compute)
 
-    @pallas().when((begin < share.first) | (begin + block_k > share.end))
-    def unknown_values_are_zero() -> None:
-        known = _known(gpu, share, begin, values.shape)
+    @pallas().when((start < keys.first) | (start + block_k > keys.end))
+    def zero_invalid_values() -> None:
+        valid = _valid(gpu, keys, start, values.shape)
         values[...] = jnp.where(
-            known, gpu.layout_cast(values[...], gpu.Layout.WGMMA), jnp.zeros((), values.dtype)
+            valid, gpu.layout_cast(values[...], gpu.Layout.WGMMA), jnp.zeros((), values.dtype)
         )
 
-    def next_block() -> None:
-        pallas().when(i + stages < share.blocks)(
-            functools.partial(_fetch, gpu, how, refs, share, i + stages, slot)
-        )
+    def fetch_next() -> None:
+        fetch = functools.partial(_fetch, gpu, config, refs, keys, i + stages, slot)
+        pallas().when(i + stages < keys.blocks)(fetch)
 
     gpu.commit_smem()
-    if is_fp8(how.element):
-        next_block()
+    if is_fp8(config.element):
+        fetch_next()
 
-    def weighted(product: Any) -> jax.Array:
-        gpu.wgmma(product, values.T, refs["weights"].T)
-        return product[...]
+    def weighted_sum(accumulator: Any) -> jax.Array:
+        gpu.wgmma(accumulator, values.T, refs["softmax_weights"].T)
+        return accumulator[...]
 
-    product = pallas().run_scoped(weighted, gpu.ACC((how.head_dim, how.heads), jnp.float32))
-    if not is_fp8(how.element):
-        next_block()
-    return Running(
-        now.out * _rows(jnp.exp2(now.largest - largest), how.head_dim) + product,
-        largest,
-        peak,
-        total,
+    block_out = pallas().run_scoped(
+        weighted_sum, gpu.ACC((config.head_dim, config.heads), jnp.float32)
     )
+    if not is_fp8(config.element):
+        fetch_next()
+    out_rescale = jnp.exp2(state.max_weight - max_weight)
+    out = state.out * _broadcast_heads(out_rescale, config.head_dim) + block_out
+    return SoftmaxState(out, max_weight, max_score, weight_sum)
 
 
 def _fetch(
-    gpu: Any, how: MosaicHow, refs: Refs, share: Share, block: jax.Array, slot: jax.Array
+    gpu: Any, config: MosaicConfig, refs: Refs, keys: SplitKeys, block: jax.Array, slot: jax.Array
 ) -> None:
-    """Have a block's keys and values brought to its slot."""
-    for piece in range(how.blocks.block_k // how.piece):
-        token = share.start + block * how.blocks.block_k + piece * how.piece
-        there = (slot, pallas().ds(piece * how.piece, how.piece))
+    """Start the copies of a block's keys and values to its slot."""
+    size = config.copy_tokens
+    for offset in range(0, config.blocks.block_k, size):
+        token = keys.start + block * config.blocks.block_k + offset
+        destination = (slot, pallas().ds(offset, size))
         for name in ("k", "v"):
-            source = refs[name].at[_place(how, refs, share, token, name)]
-            gpu.copy_gmem_to_smem(
-                source, refs[f"{name}_here"].at[there], refs[f"{name}_arrived"].at[slot]
-            )
+            source = refs[name].at[_pool_index(config, refs, keys, token, name)]
+            smem = refs[f"{name}_smem"].at[destination]
+            gpu.copy_gmem_to_smem(source, smem, refs[f"{name}_barrier"].at[slot])
 
 
-def _place(
-    how: MosaicHow, refs: Refs, share: Share, token: jax.Array, name: str
+def _pool_index(
+    config: MosaicConfig, refs: Refs, keys: SplitKeys, token: jax.Array, name: str
 ) -> tuple[Any, ...]:
-    """Where the piece that begins at `token` lies. Unknown tokens have a known one's page, for only those page numbers are
-    read, and a page past the end is some page that exists."""
-    page = refs["page_table"][
-        share.request, _div(jnp.clip(token, share.first, share.end - 1), how.page_size)
-    ]
+    """Return the index of the `copy_tokens` tokens from `token` on in the pool `name`.
+
+    Invalid tokens use the page of a valid one, because other page numbers are not read. A page past
+    the end is replaced by one that exists.
+    """
+    valid_token = jnp.clip(token, keys.first, keys.end - 1)
+    page = refs["page_table"][keys.request, _div(valid_token, config.page_size)]
     row = refs["first_exponent_row" if name.endswith("exponent") else "first_row"] + page
-    here = (
-        pallas().ds(lax.rem(token, jnp.int32(how.page_size)), how.piece)
-        if how.page_size > how.piece
-        else slice(None)
-    )
-    return jnp.minimum(row, refs[name].shape[0] - 1), share.kv_head, here
+    slots: Any = slice(None)
+    if config.page_size > config.copy_tokens:
+        slots = pallas().ds(lax.rem(token, jnp.int32(config.page_size)), config.copy_tokens)
+    return jnp.minimum(row, refs[name].shape[0] - 1), keys.kv_head, slots
 
 
-def _exponents(
-    gpu: Any, how: MosaicHow, refs: Refs, share: Share, begin: jax.Array, name: str
+def _scale_exponents(
+    gpu: Any, config: MosaicConfig, refs: Refs, keys: SplitKeys, start: jax.Array, name: str
 ) -> jax.Array | None:
-    """`[block_k]` exponents of dynamic scales without their bias; anything for unknown tokens."""
+    """Return unbiased exponents of dynamic scales, `[block_k]`; arbitrary for invalid tokens."""
     if name not in refs:
         return None
-    source = refs[name].at[_place(how, refs, share, begin, name)]
-    return (
-        gpu.load(source, layout=gpu.Layout.WGMMA.reduce(1), optimized=False).astype(jnp.int32) - 127
-    )
+    source = refs[name].at[_pool_index(config, refs, keys, start, name)]
+    exponent = gpu.load(source, layout=gpu.Layout.WGMMA.reduce(1), optimized=False)
+    return exponent.astype(jnp.int32) - 127
 
 
-def _products(gpu: Any, how: MosaicHow, refs: Refs, slot: jax.Array, product: Any) -> jax.Array:
-    """`[block_k, heads]` products of a block's keys with the queries; meanwhile FP8 values become float16."""
-    gpu.barrier_wait(refs["k_arrived"].at[slot])
-    keys = refs["k_here"].at[slot]
-    if is_fp8(how.element):
-        keys = gpu.layout_cast(
-            gpu.layout_cast(keys[...], gpu.Layout.WGMMA_UPCAST_2X), gpu.Layout.WGMMA
-        ).astype(FLOAT16)
-    if "k_decoded" in refs:  # the interpreter multiplies only what is in shared memory
+def _scores(
+    gpu: Any, config: MosaicConfig, refs: Refs, slot: jax.Array, accumulator: Any
+) -> jax.Array:
+    """Return the products of a block's keys with the queries, `[block_k, heads]`.
+
+    FP8 values are converted to float16 meanwhile.
+    """
+    gpu.barrier_wait(refs["k_barrier"].at[slot])
+    keys = refs["k_smem"].at[slot]
+    if is_fp8(config.element):
+        upcast = gpu.layout_cast(keys[...], gpu.Layout.WGMMA_UPCAST_2X)
+        keys = gpu.layout_cast(upcast, gpu.Layout.WGMMA).astype(FLOAT16)
+    if "k_decoded" in refs:  # the interpreter multiplies only operands in shared memory
         refs["k_decoded"][...] = keys
         keys = refs["k_decoded"]
-    gpu.wgmma(product, keys, refs["q_here"].T)
-    gpu.barrier_wait(refs["v_arrived"].at[slot])
-    if is_fp8(how.element):
-        refs["v_decoded"][...] = gpu.layout_cast(
-            refs["v_here"][slot], gpu.Layout.WGMMA_UPCAST_2X
-        ).astype(FLOAT16)
-    return product[...]
+    gpu.wgmma(accumulator, keys, refs["q_smem"].T)
+    gpu.barrier_wait(refs["v_barrier"].at[slot])
+    if is_fp8(config.element):
+        upcast = gpu.layout_cast(refs["v_smem"][slot], gpu.Layout.WGMMA_UPCAST_2X)
+        refs["v_decoded"][...] = upcast.astype(FLOAT16)
+    return accumulator[...]
 
 
-def _known(gpu: Any, share: Share, begin: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Which keys of the block at `begin`, the rows of `shape`, are the request's and seen."""
-    token = begin + gpu.broadcasted_iota(jnp.int32, shape, 0, layout=gpu.Layout.WGMMA)
-    return (token >= share.first) & (token < share.end)
+def _valid(gpu: Any, keys: SplitKeys, start: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return which keys of the block at `start`, the rows of `shape`, are in the key range."""
+    token = start + gpu.broadcasted_iota(jnp.int32, shape, 0, layout=gpu.Layout.WGMMA)
+    return (token >= keys.first) & (token < keys.end)
 
 
-def _rows(x: jax.Array, rows: int) -> jax.Array:
+def _broadcast_heads(x: jax.Array, rows: int) -> jax.Array:
+    """Return a vector of heads as `[rows, heads]`."""
     return lax.broadcast_in_dim(x, (rows, *x.shape), [1])
 
 
-def _columns(x: jax.Array, columns: int) -> jax.Array:
+def _broadcast_keys(x: jax.Array, columns: int) -> jax.Array:
+    """Return a vector of keys as `[keys, columns]`."""
     return lax.broadcast_in_dim(x, (*x.shape, columns), [0])
 
 

@@ -1,4 +1,4 @@
-"""Prefill attention over pages: a ragged batch of chunks."""
+"""Paged prefill attention: a ragged batch of chunks."""
 
 from pallas_kernels.paged_prefill.blocks import PrefillBlocks
 from pallas_kernels.paged_prefill.kernel import paged_prefill

@@ -1,4 +1,4 @@
-"""Machine code as text: instructions, loops and what a loop allows at best."""
+"""Parsing of machine code into instructions and loops, and the static bound of a loop."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from benchmarks._gpu.topology import Target
 
 
 def listing(*lines: str) -> str:
-    """What nvdisasm would print for these instructions and labels."""
+    """Return the output of nvdisasm for these instructions and labels."""
     code = (
         line if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;"
         for i, line in enumerate(lines)
@@ -40,15 +40,15 @@ def test_an_instruction_keeps_its_modifiers_and_its_guard():
         ),
         "k",
     )
-    assert [at.op for at in kernel.instructions] == ["LDGSTS.E.BYPASS.128", "HGMMA.64x64x16.F32"]
-    assert [at.conditional for at in kernel.instructions] == [True, False]
+    assert [i.op for i in kernel.instructions] == ["LDGSTS.E.BYPASS.128", "HGMMA.64x64x16.F32"]
+    assert [i.conditional for i in kernel.instructions] == [True, False]
 
 
-def test_what_never_runs_is_left_out():
+def test_instructions_that_never_run_are_ignored():
     assert sass.parse(listing("@!PT LDS RZ, [RZ]", "EXIT"), "k").counts() == Counter({"EXIT": 1})
 
 
-def test_loops_are_found_and_the_trap_behind_the_end_is_none():
+def test_loops_are_found_without_the_unreachable_trap():
     outer, inner = sass.parse(NESTED, "k").loops
     assert outer.contains(inner) and not inner.contains(outer)
     kernel = sass.parse(NESTED, "k")
@@ -57,12 +57,12 @@ def test_loops_are_found_and_the_trap_behind_the_end_is_none():
 
 
 def test_the_hot_loop_is_the_innermost_one_with_tensor_cores():
-    assert sass.parse(NESTED, "k").hot(among=bound.TENSOR) == [
+    assert sass.parse(NESTED, "k").hot_loops(containing=bound.TENSOR) == [
         Counter({"HMMA.16816.F32": 1, "BRA": 1})
     ]
 
 
-def test_an_inner_loop_without_tensor_cores_does_not_hide_the_one_around_it():
+def test_a_loop_around_one_without_tensor_cores_is_hot():
     text = listing(
         ".L_x_1:",
         "HMMA.16816.F32 R4",
@@ -72,21 +72,23 @@ def test_an_inner_loop_without_tensor_cores_does_not_hide_the_one_around_it():
         "@P1 BRA `(.L_x_1)",
         "EXIT",
     )
-    (hot,) = sass.parse(text, "k").hot(among=bound.TENSOR)
+    (hot,) = sass.parse(text, "k").hot_loops(containing=bound.TENSOR)
     assert hot == Counter({"HMMA.16816.F32": 1, "FADD": 1, "BRA": 2})
 
 
-def test_without_tensor_cores_the_longest_innermost_loop_is_hot_and_without_loops_everything():
+def test_without_tensor_cores_the_longest_innermost_loop_is_hot():
     text = listing(
         ".L_x_1:", "@P0 BRA `(.L_x_1)", ".L_x_2:", "FADD R2", "@P1 BRA `(.L_x_2)", "EXIT"
     )
-    assert sass.parse(text, "k").hot(among=bound.TENSOR) == [Counter({"FADD": 1, "BRA": 1})]
-    assert sass.parse(listing("FADD R2", "EXIT"), "k").hot(among=bound.TENSOR) == [
+    assert sass.parse(text, "k").hot_loops(containing=bound.TENSOR) == [
+        Counter({"FADD": 1, "BRA": 1})
+    ]
+    assert sass.parse(listing("FADD R2", "EXIT"), "k").hot_loops(containing=bound.TENSOR) == [
         Counter({"FADD": 1, "EXIT": 1})
     ]
 
 
-def test_code_out_of_line_belongs_to_the_loop_that_runs_it():
+def test_out_of_line_code_belongs_to_the_loop_that_runs_it():
     text = listing(
         ".L_x_1:",
         "@P2 BRA `(.L_x_8)",
@@ -101,12 +103,19 @@ def test_code_out_of_line_belongs_to_the_loop_that_runs_it():
     assert sass.parse(text, "k").counts(loop) == Counter({"BRA": 3, "MUFU.EX2": 1})
 
 
-def test_a_loop_may_be_left_by_a_call_or_by_a_predicate_among_the_operands():
-    """ptxas for A100 leaves loops by `CALL.REL.NOINC`; what follows, here a second loop, is reached by it alone."""
+def test_loops_can_exit_by_a_call_or_by_a_predicate_among_the_operands():
+    """ptxas for A100 exits loops by `CALL.REL.NOINC`. Only it reaches the second loop."""
     text = listing(
-        ".L_x_1:", "@!P2 CALL.REL.NOINC `(.L_x_3)", "BRA `(.L_x_1)", ".L_x_3:", "FADD R2", ".L_x_4:", "FMUL R2",
-        "BRA.U UP0, `(.L_x_4)", "EXIT",
-    )  # fmt: skip
+        ".L_x_1:",
+        "@!P2 CALL.REL.NOINC `(.L_x_3)",
+        "BRA `(.L_x_1)",
+        ".L_x_3:",
+        "FADD R2",
+        ".L_x_4:",
+        "FMUL R2",
+        "BRA.U UP0, `(.L_x_4)",
+        "EXIT",
+    )
     kernel = sass.parse(text, "k")
     assert [kernel.counts(loop) for loop in kernel.loops] == [
         Counter({"CALL.REL.NOINC": 1, "BRA": 1}),
@@ -129,7 +138,7 @@ def test_diverged_warps_are_not_counted():
     assert sass.parse(text, "k").counts(loop) == Counter({"BRA.DIV": 1, "BRA": 1})
 
 
-def test_one_kernel_of_several_is_read():
+def test_one_of_several_kernels_is_parsed():
     text = (
         "\n//----- one\n.text.one:\n"
         + listing("FADD R1", "EXIT")
@@ -170,46 +179,46 @@ def test_multiply_adds_are_those_of_one_warp(op, count):
         ("HGMMA.64x128x16.F32", "tensor", 64 * 128 * 16 / 2048),
     ],
 )
-def test_each_instruction_is_counted_in_its_own_pipe(op, pipe, took):
-    """Clocks of four warps on an H100: 32 lanes over the lanes a clock of each pipe."""
+def test_each_instruction_is_counted_in_its_pipe(op, pipe, took):
+    """Clocks of four warps on an H100: 32 lanes over the lanes per clock of each pipe."""
     spent = bound.clocks(Counter({op: 1}), warps=4, target=Target.h100())
     assert spent.pop("issue") == 1
     assert {name: clocks for name, clocks in spent.items() if clocks} == {pipe: took}
 
 
-def test_what_waits_for_copies_moves_nothing():
+def test_waiting_for_copies_does_not_use_shared_memory():
     assert not bound.clocks(Counter({"LDGDEPBAR": 1}), warps=4, target=Target.h100())[
         "shared memory"
     ]
 
 
-def test_streaming_is_bytes_copied_over_the_fullest_pipe():
-    """32 clocks for 512 bytes of one warp are 16 bytes a clock of each of 132 multiprocessors at 1.755 GHz."""
+def test_the_streaming_bound_is_bytes_copied_over_the_busiest_pipe():
+    """32 clocks for 512 bytes of a warp: 16 bytes per clock on 132 multiprocessors at 1.755 GHz."""
     counts = Counter({"LDGSTS.E.BYPASS.128": 1, "MUFU.EX2": 16})
-    found = bound.streaming(counts, warps=1, target=Target.h100())
+    found = bound.streaming_bound(counts, warps=1, target=Target.h100())
     assert found.limit == "special functions"
-    assert found.share == pytest.approx(16 * 132 * 1.755e9 / 3.35232e12)
-    assert bound.streaming(counts, warps=1, target=Target.h100(), used=0.75).share == pytest.approx(
-        0.75 * found.share
-    )
-    assert bound.streaming(Counter({"FADD": 1}), warps=1, target=Target.h100()) is None
+    assert found.fraction == pytest.approx(16 * 132 * 1.755e9 / 3.35232e12)
+    assert bound.streaming_bound(
+        counts, warps=1, target=Target.h100(), used=0.75
+    ).fraction == pytest.approx(0.75 * found.fraction)
+    assert bound.streaming_bound(Counter({"FADD": 1}), warps=1, target=Target.h100()) is None
 
 
-def test_multiplying_is_measured_against_the_quickest_tensor_instruction():
-    assert bound.multiplying(
+def test_the_matmul_bound_is_relative_to_the_fastest_tensor_instruction():
+    assert bound.matmul_bound(
         Counter({"HMMA.16816.F32": 1}), warps=4, target=Target.h100()
-    ).share == pytest.approx(0.5)
-    assert bound.multiplying(
+    ).fraction == pytest.approx(0.5)
+    assert bound.matmul_bound(
         Counter({"HMMA.16816.F32": 1}), warps=4, target=Target.a100()
-    ).share == pytest.approx(1.0)
-    # Half the rate, and three products for one.
-    assert bound.multiplying(
+    ).fraction == pytest.approx(1.0)
+    # Half the rate, and three products per product.
+    assert bound.matmul_bound(
         Counter({"HMMA.1688.F32.TF32": 1}), warps=4, target=Target.a100()
-    ).share == pytest.approx(1 / 6)
-    assert bound.multiplying(Counter({"FADD": 1}), warps=4, target=Target.h100()) is None
+    ).fraction == pytest.approx(1 / 6)
+    assert bound.matmul_bound(Counter({"FADD": 1}), warps=4, target=Target.h100()) is None
 
 
-def test_targets_are_what_their_configs_say():
+def test_targets_read_their_configs():
     h100, a100 = Target.h100(), Target.a100()
     assert (h100.architecture, a100.architecture) == ("sm_90a", "sm_80")
     assert h100.device_kind == "NVIDIA H100 80GB HBM3"

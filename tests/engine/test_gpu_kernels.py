@@ -48,7 +48,7 @@ def test_output_tokens_are_the_same_with_kernels_and_with_xla(family, cache) -> 
 def test_layers_that_kernels_cannot_read_use_xla_and_are_named() -> None:
     mixed = {"kv_dtype": {"default": "fp8_e4m3", "skip": [0]}}
     by_kernels, why = tokens("llama_gqa", "pallas_interpret", **mixed)
-    assert "'xla' for layers of bfloat16: pages of uint8 hold bfloat16 in pieces" in why
+    assert "'xla' for layers of bfloat16: pages of uint8 with byte-split bfloat16" in why
     assert by_kernels == tokens("llama_gqa", "xla", **mixed)[0]
 
 

@@ -1,4 +1,4 @@
-"""The quantizer inside kernels, against the library's own on the host: the same bits for every number there is an edge at."""
+"""The FP8 cast on device against the NumPy cast: equal bits at every edge case."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from jfp8kv.cache.scales import exponent_inverse
 from jfp8kv.cache.scales import token_head_exponent as library_exponent
 from jfp8kv.core.formats import E4M3, E5M2, FLOAT32, FORMATS, encode_numpy
 from jfp8kv.core.formats import encode as library_encode
-from pallas_kernels.elements import encode, power, token_head_exponent
+from pallas_kernels.fp8 import encode, exact_exp2, token_head_exponent
 
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=list(FORMATS))
 each_fp8 = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=["e4m3", "e5m2"])
 
 
 def both_signs(x: np.ndarray) -> np.ndarray:
-    """The numbers and what they are with the other sign, NaN's and zero's too."""
+    """Return the numbers and their negatives, also of NaN and zero."""
     return np.concatenate([x, -x]).astype(np.float32)
 
 
@@ -30,13 +30,11 @@ def edges() -> np.ndarray:
 
 
 def around_every_tie(fmt) -> np.ndarray:
-    """Finite values of the format, the midpoints between neighbours, and the float32 next to either of them on both sides."""
+    """Return all finite values, the midpoints between them, and the adjacent float32 of each."""
     values = np.arange(2 ** (8 * fmt.itemsize - 1), dtype=fmt.storage_dtype).view(fmt.dtype)
     with np.errstate(invalid="ignore"):
         values = values[np.isfinite(values)].astype(np.float64)
-    last = (
-        values[-1] + (values[-1] - values[-2]) / 2
-    )  # where the next value, which there is not, would begin
+    last = values[-1] + (values[-1] - values[-2]) / 2  # the midpoint to the first overflow
     exact = np.concatenate(
         [values, (values[1:] + values[:-1]) / 2, [last, 2 * fmt.largest]]
     ).astype(np.float32)
@@ -46,7 +44,7 @@ def around_every_tie(fmt) -> np.ndarray:
 
 
 def every_half(dtype) -> np.ndarray:
-    """Every 16-bit value; NaNs as the one quiet NaN, for of others NumPy keeps bits that no GPU does."""
+    """Return every 16-bit value, with quiet NaNs: NumPy preserves NaN payloads, GPUs do not."""
     codes = np.arange(2**16, dtype=np.uint16)
     with np.errstate(invalid="ignore"):
         nan = np.isnan(codes.view(dtype))
@@ -60,7 +58,7 @@ def bits(x) -> np.ndarray:
 
 
 def check(x: np.ndarray, fmt) -> None:
-    """Against NumPy, and against the library's on this device, where float32 subnormals may count as zeros."""
+    """Compare with NumPy, and with the library on this device, which may flush subnormals."""
     got = bits(jax.jit(lambda x: encode(x, fmt.dtype))(x))
     np.testing.assert_array_equal(got, bits(encode_numpy(x, fmt)))
     subnormal = (np.abs(x) < np.finfo(np.float32).smallest_normal) & (x != 0)
@@ -72,31 +70,31 @@ def check(x: np.ndarray, fmt) -> None:
 @pytest.mark.parametrize(
     "fmt", [f for f in FORMATS.values() if f is not FLOAT32], ids=lambda f: f.name
 )
-def test_every_value_every_tie_and_what_lies_beside_them_get_the_librarys_code(fmt):
+def test_every_value_and_tie_and_their_neighbours_encode_as_in_the_library(fmt):
     with np.errstate(over="ignore"):
         check(both_signs(np.concatenate([around_every_tie(fmt), edges()])), fmt)
 
 
 @each_format
 @pytest.mark.parametrize("half", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
-def test_every_16_bit_value_gets_the_librarys_code(fmt, half):
+def test_every_16_bit_value_encodes_as_in_the_library(fmt, half):
     x = every_half(half)
     check(x[np.isfinite(x)] if fmt is FLOAT32 else x, fmt)
 
 
 @each_format
-def test_random_bits_get_the_librarys_code(fmt):
+def test_random_bits_encode_as_in_the_library(fmt):
     x = np.random.default_rng(0).integers(0, 2**32, 2**18, np.uint32).view(np.float32)
     check(x[np.isfinite(x)], fmt)
 
 
-def test_a_float32_is_stored_as_it_is():
+def test_a_float32_is_stored_unchanged():
     x = both_signs(edges())
     np.testing.assert_array_equal(bits(encode(jnp.asarray(x), np.dtype(np.float32))), bits(x))
 
 
 @each_fp8
-def test_a_nan_of_any_payload_stays_a_nan_with_its_sign(fmt):
+def test_a_nan_of_any_payload_stays_nan_with_its_sign(fmt):
     payload = np.concatenate([2 ** np.arange(23), [2**23 - 1]]).astype(np.uint32)
     for sign in (0, 0x80):
         x = (payload | np.uint32(0x7F800000 | sign << 24)).view(np.float32)
@@ -106,11 +104,11 @@ def test_a_nan_of_any_payload_stays_a_nan_with_its_sign(fmt):
 
 
 @each_fp8
-def test_the_exponent_of_a_row_is_the_librarys(fmt):
-    """Rows whose largest number is at, next to, and far from a power of two times the largest value, subnormals included."""
+def test_token_head_exponents_equal_those_of_the_library(fmt):
+    """Rows with an amax at, next to and far from a power of two times the largest value."""
     with np.errstate(over="ignore"):
         limits = (fmt.largest * 2.0 ** np.arange(-170, 120)).astype(np.float32)
-    most = np.concatenate(
+    amax = np.concatenate(
         [
             limits,
             np.nextafter(limits, np.float32(np.inf)),
@@ -118,20 +116,20 @@ def test_the_exponent_of_a_row_is_the_librarys(fmt):
             edges(),
         ]
     )
-    rows = np.zeros((len(most), 8), np.float32)
-    rows[:, 3] = most
-    rows[:, 5] = -most / 2
-    spoiled = rows.copy()
-    spoiled[:, 0], spoiled[:, 1], spoiled[:, 7] = np.nan, np.inf, -np.inf
+    rows = np.zeros((len(amax), 8), np.float32)
+    rows[:, 3] = amax
+    rows[:, 5] = -amax / 2
+    special = rows.copy()
+    special[:, 0], special[:, 1], special[:, 7] = np.nan, np.inf, -np.inf
     random = np.random.default_rng(0).integers(0, 2**32, (4096, 16), np.uint32).view(np.float32)
-    for x in (rows, spoiled, random):
+    for x in (rows, special, random):
         got = np.asarray(jax.jit(lambda x: token_head_exponent(x, fmt.dtype))(x))
         np.testing.assert_array_equal(got, np.asarray(library_exponent(jnp.asarray(x), fmt)))
 
 
 @each_fp8
-def test_what_a_row_is_multiplied_by_is_the_librarys_inverse(fmt):
+def test_the_factor_of_a_row_is_the_inverse_scale_of_the_library(fmt):
     exponent = jnp.arange(1, 248, dtype=jnp.int32)
     np.testing.assert_array_equal(
-        power(127 - exponent), exponent_inverse(exponent.astype(jnp.uint8))
+        exact_exp2(127 - exponent), exponent_inverse(exponent.astype(jnp.uint8))
     )

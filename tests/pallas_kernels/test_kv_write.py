@@ -1,4 +1,4 @@
-"""The write kernel, interpreted, against one token and head after another in NumPy: whole pools, bit for bit."""
+"""`kv_write`, interpreted, against a NumPy loop over tokens and heads: whole pools, bit for bit."""
 
 import functools
 
@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels import NotSupported, WriteBlocks, Written, kv_write
-from pallas_kernels.elements import BFLOAT16, E4M3, E5M2, ELEMENTS, FLOAT32
-from pallas_kernels.kv_write.blocks import blocks_for
+from pallas_kernels import NotSupported, UpdatedPools, WriteBlocks, kv_write
+from pallas_kernels.fp8 import BFLOAT16, E4M3, E5M2, ELEMENTS, FLOAT32
+from pallas_kernels.kv_write.blocks import choose_blocks
 from pallas_kernels.kv_write.reference import kv_write_reference
 
 pytestmark = pytest.mark.quick_compile
@@ -21,7 +21,7 @@ each_element = pytest.mark.parametrize("element", ELEMENTS, ids=lambda e: e.name
 
 
 def poisoned(shape: tuple[int, ...], element: np.dtype) -> np.ndarray:
-    """A pool of NaN codes."""
+    """Return a pool of NaN codes."""
     if element == FLOAT32:
         return np.full(shape, np.nan, np.float32)
     return (
@@ -32,19 +32,31 @@ def poisoned(shape: tuple[int, ...], element: np.dtype) -> np.ndarray:
 
 
 def new(rng: np.random.Generator, shape: tuple[int, ...], dtype) -> np.ndarray:
-    """Numbers of many magnitudes, from head to head and within one, with a few infinities, NaNs and zeros."""
+    """Return numbers of many magnitudes, with a few infinities, NaNs and zeros."""
     x = rng.standard_normal(shape) * 2.0 ** rng.integers(-14, 10, shape[:-1])[..., None]
     special = rng.choice(np.array([np.inf, -np.inf, np.nan, 0.0, -0.0]), shape)
     return np.where(rng.random(shape) < 0.02, special, x).astype(np.float32).astype(dtype)
 
 
 def case(
-    *, tokens=5, spans=((0, 5), (3, 6), (14, 19), (0, 0), (9, 2)), kv_heads=2, head_dim=16, page_size=4, element=E4M3,
-    dtype=ml_dtypes.bfloat16, dynamic=False, offset=False, layers=2, layer=1, seed=0,
-) -> dict:  # fmt: skip
-    """Arguments of a write: request `r` from `spans[r][0]` to `spans[r][1]`, on shuffled pages of one of several layers.
+    *,
+    tokens=5,
+    spans=((0, 5), (3, 6), (14, 19), (0, 0), (9, 2)),
+    kv_heads=2,
+    head_dim=16,
+    page_size=4,
+    element=E4M3,
+    dtype=ml_dtypes.bfloat16,
+    dynamic=False,
+    offset=False,
+    layers=2,
+    layer=1,
+    seed=0,
+) -> dict:
+    """Return the arguments of a write to shuffled pages of one of several layers.
 
-    Entries of the page table for positions past a request's length are past the end.
+    Request `r` writes positions `spans[r][0]` to `spans[r][1]`. Page table entries after the length
+    of a request are past the end.
     """
     rng = np.random.default_rng(seed)
     requests = len(spans)
@@ -82,7 +94,7 @@ def bits(x) -> np.ndarray | None:
     return None if x is None else np.asarray(x).view(f"u{x.dtype.itemsize}")
 
 
-def check(given: dict, *, element: np.dtype, **options) -> Written:
+def check(given: dict, *, element: np.dtype, **options) -> UpdatedPools:
     write = jax.jit(functools.partial(kv_write, element=element, interpret=True, **options))
     done = write(**jax.tree.map(jnp.asarray, given))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -96,20 +108,20 @@ def check(given: dict, *, element: np.dtype, **options) -> Written:
 
 
 @each_element
-def test_every_element_is_stored_as_the_reference_stores_it(element):
+def test_every_element_type_is_stored_as_by_the_reference(element):
     check(case(element=element, offset=True), element=element)
 
 
 @pytest.mark.parametrize("element", [E4M3, E5M2], ids=lambda e: e.name)
 @pytest.mark.parametrize("offset", [False, True], ids=["", "offset"])
-def test_dynamic_scales_are_found_and_stored_as_the_reference_does(element, offset):
+def test_dynamic_scales_equal_those_of_the_reference(element, offset):
     check(case(element=element, dynamic=True, offset=offset), element=element)
 
 
 @pytest.mark.parametrize(
     "dtype, dynamic", [(np.float16, False), (np.float32, True)], ids=["float16", "float32"]
 )
-def test_keys_and_values_of_any_precision_are_written(dtype, dynamic):
+def test_keys_and_values_of_any_dtype_are_written(dtype, dynamic):
     check(case(dtype=dtype, dynamic=dynamic), element=E4M3)
 
 
@@ -148,24 +160,24 @@ def test_any_number_of_tokens_and_heads_is_written(tokens, kv_heads, dynamic):
 
 
 @pytest.mark.parametrize("blocks", [(1, 1, 1), (2, 4, 1), (8, 1, 2), (4, 2, 4)], ids=str)
-def test_blocks_change_nothing(blocks):
+def test_block_sizes_do_not_change_the_result(blocks):
     check(case(kv_heads=3, dynamic=True), element=E4M3, blocks=WriteBlocks(*blocks))
 
 
-def test_without_scales_values_are_stored_as_they_are():
+def test_without_scales_values_are_stored_unscaled():
     given = case()
     del given["k_inverse"], given["v_inverse"]
     check(given, element=E4M3)
 
 
-def test_pools_may_hold_values_instead_of_bits():
+def test_pools_may_have_the_element_dtype_instead_of_bits():
     given = case(dynamic=True)
     given |= {name: given[name].view(E4M3) for name in ("k_pages", "v_pages")}
     done = check(given, element=E4M3)
     assert done.k_pages.dtype == done.v_pages.dtype == E4M3
 
 
-def test_exponents_may_begin_at_another_row():
+def test_exponents_may_start_at_another_row():
     given = case(dynamic=True)
     exponents = {
         name: given[name][: len(given[name]) // 2] for name in ("k_exponent", "v_exponent")
@@ -173,8 +185,8 @@ def test_exponents_may_begin_at_another_row():
     check(given | exponents | {"first_exponent_row": np.int32(0)}, element=E4M3)
 
 
-def test_what_is_not_written_stays_as_it_was():
-    """Seen without the reference: as many slots have changed as there are tokens, and none in another layer."""
+def test_other_slots_are_unchanged():
+    """Without the reference: one changed slot per token and head, and none in another layer."""
     given = case(dynamic=True, dtype=np.float32)
     given |= {name: np.where(np.isfinite(given[name]), given[name], np.float32(1)) for name in "kv"}
     done = check(given, element=E4M3)
@@ -194,7 +206,7 @@ def test_what_is_not_written_stays_as_it_was():
 
 
 @each_scale
-def test_a_scan_over_layers_writes_each_into_its_own_rows_of_donated_pools(dynamic):
+def test_a_scan_over_layers_writes_in_place_to_the_rows_of_each_layer(dynamic):
     layers = [case(layers=3, layer=layer, dynamic=dynamic, seed=layer) for layer in range(3)]
     names = ("k_pages", "v_pages", *(("k_exponent", "v_exponent") if dynamic else ()))
     want = {name: layers[0][name] for name in names}
@@ -211,7 +223,7 @@ def test_a_scan_over_layers_writes_each_into_its_own_rows_of_donated_pools(dynam
 
     got = step(pools, jax.tree.map(lambda *x: jnp.stack(x), *given))
     for one in given:
-        done = Written(*kv_write_reference(**want, **one, element=E4M3))
+        done = UpdatedPools(*kv_write_reference(**want, **one, element=E4M3))
         want = {name: getattr(done, name) for name in names}
     for name in names:
         assert pools[name].is_deleted()
@@ -219,8 +231,8 @@ def test_a_scan_over_layers_writes_each_into_its_own_rows_of_donated_pools(dynam
 
 
 @each_scale
-def test_two_chunks_leave_what_one_leaves(dynamic):
-    """The first chunk's requests go on beyond its tokens."""
+def test_two_chunks_write_the_same_as_one(dynamic):
+    """The lengths of the first chunk's requests exceed its tokens."""
     given = case(tokens=9, spans=((0, 9), (2, 5), (6, 13), (3, 11)), dynamic=dynamic)
     whole = check(given, element=E4M3)
     part = check(given | {"k": given["k"][:, :3], "v": given["v"][:, :3]}, element=E4M3)
@@ -231,7 +243,7 @@ def test_two_chunks_leave_what_one_leaves(dynamic):
 
 
 def primitives(jaxpr) -> set[str]:
-    """What is computed, kernels not looked into."""
+    """Return the primitives outside of kernels."""
     inner = [e.params["jaxpr"].jaxpr for e in jaxpr.eqns if e.primitive.name == "jit"]
     return {e.primitive.name for e in jaxpr.eqns if e.primitive.name != "jit"}.union(
         *map(primitives, inner)
@@ -245,32 +257,37 @@ def test_nothing_is_computed_outside_the_kernel(dynamic):
     assert primitives(traced.jaxpr) <= {"pallas_call", "reshape"}
 
 
-def test_a_program_stores_16_bytes_a_thread_where_there_is_work_for_all_and_less_where_there_is_not():
+def test_a_thread_stores_16_bytes_if_there_is_work_for_all_multiprocessors():
     shapes = {"kv_heads": 8, "head_dim": 128}
-    assert blocks_for(requests=64, tokens=1, element=E4M3, **shapes) == WriteBlocks(1, 4, 4)
-    assert blocks_for(requests=1024, tokens=1, element=E4M3, **shapes) == WriteBlocks(1, 4, 1)
-    assert blocks_for(requests=8, tokens=512, element=E4M3, **shapes) == WriteBlocks(16, 1, 4)
-    assert blocks_for(requests=8, tokens=512, element=BFLOAT16, **shapes) == WriteBlocks(8, 1, 4)
+    assert choose_blocks(requests=64, tokens=1, element=E4M3, **shapes) == WriteBlocks(1, 4, 4)
+    assert choose_blocks(requests=1024, tokens=1, element=E4M3, **shapes) == WriteBlocks(1, 4, 1)
+    assert choose_blocks(requests=8, tokens=512, element=E4M3, **shapes) == WriteBlocks(16, 1, 4)
+    assert choose_blocks(requests=8, tokens=512, element=BFLOAT16, **shapes) == WriteBlocks(8, 1, 4)
+
+
+def pools(kind: str, dtype, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Return zeros for keys and values: `kind` is "pages" or "exponent"."""
+    return {f"k_{kind}": np.zeros(shape, dtype), f"v_{kind}": np.zeros(shape, dtype)}
 
 
 @pytest.mark.parametrize(
-    "change, element, error, says",
+    "change, element, error, message",
     [
-        ({f"{x}_pages": np.zeros((40, 2, 4, 16), np.int8) for x in "kv"}, np.int8, NotSupported, "int8"),
-        ({}, BFLOAT16, NotSupported, "in pieces"),
-        ({"k": np.zeros((5, 5, 2, 16), np.float32)}, E4M3, NotSupported, "float32 and values of bfloat16"),
-        ({"v_pages": np.zeros((40, 2, 8, 16), np.uint8)}, E4M3, ValueError, "alike"),
+        (pools("pages", np.int8, (40, 2, 4, 16)), np.int8, NotSupported, "int8"),
+        ({}, BFLOAT16, NotSupported, "byte-split"),
+        ({"k": np.zeros((5, 5, 2, 16), np.float32)}, E4M3, NotSupported, "values of bfloat16"),
+        ({"v_pages": np.zeros((40, 2, 8, 16), np.uint8)}, E4M3, ValueError, "both must be equal"),
         ({"k_exponent": np.zeros((40, 2, 4), np.uint8)}, E4M3, ValueError, "both or neither"),
-        ({f"{x}_exponent": np.zeros((40, 2, 4), np.uint8) for x in "kv"}, E4M3, ValueError, "dynamic or static"),
-        ({f"{x}_pages": np.zeros((40, 4, 4, 16), np.uint8) for x in "kv"}, E4M3, ValueError, "k of shape"),
+        (pools("exponent", np.uint8, (40, 2, 4)), E4M3, ValueError, "dynamic or static"),
+        (pools("pages", np.uint8, (40, 4, 4, 16)), E4M3, ValueError, "k of shape"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_written_is_refused(change, element, error, says):
-    with pytest.raises(error, match=says):
+)
+def test_unsupported_writes_are_rejected(change, element, error, message):
+    with pytest.raises(error, match=message):
         kv_write(**jax.tree.map(jnp.asarray, case() | change), element=element, interpret=True)
 
 
-def test_pools_that_offsets_do_not_reach_are_refused():
+def test_pools_too_large_for_32_bit_offsets_are_rejected():
     given = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in case().items()}
     pool = jax.ShapeDtypeStruct((2**31 // 128 + 1, 2, 4, 16), jnp.uint8)
     with pytest.raises(NotSupported, match="2 and 4 GiB"):

@@ -1,4 +1,4 @@
-"""The product with one layer's matrix, interpreted, against float64 NumPy within the bound of float32 sums."""
+"""`layer_matmul`, interpreted, against float64 NumPy within the error bound of float32 sums."""
 
 import functools
 
@@ -9,10 +9,10 @@ import pytest
 from jax import export
 
 from pallas_kernels import MatmulBlocks, NotSupported, layer_matmul
-from pallas_kernels.elements import BFLOAT16, FLOAT16, FLOAT32
-from pallas_kernels.layer_matmul.blocks import blocks_for
+from pallas_kernels.fp8 import BFLOAT16, FLOAT16, FLOAT32
+from pallas_kernels.layer_matmul.blocks import choose_blocks
 from pallas_kernels.layer_matmul.reference import layer_matmul_reference
-from tests.pallas_kernels.test_lowering import TRITON, on_a_gpu
+from tests.pallas_kernels.test_lowering import TRITON, on_gpu
 
 pytestmark = pytest.mark.quick_compile
 
@@ -22,7 +22,7 @@ TYPES = (BFLOAT16, FLOAT16, FLOAT32)
 def case(
     rows: int, out: int, width: int, dtype=BFLOAT16, stored=None, layers: int = 3
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and weights of many magnitudes; every layer but the middle one is NaN."""
+    """Return rows and weights of many magnitudes; all layers but the middle one are NaN."""
     rng = np.random.default_rng(rows + out + width)
     x = rng.standard_normal((rows, width)) * 2.0 ** rng.integers(-4, 4, (rows, 1))
     weights = np.full((layers, out, width), np.nan)
@@ -32,8 +32,8 @@ def case(
 
 def check(x: np.ndarray, weights: np.ndarray, **options) -> np.ndarray:
     layer = len(weights) // 2
-    product = jax.jit(functools.partial(layer_matmul, interpret=True, **options))
-    got = product(jnp.asarray(x), jnp.asarray(weights), jnp.int32(layer))
+    matmul = jax.jit(functools.partial(layer_matmul, interpret=True, **options))
+    got = matmul(jnp.asarray(x), jnp.asarray(weights), jnp.int32(layer))
     want, bound = layer_matmul_reference(x, weights, layer)
     assert got.dtype == jnp.float32 and got.shape == want.shape
     assert (np.abs(np.asarray(got, np.float64) - want) <= bound).all()
@@ -42,7 +42,7 @@ def check(x: np.ndarray, weights: np.ndarray, **options) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize("stored", TYPES, ids=lambda d: d.name)
-def test_rows_and_weights_of_any_types_are_multiplied_in_that_of_the_rows(dtype, stored):
+def test_rows_and_weights_of_any_dtypes_multiply_in_the_dtype_of_the_rows(dtype, stored):
     check(*case(5, 96, 128, dtype, stored))
 
 
@@ -59,31 +59,33 @@ def test_matrices_of_any_size_are_multiplied(out, width):
 
 
 @pytest.mark.parametrize("splits, block_in", [(1, 128), (2, 64), (5, 16), (7, 64)])
-def test_shares_of_channels_add_up_also_where_some_are_short_or_empty(splits, block_in):
+def test_splits_of_channels_may_be_short_or_empty(splits, block_in):
     check(
         *case(3, 40, 328), blocks=MatmulBlocks(32, 16, block_in, warps=4, stages=3, splits=splits)
     )
 
 
-def test_a_row_is_cut_up_alike_whatever_stands_beside_it():
+def test_splits_do_not_depend_on_the_number_of_rows():
     for out, width in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (576, 576)):
-        of_rows = {
-            blocks_for(rows=rows, out=out, width=width, multiplied=BFLOAT16, stored=BFLOAT16).splits
+        splits = {
+            choose_blocks(
+                rows=rows, out=out, width=width, multiplied=BFLOAT16, stored=BFLOAT16
+            ).splits
             for rows in range(1, 257)
         }
-        assert len(of_rows) == 1
+        assert len(splits) == 1
 
 
 @pytest.mark.parametrize(
     "out, width, splits", [(4096, 4096, 4), (6144, 4096, 2), (14336, 4096, 1), (576, 576, 2)]
 )
-def test_programs_fill_the_cores_twice_where_the_matrix_is_large_enough(out, width, splits):
-    blocks = blocks_for(rows=32, out=out, width=width, multiplied=BFLOAT16, stored=BFLOAT16)
+def test_large_matrices_have_two_programs_per_multiprocessor(out, width, splits):
+    blocks = choose_blocks(rows=32, out=out, width=width, multiplied=BFLOAT16, stored=BFLOAT16)
     assert blocks.splits == splits
     assert out < 4096 or 132 < out // blocks.block_out * splits <= 264
 
 
-def test_a_scan_over_layers_multiplies_by_each_in_turn():
+def test_a_scan_over_layers_multiplies_by_each_matrix():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4, 64)).astype(np.float32)
     weights = (rng.standard_normal((5, 64, 64)) / 8).astype(np.float32)
@@ -103,12 +105,12 @@ def test_a_scan_over_layers_multiplies_by_each_in_turn():
         before = got
 
 
-def test_no_rows_give_no_rows():
+def test_no_rows_give_an_empty_result():
     x, weights = case(1, 8, 16)
     assert layer_matmul(jnp.asarray(x[:0]), jnp.asarray(weights), 1, interpret=True).shape == (0, 8)
 
 
-def test_bits_and_matrices_that_do_not_fit_are_refused():
+def test_bits_and_inconsistent_shapes_are_rejected():
     x, weights = (jnp.asarray(a) for a in case(2, 8, 16))
     with pytest.raises(NotSupported, match="weights of uint16"):
         layer_matmul(x, weights.view(jnp.uint16), 1, interpret=True)
@@ -119,14 +121,14 @@ def test_bits_and_matrices_that_do_not_fit_are_refused():
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("shape", [(32, 4096, 4096), (80, 28672, 8192), (2, 70, 1001)], ids=str)
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda d: d.name)
-def test_it_lowers_for_cuda_in_one_kernel_also_beyond_32_bits(shape, dtype):
+def test_one_cuda_kernel_is_lowered_also_for_64_bit_offsets(shape, dtype):
     given = (
         jax.ShapeDtypeStruct((7, shape[2]), dtype),
         jax.ShapeDtypeStruct(shape, dtype),
         jax.ShapeDtypeStruct((), jnp.int32),
     )
     unchecked = [export.DisabledSafetyCheck.custom_call(TRITON)]
-    with on_a_gpu():
+    with on_gpu():
         lowered = export.export(
             jax.jit(layer_matmul), platforms=["cuda"], disabled_checks=unchecked
         )(*given)

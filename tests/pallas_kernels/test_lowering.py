@@ -1,4 +1,4 @@
-"""Both attention kernels lower to Triton for CUDA, here without a GPU: a primitive it has no rule for would be found."""
+"""Both attention kernels lower to Triton for CUDA, without a GPU: finds unsupported primitives."""
 
 import contextlib
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
-from pallas_kernels.elements import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32
-from tests.pallas_kernels.cases import BLOCKS, KERNELS, Batch, call
+from pallas_kernels.fp8 import BFLOAT16, E4M3, E5M2, FLOAT16, FLOAT32
+from pallas_kernels.testing import BLOCKS, KERNELS, Batch, call
 from tests.pallas_kernels.test_attention import OPTIONS
 
 TRITON = "__gpu$xla.gpu.triton"
@@ -25,8 +25,8 @@ CASES = {
 }
 
 
-def on_a_gpu() -> contextlib.AbstractContextManager:
-    """From jax 0.11 on, lowering asks what the device is."""
+def on_gpu() -> contextlib.AbstractContextManager:
+    """Return a context with an abstract GPU, which lowering needs from jax 0.11 on."""
     if not hasattr(jax.sharding, "AbstractDevice"):
         return contextlib.nullcontext()
     device = jax.sharding.AbstractDevice(
@@ -59,6 +59,6 @@ def test_kernels_lower_for_cuda(kernel, case) -> None:
 
     given = {name: jnp.asarray(x) for name, x in arguments.items()}
     unchecked = [export.DisabledSafetyCheck.custom_call(TRITON)]
-    with on_a_gpu():
+    with on_gpu():
         lowered = export.export(jax.jit(run), platforms=["cuda"], disabled_checks=unchecked)(given)
     assert lowered.mlir_module().count(f"stablehlo.custom_call @{TRITON}(") == 1

@@ -1,7 +1,7 @@
-"""The experimental decode kernel on Mosaic GPU: refused by old versions of jax, interpreted and lowered for Hopper by new ones.
+"""The experimental decode kernel on Mosaic GPU (jax 0.11): interpreted, and lowered for Hopper.
 
-What the interpreter cannot show: layouts of registers and shared memory, and barriers among the warps of a program. Lowering
-checks the first.
+The interpreter does not check layouts of registers and shared memory, nor barriers among the warps
+of a program. Lowering checks layouts.
 """
 
 import functools
@@ -13,17 +13,15 @@ import numpy as np
 import pytest
 
 from pallas_kernels import MosaicBlocks, NotSupported, paged_decode_mosaic
-from pallas_kernels.elements import BFLOAT16, E4M3, E5M2, FLOAT16
-from tests.pallas_kernels.cases import OUTSIDE, STATIC, Batch
+from pallas_kernels.fp8 import BFLOAT16, E4M3, E5M2, FLOAT16
+from pallas_kernels.testing import OUTSIDE, STATIC, Batch, as_view
 
 NEW = jax.__version_info__ >= (0, 11)
-needs_mosaic = pytest.mark.skipif(
-    not NEW, reason="Mosaic GPU as this kernel needs it came with jax 0.11"
-)
+needs_mosaic = pytest.mark.skipif(not NEW, reason="the kernel needs the Mosaic GPU of jax 0.11")
 
 
 def batch(*, lengths: tuple[int, ...] = (100, 0, 3), **options: Any) -> Batch:
-    """Few and long requests: a block is 64 keys."""
+    """Return a batch of few and long requests: a block has 64 keys."""
     same = {
         "q_dtype": jnp.bfloat16,
         "kv_heads": 1,
@@ -37,8 +35,7 @@ def batch(*, lengths: tuple[int, ...] = (100, 0, 3), **options: Any) -> Batch:
 
 def call(arguments: dict[str, Any], **options: Any) -> jax.Array:
     arguments = {name: x if name in STATIC else jnp.asarray(x) for name, x in arguments.items()}
-    order = [arguments.pop(name) for name in ("q", "k_pages", "v_pages", "page_table", "lengths")]
-    return paged_decode_mosaic(*order, **arguments, **options)
+    return paged_decode_mosaic(**as_view(arguments), **options)
 
 
 def run(arguments: dict[str, Any], element: np.dtype, blocks: MosaicBlocks) -> np.ndarray:
@@ -58,8 +55,8 @@ def check(batch: Batch, *, block_k: int = 64, splits: int = 1, **options: Any) -
     )
 
 
-@pytest.mark.skipif(NEW, reason="this jax has what the kernel needs")
-def test_an_older_jax_is_refused_by_its_version():
+@pytest.mark.skipif(NEW, reason="this jax has the Mosaic GPU of 0.11")
+def test_an_older_jax_is_rejected_with_its_version():
     with pytest.raises(
         NotSupported, match=rf"needs jax >= 0.11, and this is jax {jax.__version__}"
     ):
@@ -68,48 +65,48 @@ def test_an_older_jax_is_refused_by_its_version():
 
 @needs_mosaic
 @pytest.mark.parametrize("element", [E4M3, E5M2, BFLOAT16, FLOAT16], ids=lambda e: e.name)
-def test_it_agrees_for_every_element(element):
+def test_every_element_type_agrees(element):
     check(batch(element=element))
 
 
 @needs_mosaic
 @pytest.mark.parametrize("page_size", [16, 32, 128, 256])
-def test_it_agrees_for_pages_smaller_and_larger_than_a_block(page_size):
+def test_pages_smaller_and_larger_than_a_block_agree(page_size):
     check(batch(page_size=page_size))
 
 
 @needs_mosaic
-def test_blocks_of_two_instructions_and_shares_of_the_keys_agree():
+def test_blocks_of_two_instructions_and_splits_agree():
     check(batch(lengths=(300, 1), page_size=32), block_k=128, splits=2)
 
 
 @needs_mosaic
-def test_a_large_group_is_cut_into_tiles():
+def test_a_large_group_is_split_into_tiles():
     check(batch(group=40, lengths=(70,)))
 
 
 @needs_mosaic
 @pytest.mark.parametrize("head_dim", [128, 256])
-def test_it_agrees_for_larger_heads(head_dim):
+def test_larger_heads_agree(head_dim):
     check(batch(head_dim=head_dim, kv_heads=2, group=1, lengths=(70,)))
 
 
 @needs_mosaic
-def test_what_a_window_hides_is_not_read():
-    hidden = batch(lengths=(150, 20))
-    hidden.hide(0, range(120))
-    hidden.page_table[0, 0] = OUTSIDE
-    check(hidden, window=np.int32(30))
+def test_tokens_outside_the_window_are_not_read():
+    poisoned = batch(lengths=(150, 20))
+    poisoned.poison(0, range(120))
+    poisoned.page_table[0, 0] = OUTSIDE
+    check(poisoned, window=np.int32(30))
 
 
 @needs_mosaic
-def test_options_of_scores_agree_in_one_call():
+def test_all_score_options_agree_in_one_call():
     options = {"sinks": 1.0, "score_offset": 1.0, "softcap": 3.0, "sm_scale": 0.2}
     check(batch(kv_heads=2, group=3, lengths=(90, 0), static=(0.7, 1.3)), splits=2, **options)
 
 
 @needs_mosaic
-def test_the_layers_part_is_taken_of_what_all_layers_have():
+def test_arrays_of_all_layers_are_indexed_by_the_layer():
     given, rng = batch(lengths=(90, 2)).arguments("decode"), np.random.default_rng(2)
     layers = {name: np.float32(rng.uniform(0.5, 2, (2, 1, 64))) for name in ("k_scale", "v_scale")}
     layers |= {"sinks": np.float32(rng.standard_normal((2, 4))), "window": np.int32([3, 40])}
@@ -120,46 +117,47 @@ def test_the_layers_part_is_taken_of_what_all_layers_have():
 
 
 @needs_mosaic
-def test_scales_by_token_and_head_of_any_size_agree():
+def test_token_head_scales_of_any_magnitude_agree():
     check(batch(lengths=(250, 64), dynamic=True, spread=20), splits=2)
 
 
 @needs_mosaic
-def test_no_scale_pushes_a_query_out_of_range():
+def test_no_scale_overflows_a_query():
     check(batch(static=(2.0**30, 1.0)), sm_scale=2.0**-33)
 
 
 @needs_mosaic
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"head_dim": 80}, "head_dim=80"),
         ({"page_size": 8}, "pages of 8 tokens"),
-        ({"page_size": 32, "dynamic": True}, "scales by token and head in pages of 32"),
+        ({"page_size": 32, "dynamic": True}, "token-head scales in pages of 32"),
         ({"q_dtype": jnp.float32}, "float32 queries"),
     ],
     ids=["head_dim", "page_size", "exponents", "float32"],
 )
-def test_what_it_cannot_do_is_refused(change, says):
-    with pytest.raises(NotSupported, match=says):
+def test_unsupported_sizes_and_dtypes_are_rejected(change, message):
+    with pytest.raises(NotSupported, match=message):
         call(batch(lengths=(9,), **change).arguments("decode"), element=E4M3)
 
 
 @needs_mosaic
-def test_what_another_jax_makes_of_the_kernel_is_not_supported_by_version(monkeypatch):
+def test_a_jax_with_another_api_is_rejected_with_its_version(monkeypatch):
     def changed(*_, **__):
         raise TypeError("kernel() got an unexpected keyword argument")
 
     monkeypatch.setattr("jax.experimental.pallas.mosaic_gpu.kernel", changed)
     with pytest.raises(
-        NotSupported, match=rf"jax {jax.__version__} does not take this kernel.*unexpected keyword"
+        NotSupported,
+        match=rf"jax {jax.__version__} does not support this kernel.*unexpected keyword",
     ):
         call(batch(lengths=(9,)).arguments("decode"), element=E4M3)
 
 
 @needs_mosaic
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_it_lowers_for_hopper(dynamic):
+def test_the_kernel_lowers_for_hopper(dynamic):
     from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
     given = batch(head_dim=128, kv_heads=2, dynamic=dynamic).arguments("decode")

@@ -1,4 +1,4 @@
-"""Element formats of the cache: the FP8 cast and its inverse, and the exponents of dynamic scales.
+"""The FP8 cast and its inverse, and the exponents of dynamic scales.
 
 The kernels, XLA code and NumPy tests share this module. It imports nothing but JAX and NumPy.
 
@@ -26,10 +26,6 @@ ELEMENTS = (E4M3, E5M2, BFLOAT16, FLOAT16, FLOAT32)
 
 E4M3_FACTOR = 2.0**8  # E4M3 bits in the place of float16 bits decode this much too small
 
-# Softmax constants. exp(MASKED - LOWEST) is 0, so the weights of a row without keys sum to 0.
-MASKED = -1e30  # score of a masked key
-LOWEST = -1e20  # initial running maximum
-
 ABSOLUTE, INFINITY = 0x7FFFFFFF, 0x7F800000  # float32 bits: all but the sign, and the exponent
 
 
@@ -38,8 +34,8 @@ def is_fp8(element: np.dtype) -> bool:
     return element.itemsize == 1
 
 
-def multiplied_in(element: np.dtype, query: np.dtype) -> np.dtype:
-    """Return the operand type of both matmuls: float32 if either side is, else 16 bits."""
+def compute_dtype(element: np.dtype, query: np.dtype) -> np.dtype:
+    """Return the operand type of both matmuls: float32 if either input is, else 16 bits."""
     if FLOAT32 in (query, element):
         return FLOAT32
     return FLOAT16 if is_fp8(element) else element
@@ -135,6 +131,6 @@ def _largest(element: np.dtype) -> int:
     return int(np.float32(ml_dtypes.finfo(element).max).view(np.int32))
 
 
-def power(exponent: jax.Array) -> jax.Array:
+def exact_exp2(exponent: jax.Array) -> jax.Array:
     """Return `2 ** exponent` in float32 for int32 exponents up to 127; at least 2**-126."""
     return lax.bitcast_convert_type((jnp.maximum(exponent, -126) + 127) << 23, jnp.float32)
