@@ -120,7 +120,7 @@ class Batch:
     def slot(self, request: int, token: int) -> tuple[int, slice, int]:
         """Return the index of a token of a request in the pools."""
         page = self.page_table[request, token // self.page_size]
-        return self.first_row + page, slice(None), token % self.page_size
+        return int(self.first_row + page), slice(None), token % self.page_size
 
     def _written(self) -> np.ndarray:
         """Return which slots have a token, `[rows, page_size]`."""
@@ -177,7 +177,7 @@ class Batch:
         out = self.run(kernel, arguments, blocks or BLOCKS[kernel])
         return self.compare(kernel, out, arguments)
 
-    def compare(self, kernel: str, got: np.ndarray, arguments: dict[str, Any]) -> float:
+    def compare(self, kernel: str, got: Any, arguments: dict[str, Any]) -> float:
         """Compare an output with the reference, and return the largest fraction of the bound."""
         want, bound = REFERENCES[kernel](**as_view(arguments), element=self.element)
         got = np.asarray(got).astype(np.float64)
