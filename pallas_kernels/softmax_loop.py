@@ -24,13 +24,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.backend import Refs, cdiv, decode_pairs, dot, exp2, load
-from pallas_kernels.fp8 import decode, exact_exp2, is_fp8
+from pallas_kernels.backend import Refs, cdiv, dot, exp2, load
+from pallas_kernels.fp8 import exact_exp2, is_fp8
 from pallas_kernels.kernel_inputs import KernelConfig
+from pallas_kernels.kv_tiles import (
+    PARTS,
+    KeyBlock,
+    KeyRange,
+    channel_mask,
+    first_visible,
+    key_block,
+    load_channel_scale,
+    load_pair_tiles,
+    load_scale_exponents,
+    load_tile,
+    load_transposed_tile,
+    pool_row,
+)
 from pallas_kernels.reference import LOWEST, MASKED
 
 LOG2E = 1.4426950408889634
-PARTS = 2  # FP8 values are loaded as pairs of channels; even and odd channels are multiplied apart
 
 
 class QueryBlock(NamedTuple):
@@ -40,18 +53,6 @@ class QueryBlock(NamedTuple):
     head: jax.Array
     position: jax.Array  # in the sequence
     valid: jax.Array  # False for padding
-
-
-class KeyRange(NamedTuple):
-    """The keys of a program: `first .. end - 1`, in blocks that start at `start <= first`.
-
-    Every row attends to all keys of the first `unmasked` blocks; None if that is unknown.
-    """
-
-    first: jax.Array
-    start: jax.Array
-    end: jax.Array
-    unmasked: jax.Array | None = None
 
 
 class SoftmaxState(NamedTuple):
@@ -77,35 +78,6 @@ class ScaledQuery(NamedTuple):
     rows: jax.Array  # [rows, channels]
     factor: jax.Array  # [rows]
     offset: jax.Array | None  # [rows]
-
-
-class KeyBlock(NamedTuple):
-    """A block of keys.
-
-    Attributes:
-      kv_head: KV head.
-      token: positions in the sequence, `[block_k]`.
-      valid: which tokens are in the key range, `[block_k]`; None if all are.
-      row: rows of the pools, `[]` or `[block_k]`.
-      start: the first position.
-    """
-
-    kv_head: Any
-    token: jax.Array
-    valid: jax.Array | None
-    row: jax.Array
-    start: Any = None
-
-
-class ScaleExponents(NamedTuple):
-    """Exponents of a block's dynamic scales, int32 `[block_k]`; 0 for invalid tokens.
-
-    None if scales are static. They are loaded one block ahead: unlike keys and values they are too
-    narrow for asynchronous copies to shared memory, and the block would wait for them.
-    """
-
-    k: jax.Array | None
-    v: jax.Array | None
 
 
 def broadcast_rows(config: KernelConfig, x: jax.Array) -> jax.Array:
@@ -148,11 +120,11 @@ def attend(
     def body(i: Any, carry: Any, *, masked: bool = True) -> Any:
         state, scale_exponents, row = carry
         start = keys.start + i * config.block_k
-        block = _key_block(refs, config, keys, start, request, kv_head, masked, row)
+        block = key_block(refs, config, keys, start, request, kv_head, masked, row)
         next_exponents = exponents(start + config.block_k)
         next_row = None
         if prefetch_row:
-            next_row = _pool_row(refs, config, keys, request, start + config.block_k)
+            next_row = pool_row(refs, config, keys, request, start + config.block_k)
         scores = _scores(refs, config, query, block, scale_exponents.k)
         if masked:
             scores = jnp.where(_visible(refs, config, queries, block), scores, MASKED)
@@ -175,15 +147,15 @@ def attend(
         weights = weights.astype(config.compute)
         if config.transposed:
             tiles = (
-                _pair_tiles(refs["v_pairs"], config, block)
+                load_pair_tiles(refs["v_pairs"], config, block)
                 if pairs
-                else (_transposed_tile(refs["v"], config, block),)
+                else (load_transposed_tile(refs["v"], config, block),)
             )
             sums = [
                 dot(v.astype(config.compute), weights, interpret=config.interpret) for v in tiles
             ]
         else:
-            v = _tile(refs["v"], config, block)
+            v = load_tile(refs["v"], config, block)
             v = (v * v_factor if is_fp8(config.element) else v).astype(config.compute)
             sums = [dot(weights, v, interpret=config.interpret)]
         out = tuple(
@@ -192,9 +164,9 @@ def attend(
         )
         return SoftmaxState(out, row_max, row_sum, v_exponent), next_exponents, next_row
 
-    exponents = functools.partial(_scale_exponents, refs, config, keys, request, kv_head)
+    exponents = functools.partial(load_scale_exponents, refs, config, keys, request, kv_head)
     blocks = jnp.maximum(cdiv(keys.end - keys.start, config.block_k), 0)
-    row = _pool_row(refs, config, keys, request, keys.start) if prefetch_row else None
+    row = pool_row(refs, config, keys, request, keys.start) if prefetch_row else None
     carry = (_initial_state(refs, config, queries, with_sink), exponents(keys.start), row)
     unmasked = jnp.int32(0)
     if keys.unmasked is not None:
@@ -214,7 +186,7 @@ def normalize(
             out = out * exact_exp2(state.v_exponent - 127)
         if "v_scale" in refs:
             channel = part_channels(config, state.out, index)
-            scale = _channel_scale(refs, "v_scale", config, kv_head, channel)
+            scale = load_channel_scale(refs, "v_scale", config, kv_head, channel)
             out = out * (scale[:, None] if config.transposed else scale[None, :])
         parts.append(out)
     return tuple(parts)
@@ -225,37 +197,6 @@ def part_channels(config: KernelConfig, parts: tuple[jax.Array, ...], index: int
     return len(parts) * jnp.arange(config.channels // len(parts), dtype=jnp.int32) + index
 
 
-def first_visible(refs: Refs, position: jax.Array) -> jax.Array:
-    """Return the first key in the window of queries at these positions."""
-    if "window" not in refs:
-        return jnp.zeros_like(position)
-    window = refs["window"]
-    return jnp.where(window == 0, 0, jnp.maximum(position - window + 1, 0))
-
-
-def channel_mask(
-    config: KernelConfig, valid: jax.Array | None, rows: int
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return the channel index, `[1, channels]`, and the mask of `[rows, channels]`.
-
-    The mask is False for invalid rows and padded channels; None if all elements exist. The index is
-    not clamped: the compiler would no longer see that it is contiguous, and would load bytes.
-    """
-    channel = jnp.arange(config.channels, dtype=jnp.int32)[None, :]
-    shape = (rows, config.channels)
-    mask = None if valid is None else jnp.broadcast_to(valid[:, None], shape)
-    if config.channels != config.head_dim:
-        mask = combine_masks(mask, jnp.broadcast_to(channel < config.head_dim, shape))
-    return channel, mask
-
-
-def combine_masks(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
-    """Return the conjunction of two masks; None masks nothing."""
-    if a is None:
-        return b
-    return a if b is None else a & b
-
-
 def _scaled_query(
     refs: Refs, config: KernelConfig, queries: QueryBlock, kv_head: Any
 ) -> ScaledQuery:
@@ -264,7 +205,7 @@ def _scaled_query(
     head = queries.head[:, None]
     q = load(refs["q"], index, head, channel, mask=mask, other=0.0).astype(jnp.float32)
     if "k_scale" in refs:
-        q = q * _channel_scale(refs, "k_scale", config, kv_head)[None, :]
+        q = q * load_channel_scale(refs, "k_scale", config, kv_head)[None, :]
     unit = LOG2E if config.softcap is None else 1 / config.softcap
     factor = jnp.full((config.rows,), config.sm_scale * unit, jnp.float32)
     if config.compute == jnp.float16:
@@ -289,7 +230,7 @@ def _scores(
     exponents: jax.Array | None,
 ) -> jax.Array:
     """Return the unmasked scores of a block in units of log 2."""
-    k = _tile(refs["k"], config, block)
+    k = load_tile(refs["k"], config, block)
     factor = query.factor
     scale = None
     if exponents is not None:
@@ -336,138 +277,6 @@ def _visible(refs: Refs, config: KernelConfig, queries: QueryBlock, block: KeyBl
         if "window" in refs:
             visible &= block.token[None, :] >= first_visible(refs, queries.position)[:, None]
     return visible
-
-
-def _key_block(
-    refs: Refs,
-    config: KernelConfig,
-    keys: KeyRange,
-    start: jax.Array,
-    request: Any,
-    kv_head: Any,
-    masked: bool,
-    row: Any = None,
-) -> KeyBlock:
-    """Return the block at `start`. `row` is its pool row, or None to look it up."""
-    token = start + jnp.arange(config.block_k, dtype=jnp.int32)
-    valid = token < keys.end if masked else None
-    if masked and ("window" in refs or config.causal):
-        valid &= token >= keys.first
-    if row is None:
-        # One page number per block, or one per token. Invalid tokens use that of a valid one.
-        page_token = token
-        if config.one_page:
-            page_token = start
-        elif masked:
-            page_token = jnp.clip(token, keys.first, keys.end - 1)
-        if config.causal:
-            index = page_token // config.page_size
-        else:
-            index = lax.div(page_token, config.page_size)
-        page = load(refs["page_table"], request, index)
-        row = _clamp_row(refs["k"], refs["first_row"] + page)
-    return KeyBlock(kv_head, token, valid, row, start)
-
-
-def _pool_row(
-    refs: Refs, config: KernelConfig, keys: KeyRange, request: Any, start: jax.Array
-) -> jax.Array:
-    """Return the pool row of the one-page block at `start`, which may be past the last key."""
-    token = jnp.minimum(start, jnp.maximum(keys.end - 1, 0))
-    page = load(refs["page_table"], request, lax.div(token, config.page_size))
-    return _clamp_row(refs["k"], refs["first_row"] + page)
-
-
-def _clamp_row(ref: Any, row: jax.Array) -> jax.Array:
-    """Return a row that exists, also for page numbers past the end."""
-    return jnp.minimum(row, ref.shape[0] - 1)
-
-
-def _tile(ref: Any, config: KernelConfig, block: KeyBlock) -> jax.Array:
-    """Return decoded keys or values, `[block_k, channels]`; zeros for invalid tokens."""
-    channel, mask = channel_mask(config, block.valid, config.block_k)
-    row = block.row if config.one_page else block.row[:, None]
-    slot = _slot(config, block)[:, None]
-    bits = load(ref, row, block.kv_head, slot, channel, mask=mask, other=0, once=True)
-    return decode(bits, config.element, native_e4m3=config.native_e4m3)
-
-
-def _slot(config: KernelConfig, block: KeyBlock) -> jax.Array:
-    """Return the slots of the tokens in their pages, `[block_k]`.
-
-    In a single page they are contiguous, which the compiler would not find out by itself.
-    """
-    if config.one_page and not config.causal:
-        first = lax.rem(block.start, config.page_size)
-        return first + jnp.arange(config.block_k, dtype=jnp.int32)
-    return block.token % config.page_size
-
-
-def _transposed_tile(ref: Any, config: KernelConfig, block: KeyBlock) -> jax.Array:
-    """Return decoded values that are not FP8, `[channels, block_k]`."""
-    bits = _transposed_bits(ref, config, block, 1)
-    return decode(bits, config.element, native_e4m3=config.native_e4m3)
-
-
-def _pair_tiles(ref: Any, config: KernelConfig, block: KeyBlock) -> tuple[jax.Array, jax.Array]:
-    """Return decoded even and odd channels of FP8 values, each `[channels / 2, block_k]`.
-
-    A byte pool is read as 16-bit integers: the hardware transposes only those when it loads them
-    from shared memory.
-    """
-    return decode_pairs(
-        _transposed_bits(ref, config, block, PARTS),
-        config.element,
-        native_e4m3=config.native_e4m3,
-        interpret=config.interpret,
-    )
-
-
-def _transposed_bits(ref: Any, config: KernelConfig, block: KeyBlock, parts: int) -> jax.Array:
-    """Return stored bits, `[channels / parts, block_k]`.
-
-    Loaded in this order, they are laid out in shared memory without bank conflicts.
-    """
-    channel = jnp.arange(config.channels // parts, dtype=jnp.int32)[:, None]
-    shape = (config.channels // parts, config.block_k)
-    mask = None if block.valid is None else jnp.broadcast_to(block.valid[None, :], shape)
-    if config.channels != config.head_dim:
-        exists = jnp.broadcast_to(channel < config.head_dim // parts, shape)
-        mask = combine_masks(mask, exists)
-    row = block.row if config.one_page else block.row[None, :]
-    slot = _slot(config, block)[None, :]
-    return load(ref, row, block.kv_head, slot, channel, mask=mask, other=0, once=True)
-
-
-def _scale_exponents(
-    refs: Refs, config: KernelConfig, keys: KeyRange, request: Any, kv_head: Any, start: jax.Array
-) -> ScaleExponents:
-    """Return the exponents of the block at `start`, which may be past the last key."""
-    if "k_exponent" not in refs:
-        return ScaleExponents(None, None)
-    token = start + jnp.arange(config.block_k, dtype=jnp.int32)
-    valid = (token >= keys.first) & (token < keys.end)
-    last = jnp.maximum(keys.end - 1, 0)
-    one_page = config.one_page
-    page_token = jnp.minimum(start, last) if one_page else jnp.clip(token, keys.first, last)
-    page = load(refs["page_table"], request, page_token // config.page_size)
-    row = _clamp_row(refs["k_exponent"], refs["first_exponent_row"] + page)
-    slot = token % config.page_size
-    k, v = (
-        load(refs[name], row, kv_head, slot, mask=valid, other=0).astype(jnp.int32)
-        for name in ("k_exponent", "v_exponent")
-    )
-    return ScaleExponents(k, v)
-
-
-def _channel_scale(
-    refs: Refs, name: str, config: KernelConfig, kv_head: Any, channel: jax.Array | None = None
-) -> jax.Array:
-    """Return a static scale of these channels, by default of all."""
-    if channel is None:
-        channel = jnp.arange(config.channels, dtype=jnp.int32)
-    mask = None if config.channels == config.head_dim else channel < config.head_dim
-    return load(refs[name], refs["layer"], kv_head, channel, mask=mask, other=0.0)
 
 
 def _tanh(x: jax.Array) -> jax.Array:

@@ -25,17 +25,10 @@ from pallas_kernels.kernel_inputs import (
     load_scalars,
     softmax_scale,
 )
+from pallas_kernels.kv_tiles import PARTS, KeyRange, first_visible
 from pallas_kernels.paged_decode.blocks import DecodeBlocks, choose_blocks
 from pallas_kernels.reference import MASKED
-from pallas_kernels.softmax_loop import (
-    PARTS,
-    KeyRange,
-    QueryBlock,
-    attend,
-    first_visible,
-    normalize,
-    part_channels,
-)
+from pallas_kernels.softmax_loop import QueryBlock, attend, normalize, part_channels
 
 
 def paged_decode(

@@ -25,8 +25,9 @@ from jax import lax
 from pallas_kernels.backend import Refs, pallas
 from pallas_kernels.fp8 import FLOAT16, exact_exp2, is_fp8
 from pallas_kernels.kernel_inputs import load_scalars
+from pallas_kernels.kv_tiles import first_visible
 from pallas_kernels.reference import LOWEST, MASKED
-from pallas_kernels.softmax_loop import LOG2E, first_visible
+from pallas_kernels.softmax_loop import LOG2E
 
 
 @dataclasses.dataclass(frozen=True)

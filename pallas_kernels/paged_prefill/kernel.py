@@ -24,15 +24,9 @@ from pallas_kernels.kernel_inputs import (
     load_scalars,
     softmax_scale,
 )
+from pallas_kernels.kv_tiles import KeyRange, channel_mask, first_visible
 from pallas_kernels.paged_prefill.blocks import PrefillBlocks, choose_blocks
-from pallas_kernels.softmax_loop import (
-    KeyRange,
-    QueryBlock,
-    attend,
-    channel_mask,
-    first_visible,
-    normalize,
-)
+from pallas_kernels.softmax_loop import QueryBlock, attend, normalize
 
 
 def paged_prefill(
