@@ -13,7 +13,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jfp8kv.core.platform import describe
+from jfp8kv.core.platform import describe_platform
 
 console = Console(width=110)
 
@@ -54,7 +54,8 @@ def header() -> None:
         cwd=Path(__file__).parent,
         check=False,
     )
-    console.print(f"commit {commit.stdout.strip() or 'unknown'}; {describe()}", style="dim")
+    commit_id = commit.stdout.strip() or "unknown"
+    console.print(f"commit {commit_id}; {describe_platform()}", style="dim")
 
 
 def smollm2() -> Path:

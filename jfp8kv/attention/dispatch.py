@@ -1,8 +1,8 @@
 """Selection of the attention backend.
 
-A backend is requested by name, or the fastest one that supports this machine and this pool is
-selected. It brings the function that stores tokens, and the layout of keys that it is fast with;
-the engine creates its pool accordingly.
+A backend is requested by name. By default the fastest one that supports this machine and this pool
+is selected. A backend has its own function that stores tokens and its own layout of keys, and the
+engine allocates the pool accordingly.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from pallas_kernels import NotSupported as KernelNotSupported
 from pallas_kernels import check_pool, paged_decode, paged_prefill
 
 MIN_CAPABILITY = (8, 0)
+INTERPRET_CAPABILITY = (9, 0)  # the GPU that interpreted kernels are configured for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class AttentionBackend:
       name: one of `core.types.ATTENTIONS`.
       attend: the attention function.
       reason: why it was selected.
-      write: stores new tokens.
+      write: the function that stores new tokens.
       keys_transposed: the layout of keys that it needs (cache/layout.py).
     """
 
@@ -47,7 +48,7 @@ def select_backend(name: object = None, pool: KVPool | None = None) -> Attention
 
     Args:
       name: one of `core.types.ATTENTIONS`; None for the fastest.
-      pool: the pool it must support; shapes suffice.
+      pool: the pool that it must support. Its leaves may be shapes.
 
     Raises `NotSupported` if the named backend does not run here or on this pool, `ConfigError` for
     an unknown name.
@@ -63,10 +64,10 @@ def _select(name: object, pool: KVPool | None) -> AttentionBackend:
     if name == "xla":
         return AttentionBackend("xla", xla.attention, "requested")
     if name == "pallas":
-        return _pallas("pallas", "requested", pool, _capability())
+        return _pallas(name, "requested", pool, _capability())
     if name == "pallas_interpret":
         reason = "requested; interpreted, for tests"
-        return _pallas("pallas_interpret", reason, pool, (9, 0), interpret=True)
+        return _pallas(name, reason, pool, INTERPRET_CAPABILITY, interpret=True)
     if name is not None:
         raise invalid_choice("attention", name, ATTENTIONS)
     platform = jax.default_backend()
@@ -82,7 +83,7 @@ def _select(name: object, pool: KVPool | None) -> AttentionBackend:
 
 
 def _capability() -> tuple[int, int]:
-    """Return the compute capability of the GPU. Raises `NotSupported` if the kernels need more."""
+    """Return the compute capability of the GPU. Raises `NotSupported` if it is too low."""
     device = jax.devices()[0]
     found = str(getattr(device, "compute_capability", ""))
     major, _, minor = found.partition(".")
@@ -93,8 +94,8 @@ def _capability() -> tuple[int, int]:
         )
     if (int(major), int(minor)) < MIN_CAPABILITY:
         raise NotSupported(
-            f"attention='pallas': needs compute capability 8.0, and this GPU has {found}; "
-            "use 'xla'."
+            f"attention='pallas': needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} "
+            f"or higher, and this GPU has {found}; use 'xla'."
         )
     return int(major), int(minor)
 
@@ -107,7 +108,7 @@ def _pallas(
     *,
     interpret: bool = False,
 ) -> AttentionBackend:
-    """Return the GPU kernels. Raises `NotSupported` if they support no layer of `pool`."""
+    """Return the kernel backend. Raises `NotSupported` if it supports no layer of `pool`."""
     unsupported = {} if pool is None else _unsupported(pool, interpret)
     if pool is not None and len(unsupported) == len(pool.layout.distinct):
         raise NotSupported(f"attention={name!r}: {next(iter(unsupported.values()))} Use 'xla'.")
@@ -123,7 +124,7 @@ def _pallas(
 
 
 def _unsupported(pool: KVPool, interpret: bool) -> dict[str, str]:
-    """Return the specs whose pages the kernels do not read, and why."""
+    """Return, by spec, the reason why the kernels do not support its pages."""
     reasons = {}
     for spec in pool.layout.distinct:
         exponents = pool.k_exponent if spec.dynamic else None

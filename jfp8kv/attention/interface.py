@@ -1,4 +1,4 @@
-"""The interface of paged attention: what backends receive, which keys a query sees, and `attend`.
+"""The interface of paged attention: arguments of backends, visible keys of queries, and `attend`.
 
 A backend is a function of one request, batched with `vmap` (the pool is not batched). It receives a
 pool whose layers have one spec (`KVPool.for_spec`), whose elements may be byte-split
@@ -21,14 +21,14 @@ Query: TypeAlias = Float[Array, "tokens q_heads head_dim"]
 
 @pytree
 class AttentionMetadata:
-    """The place of one request in the cache, and which of its tokens are the queries.
+    """Where a request is in the cache, and which of its tokens are queries.
 
     Attributes:
       page_table: page numbers of the layer's group. Entries past the pages of the request, and of
         pages before the window of every query, are ignored.
       start: position of the first query; the others follow it.
-      length: tokens in the cache, those of the queries included. Queries at `length` or beyond are
-        padding.
+      length: tokens in the cache, including those of the queries. Queries at `length` or beyond
+        are padding.
       max_length: upper bound of `length` over all requests of the batch; backends stop there.
     """
 
@@ -40,14 +40,14 @@ class AttentionMetadata:
 
 @pytree
 class AttentionOptions:
-    """Options of attention that differ between models.
+    """Options of attention that depend on the model.
 
     Attributes:
       window: by layer, a query at `p` sees keys `p - window + 1 .. p`; 0 for all keys. An array,
         so that layers may differ under `scan`.
       sinks: one logit per query head, added to the denominator of the softmax without a value
         (gpt-oss; arXiv:2309.17453).
-      sm_scale: factor on scores.
+      sm_scale: the factor on scores.
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118,
         section 2).
     """
@@ -107,16 +107,17 @@ def paged_attend(
 ) -> Attend:
     """Return `attend(layer, q, k, v, pages) -> (out, pages)`, the function that a model calls.
 
-    It writes first and reads then: queries see the stored key and value even of the same token. So
-    chunked prefill, whole prefill, a reused prefix and a recomputed sequence all see the same
-    numbers. Where the specs of layers differ, each has one branch, which only reads the pool.
+    `attend` first writes the new tokens and then reads the pool: queries see the stored key and
+    value even of the same token. So chunked prefill, whole prefill, a reused prefix and a
+    recomputed sequence all see the same numbers. If layers have different specs, there is one
+    branch per spec, which only reads the pool.
 
     Args:
       attention: the backend.
       scales: static scales; None if every layer has dynamic ones.
       options: of the model.
-      metadata: returns the metadata of the request in a layer.
-      write: stores new tokens.
+      metadata: returns the metadata of the request for a layer.
+      write: the function that stores new tokens.
     """
 
     def attend(layer: Layer, q: Query, k: KV, v: KV, pages: KVPool) -> tuple[Query, KVPool]:
@@ -148,7 +149,7 @@ def visible(
     length: Int[Array, ""],
     window: Int[Array, ""] | None = None,
 ) -> Bool[Array, "tokens keys"]:
-    """Return which keys each query sees: causal, in the cache, and inside the window.
+    """Return the attention mask: keys that are not later than the query, cached and in the window.
 
     Args:
       query, key: positions.
@@ -173,9 +174,10 @@ def first_visible(start: Int[Array, ""], window: Int[Array, ""] | None) -> Int[A
 def live(
     key: Int[Array, " keys"], *, first: Int[Array, ""], length: Int[Array, ""]
 ) -> Bool[Array, " keys"]:
-    """Return which positions some query sees.
+    """Return the mask of positions that at least one query sees.
 
-    Other slots may contain anything, NaN codes too: their values are cleared, not only masked.
+    Other slots may contain anything, such as NaN codes, so their values must be cleared: masking
+    the scores is not enough.
     """
     return (key >= first) & (key < length)
 
@@ -185,8 +187,8 @@ def score_offset(
 ) -> Float[Array, "tokens q_heads"] | None:
     """Return what the K offset adds to the scores of each query, or None if it has no effect.
 
-    It adds the same amount to all scores of a query, which a softmax ignores. A softcap or a sink
-    does not. Computed in float32: the offset is the large part of such keys.
+    It adds the same amount to all scores of a query, which only matters with a softcap or a sink: a
+    softmax ignores it. Computed in float32, because the offset is the large part of such keys.
     """
     if scales is None or scales.k_offset is None:
         return None

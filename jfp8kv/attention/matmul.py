@@ -1,9 +1,9 @@
 """Matmuls with layer-stacked weights by a GPU kernel, for batches with few rows.
 
 Before a matmul, XLA:GPU copies the layer's matrix out of the stack of all layers. A decode step
-does little but read weights, so each of them would be read, written and read again. The kernel
-reads the matrix in place, for the rows of all requests of a batch at once. In prefill the matmul
-takes longer than the copy, so it is left to XLA.
+spends most of its time on reading weights, and the copy reads and writes them once more. The kernel
+reads the matrix in place, for the rows of all requests of a batch at once. Prefill is left to XLA:
+with many rows the matmul takes longer than the copy.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from jfp8kv.models.linear import Matmul, stacked_matmul
 
-MAX_ROWS = 256  # with more rows the matmul is not bound by reading the matrix
-ROW_ALIGNMENT = 16  # bytes that a thread copies at once; the rows of a matrix are a multiple
+MAX_ROWS = 256  # with more rows, reading the matrix is not the bottleneck
+ROW_ALIGNMENT = 16  # bytes that a thread copies at once; the size of a matrix row is a multiple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,6 @@ def is_supported(weight: Array) -> bool:
 
 
 def select_matmul(attention: str) -> Matmul:
-    """Return the matmul for an attention backend: by kernel if attention is by kernels."""
+    """Return the matmul that belongs to an attention backend: the kernel for kernel backends."""
     kernels = {"pallas": KernelMatmul(), "pallas_interpret": KernelMatmul(interpret=True)}
     return kernels.get(attention, stacked_matmul)

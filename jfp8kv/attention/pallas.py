@@ -1,9 +1,8 @@
 """Attention by the GPU kernels.
 
-The kernels take a batch of requests. `vmap` over requests therefore calls a kernel once
-(`custom_vmap`), not in a loop or with a larger grid: the chunks of a batch are concatenated, with
-padding between them, and each request has its number of real queries. Dispatch passes the kernels
-in.
+The kernels take a batch of requests. So `vmap` over requests calls a kernel once (`custom_vmap`):
+the chunks of a batch are concatenated, padding included, and the kernel receives the number of real
+queries of each request. The kernels are arguments, which `dispatch` passes.
 """
 
 import dataclasses
@@ -69,7 +68,7 @@ class PallasAttention:
         )
 
     def _attend_requests(self) -> Callable[..., Array]:
-        """Return the attention of one request; under `vmap` one kernel call for all."""
+        """Return the attention of one request, which under `vmap` is one kernel call for all."""
 
         @custom_vmap
         def one(q: Array, page_table: Array, start: Array, length: Array, *shared: Any) -> Array:
@@ -80,8 +79,8 @@ class PallasAttention:
             assert not any(jax.tree.leaves(in_batched[4:])), (
                 "requests share the pool and the layer: vmap with in_axes=None"
             )
-            by_request = broadcast_unbatched(axis_size, in_batched[:4], args[:4])
-            return self._batch(*(*by_request, *args[4:])), True
+            q, page_table, start, length = broadcast_unbatched(axis_size, in_batched[:4], args[:4])
+            return self._batch(q, page_table, start, length, *args[4:]), True
 
         return one
 

@@ -1,6 +1,6 @@
 """Reference attention: gather and decode every key, softmax, weighted sum.
 
-The fast backends are tested against it. It needs memory for the whole context in float32.
+The other backends are tested against it. It needs memory for the whole context in float32.
 """
 
 import jax

@@ -5,8 +5,8 @@ Staats, arXiv:2112.05682). Scales cost nothing inside the loop: the softmax fact
 and the `tile_factor` of the format fold into the query, static V scales into the output. Dynamic
 scales multiply the scores and the weights.
 
-A tile is several pages: large enough that its two matmuls outweigh the overhead of the loop, small
-enough for the caches of a CPU.
+A tile is several pages: large enough that the time of its two matmuls outweighs the overhead of the
+loop, and small enough for the caches of a CPU.
 """
 
 from typing import NamedTuple
@@ -29,11 +29,13 @@ from jfp8kv.cache.scales import exponent_scale
 from jfp8kv.core.formats import decode_tile
 from pallas_kernels.reference import LOWEST, MASKED
 
-DECODE_TILE_TOKENS, PREFILL_TILE_TOKENS = 128, 256
+DECODE_TILE_TOKENS = 128
+PREFILL_TILE_TOKENS = 256
+MAX_DECODE_QUERIES = 2  # per request; batches with more queries count as prefill
 
 
 class _Tile(NamedTuple):
-    """The rows of the pool, and of the exponents, of one tile."""
+    """The rows of one tile in the pool and in the exponents."""
 
     rows: Int[Array, " pages"]
     exponent_rows: Int[Array, " pages"] | None
@@ -56,14 +58,14 @@ def attention(
     window = None if options.window is None else options.window[layer]
     kv_heads = pages.k_bits.shape[1]
     group = q_heads // kv_heads
-    tile_tokens = DECODE_TILE_TOKENS if tokens <= 2 else PREFILL_TILE_TOKENS
+    tile_tokens = DECODE_TILE_TOKENS if tokens <= MAX_DECODE_QUERIES else PREFILL_TILE_TOKENS
     tile_pages = max(1, tile_tokens // pages.page_size)
     tile = tile_pages * pages.page_size
     queries = _query_rows(q, pages, scales, options, layer)
     offset = score_offset(q, scales, options, layer)
     if offset is not None:
         offset = offset.reshape(tokens, kv_heads, group).swapaxes(0, 1).reshape(kv_heads, -1)
-    table = _padded(metadata.page_table, tile_pages, pages.num_pages)
+    table = _pad_table(metadata.page_table, tile_pages, pages.num_pages)
     first = first_visible(metadata.start, window)
     first_tile = first // tile
 
@@ -104,11 +106,12 @@ def attention(
 def _query_rows(
     q: Query, pages: KVPool, scales: LayerScales | None, options: AttentionOptions, layer: Layer
 ) -> Float[Array, "kv_heads rows head_dim"]:
-    """Return the queries by KV head, token by token, times every static factor on the scores."""
+    """Return the query rows of each KV head, token by token, times all static factors of scores."""
     tokens, q_heads, head_dim = q.shape
     kv_heads = pages.k_bits.shape[1]
     # Prefill in bfloat16 uses bfloat16 matmuls. float16 would overflow with the factors.
-    dtype = q.dtype if tokens > 2 and q.dtype == jnp.bfloat16 else jnp.float32
+    is_prefill = tokens > MAX_DECODE_QUERIES
+    dtype = q.dtype if is_prefill and q.dtype == jnp.bfloat16 else jnp.float32
     rows = q.astype(jnp.float32).reshape(tokens, kv_heads, q_heads // kv_heads, head_dim)
     rows = rows.transpose(1, 0, 2, 3) * (options.sm_scale * pages.fmt.tile_factor)
     if not pages.dynamic:
@@ -118,9 +121,9 @@ def _query_rows(
 
 
 def _num_tiles(max_length: Array, window: Array | None, tokens: int, tile: int) -> Array:
-    """Return the number of tiles, the same for all requests.
+    """Return the number of tiles to visit, which is the same for all requests.
 
-    It covers the longest sequence, or all tiles that the keys of a window can touch.
+    These are the tiles of the longest sequence, or all that the keys of a window can touch.
     """
     tiles = (max_length + (tile - 1)) // tile
     if window is None:
@@ -132,6 +135,7 @@ def _num_tiles(max_length: Array, window: Array | None, tokens: int, tile: int) 
 def _scores(
     queries: Array, offset: Array | None, pages: KVPool, at: _Tile, options: AttentionOptions
 ) -> Float[Array, "kv_heads rows tile"]:
+    """Return the scores of all query rows with the keys of a tile, before masking."""
     token_axis = 3 if pages.layout.keys_transposed else 2
     k = decode_tile(_join_pages(pages.gather(pages.k_bits, at.rows), token_axis), pages.fmt)
     equation = "hqd,hdn->hqn" if pages.layout.keys_transposed else "hqd,hnd->hqn"
@@ -149,7 +153,7 @@ def _scores(
 def _seen(
     metadata: AttentionMetadata, position: Array, window: Array | None, tokens: int, group: int
 ) -> Bool[Array, "rows tile"]:
-    """Return which keys of a tile each row of queries sees."""
+    """Return which keys of a tile each query row sees."""
     query = metadata.start + jnp.arange(tokens, dtype=jnp.int32)
     seen = visible(query, position, length=metadata.length, window=window)
     return jnp.repeat(seen, group, axis=0)
@@ -158,6 +162,7 @@ def _seen(
 def _weighted_values(
     weights: Array, pages: KVPool, at: _Tile, known: Array, dtype: jnp.dtype
 ) -> Float[Array, "kv_heads rows head_dim"]:
+    """Return the sum of the values of a tile, times their weights."""
     # Unwritten slots may contain NaN codes, and 0 * NaN is NaN: clear their bits first.
     v_bits = _join_pages(pages.gather(pages.v_bits, at.rows), 2)
     v_bits = jnp.where(known[None, :, None], v_bits, jnp.zeros((), pages.fmt.storage_dtype))
@@ -172,9 +177,9 @@ def _weighted_values(
 def _initial(
     options: AttentionOptions, layer: Layer, kv_heads: int, tokens: int, group: int
 ) -> tuple[Array, Array]:
-    """Return running maximum and sum before any key.
+    """Return the running maximum and sum before the first key.
 
-    They are empty, or those of the sink alone, whose weight at its own maximum is 1.
+    With sinks they are those of the sink: its logit, and 1.
     """
     shape = (kv_heads, tokens, group)
     if options.sinks is None:
@@ -187,7 +192,7 @@ def _initial(
     return peak.reshape(kv_heads, -1), total.reshape(kv_heads, -1)
 
 
-def _padded(table: Array, multiple: int, sentinel: int) -> Array:
+def _pad_table(table: Array, multiple: int, sentinel: int) -> Array:
     """Pad the page table to whole tiles."""
     missing = -table.shape[0] % multiple
     return jnp.pad(table, (0, missing), constant_values=sentinel) if missing else table

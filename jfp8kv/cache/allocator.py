@@ -1,4 +1,4 @@
-"""The page allocator: reference counts, and the prefix cache by page hash. Plain Python, host only.
+"""The page allocator: reference counts, and pages by hash for the prefix cache. Plain Python.
 
 A page is free, or used by one or more owners (its reference count). A page can be *registered*
 under hashes of its contents. When its last owner releases it, a registered page counts as free but
@@ -15,8 +15,8 @@ from jfp8kv.core.errors import CapacityError
 class PageAllocator:
     """Allocator of `num_pages` pages.
 
-    Free pages are allocated first, the page freed longest ago first, so that stale reads show up
-    in tests. Evictable pages come last.
+    Free pages are allocated before evictable ones, and in the order in which they were freed: quick
+    reuse would hide reads of freed pages from tests.
     """
 
     def __init__(self, num_pages: int):
@@ -26,7 +26,7 @@ class PageAllocator:
         # Registered pages without owners, least recently used first.
         self._evictable: OrderedDict[int, None] = OrderedDict()
         self._pages: dict[Hashable, int] = {}  # by hash
-        # By registered page: its hashes, and how many slots each of them covers.
+        # By registered page: its hashes, and the number of slots that each hash covers.
         self._hashes: dict[int, dict[Hashable, int]] = {}
 
     @property
@@ -46,11 +46,11 @@ class PageAllocator:
     def allocate(self, count: int) -> list[int]:
         """Return `count` free pages with a reference count of 1.
 
-        Raises `CapacityError`, and allocates none, if fewer are free.
+        Raises `CapacityError` if fewer are free, and allocates none.
         """
         if count > self.free_pages:
             raise CapacityError(
-                f"{count} pages requested, {self.free_pages} of {self.num_pages} are free."
+                f"{count} pages requested, but only {self.free_pages} of {self.num_pages} are free."
             )
         pages = [self._free.popleft() if self._free else self._evict() for _ in range(count)]
         for page in pages:
@@ -69,7 +69,7 @@ class PageAllocator:
     def release(self, pages: Iterable[int]) -> None:
         """Remove an owner from each of `pages`.
 
-        Pages without owners become free or evictable. The last of them is evicted first.
+        Pages without owners become free or evictable. The last of `pages` is evicted first.
         """
         for page in reversed(list(pages)):
             assert self._ref_counts[page] > 0, f"page {page} was freed twice"
@@ -83,7 +83,7 @@ class PageAllocator:
     def register(self, page: int, page_hash: Hashable, slots: int) -> None:
         """Register the first `slots` slots of a used page under a hash of their contents.
 
-        A hash that another page is registered under stays with that page.
+        A hash that is already registered stays with its page.
         """
         assert self._ref_counts[page] > 0, f"page {page} is free and cannot be registered"
         if page_hash not in self._pages:
@@ -91,9 +91,9 @@ class PageAllocator:
             self._hashes.setdefault(page, {})[page_hash] = slots
 
     def invalidate_from(self, page: int, slot: int) -> None:
-        """Drop the hashes of `page` that cover more than `slot` slots, before it is overwritten.
+        """Drop the hashes of `page` that cover `slot` or later slots, which will be overwritten.
 
-        The page must have one owner.
+        The page must have exactly one owner.
         """
         assert self._ref_counts[page] == 1, (
             f"page {page} is written to, but has {self._ref_counts[page]} owners"

@@ -1,14 +1,14 @@
-"""Memory budget of the KV cache: its default, and the pages it pays for."""
+"""Memory budget of the KV cache: the default budget, and the number of pages that fit in it."""
 
 import os
 from typing import Any, Protocol, runtime_checkable
 
 from jfp8kv.core.errors import CapacityError
 
-# Of an accelerator's free memory, beside what the largest step needs: fragmentation, and arrays
-# that outlive a step, such as outputs not read yet.
+# Share of an accelerator's free memory that is not used: for fragmentation, and for arrays that
+# outlive a step, such as outputs that were not read yet.
 RESERVE_SHARE = 0.05
-HOST_SHARE = 0.10  # of the free memory of a host, which other processes use too
+HOST_SHARE = 0.10  # share of a host's free memory to use: other processes need memory too
 
 
 @runtime_checkable
@@ -18,13 +18,14 @@ class Device(Protocol):
     platform: str
 
     def memory_stats(self) -> dict[str, Any] | None:
-        """Return the limit and the use of the allocator, None if it has none."""
+        """Return the statistics of the allocator: its limit, bytes in use, ...; None if unknown."""
 
 
 def free_bytes(device: Device) -> int:
     """Return the bytes that can still be allocated on `device`.
 
-    On an accelerator the allocator's limit counts, on a host the free memory of the system.
+    For an accelerator this follows from the allocator's limit, for a host from the free memory of
+    the system.
     """
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
@@ -44,15 +45,15 @@ def _host_free_bytes() -> int:
 
 
 def default_bytes(device: Device, *, step_bytes: int = 0) -> int:
-    """Return the size of the KV cache if none is given.
+    """Return the default size of the KV cache in bytes.
 
-    On an accelerator it is the free memory less `step_bytes` and a reserve. On a host it is a share
-    of the free memory, or less if `step_bytes` leave less. There it is rounded down to a power of
-    two: free memory varies from run to run, and a compiled program fits one size.
+    On an accelerator it is the free memory minus `step_bytes` and a reserve. On a host it is a
+    share of the free memory, but not more than `step_bytes` leave. The size on a host is rounded
+    down to a power of two: free memory varies from run to run, and each size needs a compilation.
 
     Args:
       device: where the cache is allocated, after the weights.
-      step_bytes: what the largest step needs beside the weights and the cache.
+      step_bytes: the memory of the largest step, without the weights and the cache.
 
     Raises `CapacityError` if nothing is left.
     """
@@ -80,6 +81,6 @@ def pages_for(budget: int, *, bytes_per_page: int, page_size: int, limit: int) -
     if pages < 1:
         raise CapacityError(
             f"kv_cache_memory={budget} bytes is too small: one page of {page_size} tokens takes "
-            f"{bytes_per_page} bytes."
+            f"{bytes_per_page} bytes, so give more."
         )
     return pages

@@ -16,7 +16,7 @@ from jfp8kv.cache.groups import LayerGroups, PageRequirements
 from jfp8kv.cache.layout import LayerCacheSpec, PoolLayout, slot_widths
 from jfp8kv.cache.plan import KVPlan
 from jfp8kv.cache.pool import KVPool, LayerScales, new_pool, page_bytes
-from jfp8kv.cache.scales import SCALE_NAMES, TOKEN_HEAD, UNIT, KVScales, check_shape
+from jfp8kv.cache.scales import TOKEN_HEAD, UNIT, KVScales, check_shape
 from jfp8kv.core.errors import (
     ConfigError,
     DeviceMemoryError,
@@ -28,7 +28,7 @@ from jfp8kv.core.errors import (
 from jfp8kv.core.formats import KVFormat, kv_format
 from jfp8kv.core.paths import looks_like_path
 from jfp8kv.core.sizes import parse_bytes
-from jfp8kv.core.types import KV_DTYPES
+from jfp8kv.core.types import KV_DTYPES, KV_SCALES
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.params import Params
 
@@ -38,7 +38,6 @@ _KV_DTYPE_FORMS = (
     "a name for all layers, {'default': name, 'skip': [0, 'sliding_window']}, a list of one name "
     "per layer, a KVPlan or a path to one"
 )
-_KV_SCALES_FORMS = (*SCALE_NAMES, "a KVScales", "a path to one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +47,10 @@ class CacheConfig:
     Attributes:
       specs: by layer, what it stores.
       scales: static scales; None if every layer has dynamic ones.
-      config: the model.
+      config: of the model.
       page_size: tokens per page.
-      max_tokens_per_dispatch: the most tokens that one dispatch adds to a sequence; windowed layers
-        keep pages for them in addition to the window.
+      max_tokens_per_dispatch: the most tokens that one dispatch adds to a sequence; layers
+        with a window need pages for them in addition to the window.
       keys_transposed: layout of keys that the attention backend needs (cache/layout.py).
     """
 
@@ -77,18 +76,18 @@ class CacheConfig:
 
     @functools.cached_property
     def groups(self) -> LayerGroups:
-        """The layer groups."""
+        """The groups of layers that share page numbers (cache/groups.py)."""
         windows = self.config.windows or (0,) * self.config.layers
         return LayerGroups.of(windows, slot_widths(self.specs))
 
     @functools.cached_property
     def layout(self) -> PoolLayout:
-        """The layout of the pool."""
+        """The layout of the pool (cache/layout.py)."""
         return PoolLayout.of(self.specs, self.groups, keys_transposed=self.keys_transposed)
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page number, in all layers that share it."""
+        """Bytes of one page number: of its pages in all layers of a group."""
         return page_bytes(
             self.layout,
             page_size=self.page_size,
@@ -98,12 +97,12 @@ class CacheConfig:
 
     @property
     def requirements(self) -> PageRequirements:
-        """Page counts of sequences."""
+        """The number of pages that sequences need."""
         return PageRequirements(self.groups, self.page_size, self.max_tokens_per_dispatch)
 
     @property
     def without_windows(self) -> "CacheConfig":
-        """The same cache if every layer had full attention."""
+        """The cache of the same model with full attention in every layer."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, windows=()))
 
     def sequence_bytes(self, tokens: int) -> int:
@@ -111,9 +110,9 @@ class CacheConfig:
         return self.requirements.total_pages(tokens) * self.page_bytes
 
     def bytes_per_token(self, tokens: int) -> float:
-        """Return the bytes per token of a sequence that fills its last page.
+        """Return the bytes per token of a sequence of `tokens` tokens, rounded up to whole pages.
 
-        Without windows it is the same for every length.
+        Without windows the result is the same for every length.
         """
         whole_pages = -(-tokens // self.page_size) * self.page_size
         return self.sequence_bytes(tokens) / whole_pages
@@ -121,7 +120,7 @@ class CacheConfig:
     def num_pages(self, memory: int | str | None, *, limit: int) -> int:
         """Return the number of pages in `memory` bytes, at most `limit`.
 
-        If `memory` is None, the cache takes a share of the free memory of the device.
+        If `memory` is None, the budget is a share of the free memory of the device.
         """
         budget = default_bytes(jax.local_devices()[0]) if memory is None else parse_bytes(memory)
         return pages_for(
@@ -152,7 +151,7 @@ class CacheConfig:
             ) from error
 
     def layer_scales(self) -> LayerScales | None:
-        """Place the static scales on the device."""
+        """Return the static scales on the device; None if every layer has dynamic ones."""
         if self.scales is None:
             return None
         return LayerScales.of(
@@ -207,15 +206,10 @@ def _is_auto(value: object) -> bool:
 
 
 def resolve_plan(kv_dtype: object) -> KVPlan | None:
-    """Return the `KVPlan` that `kv_dtype` is or is the path of; None if it is neither."""
+    """Return the plan if `kv_dtype` is a `KVPlan` or a path to one, else None."""
     if looks_like_path(kv_dtype):
         return KVPlan.load(kv_dtype)
     return kv_dtype if isinstance(kv_dtype, KVPlan) else None
-
-
-def is_format_name(kv_dtype: object) -> bool:
-    """Return whether `kv_dtype` is a string that is not a path: the name of a format, or a typo."""
-    return isinstance(kv_dtype, str) and not looks_like_path(kv_dtype)
 
 
 def layer_formats(
@@ -251,7 +245,7 @@ def layer_formats(
         if len(kv_dtype) != config.layers:
             raise ConfigError(
                 f"kv_dtype lists {len(kv_dtype)} layers, and this model has {config.layers}: "
-                "give one name for each."
+                "give one name per layer, or one name for all layers."
             )
         return tuple(named(name) for name in kv_dtype)
     raise ConfigError(
@@ -279,7 +273,7 @@ def _skipped_layers(entry: object, config: ModelConfig) -> Sequence[int]:
     count = config.layers
     if isinstance(entry, str):
         if entry not in LAYER_TYPES:
-            raise invalid_choice("kv_dtype's skip", entry, (*LAYER_TYPES, "a layer number"))
+            raise invalid_choice("kv_dtype['skip']", entry, LAYER_TYPES, "a layer number")
         windowed = entry == "sliding_window"
         return [layer for layer in range(count) if bool(config.window(layer)) == windowed]
     if isinstance(entry, bool) or not isinstance(entry, int) or not -count <= entry < count:
@@ -294,7 +288,10 @@ def _skipped_layers(entry: object, config: ModelConfig) -> Sequence[int]:
 def _from_plan(
     plan: KVPlan, config: ModelConfig, kv_scales: object
 ) -> tuple[tuple[LayerCacheSpec, ...], KVScales]:
-    """Return specs and scales of a plan. Other scales are refused: a plan contains its scales."""
+    """Return the specs and the scales of a plan.
+
+    Raises `ConfigError` if `kv_scales` is given: a plan contains its scales.
+    """
     if not _is_auto(kv_scales):
         raise ConfigError(
             f"kv_scales={kv_scales!r}: kv_dtype is a plan, which contains its scales; "
@@ -314,14 +311,14 @@ def _resolve_scales(
     config = params.config
     has_fp8 = any(fmt.is_fp8 for fmt in formats)
     is_name = isinstance(kv_scales, str) and not looks_like_path(kv_scales)
-    if is_name and kv_scales not in SCALE_NAMES:
-        raise invalid_choice("kv_scales", kv_scales, _KV_SCALES_FORMS)
+    if is_name and kv_scales not in KV_SCALES:
+        raise _invalid_scales(kv_scales)
     if is_name and (kv_scales == UNIT or (kv_scales == "auto" and not has_fp8)):
         return False, KVScales.unit(config.layers)
     if not has_fp8:
         raise ConfigError(
             f"kv_scales={kv_scales!r}: scales belong to an FP8 cache, and this one is "
-            f"{formats[0].name}; leave them out."
+            f"{formats[0].name}; leave them out, or give kv_dtype='fp8'."
         )
     if is_name and kv_scales == TOKEN_HEAD:
         return True, None
@@ -336,15 +333,20 @@ def _resolve_scales(
     elif looks_like_path(kv_scales):
         scales = KVScales.load(kv_scales)
     if not isinstance(scales, KVScales):
-        raise invalid_choice("kv_scales", kv_scales, _KV_SCALES_FORMS)
+        raise _invalid_scales(kv_scales)
     check_shape(scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim)
     return False, _convert_scales(scales, formats)
+
+
+def _invalid_scales(kv_scales: object) -> ConfigError:
+    return invalid_choice("kv_scales", kv_scales, KV_SCALES, "a KVScales", "a path to one")
 
 
 def _convert_scales(scales: KVScales, formats: tuple[KVFormat, ...]) -> KVScales:
     """Return the scales for these formats: 1 for layers that are not FP8.
 
-    Scales for another format are multiplied by the ratio of the largest values, with a warning.
+    Scales that were computed for another format are multiplied by the ratio of the largest values
+    of the two, with a warning.
     """
     origin = None if scales.kv_dtype is None else kv_format(scales.kv_dtype)
     if all(fmt is origin or (origin is None and fmt.is_fp8) for fmt in formats):
@@ -353,8 +355,8 @@ def _convert_scales(scales: KVScales, formats: tuple[KVFormat, ...]) -> KVScales
     if origin is not None:
         for fmt in dict.fromkeys(fmt for fmt in formats if fmt.is_fp8 and fmt is not origin):
             warnings.warn(
-                f"The KV scales are made for {origin.name}: for {fmt.name} they are multiplied by "
-                "the ratio of the largest values of the formats, "
+                f"The KV scales were computed for {origin.name}: for {fmt.name} they are "
+                "multiplied by the ratio of the largest values of the formats, "
                 f"{origin.largest:g} / {fmt.largest:g}.",
                 stacklevel=2,
             )
@@ -366,23 +368,15 @@ def _convert_scales(scales: KVScales, formats: tuple[KVFormat, ...]) -> KVScales
 
 
 def context_length(config: ModelConfig, max_model_len: int | None) -> int:
-    """Return the most tokens of a sequence; None means the context length of the model.
+    """Return the most tokens of a sequence: `max_model_len`, or the context length of the model.
 
-    Raises `ConfigError` for more than that.
+    Raises `ConfigError` if `max_model_len` exceeds the context length.
     """
-    length = positive("max_model_len", max_model_len) or config.max_len
-    if length > config.max_len:
+    if max_model_len is None:
+        return config.max_len
+    if max_model_len > config.max_len:
         raise ConfigError(
             f"max_model_len={max_model_len}: this model was trained for at most {config.max_len} "
             "tokens."
         )
-    return length
-
-
-def positive(name: str, value: object) -> int | None:
-    """Return a positive integer or None. Raises `ConfigError`, with `name`, for anything else."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r}: must be a positive integer.")
-    return value
+    return max_model_len

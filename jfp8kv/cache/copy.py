@@ -1,4 +1,4 @@
-"""Copies of pages on the device, in place: what copy-on-write needs (engine/kv_manager.py)."""
+"""Copy pages on the device in place, for copy-on-write (engine/kv_manager.py)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,8 +10,7 @@ from jaxtyping import Array, Int, Int32
 from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.pytree import AnyArray, pytree
 
-# Per dispatch. The loop ends after the last copy, so one program serves all counts.
-MAX_COPIES = 64
+MAX_COPIES = 64  # per dispatch; the loop ends after the last copy, so one program suffices
 
 
 @pytree
@@ -24,7 +23,7 @@ class PageCopies:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows of one page each, padded."""
+        """The padded number of copies, and 1."""
         return self.source.shape[0], 1
 
     @classmethod
@@ -35,8 +34,8 @@ class PageCopies:
         return cls(source=rows[0], target=rows[1], count=np.array(len(pairs), np.int32))
 
 
-def batched(pairs: Sequence[tuple[int, int]]) -> Iterator[PageCopies]:
-    """Yield the same copies, in order, up to `MAX_COPIES` at a time."""
+def copy_batches(pairs: Sequence[tuple[int, int]]) -> Iterator[PageCopies]:
+    """Yield the copies of all pairs `(source, target)` in order, at most `MAX_COPIES` at a time."""
     for first in range(0, len(pairs), MAX_COPIES):
         yield PageCopies.of(pairs[first : first + MAX_COPIES])
 
@@ -54,17 +53,20 @@ def copy_pages(
     memory of all copies, and took longer for few copies on a CPU.)
     """
 
-    def put(index: Array, pages: KVPool) -> KVPool:
+    def copy(index: Array, pages: KVPool) -> KVPool:
         copied: KVPool = jax.tree.map(
-            lambda pool: _copied(pool, pages.num_pages, source[index], target[index]), pages
+            lambda array: _copy_page(array, pages.num_pages, source[index], target[index]), pages
         )
         return copied
 
-    copied: KVPool = lax.fori_loop(0, count, put, pages)
+    copied: KVPool = lax.fori_loop(0, count, copy, pages)
     return copied
 
 
-def _copied(pool: Array, num_pages: int, source: Int[Array, ""], target: Int[Array, ""]) -> Array:
-    slots = pool.reshape(-1, num_pages, *pool.shape[1:])
+def _copy_page(
+    array: Array, num_pages: int, source: Int[Array, ""], target: Int[Array, ""]
+) -> Array:
+    """Copy one page in all layer slots of an array of the pool."""
+    slots = array.reshape(-1, num_pages, *array.shape[1:])
     page = lax.dynamic_slice_in_dim(slots, source, 1, axis=1)
-    return lax.dynamic_update_slice_in_dim(slots, page, target, axis=1).reshape(pool.shape)
+    return lax.dynamic_update_slice_in_dim(slots, page, target, axis=1).reshape(array.shape)

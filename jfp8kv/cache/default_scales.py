@@ -2,10 +2,10 @@
 
 Scale 1 costs nothing, and the quantization error of ordinary keys and values does not depend on the
 scale. Keys with a large K bias are different (Qwen2 and Qwen2.5 have biases in the hundreds): three
-mantissa bits that encode the bias leave none for the rest, whatever the scale, and the output
-degenerates. The weights show which layers have one. There the bias is subtracted before keys are
-stored (`KVScales.k_offset`), at no cost in bytes. Where RoPE rotates too much of the bias for a
-constant offset, the layer is not quantized, with a warning. docs/notes/013 has the measurements.
+mantissa bits that encode the bias leave none for the rest, with any scale, and the output
+degenerates. The weights show which layers have such a bias. In these layers it is subtracted before
+keys are stored (`KVScales.k_offset`), at no cost in bytes. If RoPE rotates too much of the bias for
+a constant offset, the layer is not quantized, with a warning. docs/notes/013 has the measurements.
 """
 
 import warnings
@@ -20,20 +20,20 @@ from jfp8kv.models.params import Params
 
 # Thresholds, as multiples of the key spread of each KV head. A head counts as a whole, since the
 # errors of its channels add up in the scores (docs/notes/013).
-LARGE_BIAS = 1.0  # subtract a K bias from here on: it doubles the quantization error
-MAX_DEVIATION = 4.0  # do not quantize if rotation leaves more than this: ten times the error
-KEY_REACH = 16.0  # by channel: the scale covers keys this far from the bias
+LARGE_BIAS = 1.0  # subtract larger biases: they more than double the quantization error
+MAX_DEVIATION = 4.0  # do not quantize if RoPE moves the bias further: ten times the error
+KEY_REACH = 16.0  # by channel: the scale covers keys up to this distance from the bias
 
 
 def default_scales(
     params: Params, formats: tuple[KVFormat, ...], max_model_len: int
 ) -> tuple[tuple[KVFormat, ...], KVScales]:
-    """Return the format of each layer, and its scales.
+    """Return the format of each layer, and the scales of all layers.
 
-    Scales are 1 and there is no offset unless a layer needs one.
+    Scales are 1, and K offsets are only present if a layer needs one.
 
     Args:
-      params: the model; its leaves may be shapes, which have scale 1.
+      params: the model. If its leaves are shapes instead of weights, all scales are 1.
       formats: the requested format of each layer.
       max_model_len: length of the longest sequence, in tokens.
     """

@@ -19,7 +19,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-MAX_IDLE = 0.1  # largest share of unused layer slots that is traded for fewer, deeper groups
+MAX_IDLE = 0.1  # the largest accepted share of unused layer slots, for fewer and deeper groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LayerGroups:
         depths = range(max(map(sum, sizes)), max(widths) - 1, -1)
         fitting = (d for d in depths if max(_idle(each, d) for each in sizes) <= MAX_IDLE)
         depth = next(fitting, None)
-        if depth is None:  # wide and narrow layers that fill no depth well
+        if depth is None:  # wide and narrow layers leave slots unused at every depth
             depth = min(depths, key=lambda d: sum(d * len(_pack(each, d)) for each in sizes))
         group_of = [0] * len(windows)
         slot_of = [0] * len(windows)
@@ -78,7 +78,7 @@ class LayerGroups:
 
 
 def _pack(widths: Sequence[int], depth: int) -> list[list[int]]:
-    """Return the indices of layers by group: first fit."""
+    """Pack layers into groups of `depth` slots, first fit; return their indices by group."""
     groups: list[list[int]] = []
     room: list[int] = []
     for index, width in enumerate(widths):
@@ -99,7 +99,7 @@ def _idle(widths: Sequence[int], depth: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class PageRequirements:
-    """Page counts of sequences, by group.
+    """The number of pages that sequences need, by group.
 
     Attributes:
       groups: the layer groups.
@@ -129,14 +129,14 @@ class PageRequirements:
         return -(-tokens // self.page_size)
 
     def pages_between(self, group: int, start: int, stop: int) -> int:
-        """Return the most pages of this group in use while positions `start .. stop` are run."""
+        """Return the most pages of a group that steps on positions `start .. stop - 1` use."""
         return min(
             self.end_page(stop) - self.first_page(group, start),
-            self._most(self.groups.windows[group]),
+            self._most_pages(self.groups.windows[group]),
         )
 
-    def _most(self, window: int) -> int:
-        """Return the most pages that one dispatch touches: its tokens and the window before."""
+    def _most_pages(self, window: int) -> int:
+        """Return the most pages that the tokens of a dispatch and their windows touch."""
         if not window:
             return sys.maxsize
         return (window + self.max_tokens_per_dispatch - 3) // self.page_size + 2

@@ -1,4 +1,4 @@
-"""Cache writes by the GPU kernel: quantized and scattered in one launch, in place."""
+"""Cache writes by a GPU kernel, which quantizes and scatters new tokens in place in one launch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,9 +17,9 @@ from pallas_kernels import kv_write
 
 @dataclasses.dataclass(frozen=True)
 class KernelWrite:
-    """`cache.pool.write` by the kernel, bit for bit; one launch for all requests under `vmap`.
+    """`cache.pool.write` by the kernel, bit for bit. One launch under `vmap`.
 
-    Pools with several specs, or with transposed keys, are written by XLA.
+    Pools with several specs or with transposed keys are written by XLA.
     """
 
     interpret: bool = False
@@ -45,7 +45,7 @@ class KernelWrite:
         return self._write_requests()(k, v, page_table, start, length, pages, scales, layer)
 
     def _write_requests(self) -> Callable[..., KVPool]:
-        """Return the write of one request; under `vmap` one launch for all."""
+        """Return the write of one request, which under `vmap` is one launch for all."""
 
         def launch(
             k: Array,
@@ -92,15 +92,17 @@ class KernelWrite:
             assert not any(jax.tree.leaves(in_batched[5:])), (
                 "requests share the pool and the layer: vmap with in_axes=None"
             )
-            by_request = broadcast_unbatched(axis_size, in_batched[:5], args[:5])
-            pages = launch(*(*by_request, *args[5:]))
+            k, v, page_table, start, length = broadcast_unbatched(
+                axis_size, in_batched[:5], args[:5]
+            )
+            pages = launch(k, v, page_table, start, length, *args[5:])
             return pages, jax.tree.map(lambda _: False, pages)
 
         return one
 
 
 def unsupported(pages: KVPool) -> str | None:
-    """Return why the kernel cannot write to this pool, or None."""
+    """Return the reason why the kernel cannot write to this pool; None if it can."""
     if len(pages.layout.distinct) > 1:
         return "the layers have several formats, and the kernel writes one."
     if pages.layout.keys_transposed:

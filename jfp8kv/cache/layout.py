@@ -38,13 +38,13 @@ class LayerCacheSpec:
 
 @dataclasses.dataclass(frozen=True)
 class PoolLayout:
-    """The place of the pages of a page number in the pool.
+    """Where the pool stores the pages of each layer, and in which format.
 
     Attributes:
       specs: by layer, what it stores.
       slots: by layer, its first layer slot.
       depth: layer slots per page number.
-      exponent_slots: by layer, its slot in the dynamic scales; 0 for layers without.
+      exponent_slots: by layer, its slot in the dynamic scales; 0 for layers with static scales.
       exponent_depth: slots per page number in the dynamic scales.
       keys_transposed: whether the keys of a page have channels before tokens.
     """

@@ -1,26 +1,26 @@
-"""`KVPlan`: the format and scales of each layer. `plan_kv` returns it, `kv_dtype` takes it."""
+"""`KVPlan`: the KV cache format and scales of each layer, as `plan_kv` returns them."""
 
 import dataclasses
-import os
 from typing import Any
 
 from jfp8kv.cache.layout import LayerCacheSpec
-from jfp8kv.cache.scales import TOKEN_HEAD, KVScales, read_file, write_file
-from jfp8kv.core.errors import ConfigError, number_ranges
+from jfp8kv.cache.scales import TOKEN_HEAD, KVScales, read_scale_file, write_scale_file
+from jfp8kv.core.errors import CheckpointError, ConfigError, number_ranges
 from jfp8kv.core.formats import kv_format
+from jfp8kv.core.types import PathLike
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """What one layer stores.
+    """The KV cache of one layer.
 
     Attributes:
-      kv_dtype: name of the format.
+      kv_dtype: name of the format, such as "fp8_e4m3".
       scales: for FP8, the granularity of the scales: "unit", "tensor", "head", "channel" or
         "token_head".
       k_offset: whether a constant is subtracted from keys before they are stored.
-      loss: quality loss if only this layer is quantized, as measured for the plan; None if it was
-        not measured.
+      loss: KL divergence in nats per token if only this layer is quantized, as measured for the
+        plan; None if it was not measured.
     """
 
     kv_dtype: str
@@ -47,9 +47,9 @@ class KVPlan:
     """The format and scales of each layer. Pass it as `kv_dtype` to `generate`, `LLM`, ...
 
     Attributes:
-      layers: what each layer stores.
-      scales: static scales and offsets of all layers; 1 (and 0) for layers that need none.
-      bytes_per_token: K and V of all layers, for the longest sequence, as in `llm.stats`.
+      layers: the format of each layer.
+      scales: static scales and K offsets of all layers; 1 and 0 for layers without.
+      bytes_per_token: for K and V of all layers, in the longest sequence, as in `llm.stats`.
       loss: KL divergence from the unquantized cache in nats per token, measured for the whole plan;
         None if it was not measured.
 
@@ -79,24 +79,26 @@ class KVPlan:
         return "\n".join([title, *lines])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the arrays of the scales, in JSON types."""
+        """Return all fields but `scales`, as JSON types."""
         layers = [dataclasses.asdict(layer) for layer in self.layers]
         return {"bytes_per_token": self.bytes_per_token, "loss": self.loss, "layers": layers}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: the scales as arrays, the layers in its metadata."""
-        write_file(path, "KVPlan", self.scales.arrays, self.to_dict())
+    def save(self, path: PathLike) -> None:
+        """Write a safetensors file: the scales as arrays, the other fields in its metadata."""
+        write_scale_file(path, "KVPlan", self.scales.arrays, self.to_dict())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "KVPlan":
+    def load(cls, path: PathLike) -> "KVPlan":
         """Read a file that `save` wrote. Raises `CheckpointError` for any other file."""
-        arrays, metadata = read_file(path, "kv_dtype", "KVPlan")
+        arrays, metadata = read_scale_file(path, "kv_dtype", "KVPlan")
+        if "layers" not in metadata:
+            raise CheckpointError(f"kv_dtype={str(path)!r}: not a KVPlan file (it has no layers).")
         layers = tuple(LayerPlan(**layer) for layer in metadata["layers"])
-        scales = KVScales.of(arrays, None)
+        scales = KVScales.from_arrays(arrays, None)
         return cls(layers, scales, metadata["bytes_per_token"], metadata["loss"])
 
     def check(self, layers: int) -> None:
-        """Raise `ConfigError` unless the plan has this number of layers."""
+        """Raise `ConfigError` unless the plan is for a model with this number of layers."""
         if len(self.layers) != layers:
             raise ConfigError(
                 f"kv_dtype is a plan for {len(self.layers)} layers, and this model has {layers}."

@@ -7,8 +7,8 @@ stores values as `[kv_heads, page_size, head_dim]`, and keys with the same axes 
 (`PoolLayout.keys_transposed`).
 
 All functions are written for one request. Under `vmap` over requests the pool itself stays one
-array: the writes of all requests become one scatter into it (`custom_vmap`), in place when the
-caller donates it.
+array: the writes of all requests become one scatter into it (`custom_vmap`), in place if the caller
+donates it.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int, UInt8
@@ -36,8 +37,8 @@ T = TypeVar("T")
 class KVPool:
     """Keys and values of every layer. `real = stored * scale`.
 
-    Where layers differ, `for_spec` returns the pool as layers of one spec see it. `fmt` and
-    `dynamic` are defined for such a view only.
+    If layers have different specs, `for_spec` returns a view of the pool for the layers of one
+    spec. `spec`, `fmt` and `dynamic` are only defined for such a view.
 
     Attributes:
       k_bits: stored keys `[layer_pages, kv_heads, page_size, head_dim]`, or
@@ -76,7 +77,7 @@ class KVPool:
 
     @property
     def num_pages(self) -> int:
-        """Page numbers; each is a page in `layout.depth` layer slots."""
+        """The number of page numbers. Each has a page in `layout.depth` layer slots."""
         return self.k_bits.shape[0] // self.layout.depth
 
     @property
@@ -99,12 +100,12 @@ class KVPool:
 
     @property
     def first_rows(self) -> Int[Array, " layers"]:
-        """By layer, the row of page number 0."""
+        """By layer, the row of the page with number 0."""
         return jnp.asarray(self.layout.slots, jnp.int32) * self.num_pages
 
     @property
     def first_exponent_rows(self) -> Int[Array, " layers"]:
-        """By layer, the row of page number 0 in the exponents."""
+        """By layer, the row of the page with number 0 in the exponents."""
         return jnp.asarray(self.layout.exponent_slots, jnp.int32) * self.num_pages
 
     def rows(self, layer: Layer, numbers: Int[Array, " pages"]) -> Int[Array, " pages"]:
@@ -158,9 +159,9 @@ class KVPool:
 class LayerScales:
     """Static scales on the device, broadcast to `[layers, kv_heads, head_dim]`.
 
-    Inverses are computed once on the host, and writing multiplies by them: every backend rounds
-    the same result. `k_offset` is subtracted from keys before that. Layers with dynamic scales use
-    the offset only.
+    Writes multiply by the inverses, which are computed once on the host, so every backend rounds
+    the same numbers. `k_offset` is subtracted from keys first. Layers with dynamic scales only use
+    the offset.
     """
 
     k: Float[Array, "layers kv_heads head_dim"]
@@ -173,7 +174,7 @@ class LayerScales:
     def of(cls, scales: KVScales, *, layers: int, kv_heads: int, head_dim: int) -> "LayerScales":
         """Place `scales` on the device for a model of these sizes."""
 
-        def place(x: Any) -> Array:
+        def place(x: np.ndarray) -> Array:
             return jnp.broadcast_to(jnp.asarray(x, jnp.float32), (layers, kv_heads, head_dim))
 
         return cls(
@@ -188,7 +189,7 @@ class LayerScales:
 def new_pool(
     layout: PoolLayout, *, num_pages: int, page_size: int, kv_heads: int, head_dim: int
 ) -> KVPool:
-    """Allocate a pool of zeros: `num_pages` page numbers of `page_size` tokens."""
+    """Allocate a pool of zeros with `num_pages` page numbers of `page_size` tokens each."""
     rows = layout.depth * num_pages
     key_page = (head_dim, page_size) if layout.keys_transposed else (page_size, head_dim)
 
@@ -213,7 +214,7 @@ def page_bytes(layout: PoolLayout, *, page_size: int, kv_heads: int, head_dim: i
 
 
 def switch_on_spec(layer: Layer, layout: PoolLayout, branch: Callable[[LayerCacheSpec], T]) -> T:
-    """Return `branch(spec)` for the spec of `layer`, which may be traced: one branch per spec."""
+    """Return `branch(spec)` for the spec of `layer`, with one branch per spec if it is traced."""
     specs = layout.distinct
     if len(specs) == 1:
         return branch(specs[0])
@@ -222,9 +223,9 @@ def switch_on_spec(layer: Layer, layout: PoolLayout, branch: Callable[[LayerCach
 
 
 class _Encoded(NamedTuple):
-    """New tokens as a layer stores them.
+    """New tokens in the form in which a layer stores them.
 
-    `k` and `v` have one array per layer slot, as many as the widest spec of the pool takes.
+    `k` and `v` have one array for each layer slot of the widest spec of the pool.
     """
 
     k: tuple[Array, ...]
@@ -326,9 +327,9 @@ def _parts(bits: Array, layout: PoolLayout) -> tuple[Array, ...]:
 def fake_quant(
     spec: LayerCacheSpec, scales: LayerScales | None, k: KV, v: KV, *, layer: Layer
 ) -> tuple[KV, KV]:
-    """Return keys and values as a layer of this spec would return them, without a pool.
+    """Quantize and dequantize keys and values as a layer of this spec does, without a pool.
 
-    Equal to `read` after `write`, in float32.
+    The result equals `read` after `write`, in float32.
     """
     layout = PoolLayout.uniform(spec.fmt, 1, dynamic=spec.dynamic)
     k = k.astype(jnp.float32)
@@ -353,8 +354,8 @@ def read(
 ) -> tuple[KV, KV]:
     """Return the float32 keys and values of one request in `layer`: all slots of its pages.
 
-    The offset of keys is added back. Slots that were never written contain arbitrary values. The
-    whole sequence is decoded at once: for measurements and tests.
+    The K offset is added back. Slots that were never written contain arbitrary values. The whole
+    sequence is decoded at once, so this is for measurements and tests.
     """
     k, v = switch_on_spec(
         layer,
@@ -384,6 +385,7 @@ def _dequantize(
 
 
 def _by_token(pages: Float[Array, "pages kv_heads page_size head_dim"]) -> KV:
+    """Concatenate pages along their tokens."""
     x = pages.swapaxes(1, 2)
     return x.reshape(-1, *x.shape[2:])
 
@@ -393,7 +395,7 @@ def _scatter(
 ) -> Callable[[Array, Array, Array, Array], Array]:
     """Return `put(pool, row, offset, values)`, which sets `pool[index(row, offset)] = values`.
 
-    Rows past the end are dropped. Under `vmap` it is one scatter for all requests.
+    Rows past the end are dropped. Under `vmap`, `put` is one scatter for all requests.
     """
 
     @custom_vmap
@@ -419,8 +421,8 @@ def poison(pages: KVPool, code: int) -> KVPool:
     """Return the pool with every stored element set to `code` and every exponent to 255.
 
     Args:
-      pages: the pool; float32 elements are set to NaN.
-      code: `fmt.nan_code`, or 0xFF for a pool of several formats.
+      pages: the pool. Elements that are stored as float32 are set to NaN.
+      code: `fmt.nan_code`, or 0xFF for a pool with several formats.
     """
 
     def fill(bits: Array) -> Array:

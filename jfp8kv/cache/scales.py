@@ -6,13 +6,12 @@ output of attention.
 
 Dynamic scales (`kv_scales="token_head"`) are one per token and KV head, computed when the token is
 written and stored next to its page. They are powers of two, stored as their exponent in one byte
-(E8M0 of OCP Microscaling Formats 1.0, section 5.4.1). A coarse scale costs a floating-point element
-only a little range at the low end, and dividing by a power of two is exact, so every backend stores
-the same bytes.
+(E8M0 of OCP Microscaling Formats 1.0, section 5.4.1). Rounding the scale up to a power of two only
+costs a floating-point element some range at the low end, and dividing by a power of two is exact,
+so every backend stores the same bytes.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,32 +24,35 @@ from jaxtyping import Array, Float, UInt8
 
 from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.core.formats import KVFormat, kv_format
-from jfp8kv.core.types import KV_SCALES
+from jfp8kv.core.types import PathLike
 from pallas_kernels import fp8
 
-UNIT, TOKEN_HEAD = "unit", "token_head"
-SCALE_NAMES = KV_SCALES
+UNIT = "unit"
+TOKEN_HEAD = "token_head"
 
 
 class KVScales:
-    """Static scales of every layer.
+    """Static scales of every layer: `real = stored * scale`.
 
-    `[layers, 1, 1]` is one scale per tensor, `[layers, kv_heads, 1]` one per head,
-    `[layers, kv_heads, head_dim]` one per channel. Two instances are equal only if they are the
-    same object.
+    The arrays have the shape `[layers, 1, 1]` (one scale per layer: granularity "tensor"),
+    `[layers, kv_heads, 1]` ("head") or `[layers, kv_heads, head_dim]` ("channel"). Two instances
+    are equal only if they are the same object.
 
-    Attributes:
-      k, v: float32, in one of the shapes above.
+    Args:
+      k, v: scales of keys and values, stored as float32. They may have different granularities.
       k_offset: subtracted from keys (after RoPE) before they are scaled, in one of the shapes
         above; None for no offset. It shifts all scores of a query by the same amount, which a
         softmax ignores.
-      kv_dtype: the format that the scales were computed for; None for the format of the cache.
+      kv_dtype: the FP8 format that the scales were computed for; None for the format of the cache.
 
-    Raises `ConfigError` for a scale that is not positive and finite, with its layer.
+    Raises `ConfigError` for another shape, and with the layer for a scale that is not positive and
+    finite.
 
     Example:
       scales = KVScales(k=np.full((layers, 1, 1), 0.05), v=np.full((layers, 1, 1), 0.02))
       jfp8kv.generate(params, prompts, kv_dtype="fp8", kv_scales=scales)
+      scales.save("scales.safetensors")
+      jfp8kv.generate(params, prompts, kv_dtype="fp8", kv_scales="scales.safetensors")
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class KVScales:
 
     @property
     def granularity(self) -> str:
-        """ "tensor", "head" or "channel": the finer of K's and V's."""
+        """The finer granularity of `k` and `v`: "tensor", "head" or "channel"."""
         _, kv_heads, head_dim = np.maximum(self.k.shape, self.v.shape)
         if head_dim > 1:
             return "channel"
@@ -91,50 +93,47 @@ class KVScales:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """`k`, `v`, and `k_offset` if there is one, by name."""
-        found = {"k": self.k, "v": self.v, "k_offset": self.k_offset}
-        return {name: value for name, value in found.items() if value is not None}
+        arrays = {"k": self.k, "v": self.v}
+        return arrays if self.k_offset is None else arrays | {"k_offset": self.k_offset}
 
     @classmethod
     def unit(cls, layers: int) -> "KVScales":
         """Return scale 1 for every layer."""
         return cls(np.ones((layers, 1, 1), np.float32), np.ones((layers, 1, 1), np.float32))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file with the arrays, their granularity and format."""
+    def save(self, path: PathLike) -> None:
+        """Write a safetensors file with the arrays, their granularity and `kv_dtype`."""
         metadata = {"granularity": self.granularity, "kv_dtype": self.kv_dtype}
-        write_file(path, "KVScales", self.arrays, metadata)
+        write_scale_file(path, "KVScales", self.arrays, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "KVScales":
+    def load(cls, path: PathLike) -> "KVScales":
         """Read a file that `save` wrote. Raises `CheckpointError` for any other file."""
-        arrays, metadata = read_file(path, "kv_scales", "KVScales")
-        return cls.of(arrays, metadata.get("kv_dtype"))
+        arrays, metadata = read_scale_file(path, "kv_scales", "KVScales")
+        return cls.from_arrays(arrays, metadata.get("kv_dtype"))
 
     @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray], kv_dtype: str | None) -> "KVScales":
-        """Return the scales with these `arrays` (see the property of that name)."""
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], kv_dtype: str | None) -> "KVScales":
+        """Return the scales whose property `arrays` is `arrays`."""
         return cls(arrays["k"], arrays["v"], arrays.get("k_offset"), kv_dtype)
 
 
-def write_file(
-    path: str | os.PathLike[str],
-    class_name: str,
-    arrays: dict[str, np.ndarray],
-    metadata: Mapping[str, Any],
+def write_scale_file(
+    path: PathLike, class_name: str, arrays: dict[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> None:
-    """Write `arrays` and `metadata` of a `class_name` as a safetensors file."""
+    """Write the arrays and the metadata of a `KVScales` or `KVPlan` as a safetensors file."""
     from safetensors.numpy import save  # `save_file` creates files that only their owner can read
 
     about = json.dumps({"format": f"jfp8kv.{class_name}"} | dict(metadata))
     Path(path).write_bytes(save(arrays, metadata={"jfp8kv": about}))
 
 
-def read_file(
-    path: str | os.PathLike[str], option: str, class_name: str
+def read_scale_file(
+    path: PathLike, option: str, class_name: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return arrays and metadata of a file that `class_name.save` wrote.
+    """Return the arrays and the metadata of a file that `write_scale_file` wrote.
 
-    Raises `CheckpointError`, which names `option`, for any other file.
+    Raises `CheckpointError` for any other file. The message names `option` and `class_name`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -160,12 +159,12 @@ def read_file(
 jax.tree_util.register_pytree_node(
     KVScales,
     lambda s: ((s.k, s.v, s.k_offset), s.kv_dtype),
-    lambda kv_dtype, children: _unchecked(kv_dtype, *children),
+    lambda kv_dtype, children: _rebuild(kv_dtype, *children),
 )
 
 
-def _unchecked(kv_dtype: str | None, k: Any, v: Any, k_offset: Any) -> KVScales:
-    """Rebuild the pytree without checks: JAX may pass anything (tracers, None)."""
+def _rebuild(kv_dtype: str | None, k: Any, v: Any, k_offset: Any) -> KVScales:
+    """Return a pytree node without checking the leaves: JAX passes tracers, None and others."""
     scales = object.__new__(KVScales)
     scales.k = k
     scales.v = v
@@ -175,7 +174,10 @@ def _unchecked(kv_dtype: str | None, k: Any, v: Any, k_offset: Any) -> KVScales:
 
 
 def _shaped(name: str, value: object) -> np.ndarray:
-    array = np.array(value, np.float32, order="C")  # a copy, in the memory order of files
+    try:
+        array = np.array(value, np.float32, order="C")  # a copy, in the memory order of files
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} scales must be an array of numbers: {error}.") from None
     if array.ndim != 3:
         raise ConfigError(
             f"{name} scales of shape {array.shape}: must be [layers, 1, 1] (tensor), "

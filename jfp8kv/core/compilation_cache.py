@@ -25,7 +25,10 @@ _decided = False
 
 
 def use_compilation_cache() -> None:
-    """Turn the cache on, as the module says. Only the first call in a process has an effect."""
+    """Turn the cache on, except in the cases that the module docstring lists.
+
+    Only the first call in a process has an effect.
+    """
     global _decided
     with _lock:
         if _decided:
@@ -44,8 +47,8 @@ def use_compilation_cache() -> None:
 def disable_compilation_cache() -> None:
     """Leave JAX's persistent compilation cache off in this process.
 
-    To be called before the first `LLM`. The environment variable `JFP8KV_COMPILATION_CACHE=0` does
-    the same.
+    Call it before creating the first `LLM`. The environment variable
+    `JFP8KV_COMPILATION_CACHE=0` does the same.
     """
     global _decided
     with _lock:

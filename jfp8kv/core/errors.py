@@ -29,7 +29,7 @@ class StepError(Jfp8kvError, RuntimeError):
 
 
 class DeviceMemoryError(Jfp8kvError, MemoryError):
-    """The device has too little memory for the KV cache, or for a step next to it."""
+    """The device has too little memory for the KV cache, or for a step in addition to it."""
 
 
 class NotSupported(Jfp8kvError):
@@ -50,12 +50,20 @@ def unknown_keyword(name: str, allowed: Iterable[str]) -> ConfigError:
     )
 
 
-def invalid_choice(what: str, given: object, allowed: Iterable[str]) -> ConfigError:
-    """Return the error for a value outside a list: the value, the list, the closest entry."""
+def invalid_choice(what: str, given: object, allowed: Iterable[str], *others: str) -> ConfigError:
+    """Return the error for a value that is not in a list of names.
+
+    Args:
+      what: the name of the argument.
+      given: the value.
+      allowed: the allowed names; the message suggests the closest.
+      others: descriptions of other allowed values, such as "a KVScales".
+    """
     allowed = list(allowed)
+    listed = ", ".join([*map(repr, allowed), *others[:-1]])
+    last = f", or {others[-1]}" if others else ""
     return ConfigError(
-        f"{what}={given!r}: must be one of {', '.join(map(repr, allowed))}."
-        f"{did_you_mean(given, allowed)}"
+        f"{what}={given!r}: must be one of {listed}{last}.{did_you_mean(given, allowed)}"
     )
 
 
@@ -91,7 +99,7 @@ def step_error(error: BaseException, *, cache_bytes: int) -> Jfp8kvError:
         return error
     if is_out_of_memory(error):
         return DeviceMemoryError(
-            f"a step ran out of device memory beside a KV cache of {cache_bytes} bytes: "
+            f"a step ran out of device memory next to a KV cache of {cache_bytes} bytes: "
             f"{first_line(error)} {_RESET}. If it happens again, create the LLM with a smaller "
             "kv_cache_memory, max_num_batched_tokens or max_num_seqs."
         )
@@ -111,7 +119,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message as a sentence. Those of XLA go on for pages."""
+    """Return the first line of an error's message as a sentence: messages of XLA fill pages."""
     lines = str(error).splitlines()
     line = lines[0].strip().rstrip(".") if lines else ""
     return f"{line or '(no message)'}."

@@ -21,7 +21,6 @@ too. The full conversion takes many instructions.
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -175,5 +174,5 @@ def join_bytes(parts: Sequence[Array], fmt: KVFormat) -> Array:
 
 
 def as_values(bits: Array, fmt: KVFormat) -> Array:
-    """Return stored bits as their value type (`float8_e4m3fn`, ...), for inspection. Copies."""
-    return bits if fmt is FLOAT32 else jax.lax.bitcast_convert_type(bits, fmt.dtype)
+    """Return a copy of stored bits as their value type (`float8_e4m3fn`, ...), for inspection."""
+    return bits if fmt is FLOAT32 else lax.bitcast_convert_type(bits, fmt.dtype)

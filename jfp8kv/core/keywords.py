@@ -1,7 +1,7 @@
 """Write `TypedDict`s of option classes, for signatures such as `**options: Unpack[EngineFields]`.
 
-A type checker needs the keywords in source form, and option classes declare them. This script reads
-every module of the package with an `@options` class and writes `keywords.py` beside it.
+Type checkers need the keywords in source form. This script reads every module of the package that
+has an `@options` class, and writes their `TypedDict`s to `keywords.py` in the same folder.
 
     python -m jfp8kv.core.keywords           # write the files
     python -m jfp8kv.core.keywords --check   # exit status 1 if one is out of date
@@ -51,31 +51,38 @@ def _source(modules: list[Path], package: Path) -> str:
         text = path.read_text(encoding="utf-8")
         tree = ast.parse(text)
         module = ".".join(path.relative_to(package.parent).with_suffix("").parts)
-        homes = _homes(tree, module)
+        origins = _origins(tree, module)
         for node in _option_classes(tree):
             bodies.append(_typed_dict(node, text))
             for name in _names(node):
-                if name in homes:
-                    imports.setdefault(homes[name], set()).add(name)
-            for base in (base.id for base in node.bases if isinstance(base, ast.Name)):
-                if base != "Options" and homes[base] != module:
-                    home = f"{homes[base].rpartition('.')[0]}.keywords"
-                    imports.setdefault(home, set()).add(fields_name(base))
+                if name in origins:
+                    imports.setdefault(origins[name], set()).add(name)
+            for base in _base_options(node):
+                if origins[base] != module:
+                    package_of_base = origins[base].rpartition(".")[0]
+                    names = imports.setdefault(f"{package_of_base}.keywords", set())
+                    names.add(fields_name(base))
     return "\n\n\n".join([f"{HEAD}\n\n{_import_lines(imports)}", *bodies]) + "\n"
 
 
-def _homes(tree: ast.Module, module: str) -> dict[str, str]:
-    """Return the module of each name that `module` imports or defines."""
-    homes: dict[str, str] = {}
+def _base_options(node: ast.ClassDef) -> list[str]:
+    """Return the option classes that an option class extends."""
+    names = [base.id for base in node.bases if isinstance(base, ast.Name)]
+    return [name for name in names if name != "Options"]
+
+
+def _origins(tree: ast.Module, module: str) -> dict[str, str]:
+    """Return the module that defines each name that `module` imports or defines."""
+    origins: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
-            homes |= {alias.name: node.module for alias in node.names}
+            origins |= {alias.name: node.module for alias in node.names}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            homes[node.name] = module
+            origins[node.name] = module
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            homes[node.target.id] = module
-    return homes
+            origins[node.target.id] = module
+    return origins
 
 
 def _fields(node: ast.ClassDef) -> Iterator[tuple[str, ast.expr]]:
@@ -98,8 +105,7 @@ def _names(node: ast.ClassDef) -> set[str]:
 
 def _typed_dict(node: ast.ClassDef, text: str) -> str:
     """Return the class statement of the `TypedDict` of one option class."""
-    bases = [base.id for base in node.bases if isinstance(base, ast.Name) and base.id != "Options"]
-    parents = ", ".join(map(fields_name, bases)) or "TypedDict"
+    parents = ", ".join(map(fields_name, _base_options(node))) or "TypedDict"
     lines = [
         f"class {fields_name(node.name)}({parents}, total=False):",
         f'    """Keywords of `{node.name}`."""',

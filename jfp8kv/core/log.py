@@ -1,5 +1,6 @@
-"""The logger of the library. Silent by default apart from warnings.
+"""The logger of the library. By default it shows warnings only.
 
+logging.basicConfig()
 logging.getLogger("jfp8kv").setLevel(logging.INFO)
 """
 
@@ -11,5 +12,5 @@ logger = logging.getLogger("jfp8kv")
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning the first time that this process has this message."""
+    """Log a warning, once per message and process."""
     logger.warning(message)

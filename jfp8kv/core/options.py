@@ -1,4 +1,4 @@
-"""Option classes: frozen dataclasses whose fields carry their range and their sentence of help.
+"""Option classes: frozen dataclasses whose fields declare their default, range and help text.
 
 An option is declared once. Everything else is derived from the declaration: `Options.from_fields`
 takes keywords, `Options.specs` describes the fields to a schema or a parser, `core.keywords` writes
@@ -37,8 +37,8 @@ Self = TypeVar("Self", bound="Options")
 class OptionSpec:
     """One option: its name, type, default and help, and the values it allows.
 
-    `annotation` is the declared type. `types` are the members of that union without None, `choices`
-    the values of a `Literal`, `element` the type of the items where the option is a sequence.
+    `annotation` is the declared type. `types` are its union members without None, `choices` the
+    values of a `Literal`, and `element` the item type of a sequence.
     """
 
     name: str
@@ -90,20 +90,20 @@ class OptionSpec:
 
     @property
     def range(self) -> str:
-        """The allowed range in words, such as "of at least 1"; empty where there is none."""
+        """The allowed range in words, such as "of at least 1"; empty if there is none."""
         parts = []
         if self.minimum is not None:
-            parts.append(f"of at least {_shown(self.minimum)}")
+            parts.append(f"of at least {_format_limit(self.minimum)}")
         if self.above is not None:
-            parts.append(f"above {_shown(self.above)}")
+            parts.append(f"above {_format_limit(self.above)}")
         if self.maximum is not None:
-            parts.append(f"at most {_shown(self.maximum)}")
+            parts.append(f"at most {_format_limit(self.maximum)}")
         return " and ".join(parts)
 
     def checked(self, value: Any) -> Any:
         """Return `value` in its stored form.
 
-        Raises `ConfigError`: the value given, the values allowed, and what to try.
+        Raises `ConfigError` with the given value, the allowed values and what to try.
         """
         if self.convert is not None:
             return self.convert(value)
@@ -175,9 +175,9 @@ def option(
     """Declare a field of an option class. Type checkers know the default by its keyword (PEP 681).
 
     Args:
-      default: the value where none is given.
-      help: a sentence on what the option does. Where the default is None, a second one says what
-        that means: "By default ...".
+      default: the value if none is given.
+      help: a sentence that says what the option does. If the default is None, a second sentence
+        says what that means: "By default ...".
       minimum, above, maximum: the range of a number, or of each number of a sequence.
       hint: what to try instead of an invalid value; ends the error message.
       convert: checks and converts a value of any other type. Raises `ConfigError`.
@@ -197,15 +197,16 @@ def option(
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
 def options(cls: C) -> C:
     """Make `cls`, a subclass of `Options`, a frozen dataclass, with its fields in its docstring."""
-    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    decorated = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     # Invalid values are reported by `OptionSpec.checked`, never by a run-time type checker.
-    made.__no_type_check__ = True  # type: ignore[attr-defined]
-    made.__doc__ = f"{typing.cast(str, cls.__doc__).rstrip()}\n\n{fields_section(made)}"
-    return typing.cast(C, made)
+    decorated.__no_type_check__ = True  # type: ignore[attr-defined]
+    own_doc = typing.cast(str, cls.__doc__).rstrip()
+    decorated.__doc__ = f"{own_doc}\n\n{fields_section(decorated)}"
+    return typing.cast(C, decorated)
 
 
 class Options:
-    """Base of the option classes. Creating one checks every field, and `check` the combination."""
+    """Base class of option classes. Creating an instance checks all fields together."""
 
     ARGUMENT: ClassVar[str] = "options"  # the usual name of a parameter that takes these options
 
@@ -304,10 +305,10 @@ def fields_section(cls: type[Options], title: str = "Fields") -> str:
 
 
 def _resolved(cls: type, annotation: Any) -> Any:
-    """Return the annotation of a field, where it is a string as the type that it names.
+    """Return the type that the annotation of a field stands for. A string is evaluated.
 
-    A type imported under `TYPE_CHECKING` alone is unknown at run time. It stands for itself: such
-    an option needs `convert`.
+    A type that is only imported under `TYPE_CHECKING` is unknown at run time and becomes a
+    `ForwardRef`: such an option needs `convert`.
     """
     if not isinstance(annotation, str):
         return annotation
@@ -326,8 +327,8 @@ def _type_name(kind: Any) -> str:
     return f"{name}[{arguments}]" if arguments else name
 
 
-def _shown(limit: int | float) -> str:
-    """Return a limit as text; 2**n - 1 in that form where its digits say nothing."""
+def _format_limit(limit: int | float) -> str:
+    """Return a limit as text. Large limits of the form 2**n - 1 are written like that."""
     if isinstance(limit, int) and limit >= 2**31 - 1 and not limit & (limit + 1):
         return f"2**{limit.bit_length()} - 1"
     return f"{limit:g}"

@@ -1,4 +1,4 @@
-"""The rule for arguments that take a name or a path: known names win, and a path looks like one."""
+"""Distinguish names from paths, for arguments that accept both."""
 
 import os
 import typing

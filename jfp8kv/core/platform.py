@@ -1,4 +1,4 @@
-"""Properties of the machine that results or speed depend on."""
+"""Properties of the machine that determine results or speed."""
 
 import functools
 import os
@@ -24,8 +24,8 @@ def cpu_flags() -> frozenset[str]:
 def has_16bit_matmul(backend: str | None = None) -> bool:
     """Return whether 16-bit matmuls run in hardware: on accelerators, and on CPUs with AMX tiles.
 
-    On other CPUs XLA widens both operands, slowly. Float32 on widened tiles is faster and more
-    exact there (docs/log.md).
+    On other CPUs XLA widens both operands to float32, slowly. There, float32 matmuls on tiles that
+    we widen are faster and more exact (docs/log.md).
     """
     return (backend or jax.default_backend()) != "cpu" or "amx_bf16" in cpu_flags()
 
@@ -43,7 +43,7 @@ def cache_folder() -> Path:
     return Path(given or platformdirs.user_cache_dir("jfp8kv", appauthor=False))
 
 
-def describe() -> str:
+def describe_platform() -> str:
     """Return device, processor and versions in one line, for benchmark logs."""
     import jaxlib
 

@@ -52,7 +52,7 @@ def to_json(value: Any) -> Any:
 
 
 def gap(lines: box.Box | None) -> list[str]:
-    """Return an empty line between tables without lines; lines come with empty rows around them."""
+    """Return the separator of two tables: an empty line, or nothing if tables have ruled lines."""
     return [] if lines else [""]
 
 

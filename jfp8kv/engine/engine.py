@@ -16,7 +16,7 @@ from jfp8kv.attention.dispatch import select_backend
 from jfp8kv.attention.matmul import select_matmul
 from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.cache.config import context_length, resolve_cache
-from jfp8kv.cache.copy import batched
+from jfp8kv.cache.copy import copy_batches
 from jfp8kv.cache.pool import KVPool
 from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError
 from jfp8kv.core.log import logger
@@ -419,7 +419,7 @@ class Engine:
         has written to them: steps run in the order in which their copies were recorded.
         """
         copies = self.scheduler.kv_manager.copies
-        for some in batched(copies):
+        for some in copy_batches(copies):
             _, self.pages = self.programs.call(step.copy, some, self.pages)
         copies.clear()
         output, self.pages = self.programs.call(

@@ -47,7 +47,7 @@ def check_kv_dtype(value: Any) -> Any:
 def check_kv_scales(value: Any) -> Any:
     """Return `value` unless it is a string that is neither a name nor a path to `KVScales`."""
     if isinstance(value, str) and value not in KV_SCALES and not looks_like_path(value):
-        raise invalid_choice("kv_scales", value, (*KV_SCALES, "a KVScales", "a path to one"))
+        raise invalid_choice("kv_scales", value, KV_SCALES, "a KVScales", "a path to one")
     return value
 
 

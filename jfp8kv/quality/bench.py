@@ -17,7 +17,7 @@ from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint.load import ModelLike, as_params
 from jfp8kv.core.formats import kv_format
 from jfp8kv.core.options import takes
-from jfp8kv.core.platform import describe
+from jfp8kv.core.platform import describe_platform
 from jfp8kv.core.report import Report, empty_table, gap
 from jfp8kv.core.types import KV_DTYPES, WeightsDtype
 from jfp8kv.engine.options import KVDtype, KVScalesLike
@@ -169,7 +169,7 @@ def bench(
         prompt_tokens=checked.prompt_tokens,
         output_tokens=checked.output_tokens,
         rounds=checked.rounds,
-        device=describe(),
+        device=describe_platform(),
         caches=tuple(
             _medians(_label(llm, kv_scales), llm, timed, checked)
             for llm, (_, kv_scales), timed in zip(llms, caches, rounds, strict=True)

@@ -194,7 +194,7 @@ def _check_names(name: str, values: Iterable[Any], known: Sequence[str], *other:
         if not isinstance(value, str) or value in known:
             continue
         if not (looks_like_path(value) and os.path.isfile(value)):
-            raise invalid_choice(name, value, (*known, *other))
+            raise invalid_choice(name, value, known, *other)
 
 
 def _kv_dtypes(value: Any) -> tuple[Labelled[Any], ...]:

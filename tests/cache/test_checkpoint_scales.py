@@ -83,7 +83,7 @@ def test_a_layer_with_an_invalid_scale_uses_scale_1(tmp_path) -> None:
 def test_scales_are_converted_for_e5m2_with_a_warning(tmp_path, kv_scales) -> None:
     k, v = random_scales(HEADS)
     params = jfp8kv.load(with_scales(tmp_path, k, v), dtype="float32")
-    with pytest.warns(UserWarning, match=r"made for fp8_e4m3: for fp8_e5m2 .* 448 / 57344"):
+    with pytest.warns(UserWarning, match=r"computed for fp8_e4m3: for fp8_e5m2 .* 448 / 57344"):
         got = logits(params, kv_dtype="fp8_e5m2", kv_scales=kv_scales)
     assert rms(got, expected("e5m2", k / 128, v / 128)) <= ROUNDING
 

@@ -176,7 +176,7 @@ def test_a_plan_excludes_other_scales_and_a_file_must_contain_one(params, tmp_pa
 
 def test_scales_for_another_format_are_converted_with_a_warning(params) -> None:
     given_scales = scales()
-    with pytest.warns(UserWarning, match="made for fp8_e4m3: for fp8_e5m2 they are multiplied"):
+    with pytest.warns(UserWarning, match="computed for fp8_e4m3: for fp8_e5m2 they are"):
         got = jfp8kv.logits(
             params, tokens(), kv_dtype=["float32", "fp8_e5m2"], kv_scales=given_scales
         )
