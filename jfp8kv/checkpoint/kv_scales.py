@@ -31,7 +31,7 @@ from jfp8kv.checkpoint.kv_scale_tensors import (
 from jfp8kv.checkpoint.tensors import StoredTensor
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.config import ModelConfig
-from jfp8kv.models.quantization import is_static_kv, scales_made_for
+from jfp8kv.models.quantization import is_static_kv, kv_scale_format
 
 IGNORED = "it is ignored"
 _UNIT_SCALE = "scale 1 is used instead"
@@ -179,7 +179,7 @@ def check_scales(
     Raises:
       CheckpointError: a truncated tensor, or a malformed config.
     """
-    fp8_format = scales_made_for(quantization)
+    fp8_format = kv_scale_format(quantization)
     if fp8_format not in TO_E4M3FN and tensors:
         note = (
             f"{len(tensors)} KV-cache scale tensors (such as {next(iter(tensors))}) are ignored: "

@@ -21,17 +21,18 @@ class RopeConfig:
       - "linear": positions are divided by `factor`.
       - "dynamic": beyond `original_max_len` tokens theta grows with the length of the sequence
         (NTK-aware scaling).
-      - "llama3": interpolation by frequency, between `low_freq_factor` and `high_freq_factor` turns
-        over `original_max_len` tokens.
-      - "yarn": the same between `beta_slow` and `beta_fast` turns (arXiv:2309.00071); the bounds
+      - "llama3": low frequencies are divided by `factor` and high ones are unchanged. Frequencies
+        with `low_freq_factor` to `high_freq_factor` rotations in `original_max_len` tokens are
+        interpolated.
+      - "yarn": the same with `beta_slow` to `beta_fast` rotations (arXiv:2309.00071); the bounds
         are rounded if `truncate`.
       - "longrope": each frequency is divided by its entry of `short_factors`, or of `long_factors`
         in sequences of more than `original_max_len` tokens (arXiv:2402.13753).
 
     Attributes:
       theta: the base of the frequencies.
-      share: the part of each head that is rotated, from its start.
-      magnitude: factor on cosines and sines (yarn, longrope).
+      share: the fraction of each head that is rotated, from its start.
+      magnitude: the factor on cosines and sines (yarn, longrope).
     """
 
     theta: float = 10000.0
@@ -62,9 +63,10 @@ class ExpertsConfig:
       top_k: experts per token. Their weights are the softmax of the router logits over all experts.
       hidden: width of an expert.
       layers: the layers with experts; the others have an MLP.
-      normalized: the weights of the selected experts sum to 1, as in a softmax over these.
-      bias: on the router and in the experts.
-      shared_hidden: width of an expert for every token, with a sigmoid gate; 0 for none.
+      normalized: the weights of the selected experts are normalized to sum to 1.
+      bias: whether router and experts have biases.
+      shared_hidden: width of the shared expert, which runs on every token; 0 for none. Its
+        output is scaled by a sigmoid gate.
       clamped: the gate of gpt-oss, `(up + 1) * gate * sigmoid(alpha * gate)`, with gate and up
         clamped to `limit`.
     """
@@ -83,21 +85,25 @@ class ExpertsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer. Sizes are counts; `head_dim` is independent of `hidden`.
+    """A decoder-only transformer. Comments explain each field.
 
-    Tuples by layer are empty if all layers are the same: `windows` for no window, `layer_ropes` for
-    the first of `ropes`, if any.
+    `windows` and `layer_ropes` have one entry per layer, or are empty if all layers are the same:
+    no layer has a window, or every layer uses the first of `ropes`.
+
+    Example (a dict as in config.json is also a config for `Params.from_pytree`):
+      config = jfp8kv.load("path").config
+      config.layers, config.kv_heads, config.head_dim
     """
 
-    architecture: str
-    vocab: int
-    hidden: int
+    architecture: str  # as in config.json, such as "LlamaForCausalLM"
+    vocab: int  # rows of the embeddings
+    hidden: int  # width of the residual stream
     layers: int
     q_heads: int
-    kv_heads: int
-    head_dim: int
+    kv_heads: int  # a divisor of `q_heads`
+    head_dim: int  # independent of `hidden`
     mlp_hidden: int
-    max_len: int
+    max_len: int  # the context length in tokens
     norm_eps: float = 1e-5
     activation: Activation = "silu"
     # Positions

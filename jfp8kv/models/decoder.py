@@ -1,11 +1,13 @@
 """The decoder: one Flax NNX module for all families, called on the tokens of one request.
 
-It does not know the cache. Attention is a function that it receives:
+The decoder does not depend on the KV cache. It receives attention as a function:
 `attend(layer, q, k, v, carry) -> (out, carry)`, with q and k normed and rotated. The engine passes
-paged attention, calibration one that observes keys and values, tests a plain one.
+paged attention, calibration passes a function that observes keys and values, and tests pass plain
+attention.
 
 Layers run under `lax.scan` with stacked parameters, so a model of 80 layers traces and compiles
-like one of 2. Where layers differ (windows, RoPE, experts) they index a small array by layer.
+like a model of 2. If layers differ (windows, RoPE, experts), the body indexes small arrays by
+layer.
 """
 
 from collections.abc import Callable
@@ -96,7 +98,7 @@ class Layers(nnx.Module):
         return x, carry
 
     def _add(self, x: Array, y: Array) -> Array:
-        """Add `y` to the residual stream."""
+        """Return `x + y`: the residual stream plus the scaled output of attention or MLP."""
         scale = self.config.residual_scale
         return x + (y if scale == 1.0 else y * jnp.asarray(scale, y.dtype))
 
@@ -108,14 +110,17 @@ class Layers(nnx.Module):
         q = self.q(x, layer)
         k = self.k(x, layer)
         if c.qk_norm == "row":
-            q, k = self.q_norm(q, layer), self.k_norm(k, layer)
+            q = self.q_norm(q, layer)
+            k = self.k_norm(k, layer)
         q = q.reshape(tokens, c.q_heads, c.head_dim)
         k = k.reshape(tokens, c.kv_heads, c.head_dim)
         if c.qk_norm == "head":
-            q, k = self.q_norm(q, layer), self.k_norm(k, layer)
+            q = self.q_norm(q, layer)
+            k = self.k_norm(k, layer)
         if rotations is not None:
             rotation = layer_angles(c, rotations, layer)
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            q = rotate(q, rotation)
+            k = rotate(k, rotation)
         if c.scale_by_layer:
             q = (q.astype(jnp.float32) / (layer + 1).astype(jnp.float32)).astype(q.dtype)
         v = self.v(x, layer).reshape(tokens, c.kv_heads, c.head_dim)
@@ -151,7 +156,7 @@ class Layers(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only transformer. Parameters have the names and shapes of `models.names`.
 
-    `Decoder(config)` draws random weights, mostly for tests; `bind` wraps a tree of arrays.
+    `Decoder(config)` has random weights, mostly for tests; `bind` returns one with given arrays.
 
     Args:
       config: of the model.
@@ -202,8 +207,8 @@ class Decoder(nnx.Module):
           positions: of the tokens.
           attend: the attention function.
           carry: passed through `attend` of all layers.
-          context: tokens of the sequence when its cache was started (models/rope.py); None if these
-            are all of them.
+          context: the length of the sequence when its cache was started (models/rope.py); None if
+            `tokens` is the whole sequence.
         """
         c = self.config
         context = jnp.max(positions) + 1 if context is None else context

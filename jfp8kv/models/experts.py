@@ -7,8 +7,7 @@ sorted by expert. Then, depending on the device:
 - On a CPU, a loop over tiles of assignments of one expert each. A tile reads the matrices of its
   expert once, directly from the stack of all layers (models/linear.py). Experts without tokens are
   not read.
-- On accelerators, `jax.lax.ragged_dot_general`, which the libraries of the backend run as one
-  grouped matmul.
+- On accelerators, `jax.lax.ragged_dot_general`, which runs as one grouped matmul.
 
 Both add the experts of a token in the order of their index, so the output of a token does not
 depend on the other tokens in the batch.
@@ -30,7 +29,8 @@ from jfp8kv.models.layers import FLOAT32, Layer, Linear, gated_activation
 from jfp8kv.models.linear import stacked_matmul, widen
 
 # Assignments per tile: matmuls with one row are slow, and many rows overflow the caches of a CPU.
-MIN_TILE, MAX_TILE = 2, 128
+MIN_TILE = 2
+MAX_TILE = 128
 
 Projection = tuple[Array, Array | None]  # weight and bias
 
@@ -53,7 +53,7 @@ class Expert(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Router, experts and shared expert of all expert layers; called with an index among those."""
+    """Router, experts and shared expert of all layers with experts, numbered by `slot`."""
 
     def __init__(
         self,
@@ -111,7 +111,8 @@ class Experts(nnx.Module):
         return weights, experts
 
     def _shared(self, x: Array, slot: Layer) -> Array:
-        gate, up = self.shared_gate(x, slot), self.shared_up(x, slot)
+        gate = self.shared_gate(x, slot)
+        up = self.shared_up(x, slot)
         y = self.shared_down(gated_activation(self.activation, gate, up), slot)
         switch = jax.nn.sigmoid(self.shared_switch(x, slot).astype(jnp.float32))
         return (switch * y.astype(jnp.float32)).astype(x.dtype)
@@ -160,12 +161,13 @@ class Experts(nnx.Module):
         slot: Array,
         projections: tuple[Projection, ...],
     ) -> Array:
+        """Return the expert outputs of every token, by a loop over tiles of assignments."""
         count = self.config.count
         assignments = experts.size
         order, sizes = _sort_by_expert(experts, count)
-        begin = jnp.cumsum(sizes) - sizes
+        start = jnp.cumsum(sizes) - sizes
         tile = _tile(assignments, count)
-        last = jnp.cumsum(-(-sizes // tile))  # tiles up to each expert, its own included
+        last = jnp.cumsum(-(-sizes // tile))  # number of tiles up to and including each expert
 
         def project(rows: Array, projection: Projection, expert: Array) -> Array:
             weight, bias = projection
@@ -183,7 +185,7 @@ class Experts(nnx.Module):
             within = tile_of_expert * tile + jnp.arange(tile, dtype=jnp.int32)
             at = jnp.where(
                 within < sizes[expert],
-                order[jnp.minimum(begin[expert] + within, assignments - 1)],
+                order[jnp.minimum(start[expert] + within, assignments - 1)],
                 assignments,
             )
             token = at // experts.shape[1]  # past the end for padding rows of the tile
@@ -204,6 +206,7 @@ class Experts(nnx.Module):
         slot: Array,
         projections: tuple[Projection, ...],
     ) -> Array:
+        """Return the expert outputs of every token, by grouped matmuls."""
         count = self.config.count
         order, sizes = _sort_by_expert(experts, count)
         expert = experts.reshape(-1)[order]
@@ -231,7 +234,7 @@ class Experts(nnx.Module):
 def _sort_by_expert(
     experts: Int[Array, "tokens top_k"], count: int
 ) -> tuple[Int[Array, " assignments"], Int[Array, " experts"]]:
-    """Return assignments sorted by expert, padding last, and the number of each expert."""
+    """Return the assignments sorted by expert, padding last, and their number for each expert."""
     flat = experts.reshape(-1)
     sizes = jnp.zeros(count, jnp.int32).at[flat].add(1, mode="drop")
     return jnp.argsort(flat, stable=True).astype(jnp.int32), sizes

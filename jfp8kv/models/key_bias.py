@@ -1,8 +1,9 @@
 """The K bias: the part of a model's keys that is the same for every token.
 
-RoPE rotates it with the position. So of each pair of channels only the mean over positions is
-constant: nearly all of the bias where pairs rotate slowly, which is where models have their large
-ones (Jonasson 2025, arXiv:2503.01832), and nothing where they complete many turns.
+RoPE rotates the bias with the position, so only its mean over positions is constant. For pairs of
+channels that rotate slowly the mean is nearly the whole bias, and these are the pairs in which
+models have large biases (Jonasson 2025, arXiv:2503.01832). For pairs that complete many rotations
+it is nearly zero.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from jfp8kv.models.rope import angles, layer_angles, rotate
 
 EachChannel = Float[np.ndarray, "layers kv_heads head_dim"]
 Number = Int[Array, ""] | int
-POSITIONS = 1024  # rotated in one call
+POSITIONS_PER_CALL = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,8 @@ class KeyStats:
 
     Attributes:
       bias: the K bias, the same for every token.
-      spread: root mean square distance of keys from the bias, if the input channels of the
-        projection are independent and as large as the norm makes them.
+      spread: root mean square distance of keys from the bias, assuming that the input channels of
+        the projection are independent and have the size that the norm gives them.
     """
 
     bias: EachChannel
@@ -39,9 +40,10 @@ class KeyStats:
 
     @classmethod
     def from_weights(cls, tree: Mapping[str, Any], config: ModelConfig) -> "KeyStats | None":
-        """Return the statistics; None if keys have no bias or are normalized after it.
+        """Return the statistics of a model.
 
-        Also None where `tree` has shapes instead of weights.
+        Returns None if keys have no bias or are normalized after it is added, and if `tree` has
+        shapes instead of weights.
         """
         layers = tree["layers"]
         bias = layers["k"].get("bias")
@@ -69,9 +71,9 @@ def _project_norm(
     *,
     plus_one: bool,
 ) -> tuple[Float[Array, "layers out"], Float[Array, "layers out"]]:
-    """Return mean and deviation of a projection of the output of a norm.
+    """Return the mean and the standard deviation of a projection of the output of a norm.
 
-    The output of the norm has a root mean square of 1 before `gain` and `bias`.
+    The output of the norm is assumed to have a root mean square of 1 before `gain` and `bias`.
     """
 
     def one_layer(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
@@ -102,8 +104,9 @@ def mean_rotated_bias(
     deviation = np.zeros_like(bias)
     if not config.ropes:
         return bias, deviation
-    starts = range(0, tokens, POSITIONS)
-    repeats = len(starts) * POSITIONS - tokens  # of the last position, in the last call
+    starts = range(0, tokens, POSITIONS_PER_CALL)
+    # The last call repeats the last position this many times, which is subtracted again.
+    repeats = len(starts) * POSITIONS_PER_CALL - tokens
     for layer in np.flatnonzero(bias.any(axis=(1, 2))).tolist():
         total = sum(
             np.asarray(_sum_rotated(config, bias, layer, start, tokens), np.float64)
@@ -121,17 +124,15 @@ def mean_rotated_bias(
 def _rotated(
     config: ModelConfig, bias: EachChannel | Array, layer: Layer, start: Number, tokens: Number
 ) -> Float[Array, "tokens kv_heads head_dim"]:
-    """Return the bias of one layer at `POSITIONS` positions from `start` on.
+    """Return the rotated bias of one layer at `POSITIONS_PER_CALL` positions from `start` on.
 
-    Positions past the last of `tokens` repeat the last one.
+    Positions from `tokens` on repeat the last one, `tokens - 1`.
     """
-    positions = jnp.minimum(start + jnp.arange(POSITIONS, dtype=jnp.int32), tokens - 1)
-    of_layer = layer_angles(
-        config, angles(config, positions, jnp.asarray(tokens, jnp.int32)), layer
-    )
-    return rotate(
-        jnp.broadcast_to(jnp.asarray(bias)[layer], (POSITIONS, *bias.shape[1:])), of_layer
-    )
+    positions = jnp.minimum(start + jnp.arange(POSITIONS_PER_CALL, dtype=jnp.int32), tokens - 1)
+    all_angles = angles(config, positions, jnp.asarray(tokens, jnp.int32))
+    shape = (POSITIONS_PER_CALL, *bias.shape[1:])
+    repeated = jnp.broadcast_to(jnp.asarray(bias)[layer], shape)
+    return rotate(repeated, layer_angles(config, all_angles, layer))
 
 
 @partial(jax.jit, static_argnums=0)

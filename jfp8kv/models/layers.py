@@ -1,8 +1,7 @@
 """Building blocks of the decoder, as Flax NNX modules.
 
 Each module has its parameter for *all* layers and is called with a layer index. Weights are stored
-as `[layers, out, in]`, like in checkpoints; 16-bit ones may be replaced by their bits
-(models/linear.py).
+as `[layers, out, in]`, as in checkpoints. 16-bit weights may be stored as bits (models/linear.py).
 """
 
 from typing import Any
@@ -24,7 +23,14 @@ Layer = Int[Array, ""] | int
 class Linear(nnx.Module):
     """`x @ weight[layer].T + bias[layer]`, accumulated in float32, returned in `x.dtype`.
 
-    `tiled`: see models/linear.py.
+    Args:
+      layers: number of layers.
+      out, width: sizes of the output and the input.
+      bias: whether there is a bias.
+      dtype: of the weights.
+      tiled: read weights tile by tile (models/linear.py).
+      rngs: for random weights.
+      matmul: multiplies by the weights of a layer.
     """
 
     def __init__(

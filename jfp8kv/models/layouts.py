@@ -10,19 +10,19 @@ from collections.abc import Collection, Mapping
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.names import ModuleLayout
 
-# Prefix of the decoder: none, that of the causal model, or the text part of a multimodal one.
+# Prefix of the decoder's tensors: none, the one of the causal model, or of a multimodal model.
 _PREFIX = re.compile(
     r"^(model\.language_model|language_model\.model|language_model|model|transformer)\."
 )
 
-# Buffers that some exporters write. The bias of GPT-2 is `attn.c_attn.bias`.
+# Buffers that some exporters write. (GPT-2's parameter has another name, `attn.c_attn.bias`.)
 _BUFFERS = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)(self_)?attn\.(masked_)?bias$"
 )
 
 
 def is_buffer(name: str) -> bool:
-    """Return whether a Hugging Face tensor is a buffer, which follows from the config."""
+    """Return whether a Hugging Face tensor is a buffer, whose values follow from the config."""
     return _BUFFERS.search(name) is not None
 
 
@@ -95,17 +95,23 @@ _MIXTRAL = _table(
     }
 )
 # All experts of a layer in one tensor, with gate and up fused: the layout of transformers 5.
-_WHOLE = {"weight": "", "bias": "_bias"}
+_PACKED_SUFFIXES = {"weight": "", "bias": "_bias"}
 _PACKED = {
     f"layers.experts.{part}": ModuleLayout(
-        "layers.{layer}.mlp.experts.gate_up_proj", ("experts.gate", "experts.up"), suffixes=_WHOLE
+        "layers.{layer}.mlp.experts.gate_up_proj",
+        ("experts.gate", "experts.up"),
+        suffixes=_PACKED_SUFFIXES,
     )
     for part in ("gate", "up")
-} | {"layers.experts.down": ModuleLayout("layers.{layer}.mlp.experts.down_proj", suffixes=_WHOLE)}
+} | {
+    "layers.experts.down": ModuleLayout(
+        "layers.{layer}.mlp.experts.down_proj", suffixes=_PACKED_SUFFIXES
+    )
+}
 _GPT_OSS = {
     "layers.experts.router": ModuleLayout("layers.{layer}.mlp.router"),
     "layers.experts.down": ModuleLayout(
-        "layers.{layer}.mlp.experts.down_proj", transposed=True, suffixes=_WHOLE
+        "layers.{layer}.mlp.experts.down_proj", transposed=True, suffixes=_PACKED_SUFFIXES
     ),
 } | {
     f"layers.experts.{part}": ModuleLayout(
@@ -113,7 +119,7 @@ _GPT_OSS = {
         ("experts.gate", "experts.up"),
         interleaved=True,
         transposed=True,
-        suffixes=_WHOLE,
+        suffixes=_PACKED_SUFFIXES,
     )
     for part in ("gate", "up")
 }
@@ -129,7 +135,8 @@ _GPT2 = {
     "head": ModuleLayout("lm_head"),
 } | _fused("h.{layer}.attn.c_attn", "q", "k", "v", transposed=True)
 
-_DIFFERENT: dict[str, Mapping[str, ModuleLayout]] = {
+# By architecture: the modules that differ from Llama's.
+_OVERRIDES: dict[str, Mapping[str, ModuleLayout]] = {
     "Gemma2ForCausalLM": _POST_NORMS,
     "Gemma3ForCausalLM": _POST_NORMS,
     "Olmo2ForCausalLM": _POST_NORMS,
@@ -147,7 +154,7 @@ def hf_modules(config: ModelConfig, found: Collection[str]) -> dict[str, ModuleL
       config: of the model.
       found: names of the tensors in the checkpoint, without prefix.
     """
-    modules = _LLAMA | dict(_DIFFERENT.get(config.architecture, {}))
+    modules = _LLAMA | dict(_OVERRIDES.get(config.architecture, {}))
     if config.architecture != "GptOssForCausalLM" and any(
         name.endswith(".mlp.experts.gate_up_proj") for name in found
     ):
@@ -178,7 +185,7 @@ _GGUF = {
 def gguf_modules(config: ModelConfig) -> dict[str, ModuleLayout]:
     """Return the layout of a GGUF file, as the converter of llama.cpp writes it.
 
-    The q and k of Llama are in pairs for interleaved RoPE. Gemma's norms are stored with 1 added.
+    Llama's q and k have their rows in pairs for interleaved RoPE. Gemma's norms have 1 added.
     """
     modules = _table(_GGUF)
     if config.architecture == "LlamaForCausalLM":

@@ -1,10 +1,10 @@
 """Matmuls with the stacked weights of all layers, read tile by tile on a CPU.
 
 All layers of a decoder share one array per parameter, `[layers, out, in]`, so that `lax.scan` runs
-them with one traced body. Indexing that array would first copy the whole matrix of the layer. On
-XLA:CPU that takes two to four times as long as the matmul itself if there are few rows. So a matrix
-is taken in tiles of rows that fit the CPU's cache: one pass copies a tile out of the stack and
-widens it to float32, and the matmul reads it from there (docs/notes/003).
+them with one traced body. Indexing that array would first copy the whole matrix of the layer, which
+on XLA:CPU takes two to four times as long as a matmul with few rows. So a matrix is read in tiles
+of rows that fit the CPU's cache: a tile is copied out of the stack and widened to float32 in one
+pass, and the matmul reads it from the cache (docs/notes/003).
 
 On a CPU 16-bit weights are stored as bits (`uint16`, see `as_bits`), for the same reason as the KV
 cache: XLA:CPU would widen the whole stack at each slice of it.

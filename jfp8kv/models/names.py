@@ -1,4 +1,4 @@
-"""Names and shapes of all parameters, and how checkpoints store them.
+"""Names and shapes of all parameters, and where checkpoints store them.
 
 `expected_shapes` defines which parameters a `ModelConfig` has. The native tree is small because the
 layers are stacked: `layers.q.weight` is the query projection of every layer, `[layers, out, in]`.
@@ -17,7 +17,8 @@ from jfp8kv.core.errors import CheckpointError
 from jfp8kv.models.config import ModelConfig
 
 Shape = tuple[int, ...]
-LAYERS, EXPERTS = "layers.", "layers.experts."
+LAYERS = "layers."
+EXPERTS = "layers.experts."
 # Modules with one matrix per expert of a layer.
 EACH_EXPERT = tuple(f"{EXPERTS}{name}" for name in ("gate", "up", "down"))
 
@@ -31,8 +32,8 @@ class ModuleLayout:
         Without `{expert}` all experts are one tensor.
       fused: the native modules that share this tensor, in the order of their rows, without
         "layers."; () for a separate tensor.
-      interleaved: the rows of the fused modules alternate.
-      transposed: stored as `[in, out]`.
+      interleaved: whether the rows of the fused modules alternate.
+      transposed: whether matrices are stored as `[in, out]`.
       suffixes: what follows `path` for the native `weight` and `bias`.
       heads: the number of heads whose rows are in pairs for interleaved RoPE and must be converted
         to halves; 0 for none.
@@ -59,7 +60,7 @@ class TensorSource:
       shape: of the tensor.
       part: shape of the extracted part.
       extract: returns the part, of a NumPy or JAX array; None for the whole tensor.
-      needs_float32: whether `extract` computes, and must be given float32.
+      needs_float32: whether `extract` computes, so that its argument must be float32.
     """
 
     name: str
@@ -152,10 +153,10 @@ def _experts(c: ModelConfig) -> Iterator[tuple[str, Shape]]:
 def tensor_sources(
     config: ModelConfig, modules: Mapping[str, ModuleLayout]
 ) -> dict[str, list[TensorSource]]:
-    """Return, by native parameter, the tensors it is read from, by layer and expert.
+    """Return the tensors that each native parameter is read from, in the order of its parts.
 
-    The parts follow each other along the leading axes of the parameter: reshaped to
-    `[parts, *part]`, it is filled in this order.
+    The parts are the layers, or the experts of all layers: a parameter that is reshaped to
+    `[parts, *part]` has one row per tensor.
     """
     shapes = expected_shapes(config)
     return {name: list(_sources(name, shapes, config, modules)) for name in shapes}
@@ -164,8 +165,10 @@ def tensor_sources(
 def _sources(
     native: str, shapes: Mapping[str, Shape], c: ModelConfig, modules: Mapping[str, ModuleLayout]
 ) -> Iterator[TensorSource]:
-    module, leaf = native, ""
-    if native not in modules:
+    if native in modules:
+        module = native
+        leaf = ""
+    else:
         module, _, leaf = native.rpartition(".")
     layout = modules[module]
     suffix = layout.suffixes[leaf] if leaf else ""
@@ -246,7 +249,7 @@ def source_shapes(sources: Mapping[str, list[TensorSource]]) -> dict[str, Shape]
 def require_names(found: Collection[str], expected: Mapping[str, Shape], *, where: str) -> None:
     """Raise `CheckpointError` unless `found` has exactly the names of `expected`.
 
-    The message has the first missing or unexpected names, and the shapes of missing ones.
+    The message lists the first missing names with their shapes, or the first unexpected names.
     """
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in found]
     if missing:
@@ -256,14 +259,14 @@ def require_names(found: Collection[str], expected: Mapping[str, Shape], *, wher
                 " If the output is tied to the embeddings, the config must say so "
                 "(tie_word_embeddings)."
             )
-        raise CheckpointError(f"{where}: {_some(missing, 'missing')}.{hint}")
+        raise CheckpointError(f"{where}: {_first_names(missing, 'missing')}.{hint}")
     unexpected = [name for name in found if name not in expected]
     if unexpected:
         hint = ""
         if any(name.endswith((".bias", "lm_head.weight", "head.weight")) for name in unexpected):
             hint = " Biases and an output head are read when the config declares them."
         raise CheckpointError(
-            f"{where}: {_some(unexpected, 'not part of this architecture')}.{hint}"
+            f"{where}: {_first_names(unexpected, 'not part of this architecture')}.{hint}"
         )
 
 
@@ -288,8 +291,9 @@ def unflatten(flat: Mapping[str, object]) -> dict[str, Any]:
     return tree
 
 
-def _some(names: list[str], what: str) -> str:
+def _first_names(names: list[str], problem: str) -> str:
+    """Return the problem of some parameters with the first four names, for an error message."""
     shown = ", ".join(names[:4])
     if len(names) > 4:
         shown += f" and {len(names) - 4} more"
-    return f"{len(names)} parameter{'s' if len(names) > 1 else ''} {what}: {shown}"
+    return f"{len(names)} parameter{'s' if len(names) > 1 else ''} {problem}: {shown}"

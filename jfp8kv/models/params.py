@@ -9,7 +9,7 @@ layout, an NNX module or state, Hugging Face names, or a Flax tree with `kernel`
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +34,22 @@ from jfp8kv.text.tokenizer import as_tokenizer
 _WHERE = "the given tree"
 
 
+@runtime_checkable
+class HFConfig(Protocol):
+    """A config of the transformers library."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields of config.json."""
+
+
+ConfigLike: TypeAlias = ModelConfig | Mapping[str, Any] | HFConfig
+"""A `ModelConfig`, a dict as in config.json, or a transformers config."""
+
+
 class _ById:
     """Static pytree data that is compared by identity.
 
-    Tokenizers and scales have no equality that justifies a recompilation.
+    Tokenizers and KV scales are large, and comparing their contents at each call would be slow.
     """
 
     def __init__(self, value: Any) -> None:
@@ -53,7 +65,7 @@ class _ById:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Params:
-    """The weights of one model (the leaves), and static data.
+    """The weights of one model as a pytree, with static data. `load` and `from_pytree` return it.
 
     Attributes:
       tree: nested dict of arrays. Linear weights are `[out, in]`, those of `layers` are stacked to
@@ -61,7 +73,11 @@ class Params:
         to the embeddings.
       config: the `ModelConfig`; every shape in `tree` agrees with it.
       tokenizer: a `Tokenizer`; None if prompts must be token ids.
-      kv_scales: the scales found in the checkpoint, or None.
+      kv_scales: the `KVScales` found in the checkpoint, or None.
+
+    Example:
+      params = jfp8kv.load("path")
+      half = jax.tree.map(lambda w: w.astype(jnp.float16), params)
     """
 
     tree: dict[str, Any]
@@ -70,7 +86,7 @@ class Params:
     kv_scales: Any = None
 
     @classmethod
-    def from_pytree(cls, tree: Any, config: Any, tokenizer: Any = None) -> "Params":
+    def from_pytree(cls, tree: object, config: ConfigLike, tokenizer: object = None) -> "Params":
         """Wrap weights in memory, after checking all names and shapes.
 
         Args:
@@ -91,7 +107,7 @@ class Params:
         Example:
           params = jfp8kv.Params.from_pytree(nnx_model, hf_config, tokenizer)
         """
-        config = _config(config)
+        config = _as_model_config(config)
         flat = _flatten(tree)
         is_native = any(name.startswith(("embed.", "layers.q.")) for name in flat)
         if is_native:
@@ -107,8 +123,7 @@ class Params:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The end-of-sequence tokens: those of the config and of the tokenizer, if in the
-        vocabulary."""
+        """The end-of-sequence tokens of config and tokenizer that are in the vocabulary."""
         listed = [*self.config.eos_ids, *getattr(self.tokenizer, "eos_ids", ())]
         return tuple(token for token in dict.fromkeys(listed) if 0 <= token < self.config.vocab)
 
@@ -147,10 +162,10 @@ class Params:
         return cls(tree, config, tokenizer.value, kv_scales.value)
 
 
-def _config(config: Any) -> ModelConfig:
+def _as_model_config(config: ConfigLike) -> ModelConfig:
     if isinstance(config, ModelConfig):
         return config
-    if not isinstance(config, Mapping) and hasattr(config, "to_dict"):
+    if isinstance(config, HFConfig):
         config = config.to_dict()
     if not isinstance(config, Mapping):
         raise ConfigError(
@@ -161,9 +176,9 @@ def _config(config: Any) -> ModelConfig:
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
-    """Return the arrays by dotted name.
+    """Return the arrays of a tree by dotted name.
 
-    Takes nested or flat mappings, lists, tuple keys, NNX modules and states.
+    The tree may be nested or flat, with lists and tuple keys, or an NNX module or state.
     """
     flat: dict[str, Any] = {}
 
@@ -178,20 +193,22 @@ def _flatten(tree: Any) -> dict[str, Any]:
         elif node is not None:
             flat[".".join(path)] = node
 
-    walk((), _plain(tree))
+    walk((), _as_dict(tree))
     if not flat:
         raise CheckpointError(f"{_WHERE} of type {type(tree).__name__} contains no arrays.")
     for name, leaf in flat.items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise CheckpointError(f"{_WHERE}: {name} is a {type(leaf).__name__}, not an array.")
+            raise CheckpointError(
+                f"{_WHERE}: {name} is of type {type(leaf).__name__}, not an array."
+            )
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise CheckpointError(
-                f"{_WHERE}: {name} is of dtype {leaf.dtype}; weights must be floating point."
+                f"{_WHERE}: {name} is of dtype {leaf.dtype}: weights must be floating point."
             )
     return {name.removeprefix("params."): leaf for name, leaf in flat.items()}
 
 
-def _plain(tree: Any) -> Any:
+def _as_dict(tree: Any) -> Any:
     """Return NNX modules and states as nested dicts of arrays, anything else unchanged."""
     if isinstance(tree, Mapping | list | tuple) and type(tree).__module__ == "builtins":
         return tree

@@ -1,9 +1,11 @@
-"""The `quantization_config` of checkpoints, in the formats of the tools that write it.
+"""Read the `quantization_config` of checkpoints, in the formats of the tools that write it.
 
-`weight_scheme` returns how the *weights* are quantized, or refuses what is not supported.
-`declared_kv_dtype` returns the FP8 *KV cache* that the config declares, which "auto" follows. A
-checkpoint may have either without the other. Sources: configs written by compressed-tensors (LLM
-Compressor, vLLM), ModelOpt, Quark, AutoFP8, FBGEMM and transformers (for DeepSeek and gpt-oss).
+`weight_scheme` returns how the *weights* are quantized, or raises for an unsupported scheme.
+`declared_kv_dtype` returns the FP8 format of the *KV cache* that the config declares, which
+`kv_dtype="auto"` follows. A checkpoint may have either without the other.
+
+Sources: configs written by compressed-tensors (LLM Compressor, vLLM), ModelOpt, Quark, AutoFP8,
+FBGEMM and transformers (for DeepSeek and gpt-oss).
 """
 
 import dataclasses
@@ -32,7 +34,8 @@ class WeightScheme:
       method: the `quant_method` of the config.
       kind: "fp8" for float8 weights with scales; "mxfp4" for the experts of gpt-oss (OCP
         Microscaling Formats 1.0).
-      blocks: the block shapes in the checkpoint: `(rows, columns)` that share a scale, 0 for all.
+      blocks: the shapes `(rows, columns)` of the blocks that share a scale; 0 for all rows or
+        columns.
     """
 
     method: str
@@ -64,7 +67,7 @@ def weight_scheme(quantization: Mapping[str, Any] | None) -> WeightScheme | None
         return None
     method = str(quantization.get("quant_method"))
     if method not in _SCHEMES:
-        raise _refused(method)
+        raise _unsupported(method)
     with _malformed(quantization):
         blocks = _SCHEMES[method](quantization)
     return WeightScheme(method, "mxfp4" if method == "mxfp4" else "fp8", blocks) if blocks else None
@@ -78,15 +81,17 @@ def _compressed_tensors(quantization: Mapping[str, Any]) -> tuple[Block, ...]:
     ]
     sparsity = (quantization.get("sparsity_config") or {}).get("format")
     if sparsity not in (None, "dense"):
-        raise _refused("compressed-tensors", f"sparsity format {sparsity!r}")
+        raise _unsupported("compressed-tensors", f"sparsity format {sparsity!r}")
     found = []
     for group in groups:
-        weights, form = group["weights"], group.get("format") or quantization.get("format")
+        weights = group["weights"]
+        form = group.get("format") or quantization.get("format")
         if form not in ("float-quantized", "naive-quantized"):
-            raise _refused("compressed-tensors", f"format {form!r}")
-        bits, kind = weights.get("num_bits"), weights.get("type")
-        if (bits, kind) != (8, "float") or not weights.get("symmetric", True):
-            raise _refused("compressed-tensors", f"weights of {bits} bits and type {kind!r}")
+            raise _unsupported("compressed-tensors", f"format {form!r}")
+        bits = weights.get("num_bits")
+        kind = weights.get("type")
+        if bits != 8 or kind != "float" or not weights.get("symmetric", True):
+            raise _unsupported("compressed-tensors", f"weights of {bits} bits and type {kind!r}")
         found.append(_compressed_block(weights))
     return tuple(dict.fromkeys(found))
 
@@ -103,7 +108,7 @@ def _compressed_block(weights: Mapping[str, Any]) -> Block:
             block = weights.get("block_structure")
             return _pair(block.split("x") if isinstance(block, str) else block)
         case other:
-            raise _refused("compressed-tensors", f"strategy {other!r}")
+            raise _unsupported("compressed-tensors", f"strategy {other!r}")
 
 
 def _modelopt(quantization: Mapping[str, Any]) -> tuple[Block, ...]:
@@ -113,7 +118,7 @@ def _modelopt(quantization: Mapping[str, Any]) -> tuple[Block, ...]:
     if algorithm not in known or (
         algorithm is None and any((group or {}).get("weights") for group in groups)
     ):
-        raise _refused("modelopt", f"quant_algo {algorithm!r}")
+        raise _unsupported("modelopt", f"quant_algo {algorithm!r}")
     return known[algorithm]
 
 
@@ -125,7 +130,7 @@ def _quark(quantization: Mapping[str, Any]) -> tuple[Block, ...]:
     known = {"per_tensor": WHOLE, "per_channel": PER_CHANNEL}
     for part in filter(None, parts):
         if part.get("dtype") != "fp8_e4m3" or part.get("qscheme") not in known:
-            raise _refused(
+            raise _unsupported(
                 "quark",
                 f"weights of dtype {part.get('dtype')!r} and qscheme {part.get('qscheme')!r}",
             )
@@ -135,7 +140,7 @@ def _quark(quantization: Mapping[str, Any]) -> tuple[Block, ...]:
 def _fp8(quantization: Mapping[str, Any]) -> tuple[Block, ...]:
     experts = quantization.get("expert_dtype") or "fp8"
     if experts != "fp8":
-        raise _refused("fp8", f"expert_dtype {experts!r}")
+        raise _unsupported("fp8", f"expert_dtype {experts!r}")
     block = quantization.get("weight_block_size")
     return (WHOLE,) if block is None else (_pair(block),)
 
@@ -161,7 +166,7 @@ def _pair(value: Any) -> Block:
     return rows, columns
 
 
-def _refused(method: str, what: str = "") -> CheckpointError:
+def _unsupported(method: str, what: str = "") -> CheckpointError:
     return CheckpointError(
         f"quantization_config with quant_method {method!r}{what and ', ' + what}: quantized "
         f"weights of this kind are not supported; supported are {SUPPORTED}. Load the unquantized "
@@ -171,7 +176,7 @@ def _refused(method: str, what: str = "") -> CheckpointError:
 
 @contextmanager
 def _malformed(quantization: Mapping[str, Any]) -> Iterator[None]:
-    """Raise `CheckpointError` for entries of another type than the tools write."""
+    """Raise `CheckpointError` for entries whose type is not the one that the tools write."""
     try:
         yield
     except CheckpointError:
@@ -227,11 +232,13 @@ def _kv_entries(quantization: Mapping[str, Any]) -> tuple[Any, Any, set[str]]:
     return quantization.get("kv_cache_scheme"), quantization.get("kv_cache_quant_algo"), outputs
 
 
-def scales_made_for(quantization: Mapping[str, Any] | None) -> str:
-    """Return the format that the KV scales of the checkpoint are for.
+def kv_scale_format(quantization: Mapping[str, Any] | None) -> str:
+    """Return the format that the KV scales of the checkpoint were computed for.
 
-    "fp8_e4m3" unless the config declares another: "fp8_e4m3fnuz", "fp8_e5m2", or a description of
-    an unsupported one (integers, 4 bits). Raises `CheckpointError` for a malformed config.
+    It is "fp8_e4m3" unless the config declares "fp8_e4m3fnuz", "fp8_e5m2" or an unsupported format
+    (integers, 4 bits), which is returned as a description.
+
+    Raises `CheckpointError` for a malformed config.
     """
     if not quantization:
         return "fp8_e4m3"
@@ -240,8 +247,9 @@ def scales_made_for(quantization: Mapping[str, Any] | None) -> str:
     with _malformed(quantization):
         scheme, algorithm, outputs = _kv_entries(quantization)
         if isinstance(scheme, Mapping):
-            bits, kind = scheme.get("num_bits"), scheme.get("type")
-            return "fp8_e4m3" if (bits, kind) == (8, "float") else f"{kind} of {bits} bits"
+            bits = scheme.get("num_bits")
+            kind = scheme.get("type")
+            return "fp8_e4m3" if bits == 8 and kind == "float" else f"{kind} of {bits} bits"
         if algorithm not in (None, "FP8"):
             return str(algorithm)
         return " and ".join(sorted(outputs)) or "fp8_e4m3"

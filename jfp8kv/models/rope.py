@@ -2,10 +2,10 @@
 
 Two kinds depend on the length of the sequence and not only on the position. "longrope" divides
 frequencies by other factors once the sequence exceeds the original context length; "dynamic"
-stretches them further with every token. The length is `context`, the tokens known when the cache of
-a request was started, or `position + 1` for later tokens. It depends on request and position only,
-so chunking, batching and other requests change nothing (docs/notes/007). A request that outgrows
-the short factors of a longrope must recompute its cache (`switch_length`).
+changes them with every token beyond it. The length is `context`, the number of tokens when the
+cache of the request was started, or `position + 1` for later tokens. It only depends on the request
+and the position, so chunking, batching and other requests do not change results (docs/notes/007). A
+request that outgrows the short factors of a longrope must recompute its cache (`switch_length`).
 """
 
 import math
@@ -30,7 +30,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, *, long: bool = False) 
     "yarn" arXiv:2309.00071, section 3.2; "longrope" arXiv:2402.13753.
 
     Args:
-      rope: a "dynamic" one gives the frequencies within its original length.
+      rope: for the kind "dynamic" the result holds within its original length.
       head_dim: features per head.
       long: use the factors of a longrope for long sequences.
     """
@@ -39,8 +39,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, *, long: bool = False) 
     if rope.kind == "linear":
         frequency = frequency / rope.factor
     elif rope.kind == "llama3":
-        turns = rope.original_max_len * frequency / (2 * math.pi)  # over the original length
-        share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        rotations = rope.original_max_len * frequency / (2 * math.pi)  # in the original length
+        share = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         frequency = _interpolate(frequency, rope.factor, np.clip(share, 0.0, 1.0))
     elif rope.kind == "yarn":
         frequency = _interpolate(frequency, rope.factor, 1.0 - _yarn_ramp(rope, rotated))
@@ -50,32 +50,35 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, *, long: bool = False) 
 
 
 def _interpolate(frequency: np.ndarray, factor: float, share: np.ndarray) -> np.ndarray:
-    """Return the mean of each frequency, with weight `share`, and the frequency over `factor`."""
+    """Interpolate between each frequency (where `share` is 1) and the frequency over `factor`."""
     return share * frequency + (1.0 - share) * frequency / factor
 
 
 def _yarn_ramp(rope: RopeConfig, rotated: int) -> np.ndarray:
-    """Return the ramp of YaRN by pair.
+    """Return the ramp of YaRN for each pair of channels.
 
-    It is 0 for pairs with more than `beta_fast` turns over the original length, 1 below `beta_slow`
-    turns, and linear in between.
+    It is 0 for pairs with more than `beta_fast` rotations in the original length, 1 for pairs with
+    less than `beta_slow`, and linear in between.
     """
 
-    def pair_with_turns(turns: float) -> float:
-        wavelengths = math.log(rope.original_max_len / (turns * 2 * math.pi))
+    def pair_with_rotations(rotations: float) -> float:
+        wavelengths = math.log(rope.original_max_len / (rotations * 2 * math.pi))
         return rotated * wavelengths / (2 * math.log(rope.theta))
 
-    low, high = pair_with_turns(rope.beta_fast), pair_with_turns(rope.beta_slow)
+    low = pair_with_rotations(rope.beta_fast)
+    high = pair_with_rotations(rope.beta_slow)
     if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rotated - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, rotated - 1)
     if low == high:
         high += 0.001  # a step instead of a ramp
     return np.clip((np.arange(rotated // 2) - low) / (high - low), 0.0, 1.0)
 
 
 def switch_length(ropes: Sequence[RopeConfig]) -> int | None:
-    """Return the most tokens before a longrope changes its frequencies; None if none does."""
+    """Return the length after which a longrope changes its frequencies; None if none does."""
     lengths = {
         rope.original_max_len
         for rope in ropes
@@ -89,8 +92,8 @@ def angles(
 ) -> AllAngles:
     """Return cosine and sine of every rope, position and pair: `[ropes, tokens, half]`, float32.
 
-    A model with layers that do not rotate has one more entry, the last: angles of zero, for index
-    -1.
+    If some layers do not rotate, there is one more entry at the end with angles of zero, at the
+    index -1 that these layers have.
     """
     length = jnp.maximum(context, positions + 1).astype(jnp.float32)[:, None]
     found = [_angles(rope, config.head_dim, positions, length) for rope in config.ropes]
@@ -144,7 +147,7 @@ def rotate(
 def unrotate(
     x: Float[Array, "tokens heads head_dim"], angles: Angles
 ) -> Float[Array, "tokens heads head_dim"]:
-    """Invert `rotate`."""
+    """Return the input of `rotate` from its output."""
     cos, sin = angles
     length = cos * cos + sin * sin  # the square of the magnitude of a rope
     return rotate(x, (cos / length, -sin / length))

@@ -1,4 +1,4 @@
-"""Shared by families: the fields of Llama's config, layer types, windows, mixtures of experts."""
+"""Readers that families share: Llama's fields, layer types, windows, mixtures of experts."""
 
 from collections.abc import Sequence
 
@@ -33,8 +33,8 @@ def llama_like(
     Args:
       max_len, theta, norm_eps, tied, head_dim, kv_heads, activation: the family's defaults. Without
         a `head_dim` the default is hidden / heads; without `kv_heads`, as many as query heads.
-      layer_types: for ropes that differ by the type of layer.
-      ropes: the ropes and each layer's index, instead of those that `d` spells as usual.
+      layer_types: the type of each layer, if ropes depend on it.
+      ropes: the ropes and each layer's index, for families with their own spelling.
 
     Raises:
       ConfigError: a missing or invalid field.
@@ -141,8 +141,7 @@ def read_experts(
     chosen = f.count(d, "num_experts_per_tok", top_k)
     if chosen > experts:
         raise ConfigError(
-            f"num_experts_per_tok={chosen}, {key}={experts}: a token cannot go to more experts "
-            "than there are."
+            f"num_experts_per_tok={chosen}, {key}={experts}: the first must be at most the second."
         )
     if not layers:
         return None
@@ -152,7 +151,7 @@ def read_experts(
 
 
 def require_valid(config: ModelConfig) -> ModelConfig:
-    """Return the config; raise `ConfigError` for sizes that are not possible together."""
+    """Return the config. Raises `ConfigError` for sizes that contradict each other."""
     if config.q_heads % config.kv_heads:
         raise ConfigError(
             f"num_attention_heads={config.q_heads}, num_key_value_heads={config.kv_heads}: the "

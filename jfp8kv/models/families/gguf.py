@@ -19,7 +19,7 @@ from jfp8kv.models.families.ropes import FULL, ORIGINAL, SLIDING
 
 # By `general.architecture`: Hugging Face's `model_type`.
 _HF_TYPES = {name: name for name in ("llama", "qwen2", "qwen3")} | {"gemma3": "gemma3_text"}
-# The one size of Gemma 3 that scales scores by hidden / heads. No metadata field says so.
+# Gemma 3 27B scales scores by hidden / heads, unlike the other sizes. The metadata does not say so.
 _GEMMA3_27B_LAYERS = 62
 # A file names one to three EOS tokens. Tokens with these texts end a sequence too, in every file,
 # as in llama.cpp (llama-vocab.cpp, `special_eog_ids`).
@@ -144,7 +144,7 @@ def _shortest(value: float) -> float:
 
 
 def _vocab(fields: Mapping[str, Any], vocab: Any, tensors: Mapping[str, tuple[int, ...]]) -> Any:
-    """Return the rows of the embeddings, else the metadata's or the tokenizer's token count."""
+    """Return the number of rows of the embeddings, else of tokens in the metadata."""
     if shape := tensors.get("token_embd.weight"):
         return shape[0]
     tokens = fields.get("tokenizer.ggml.tokens")
@@ -184,9 +184,9 @@ def _listed_ids(fields: Mapping[str, Any], key: str) -> tuple[int, ...]:
 
 
 def _gemma3_entries(get: Get) -> dict[str, Any]:
-    """Return the entries that Gemma 3 has beside Llama's.
+    """Return the entries that Gemma 3 has in addition to Llama's.
 
-    Files without the windows' rope or the layer pattern get the family's defaults.
+    Files without the rope of windowed layers or the layer pattern get the family's defaults.
     """
     window = get("attention.sliding_window")
     pattern = get("attention.sliding_window_pattern")

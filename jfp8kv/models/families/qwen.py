@@ -47,7 +47,7 @@ def qwen3(d: Fields) -> ModelConfig:
 
 
 def qwen3_moe(d: Fields) -> ModelConfig:
-    """Return the config of a Qwen3-MoE: experts without biases; a window is on every layer."""
+    """Return the config of a Qwen3-MoE: experts without biases; windows are on every layer."""
     bias = f.flag(d, "attention_bias")
     experts = read_experts(d, hidden_key="moe_intermediate_size", count=128, top_k=8, hidden=768)
     normalized = f.flag(d, "norm_topk_prob")

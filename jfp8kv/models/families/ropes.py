@@ -6,14 +6,16 @@ whole model or for each type of layer.
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping, Sequence
 
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.models.config import RopeConfig
+from jfp8kv.models.config import RopeConfig, RopeKind
 from jfp8kv.models.families.fields import Fields, count, flag, mapping, number, numbers
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+ROPE_KINDS: tuple[str, ...] = typing.get_args(RopeKind)
 ORIGINAL = "original_max_position_embeddings"
 _OLD_NAMES = {"su": "longrope"}
 
@@ -41,7 +43,7 @@ def read_ropes(
     if not by_type:
         merged = {**d, **entries}
         if d.get(ORIGINAL):
-            merged[ORIGINAL] = d[ORIGINAL]  # the model's field has priority
+            merged[ORIGINAL] = d[ORIGINAL]  # the field of the model overrides the one of the rope
         return (read_rope(merged, head_dim=head_dim, max_len=max_len, theta=theta),), ()
     missing = set(layer_types) - set(by_type)
     if missing:
@@ -56,7 +58,7 @@ def read_ropes(
 
 
 def unique_ropes(by_layer: Sequence[RopeConfig | None]) -> tuple[Ropes, LayerRopes]:
-    """Return the different ropes and each layer's index, -1 for None.
+    """Return the distinct ropes and each layer's index, -1 for None.
 
     The indices are () if all layers have the same rope.
     """
@@ -68,7 +70,7 @@ def unique_ropes(by_layer: Sequence[RopeConfig | None]) -> tuple[Ropes, LayerRop
 
 
 def read_rope(d: Fields, *, head_dim: int, max_len: int, theta: float) -> RopeConfig:
-    """Return one rope from its entries, merged with the fields of the config.
+    """Return one rope from a mapping of its entries and the fields of the config.
 
     Raises:
       ConfigError: an unsupported type, or an invalid value.

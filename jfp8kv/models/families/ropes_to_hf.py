@@ -61,9 +61,9 @@ def rope_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def phi3_rope_fields(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields of a Phi-3, which has the original length outside of its rope.
+    """Return the fields of a Phi-3, which has the original length outside of `rope_scaling`.
 
-    Its first readers only accept `rope_scaling` with exactly three entries.
+    Older readers only accept a `rope_scaling` with exactly three entries.
     """
     fields = rope_fields(config)
     scaling = fields["rope_scaling"]
@@ -75,7 +75,7 @@ def phi3_rope_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def gemma3_rope_fields(config: ModelConfig) -> dict[str, Any]:
-    """Return the fields of a Gemma 3, which has a rope for both types of layer in any case."""
+    """Return the fields of a Gemma 3, which always has a rope for both types of layer."""
     ropes = dict.fromkeys((FULL, SLIDING), config.ropes[0]) | _rope_by_type(config)
     full = ropes[FULL]
     scaling = _scaling(full, config.max_len)
@@ -107,7 +107,7 @@ def _share(rope: RopeConfig) -> dict[str, float]:
 
 
 def _scaling(rope: RopeConfig, max_len: int) -> dict[str, Any]:
-    """Return the entries of a kind of rope beside theta, without those that readers infer."""
+    """Return the entries of a rope without theta, its share, and values that readers infer."""
     match rope.kind:
         case "default":
             return {}
