@@ -22,8 +22,8 @@ BANNED = {
     r"\bwhoever\b": "the caller that ..., the request that ...",
     r"\bsomebody\b": "a caller, a user",
     r"\bhe who\b": "the caller that ...",
-    r"\b(is|are) no (?!longer\b|more\b|less\b|other\b|such\b|further\b|need\b|way\b|doubt\b|[a-z]+er\b|"
-    r"worse\b|different\b)"
+    r"\b(is|are) no (?!longer\b|more\b|less\b|such\b|need\b|way\b|doubt\b|[a-z]+er\b|worse\b|"
+    r"different\b)"
     r"(valid |such )?[a-z]+[.,:;)]": "is not a ..., invalid ...",
     r"\bis no (json|utf-8|csv|yaml|number|name|path|file|folder|model|text|list|prompt|tensor)\b": (
         "invalid ..., is not a ..."
@@ -65,7 +65,7 @@ BANNED = {
     r"\bto (its|their) ends?\b": "to completion",
     r"\bas far as (that|it|they) (goes|go)\b": "where possible",
     r"\bby (its|his) (very )?nature\b": "drop it",
-    r"\b(aught|naught|whence|thence|hence(forth)?|thereof|wherein|whereby|thereby)\b": "plain words",
+    r"\b(aught|naught|whence|thence|hence(forth)?|thereof|wherein|whereby|thereby)\b": "plain",
 }
 SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".ipynb"}
 NAMES = {"Makefile", "run"}

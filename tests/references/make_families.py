@@ -259,7 +259,8 @@ def reference(case: Family, folder: Path, seed: int, prompt: list[int]) -> dict[
     ]
     if depends_on_length(case) or np.abs(recomputed - rows).max() > 1e-3:
         print(
-            f"  {case.name}: cached and whole passes differ by {np.abs(recomputed - rows).max():.2g}, "
+            f"  {case.name}: cached and whole passes differ by "
+            f"{np.abs(recomputed - rows).max():.2g}, "
             f"{uncached == made=}"
         )
         arrays |= {"step_logits": rows, "greedy_uncached": np.int32(uncached)}

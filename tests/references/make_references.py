@@ -9,8 +9,8 @@ after loading that folder from disk:
     tokens               int32 [61], the prompt: odd, and past the end of a page of 16
     logits               float32 [61, vocab]
     greedy               int32 [24], the ids that follow
-    last_logits_e4m3     float32 [4, vocab]: the last four rows of `logits` with each key (after RoPE) and value
-    last_logits_e5m2     clipped, rounded to FP8 with scale 1, and read back before attention
+    last_logits_e4m3     float32 [4, vocab]: the last four rows of `logits`, with keys (after RoPE)
+    last_logits_e5m2     and values clipped, rounded to FP8 with scale 1 and read back
     greedy_e4m3          int32 [24]
     greedy_e5m2          int32 [24]
 
