@@ -39,7 +39,7 @@ class RecordedDispatches:
     """Records the dispatches of an engine: when each was made, and with which arrays."""
 
     def __init__(self, llm: jfp8kv.LLM):
-        self.engine = llm._engine
+        self.engine = llm.engine
         self.call = self.engine.programs.call
         self.engine.programs.call = self
         self.seen: list[tuple[float, DecodeBatch | None, dict[str, Hashable]]] = []
@@ -63,7 +63,7 @@ def measure(
 ) -> tuple[list[float], list[float], list[float], list[float]]:
     """Return seconds per step: device idle, overlapped, the whole step, and its dispatch alone."""
     recorded = RecordedDispatches(llm)
-    engine = llm._engine
+    engine = llm.engine
     prompts = np.random.default_rng(0).integers(20, 40_000, (requests, 8)).tolist()
     sampling = SamplingParams(
         max_tokens=DECODE_STEPS * (steps + 3), ignore_eos=True, seed=0, **fields

@@ -69,7 +69,7 @@ def memory_pressure(params: jfp8kv.Params, ids: list[int], requests: int, output
     starts = rng.integers(0, len(ids) - PROMPT, requests)
     prompts = [ids[start : start + PROMPT] for start in starts]
     probe = jfp8kv.LLM(params, kv_dtype="bfloat16", kv_cache_memory="64MiB")
-    enough = requests * probe._engine.cache_config.sequence_bytes(PROMPT + output)
+    enough = requests * probe.engine.cache_config.sequence_bytes(PROMPT + output)
     budgets = {"enough": enough, "half of bfloat16's need": enough // 2, "a quarter": enough // 4}
     rows = []
     for kv_dtype in ("bfloat16", "fp8_e4m3"):

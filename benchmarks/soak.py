@@ -223,7 +223,7 @@ def soak(
     """
     sizes = SIZES | sizes
     pairs = random_requests(params.config.vocab)
-    probe = jfp8kv.LLM(params, kv_dtype=kv_dtype, kv_cache_memory="100kB", **sizes)._engine
+    probe = jfp8kv.LLM(params, kv_dtype=kv_dtype, kv_cache_memory="100kB", **sizes).engine
     needed = np.mean(
         [
             probe.requirements.total_pages(len(prompt) + sampling.max_tokens)
@@ -254,7 +254,7 @@ def soak(
         ends: Counter[str] = sum(pool.map(run_caller, range(CALLERS)), Counter())
     seconds = time.perf_counter() - started
     llm._driver.flush()  # cancellations take effect after the running step
-    allocator = llm._engine.scheduler.kv_manager.allocator
+    allocator = llm.engine.scheduler.kv_manager.allocator
     return Report(
         requests=requests,
         ends=ends,

@@ -47,7 +47,7 @@ def main() -> None:
     rows = []
     for kv_dtype in ("bfloat16", "fp8_e4m3", "fp8_e5m2"):
         llm = jfp8kv.LLM(params, kv_dtype=kv_dtype, kv_cache_memory="32MiB", max_num_seqs=REQUESTS)
-        engine = llm._engine
+        engine = llm.engine
         requests = [
             Request([1] * 100, SamplingParams(), np.zeros(2, np.uint32), max_tokens=4)
             for _ in range(REQUESTS)

@@ -34,7 +34,7 @@ class BitmaskTimer:
     def __init__(self, llm: jfp8kv.LLM):
         self.seconds: list[float] = []
         self.hidden: list[bool] = []
-        engine = llm._engine
+        engine = llm.engine
         token_bitmask, compute = engine.batch_builder.token_bitmask, engine.programs.compute
 
         def timed_bitmask(*args, **kwargs):
@@ -57,7 +57,7 @@ class BitmaskTimer:
 
 def print_compile_times(llm: jfp8kv.LLM) -> None:
     """Print the one-time costs of a vocabulary and of a grammar."""
-    structured_output = llm._engine.structured_output
+    structured_output = llm.engine.structured_output
     started = time.perf_counter()
     structured_output._ll_tokenizer  # noqa: B018
     vocabulary = time.perf_counter() - started

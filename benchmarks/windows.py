@@ -64,14 +64,14 @@ class LongRequest:
         (group,) = self.llm._groups([prompt], sampling, {})
         (self.request,) = group.requests
         self.peak_bytes = 0
-        self.llm._engine.add(self.request)
+        self.llm.engine.add(self.request)
         while not self.request.output_ids:
             self.decode()
 
     def decode(self) -> None:
         """Run one scheduler step to completion."""
-        self.llm._engine.step()
-        self.llm._engine.settle()
+        self.llm.engine.step()
+        self.llm.engine.settle()
         self.peak_bytes = max(self.peak_bytes, self.llm.stats.kv_bytes_used)
 
 
@@ -100,7 +100,7 @@ def main() -> None:
     for kv_dtype in DTYPES:
         windows, full = (LongRequest(params, kv_dtype, prompt, output) for params in models)
         stats = windows.llm.stats
-        without_windows = windows.llm._engine.cache_config.without_windows
+        without_windows = windows.llm.engine.cache_config.without_windows
         one_table = without_windows.sequence_bytes(given.tokens + output)
         assert full.peak_bytes == one_table, (
             f"without windows {full.peak_bytes} bytes are used, and {one_table} were expected"

@@ -16,6 +16,7 @@ from jfp8kv.core.errors import DeviceMemoryError as DeviceMemoryError
 from jfp8kv.core.errors import Jfp8kvError as Jfp8kvError
 from jfp8kv.core.errors import NotSupported as NotSupported
 from jfp8kv.core.errors import StepError as StepError
+from jfp8kv.engine.engine import Engine as Engine
 from jfp8kv.engine.options import EngineOptions as EngineOptions
 from jfp8kv.engine.programs import CompileReport as CompileReport
 from jfp8kv.engine.request import CompletionOutput as CompletionOutput

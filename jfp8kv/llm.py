@@ -99,19 +99,23 @@ class LLM:
         self._numbers = itertools.count()
 
     @property
-    def _engine(self) -> Engine:
-        """The engine. Raises `ConfigError` once the LLM is closed."""
+    def engine(self) -> Engine:
+        """The engine, for inspection and experiments; its interface may change between versions.
+
+        Only the engine thread runs steps: read from it between calls, and do not call its methods
+        while other calls run. Raises `ConfigError` once the LLM is closed.
+        """
         return self._driver.engine
 
     @property
     def params(self) -> Params:
         """The model's weights, config and tokenizer."""
-        return self._engine.params
+        return self.engine.params
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The model's tokenizer, if it has one."""
-        return self._engine.params.tokenizer
+        return self.engine.params.tokenizer
 
     @property
     def stats(self) -> Stats:
@@ -121,17 +125,17 @@ class LLM:
     @property
     def kv_dtype(self) -> str:
         """The format of the cache, with the number of layers of each format where they differ."""
-        return self._engine.cache_config.name
+        return self.engine.cache_config.name
 
     @property
     def max_model_len(self) -> int:
         """The most tokens of a request, prompt and output."""
-        return self._engine.max_model_len
+        return self.engine.max_model_len
 
     @property
     def attention(self) -> str:
         """The attention implementation in use, and why it was selected."""
-        choice = self._engine.attention
+        choice = self.engine.attention
         return f"{choice.name}: {choice.reason}"
 
     # -- lifetime ----------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ class LLM:
         - a request with more than 64 end tokens or more than 512 entries in `logit_bias`.
         """
         for _ in self._driver.iterate(
-            warmup_steps(self._engine, structured=structured, branches=branches)
+            warmup_steps(self.engine, structured=structured, branches=branches)
         ):
             pass
 
@@ -268,7 +272,7 @@ class LLM:
                 (group,) = self._groups([prompt], params, {})
             return group
 
-        limit = 2 * self._engine.buckets.max_requests
+        limit = 2 * self.engine.buckets.max_requests
         return self._driver.run_iter(make_group, requests, limit=limit)
 
     def stream(
@@ -305,7 +309,7 @@ class LLM:
         chat = ChatOptions.from_fields(**chat_fields) if chat_fields else None
         (prompt,) = with_chat_options([prompt], chat)
         ids = encode(prompt, self.tokenizer, what="prompt").ids
-        self._engine.check(ids, forward.PREFILL_ONLY, what="prompt", new_tokens=0)
+        self.engine.check(ids, forward.PREFILL_ONLY, what="prompt", new_tokens=0)
         return Session.start(self._driver, ids, self.generate)
 
     def _run(self, requests: list[Request], progress: bool | None) -> None:
@@ -344,7 +348,7 @@ class LLM:
             RequestGroup.of(
                 prompt,
                 params,
-                max_new_tokens=self._engine.max_model_len - len(prompt.ids),
+                max_new_tokens=self.engine.max_model_len - len(prompt.ids),
                 tokenizer=self.tokenizer,
                 engine_seed=self._seed,
                 number=next(self._numbers),
@@ -372,7 +376,7 @@ class LLM:
             )
             params = with_stop_tokens(params, self.tokenizer, self.params.config.vocab)
             encoded = encode(prompt, self.tokenizer, what=what)
-            self._engine.check(encoded.ids, params, what=what)
+            self.engine.check(encoded.ids, params, what=what)
             if params.stop and self.tokenizer is None:
                 raise ConfigError(
                     "stop strings need text, and this model has no tokenizer: use stop_token_ids."
@@ -388,7 +392,7 @@ class LLM:
         They are computed through the paged cache, by the code that generates.
         """
         ids = encode(token_ids, None, what="token_ids").ids
-        self._engine.check(ids, forward.PREFILL_ONLY, what="token_ids", new_tokens=0)
+        self.engine.check(ids, forward.PREFILL_ONLY, what="token_ids", new_tokens=0)
         request = logits_request(ids)
         self._driver.run([request])
         assert request.prompt_outputs is not None
@@ -417,7 +421,7 @@ class LLM:
         if not listed:
             raise ConfigError("prompts is empty: give at least one.")
         scores = [
-            ScoreRequest.of(self._engine, encode_pair(prompt, None, self.tokenizer))
+            ScoreRequest.of(self.engine, encode_pair(prompt, None, self.tokenizer))
             for prompt in listed
         ]
         self._driver.run([request for score in scores for request in score.requests])

@@ -17,22 +17,22 @@ def tiny_llm(family: str = "llama_gqa", **options) -> jfp8kv.LLM:
 
 def poisoned(llm: jfp8kv.LLM) -> jfp8kv.LLM:
     """Fill the pool with NaN codes, so that a read of an unwritten slot shows."""
-    formats = {spec.fmt for spec in llm._engine.cache_config.specs}
+    formats = {spec.fmt for spec in llm.engine.cache_config.specs}
     code = 0xFF if len(formats) > 1 else formats.pop().nan_code
-    llm._engine.pages = poison(llm._engine.pages, code)
+    llm.engine.pages = poison(llm.engine.pages, code)
     return llm
 
 
 def used_pages(llm: jfp8kv.LLM) -> int:
     """Return the number of allocated pages, once cancellations have taken effect."""
     llm._driver.flush()
-    return llm._engine.scheduler.kv_manager.allocator.used_pages
+    return llm.engine.scheduler.kv_manager.allocator.used_pages
 
 
 @contextlib.contextmanager
 def limit_free_pages(llm: jfp8kv.LLM, pages: int) -> Iterator[PageAllocator]:
     """Allocate all but `pages` of the free pages in the context."""
-    allocator = llm._engine.scheduler.kv_manager.allocator
+    allocator = llm.engine.scheduler.kv_manager.allocator
     taken = allocator.allocate(allocator.free_pages - pages)
     yield allocator
     assert allocator.free_pages == pages

@@ -58,14 +58,14 @@ def test_many_streams_and_a_generate_in_a_thread_run_together(llm) -> None:
 
 def test_the_event_loop_never_waits_for_a_step(llm, monkeypatch) -> None:
     """Each step waits for a tick of the loop: forever, if the loop waited for the step."""
-    step, ticked = llm._engine.step, threading.Event()
+    step, ticked = llm.engine.step, threading.Event()
 
     def waiting_step() -> None:
         ticked.clear()
         assert ticked.wait(20)
         step()
 
-    monkeypatch.setattr(llm._engine, "step", waiting_step)
+    monkeypatch.setattr(llm.engine, "step", waiting_step)
 
     async def tick() -> None:
         while True:
@@ -101,8 +101,8 @@ def test_leaving_the_loop_or_closing_the_stream_frees_the_pages(llm) -> None:
 def test_cancelling_the_task_does_not_wait_for_the_step_and_frees_the_pages_after_it(
     llm, monkeypatch
 ) -> None:
-    step, inside, proceed = llm._engine.step, threading.Event(), threading.Event()
-    allocator = llm._engine.scheduler.kv_manager.allocator
+    step, inside, proceed = llm.engine.step, threading.Event(), threading.Event()
+    allocator = llm.engine.scheduler.kv_manager.allocator
 
     def held_step() -> None:
         if allocator.used_pages:
@@ -110,7 +110,7 @@ def test_cancelling_the_task_does_not_wait_for_the_step_and_frees_the_pages_afte
             assert proceed.wait(20)
         step()
 
-    monkeypatch.setattr(llm._engine, "step", held_step)
+    monkeypatch.setattr(llm.engine, "step", held_step)
 
     async def main() -> None:
         task = asyncio.create_task(text(llm, "hello", 1))
@@ -134,7 +134,7 @@ def test_every_stream_gets_the_error_of_a_failed_step_and_the_next_is_served(
 
     async def main() -> list[Any]:
         with monkeypatch.context() as broken:
-            step, steps = llm._engine.step, []
+            step, steps = llm.engine.step, []
 
             def failing_step() -> None:
                 steps.append(1)
@@ -142,7 +142,7 @@ def test_every_stream_gets_the_error_of_a_failed_step_and_the_next_is_served(
                     raise RuntimeError("the device is gone")
                 step()
 
-            broken.setattr(llm._engine, "step", failing_step)
+            broken.setattr(llm.engine, "step", failing_step)
             streams = [text(llm, "hello", i) for i in range(3)]
             results = await asyncio.gather(*streams, return_exceptions=True)
         return [*results, await text(llm, "hello", 2)]

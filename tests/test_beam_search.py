@@ -173,11 +173,11 @@ def test_the_context_length_limits_the_output(llm) -> None:
 
 def test_a_search_that_fails_frees_all_its_pages(monkeypatch) -> None:
     llm = engine()
-    tight = engine(kv_cache_memory=17 * llm._engine.cache_config.page_bytes)
+    tight = engine(kv_cache_memory=17 * llm.engine.cache_config.page_bytes)
     with pytest.raises(CapacityError, match="beams=12 for prompt 0: .* Or try fewer beams"):
         jfp8kv.beam_search(tight, [5] * 20, beams=12, max_tokens=20, ignore_eos=True)
     assert used_pages(tight) == 0
-    call, calls = llm._engine.programs.call, []
+    call, calls = llm.engine.programs.call, []
 
     def failing(step, *args, **kwargs):
         calls.append(step.__name__)
@@ -185,7 +185,7 @@ def test_a_search_that_fails_frees_all_its_pages(monkeypatch) -> None:
             raise RuntimeError("the device is gone")
         return call(step, *args, **kwargs)
 
-    monkeypatch.setattr(llm._engine.programs, "call", failing)
+    monkeypatch.setattr(llm.engine.programs, "call", failing)
     with pytest.raises(RuntimeError, match="the device is gone"):
         jfp8kv.beam_search(llm, PROMPT, beams=3, ignore_eos=True)
     assert used_pages(llm) == 0

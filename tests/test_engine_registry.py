@@ -107,7 +107,7 @@ def test_invalid_settings_drop_no_engine(params) -> None:
 def test_dropping_the_params_frees_engine_and_weights_at_once() -> None:
     params = jfp8kv.load(FOLDER)
     jfp8kv.score(params, "hello")
-    engine = engine_for(params)._engine
+    engine = engine_for(params).engine
     weight = jax.tree.leaves(params)[0]
     gone = [weakref.ref(x) for x in (params, engine, engine.pages.k_bits, weight)]
     gc.disable()
@@ -120,7 +120,7 @@ def test_dropping_the_params_frees_engine_and_weights_at_once() -> None:
 
 def test_clear_engines_frees_the_memory_and_the_next_call_creates_an_engine(params) -> None:
     want = jfp8kv.score(params, "hello")
-    gone = weakref.ref(engine_for(params)._engine)
+    gone = weakref.ref(engine_for(params).engine)
     gc.disable()
     try:
         jfp8kv.clear_engines()

@@ -101,14 +101,14 @@ def test_a_failed_step_yields_its_error_for_all_requests_in_it(llm, monkeypatch)
 
 def test_a_request_that_finished_before_the_step_failed_is_complete(llm, monkeypatch) -> None:
     """The last tokens of one request are there when the next step of the other cannot start."""
-    dispatch = llm._engine._dispatch
+    dispatch = llm.engine._dispatch
 
     def failing(scheduled):
         if scheduled and scheduled.decode and len(scheduled.decode.requests) == 1:
             raise RuntimeError("the device is on fire")
         dispatch(scheduled)
 
-    monkeypatch.setattr(llm._engine, "_dispatch", failing)
+    monkeypatch.setattr(llm.engine, "_dispatch", failing)
     both = [("hello", {"max_tokens": tokens, "ignore_eos": True}) for tokens in (2, 40)]
     found = dict(llm.generate_iter(both))
     assert len(found[0].token_ids) == 2 and "the device is on fire" in str(found[1])

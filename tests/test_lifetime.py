@@ -66,7 +66,7 @@ def test_calls_after_close_raise_a_clear_error() -> None:
 def test_close_frees_pool_and_weights_though_the_llm_is_still_referred_to() -> None:
     llm = new_llm()
     session = llm.session("hello")
-    engine = llm._engine
+    engine = llm.engine
     gone = [weakref.ref(x) for x in (engine, engine.pages.k_bits, jax.tree.leaves(llm.params)[0])]
     del engine
     llm.close()
@@ -84,7 +84,7 @@ def test_dropping_the_last_reference_frees_everything_at_once_and_ends_the_threa
     llm.session("hello").fork().extend("a")
     llm.score("hello")
     llm.stats, llm.compile_report()
-    thread, engine = llm._driver._thread, llm._engine
+    thread, engine = llm._driver._thread, llm.engine
     weight = jax.tree.leaves(llm.params)[0]
     gone = [weakref.ref(x) for x in (llm, engine, engine.pages.k_bits, weight)]
     llm._driver.flush()
@@ -101,7 +101,7 @@ def test_dropping_the_last_reference_frees_everything_at_once_and_ends_the_threa
 def test_a_session_keeps_its_engine_and_the_last_of_both_frees_it() -> None:
     llm = new_llm()
     session = llm.session("hello")
-    gone = weakref.ref(llm._engine)
+    gone = weakref.ref(llm.engine)
     del llm
     assert session.extend("a").shape[0] > 0
     session.close()

@@ -95,13 +95,13 @@ def test_any_tree_of_sessions_has_the_logits_of_uncached_sequences(kind) -> None
 @pytest.fixture
 def ran(llm, monkeypatch) -> list[str]:
     """The names of the steps that were dispatched."""
-    names, call = [], llm._engine.programs.call
+    names, call = [], llm.engine.programs.call
 
     def counted(step, *args, **kwargs):
         names.append(step.__name__)
         return call(step, *args, **kwargs)
 
-    monkeypatch.setattr(llm._engine.programs, "call", counted)
+    monkeypatch.setattr(llm.engine.programs, "call", counted)
     return names
 
 
@@ -185,7 +185,7 @@ def test_several_sessions_are_extended_in_one_dispatch(llm, ran) -> None:
 
 
 def test_a_fork_in_a_full_pool_is_unchanged_by_errors_and_extended_once_there_is_room() -> None:
-    llm = engine(kv_cache_memory=7 * engine()._engine.cache_config.page_bytes)
+    llm = engine(kv_cache_memory=7 * engine().engine.cache_config.page_bytes)
     with llm.session([7] * 24) as other, llm.session([9] * 17) as trunk:
         branches = [trunk.fork() for _ in range(3)]
         assert used_pages(llm) == 6
@@ -204,7 +204,7 @@ def test_a_fork_in_a_full_pool_is_unchanged_by_errors_and_extended_once_there_is
 
 
 def test_new_pages_of_a_batch_are_freed_when_one_session_finds_no_room() -> None:
-    llm = engine(kv_cache_memory=6 * engine()._engine.cache_config.page_bytes)
+    llm = engine(kv_cache_memory=6 * engine().engine.cache_config.page_bytes)
     with llm.session([7] * 24), llm.session([9] * 16) as trunk, trunk.fork() as branch:
         assert used_pages(llm) == 5
         with pytest.raises(CapacityError, match="Open sessions own the others"):
@@ -232,7 +232,7 @@ def test_continuations_of_one_prompt_prefill_it_once(llm, ran, prompt) -> None:
     ran.clear()
     out = llm.generate([ids], n=2, **sampling)[0]
     assert (
-        ran.count("prefill") == -(-(prompt - 1) // llm._engine.buckets.max_prefill_chunk)
+        ran.count("prefill") == -(-(prompt - 1) // llm.engine.buckets.max_prefill_chunk)
         and ran.count("copy") == 1
     )
     apart = engine(prefix_caching=False).generate([ids], n=2, **sampling)[0]
@@ -291,7 +291,7 @@ def test_a_request_shares_the_pages_of_a_session_with_the_same_prefix(llm) -> No
 
 
 def test_a_refusal_names_the_sessions_that_own_the_pages_and_the_next_call_is_served() -> None:
-    llm = engine(kv_cache_memory=6 * engine()._engine.cache_config.page_bytes)
+    llm = engine(kv_cache_memory=6 * engine().engine.cache_config.page_bytes)
     with llm.session([7] * 24), llm.session([9] * 17) as session:
         with pytest.raises(CapacityError, match="Open sessions own the others: close some"):
             llm.generate([[8] * 20], max_tokens=4)
@@ -309,7 +309,7 @@ def test_a_request_that_just_finished_is_not_refused_for_lack_of_pages() -> None
     with contextlib.closing(llm.stream("abc", **sampling)) as stream:
         first, second = next(stream), next(stream)
     stop = second[2:5]
-    tight = jfp8kv.LLM(params, **SIZES, kv_cache_memory=8 * llm._engine.cache_config.page_bytes)
+    tight = jfp8kv.LLM(params, **SIZES, kv_cache_memory=8 * llm.engine.cache_config.page_bytes)
     with tight.session([7] * 41):
         with pytest.raises(CapacityError, match="Open sessions own the others"):
             tight.generate("abc", **sampling)
@@ -327,7 +327,7 @@ def test_a_running_request_loses_nothing_when_others_need_its_pages(caller) -> N
     sampling = {"max_tokens": 30, "temperature": 1.0, "seed": 1, "ignore_eos": True}
     llm = jfp8kv.LLM(params, **SIZES | MEMORY)
     alone = llm.generate("abc", **sampling)[0].text
-    tight = jfp8kv.LLM(params, kv_cache_memory=8 * llm._engine.cache_config.page_bytes, **SIZES)
+    tight = jfp8kv.LLM(params, kv_cache_memory=8 * llm.engine.cache_config.page_bytes, **SIZES)
     stream = tight.stream("abc", **sampling)
     text = next(stream)
     result = getattr(tight, caller)([7] * 60)
@@ -346,7 +346,7 @@ def test_a_session_and_its_forks_survive_a_failed_step(monkeypatch) -> None:
             raise RuntimeError("the device is gone")
 
         with monkeypatch.context() as broken:
-            broken.setattr(llm._engine.programs, "call", failing)
+            broken.setattr(llm.engine.programs, "call", failing)
             with pytest.raises(RuntimeError, match="the device is gone"):
                 session.extend([5])
         assert session.token_ids == branch.token_ids == list(range(20))

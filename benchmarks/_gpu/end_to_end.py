@@ -140,9 +140,9 @@ def time_decode(
 def open_engine(params: jfp8kv.Params, attention: str | None, **sizes: Any) -> tuple[Any, str]:
     """Return an engine with the requested attention, or else the default, and the name of it."""
     try:
-        engine = jfp8kv.LLM(params, attention=attention, **sizes)._engine
+        engine = jfp8kv.LLM(params, attention=attention, **sizes).engine
     except NotSupported:
-        engine = jfp8kv.LLM(params, **sizes)._engine
+        engine = jfp8kv.LLM(params, **sizes).engine
     return engine, engine.attention.name
 
 

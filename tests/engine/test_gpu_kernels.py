@@ -23,8 +23,8 @@ PROMPTS = [list(range(3, 30)), [7, 8]]  # prefill and decode: two programs
 def tokens(family: str, attention: str, **cache) -> tuple[list[list[int]], str]:
     params = jfp8kv.load(REFERENCES[0].parent / family, dtype="float32")
     llm = jfp8kv.LLM(params, attention=attention, **SIZES, **cache)
-    nan = 0xFF if llm._engine.pages.v_bits.dtype == "uint8" else 0x7FFF
-    llm._engine.pages = poison(llm._engine.pages, nan)
+    nan = 0xFF if llm.engine.pages.v_bits.dtype == "uint8" else 0x7FFF
+    llm.engine.pages = poison(llm.engine.pages, nan)
     sampling = jfp8kv.SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     return [out.token_ids for out in llm.generate(PROMPTS, sampling)], llm.attention
 

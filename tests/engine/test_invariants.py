@@ -173,7 +173,7 @@ def test_after_a_failed_step_all_pages_are_free_and_the_next_call_is_served(
 ) -> None:
     llm = fp8_llm(params)
     want = tokens(llm.generate(prompts(3), **GREEDY))
-    programs, calls = llm._engine.programs, []
+    programs, calls = llm.engine.programs, []
     call = programs.call
 
     def failing(*args, **kwargs):
@@ -192,7 +192,7 @@ def test_after_a_failed_step_all_pages_are_free_and_the_next_call_is_served(
 def test_an_engine_whose_pool_was_lost_is_usable_again(params, monkeypatch) -> None:
     llm = fp8_llm(params)
     want = llm.logits([5, 6, 7])
-    programs = llm._engine.programs
+    programs = llm.engine.programs
     call = programs.call
 
     def losing(step, batch, pages, **static):

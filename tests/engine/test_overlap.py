@@ -41,7 +41,7 @@ def llm(params) -> jfp8kv.LLM:
 
 
 def test_output_is_emitted_while_the_next_step_runs(llm, monkeypatch) -> None:
-    engine = llm._engine
+    engine = llm.engine
     seen: list[tuple[int, list[type]]] = []  # output tokens, and the plans in flight
     emit = postprocess.emit_output
 
@@ -58,7 +58,7 @@ def test_output_is_emitted_while_the_next_step_runs(llm, monkeypatch) -> None:
 
 
 def test_prompts_are_prefilled_beside_a_decode_at_most_one_step_ahead(llm, monkeypatch) -> None:
-    engine = llm._engine
+    engine = llm.engine
     steps: list[SchedulerOutput] = []
     ahead: list[int] = []
     dispatch = engine._dispatch
@@ -169,7 +169,7 @@ class Lost:
 def test_a_failure_on_the_device_is_raised_when_its_results_are_needed(
     llm, monkeypatch, failing
 ) -> None:
-    engine, prompts = llm._engine, [[5] * 90, [6] * 3]
+    engine, prompts = llm.engine, [[5] * 90, [6] * 3]
     want = [out.token_ids for out in llm.generate(prompts, seed=1, **LONG)]
     stream = llm.stream("hello", seed=2, **LONG)
     next(stream)
@@ -198,7 +198,7 @@ def test_a_failure_on_the_device_is_raised_when_its_results_are_needed(
 
 def test_a_failed_dispatch_does_not_lose_requests_that_had_finished(llm, monkeypatch) -> None:
     """The last tokens of a request have been committed when the next dispatch fails."""
-    engine = llm._engine
+    engine = llm.engine
     want = llm.generate("hello", seed=2, **LONG | {"max_tokens": 4})[0].text
     short = llm.stream("hello", seed=2, **LONG | {"max_tokens": 4})
     long = llm.stream("hello", seed=2, **LONG)

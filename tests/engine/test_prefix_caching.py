@@ -41,8 +41,8 @@ def test_prefix_caching_and_preemption_change_no_output(family) -> None:
     without = new_llm(prefix_caching=False)
     want = [out.token_ids for out in without.generate(prompts, **GREEDY)]
     assert without.stats.prefix_hit_tokens == 0
-    ample = without._engine.num_pages
-    few = without._engine.requirements.total_pages(64) + 6
+    ample = without.engine.num_pages
+    few = without.engine.requirements.total_pages(64) + 6
     for pages in (ample, few):
         llm = new_llm(prefix_caching=True)
         with limit_free_pages(llm, pages):

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.quick_compile
 def engine():
     return jfp8kv.LLM(
         jfp8kv.load(REFERENCES[0]), kv_cache_memory="100kB", max_model_len=64, max_num_seqs=1
-    )._engine
+    ).engine
 
 
 @pytest.fixture(scope="module")

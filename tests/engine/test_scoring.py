@@ -47,7 +47,7 @@ def llm(params) -> jfp8kv.LLM:
 @pytest.fixture(scope="module")
 def small(params, llm) -> jfp8kv.LLM:
     """An engine whose pool has 12 pages, 96 tokens."""
-    memory = 12 * llm._engine.cache_config.page_bytes
+    memory = 12 * llm.engine.cache_config.page_bytes
     return jfp8kv.LLM(params, kv_cache_memory=memory, **SIZES)
 
 
@@ -297,7 +297,7 @@ def test_logits_of_a_chunk_stay_below_one_cap_for_all_callers(llm, ran, monkeypa
 
 
 def test_log_probabilities_never_materialize_more_logits_than_the_cap(llm, monkeypatch):
-    engine = llm._engine
+    engine = llm.engine
     vocab = engine.params.config.vocab
     monkeypatch.setattr(buckets, "MAX_LOGITS_BYTES", 4 * vocab * 20)
     (request,) = ScoreRequest.of(engine, EncodedPair([5] * 30, 0)).requests

@@ -46,7 +46,7 @@ def engine(params: jfp8kv.Params, drafts: int, kv_dtype: str = "fp8_e4m3", **cha
     """Return an engine with a poisoned pool, and decode batches of one size to compile less."""
     sizes = SIZES | changed
     llm = poisoned(jfp8kv.LLM(params, kv_dtype=kv_dtype, prompt_lookup=drafts, **sizes))
-    inner = llm._engine
+    inner = llm.engine
     buckets = dataclasses.replace(inner.buckets, min_decode_rows=sizes["max_num_seqs"])
     inner.buckets = inner.batch_builder.buckets = inner.scheduler.buckets = buckets
     return llm
@@ -89,7 +89,7 @@ def test_output_tokens_are_those_of_plain_decoding(params, kv_dtype) -> None:
     assert 0 < speculative.stats.accepted_tokens < speculative.stats.draft_tokens
     assert speculative.stats.decode_steps < plain.stats.decode_steps
     assert plain.stats.draft_tokens == plain.stats.accepted_tokens == 0
-    allocator = speculative._engine.scheduler.kv_manager.allocator
+    allocator = speculative.engine.scheduler.kv_manager.allocator
     assert allocator.free_pages == allocator.num_pages
 
 
@@ -210,12 +210,12 @@ def test_a_token_at_a_draft_position_has_the_probabilities_of_the_model(params) 
 def test_preemption_and_prefix_caching_change_no_output(params, plain) -> None:
     asked, sampling = 2 * REPETITIVE[1:], CHOICES | {"max_tokens": 80}
     want = tokens(plain.generate(asked, **sampling))
-    page_bytes = plain._engine.cache_config.page_bytes
+    page_bytes = plain.engine.cache_config.page_bytes
     for sharing in (True, False):
         tight = engine(params, 4, kv_cache_memory=16 * page_bytes, prefix_caching=sharing)
         assert tokens(tight.generate(asked, **sampling)) == want
         assert tight.stats.preemptions > 0 and tight.stats.accepted_tokens > 0
-        assert tight._engine.scheduler.kv_manager.allocator.free_pages == 16
+        assert tight.engine.scheduler.kv_manager.allocator.free_pages == 16
 
 
 def test_pages_with_rejected_drafts_are_cached_by_the_tokens_of_the_sequence(
@@ -263,10 +263,10 @@ def test_a_stop_string_drops_the_accepted_tokens_behind_it(params) -> None:
 def test_a_warm_engine_never_compiles(params) -> None:
     llm = engine(params, 4)
     llm.warmup()
-    programs = dict(llm._engine.programs._own)
+    programs = dict(llm.engine.programs._own)
     for sampling in ({"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.8}):
         llm.generate(REPETITIVE, max_tokens=9, **sampling)
-    assert llm._engine.programs._own == programs
+    assert llm.engine.programs._own == programs
 
 
 class SpeculativeDevice(FakeDevice):

@@ -61,7 +61,7 @@ def fail_step(
     monkeypatch, llm: jfp8kv.LLM, error: BaseException, *, number: int = 3, donated: bool = True
 ) -> None:
     """Let dispatch `number` raise `error`, with the pool donated before or not."""
-    real = llm._engine.programs.call
+    real = llm.engine.programs.call
     calls: list[int] = []
 
     def call(step: Any, batch: Any, pages: Any, **static: Any) -> Any:
@@ -72,7 +72,7 @@ def fail_step(
             real(step, batch, pages, **static)
         raise error
 
-    monkeypatch.setattr(llm._engine.programs, "call", call)
+    monkeypatch.setattr(llm.engine.programs, "call", call)
 
 
 @pytest.mark.parametrize("donated", [True, False])
@@ -199,7 +199,7 @@ def test_a_thread_that_reads_a_stream_gets_the_error_of_another_callers_step(
         except StepError as error:
             errors.append(error)
 
-    real, engine = llm._engine.programs.call, llm._engine
+    real, engine = llm.engine.programs.call, llm.engine
 
     def call(*args: Any, **static: Any) -> Any:
         if len(engine.scheduler.running) > 1:  # requests of both callers
@@ -210,7 +210,7 @@ def test_a_thread_that_reads_a_stream_gets_the_error_of_another_callers_step(
 
     thread = threading.Thread(target=read)
     with monkeypatch.context() as broken:
-        broken.setattr(llm._engine.programs, "call", call)
+        broken.setattr(llm.engine.programs, "call", call)
         thread.start()
         assert reading.wait(30)
         with pytest.raises(StepError, match="the device is gone"):

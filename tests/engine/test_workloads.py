@@ -74,13 +74,13 @@ def random_templates(vocab: int) -> list[Template]:
 def new_llm(params: jfp8kv.Params, kv_dtype: str, **options) -> jfp8kv.LLM:
     """Return an LLM with `PAGES` pages."""
     probe = jfp8kv.LLM(params, kv_dtype=kv_dtype, kv_cache_memory="100kB", **SIZES)
-    memory = PAGES * probe._engine.cache_config.page_bytes
+    memory = PAGES * probe.engine.cache_config.page_bytes
     return jfp8kv.LLM(params, kv_dtype=kv_dtype, kv_cache_memory=memory, **SIZES, **options)
 
 
 def reset(llm: jfp8kv.LLM) -> None:
     """Empty the prefix cache and fill every page with NaN codes."""
-    llm._engine.abandon((), StepError("reset"))
+    llm.engine.abandon((), StepError("reset"))
     poisoned(llm)
 
 
@@ -102,10 +102,10 @@ def run(llm: jfp8kv.LLM, rng: np.random.Generator, groups: list[RequestGroup]) -
     for number in range(5000):
         for request, arrival in arrivals.items():
             if arrival == number:
-                llm._engine.add(request)
+                llm.engine.add(request)
         cancelled = [r for r, when in cancellations.items() if when == number >= arrivals[r]]
-        llm._engine.cancel(cancelled)
-        llm._engine.step()  # here, not in the engine thread, which is idle
+        llm.engine.cancel(cancelled)
+        llm.engine.step()  # here, not in the engine thread, which is idle
         if number >= 30 and all(request.finish_reason for request in arrivals):
             return
     raise AssertionError("requests that never finish")
@@ -150,7 +150,7 @@ def test_random_workloads_give_the_output_of_single_requests_and_free_all_pages(
                 # In FP8 another order of sums may round to another code: about one in a thousand.
                 where = f"workload {seed}, request {index}"
                 check(got, expected, where, exact_sums=kv_dtype == "float32")
-        scheduler = llm._engine.scheduler
+        scheduler = llm.engine.scheduler
         assert not scheduler.waiting and not scheduler.running and llm.stats.kv_bytes_used == 0
         assert used_pages(llm) == 0, f"workload {seed}: pages are lost"
     assert llm.stats.preemptions > WORKLOADS / 10

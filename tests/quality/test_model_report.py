@@ -183,7 +183,7 @@ def test_an_engine_counts_the_same_bytes(windows, cache, monkeypatch):
         cost.sequences[-1].tokens == 2000
         and cost.sequences[-1].bytes == llm.stats.kv_bytes_capacity
     )
-    engine, held = llm._engine, []
+    engine, held = llm.engine, []
     dispatch = engine._dispatch
     monkeypatch.setattr(
         engine,

@@ -130,7 +130,7 @@ def test_constrained_and_free_requests_in_one_batch_give_the_outputs_they_give_a
     with llm.session([5] * 200):
         assert results(llm.generate(prompts, sampling)) == alone
     assert llm.stats.preemptions > before.preemptions
-    allocator = llm._engine.scheduler.kv_manager.allocator
+    allocator = llm.engine.scheduler.kv_manager.allocator
     assert allocator.free_pages == allocator.num_pages
 
 
@@ -209,7 +209,7 @@ def test_a_grammar_that_becomes_too_complex_ends_its_request_with_the_reason(
     import llguidance
 
     matcher, limits = llguidance.LLMatcher, llguidance.LLParserLimits(step_max_items=1)
-    structured_output = llm._engine.structured_output
+    structured_output = llm.engine.structured_output
 
     def limited(*args, **kwargs):
         return matcher(*args, limits=limits, **kwargs)
