@@ -60,7 +60,7 @@ class OutputFile(Section):
     format: Literal["auto", "jsonl", "parquet", "openai"] = "auto"
     """"auto" derives it from the suffix; OpenAI batch requests get OpenAI's output format."""
     unordered: bool = False
-    """Write rows in the order in which they finished, not in the order of the input."""
+    """Write rows in the order in which they finished. From Parquet to Parquet, no effect."""
     prefix: str = ""
     """A prefix of the result names (text, prompt_tokens, ...), for rows that have such fields."""
 

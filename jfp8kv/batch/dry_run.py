@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from jfp8kv.batch import outputs
 from jfp8kv.batch.config import CalibrateFirst, Config, InputFile
 from jfp8kv.batch.dataset_tasks import DATASET_TASKS, read_prompts
 from jfp8kv.batch.engine import engine_kv_dtype
@@ -122,6 +123,8 @@ def dry_run(config: Config) -> DryRun:
     )
     cache = next(cost for cost in model.caches if cost.requested)
     buckets = Buckets.of(engine.max_num_seqs, engine.max_num_batched_tokens)
+    if config.task not in DATASET_TASKS:
+        outputs.output_schema(config)  # rows that cannot be written raise
     counts = _count_rows(config, params, model.max_model_len)
     for file in _calibration_files(config):
         for _ in read_prompts(config, file):

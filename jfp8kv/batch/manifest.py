@@ -252,6 +252,19 @@ def fingerprint(config: Config, files: RunFiles) -> dict[str, Any]:
     return as_json
 
 
+def check_input_unchanged(config: Config, manifest: Manifest) -> None:
+    """Raise `ConfigError` if a Parquet input, whose columns are copied, is not that of the start.
+
+    The rows of other inputs are in the journal.
+    """
+    if config.input.row_format != "parquet":
+        return
+    path = Path(config.input.path)
+    before = manifest.data["fingerprint"]["input"]
+    if before["sha256"] != _digest(path)["sha256"]:
+        raise ConfigError(f"{path}: has changed since the run started: restore it")
+
+
 def describe_changes(
     before: dict[str, Any], now: dict[str, Any], *, ignore: tuple[str, ...] = ()
 ) -> str:

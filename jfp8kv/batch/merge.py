@@ -3,17 +3,16 @@
 import itertools
 import json
 import re
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from jfp8kv.batch import outputs
+from jfp8kv.batch import outputs, parquet
 from jfp8kv.batch.config import Config
 from jfp8kv.batch.journal import Totals
 from jfp8kv.batch.manifest import Manifest, RunFiles, describe_changes, locked
 from jfp8kv.core.errors import ConfigError
-from jfp8kv.text.rows import Reader
 
 
 def merge(config: Config, *, restart: bool = False) -> Totals:
@@ -44,10 +43,11 @@ def merge(config: Config, *, restart: bool = False) -> Totals:
             )
             if changes:
                 raise ConfigError(f"{shard}: belongs to another run than {shards[0]}: {changes}.")
-        form = outputs.format_of(config)
-        with ExitStack() as stack:
-            parts = [stack.enter_context(closing(_rows(shard, form))) for shard in shards]
-            outputs.write(output, _interleave(parts), form, like=config.input)
+        with outputs.replaced(output) as temporary:
+            if outputs.format_of(config) == "parquet":
+                parquet.interleave(temporary, shards)
+            else:
+                _interleave_lines(temporary, shards)
         totals = {
             name: sum(manifest["totals"][name] for manifest in manifests)
             for name in first["totals"]
@@ -99,18 +99,9 @@ def _manifest(shard: Path) -> dict[str, Any]:
     return manifest
 
 
-def _rows(shard: Path, form: str) -> Generator[bytes, None, None]:
-    """Yield the encoded rows of one output."""
-    if form == "parquet":
-        for row in Reader(shard, "parquet"):
-            yield outputs.encode(row.fields())
-        return
-    with shard.open("rb") as lines:
-        for line in lines:
-            yield line.removesuffix(b"\n")
-
-
-def _interleave(parts: Iterable[Iterable[bytes]]) -> Iterator[bytes]:
-    """Yield one row of each part in turn, as the shards took them from the input."""
-    for rows in itertools.zip_longest(*parts):
-        yield from (row for row in rows if row is not None)
+def _interleave_lines(path: Path, shards: Iterable[Path]) -> None:
+    """Write one line of each shard in turn, as the shards took the rows from the input."""
+    with ExitStack() as stack, path.open("wb") as file:
+        parts = [stack.enter_context(shard.open("rb")) for shard in shards]
+        for lines in itertools.zip_longest(*parts, fillvalue=b""):
+            file.writelines(lines)

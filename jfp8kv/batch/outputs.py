@@ -3,14 +3,18 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jfp8kv.batch import journal, parquet
-from jfp8kv.batch.config import Config, InputFile
+from jfp8kv.batch.config import Config
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.text.rows import require_parquet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 def _as_text(value: Any) -> str:
@@ -89,34 +93,46 @@ def shard_path(output: Path, shard: list[int] | None) -> Path:
     return output.with_name(f"{output.stem}.{index}-of-{count}{output.suffix}")
 
 
-def write_output(config: Config, partial: Path) -> None:
-    """Write the output of a finished journal. An existing file is replaced as a whole."""
-    if config.output.unordered:
-        rows = journal.unordered_outputs(partial)
-    else:
-        index, count = config.shard or (0, 1)
-        rows = journal.ordered_outputs(partial, (index, count))
-    path = shard_path(Path(config.output.path), config.shard)
-    write(path, rows, format_of(config), like=config.input)
+def output_schema(config: Config) -> "pa.Schema | None":
+    """Return the schema of a Parquet output, None for another format; called before the work.
+
+    Raises `ConfigError` for rows that do not fit one table.
+    """
+    return parquet.output_schema(config) if format_of(config) == "parquet" else None
 
 
-def write(path: Path, rows: Iterable[bytes], form: str, *, like: InputFile) -> None:
-    """Write encoded rows to a temporary file, sync it to the disk and rename it to `path`.
+def write_output(config: Config, partial: Path, schema: "pa.Schema | None") -> None:
+    """Write the output of a finished journal. An existing file is replaced as a whole.
 
     Args:
-      path: the output.
-      rows: encoded rows.
-      form: "parquet", or any other format for JSON lines.
-      like: a file whose column types are kept, if both files are Parquet.
+      config: the config of the run.
+      partial: the journal.
+      schema: from `output_schema`.
     """
+    index, count = config.shard or (0, 1)
+    shard = (index, count)
+    path = shard_path(Path(config.output.path), config.shard)
+    is_table = schema is not None and config.input.row_format == "parquet"
+    if config.output.unordered and not is_table:  # the columns of a table are in its order
+        rows = journal.unordered_outputs(partial)
+    else:
+        rows = journal.ordered_outputs(partial, shard)
+    with replaced(path) as temporary:
+        if schema is None:
+            _write_lines(temporary, rows)
+        elif is_table:
+            source = Path(config.input.path)
+            parquet.write_columns(temporary, source, map(json.loads, rows), schema, shard)
+        else:
+            parquet.write_rows(temporary, map(json.loads, rows), schema)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write; then sync it to the disk and rename it to `path`."""
     temporary = path.with_name(path.name + ".new")
     try:
-        if form == "parquet":
-            is_parquet = like.row_format == "parquet"
-            types = parquet.column_types(Path(like.path)) if is_parquet else {}
-            parquet.write(temporary, rows, types)
-        else:
-            _write_lines(temporary, rows)
+        yield temporary
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)  # the new name must survive a power failure before the journal is gone
@@ -135,5 +151,6 @@ def _sync(path: Path) -> None:
 
 
 def _write_lines(path: Path, rows: Iterable[bytes]) -> None:
+    """Write encoded rows as lines."""
     with path.open("wb") as file:
         file.writelines(row + b"\n" for row in rows)

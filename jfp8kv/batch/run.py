@@ -17,7 +17,14 @@ from jfp8kv.batch.config import Config, InputFile
 from jfp8kv.batch.dataset_tasks import DATASET_TASKS
 from jfp8kv.batch.engine import BatchEngine, LocalEngine
 from jfp8kv.batch.journal import Journal, Totals
-from jfp8kv.batch.manifest import Manifest, RunFiles, locked, new_session, open_manifest
+from jfp8kv.batch.manifest import (
+    Manifest,
+    RunFiles,
+    check_input_unchanged,
+    locked,
+    new_session,
+    open_manifest,
+)
 from jfp8kv.batch.openai import check_custom_ids
 from jfp8kv.batch.progress import Progress, ProgressDisplay
 from jfp8kv.batch.ray_runner import run_on_ray
@@ -180,6 +187,7 @@ class _RowRun:
             validate_first_rows(self.config.input, self.form.request)
         else:  # the requests do not depend on the config
             check_custom_ids(self.config.input.reader())
+        schema = outputs.output_schema(self.config)
         session = new_session()
         sessions = [*self.manifest.data["sessions"], session]
         started = time.monotonic()
@@ -192,7 +200,8 @@ class _RowRun:
             self._run_rows(journal)
             totals = journal.totals
         try:
-            outputs.write_output(self.config, self.files.partial)
+            check_input_unchanged(self.config, self.manifest)
+            outputs.write_output(self.config, self.files.partial, schema)
             seconds = time.monotonic() - started
             session["seconds"] = round(seconds, 3)
             session["rows"] = totals.rows - self.earlier.rows

@@ -102,8 +102,12 @@ class Reader:
         try:
             with ParquetFile(self.path) as file:
                 total = max(1, file.metadata.num_rows)
+                _check_column_names(self.path, file.schema_arrow.names)
                 for batch in file.iter_batches(PARQUET_ROWS):
-                    for fields in batch.to_pylist():
+                    columns = [_python_values(column) for column in batch.columns]
+                    names = batch.schema.names
+                    for values in zip(*columns, strict=True):
+                        fields = dict(zip(names, values, strict=True))
                         yield Row(number, number + 1, partial(dict, fields))
                         number += 1
                     self._fraction = number / total
@@ -118,6 +122,25 @@ def check(path: str | os.PathLike[str], format: RowFormat | Literal["auto"] = "a
         raise ConfigError(f"{path}: {problem}.")
     if format_of(path, format) == "parquet":
         require_parquet()
+        _check_parquet(Path(path))
+
+
+def _check_parquet(path: Path) -> None:
+    """Raise `ConfigError` for a file that is not Parquet or has two columns of one name."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_schema
+
+    try:
+        names = read_schema(path).names
+    except (ArrowException, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as Parquet: {error}.") from None
+    _check_column_names(path, names)
+
+
+def _check_column_names(path: Path, names: list[str]) -> None:
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise ConfigError(f"{path}: has two columns of the name {min(repeated)!r}: rename one.")
 
 
 def require_parquet() -> None:
@@ -308,3 +331,46 @@ def _parse_record(header: list[str], record: list[str]) -> Fields:
 
 def _refuse(message: str) -> NoReturn:
     raise RowError(message)
+
+
+# -- Parquet ---------------------------------------------------------------------------------------
+
+
+def _python_values(column: Any) -> list[Any]:
+    """Return the values of an Arrow column; those that Python's types lack as text.
+
+    Such values are times with nanoseconds, dates and durations out of Python's range, and invalid
+    UTF-8, whose bytes are escaped. A structure that has a name twice becomes a list of pairs.
+    """
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError):
+        values = [_python_value(scalar) for scalar in column]
+    return values
+
+
+def _python_value(scalar: Any) -> Any:
+    import pyarrow as pa
+
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        pass
+    match scalar:
+        case pa.StructScalar():
+            names = [field.name for field in scalar.type]
+            values = [_python_value(scalar[number]) for number in range(len(names))]
+            pairs = list(zip(names, values, strict=True))
+            return dict(pairs) if len(set(names)) == len(names) else pairs
+        case pa.MapScalar():
+            entries = scalar.values
+            return [(_python_value(each[0]), _python_value(each[1])) for each in entries]
+        case pa.ListScalar() | pa.LargeListScalar() | pa.FixedSizeListScalar():
+            return [_python_value(each) for each in scalar.values]
+        case pa.ListViewScalar() | pa.LargeListViewScalar():
+            return [_python_value(each) for each in scalar.values]
+        case pa.DictionaryScalar() | pa.ExtensionScalar():
+            return _python_value(scalar.value)
+        case pa.StringScalar() | pa.LargeStringScalar() | pa.StringViewScalar():
+            return scalar.as_buffer().to_pybytes().decode("utf-8", "backslashreplace")
+    return scalar.cast(pa.string()).as_py()

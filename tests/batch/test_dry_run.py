@@ -86,7 +86,7 @@ def test_a_mistake_that_prevents_a_run_has_exit_status_2(run):
 def test_openai_requests_are_counted_with_their_options(tokenizer):
     body = {"prompt": "the end", "max_tokens": 5, "n": 2, "best_of": 3}
     ask = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
-    write_rows(Path("rows.jsonl"), [ask, ask | {"body": {"prompt": [1, 2, 3]}}])
+    write_rows(Path("rows.jsonl"), [ask, ask | {"custom_id": "b", "body": {"prompt": [1, 2, 3]}}])
     found = dry_run(load_config(Path("run.yaml"), ["prompt=~", "sampling={}"])).counts
     assert (found.prompt_tokens, found.completion_tokens) == (
         len(tokenizer.encode("the end")) + 3,

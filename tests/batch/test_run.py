@@ -386,12 +386,11 @@ def test_a_prefix_separates_results_from_fields_of_the_same_name(job):
 def test_rows_that_do_not_fit_a_table_can_be_written_as_json_lines(job):
     job.write(out="out.parquet")
     job.rows([*WORDS[:5], {"word": "a", "id": 2**70}])
-    with pytest.raises(
-        RunStopped,
-        match="all rows are finished, .* do not fit one table .*`--set output.format=jsonl`",
-    ):
+    message = r"rows.jsonl:6: the field 'id' does not fit .*`--set output.format=jsonl`"
+    with pytest.raises(jfp8kv.ConfigError, match=message):
         job.run()
-    job.run("output.format=jsonl", stub=StubEngine(broken="Say"))
+    assert not job.output.exists() and not job.manifest.exists()
+    job.run("output.format=jsonl")
     assert [row["id"] for row in job.results()] == [*range(5), 2**70]
 
 
