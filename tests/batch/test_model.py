@@ -176,8 +176,8 @@ def test_outputs_satisfy_the_structured_output_options(run):
     bad = {"type": "json_schema", "json_schema": {"schema": {"type": "no such type"}}}
     bodies = [body | {"response_format": bad}, body]
     asks = [
-        {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
-        for body in bodies
+        {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
+        for custom_id, body in zip("ab", bodies, strict=True)
     ]
     write_rows(Path("rows.jsonl"), asks)
     assert (
