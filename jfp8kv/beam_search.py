@@ -2,17 +2,20 @@
 `extend_batch`.
 
 Each round extends up to `beams` sequences, the *beams*, by one token. All continuations are
-ranked by the sum of the log-probabilities of their output tokens, at temperature 1. Those among
-the first `beams` that end, by an end token or at `max_tokens`, are *finished*; the first `beams`
-of the others are the beams of the next round. A finished sequence has the score `sum / tokens **
-length_penalty`, its end token included; the `beams` best of them are returned.
+ranked by the sum of the log-probabilities of their output tokens, at temperature 1. Among the first
+`beams` of them, those that end (by an end token, or at `max_tokens`) are *finished*. The first
+`beams` of the others are the beams of the next round. The score of a finished sequence is
+`sum / tokens ** length_penalty`, its end token included. The `beams` best are returned.
 
 The search stops after `max_tokens`, when no beam is left, or when `beams` sequences are finished
-and no beam can be among the best any more. `early_stopping` selects how that is judged: False
-(the default) by the score the best beam would have if it ended now, "never" by the best score it
-can reach within `max_tokens`, True not at all, so that the first `beams` finished sequences are
-returned. These are the rules of Hugging Face's `generate(num_beams=)`. vLLM always runs
-`max_tokens` rounds, and counts prompt tokens in the length.
+and no beam can become one of the best. `early_stopping` selects the last criterion:
+
+- False (the default) compares the score that the best beam has now,
+- "never" compares the best score that it can reach within `max_tokens`,
+- True compares nothing: the first `beams` finished sequences are returned.
+
+These are the rules of Hugging Face's `generate(num_beams=)`. vLLM always runs `max_tokens` rounds,
+and counts prompt tokens in the length.
 
 Source: the search of Graves (2012, "Sequence transduction with recurrent neural networks",
 section 4), with the length normalization of Wu et al. (2016, arXiv:1609.08144, section 7) as a
@@ -40,12 +43,12 @@ EarlyStopping: TypeAlias = bool | Literal["never"]
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A beam, or a continuation of one.
+    """A beam, or a continuation of a beam.
 
     Attributes:
-      token_ids: its output tokens.
+      token_ids: output tokens.
       logprob: the sum of their log-probabilities.
-      parent: the index of the beam it continues.
+      parent: the index of the beam that was continued.
     """
 
     token_ids: tuple[int, ...]
@@ -53,13 +56,18 @@ class Candidate:
     parent: int = 0
 
     def score(self, length_penalty: float, tokens: int | None = None) -> float:
-        """Return the log-probability, normalized by `tokens` or by the length."""
+        """Return the log-probability normalized by `tokens`, or by the length if None."""
         return self.logprob / (tokens or len(self.token_ids)) ** length_penalty
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
-    """The options of a search. `end_ids`: the tokens that finish a sequence."""
+class SearchOptions:
+    """Checked options of a search.
+
+    Attributes:
+      beams, length_penalty, early_stopping: as for `beam_search`.
+      end_ids: the tokens that finish a sequence.
+    """
 
     beams: int
     length_penalty: float
@@ -81,13 +89,17 @@ class Rules:
     def expand(self, beams: Sequence[Candidate], logprobs: np.ndarray) -> list[Candidate]:
         """Return the most likely continuations by one token, the best first.
 
-        They are enough for `beams` of them not to end. Of equals the earlier beam comes first,
-        then the smaller token id. `logprobs` is float64 `[beams, vocab]`.
+        There are enough of them that at least `beams` do not end. Ties go to the earlier beam, then
+        to the smaller token id.
+
+        Args:
+          beams: the beams to continue.
+          logprobs: log-probabilities of the next token of each beam, float64 `[beams, vocab]`.
         """
         sums = (np.asarray([beam.logprob for beam in beams])[:, None] + logprobs).ravel()
         count = min((1 + len(self.end_ids)) * self.beams, len(sums))
-        found = np.flatnonzero(sums >= np.partition(sums, -count)[-count])
-        ranked = found[np.lexsort((found, -sums[found]))][:count]
+        likely = np.flatnonzero(sums >= np.partition(sums, -count)[-count])
+        ranked = likely[np.lexsort((likely, -sums[likely]))][:count]
         parents, tokens = np.divmod(ranked, logprobs.shape[1])
         return [
             Candidate((*beams[parent].token_ids, token), total, parent)
@@ -97,12 +109,12 @@ class Rules:
         ]
 
     def best(self, finished: list[Candidate]) -> list[Candidate]:
-        """Return the best finished sequences, the best first; of equals the earlier."""
+        """Return the `beams` best finished sequences, best first. Ties go to the earlier one."""
         ranked = sorted(finished, key=lambda candidate: -candidate.score(self.length_penalty))
         return ranked[: self.beams]
 
     def done(self, finished: list[Candidate], beams: list[Candidate], max_tokens: int) -> bool:
-        """Return whether no beam can change the result. `beams` are ranked, the best first."""
+        """Return whether no beam can change the result. `beams` are sorted, the best first."""
         if not beams:
             return True
         if len(finished) < self.beams:
@@ -134,8 +146,8 @@ def beam_search(
     Args:
       llm: runs the sequences. Its sampling seed has no effect.
       prompts: as for `llm.generate`.
-      beams: sequences per round, and the most that are returned.
-      max_tokens: the most tokens of a continuation, within `llm.max_model_len`.
+      beams: the number of sequences per round, and the maximum number that is returned.
+      max_tokens: the maximum number of output tokens, also limited by `llm.max_model_len`.
       length_penalty: the power of the length that divides the sum of log-probabilities
         (`cumulative_logprob`) in the score. 0 ranks by the sum; larger values favour long
         sequences.
@@ -150,8 +162,8 @@ def beam_search(
       ConfigError: an invalid prompt or option.
       CapacityError: the KV cache has no room for that many beams.
 
-    Beams share the pages of their common prefix, and a round is one dispatch if the engine's sizes
-    allow. All pages are freed at the end, and after an error.
+    Beams share the pages of their common prefix. A round is one dispatch if the beams fit the
+    largest batch. All pages are freed at the end, and after an error.
 
     Example:
       >>> (output,) = jfp8kv.beam_search(llm, "The capital of France is", beams=4, max_tokens=8)
@@ -164,19 +176,19 @@ def beam_search(
     end_ids = set(params.stop_token_ids)
     if not ignore_eos:
         end_ids.update(llm.params.eos_ids)
-    rules = Rules(beams, length_penalty, early_stopping, end_ids)
+    options = SearchOptions(beams, length_penalty, early_stopping, end_ids)
     encoded = [
         encode(prompt, llm.tokenizer, what=f"prompt {i}")
         for i, prompt in enumerate(as_list(prompts))
     ]
     return [
-        _search_prompt(llm, prompt, max_tokens, rules, f"prompt {i}")
+        _search_prompt(llm, prompt, max_tokens, options, f"prompt {i}")
         for i, prompt in enumerate(encoded)
     ]
 
 
 def _search_prompt(
-    llm: LLM, prompt: Encoded, max_tokens: int, rules: Rules, what: str
+    llm: LLM, prompt: Encoded, max_tokens: int, options: SearchOptions, what: str
 ) -> RequestOutput:
     start = time.perf_counter()
     max_new_tokens = llm.max_model_len - len(prompt.ids)
@@ -187,10 +199,10 @@ def _search_prompt(
         )
     sessions: list[Session] = []
     try:
-        best = _search(llm, prompt.ids, min(max_tokens, max_new_tokens), rules, sessions)
+        best = _search(llm, prompt.ids, min(max_tokens, max_new_tokens), options, sessions)
     except CapacityError as error:
         raise CapacityError(
-            f"beams={rules.beams} for {what}: {error} Or try fewer beams."
+            f"beams={options.beams} for {what}: {error} Or try fewer beams."
         ) from error
     finally:
         for session in sessions:
@@ -198,17 +210,18 @@ def _search_prompt(
     return RequestOutput(
         prompt=prompt.text,
         prompt_token_ids=prompt.ids,
-        outputs=[_output(llm, prompt, each, index, rules) for index, each in enumerate(best)],
+        outputs=[_output(llm, prompt, each, index, options) for index, each in enumerate(best)],
         total_s=time.perf_counter() - start,
     )
 
 
 def _search(
-    llm: LLM, ids: list[int], max_tokens: int, rules: Rules, sessions: list[Session]
+    llm: LLM, ids: list[int], max_tokens: int, options: SearchOptions, sessions: list[Session]
 ) -> list[Candidate]:
     """Return the best continuations of a prompt.
 
-    `sessions` has the open sessions, one for each beam, also after an error.
+    `sessions` is an empty list. It receives the open sessions, one for each beam, so that the
+    caller can close them after an error.
     """
     sessions.append(llm.session(ids))
     sessions[0].rollback(1)
@@ -217,14 +230,14 @@ def _search(
     finished: list[Candidate] = []
     for tokens in range(1, max_tokens + 1):
         unfinished = []
-        for rank, candidate in enumerate(rules.expand(beams, _log_softmax(logits))):
-            if candidate.token_ids[-1] not in rules.end_ids and tokens < max_tokens:
+        for rank, candidate in enumerate(options.expand(beams, _log_softmax(logits))):
+            if candidate.token_ids[-1] not in options.end_ids and tokens < max_tokens:
                 unfinished.append(candidate)
-            elif rank < rules.beams:
+            elif rank < options.beams:
                 finished.append(candidate)
-        beams = unfinished[: rules.beams]
-        finished = rules.best(finished)
-        if rules.done(finished, beams, max_tokens):
+        beams = unfinished[: options.beams]
+        finished = options.best(finished)
+        if options.done(finished, beams, max_tokens):
             break
         _fork_sessions(sessions, [beam.parent for beam in beams])
         logits = extend_batch(sessions, [beam.token_ids[-1] for beam in beams])
@@ -252,17 +265,17 @@ def _fork_sessions(sessions: list[Session], parents: list[int]) -> None:
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     """Return the log-softmax over the last axis, in float64."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def _output(
-    llm: LLM, prompt: Encoded, candidate: Candidate, index: int, rules: Rules
+    llm: LLM, prompt: Encoded, candidate: Candidate, index: int, options: SearchOptions
 ) -> CompletionOutput:
-    """Return a finished sequence as `generate` does: the end token is not part of the text."""
+    """Return a finished sequence as an output of `generate`: its text excludes the end token."""
     ids = list(candidate.token_ids)
-    ended = ids[-1] in rules.end_ids
+    ended = ids[-1] in options.end_ids
     text = ""
     if llm.tokenizer is not None:
         detokenizer = Detokenizer(llm.tokenizer, context=prompt.ids[-PROMPT_CONTEXT:])

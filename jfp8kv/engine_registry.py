@@ -7,12 +7,12 @@ reuse it, from any thread. The registry is bounded:
 - At most `MAX_ENGINES` are registered. Beyond that the least recently used one is dropped.
 - The pool of another engine comes from free memory. While that is less than the registered pools
   take, the least recently used engine is dropped. On an accelerator, where a pool takes most of the
-  memory unless `max_num_seqs` full contexts need less, this leaves one engine. Use several `LLM`
-  with a `kv_cache_memory` instead.
-- `clear_engines()` drops all.
+  memory unless `max_num_seqs` full contexts need less, this leaves one engine. For several, create
+  each `LLM` with a `kv_cache_memory`.
+- `clear_engines()` drops all engines.
 
-A dropped engine frees its memory when the last call on it returns. If weights in `params.tree` were
-replaced since, the engines of the model are created again.
+A dropped engine frees its memory when the last call on it returns. If weights in `params.tree` have
+been replaced, the engines of the model are created again.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ MAX_ENGINES = 4  # in a process
 
 @dataclasses.dataclass(frozen=True)
 class EngineSettings:
-    """The settings that need a separate engine. Files are read, so that their content counts."""
+    """The settings that need a separate engine. Files are read, so their content is compared."""
 
     kv_dtype: KVDtype
     kv_scales: KVScalesLike
@@ -62,6 +62,8 @@ class EngineSettings:
 
 @dataclasses.dataclass(eq=False)
 class _Entry:
+    """A registered engine. `last_used` is the time of the last call on the registry's clock."""
+
     settings: EngineSettings
     prompt_lookup: int
     llm: LLM
@@ -95,8 +97,10 @@ class EngineRegistry:
 
         Args:
           params: the model. The engine gets a copy of the object, which shares the weights.
-          kv_dtype, kv_scales, prompt_lookup: as in `EngineOptions`. A `prompt_lookup` of None takes
-            an engine with any.
+          kv_dtype, kv_scales: as in `EngineOptions`.
+          prompt_lookup: as in `EngineOptions`; None accepts an engine with any value.
+
+        Raises the errors of `LLM`.
         """
         EngineOptions(  # invalid options are refused before an engine is dropped for them
             kv_dtype=kv_dtype, kv_scales=kv_scales, prompt_lookup=prompt_lookup or 0
@@ -165,13 +169,14 @@ class EngineRegistry:
 
     def _drop_oldest(self) -> None:
         with self._lock:
-            found = min(self._all(), key=lambda item: item[1].last_used, default=None)
-            if found is not None:
-                entries, entry = found
+            oldest = min(self._all(), key=lambda item: item[1].last_used, default=None)
+            if oldest is not None:
+                entries, entry = oldest
                 entries.remove(entry)
                 logger.info("dropped the engine with kv_dtype=%s", entry.llm.kv_dtype)
 
     def _all(self) -> Iterator[tuple[list[_Entry], _Entry]]:
+        """Yield each entry, after the list that it is in."""
         for entries in list(self._entries.values()):
             for entry in list(entries):
                 yield entries, entry
@@ -189,8 +194,10 @@ def _new_llm(params: Params, settings: EngineSettings, prompt_lookup: int) -> LL
 
 
 def _same_weights(a: Params, b: Params) -> bool:
-    leaves, others = jax.tree.leaves(a), jax.tree.leaves(b)
-    return len(leaves) == len(others) and all(map(lambda x, y: x is y, leaves, others))
+    """Return whether both have the same arrays, compared by identity."""
+    leaves = jax.tree.leaves(a)
+    others = jax.tree.leaves(b)
+    return len(leaves) == len(others) and all(x is y for x, y in zip(leaves, others, strict=True))
 
 
 def _equal(a: object, b: object) -> bool:

@@ -1,5 +1,7 @@
-"""Functions that take a model: `generate`, `logits` and `score`. They reuse an `LLM` for each model
-and cache."""
+"""`generate`, `logits` and `score` as functions of a model.
+
+They run on an `LLM` that is created at the first call and reused: see engine_registry.py.
+"""
 
 from typing import Unpack, overload
 
@@ -56,6 +58,8 @@ def generate(
 
     Raises:
       ConfigError: an invalid prompt or option. Nothing has run then.
+      CheckpointError: a model that cannot be loaded.
+      Other errors are those of `LLM` and `LLM.generate`.
     """
     chat, sampling_fields = split_fields(fields)
     keywords = ("kv_dtype", "kv_scales", "prompt_lookup", "sampling_params", "progress")
@@ -77,8 +81,18 @@ def logits(
 ) -> np.ndarray:
     """Return the logits after each token, float32 `[tokens, vocab]`.
 
-    They are computed through the paged cache, by the code that generates. Arguments are those of
-    `generate`.
+    They are computed over the paged KV cache by the steps that `generate` runs.
+
+        jfp8kv.logits(params, [1, 15, 7], kv_dtype="fp8")[-1].argmax()  # the most likely next token
+
+    Args:
+      params: a `Params`, or a path or hub id, which is then loaded at each call.
+      token_ids: a sequence of token ids, such as a list or a 1-D integer array.
+      kv_dtype, kv_scales: the KV cache, as in `EngineOptions`.
+
+    Raises:
+      ConfigError: an empty sequence, an id outside the vocabulary, or an invalid option.
+      CapacityError: a sequence that exceeds the context length or the KV cache.
     """
     llm = engine_for(as_params(params), kv_dtype=kv_dtype, kv_scales=kv_scales)
     return llm.logits(token_ids)
@@ -121,10 +135,21 @@ def score(
     kv_dtype: KVDtype = "auto",
     kv_scales: KVScalesLike = "auto",
 ) -> list[np.ndarray] | np.ndarray:
-    """Return the log-probability of each token but the first, float32 `[tokens - 1]`.
+    """Return the log-probability of each token but the first, given the tokens before it.
 
-    One text (or one list of token ids) gives an array, a list of them a list of arrays. Other
-    arguments are those of `generate`.
+        perplexity = np.exp(-jfp8kv.score(params, "The sky is blue.", kv_dtype="fp8").mean())
+
+    Args:
+      params: a `Params`, or a path or hub id, which is then loaded at each call.
+      texts_or_token_ids: one prompt or several, as for `generate`.
+      kv_dtype, kv_scales: the KV cache, as in `EngineOptions`.
+
+    Returns:
+      Float32 `[tokens - 1]` for one prompt, or a list of such arrays.
+
+    Raises:
+      ConfigError: an invalid prompt or option, or a prompt of a single token.
+      CapacityError: a prompt that exceeds the context length or the KV cache.
     """
     llm = engine_for(as_params(params), kv_dtype=kv_dtype, kv_scales=kv_scales)
     return llm.score(texts_or_token_ids)

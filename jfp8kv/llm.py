@@ -1,4 +1,4 @@
-"""`LLM`: a model with its engine, which stays warm between calls."""
+"""`LLM`: a model with its KV cache and compiled steps, which stay warm between calls."""
 
 import itertools
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
@@ -65,7 +65,7 @@ class LLM:
 
     Threads and event loops may share an `LLM`. Their requests run in the same batches, and every
     step advances all of them. If a step fails (`StepError`, `DeviceMemoryError`) or is interrupted,
-    every caller with a request in it receives the error, and the engine serves the next call.
+    every caller with a request in flight receives the error, and the engine serves the next call.
 
     Raises:
       ConfigError: an invalid option, or one that does not fit the model.
@@ -96,7 +96,7 @@ class LLM:
         self._driver = EngineDriver(engine)
         self._stats = engine.stats
         self._seed = given.seed
-        self._numbers = itertools.count()
+        self._request_numbers = itertools.count()
 
     @property
     def engine(self) -> Engine:
@@ -129,7 +129,7 @@ class LLM:
 
     @property
     def max_model_len(self) -> int:
-        """The most tokens of a request, prompt and output."""
+        """The maximum number of tokens of a request, prompt and output."""
         return self.engine.max_model_len
 
     @property
@@ -143,9 +143,9 @@ class LLM:
     def close(self) -> None:
         """Stop the engine, and free its KV cache and its reference to the weights.
 
-        Waits for the running step. Requests in flight end with a `ConfigError`, and so does every
-        later call, on sessions too. Closing twice does nothing. An LLM without references is closed
-        automatically.
+        Waits for the running step. Requests in flight end with a `ConfigError`, and every later
+        call, on sessions too, raises one. Closing twice does nothing. An LLM without references is
+        closed automatically.
         """
         self._driver.close()
 
@@ -163,13 +163,14 @@ class LLM:
     def warmup(self, *, structured: bool = False, branches: bool = False) -> None:
         """Compile all step programs, or read them from the compilation cache.
 
-        Later calls then compile nothing: `generate`, `chat`, streams, `logits`, `score`,
-        `prompt_logprobs` and single sessions. These still compile when they are first needed:
+        Later calls of `generate`, `chat`, `stream`, `logits` and `score`, requests with
+        `prompt_logprobs` and single sessions then compile nothing. A request with more than 64 end
+        tokens, or more than 512 entries in `logit_bias`, still compiles a program.
 
-        - structured output, unless `structured` is given,
-        - several sessions in one dispatch (`extend_batch`, `beam_search`), unless `branches` is
-        given,
-        - a request with more than 64 end tokens or more than 512 entries in `logit_bias`.
+        Args:
+          structured: also compile the programs of structured output.
+          branches: also compile those that run several sessions in one dispatch: `extend_batch`
+            and `beam_search`.
         """
         for _ in self._driver.iterate(
             warmup_steps(self.engine, structured=structured, branches=branches)
@@ -194,9 +195,8 @@ class LLM:
 
         Args:
           prompts: a str, a list of str, a list of token id lists, or chat messages (a list of
-          dicts,
-            or a list of those).
-          sampling_params: for all prompts, or a list with one for each.
+            dicts, or a list of such lists).
+          sampling_params: parameters for all prompts, or a list with one for each.
           progress: whether to show a progress bar; None shows one on a terminal for more than 8
             prompts.
           **fields: fields of `SamplingParams`, which override those of `sampling_params`, and of
@@ -206,14 +206,15 @@ class LLM:
           One output for each prompt, in the order of `prompts`.
 
         Raises:
-          ConfigError: a prompt or parameter is invalid. Nothing has run then.
+          ConfigError: an invalid prompt or parameter. All are checked before anything runs.
+          CapacityError: a prompt that exceeds `max_model_len` or the KV cache.
           StepError, DeviceMemoryError: a step failed; the engine is usable again.
 
         Example:
           >>> outputs = llm.generate(["Once upon a time"], max_tokens=32, temperature=0.7)
           >>> outputs[0].text
         """
-        groups = self._groups(as_list(prompts), sampling_params, fields)
+        groups = self._request_groups(as_list(prompts), sampling_params, fields)
         self._run([request for group in groups for request in group.requests], progress)
         return [group.output() for group in groups]
 
@@ -223,8 +224,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         **fields: Unpack[GenerateFields],
     ) -> None:
-        """Raise the `ConfigError` that `generate` would raise, without running anything."""
-        self._checked(as_list(prompts), sampling_params, fields)
+        """Raise the error that `generate` would raise for these arguments, and run nothing."""
+        self._encode_prompts(as_list(prompts), sampling_params, fields)
 
     def chat(
         self,
@@ -234,9 +235,23 @@ class LLM:
         progress: bool | None = None,
         **fields: Unpack[GenerateFields],
     ) -> list[RequestOutput]:
-        """Generate replies to one conversation, or to several. Options are those of `generate`.
+        """Generate a reply to one conversation, or to each of several.
 
-        llm.chat([{"role": "user", "content": "..."}], tools=[get_weather])
+        Args:
+          messages: one conversation, or a list of conversations. A message is a dict with the keys
+            "role" and "content".
+          sampling_params, progress: as for `generate`.
+          **fields: fields of `SamplingParams` and `ChatOptions`, such as `tools=[get_weather]`.
+
+        Returns:
+          One output for each conversation.
+
+        Raises:
+          ConfigError: also if the model has no chat template. Other errors are those of `generate`.
+
+        Example:
+          >>> (reply,) = llm.chat([{"role": "user", "content": "Name a colour."}], max_tokens=8)
+          >>> reply.text
         """
         if isinstance(messages, str) or any(isinstance(m, str) for m in messages):
             raise ConfigError(
@@ -251,15 +266,19 @@ class LLM:
         """Generate continuations of prompts from an iterator, which may be endless.
 
         Args:
-          requests: pairs of a prompt and its sampling parameters, or a mapping of fields.
-            They are counted from 0, and taken only as the engine has room: memory does not grow
-            with their number.
+          requests: pairs of a prompt and its sampling parameters: a `SamplingParams`, a mapping of
+            its fields, or None. A pair is taken only when the engine has room for it, so memory
+            does not grow with their number.
 
         Yields:
-          `(number, result)` of each request as soon as it finishes. The result of a request that is
-          invalid, or that was in a failed step, is its error.
+          `(number, result)` of each request as soon as it finishes. Requests are counted from 0.
+          The result of an invalid request, or of one in a failed step, is its error.
 
         Closing the iterator cancels the requests in flight.
+
+        Example:
+          >>> pairs = ((line, {"max_tokens": 8}) for line in open("prompts.txt"))
+          >>> for number, output in llm.generate_iter(pairs): ...
         """
 
         def make_group(
@@ -267,9 +286,9 @@ class LLM:
         ) -> RequestGroup:
             prompt, params = request
             if isinstance(params, Mapping):
-                (group,) = self._groups([prompt], None, cast(GenerateFields, params))
+                (group,) = self._request_groups([prompt], None, cast(GenerateFields, params))
             else:
-                (group,) = self._groups([prompt], params, {})
+                (group,) = self._request_groups([prompt], params, {})
             return group
 
         limit = 2 * self.engine.buckets.max_requests
@@ -281,10 +300,22 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         **fields: Unpack[GenerateFields],
     ) -> EngineIterator[str]:
-        """Generate one continuation and yield its text, piece by piece.
+        """Generate one continuation and yield its text as it is produced.
 
-        Other calls share the engine meanwhile. Steps run only while some caller waits, so a stream
+        Other calls share the engine meanwhile. Steps run only while a caller waits, so a stream
         that is not read costs nothing. Closing or dropping the iterator cancels the request.
+
+        Args:
+          prompt: a str, a list of token ids, or a conversation.
+          sampling_params, **fields: as for `generate`, with `n` and `best_of` 1.
+
+        Raises:
+          ConfigError: an invalid argument, or a model without a tokenizer.
+          CapacityError, StepError, DeviceMemoryError: as for `generate`.
+
+        Example:
+          >>> for piece in llm.stream("Once upon a time", max_tokens=64):
+          ...     print(piece, end="", flush=True)
         """
         return self._driver.stream(self._stream_request(prompt, sampling_params, fields))
 
@@ -294,17 +325,31 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         **fields: Unpack[GenerateFields],
     ) -> AsyncIterator[str]:
-        """Return `stream` for `async for`. Nothing blocks the event loop.
+        """Return an asynchronous `stream`. Nothing blocks the event loop.
 
-        Cancelling the task, leaving the loop or `aclose()` cancels the request. Its pages are
-        free at the end of the running step.
+        Cancelling the task, leaving the loop or `aclose()` cancels the request. Its pages are freed
+        at the end of the running step. Arguments and errors are those of `stream`.
+
+        Example:
+          >>> async for piece in llm.astream("Once upon a time", max_tokens=64):
+          ...     print(piece, end="", flush=True)
         """
         return self._driver.astream(self._stream_request(prompt, sampling_params, fields))
 
     def session(self, prompt: Prompt, **chat_fields: Unpack[ChatFields]) -> Session:
-        """Prefill a prompt and return it as a `Session`: a sequence that stays in the cache.
+        """Prefill a prompt and return it as a `Session`: a sequence that stays in the KV cache.
 
-        `chat_fields` are fields of `ChatOptions`, for chat messages.
+        Args:
+          prompt: a str, a list of token ids, or a conversation.
+          **chat_fields: fields of `ChatOptions`, for a conversation.
+
+        Raises:
+          ConfigError: an invalid prompt.
+          CapacityError: a prompt that exceeds `max_model_len` or the free pages.
+
+        Example:
+          >>> with llm.session("Question: why is the sky blue?") as session:
+          ...     answers = [session.fork().generate(max_tokens=32) for _ in range(4)]
         """
         chat = ChatOptions.from_fields(**chat_fields) if chat_fields else None
         (prompt,) = with_chat_options([prompt], chat)
@@ -315,16 +360,16 @@ class LLM:
     def _run(self, requests: list[Request], progress: bool | None) -> None:
         from tqdm import tqdm
 
-        disable: bool | None = not progress  # None, for tqdm: unless stderr is a terminal
+        disable: bool | None = not progress
         if progress is None and len(requests) > 8:
-            disable = None
+            disable = None  # tqdm then shows a bar if stderr is a terminal
         with tqdm(total=len(requests), unit="prompt", disable=disable) as bar:
             self._driver.run(requests, on_finish=bar.update)
 
     def _stream_request(
         self, prompt: Prompt, sampling_params: SamplingParams | None, fields: GenerateFields
     ) -> Request:
-        (group,) = self._groups([prompt], sampling_params, fields)
+        (group,) = self._request_groups([prompt], sampling_params, fields)
         if len(group.requests) != 1 or group.params.prompt_logprobs is not None:
             raise ConfigError(
                 "a stream yields the text of one continuation: n and best_of must be 1, and "
@@ -337,13 +382,13 @@ class LLM:
             )
         return group.requests[0]
 
-    def _groups(
+    def _request_groups(
         self,
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         fields: GenerateFields,
     ) -> list[RequestGroup]:
-        """Return the requests of all prompts. Nothing is submitted."""
+        """Check all prompts and create their requests. Nothing is submitted."""
         return [
             RequestGroup.of(
                 prompt,
@@ -351,24 +396,27 @@ class LLM:
                 max_new_tokens=self.engine.max_model_len - len(prompt.ids),
                 tokenizer=self.tokenizer,
                 engine_seed=self._seed,
-                number=next(self._numbers),
+                number=next(self._request_numbers),
             )
-            for prompt, params in self._checked(prompts, sampling_params, fields)
+            for prompt, params in self._encode_prompts(prompts, sampling_params, fields)
         ]
 
-    def _checked(
+    def _encode_prompts(
         self,
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         fields: GenerateFields,
     ) -> list[tuple[Encoded, SamplingParams]]:
-        """Return all prompts as token ids, with their parameters, or raise `ConfigError`."""
+        """Return the token ids and the sampling parameters of each prompt.
+
+        Raises `ConfigError` or `CapacityError` for a request that the engine cannot run.
+        """
         if not prompts:
             raise ConfigError("prompts is empty: give at least one.")
         given = params_by_prompt(sampling_params, len(prompts))
         chat, sampling = split_fields(fields)
         prompts = with_chat_options(prompts, chat)
-        checked = []
+        encoded_prompts = []
         for index, (prompt, base) in enumerate(zip(prompts, given, strict=True)):
             what = f"prompt {index}"
             params = SamplingParams.from_fields(
@@ -379,17 +427,28 @@ class LLM:
             self.engine.check(encoded.ids, params, what=what)
             if params.stop and self.tokenizer is None:
                 raise ConfigError(
-                    "stop strings need text, and this model has no tokenizer: use stop_token_ids."
+                    f"stop={list(params.stop)!r}: stop strings need text, and this model has no "
+                    "tokenizer; use stop_token_ids."
                 )
-            checked.append((encoded, params))
-        return checked
+            encoded_prompts.append((encoded, params))
+        return encoded_prompts
 
     # -- scoring -----------------------------------------------------------------------------------
 
     def logits(self, token_ids: TokenIds) -> np.ndarray:
         """Return the logits after each token, float32 `[tokens, vocab]`.
 
-        They are computed through the paged cache, by the code that generates.
+        They are computed over the paged KV cache by the steps that `generate` runs.
+
+        Args:
+          token_ids: a sequence of token ids, such as a list or a 1-D integer array.
+
+        Raises:
+          ConfigError: an empty sequence, or an id outside the vocabulary.
+          CapacityError: a sequence that exceeds `max_model_len` or the KV cache.
+
+        Example:
+          >>> llm.logits([1, 15, 7]).argmax(axis=-1)  # the most likely next token of each prefix
         """
         ids = encode(token_ids, None, what="token_ids").ids
         self.engine.check(ids, forward.PREFILL_ONLY, what="token_ids", new_tokens=0)
@@ -409,24 +468,31 @@ class LLM:
     def score(self, prompts: PromptLike) -> np.ndarray | list[np.ndarray]: ...
 
     def score(self, prompts: PromptLike) -> np.ndarray | list[np.ndarray]:
-        """Return the log-probability of each token but the first, given those before it.
+        """Return the log-probability of each token but the first, given the tokens before it.
 
         Args:
-          prompts: one prompt or several, as for `generate`. All run together.
+          prompts: one prompt or several, as for `generate`. Several are batched.
 
-        Returns float32 `[tokens - 1]`, or a list of such arrays for a list of prompts. Raises
-        `ConfigError` or `CapacityError` for a prompt that cannot be scored, before anything runs.
+        Returns:
+          Float32 `[tokens - 1]` for one prompt, or a list of such arrays.
+
+        Raises:
+          ConfigError: an invalid prompt, or one of a single token. Nothing has run then.
+          CapacityError: a prompt that exceeds `max_model_len` or the KV cache.
+
+        Example:
+          >>> perplexity = np.exp(-llm.score("The sky is blue.").mean())
         """
         listed = as_list(prompts)
         if not listed:
             raise ConfigError("prompts is empty: give at least one.")
-        scores = [
+        score_requests = [
             ScoreRequest.of(self.engine, encode_pair(prompt, None, self.tokenizer))
             for prompt in listed
         ]
-        self._driver.run([request for score in scores for request in score.requests])
-        found = [score.logprobs() for score in scores]
-        return found[0] if is_single(prompts) else found
+        self._driver.run([request for score in score_requests for request in score.requests])
+        logprobs = [score.logprobs() for score in score_requests]
+        return logprobs[0] if is_single(prompts) else logprobs
 
     def score_iter(
         self, pairs: Iterable[tuple[Prompt, str | None]]
@@ -434,18 +500,25 @@ class LLM:
         """Score completions from an iterator, which may be endless.
 
         Args:
-          pairs: prompts and their completions. None scores the prompt.
+          pairs: prompts and their completions. With None as the completion, the prompt is scored.
 
-        Yields `(number, result)`, counted from 0, in the order they finish. Sequences of similar
-        length run together, and prompts that are in the prefix cache are not run again. A pair that
-        cannot be scored yields its error. Closing the iterator cancels what is in flight.
+        Yields:
+          `(number, result)` of each pair, in the order they finish. Pairs are counted from 0. The
+          result of a pair that cannot be scored is its error.
+
+        Sequences of similar length are batched, and prompts that are in the prefix cache are not
+        run again. Closing the iterator cancels the pairs in flight.
+
+        Example:
+          >>> for number, scored in llm.score_iter([("2 + 2 =", " 4"), ("2 + 2 =", " 5")]):
+          ...     print(number, sum(scored.logprobs))
         """
 
-        def encoded() -> Iterator[EncodedPair | Jfp8kvError]:
+        def encode_pairs() -> Iterator[EncodedPair | Jfp8kvError]:
             for prompt, completion in pairs:
                 try:
                     yield encode_pair(prompt, completion, self.tokenizer)
                 except Jfp8kvError as error:
                     yield error
 
-        return score_iter(self._driver, encoded())
+        return score_iter(self._driver, encode_pairs())

@@ -84,10 +84,20 @@ class Session:
         return self._request.num_tokens
 
     def extend(self, tokens: Tokens) -> np.ndarray:
-        """Append tokens, and return the logits after each of them, float32 `[tokens, vocab]`.
+        """Append tokens and return the logits after each of them, float32 `[tokens, vocab]`.
 
-        Raises `ConfigError` for invalid tokens and `CapacityError` if memory is short. The
-        session is unchanged then.
+        Args:
+          tokens: a str, or a sequence of token ids.
+
+        Raises:
+          ConfigError: invalid tokens.
+          CapacityError: too few free pages, or a sequence longer than `max_model_len`.
+
+        The session is unchanged after an error.
+
+        Example:
+          >>> logits = session.extend(" The answer is")
+          >>> next_token = int(logits[-1].argmax())
         """
         with _appended([self], [tokens]) as (first,):
             steps = forward.prefill_sessions(
@@ -103,7 +113,14 @@ class Session:
     def rollback(self, tokens: int) -> None:
         """Remove the last `tokens` tokens.
 
-        The others stay in the cache, unless a sliding window has moved past them.
+        The remaining tokens stay cached. With a sliding window they are recomputed if pages in the
+        window of the new end have been freed.
+
+        Raises `ConfigError` if the session has fewer tokens.
+
+        Example:
+          >>> session.extend(" Paris")
+          >>> session.rollback(1)
         """
         with self._lock:
             valid = isinstance(tokens, int) and not isinstance(tokens, bool)
@@ -115,7 +132,13 @@ class Session:
             self._truncate(len(self) - tokens)
 
     def fork(self) -> "Session":
-        """Return a session with the same tokens and pages. Nothing is computed or copied."""
+        """Return a new session with the same tokens, which shares the pages (copy-on-write).
+
+        Nothing is computed, and nothing is copied until one of the two is extended.
+
+        Example:
+          >>> branches = [session.fork() for _ in range(4)]
+        """
         with self._lock:
             handle = self._handle
             return self._driver.call(
@@ -125,16 +148,29 @@ class Session:
     def generate(
         self, sampling_params: SamplingParams | None = None, **fields: Unpack[SamplingFields]
     ) -> CompletionOutput:
-        """Generate one continuation, as `llm.generate` does, and append it to the session."""
+        """Generate one continuation, as `llm.generate` does, and append it to the session.
+
+        Args:
+          sampling_params, **fields: as for `llm.generate`, with `n=1` and without
+            `prompt_logprobs`.
+
+        Raises:
+          ConfigError: an invalid parameter.
+          CapacityError: no room for output.
+
+        Example:
+          >>> session.generate(max_tokens=32, temperature=0.0).text
+        """
         with self._lock:
             params = SamplingParams.from_fields(sampling_params, **fields)
             if params.n != 1:
                 raise ConfigError(
-                    f"n={params.n}: a session has one continuation; fork it for several."
+                    f"n={params.n}: a session has one continuation; use n=1, or fork() for several."
                 )
             if params.prompt_logprobs is not None:
                 raise ConfigError(
-                    f"prompt_logprobs={params.prompt_logprobs}: try llm.score(session.token_ids)."
+                    f"prompt_logprobs={params.prompt_logprobs}: a session returns none; try "
+                    "llm.score(session.token_ids)."
                 )
             (output,) = self._generate([self.token_ids], params)
             if output.token_ids:
@@ -186,7 +222,7 @@ class Session:
         return ids
 
     def _truncate(self, tokens: int) -> None:
-        """Keep the first `tokens` tokens."""
+        """Truncate the sequence to `tokens` tokens."""
         handle = self._handle
 
         def truncate(engine: Engine) -> None:
@@ -198,30 +234,36 @@ class Session:
         self._driver.call(truncate)
 
     def _prefill(self) -> None:
-        """Run the tokens that are not cached."""
+        """Prefill the tokens that are not cached."""
         steps = forward.prefill_sessions(self._engine, [self._handle], step.prefill)
         for _ in self._driver.iterate(steps):
             pass
 
 
 def extend_batch(sessions: Sequence[Session], tokens: Sequence[int | Tokens]) -> np.ndarray:
-    """Extend each session by its tokens, in one dispatch if the engine's sizes allow.
+    """Extend each session by its tokens, in one dispatch if they fit the largest batch.
 
     Args:
       sessions: different sessions of one `LLM`.
-      tokens: for each session an id, a text or a list of ids.
+      tokens: for each session a token id, a str or a sequence of token ids.
 
     Returns:
       The logits after the last token of each session, float32 `[sessions, vocab]`.
 
     Raises:
       ConfigError: the same session twice, sessions of several LLMs, or invalid tokens.
-      CapacityError: memory is short. After any error all sessions are unchanged.
+      CapacityError: too few free pages, or a sequence longer than `max_model_len`.
+
+    All sessions are unchanged after an error.
+
+    Example:
+      >>> branches = [session, session.fork()]
+      >>> logits = jfp8kv.extend_batch(branches, [" yes", " no"])
     """
     if not sessions or len(sessions) != len(tokens):
         raise ConfigError(
-            f"{len(tokens)} tokens for {len(sessions)} sessions: give one id, text or list of ids "
-            "for each."
+            f"{len(tokens)} tokens for {len(sessions)} sessions: give each session a token id, a "
+            "str or a list of token ids."
         )
     distinct = len({id(session) for session in sessions}) == len(sessions)
     drivers = {id(session._driver) for session in sessions}
@@ -245,20 +287,20 @@ def extend_batch(sessions: Sequence[Session], tokens: Sequence[int | Tokens]) ->
 
 @contextlib.contextmanager
 def _appended(sessions: Sequence[Session], tokens: Sequence[int | Tokens]) -> Iterator[list[int]]:
-    """Append tokens to sessions, and remove them again if the body fails.
+    """Append tokens to sessions, and remove them again if the body raises.
 
-    Yields the lengths before. The sessions are locked meanwhile.
+    Yields the previous lengths. The sessions are locked in the body.
     """
     with contextlib.ExitStack() as locks:
         for session in sorted(sessions, key=id):  # one order for all threads: no deadlock
             locks.enter_context(session._lock)
-        added = [session._encode(new) for session, new in zip(sessions, tokens, strict=True)]
-        for session, ids in zip(sessions, added, strict=True):
+        new_ids = [session._encode(new) for session, new in zip(sessions, tokens, strict=True)]
+        for session, ids in zip(sessions, new_ids, strict=True):
             sequence = [*session._request.prompt_ids, *ids]
             session._engine.check(sequence, forward.PREFILL_ONLY, what="the sequence", new_tokens=0)
         lengths = [len(session) for session in sessions]
         try:
-            for session, ids in zip(sessions, added, strict=True):
+            for session, ids in zip(sessions, new_ids, strict=True):
                 session._request.prompt_ids += ids
             yield lengths
         except BaseException:

@@ -192,7 +192,7 @@ def _batch(name: str, kv: CacheConfig, num_pages: int) -> DecodeBatch | ForwardB
         buckets=Buckets(REQUESTS, step_token_budget(CHUNK, REQUESTS)),
         vocab=LLAMA_8B.vocab,
         requirements=kv.requirements,
-        pages=pages,
+        page_table_length=pages,
         num_pages=num_pages,
         max_model_len=LLAMA_8B.max_len,
         eos_ids=(),

@@ -24,7 +24,7 @@ from jfp8kv.sampling.state import (
 )
 from jfp8kv.sampling.structured import GrammarMatcher, StructuredOutput
 
-MIN_RECENT_TOKENS = 64  # output tokens of a request that cross to the device uncounted
+MIN_RECENT_TOKENS = 64  # output tokens of a request that the device counts
 
 
 @pytree
@@ -36,9 +36,9 @@ class ForwardBatch:
     Attributes:
       tokens: token ids; `vocab` is padding.
       page_tables: page numbers by group of layers; `num_pages` is padding.
-      start: tokens in the cache before this pass.
-      length: tokens in the cache after it.
-      context: tokens the sequence had when its cache was started (models/rope.py).
+      start: cached tokens before this pass.
+      length: cached tokens after it.
+      context: the length of the sequence when its cache was started (models/rope.py).
       max_length: an upper bound on `length` over all requests and all steps of a dispatch.
     """
 
@@ -63,7 +63,7 @@ class LogprobsBatch:
     Attributes:
       forward: a chunk of each request.
       next_tokens: the token after each token of the chunk, whose log-probability is returned.
-      max_logprobs: the most top log-probabilities that a request returns.
+      max_logprobs: the maximum number of top log-probabilities that a request returns.
     """
 
     forward: ForwardBatch
@@ -78,12 +78,12 @@ class LogprobsBatch:
 
 @pytree
 class SamplerInputs:
-    """The sampler's settings by request, the same from step to step.
+    """The sampler settings of each request, constant from step to step.
 
     Attributes:
       settings: temperature, filters, penalties and keys.
       end_ids: the token ids that end the output.
-      max_logprobs: the most top log-probabilities that a request returns.
+      max_logprobs: the maximum number of top log-probabilities that a request returns.
     """
 
     settings: SamplerSettings
@@ -98,7 +98,7 @@ class TokenCounts:
     Attributes:
       prompt: counts of the prompt's tokens.
       output: counts of the output's tokens.
-      recent: output tokens not counted yet, `vocab` past the last; None once they are counted.
+      recent: output tokens not counted yet, padded with `vocab`; None once they are counted.
     """
 
     prompt: Int32[AnyArray, "requests vocab"]
@@ -111,13 +111,13 @@ class DecodeBatch:
     """The inputs of a decode: the last token of each request, and the inputs of the sampler.
 
     Attributes:
-      forward: the last token of each request, the first to run.
-      position: tokens in the output so far.
-      remaining: the most tokens to generate.
-      steps: the most decode steps of this dispatch.
-      sampler: the sampler's settings.
-      counts: token counts, of the full sampler.
-      sequences: prompt and output tokens, where drafts are looked up in them.
+      forward: the last token of each request.
+      position: the number of output tokens so far.
+      remaining: the maximum number of tokens to generate.
+      steps: the maximum number of decode steps of this dispatch.
+      sampler: the sampler settings.
+      counts: token counts, for the full sampler.
+      sequences: prompt and output tokens, for prompt lookup.
       token_bitmask: the tokens that grammars allow, token `i` as bit `i % 32` of word `i // 32`.
     """
 
@@ -163,9 +163,9 @@ class BatchBuilder:
       buckets: the padded shapes.
       vocab: the vocabulary size.
       requirements: which pages a sequence needs.
-      pages: the length of a page table.
-      num_pages: pages in the pool; pads page tables.
-      max_model_len: the most tokens of a sequence.
+      page_table_length: the number of entries of a page table.
+      num_pages: the number of pages in the pool; also the padding of page tables.
+      max_model_len: the maximum length of a sequence.
       eos_ids: the model's end-of-sequence tokens.
       structured_output: the grammars of requests.
       switch_length: the length at which a sequence restarts its cache (models/rope.py), if any.
@@ -177,7 +177,7 @@ class BatchBuilder:
         buckets: Buckets,
         vocab: int,
         requirements: PageRequirements,
-        pages: int,
+        page_table_length: int,
         num_pages: int,
         max_model_len: int,
         eos_ids: tuple[int, ...],
@@ -187,7 +187,7 @@ class BatchBuilder:
         self.buckets = buckets
         self.vocab = vocab
         self.requirements = requirements
-        self.pages = pages
+        self.page_table_length = page_table_length
         self.num_pages = num_pages
         self.max_model_len = max_model_len
         self.eos_ids = eos_ids
@@ -219,14 +219,17 @@ class BatchBuilder:
         )
 
     def last_tokens(self, plan: ScheduledDecode) -> ForwardBatch:
-        """Return the batch for the last token of each request, to sample from its logits later."""
+        """Return the batch that computes the logits after the last token of each request."""
         rows = self._decode_rows(plan)
         return self._forward(plan.requests, [1] * len(plan.requests), rows=rows, width=1)
 
     def decode(
         self, plan: ScheduledDecode, min_variant: SamplerVariant = PLAIN
     ) -> tuple[DecodeBatch, SamplerVariant]:
-        """Return the batch for a decode, padded to a bucket, and its sampler: at least `min_variant`."""
+        """Return the batch for a decode, padded to a bucket, and its sampler.
+
+        The sampler serves `min_variant` and all requests.
+        """
         requests = plan.requests
         rows = self._decode_rows(plan)
         variant = variant_of(
@@ -252,7 +255,7 @@ class BatchBuilder:
         return batch, variant
 
     def token_bitmask(self, requests: list[Request], *, rows: int) -> np.ndarray:
-        """Return the tokens that the requests' grammars allow next, see `DecodeBatch`."""
+        """Return a bitmask of the tokens that each request's grammar allows next."""
         matchers = [self._matcher(request) for request in requests]
         return self.structured_output.token_bitmask(matchers, rows=rows)
 
@@ -283,7 +286,7 @@ class BatchBuilder:
         return request.matcher
 
     def _remaining(self, request: Request) -> int:
-        """Return the most tokens to generate, up to the first past `switch_length`."""
+        """Return how many tokens to generate at most, up to the first past `switch_length`."""
         remaining = request.max_tokens - len(request.output_ids)
         if self.switch_length is None or request.num_tokens > self.switch_length:
             return remaining
@@ -298,10 +301,13 @@ class BatchBuilder:
         width: int,
         new_tokens: int = 1,
     ) -> ForwardBatch:
-        """Return the next `chunks[i]` tokens of each request, and pages for further ones."""
+        """Return a batch of the next `chunks[i]` tokens of each request.
+
+        Page tables include the pages for `new_tokens` tokens.
+        """
         groups = len(self.requirements.groups.windows)
         tokens = np.full((rows, width), self.vocab, np.int32)
-        page_tables = np.full((rows, groups, self.pages), self.num_pages, np.int32)
+        page_tables = np.full((rows, groups, self.page_table_length), self.num_pages, np.int32)
         start = np.zeros(rows, np.int32)
         length = np.zeros(rows, np.int32)
         context = np.zeros(rows, np.int32)
@@ -365,7 +371,7 @@ class BatchBuilder:
     def _token_counts(self, requests: list[Request], rows: int) -> TokenCounts:
         """Return token counts, and the output tokens since they were last computed.
 
-        The counts cross to the device only now and then, not for every dispatch.
+        The counts are copied to the device only when `recent` is full, not for every dispatch.
         """
         recent = np.full((rows, self._max_recent), self.vocab, np.int32)
         if not any(request.params.counts_tokens for request in requests):
@@ -409,15 +415,15 @@ class BatchBuilder:
 
 @pytree
 class TopLogprobs:
-    """The most likely tokens at each place, most likely first, and their log-probabilities."""
+    """The most likely tokens at each position, best first, and their log-probabilities."""
 
-    token_ids: Int32[Array, "*places top"]
-    logprobs: Float32[Array, "*places top"]
+    token_ids: Int32[Array, "*positions top"]
+    logprobs: Float32[Array, "*positions top"]
 
 
 @pytree
 class DraftCounts:
-    """Draft tokens of each request that were verified, and how many of them were accepted."""
+    """The numbers of verified and of accepted draft tokens of each request."""
 
     verified: Int32[Array, " requests"]
     accepted: Int32[Array, " requests"]
@@ -425,9 +431,9 @@ class DraftCounts:
 
 @pytree
 class StepOutput:
-    """The new tokens of each request, `vocab` past the last, and their log-probabilities.
+    """The new tokens of each request, padded with `vocab`, and their log-probabilities.
 
-    `top` is present in the output of the full sampler, `drafts` in that of speculative decoding.
+    The full sampler returns `top`, and speculative decoding returns `drafts`.
     """
 
     tokens: Int32[Array, "requests steps"]

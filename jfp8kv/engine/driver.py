@@ -1,8 +1,8 @@
-"""Access to one engine for callers in any threads and event loops.
+"""Access to one engine from any thread or event loop.
 
-Callers never touch the engine. They put messages into the inbox of its thread (engine/loop.py), and
-results come back through queues and futures. Submitting and cancelling never block; both take
-effect between two steps.
+Callers do not use the engine directly. They put messages into the inbox of its thread
+(engine/loop.py), and results come back through queues. Submitting and cancelling never block. Both
+take effect between two steps.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class _End(enum.Enum):
 
 @runtime_checkable
 class Group(Protocol[Output]):
-    """Requests that have one output together."""
+    """Requests with one common output, such as the `n` continuations of a prompt."""
 
     @property
     def requests(self) -> list[Request]: ...
@@ -62,8 +62,8 @@ class EngineDriver:
     """Runs an engine in a separate thread and gives all callers access to it.
 
     Args:
-      engine: only the engine thread may use it from now on, but for what never changes.
-      clock: what deadlines are compared with, in seconds, as `Request.submitted`.
+      engine: from now on only the engine thread may use it, except for constant attributes.
+      clock: returns the time that deadlines are compared with, in seconds, as `Request.submitted`.
 
     All methods may be called from any thread. After `close` they raise `ConfigError`.
     """
@@ -72,7 +72,7 @@ class EngineDriver:
         self._inbox: Inbox = queue.SimpleQueue()
         self._loop = EngineLoop(engine, self._inbox, clock)
         self._closed = False
-        self._lock = threading.Lock()  # no message that needs an answer follows that of `close`
+        self._lock = threading.Lock()  # no message that needs an answer is put after `close`
         self._thread = threading.Thread(
             target=serve,
             args=(weakref.ref(self._loop), self._inbox),
@@ -134,7 +134,7 @@ class EngineDriver:
             _raise_error(request)
 
     async def astream(self, request: Request) -> AsyncIterator[str]:
-        """`stream` for event loops: nothing blocks the loop."""
+        """Run a request and yield its text, piece by piece. Nothing blocks the event loop."""
         event_loop = asyncio.get_running_loop()
         updates: asyncio.Queue[Update] = asyncio.Queue()
 
@@ -164,9 +164,9 @@ class EngineDriver:
             result of the item. Other exceptions propagate.
           items: counted from 0, and taken only while fewer than `limit` groups are in flight.
             Neither memory nor the time to the first result grows with their number.
-          limit: the most groups in flight.
+          limit: the maximum number of groups in flight.
 
-        A step that fails gives its error to all groups that were in it; the next are served.
+        If a step fails, its error is the result of all groups in flight. Later items still run.
         """
         return EngineIterator(self, self._run_iter(make_group, items, limit))
 
@@ -217,7 +217,7 @@ class EngineDriver:
     def call(self, function: Callable[[Engine], T]) -> T:
         """Call `function` in the engine thread, between two steps, and return its result.
 
-        An error other than `CapacityError` ends all requests in flight, as that of a step does.
+        An error other than `CapacityError` ends all requests in flight, like a failed step.
         """
         if threading.current_thread() is self._thread:
             return function(self.engine)
@@ -250,7 +250,7 @@ class EngineDriver:
                 del item  # it may be large
         except BaseException:
             if isinstance(steps, Generator):
-                self._inbox.put(lambda loop: steps.close())  # it may run at this moment
+                self._inbox.put(lambda loop: steps.close())  # it may be running in that thread
             raise
 
     def release(self, handles: Iterable[SequenceHandle]) -> None:
@@ -258,7 +258,7 @@ class EngineDriver:
         self._inbox.put(partial(EngineLoop.release, handles=list(handles)))
 
     def flush(self) -> None:
-        """Wait until the messages so far, such as cancellations, took effect."""
+        """Wait until earlier messages, such as cancellations, have taken effect."""
         if threading.current_thread() is self._thread:
             return
         done = threading.Event()
@@ -293,13 +293,14 @@ class EngineDriver:
 
 
 class Subscription:
-    """The requests of one caller and their updates. Its end cancels the requests that still run.
+    """The requests of one caller and their updates. Its end cancels unfinished requests.
 
     Args:
       driver: runs the requests.
       deliver: called in the engine thread with each update; must not block.
-      stream: whether updates bring new text too. A stream has one request.
-      until_finished: run steps until all requests are finished, not only while `wait` is in effect.
+      stream: whether updates include new text. A stream has one request.
+      until_finished: whether steps run until all requests are finished. If False, they run after
+        `wait`, until the next update.
     """
 
     def __init__(
@@ -320,12 +321,12 @@ class Subscription:
         self._driver._post(partial(EngineLoop.submit, channel=self._channel, requests=requests))
 
     def receive(self, update: Update) -> Update:
-        """Note that the caller got `update`, and return it."""
+        """Count a finished request, and return `update`."""
         self._unfinished -= update.finished
         return update
 
     def wait(self) -> None:
-        """Have steps run until the next update. Returns at once."""
+        """Let steps run until the next update. Returns immediately."""
         self._driver._inbox.put(partial(EngineLoop.wait_for, channel=self._channel))
 
     def cancel(self, requests: Sequence[Request] | None = None) -> None:
@@ -374,7 +375,7 @@ _drivers: "weakref.WeakSet[EngineDriver]" = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Stop all engine threads before JAX, which was imported earlier, shuts down its devices."""
+    """Stop all engine threads before JAX, whose handler was registered earlier, exits."""
     for driver in list(_drivers):
         driver.close(EXIT_TIMEOUT_S)
 

@@ -1,7 +1,7 @@
-"""The engine: requests in, tokens out. It owns the weights, the pool and the scheduler.
+"""The engine: runs requests. It owns the weights, the page pool and the scheduler.
 
-A step of the engine waits for the tokens of the step before, commits them, schedules the next step
-and dispatches it. While the device runs that, the host emits the output of the committed tokens.
+A step of the engine waits for the tokens of the previous step, commits them, schedules the next
+step and dispatches it. While the device runs it, the host emits the output of the committed tokens.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Engine:
     Args:
       params: the model.
       options: see `EngineOptions`.
-      weights: the weights on the device of another engine with the same `params`, to share them.
+      weights: the device weights of another engine with the same `params`, to share them.
 
     Attributes:
       dropped: handles of sequences to free before the next step. Appending is safe at any time.
@@ -122,24 +122,23 @@ class Engine:
 
     def _pool_size(self) -> int:
         """Return the number of pages: `kv_cache_memory`, or what the largest step leaves free."""
-        sequence = self._pages_per_sequence
-        limit = sequence * self.buckets.max_requests
+        max_pages = self._pages_per_sequence * self.buckets.max_requests
         budget = self.options.kv_cache_memory
         if budget is None:
             budget = default_cache_bytes(
                 self.programs,
-                self._new_batch_builder(sequence),
-                jax.eval_shape(lambda: self.cache_config.new_pool(sequence)),
-                limit=limit * self.cache_config.page_bytes,
+                self._new_batch_builder(self._pages_per_sequence),
+                jax.eval_shape(lambda: self.cache_config.new_pool(self._pages_per_sequence)),
+                limit=max_pages * self.cache_config.page_bytes,
             )
-        return self.cache_config.num_pages(budget, limit=limit)
+        return self.cache_config.num_pages(budget, limit=max_pages)
 
     def _new_batch_builder(self, num_pages: int) -> BatchBuilder:
         return BatchBuilder(
             buckets=self.buckets,
             vocab=self.params.config.vocab,
             requirements=self.requirements,
-            pages=self.requirements.end_page(self.max_model_len),
+            page_table_length=self.requirements.end_page(self.max_model_len),
             num_pages=num_pages,
             max_model_len=self.max_model_len,
             eos_ids=self.params.eos_ids,
@@ -148,7 +147,8 @@ class Engine:
         )
 
     def _new_stats(self) -> Stats:
-        cache, length = self.cache_config, self.max_model_len
+        cache = self.cache_config
+        length = self.max_model_len
         tokens = self.num_pages * self.requirements.end_page(length) * cache.page_size
         return Stats(
             kv_tokens_capacity=tokens // self._pages_per_sequence,
@@ -267,7 +267,7 @@ class Engine:
                     self._dispatch(scheduled)
             except CapacityError as error:
                 first = self.scheduler.waiting[0]
-                self.results.emit(self.scheduler)  # a stop string may end it
+                self.results.emit(self.scheduler)  # a stop string may finish the request
                 if first.finish_reason is None:
                     first.error = error
                     self.cancel([first])
@@ -290,13 +290,13 @@ class Engine:
         self.scheduler = self._new_scheduler()
         try:
             jax.block_until_ready(self._pages)
-        except Exception:  # noqa: BLE001 (whatever the step that wrote it has raised)
+        except Exception:  # noqa: BLE001 (any error of the step that wrote the pool)
             self._pages = None
         self.update_usage()
 
     @property
     def pages(self) -> KVPool:
-        """The pool. A failed step loses it, and `ensure_pool` allocates another."""
+        """The page pool. A failed step may lose it, and `ensure_pool` allocates another."""
         assert self._pages is not None, "`ensure_pool` was called after the failed step"
         return self._pages
 
@@ -305,7 +305,7 @@ class Engine:
         self._pages = pages
 
     def ensure_pool(self) -> None:
-        """Allocate a pool if a failed step has lost it. Raises `DeviceMemoryError`."""
+        """Allocate a pool if a failed step lost it. Raises `DeviceMemoryError`."""
         if self._pages is None:
             self._pages = self.cache_config.allocate(self.num_pages)
 
@@ -343,11 +343,11 @@ class Engine:
                 request.cached += chunk
                 self.scheduler.kv_manager.cache_prefix(request)
                 if request.prefill_only and not request.prefilling:
-                    self.scheduler.finish(request)  # its outputs are stored when they are computed
+                    self.scheduler.finish(request)  # its outputs are stored later, by `commit`
         self.update_usage()
 
     def prefill(self, plan: ScheduledPrefill) -> Any:
-        """Start a prefill, and return its output on the device."""
+        """Start a prefill and return its output, which stays on the device."""
         match plan.output:
             case PrefillOutput.NONE:
                 return self._launch(step.prefill, self.batch_builder.prefill(plan))
@@ -358,7 +358,12 @@ class Engine:
                 return self._launch(step.logprobs, self.batch_builder.logprobs(plan), top=top)
 
     def decode(self, plan: ScheduledDecode, min_variant: SamplerVariant = PLAIN) -> StepOutput:
-        """Start a decode whose sampler is at least `min_variant`, and return its output on the device."""
+        """Start a decode and return its output, which stays on the device.
+
+        Args:
+          plan: the requests and the number of steps.
+          min_variant: the sampler serves this variant too. Warm-up compiles variants with it.
+        """
         batch, variant = self.batch_builder.decode(plan, min_variant)
         top = min(variant.top, self.params.config.vocab)
         max_steps = self.buckets.decode_steps
@@ -376,7 +381,7 @@ class Engine:
     def decode_structured(
         self, plan: ScheduledDecode, min_variant: SamplerVariant = PLAIN
     ) -> StepOutput:
-        """`decode` for one token per request, with token bitmasks.
+        """Start a decode of one token per request with token bitmasks, see `decode`.
 
         The host computes the bitmasks while the device runs the model.
         """
@@ -399,7 +404,7 @@ class Engine:
         scales: Any = None,
         **static: Any,
     ) -> Output:
-        """Run a step on the pool and wait for it. For `scales` see `Programs.call`."""
+        """Run a step on the pool and wait for its output. For `scales` see `Programs.call`."""
         output = self._launch(function, batch, scales=scales, **static)
         jax.block_until_ready((output, self.pages))
         return output
@@ -419,8 +424,8 @@ class Engine:
         has written to them: steps run in the order in which their copies were recorded.
         """
         copies = self.scheduler.kv_manager.copies
-        for some in copy_batches(copies):
-            _, self.pages = self.programs.call(step.copy, some, self.pages)
+        for page_copies in copy_batches(copies):
+            _, self.pages = self.programs.call(step.copy, page_copies, self.pages)
         copies.clear()
         output, self.pages = self.programs.call(
             function, batch, self.pages, scales=scales, variant=variant, **static

@@ -1,8 +1,8 @@
-"""Prefill of sequences that the caller owns: sessions, and sequences whose outputs are measured.
+"""Prefill of sequences outside the scheduler: sessions, and sequences of quality measurements.
 
-These sequences are not requests of the scheduler. They run chunk by chunk, one dispatch at a time,
-and each dispatch is waited for. Between two chunks the engine may run other steps. Their pages stay
-allocated; running requests are preempted when they need more.
+They run chunk by chunk. The caller waits for each dispatch, and between two chunks the engine may
+run other steps. Their pages stay allocated. If they need more pages than are free, running requests
+are preempted.
 """
 
 import sys
@@ -18,10 +18,10 @@ from jfp8kv.engine.request import Request
 from jfp8kv.engine.scheduler import ScheduledPrefill
 from jfp8kv.sampling.params import SamplingParams
 
-PREFILL_ONLY = SamplingParams(max_tokens=1)  # of sequences that are run and not sampled from
+PREFILL_ONLY = SamplingParams(max_tokens=1)  # for sequences that are not sampled from
 
 ChunkOutput: TypeAlias = tuple[list[Request], list[range], Any]
-"""The requests of a dispatch, the positions it ran of each, and the output of the step."""
+"""The requests of a dispatch, the positions of each that it ran, and the output of the step."""
 
 
 def prefill_only_request(token_ids: list[int]) -> Request:
@@ -39,8 +39,18 @@ def run_chunks(
 ) -> Iterator[tuple[range, Any]]:
     """Run a sequence through a step that returns logits, and yield `(positions, output)` by chunk.
 
-    The output stays on the device and is padded, `[requests, tokens, ...]`: use row 0 and its first
-    `len(positions)` tokens. The prefix cache is neither read nor written.
+    The prefix cache is neither read nor written.
+
+    Args:
+      engine: runs the step.
+      token_ids: the sequence.
+      function: a step function, see `Programs.call`.
+      scales: replaces the engine's scales, see `Programs.call`.
+      **static: static arguments of `function`.
+
+    Yields:
+      The positions of a chunk, and the output of the step, on the device and padded to
+      `[requests, tokens, ...]`: use row 0 and its first `len(positions)` tokens.
     """
     engine.free_dropped()
     handle = SequenceHandle(engine.scheduler.kv_manager, prefill_only_request(token_ids))
@@ -89,7 +99,8 @@ def prefill_sessions(
 
 def _resume(engine: Engine, handle: SequenceHandle, logits_from: int) -> None:
     """Drop cached pages that became invalid, and adopt a longer prefix match if there is one."""
-    request, kv_manager = handle.request, engine.scheduler.kv_manager
+    request = handle.request
+    kv_manager = engine.scheduler.kv_manager
     if handle.kv_manager is not kv_manager:  # a failed step reset the cache
         request.page_tables = []
         handle.kv_manager = kv_manager
@@ -115,14 +126,14 @@ def _run(
 ) -> Iterator[ChunkOutput]:
     """Run the uncached tokens of these sequences, as many sequences per dispatch as fit.
 
-    `width` maps the most uncached tokens of a sequence to the width of the chunk.
+    `width` returns the width of a chunk, given the largest number of uncached tokens of a sequence.
     """
     scheduler = engine.scheduler
-    while left := [request for request in requests if request.uncached]:
+    while unfinished := [request for request in requests if request.uncached]:
         if engine.scheduler is not scheduler:
             raise StepError("a step of another request failed and reset the KV cache: try again.")
-        chunk_width = width(max(request.uncached for request in left))
-        chosen = left[: engine.buckets.prefill_requests(chunk_width)]
+        chunk_width = width(max(request.uncached for request in unfinished))
+        chosen = unfinished[: engine.buckets.prefill_requests(chunk_width)]
         chunks = [min(request.uncached, chunk_width) for request in chosen]
         engine.settle()  # a request is preempted only when it has nothing in flight
         for request, chunk in zip(chosen, chunks, strict=True):

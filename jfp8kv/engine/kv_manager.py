@@ -1,14 +1,15 @@
-"""The KV cache manager: which pages each sequence owns, the prefix cache, and copy-on-write.
+"""The KV cache manager: page tables, the prefix cache, and copy-on-write.
 
 A page is allocated as its sequence grows, and freed when no later query can see it (sliding
 windows). Full pages are registered in the prefix cache under a hash of their tokens and of all
 tokens before them, so sequences with the same prefix share them. Formats, scales and weights are
 the same for all sequences of an engine and take no part in the hash. Pages that no sequence owns
-can still be found until the pool needs them.
+stay in the prefix cache until they are evicted.
 
 A partly filled page is registered as well, while its sequence has no output: `n` continuations of a
-prompt run it once, up to its last token but one. A sequence that writes to a shared page copies it
-first (copy-on-write). The manager records the copy, and the engine runs it before the next step.
+prompt prefill it once, up to its last token but one. A sequence that writes to a shared page first
+copies it (copy-on-write). The manager records the copy, and the engine runs it before the next
+step.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ class PrefixMatch:
     Attributes:
       tokens: its length.
       keys: the keys of its pages in the prefix cache.
-      next_key: the key of the page behind it, None if there is none that may be reused.
+      next_key: the key of the next page of the sequence; None if that page may not be reused.
     """
 
     tokens: int = 0
@@ -43,7 +44,7 @@ class KVCacheManager:
 
     Args:
       allocator: the pool's pages.
-      requirements: how many pages a sequence needs.
+      requirements: which pages a sequence needs.
       prefix_caching: whether sequences with the same prefix share pages.
       hash_context: whether keys depend on `Request.context` (models/rope.py).
 
@@ -69,7 +70,7 @@ class KVCacheManager:
     # Allocation
 
     def pages_needed(self, request: Request, stop: int) -> int:
-        """Return how many pages to allocate, at most, until tokens up to `stop` have run."""
+        """Return an upper bound on the free pages that running the tokens up to `stop` takes."""
         tables = request.page_tables or [PageTable() for _ in self._groups]
         return sum(
             self._pages_needed(group, table, request.cached, stop)
@@ -77,25 +78,25 @@ class KVCacheManager:
         )
 
     def _pages_needed(self, group: int, table: PageTable, start: int, stop: int) -> int:
-        passed = max(0, self.requirements.first_page(group, start) - table.first)
-        usable = len(table.pages[passed:]) - self._needs_copy(table, start)
-        freed = sum(self.allocator.ref_count(page) == 1 for page in table.pages[:passed])
+        out_of_window = max(0, self.requirements.first_page(group, start) - table.first)
+        usable = len(table.pages[out_of_window:]) - self._needs_copy(table, start)
+        freed = sum(self.allocator.ref_count(page) == 1 for page in table.pages[:out_of_window])
         return max(0, self.requirements.pages_between(group, start, stop) - usable) - freed
 
     def allocate(self, request: Request, stop: int) -> bool:
         """Allocate the pages for tokens up to `stop`, and free those that no later query can see.
 
-        A shared page that the next token is written to is copied. Returns False and allocates
-        nothing if too few pages are free.
+        If the next token goes to a shared page, that page is copied first. Returns False, and
+        allocates nothing, if too few pages are free.
         """
         if not request.page_tables:
             request.page_tables = [PageTable() for _ in self._groups]
         for group, table in enumerate(request.page_tables):
             first = self.requirements.first_page(group, request.cached)
-            passed = max(0, first - table.first)
-            self.allocator.release(table.pages[:passed])
+            out_of_window = max(0, first - table.first)
+            self.allocator.release(table.pages[:out_of_window])
             table.first = max(table.first, first)
-            table.pages = table.pages[passed:]
+            table.pages = table.pages[out_of_window:]
         end = self.requirements.end_page(stop)
         counts = [max(0, end - table.end) for table in request.page_tables]
         copies = sum(self._needs_copy(table, request.cached) for table in request.page_tables)
@@ -107,12 +108,12 @@ class KVCacheManager:
         return True
 
     def _needs_copy(self, table: PageTable, start: int) -> bool:
-        """Return whether the page of the token at `start` has tokens already and is shared."""
+        """Return whether the page of the token at `start` is shared and partly filled."""
         page, slot = divmod(start, self.requirements.page_size)
         return slot > 0 and self.allocator.ref_count(table.pages[page - table.first]) > 1
 
     def _prepare_write(self, table: PageTable, start: int) -> None:
-        """Make the page of the token at `start` exclusive to this sequence."""
+        """Make the page of the token at `start` writable: no other sequence or prefix uses it."""
         page, slot = divmod(start, self.requirements.page_size)
         index = page - table.first
         if self._needs_copy(table, start):
@@ -135,9 +136,9 @@ class KVCacheManager:
         return shared
 
     def truncate(self, request: Request, tokens: int) -> None:
-        """Truncate the sequence to `tokens` cached tokens, and free the pages behind them.
+        """Truncate the sequence to `tokens` cached tokens, and free the pages after them.
 
-        If a page in the window of the next token has been freed, nothing stays cached.
+        If a page in the window of the next token has been freed, the whole sequence is recomputed.
         """
         tokens = min(tokens, request.cached)
         if not tokens or any(
@@ -174,7 +175,7 @@ class KVCacheManager:
         full_groups = [
             group for group in self._groups if not self.requirements.groups.windows[group]
         ]
-        cached = 0  # pages from the start on that groups without a window have
+        cached = 0  # leading pages that are cached for all groups without a window
         while cached < len(keys) and all(
             self.allocator.find((keys[cached], group)) is not None for group in full_groups
         ):
@@ -194,7 +195,7 @@ class KVCacheManager:
         return PrefixMatch(tokens=tokens, keys=tuple(keys[:end]), next_key=next_key)
 
     def _is_cached(self, keys: list[bytes], tokens: int) -> bool:
-        """Return whether all pages are cached that a query behind `tokens` tokens sees."""
+        """Return whether all pages are cached that the query after `tokens` tokens sees."""
         end = self.requirements.end_page(tokens)
         return all(
             self.allocator.find((keys[page], group)) is not None
@@ -203,14 +204,14 @@ class KVCacheManager:
         )
 
     def adopt_prefix(self, request: Request, match: PrefixMatch) -> None:
-        """Replace the request's pages by those of a cached prefix."""
+        """Replace the request's pages by the shared pages of a prefix match."""
         self.release(request)
         request.reset_for_recompute()
         for group in self._groups:
             first = self.requirements.first_page(group, match.tokens)
-            found = [self.allocator.find((key, group)) for key in match.keys[first:]]
-            pages = [page for page in found if page is not None]
-            assert len(pages) == len(found), "match_prefix found these pages"
+            cached = [self.allocator.find((key, group)) for key in match.keys[first:]]
+            pages = [page for page in cached if page is not None]
+            assert len(pages) == len(cached), "match_prefix found these pages"
             self.allocator.share(pages)
             registered = match.tokens // self.requirements.page_size
             request.page_tables.append(PageTable(first, pages, registered))
@@ -247,14 +248,14 @@ class KVCacheManager:
         }
 
     def page_hashes(self, request: Request) -> list[bytes]:
-        """Return a key per page for all tokens but the last, the partly filled page included."""
+        """Return the keys of all pages, a partly filled one included, without the last token."""
         tokens = request.num_tokens - 1
         keys = self._full_page_hashes(request, tokens)
         rest = tokens % self.requirements.page_size
         return [*keys, self._hash(request, keys, tokens - rest, tokens)] if rest else keys
 
     def _full_page_hashes(self, request: Request, tokens: int) -> list[bytes]:
-        """Return a key per full page of the first `tokens` tokens. Each is computed once."""
+        """Return the keys of the full pages of the first `tokens` tokens. Each is computed once."""
         size = self.requirements.page_size
         known = request.page_hashes
         for page in range(len(known), tokens // size):
@@ -279,7 +280,7 @@ class SequenceHandle:
     def fork(self) -> "SequenceHandle":
         """Return a copy of the sequence that shares its pages."""
         request = self.request
-        twin = Request(
+        forked = Request(
             list(request.prompt_ids),
             request.params,
             request.key,
@@ -289,4 +290,4 @@ class SequenceHandle:
             page_tables=self.kv_manager.share(request),
             page_hashes=list(request.page_hashes),
         )
-        return SequenceHandle(self.kv_manager, twin)
+        return SequenceHandle(self.kv_manager, forked)

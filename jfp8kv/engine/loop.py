@@ -32,7 +32,7 @@ Inbox: TypeAlias = "queue.SimpleQueue[Message | None]"  # None ends the thread
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """News of a request. A finished request does not change any more."""
+    """A change of a request, for its caller. A finished request does not change again."""
 
     request: Request
     text: str  # new text since the last update, if the caller streams
@@ -43,15 +43,15 @@ class Update:
 class Call(Generic[T]):
     """A function to call between two steps. Its result or its error is put into `outcome`.
 
-    A queue, since a future would refer to the error for good, and the error to the future by its
-    traceback: the engine would live until the next garbage collection.
+    `outcome` is a queue and not a future. A future and its error refer to each other, through the
+    traceback, and would keep the engine alive until the next garbage collection.
     """
 
     function: Callable[[Engine], T]
     outcome: "queue.SimpleQueue[tuple[T | None, BaseException | None]]" = dataclasses.field(
         default_factory=queue.SimpleQueue
     )
-    cancelled: bool = False  # its caller does not wait any more
+    cancelled: bool = False  # the caller no longer waits
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,7 +66,7 @@ class Channel:
 
 
 class EngineLoop:
-    """The state of an engine thread, and what it does with each message."""
+    """The state of an engine thread, and the handlers of its messages."""
 
     def __init__(self, engine: Engine, inbox: Inbox, clock: Callable[[], float]):
         self.engine: Engine | None = engine  # None once closed
@@ -74,7 +74,7 @@ class EngineLoop:
         self._inbox = inbox
         self._channels: dict[Request, Channel] = {}  # of the requests in flight
         self._with_deadline: set[Request] = set()
-        self._waiting: set[Channel] = set()  # whose callers wait for an update
+        self._waiting: set[Channel] = set()  # callers that wait for an update
         self._updated: list[Request] = []  # since the last delivery
         self._step_queued = False
 
@@ -134,8 +134,8 @@ class EngineLoop:
     def call(self, call: Call[T]) -> None:
         """Call a function with the engine.
 
-        `CapacityError` is a refusal that leaves the engine intact, and `StepError` was reported
-        already. Any other error is handled as that of a step.
+        `CapacityError` leaves the engine intact, and a `StepError` has been reported. Any other
+        error is handled like that of a step.
         """
         if call.cancelled:
             return
@@ -156,35 +156,35 @@ class EngineLoop:
         self._deliver()
         self.engine = None
 
-    # -- parts of them -----------------------------------------------------------------------------
+    # -- helpers -----------------------------------------------------------------------------------
 
     def _open_engine(self) -> Engine:
         assert self.engine is not None, "the thread handles no message after `close`"
         return self.engine
 
     def _ready_engine(self) -> Engine:
-        """Return the engine, with a pool: a failed step may have taken it."""
+        """Return the engine, with a new pool if a failed step lost it."""
         engine = self._open_engine()
         engine.ensure_pool()
         return engine
 
     def _fail(self, error: BaseException) -> Jfp8kvError:
         """End all requests in flight after an error, and return the error that callers get."""
-        self._deliver()  # what finished before the error is final
+        self._deliver()  # results from before the error are valid
         engine = self._open_engine()
         reported = step_error(error, cache_bytes=engine.stats.kv_bytes_capacity)
         _clear_frames(error)
         if reported is not error:
             reported.__cause__ = error
-        lost = list(self._channels)
-        logger.warning("%s (%d requests in flight)", str(reported), len(lost))
+        requests = list(self._channels)
+        logger.warning("%s (%d requests in flight)", str(reported), len(requests))
         try:
-            engine.abandon(lost, reported)
+            engine.abandon(requests, reported)
         except BaseException:  # noqa: BLE001 (no caller may wait forever)
             logger.exception("the engine could not be reset")
-            for request in lost:
+            for request in requests:
                 request.abort(reported)
-        self._updated += lost
+        self._updated += requests
         return reported
 
     def _deliver(self) -> None:
@@ -194,10 +194,10 @@ class EngineLoop:
         for request in updated:
             channel = self._channels.get(request)
             if channel is None:
-                continue  # its end was delivered already
+                continue  # it was delivered as finished
             finished = request.finish_reason is not None
             if finished:
-                self._forget(request, channel)
+                self._unsubscribe(request, channel)
             text = ""
             if channel.stream:
                 text = request.text[channel.sent :]
@@ -208,7 +208,7 @@ class EngineLoop:
                 self._waiting.discard(channel)
             channel.deliver(Update(request, text, finished))
 
-    def _forget(self, request: Request, channel: Channel) -> None:
+    def _unsubscribe(self, request: Request, channel: Channel) -> None:
         request.on_update = None
         del self._channels[request]
         del channel.requests[request]
@@ -216,7 +216,7 @@ class EngineLoop:
 
 
 def serve(loop_ref: "weakref.ref[EngineLoop]", inbox: Inbox) -> None:
-    """Handle messages until the loop is closed or has no owner: the body of the engine thread."""
+    """Handle messages until the loop is closed or garbage collected, in the engine thread."""
     for message in iter(inbox.get, None):
         loop = loop_ref()
         if loop is None:
@@ -224,7 +224,7 @@ def serve(loop_ref: "weakref.ref[EngineLoop]", inbox: Inbox) -> None:
         loop.handle(message)
         if loop.engine is None:
             return
-        del message, loop  # nothing stays alive because the thread waits for the next message
+        del message, loop  # a waiting thread must not keep the engine alive
 
 
 def closed_error() -> ConfigError:
@@ -233,8 +233,8 @@ def closed_error() -> ConfigError:
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Free the local variables of the frames that an error passed: they refer to device arrays."""
+    """Clear the frames of an error's traceback, whose local variables refer to device arrays."""
     trace = error.__traceback__
     if trace is not None:
-        error.__traceback__ = trace.tb_next  # the first frame still runs
+        error.__traceback__ = trace.tb_next  # the first frame is still running
         traceback.clear_frames(trace.tb_next)

@@ -1,4 +1,4 @@
-"""The memory that steps need beside the weights and the KV cache.
+"""The memory that steps need besides the weights and the KV cache.
 
 The default size of the KV cache is what the largest step leaves free. A step's temporaries do not
 depend on the size of the pool, so they are known before the pool is allocated:
@@ -6,10 +6,9 @@ depend on the size of the pool, so they are known before the pool is allocated:
 - On an accelerator the largest prefill and the largest decode are compiled over a small abstract
   pool, and XLA's memory analysis is read. The pool's size is part of a program's shapes, so these
   programs are not used again. They are compiled only if `kv_cache_memory` is None and an estimate
-  does not show that memory is ample. They are the same in every process: from the second start on
-  they are read from the compilation cache.
-- On a host, compiling them would only delay the start, since the cache takes a small share of the
-  memory. There the need is estimated from shapes.
+  does not show that memory is ample. Later processes read them from the compilation cache.
+- On a CPU the memory is estimated from shapes. The KV cache takes a small share of it, so compiling
+  would only delay the start.
 """
 
 import jax
@@ -32,7 +31,7 @@ from jfp8kv.sampling.state import FULL, SamplerVariant
 # and two token counts; in scoring the logits, their softmax and the output.
 LOGITS_COPIES = 4
 ACTIVATION_COPIES = 4  # of the widest activations of a layer
-AMPLE = 4  # If this many times the estimate is to spare, nothing is compiled.
+AMPLE = 4  # Memory is ample if the largest useful cache leaves this many times the estimate.
 
 
 def idle_requests(count: int) -> list[Request]:
@@ -67,11 +66,10 @@ def default_cache_bytes(
     """Return the size of the KV cache if none is given.
 
     Args:
-      programs: the engine's programs; none is added to them.
+      programs: the engine's programs, which are not changed.
       builder: builds batches for `pages`.
       pages: an abstract pool of any size.
-      limit: the size of the largest useful cache. Where that leaves ample memory, nothing is
-        compiled.
+      limit: the size of the largest useful cache. If it leaves ample memory, nothing is compiled.
 
     Raises `CapacityError` if the largest step leaves no memory.
     """
@@ -102,7 +100,7 @@ def compiled_step_bytes(programs: Programs, builder: BatchBuilder, pages: KVPool
     decode_batch, variant = builder.decode(plan, FULL)
     decode = _decode_program(programs, decode_batch, pages, buckets, variant)
     return max(
-        # A step that returns logits is a prefill with this much more.
+        # A step that returns logits is a prefill that also needs this memory.
         _step_bytes(prefill, prefill_batch)
         + LOGITS_COPIES * _prompt_logits_bytes(builder.vocab, width),
         _step_bytes(decode, decode_batch),
@@ -127,7 +125,7 @@ def _prompt_logits_bytes(vocab: int, width: int) -> int:
 
 
 def _step_bytes(program: Program, batch: ForwardBatch | DecodeBatch) -> int:
-    """Return temporaries, outputs other than the pool, and the batch."""
+    """Return the bytes of temporaries, of outputs other than the pool, and of the batch."""
     memory = program.memory
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     inputs = sum(int(x.size) * x.dtype.itemsize for x in jax.tree.leaves(batch))

@@ -51,7 +51,7 @@ def check_kv_scales(value: Any) -> Any:
     return value
 
 
-def _memory(value: Any) -> int | None:
+def _parse_memory(value: Any) -> int | None:
     return None if value is None else parse_bytes(value)
 
 
@@ -107,7 +107,7 @@ class EngineOptions(LoadOptions):
             "largest step leave free on an accelerator, 10% of the free memory of a host, or less "
             "where max_num_seqs full contexts need less."
         ),
-        convert=_memory,
+        convert=_parse_memory,
     )
     max_model_len: int | None = option(
         default=None,

@@ -27,10 +27,10 @@ class InFlight:
     """A dispatch whose results have not been committed.
 
     Attributes:
-      number: of the scheduler step it belongs to.
-      plan: what was dispatched.
+      number: the number of its scheduler step.
+      plan: the scheduled decode or prefill.
       output: its output, on the device.
-      positions: of a prefill, the positions it runs of each request.
+      positions: for a prefill, the positions of each request that it runs.
     """
 
     number: int
@@ -63,7 +63,7 @@ class StepResults:
         self._free_since = 0.0  # when the device last became free
 
     def start_step(self) -> None:
-        """Start a scheduler step: the dispatches added from here on belong to it."""
+        """Start a scheduler step. Dispatches that are added later belong to it."""
         if not self.in_flight:
             self._free_since = self.stopwatch.now()
         self._step += 1
@@ -118,12 +118,12 @@ class StepResults:
             self._to_emit.popleft()
 
     def discard(self) -> None:
-        """Forget all results after a failed step, and wait for the steps that still run."""
+        """Drop all results after a failed step, and wait for the steps that still run."""
         outputs = [dispatch.output for dispatch in self.in_flight]
         self.in_flight.clear()
         self._to_emit.clear()
         for output in outputs:
-            # Running steps use memory. An error here is the one reported, or its consequence.
+            # Running steps use memory. An error here is the reported one, or a consequence of it.
             with contextlib.suppress(Exception):
                 jax.block_until_ready(output)
 
@@ -160,14 +160,14 @@ class NewTokens:
 
     def top_logprobs(self, count: int) -> list[dict[int, float]]:
         """Return log-probabilities of the `count` most likely tokens and the sampled one, by id."""
-        found: list[dict[int, float]] = [{} for _ in self.token_ids]
+        top: list[dict[int, float]] = [{} for _ in self.token_ids]
         if count:
             assert self.output.top is not None, "the full sampler ran"
             ids = np.asarray(self.output.top.token_ids)[self.row, :, :count].tolist()
             values = np.asarray(self.output.top.logprobs)[self.row, :, :count].tolist()
-            found = [dict(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
-        sampled = zip(found, self.token_ids, self.logprobs(), strict=False)
-        return [top | {token: logprob} for top, token, logprob in sampled]
+            top = [dict(zip(i, v, strict=True)) for i, v in zip(ids, values, strict=True)]
+        sampled = zip(top, self.token_ids, self.logprobs(), strict=False)
+        return [likely | {token: logprob} for likely, token, logprob in sampled]
 
 
 def read_new_tokens(output: StepOutput, requests: list[Request], vocab: int) -> list[NewTokens]:
@@ -185,8 +185,8 @@ def read_new_tokens(output: StepOutput, requests: list[Request], vocab: int) -> 
 def commit_tokens(new: NewTokens, scheduler: Scheduler, switch_length: int | None) -> bool:
     """Append new tokens to their request, and finish it in the scheduler if they end it.
 
-    Returns False, without effect, for a request that is not running any more. For `switch_length`
-    see models/rope.py: a sequence that grows past it is recomputed.
+    Returns False, without effect, for a request that is no longer running. A sequence that grows
+    past `switch_length` is recomputed (models/rope.py).
     """
     request = new.request
     if request.status is not Status.RUNNING:
@@ -235,7 +235,7 @@ def finish(request: Request, reason: str, scheduler: Scheduler) -> None:
 def store_prompt_outputs(
     output: Any, plan: ScheduledPrefill, positions: Sequence[range], scheduler: Scheduler
 ) -> None:
-    """Store a prefill's outputs in its requests, and finish those that requested nothing more."""
+    """Store a prefill's outputs in its requests, and finish those that generate nothing."""
     arrays = [np.asarray(array) for array in jax.tree.leaves(output)]
     for row, (request, chunk) in enumerate(zip(plan.requests, positions, strict=True)):
         outputs = request.prompt_outputs

@@ -54,10 +54,10 @@ class Program:
 
     Attributes:
       step: the name of the step function.
-      requests: padded requests.
-      tokens: padded tokens of each request that run at once.
+      requests: the padded number of requests.
+      tokens: the padded number of tokens of each request.
       variant: the sampler, see `SamplerVariant.name`.
-      seconds: what compiling took.
+      seconds: compile time.
       run: (weights, scales, batch, pages) -> (output, pages). The pages are donated.
     """
 
@@ -74,7 +74,7 @@ class Program:
         return self.run.memory_analysis()
 
     def describe(self, *, shared: bool) -> "CompiledStep":
-        """Return the program's line of a report."""
+        """Return the program's row of a report."""
         memory = self.memory
         return CompiledStep(
             step=self.step,
@@ -89,7 +89,7 @@ class Program:
 
 
 class ProgramCache:
-    """The programs used last by any engine, at most `size` of them. Thread-safe."""
+    """An LRU cache of at most `size` programs, shared by all engines. Thread-safe."""
 
     def __init__(self, size: int = 64):
         self._size = size
@@ -97,7 +97,7 @@ class ProgramCache:
         self._programs: OrderedDict[Key, Program] = OrderedDict()
 
     def get(self, key: Key) -> Program | None:
-        """Return the program and mark it as used, or None."""
+        """Return the program of `key` and mark it as used; None if it is not cached."""
         with self._lock:
             program = self._programs.get(key)
             if program is not None:
@@ -120,7 +120,7 @@ class Programs:
     """The compiled steps of one engine, compiled when they are first needed.
 
     Args:
-      model: what the steps are compiled for, apart from shapes.
+      model: the static argument of all steps.
       weights: the model's weights on the device.
       scales: static scales of the cache, or None.
       cache: where engines share programs.
@@ -141,15 +141,15 @@ class Programs:
         self._own: dict[Key, Program] = {}
         self._compiled: list[Program] = []
         self._warm = False
-        self._fixed = (model, _signature(weights))
+        self._model_key = (model, _signature(weights))
 
     @property
     def compiled(self) -> tuple[Program, ...]:
-        """The programs that this engine compiled, in order, without those found compiled."""
+        """The programs that this engine compiled itself, in order."""
         return tuple(self._compiled)
 
     def mark_warm(self) -> None:
-        """Log compilations from here on as warnings: a request waits for each."""
+        """Log later compilations as warnings, because a request waits for each."""
         self._warm = True
 
     def call(
@@ -184,7 +184,7 @@ class Programs:
         variant: str = "",
         **static: Hashable,
     ) -> Output:
-        """Return `function(values, batch, **static)`, compiled: a computation without the pool."""
+        """Return `function(values, batch, **static)`, compiled. The pool is not involved."""
         key = (function, *static.items(), _signature((values, batch)))
         jitted = jax.jit(functools.partial(function, **static))
         program = self._find(key, function.__name__, batch, variant, jitted, (values, batch))
@@ -203,13 +203,13 @@ class Programs:
     ) -> Program:
         """Return the program of a step on arrays of these shapes. Abstract arrays suffice."""
         scales = self.scales if scales is None else scales
-        key = (step, *static.items(), self._fixed, _signature((scales, batch, pages)))
+        key = (step, *static.items(), self._model_key, _signature((scales, batch, pages)))
         jitted = jax.jit(functools.partial(step, self.model, **static), donate_argnums=3)
         arguments = (self.weights, scales, batch, pages)
         return self._find(key, step.__name__, batch, variant, jitted, arguments)
 
     def report(self) -> "CompileReport":
-        """Return what this engine compiled, or found compiled by another."""
+        """Return a report on the programs that this engine compiled or took from the cache."""
         compiled = set(map(id, self._compiled))
         return CompileReport(
             tuple(
@@ -227,7 +227,7 @@ class Programs:
         jitted: Any,
         arguments: tuple[Any, ...],
     ) -> Program:
-        """Return the program of `key`: this engine's, another engine's, or newly compiled."""
+        """Return the program of `key` from this engine or the cache, or compile it."""
         program = self._own.get(key)
         if program is not None:
             return program
@@ -272,11 +272,11 @@ class CompiledStep:
 
     Attributes:
       step: the name of the step.
-      requests: padded requests of its bucket.
-      tokens: padded tokens of each request that run at once.
+      requests: the padded number of requests.
+      tokens: the padded number of tokens of each request.
       variant: the sampler of a decode, "plain" or "full" (sampling/state.py).
-      seconds: what compiling took, here or in the other engine.
-      temporary_bytes: memory it needs besides its arguments and outputs.
+      seconds: compile time, also if another engine compiled it.
+      temporary_bytes: the memory it needs besides its arguments and outputs.
       code_bytes: size of its machine code, 0 where the platform does not report it.
       shared: whether another engine compiled it.
     """
@@ -293,7 +293,7 @@ class CompiledStep:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class CompileReport(Report):
-    """The programs of an engine, in the order in which it needed them. Prints as a table."""
+    """The programs of an engine, in the order of their first use. Prints as a table."""
 
     steps: tuple[CompiledStep, ...]
 

@@ -1,4 +1,4 @@
-"""Requests: one sequence each, the groups that belong to one prompt, and the outputs users get."""
+"""Requests of one sequence each, the group of all requests of a prompt, and the public outputs."""
 
 import dataclasses
 import enum
@@ -38,16 +38,19 @@ class CompletionOutput:
     """One generated continuation.
 
     Attributes:
-      index: its position among the continuations of its prompt.
-      text: the generated text, without end token or stop string.
+      index: its index in `RequestOutput.outputs`.
+      text: the generated text, without end token or stop string; "" without a tokenizer.
       token_ids: the generated tokens, the end token included.
-      logprobs: if requested, `{token id: log-probability}` for each token, of the most likely ids
-      and
-        the sampled one.
+      logprobs: if requested, `{token id: log-probability}` for each generated token, with the most
+        likely ids and the sampled one.
       finish_reason: "stop" (an end token, a stop string, or the end of the structured output),
         "length", "deadline", or "dead_end" if no token was allowed next; None while it runs.
       stop_reason: the end token or stop string of "stop", or the cause of "dead_end".
       cumulative_logprob: the sum of the log-probabilities of `token_ids`.
+
+    Example:
+      >>> for completion in llm.generate("Once upon a time", n=2, max_tokens=8)[0].outputs:
+      ...     print(completion.index, completion.finish_reason, completion.text)
     """
 
     index: int
@@ -64,12 +67,17 @@ class RequestOutput:
     """A prompt and its continuations.
 
     Attributes:
-      prompt: its text; None if it was given as token ids.
-      prompt_token_ids: its tokens.
+      prompt: the text of the prompt; None if it was given as token ids.
+      prompt_token_ids: the token ids of the prompt.
       outputs: `n` continuations, the best first if `best_of` was given.
-      prompt_logprobs: if requested, one entry for each prompt token; None for the first.
+      prompt_logprobs: if requested, `{token id: log-probability}` for each prompt token; None for
+        the first, and for tokens not scored before a deadline.
       first_token_s: seconds from submission to the first token of any continuation.
       total_s: seconds from submission to the last token of all continuations.
+
+    Example:
+      >>> (output,) = llm.generate("Once upon a time", max_tokens=8)
+      >>> output.text, output.outputs[0].finish_reason
     """
 
     prompt: str | None
@@ -99,7 +107,7 @@ class Status(enum.Enum):
 
 
 class PrefillOutput(enum.Enum):
-    """What a prefill returns for each token, besides filling the KV cache."""
+    """What a prefill returns for each token. All kinds fill the KV cache."""
 
     NONE = "none"
     LOGPROBS = "logprobs"  # the log-probability of the next token, and the top ones
@@ -111,11 +119,11 @@ class PromptOutputs:
     """Outputs of the tokens of a prompt, collected chunk by chunk while it is prefilled.
 
     Attributes:
-      kind: what the outputs are.
+      kind: log-probabilities or logits.
       next: the first position whose output is requested and missing.
-      stop: the position behind the last one whose output is requested.
-      top: top log-probabilities per token.
-      arrays: the outputs so far, `[stop, ...]` each.
+      stop: one past the last position whose output is requested.
+      top: the number of top log-probabilities per token.
+      arrays: the outputs so far, each `[stop, ...]`.
     """
 
     kind: PrefillOutput
@@ -126,15 +134,15 @@ class PromptOutputs:
 
     @classmethod
     def logprobs(cls, token_ids: list[int], *, first: int = 1, top: int = 0) -> "PromptOutputs":
-        """Request the log-probabilities of a prompt's tokens from `first` on.
+        """Request the log-probability of each prompt token from index `first` on.
 
-        `top`: the number of most likely tokens to return with each.
+        `top` is the number of top log-probabilities to return with each.
         """
         return cls(PrefillOutput.LOGPROBS, first - 1, len(token_ids) - 1, top)
 
     @classmethod
     def logits(cls, token_ids: list[int]) -> "PromptOutputs":
-        """Request the logits after each token of a prompt."""
+        """Request the logits after each prompt token."""
         return cls(PrefillOutput.LOGITS, 0, len(token_ids))
 
     @property
@@ -142,22 +150,22 @@ class PromptOutputs:
         return self.next >= self.stop
 
     def top_logprobs(self, prompt_ids: list[int]) -> list[dict[int, float] | None]:
-        """Return the log-probability of each prompt token and of the most likely ones, by token id.
+        """Return the log-probabilities of each prompt token and the most likely ones, by token id.
 
-        None for tokens without one: the first, and those not scored before a deadline.
+        The entry is None for the first token and for tokens not scored before a deadline.
         """
-        found: list[dict[int, float] | None] = [None] * len(prompt_ids)
+        result: list[dict[int, float] | None] = [None] * len(prompt_ids)
         if not self.arrays:
-            return found
+            return result
         values, top_ids, top_values = self.arrays
         for position in range(self.next):
             token = prompt_ids[position + 1]
             ids = top_ids[position, : self.top].tolist()
             logprobs = top_values[position, : self.top].tolist()
-            found[position + 1] = dict(zip(ids, logprobs, strict=True)) | {
+            result[position + 1] = dict(zip(ids, logprobs, strict=True)) | {
                 token: float(values[position])
             }
-        return found
+        return result
 
     def store(self, positions: range, outputs: Sequence[np.ndarray]) -> None:
         """Store the outputs of a chunk at `positions`. Rows past the chunk are padding."""
@@ -171,39 +179,49 @@ class PromptOutputs:
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """A sequence in the engine: its prompt, its output so far and its place in the cache.
+    """A sequence in the engine: its prompt, its output so far and its pages.
 
-    `cached` counts the tokens whose keys and values are in the cache. A running request decodes
-    when one token is missing; while more are missing it prefills.
+    A running request decodes when all tokens but the last are cached, and prefills otherwise.
+
+    Attributes:
+      key: the random key of the sequence, uint32 `[2]`.
+      max_tokens: the maximum number of output tokens, also limited by the context length.
+      index: the index among the continuations of the prompt.
+      prompt_outputs: log-probabilities or logits of the prompt, if requested.
+      special_stops: stop strings that are special tokens, by token id.
+      on_update: called after new output, and when the request finishes.
+      sampling_state, matcher: created at the first decode; `matcher` only for structured output.
+      page_tables: one for each group of layers.
+      page_hashes: the prefix-cache keys of the first full pages.
+      cached: the number of tokens whose keys and values are in the cache.
+      context: the length of the sequence when its cache was started, see `reset_for_recompute`.
+      error: why the engine aborted the request.
+      submitted, first_token, finished: times, in seconds.
     """
 
     prompt_ids: list[int]
     params: SamplingParams
-    key: np.ndarray  # uint32[2]: the random key of this sequence
-    max_tokens: int  # most output tokens: those of `params`, limited by the context length
-    index: int = 0  # among the continuations of its prompt
-    prompt_outputs: PromptOutputs | None = None  # scores or logits of the prompt, if requested
+    key: np.ndarray
+    max_tokens: int
+    index: int = 0
+    prompt_outputs: PromptOutputs | None = None
     detokenizer: Detokenizer | None = None
     special_stops: dict[int, str] = dataclasses.field(default_factory=dict)
-    on_update: Callable[["Request"], object] | None = (
-        None  # called after new output, and at the end
-    )
-    sampling_state: SamplingState | None = None  # created at the first decode
-    matcher: GrammarMatcher | None = None  # created at the first decode, with a constraint
+    on_update: Callable[["Request"], object] | None = None
+    sampling_state: SamplingState | None = None
+    matcher: GrammarMatcher | None = None
     status: Status = Status.WAITING
     output_ids: list[int] = dataclasses.field(default_factory=list)
     output_logprobs: list[float] = dataclasses.field(default_factory=list)
     top_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
-    page_tables: list[PageTable] = dataclasses.field(
-        default_factory=list
-    )  # one for each layer group
-    page_hashes: list[bytes] = dataclasses.field(default_factory=list)  # of its first full pages
+    page_tables: list[PageTable] = dataclasses.field(default_factory=list)
+    page_hashes: list[bytes] = dataclasses.field(default_factory=list)
     cached: int = 0
-    context: int = 0  # tokens when its cache was started; see `reset_for_recompute`
+    context: int = 0
     text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    error: Jfp8kvError | None = None  # why the engine aborted it
+    error: Jfp8kvError | None = None
     submitted: float = dataclasses.field(default_factory=time.perf_counter)
     first_token: float | None = None
     finished: float | None = None
@@ -212,10 +230,10 @@ class Request:
         self.context = self.context or len(self.prompt_ids)
 
     def reset_for_recompute(self, context: int | None = None) -> None:
-        """Mark every token as not cached. The pages were freed before.
+        """Mark every token as not cached. The caller has freed the pages.
 
-        `context` restarts the sequence as one of that many tokens: some RoPE variants depend on the
-        length at which the cache was started.
+        Some RoPE variants depend on the length of the sequence when its cache was started.
+        `context` sets that length.
         """
         assert not self.page_tables
         self.cached = 0
@@ -237,24 +255,24 @@ class Request:
 
     @property
     def deadline(self) -> float:
-        """When it ends at the latest, on the clock of `submitted`."""
+        """The time at which the request is finished early, on the clock of `submitted`."""
         if self.params.deadline_s is None:
             return math.inf
         return self.submitted + self.params.deadline_s
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output tokens so far."""
+        """The number of prompt and output tokens so far."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
     def max_num_tokens(self) -> int:
-        """The most prompt and output tokens it may get."""
+        """The maximum number of prompt and output tokens."""
         return len(self.prompt_ids) + self.max_tokens
 
     @property
     def uncached(self) -> int:
-        """Tokens not in the cache. The last of them is run when the next one is sampled."""
+        """The number of tokens that are not cached. Decode runs the last of them."""
         return self.num_tokens - self.cached
 
     @property
@@ -264,7 +282,7 @@ class Request:
 
     @property
     def prefill_tokens(self) -> int:
-        """Tokens left to prefill. The last token of a request that generates is left to decode."""
+        """The number of tokens left to prefill. Decode runs the last one if output is generated."""
         if self.prefill_only and self.prompt_outputs is not None:
             return self.prompt_outputs.stop - self.cached
         return self.uncached - 1
@@ -281,7 +299,7 @@ class Request:
 
     @property
     def max_prefix(self) -> int:
-        """The most tokens to reuse from the prefix cache: those whose outputs are not needed."""
+        """The longest prefix that the prefix cache may provide: its outputs are not requested."""
         if self.prompt_outputs is None or self.prompt_outputs.complete:
             return sys.maxsize
         return self.prompt_outputs.next
@@ -308,7 +326,7 @@ class Request:
 
 @dataclasses.dataclass
 class RequestGroup:
-    """A prompt and its requests: `n`, or `best_of` to choose `n` from. They share prompt pages."""
+    """A prompt and its requests: `n`, or `best_of` of which `n` are returned."""
 
     prompt: Encoded
     params: SamplingParams
@@ -328,11 +346,11 @@ class RequestGroup:
         """Create the requests of a prompt.
 
         Args:
-          prompt: its token ids.
-          params: of all its requests.
-          max_new_tokens: output tokens for which the context length has room.
-          tokenizer: for text and stop strings; None gives token ids only.
-          engine_seed, number: the source of the random keys if `params` has no seed.
+          prompt: the encoded prompt.
+          params: the sampling parameters of all its requests.
+          max_new_tokens: the number of output tokens that the context length has room for.
+          tokenizer: produces text and finds stop strings; None produces token ids only.
+          engine_seed, number: determine the random keys if `params` has no seed.
         """
         requests = [
             Request(
@@ -362,7 +380,7 @@ class RequestGroup:
         ends = [r.finished for r in self.requests if r.finished is not None]
         outputs = [
             dataclasses.replace(request.output(), index=index)
-            for index, request in enumerate(self._chosen())
+            for index, request in enumerate(self._best_requests())
         ]
         return RequestOutput(
             prompt=self.prompt.text,
@@ -373,11 +391,11 @@ class RequestGroup:
             total_s=max(ends) - submitted if ends else None,
         )
 
-    def _chosen(self) -> list[Request]:
-        """Return the `n` requests to output.
+    def _best_requests(self) -> list[Request]:
+        """Return the `n` requests whose outputs are returned.
 
-        With `best_of` those that are complete come first, then those with the highest mean
-        log-probability; of equals the earlier ones.
+        With `best_of` these are complete requests first, then those with the highest mean
+        log-probability. Ties go to the earlier request.
         """
         if self.params.best_of is None:
             return self.requests
@@ -426,7 +444,7 @@ def _detokenizer(tokenizer: Tokenizer, prompt: Encoded, params: SamplingParams) 
 
 
 def _complete(request: Request) -> bool:
-    """Return whether a request finished normally: not truncated structured output, for example."""
+    """Return whether a request finished normally. Truncated structured output did not."""
     if request.finish_reason == "length":
         return request.params.constraint is None
     return request.finish_reason == "stop"

@@ -3,12 +3,12 @@
 Requests are served first come, first served. A request is admitted when the pool has pages for its
 tokens so far and for one more dispatch, on top of what the running requests are about to allocate.
 When pages run out, the most recent request is preempted: it loses its pages, waits again, and is
-recomputed later, its output tokens kept. The oldest request always makes progress, and the empty
-pool has room for any one request, so all requests finish.
+recomputed later. Its output tokens are preserved. The oldest request always makes progress, and the
+empty pool has room for any one request, so all requests finish.
 
-Each step decodes every request that has only its last token left to run, and prefills chunks of
-those that have more, under one budget of tokens. Decode comes first. It takes few tokens per
-dispatch while there are prompts to prefill, so a long prompt does not stall decoding requests.
+Each step decodes every request whose tokens are all cached but the last, and prefills chunks of the
+others, under one token budget. Decode comes first. It takes few steps per dispatch while there are
+prompts to prefill, so a long prompt does not stall decoding requests.
 
 A request waits while a running request is computing its next page, to share that page
 (engine/kv_manager.py).
@@ -17,7 +17,6 @@ A request waits while a running request is computing its next page, to share tha
 import dataclasses
 from collections import deque
 from collections.abc import Callable
-from typing import NoReturn
 
 from jfp8kv.core.errors import CapacityError
 from jfp8kv.core.log import logger
@@ -93,7 +92,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput | None:
         """Return the next step with its pages allocated, or None without requests.
 
-        Raises `CapacityError` if the first waiting request does not fit beside open sessions.
+        Raises `CapacityError` if open sessions leave too few pages for the first waiting request.
         """
         self._admit()
         while self.running:
@@ -104,7 +103,7 @@ class Scheduler:
             if decode or prefill:
                 return SchedulerOutput(decode, prefill)
         if self.waiting:
-            self._refuse(self._tokens_after_decode(self.waiting[0]))
+            raise self._capacity_error(self._tokens_after_decode(self.waiting[0]))
         return None
 
     def make_room(self, request: Request, stop: int) -> None:
@@ -115,12 +114,12 @@ class Scheduler:
         """
         while not self.kv_manager.allocate(request, stop):
             if not self.running:
-                self._refuse(stop)
+                raise self._capacity_error(stop)
             self._preempt(self.running[-1])
 
-    def _refuse(self, tokens: int) -> NoReturn:
+    def _capacity_error(self, tokens: int) -> CapacityError:
         allocator = self.kv_manager.allocator
-        raise CapacityError(
+        return CapacityError(
             f"a sequence of {tokens} tokens needs up to "
             f"{self.kv_manager.requirements.total_pages(tokens)} pages of the KV cache, and "
             f"{allocator.free_pages} of {allocator.num_pages} are free. Open sessions own the "
@@ -138,7 +137,7 @@ class Scheduler:
             self.kv_manager.adopt_prefix(request, match)
             needed = sum(
                 self.kv_manager.pages_needed(r, self._tokens_after_decode(r))
-                for r in (*self.running, request)
+                for r in [*self.running, request]
             )
             if needed > self.kv_manager.allocator.free_pages:
                 self.kv_manager.release(request)

@@ -1,8 +1,8 @@
-"""Scoring: the log-probabilities of given tokens, as prefill-only requests.
+"""Scoring: log-probabilities of given tokens, computed by prefill-only requests.
 
 `LLM.score`, `LLM.score_iter` and `prompt_logprobs` all run through here. A scored sequence is an
-ordinary request that generates nothing: it waits for free pages, is batched with other requests,
-and can be preempted. Log-probabilities are computed on the device in float32 (`step.logprobs`).
+normal request that generates nothing. It waits for free pages, is batched with other requests, and
+can be preempted. Log-probabilities are computed on the device in float32 (`step.logprobs`).
 """
 
 import dataclasses
@@ -23,7 +23,12 @@ SORT_WINDOW = 64  # sequences sorted by length, so that those of similar length 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """The log-probabilities of a completion's tokens, each given all tokens before it."""
+    """The score of a completion.
+
+    Attributes:
+      prompt_tokens: the number of prompt tokens.
+      logprobs: the log-probability of each token of the completion, given the tokens before it.
+    """
 
     prompt_tokens: int
     logprobs: list[float]
@@ -38,13 +43,13 @@ class ScoreRequest:
 
     @classmethod
     def of(cls, engine: Engine, pair: EncodedPair) -> "ScoreRequest":
-        """Return a checked request.
-
-        Raises `ConfigError` or `CapacityError` for a sequence that cannot be scored.
-        """
+        """Check a sequence and create its request. Raises `ConfigError` or `CapacityError`."""
         first = max(1, pair.prompt_tokens)
         if len(pair.ids) <= first:
-            raise ConfigError("nothing to score: at least one token must follow another.")
+            raise ConfigError(
+                f"nothing to score in {len(pair.ids)} tokens after a prompt of "
+                f"{pair.prompt_tokens}: a scored token needs at least one token before it."
+            )
         engine.check(pair.ids, PREFILL_ONLY, what="the sequence", new_tokens=0)
         outputs = PromptOutputs.logprobs(pair.ids, first=first)
         return cls(pair.prompt_tokens, [_prefill_only(pair.ids, outputs)])
@@ -70,29 +75,29 @@ def score_iter(
 ) -> Iterator[tuple[int, Scored | Jfp8kvError]]:
     """Yield `(number, result)` for each sequence, counted from 0, in the order they finish.
 
-    The result is an error for a sequence that cannot be scored, or that could not be encoded.
-    Sequences of a failed step are retried one at a time: one of them does not fail the others.
+    The result of a sequence that cannot be encoded or scored is its error. Sequences of a failed
+    step are retried one at a time, so that only the one that caused the failure gets its error.
     """
-    taken: dict[int, tuple[int, EncodedPair | Jfp8kvError]] = {}
+    submitted: dict[int, tuple[int, EncodedPair | Jfp8kvError]] = {}
 
     def by_length() -> Iterator[EncodedPair | Jfp8kvError]:
         numbered = enumerate(pairs)
         indices = itertools.count()
         while window := list(itertools.islice(numbered, SORT_WINDOW)):
             for item in sorted(window, key=lambda item: _length(item[1]), reverse=True):
-                taken[next(indices)] = item
+                submitted[next(indices)] = item
                 yield item[1]
 
-    def request(pair: EncodedPair | Jfp8kvError) -> ScoreRequest:
+    def new_request(pair: EncodedPair | Jfp8kvError) -> ScoreRequest:
         if isinstance(pair, Jfp8kvError):
             raise pair
         return ScoreRequest.of(driver.engine, pair)
 
     limit = 2 * driver.engine.buckets.max_requests
-    for index, result in driver.run_iter(request, by_length(), limit=limit):
-        number, pair = taken.pop(index)
+    for index, result in driver.run_iter(new_request, by_length(), limit=limit):
+        number, pair = submitted.pop(index)
         if isinstance(result, StepError | DeviceMemoryError):
-            ((_, result),) = driver.run_iter(request, [pair], limit=1)
+            ((_, result),) = driver.run_iter(new_request, [pair], limit=1)
         yield number, result
 
 

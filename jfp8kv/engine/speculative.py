@@ -1,23 +1,24 @@
 """Speculative decoding by prompt lookup: several tokens of a request per forward pass.
 
-Sequences repeat themselves and their prompts: names, code, quotations, edits. If the last few
-tokens occurred before, the tokens after that occurrence are a guess at the next ones, a *draft*,
-without a draft model (Saxena 2023, "Prompt lookup decoding"). A wrong guess costs time only.
+Outputs often repeat parts of the prompt or of themselves: names, code, quotations, edits. If the
+last few tokens occurred before, the tokens after that occurrence are the *draft* of the next ones.
+No draft model is needed (Saxena 2023, "Prompt lookup decoding"). A wrong draft only costs time.
 
 A wide pass runs the last token of each request and its draft tokens as one chunk. A token is
 sampled at each position of the chunk, from the logits of that position and with the request's key
 folded with the position, exactly as in plain decoding. It is accepted if all draft tokens before it
-equal the tokens sampled there. For a deterministic draft this is rejection sampling (a draft token
-is accepted with its probability, and its replacement is drawn from the other tokens), and more than
-that: noise depends on request and position, so the output equals that of plain decoding, greedy or
-not, up to rounding of the logits (note 017).
+equal the tokens sampled there. For a deterministic draft this is rejection sampling: a draft token
+is accepted with its probability, and its replacement is drawn from the other tokens. Because noise
+depends only on request and position, the output also equals that of plain decoding, greedy or not,
+up to rounding of the logits (note 017).
 
-Keys and values of rejected draft tokens lie past the end of the sequence. No query sees them, the
-next pass overwrites them, and they are not in the prefix cache, whose keys are computed from the
-sequence.
+Keys and values of rejected draft tokens are past the end of the sequence. No query sees them, the
+next pass overwrites them, and they do not enter the prefix cache, whose hashes are computed from
+the sequence.
 
-A wide pass costs more than a plain one where matmuls take time. So it runs only if the draft of
-some request is likely to be right; the drafts of the other requests are then verified as well.
+A wide pass costs more than a plain one where matmuls are compute-bound. So it runs only if the
+draft of some request is likely to be accepted. The drafts of the other requests are then verified
+as well.
 """
 
 import dataclasses
@@ -48,13 +49,13 @@ ChunkCounts = Int[Array, "requests chunk vocab"] | None
 def draft(sequence: Sequence, length: Count, *, count: int) -> tuple[Int[Array, " count"], Count]:
     """Return `count` draft tokens and the number of tokens that matched.
 
-    The draft follows the longest earlier occurrence of the last tokens, of at most `MAX_NGRAM`, and
-    the latest of several. If nothing matched, the draft is meaningless. An occurrence that overlaps
-    the end is a repetition, and the draft repeats it.
+    The draft follows the longest earlier occurrence of the last tokens (at most `MAX_NGRAM` of
+    them), and the latest one on ties. If nothing matched, the draft is meaningless. If the draft
+    reaches the end of the sequence, it repeats the tokens since the occurrence.
 
     Args:
       sequence: the tokens of a request, padded.
-      length: how many of them are there, at least one.
+      length: the number of tokens without padding, at least 1.
       count: the number of draft tokens.
     """
     size = sequence.shape[0]
@@ -77,7 +78,7 @@ class Drafts:
     """The drafts of one request, or of several with a leading axis.
 
     Attributes:
-      tokens: draft tokens, `vocab` past the last.
+      tokens: draft tokens, padded with `vocab`.
       count: the number of draft tokens.
       likely: whether the draft is worth a wide pass.
     """
@@ -89,7 +90,7 @@ class Drafts:
 
 @pytree
 class State:
-    """The state between two passes, with the drafts of the next one."""
+    """The state between two passes. `drafts` are those of the next pass."""
 
     passes: Count
     batch: DecodeBatch
@@ -116,7 +117,8 @@ def decode_speculative(
     """
     decoder = model.bind(weights)
     batch = dataclasses.replace(batch, counts=step.counted(batch.counts))
-    rows, vocab = batch.position.shape[0], model.config.vocab
+    rows = batch.position.shape[0]
+    vocab = model.config.vocab
     first = batch.position
     zeros = jnp.zeros(rows, jnp.int32)
     empty = StepOutput.empty(rows, max_steps * (1 + drafts), vocab=vocab, top=top)
@@ -180,7 +182,7 @@ def decode_speculative(
     def alternate(state: State) -> State:
         """Run plain passes until a draft is likely, then wide ones while there are likely drafts.
 
-        Two loops and not a branch: `lax.cond` would copy the pool.
+        These are two loops and not a branch, because `lax.cond` would copy the pool.
         """
         state = lax.while_loop(
             lambda state: unfinished(state) & ~any_likely(state), plain_pass, state
@@ -195,7 +197,7 @@ def decode_speculative(
 
 
 def _last_tokens(batch: DecodeBatch) -> Int[Array, "requests 1"]:
-    """Return the last token of each request, the next one to run."""
+    """Return the last token of each request, which is the next one to run."""
 
     def one(sequence: Array, start: Array) -> Array:
         return sequence[start][None]
@@ -205,7 +207,7 @@ def _last_tokens(batch: DecodeBatch) -> Int[Array, "requests 1"]:
 
 
 def _propose(sequence: Sequence, start: Count, remaining: Count, limit: int, vocab: int) -> Drafts:
-    """Return the draft of a request. It never exceeds the tokens that remain to generate."""
+    """Return the draft of a request, limited to the tokens that remain to be generated."""
     tokens, matched = draft(sequence, start + 1, count=limit)
     count = jnp.where(matched > 0, jnp.clip(remaining - 1, 0, limit), 0)
     tokens = jnp.where(jnp.arange(limit, dtype=jnp.int32) < count, tokens, vocab)
@@ -214,7 +216,7 @@ def _propose(sequence: Sequence, start: Count, remaining: Count, limit: int, voc
 
 
 def _counts_along(counts: Int[Array, " vocab"], chunk: Chunk) -> Int[Array, "chunk vocab"]:
-    """Return the token counts of the output before each position, if all drafts are right."""
+    """Return the token counts of the output before each position, if all drafts are accepted."""
 
     def count(counts: Array, token: Array) -> tuple[Array, Array]:
         counts = count_token(counts, token)
@@ -229,7 +231,7 @@ def _sample(logits: Array, batch: DecodeBatch, counts: ChunkCounts, top: int) ->
     rows, width, vocab = logits.shape
 
     def by_position(x: Array) -> Array:
-        """Repeat the values of each request for each of its positions, on one axis."""
+        """Repeat the values of each request once for each of its positions."""
         return jnp.repeat(jnp.asarray(x), width, axis=0)
 
     position = (batch.position[:, None] + jnp.arange(width, dtype=jnp.int32)).reshape(-1)
@@ -252,19 +254,22 @@ def _sample(logits: Array, batch: DecodeBatch, counts: ChunkCounts, top: int) ->
 def _num_new_tokens(
     sampled: Chunk, chunk: Chunk, draft_count: Count, end_ids: Int[Array, " ends"]
 ) -> Count:
-    """Return the number of new tokens: those up to the first that is not its draft or is an end."""
+    """Return the number of new tokens.
+
+    They end with the first that differs from its draft or is an end token.
+    """
     position = jnp.arange(chunk.shape[0] - 1, dtype=jnp.int32)
     ends = jnp.any(sampled[:, None] == end_ids, axis=1)
-    right = (sampled[:-1] == chunk[1:]) & (position < draft_count) & ~ends[:-1]
-    return 1 + jnp.sum(jnp.cumprod(right.astype(jnp.int32)))
+    matching = (sampled[:-1] == chunk[1:]) & (position < draft_count) & ~ends[:-1]
+    return 1 + jnp.sum(jnp.cumprod(matching.astype(jnp.int32)))
 
 
 def _append(output: StepOutput, new: StepOutput, at: Int[Array, " requests"]) -> StepOutput:
-    """Return `output` with the new tokens of a pass, written at `at` of each request."""
+    """Return `output` with the new tokens of a pass, written from index `at` of each request."""
     assert output.drafts is not None and new.drafts is not None
     drafts = jax.tree.map(jnp.add, output.drafts, new.drafts)
     joined: StepOutput = jax.tree.map(
-        lambda old, more: jax.vmap(_write)(old, at, more),
+        lambda old, added: jax.vmap(_write)(old, at, added),
         dataclasses.replace(output, drafts=None),
         dataclasses.replace(new, drafts=None),
     )
@@ -285,10 +290,10 @@ def _after(
     assert batch.sequences is not None
     index = jnp.maximum(num_new - 1, 0)
     last = jax.vmap(lambda tokens, index: tokens[index])(new_tokens, index)
-    # `vocab`, past the last token, means that no token was left to sample.
+    # The token `vocab` means that every token was masked.
     ended = jnp.any(last[:, None] == batch.sampler.end_ids, axis=1) | (last == vocab)
-    forward, token_counts = batch.forward, batch.counts
-    assert batch.sequences is not None
+    forward = batch.forward
+    token_counts = batch.counts
     if token_counts is not None:
         output = jax.vmap(lambda c, at, token: count_token(c[at], token))(counts, index, last)
         token_counts = dataclasses.replace(token_counts, output=output)

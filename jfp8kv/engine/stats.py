@@ -12,25 +12,28 @@ class Stats:
     `llm.stats` is a live view: read it, do not write to it.
 
     Attributes:
-      kv_tokens_capacity: tokens of full-length sequences (`max_model_len`) that fit the cache.
+      kv_tokens_capacity: how many tokens the cache has room for, in sequences of `max_model_len`.
       kv_bytes_per_token: bytes of K and V in all layers, dynamic scales included, per token of a
-        sequence of `max_model_len` tokens. Layers with a sliding window keep only its tokens.
-      kv_bytes_per_token_without_windows: the same if all layers kept all tokens.
+        sequence of `max_model_len` tokens. Layers with a sliding window store only its tokens.
+      kv_bytes_per_token_without_windows: the same if all layers stored all tokens.
       kv_tokens_used: cached tokens of running requests.
       kv_bytes_capacity: size of the pool.
       kv_bytes_used: pages of running requests and sessions, shared pages counted once.
       prefix_hit_tokens: tokens found in the prefix cache instead of computed.
-      preemptions: how often a request lost its pages and was recomputed.
+      preemptions: how often a request was preempted, to be recomputed.
       compilations: step programs compiled. A warm engine compiles none.
       prompt_tokens: prompt tokens of all requests.
       generated_tokens: output tokens of all requests.
       draft_tokens: draft tokens that prompt lookup proposed and the model verified.
-      accepted_tokens: draft tokens that became output, beside the one that each step generates.
+      accepted_tokens: draft tokens that became output. Each step generates one more token.
       prefill_steps: prefill dispatches.
       decode_steps: decode steps, each one token per request (more with accepted drafts).
-      prefill_s: seconds of device time of prefill, from when the device was free.
-      decode_s: seconds of device time of decode.
-      grammar_s: seconds the host took to compute token bitmasks, while the device ran.
+      prefill_s: device time of prefill, in seconds.
+      decode_s: device time of decode, in seconds.
+      grammar_s: host time of token bitmasks, in seconds. The device runs the model meanwhile.
+
+    Example:
+      >>> hit_rate = llm.stats.prefix_hit_tokens / llm.stats.prompt_tokens
     """
 
     kv_tokens_capacity: int = 0
@@ -58,14 +61,14 @@ class Stats:
 
 
 class Stopwatch:
-    """Seconds spent inside `with watch:`. Time when no caller drives the engine does not count."""
+    """Measures the time spent inside `with stopwatch:`, over all of its uses."""
 
     def __init__(self) -> None:
-        self._before = 0.0
-        self._since = 0.0
+        self._elapsed = 0.0  # in earlier uses
+        self._started = 0.0
 
     def __enter__(self) -> None:
-        self._since = time.perf_counter()
+        self._started = time.perf_counter()
 
     def __exit__(
         self,
@@ -73,8 +76,8 @@ class Stopwatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._before = self.now()
+        self._elapsed = self.now()
 
     def now(self) -> float:
-        """Return the seconds so far. Called inside the block."""
-        return self._before + time.perf_counter() - self._since
+        """Return the seconds so far. Only valid inside the block."""
+        return self._elapsed + time.perf_counter() - self._started

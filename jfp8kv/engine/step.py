@@ -1,12 +1,15 @@
 """The step functions: the model runs on one request, `vmap` batches it, `programs.py` compiles it.
 
-- `prefill` caches a chunk of each request, up to the last token but one of its prompt.
+- `prefill` runs a chunk of each request, up to the last token but one of its prompt.
 - `logprobs` and `logits` do the same and return log-probabilities or logits of the chunk's tokens.
+- `last_logits` runs a chunk and returns the logits after its last token.
 - `decode` runs the last token and generates several tokens in a loop on the device. The loop ends
   early when all requests are finished.
-- `last_logits` caches a chunk and returns the logits after its last token.
-- `sample` samples from the output of `logits`. The two are `decode` for structured output, where
-  the host computes token bitmasks in between.
+- `sample` samples from the output of `logits`. For structured output these two replace `decode`,
+  because the host computes token bitmasks in between.
+- `copy` copies pages, for copy-on-write.
+
+A request *caches* a chunk when the keys and values of its tokens are written to the pool.
 
 The pool is an argument and a result. It is donated and updated in place, and the temporary memory
 of a step does not grow with it.
@@ -51,20 +54,19 @@ from jfp8kv.sampling.sample import logprob_at, sample_batch, top_logprobs
 T = TypeVar("T")
 DecodeState: TypeAlias = tuple[Array, DecodeBatch, StepOutput, KVPool]
 """The number of steps so far, the batch, the output and the pool."""
-Weights: TypeAlias = (
-    Any  # the tree of `Params`; on some backends 16-bit leaves are stored as their bits
-)
+Weights: TypeAlias = Any
+"""The tree of `Params`. On a CPU, 16-bit leaves may be stored as their bits (models/linear.py)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepModel:
-    """The static part of a step besides shapes. Hashable: equal models share compiled programs.
+    """The static argument of a step. Hashable: equal models share compiled programs.
 
     Attributes:
       config: the model.
-      dtype: of the weights.
+      dtype: the dtype of the weights.
       attention: the attention implementation.
-      groups: the page table that each layer reads; None if there is one for all.
+      groups: the page table that each layer reads; None if all layers read the same one.
       write: writes keys and values to the pool.
       matmul: the matmul with layer-stacked weights.
     """
@@ -81,7 +83,7 @@ class StepModel:
         return bind(self.config, weights, self.dtype, matmul=self.matmul)
 
     def options(self, decoder: Decoder) -> AttentionOptions:
-        """Return the attention options of this model. The sinks are weights."""
+        """Return the attention options of this model, with the sinks of `decoder`."""
         config = self.config
         windows = jnp.asarray(config.windows, jnp.int32) if config.windows else None
         return AttentionOptions(
@@ -119,7 +121,7 @@ class Chunk:
 def _forward(
     model: StepModel, decoder: Decoder, scales: LayerScales | None, chunk: Chunk, pages: KVPool
 ) -> tuple[Float[Array, "tokens hidden"], KVPool]:
-    """Run the chunk of one request. Its keys and values are written before they are read."""
+    """Run a chunk of one request. Its keys and values are written before attention reads them."""
     attend = paged_attend(
         model.attention,
         scales,
@@ -180,7 +182,7 @@ def chunk_logits(
 
 
 def counted(counts: TokenCounts | None) -> TokenCounts | None:
-    """Return the counts with the recent output tokens counted."""
+    """Return the counts with `recent` added to the counts of the output."""
     if counts is None or counts.recent is None:
         return counts
     output = jax.vmap(count_token)(counts.output, counts.recent)
@@ -209,9 +211,9 @@ def _sampled(logits: Array, batch: DecodeBatch, top: int) -> StepOutput:
 def top_of(
     logits: Float[Array, "rows vocab"], max_logprobs: Int[Array, ""], top: int
 ) -> TopLogprobs | None:
-    """Return the `top` most likely tokens of each row.
+    """Return the `top` most likely tokens of each row, and their log-probabilities.
 
-    The result is zeros if no request needs it (`max_logprobs` is 0), and None if `top` is 0.
+    Returns zeros if no request needs them (`max_logprobs` is 0), and None if `top` is 0.
     """
     if not top:
         return None
@@ -226,8 +228,8 @@ def top_of(
             token_ids=jnp.zeros(shape, jnp.int32), logprobs=jnp.zeros(shape, jnp.float32)
         )
 
-    found: TopLogprobs = lax.cond(max_logprobs > 0, compute, skip)
-    return found
+    result: TopLogprobs = lax.cond(max_logprobs > 0, compute, skip)
+    return result
 
 
 def prefill(
@@ -243,7 +245,7 @@ def prefill(
     def one(chunk: Chunk, pages: KVPool) -> KVPool:
         return _forward(model, decoder, scales, chunk, pages)[1]
 
-    # A computed output, not an input: it is ready when the step is finished, not earlier.
+    # Computed, because an output that is an input would be ready before the step is finished.
     cached = jnp.maximum(batch.start, batch.length)
     return cached, each_request(one, batch, pages, out_axes=None)
 
@@ -263,7 +265,8 @@ def decode(
     A request stops at an end token and after `remaining` tokens.
     """
     decoder = model.bind(weights)
-    rows, vocab = batch.position.shape[0], model.config.vocab
+    rows = batch.position.shape[0]
+    vocab = model.config.vocab
     empty = StepOutput.empty(rows, max_steps, vocab=vocab, top=top)
 
     def unfinished(state: DecodeState) -> Array:
@@ -280,7 +283,7 @@ def decode(
         token = jnp.where(active, new.tokens[:, 0], vocab)
         new = dataclasses.replace(new, tokens=token[:, None])
         out = jax.tree.map(
-            lambda all, one: lax.dynamic_update_slice_in_dim(all, one, step, axis=1), out, new
+            lambda old, token: lax.dynamic_update_slice_in_dim(old, token, step, axis=1), out, new
         )
         return step + 1, _after(batch, token, active, vocab), out, pages
 
@@ -295,9 +298,10 @@ def _after(
 ) -> DecodeBatch:
     """Return the batch after `token` was generated for the `active` requests."""
     one = active.astype(jnp.int32)
-    # `vocab`, past the last token, means that no token was left to sample.
+    # The token `vocab` means that every token was masked.
     ended = jnp.any(token[:, None] == batch.sampler.end_ids, axis=1) | (token == vocab)
-    forward, counts = batch.forward, batch.counts
+    forward = batch.forward
+    counts = batch.counts
     if counts is not None:
         counts = dataclasses.replace(counts, output=jax.vmap(count_token)(counts.output, token))
     return dataclasses.replace(
@@ -330,7 +334,7 @@ def logits(
 
 @pytree
 class PromptLogprobs:
-    """Log-probabilities of the next token of each token, and the most likely ones."""
+    """The log-probability of the token after each token, and the top log-probabilities there."""
 
     logprobs: Float32[Array, "requests tokens"]
     top: TopLogprobs
@@ -347,8 +351,7 @@ def logprobs(
 ) -> tuple[PromptLogprobs, KVPool]:
     """Cache a chunk of each request and return the log-probabilities of `batch.next_tokens`.
 
-    Logits are computed for a block of tokens at a time, so that they never exceed
-    `MAX_LOGITS_BYTES`.
+    Logits are computed for a block of tokens at a time, to limit them to `MAX_LOGITS_BYTES`.
     """
     decoder = model.bind(weights)
 
@@ -400,7 +403,7 @@ def sample(
 ) -> StepOutput:
     """Sample a token for each request from the logits that `logits` returned after its last one.
 
-    Both together are one step of `decode`, split so that the host can compute token bitmasks.
+    Together they are one step of `decode`. The host computes token bitmasks in between.
     """
     batch = dataclasses.replace(batch, counts=counted(batch.counts))
     return _sampled(logits[:, 0], batch, top)

@@ -18,15 +18,15 @@ from jfp8kv.sampling.state import FULL, PLAIN
 def warmup_steps(
     engine: Engine, *, structured: bool = False, branches: bool = False
 ) -> Iterator[None]:
-    """Compile the step programs, a few for each item of the iterator.
+    """Compile the step programs, a few before each item of the iterator.
 
-    Requests without pages run them, so nothing is written to the cache. Not compiled are the
-    programs of requests with longer lists of ids than the full sampler has.
+    The programs run requests without pages, so nothing is written to the cache. Samplers for
+    requests with more ids than `FULL` has room for are not compiled.
 
     Args:
       engine: it may run other steps between two items.
-      structured: compile the programs of structured output too.
-      branches: compile those of sessions that are extended together too.
+      structured: also compile the programs of structured output.
+      branches: also compile those that extend several sessions in one dispatch.
     """
     engine.settle()
     buckets = engine.buckets

@@ -25,7 +25,7 @@ class Constraint:
 
 
 def check_single(constraints: Sequence[Constraint]) -> None:
-    """Raise `ConfigError` if there is more than one."""
+    """Raise `ConfigError` if there is more than one constraint."""
     if len(constraints) > 1:
         names = " and ".join(constraint.field for constraint in constraints)
         raise ConfigError(f"{names}: a request can have only one of {', '.join(CONSTRAINTS)}.")

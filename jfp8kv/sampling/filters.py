@@ -1,14 +1,14 @@
-"""Top-k, top-p and min-p without sorting: each keeps the tokens above a cut found by bisection.
+"""Top-k, top-p and min-p without sorting: bisection finds the threshold of each filter.
 
 Sorting a vocabulary of 49152 takes about 18 ms per request on a CPU. One pass that sums the weights
-above a threshold takes about 30 microseconds. The bits of a float, read as an integer, have the
-order of the floats, so halving an interval of these integers ends at the exact cut after at most 32
-passes, and earlier once a single token is left in the interval.
+above a threshold takes about 30 microseconds. The bits of floats, read as integers, have the same
+order as the floats. So halving an interval of these integers finds the exact threshold after at
+most 32 passes, and earlier if a single token is left in the interval.
 
-The order is temperature, top-k, top-p, min-p, as in Hugging Face's logits processors: top-p takes
-its share of the tokens that top-k keeps, and min-p compares with the most likely token, which no
-filter removes. **Ties are kept together**: tokens as likely as the last one kept are kept too, so
-the result does not depend on the order of the token ids.
+The order is temperature, top-k, top-p, min-p, as in Hugging Face's logits processors. Top-p applies
+to the tokens that top-k keeps, and min-p compares with the most likely token, which no filter
+removes. **Ties are kept together**: tokens as likely as the last one kept are kept too, so the
+result does not depend on the order of the token ids.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class Outside:
 
 
 def ordered(x: Float32[Array, "*dims"]) -> Int32[Array, "*dims"]:
-    """Return integers with the order of the floats, infinities included. Both zeros map to one."""
+    """Return integers in the order of the floats, infinities included. Both zeros map to 0."""
     bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, jnp.float32(0), x), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
@@ -64,45 +64,51 @@ def filter_weights(
     peak: Float32[Array, ""],
     outside: Outside | None = None,
 ) -> tuple[Float32[Array, " tokens"], Bool[Array, ""]]:
-    """Return the weights of the tokens that the filters keep, 0 for the others, and a certainty.
+    """Return the weights of the tokens that pass the filters, 0 for the others.
 
-    The result is certain if no token outside could be kept or change a cut. Without `outside` it
-    always is.
+    Args:
+      logits: the logits of the searched part of the vocabulary.
+      settings: the settings of one request.
+      peak: the largest logit.
+      outside: bounds on the other tokens; None if `logits` is the whole vocabulary.
+
+    Returns:
+      The weights, and whether they are certain: no token outside could pass or change a threshold.
     """
     count = logits.shape[0]
     outside = outside or Outside(ceiling=jnp.float32(-jnp.inf), mass=jnp.float32(0))
     w = weights(logits, settings.temperature, peak)
     keys = ordered(logits)
-    ranked = settings.top_k > 0
-    kth = cut(
+    uses_top_k = settings.top_k > 0
+    kth = find_threshold(
         keys,
         _one_each,
         settings.top_k.astype(jnp.float32),
-        active=ranked & (settings.top_k < count),
+        active=uses_top_k & (settings.top_k < count),
         bounds=(ordered(jnp.float32(-jnp.inf)), ordered(peak)),
         total=jnp.float32(count),
     )
     w = jnp.where(keys >= kth, w, 0)
 
-    shared = settings.top_p < 1
-    total = jnp.sum(w) + jnp.where(ranked, 0, outside.mass)
-    # The tokens below this weigh less than 1 - top_p together, so the cut is at or above it.
+    uses_top_p = settings.top_p < 1
+    total = jnp.sum(w) + jnp.where(uses_top_k, 0, outside.mass)
+    # Tokens below this weigh less than 1 - top_p in total, so the threshold is not below it.
     floor = (1 - settings.top_p) * total / LARGEST_VOCAB
-    nucleus = cut(
+    nucleus = find_threshold(
         ordered(w),
         _as_float,
         settings.top_p * total,
-        active=shared,
+        active=uses_top_p,
         bounds=(ordered(floor), ordered(jnp.float32(1))),
         total=total,
     )
-    least = jnp.maximum(jnp.where(shared, _as_float(nucleus), 0), settings.min_p)
+    threshold = jnp.maximum(jnp.where(uses_top_p, _as_float(nucleus), 0), settings.min_p)
 
     above_outside = kth > ordered(outside.ceiling)
-    certain = (above_outside | ~ranked) & (
-        above_outside | (least > weights(outside.ceiling, settings.temperature, peak))
+    certain = (above_outside | ~uses_top_k) & (
+        above_outside | (threshold > weights(outside.ceiling, settings.temperature, peak))
     )
-    return jnp.where(w >= least, w, 0), certain | (outside.ceiling == -jnp.inf)
+    return jnp.where(w >= threshold, w, 0), certain | (outside.ceiling == -jnp.inf)
 
 
 def _one_each(keys: Int32[Array, "*dims"]) -> Float32[Array, "*dims"]:
@@ -114,7 +120,7 @@ def _as_float(keys: Int32[Array, "*dims"]) -> Float32[Array, "*dims"]:
     return jax.lax.bitcast_convert_type(keys, jnp.float32)
 
 
-def cut(
+def find_threshold(
     keys: Keys,
     measure: Callable[[Int32[Array, "*dims"]], Float32[Array, "*dims"]],
     target: Float32[Array, ""],
@@ -123,17 +129,18 @@ def cut(
     bounds: tuple[Key, Key],
     total: Float32[Array, ""],
 ) -> Key:
-    """Return the key t for which `keys >= t` is the smallest such set with a measure of `target`.
+    """Return a key t such that `keys >= t` is the smallest set with a measure of `target` or more.
 
     Sums of float32 are rounded, but a larger set never has a smaller sum: rounding is monotone and
-    the order of addition is fixed. So the bisection always converges to one cut.
+    the order of addition is fixed. So the bisection always converges to one threshold.
 
     Args:
       keys: `ordered` keys.
-      measure: an elementwise function that never decreases with the key. A set's measure is its
-      sum. target: the measure to reach.
-      active: if false, no pass runs and every key is kept.
-      bounds: keys that include the cut.
+      measure: an elementwise function that never decreases with the key. The measure of a set is
+        the sum over its keys.
+      target: the measure to reach.
+      active: if false, no pass runs and every key passes.
+      bounds: keys between which the threshold is.
       total: at least the measure of all keys from the lower bound on.
     """
     low = jnp.where(active, bounds[0], np.iinfo(np.int32).min)

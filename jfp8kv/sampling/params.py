@@ -83,13 +83,13 @@ class SamplingParams(Options):
         SamplingParams(max_tokens=64, temperature=0.7, top_p=0.9, stop=["\\n\\n"])
 
     Structured output needs the extra `jfp8kv[structured]` and one of `json_schema`, `regex`,
-    `choice` and `grammar`. The output ends where it is complete: until then no end-of-sequence
-    token is sampled, and `min_tokens` does not extend it. An output that `max_tokens`, `stop` or
-    `stop_token_ids` ends may be incomplete. If `logit_bias` and `min_tokens` leave no allowed
-    token, the finish reason is "dead_end".
+    `choice` and `grammar`. The output ends when it is complete. Until then no end-of-sequence token
+    is sampled, and `min_tokens` does not extend a complete output. An output that ends by
+    `max_tokens`, `stop` or `stop_token_ids` may be incomplete. If `logit_bias` and `min_tokens`
+    leave no allowed token, the finish reason is "dead_end".
 
-    A request with a `seed` gives the same tokens in every batch. Few requests are then decoded in
-    8 rows, which is slower for a single one.
+    A request with a `seed` generates the same tokens in every batch. Batches of such requests have
+    at least 8 rows, which is slower for a single request.
 
     Constraints describe text. Where `choice`, `regex` or `json_schema` contain the text of a
     special token, it is spelled with ordinary tokens: the special token is never sampled for it.

@@ -1,7 +1,7 @@
 """Edits of the logits before sampling: bias, penalties, `min_tokens` and the token bitmask.
 
 Penalties need the number of times each token occurs in the prompt and in the output. These counts
-are `[vocab]` per request and optional: a batch without penalties passes None at no cost. The
+are `[vocab]` per request and optional: a batch without penalties passes None. The
 bitmask of structured output is applied last.
 """
 
@@ -27,13 +27,18 @@ def adjust(
       logits: the model's logits.
       settings: the settings of one request.
       position: the number of tokens in the output so far.
-      prompt_counts: occurrences of each token in the prompt. Without counts, penalties do not
-      apply. output_counts: occurrences of each token in the output.
+      prompt_counts: occurrences of each token in the prompt.
+      output_counts: occurrences of each token in the output. Without both counts, penalties do not
+        apply.
     """
     logits = logits.at[settings.bias_ids].add(settings.bias_values, mode="drop")
     if prompt_counts is not None or output_counts is not None:
+        zeros = jnp.zeros(logits.shape, jnp.int32)
         logits = _penalized(
-            logits, settings, _or_zero(prompt_counts, logits), _or_zero(output_counts, logits)
+            logits,
+            settings,
+            zeros if prompt_counts is None else prompt_counts,
+            zeros if output_counts is None else output_counts,
         )
     limit = jnp.where(position < settings.min_tokens, -jnp.inf, jnp.inf)
     return logits.at[settings.min_tokens_ids].min(limit, mode="drop")
@@ -62,12 +67,6 @@ def _penalized(
     presence = jnp.where(output_counts > 0, settings.presence_penalty, 0)
     frequency = jnp.asarray(settings.frequency_penalty) * output_counts.astype(jnp.float32)
     return logits - presence - frequency
-
-
-def _or_zero(
-    counts: Int32[Array, " vocab"] | None, logits: Float32[Array, " vocab"]
-) -> Int32[Array, " vocab"]:
-    return jnp.zeros(logits.shape, jnp.int32) if counts is None else counts
 
 
 def count_token(

@@ -8,10 +8,10 @@ instead of two, and it needs no sum. Unlike inverse-CDF sampling it is robust to
 change of the weights matters only if it changes the winner. Tokens about 10**7 times less likely
 than the most likely one are never drawn, as always in float32.
 
-Work that no request needs is skipped. A batch of greedy requests takes a maximum only. A batch in
-which every random request has a filter searches the most likely blocks of the vocabulary, and all
-of it only if the filters of a request reach beyond them. Both paths draw the same token, since
-noise is addressed by token id.
+Work that no request needs is skipped. A batch of greedy requests only takes a maximum. If every
+random request has a filter, the most likely blocks of the vocabulary are searched first, and the
+whole vocabulary only if the filters of a request may keep other tokens. Both paths draw the same
+token, since noise is addressed by token id.
 
 No token depends on the other requests: every function here is written for one request and batched
 with `vmap`, and branches choose between computations with equal results.
@@ -53,7 +53,7 @@ def sample(
     Args:
       logits: the model's logits.
       settings: the settings of the request.
-      position: of the token in the output. The first is 0.
+      position: the position of the token in the output, from 0.
       prompt_counts, output_counts: see `adjust`.
       bitmask: see `apply_token_bitmask`.
     """
@@ -128,7 +128,7 @@ def _draw_batch(
     settings: SamplerSettings,
     keys: UInt32[Array, "requests 2"],
 ) -> Int32[Array, " requests"]:
-    """Draw a token for each request by the cheapest method that serves all of them.
+    """Draw a token for each request by the cheapest method that is valid for all of them.
 
     The results of greedy requests are meaningless.
     """
@@ -211,8 +211,8 @@ def _race(
 def argmax(x: Float32[Array, " tokens"]) -> Int32[Array, ""]:
     """Return the index of the maximum, the first one on ties.
 
-    Two steps, of rows and within a row. The first vectorizes, which on a CPU makes this 8 times
-    faster than `jnp.argmax`.
+    The maximum of each row is computed first, and then the index within the best row. The first
+    step vectorizes, which on a CPU makes this 8 times faster than `jnp.argmax`.
     """
     whole = x.shape[0] // LANES * LANES
     if whole < x.shape[0]:

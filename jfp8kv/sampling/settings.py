@@ -15,7 +15,8 @@ from jfp8kv.core.pytree import AnyArray, pytree
 from jfp8kv.sampling.params import MAX_ID, SamplingParams
 
 PAST_THE_END = np.int32(MAX_ID)
-# Smaller temperatures count as 0. A difference of 0.001 between logits is then a factor of e**100.
+# Smaller temperatures are treated as 0: with them, logits that differ by 0.001 have probabilities
+# that differ by a factor of e**100.
 MIN_TEMPERATURE = 1e-5
 
 
@@ -25,11 +26,10 @@ class SamplerSettings:
 
     Attributes:
       temperature: 0 is greedy.
-      top_k: 0 keeps every token.
+      top_k: 0 is all tokens.
       key: see `rng.request_key`.
-      bias_ids, bias_values: the tokens of `logit_bias` and what is added to their logits.
-      min_tokens_ids: the tokens that are masked while the output has fewer than `min_tokens`
-      tokens.
+      bias_ids, bias_values: the token ids of `logit_bias` and the values added to their logits.
+      min_tokens_ids: the token ids that are masked while the output has fewer than `min_tokens`.
     """
 
     temperature: Float32[AnyArray, "*requests"]
@@ -83,10 +83,10 @@ def stack_settings(
     """Return the settings of a batch, one request per row.
 
     Args:
-      settings: of each request.
-      rows: pads the batch with greedy rows.
-      biased: the least length of the `logit_bias` arrays. They grow to the widest bucket.
-      masked: the least length of the `min_tokens` array.
+      settings: the settings of each request.
+      rows: the number of rows; padding rows are greedy.
+      biased: the minimum length of the `logit_bias` arrays. Longer ones set the length.
+      masked: the minimum length of the `min_tokens` array, likewise.
     """
     padded = [*settings, *[_PADDING_ROW] * ((rows or 0) - len(settings))]
     biased = max(biased, *(row.bias_ids.shape[0] for row in padded))

@@ -2,8 +2,8 @@
 
 There are two compiled samplers. The plain one draws tokens. The full one also counts tokens for
 penalties, adds `logit_bias`, masks end tokens for `min_tokens` and returns top log-probabilities.
-Its lists of ids are long enough for practically every request. A request with longer lists gets a
-separate program, compiled when the first such request decodes.
+Its arrays of ids are long enough for nearly all requests. A request with more ids needs a separate
+program, which is compiled when the first such request decodes.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class SamplerVariant:
 
     @property
     def name(self) -> str:
-        """Its name in `llm.compile_report()`."""
+        """The name of the sampler in `llm.compile_report()`."""
         if self in (PLAIN, FULL):
             return "full" if self.full else "plain"
         return f"full, {self.ends} ends, {self.biased} biased"
@@ -47,7 +47,7 @@ class SamplerVariant:
         return MAX_LOGPROBS if self.full else 0
 
     def serves(self, other: "SamplerVariant") -> bool:
-        """Return whether this sampler can do everything that `other` can."""
+        """Return whether this sampler supports all requests that `other` supports."""
         return self.ends >= other.ends and self.biased >= other.biased and self.full >= other.full
 
 
@@ -76,9 +76,9 @@ class SamplingState:
     """The sampling state of one request, created when it first decodes.
 
     Args:
-      params: of the request.
+      params: the sampling parameters of the request.
       key: its random key.
-      prompt_ids: its prompt.
+      prompt_ids: the token ids of its prompt.
       vocab: the vocabulary size.
       eos_ids: the model's end-of-sequence tokens.
 

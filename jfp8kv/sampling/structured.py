@@ -3,11 +3,11 @@
 Each constrained request has a grammar matcher (llguidance), which follows its output and computes a
 token bitmask: which tokens may come next. The matcher runs on the host while the device runs the
 forward pass (`Engine.decode_structured`), and the bitmask is applied when that token is sampled.
-Output tokens and the matcher survive a preemption, so the matcher only moves forward.
+A preemption preserves output tokens and matcher, so the matcher only moves forward.
 
-llguidance decides where an output may end. Which tokens then end it depends on the request: the
+llguidance decides where an output may end. The tokens that end it depend on the request: the
 model's end-of-sequence tokens unless `ignore_eos`, and `stop_token_ids`. Ids that the tokenizer
-does not know, which some models have as padding, are never allowed.
+does not know, such as the padding of some vocabularies, are never allowed.
 """
 
 import functools
@@ -24,8 +24,8 @@ from jfp8kv.text.tokenizer import Tokenizer
 
 END_TOKEN = "<|end of sequence, for tokenizers without one|>"
 CACHED_GRAMMARS = 64
-# Between the parts of JSON: nothing, a space, or a line break with indentation. Small models never
-# leave unbounded white space.
+# Between the parts of JSON: nothing, a space, or a line break with indentation. If white space were
+# unbounded, small models would generate it forever.
 WHITESPACE = r" ?|\n {0,16}"
 
 Bitmask = np.ndarray
