@@ -275,7 +275,7 @@ def test_invalid_tokens_leave_the_session_unchanged(llm) -> None:
             with pytest.raises(ConfigError, match=message):
                 session.extend(wrong)
         for fields, message in (
-            ({"n": 2}, "fork it for several"),
+            ({"n": 2}, r"use n=1, or fork\(\) for several"),
             ({"prompt_logprobs": 1}, "try llm.score"),
         ):
             with pytest.raises(ConfigError, match=message):
