@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
+from jfp8kv.checkpoint.foreign import not_a
 from jfp8kv.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from jfp8kv.checkpoint.tensors import BFLOAT16, StoredTensor, chunks, read_exactly
 from jfp8kv.core.errors import CheckpointError
@@ -41,6 +42,15 @@ _FLOATS: dict[gguf.GGMLQuantizationType, np.dtype] = {
     gguf.GGMLQuantizationType.F32: np.dtype(np.float32),
     gguf.GGMLQuantizationType.F16: np.dtype(np.float16),
     gguf.GGMLQuantizationType.BF16: BFLOAT16,
+}
+# By `general.type`: files that are not a model.
+_OTHER_TYPES = {
+    "adapter": (
+        "only a LoRA adapter, without the weights of a model: merge it into its base model with "
+        "llama-export-lora."
+    ),
+    "mmproj": "only the image or audio encoder of a model: load the file of its language model.",
+    "imatrix": "an importance matrix for quantization, not a model.",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -67,6 +77,9 @@ def open_gguf(path: Path) -> GGUFFile:
       ConfigError: its architecture is not supported.
     """
     fields, tensors = read_header(path)
+    kind = fields.get("general.type", "model")
+    if kind in _OTHER_TYPES:
+        raise CheckpointError(f"{path}: {_OTHER_TYPES[kind]}")
     factors = tensors.pop(_ROPE_FACTORS, None)
     rope_factors = None if factors is None else _values(factors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -89,8 +102,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     with open(path, "rb") as file:
         header = _Header(file, path)
-        if header.take(4) != b"GGUF":
-            raise CheckpointError(f"{path}: not a GGUF file (it does not begin with 'GGUF').")
+        if file.read(4) != b"GGUF":
+            raise not_a("a GGUF file", path, "it does not begin with 'GGUF'")
         version = header.number("<I")
         if version not in (2, 3):
             raise CheckpointError(

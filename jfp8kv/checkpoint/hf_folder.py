@@ -8,6 +8,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from jfp8kv.checkpoint.foreign import (
+    ADAPTER_CONFIG,
+    PICKLE_ADVICE,
+    PICKLES,
+    adapter_error,
+    check_saved_names,
+    describe_placeholder,
+    folder_hint,
+)
 from jfp8kv.checkpoint.kv_export import KV_FILE
 from jfp8kv.checkpoint.kv_scale_tensors import SIDECAR, Sidecar, is_kv_scale, parse_sidecar
 from jfp8kv.checkpoint.safetensors import open_safetensors
@@ -18,12 +27,7 @@ from jfp8kv.models.layouts import is_buffer, strip_prefix
 
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-PICKLE_ADVICE = (
-    "pickle files can run code when they are read, so they are not supported. Convert them where "
-    "you trust them: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) of "
-    "transformers writes safetensors."
-)
+_ADAPTER_WEIGHTS = "adapter_model*"
 _VISION = ("vision_tower.", "multi_modal_projector.")  # names without prefix of the image encoder
 
 # Files to download. The ignored ones are other formats and copies of the same weights.
@@ -63,8 +67,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises `CheckpointError` naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        found = describe_placeholder(path)
+        reason = f"cannot be read as JSON: {error}" if found is None else f"not JSON, but {found}"
+        raise CheckpointError(f"{path}: {reason}.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must contain a JSON object.")
     return content
@@ -81,11 +89,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        ggufs = sorted(folder.glob("*.gguf"))
-        hint = f" It contains {ggufs[0].name}: load that file instead." if ggufs else ""
+        _refuse_adapter(folder)
         raise CheckpointError(
             f"{folder}: not a Hugging Face folder (no config.json) and not written by jfp8kv.save "
-            f"(no jfp8kv.json).{hint}"
+            f"(no jfp8kv.json).{folder_hint(folder)}"
         )
     config = read_json(path)
     if "quantization_config" not in config and "compression_config" in config:
@@ -122,12 +129,42 @@ def open_weights(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor of a folder's weights, by its full name.
 
     Raises:
-      CheckpointError: no weights, only pickles, or a missing or damaged shard.
+      CheckpointError: no weights, only pickles or an adapter, a missing or damaged shard, a tensor
+        that is in two shards, or weights of a wrapped module.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in _weight_files(folder):
-        tensors |= open_safetensors(path)
+        shard = open_safetensors(path)
+        check_saved_names(shard, where=path)
+        for name in shard.keys() & tensors.keys():
+            if not is_buffer(name):
+                raise _repeated(folder, name, tensors[name].file, path)
+        tensors |= shard
+    if (folder / ADAPTER_CONFIG).is_file():
+        warnings.warn(
+            f"{folder}: its adapter ({ADAPTER_CONFIG}) is ignored; merge it to use it.",
+            stacklevel=5,
+        )
     return tensors
+
+
+def _repeated(folder: Path, name: str, first: Path, second: Path) -> CheckpointError:
+    """Return the error for a tensor that is in two files."""
+    listed = (_weight_map(folder) or {}).get(name)
+    index = f" ({INDEX} lists it in {listed})" if listed else ""
+    return CheckpointError(
+        f"{folder}: {name} is in both {first.name} and {second.name}{index}: the files may belong "
+        "to different checkpoints. Remove those of the other one, or fetch the folder again."
+    )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    """Raise `CheckpointError` if a folder without a model has an adapter."""
+    config = folder / ADAPTER_CONFIG
+    if config.is_file():
+        raise adapter_error(folder, read_json(config).get("base_model_name_or_path"))
+    if any(folder.glob(_ADAPTER_WEIGHTS)):
+        raise adapter_error(folder, None)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -139,13 +176,16 @@ def _weight_files(folder: Path) -> list[Path]:
         if weight_map is None:
             raise CheckpointError(f"{folder / INDEX}: has no weight_map.")
         return [_shard(folder, name) for name in sorted(set(map(str, weight_map.values())))]
-    if found := sorted(folder.glob("*.safetensors")):
+    adapters = set(folder.glob(_ADAPTER_WEIGHTS))
+    if found := sorted(set(folder.glob("*.safetensors")) - adapters):
         return found
+    _refuse_adapter(folder)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise CheckpointError(f"{folder}: its weights are only in {pickles[0]}: {PICKLE_ADVICE}")
     raise CheckpointError(
         f"{folder}: no weights: expected model.safetensors, or {INDEX} and its shards."
+        f"{folder_hint(folder)}"
     )
 
 

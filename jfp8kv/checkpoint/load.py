@@ -17,6 +17,12 @@ import jax
 import numpy as np
 
 from jfp8kv.checkpoint import hf_folder as hf
+from jfp8kv.checkpoint.foreign import (
+    PICKLE_ADVICE,
+    PICKLES,
+    check_tokenizer_files,
+    describe_file,
+)
 from jfp8kv.checkpoint.hf_tokenizer import read_tokenizer
 from jfp8kv.checkpoint.kv_export import prefer_kv_file
 from jfp8kv.checkpoint.kv_scales import ScaleReport, check_scales
@@ -226,15 +232,18 @@ def locate(source: PathLike, *, weights: bool = True) -> Path:
 
 
 def _checked_file(path: Path) -> Path:
-    if path.suffix in hf.PICKLES:
-        raise CheckpointError(f"{path}: {hf.PICKLE_ADVICE}")
     if path.suffix == ".safetensors":
         raise CheckpointError(
             f"{path}: give the folder that contains it and its config.json: {path.parent}"
         )
-    if path.suffix != ".gguf":
-        raise CheckpointError(f"{path}: neither a folder nor a .gguf file.")
-    return path
+    if path.suffix == ".gguf":
+        return path
+    found = describe_file(path)
+    if found is not None:
+        raise CheckpointError(f"{path}: neither a folder nor a .gguf file, but {found}.")
+    if path.suffix in PICKLES:
+        raise CheckpointError(f"{path}: {PICKLE_ADVICE}")
+    raise CheckpointError(f"{path}: neither a folder nor a .gguf file.")
 
 
 def _read_info(path: Path, *, needs_weights: bool) -> CheckpointInfo:
@@ -247,6 +256,7 @@ def _read_info(path: Path, *, needs_weights: bool) -> CheckpointInfo:
 
 def _folder_info(folder: Path, *, needs_weights: bool) -> CheckpointInfo:
     declared = hf.read_config(folder)
+    check_tokenizer_files(folder)
     config = config_from_hf(declared)
     scheme = weight_scheme(declared.get("quantization_config"))
     has_weights = needs_weights or any(folder.glob("*.safetensors"))

@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jfp8kv.checkpoint.foreign import not_a
 from jfp8kv.checkpoint.tensors import BFLOAT16, StoredTensor, chunks, read_exactly
 from jfp8kv.core.errors import CheckpointError
 
@@ -69,22 +70,20 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= _MAX_HEADER:
-            raise CheckpointError(
-                f"{path}: not a safetensors file (its header would have {length} bytes)."
-            )
+            raise not_a("a safetensors file", path, f"its header would have {length} bytes")
         text = file.read(length)
     if len(text) < length:
+        if text and not text.startswith(b"{"):
+            raise not_a("a safetensors file", path, "its header is not JSON")
         raise CheckpointError(
             f"{path}: truncated in its header ({len(text)} of {length} bytes): fetch it again."
         )
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: not a safetensors file (its header is not JSON: {error})."
-        ) from error
+        raise not_a("a safetensors file", path, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: not a safetensors file (its header is not a JSON object).")
+        raise not_a("a safetensors file", path, "its header is not a JSON object")
     return header, 8 + length
 
 
