@@ -12,6 +12,7 @@ does not know, such as the padding of some vocabularies, are never allowed.
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -129,6 +130,10 @@ class StructuredOutput:
                 matcher.fill_bitmask(bitmask)
         return bitmasks
 
+    @property
+    def _special_texts(self) -> Iterable[str]:
+        return () if self._tokenizer is None else self._tokenizer.special_ids
+
     @functools.cached_property
     def _ll_tokenizer(self) -> Any:
         """The tokenizer as an `llguidance.LLTokenizer`.
@@ -154,7 +159,7 @@ class StructuredOutput:
                 "and this model has none."
             )
         try:
-            grammar = _grammar(llguidance.LLMatcher, constraint)
+            grammar = _grammar(llguidance.LLMatcher, constraint, self._special_texts)
             matcher = llguidance.LLMatcher(self._ll_tokenizer, grammar, log_level=0)
         except ValueError as error:
             raise ConfigError(f"{constraint}: {error}") from error
@@ -175,18 +180,49 @@ def _llguidance(constraint: Constraint | None = None) -> Any:
     return llguidance
 
 
-def _grammar(matcher: Any, constraint: Constraint) -> str:
-    """Return the constraint as a grammar of llguidance."""
+def _grammar(matcher: Any, constraint: Constraint, special: Iterable[str]) -> str:
+    """Return the constraint as a grammar of llguidance.
+
+    Where only one text is possible, llguidance forces its tokens, and tokenizes the text of a
+    special token as that token. Constraints that contain such a text are compiled without forcing:
+    the text is then spelled with ordinary tokens.
+    """
+    forcing = not _mentions(constraint, special)
     grammar: str
     match constraint.field:
         case "json_schema":
             defaults = {"whitespace_pattern": WHITESPACE}
             grammar = matcher.grammar_from_json_schema(constraint.value, defaults=defaults)
+            return grammar if forcing else _without_forcing(grammar)
         case "regex":
             grammar = matcher.grammar_from_regex(constraint.value)
+            return grammar if forcing else _without_forcing(grammar)
         case "choice":
             alternatives = " | ".join(json.dumps(text) for text in constraint.value)
-            grammar = matcher.grammar_from_lark(f"start: {alternatives}")
+            lark = f"start: {alternatives}"
         case _:
-            grammar = matcher.grammar_from_lark(constraint.value)
+            lark = str(constraint.value)
+    grammar = matcher.grammar_from_lark(lark if forcing else f"{_NO_FORCING}\n{lark}")
     return grammar
+
+
+def _without_forcing(grammar: str) -> str:
+    """Return a JSON grammar as a rule of a Lark grammar that does not force tokens."""
+    (rule,) = json.loads(grammar)["grammars"]
+    start = {"name": "start", "lark_grammar": f"{_NO_FORCING}\nstart: @constraint"}
+    return json.dumps({"grammars": [start, rule | {"name": "constraint"}]})
+
+
+def _mentions(constraint: Constraint, special: Iterable[str]) -> bool:
+    """Return whether a constraint contains the text of a special token, escaped or not."""
+    value = constraint.value
+    if constraint.field == "json_schema":
+        value = json.dumps(json.loads(str(value)), ensure_ascii=False)
+    texts = (value,) if isinstance(value, str) else value
+    plain = [_PUNCTUATION.sub("", text) for text in texts]
+    tokens = {_PUNCTUATION.sub("", token) for token in special} - {""}
+    return any(token in text for token in tokens for text in plain)
+
+
+_NO_FORCING = '%llguidance {"no_forcing": true}'
+_PUNCTUATION = re.compile(r"[\\()\[\]]")  # of regular expressions

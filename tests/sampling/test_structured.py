@@ -337,3 +337,35 @@ def test_after_warmup_structured_requests_compile_nothing(params) -> None:
     ]
     llm.generate(["hello", "you", "hello you"], sampling)
     assert llm.stats.compilations == before and llm.stats.grammar_s > 0
+
+
+# Texts of special tokens are spelled with ordinary tokens: "</s>" is id 2, "<|user|>" id 3.
+SPELLED = [
+    ({"choice": ["</s>"]}, "</s>"),
+    ({"choice": ["x</s>y"]}, "x</s>y"),
+    ({"choice": ["<|user|>"]}, "<|user|>"),
+    ({"regex": "</s>"}, "</s>"),
+    ({"regex": r"<\|user\|>"}, "<|user|>"),
+    ({"regex": "[<]s[>]"}, "<s>"),
+    ({"regex": "(<s)>"}, "<s>"),
+    ({"json_schema": {"enum": ["</s>"]}}, '"</s>"'),
+    ({"json_schema": {"const": "a<|user|>"}}, '"a<|user|>"'),
+    ({"grammar": 'start: "</s>"'}, "</s>"),
+    ({"grammar": 'start: "a" end\nend: "</s>"'}, "a</s>"),
+]
+
+
+@pytest.mark.parametrize(("constraint", "text"), SPELLED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("skip", [True, False])
+def test_the_text_of_a_special_token_is_spelled_with_ordinary_tokens(llm, constraint, text, skip):
+    out = llm.generate("hi", skip_special_tokens=skip, **constraint, **RANDOM)[0].outputs[0]
+    assert (out.text, out.finish_reason) == (text, "stop")
+    assert not {0, 1, 2, 3, 4} & set(out.token_ids[:-1])
+
+
+def test_a_grammar_can_name_special_tokens(llm):
+    grammar = 'start: "a" <|user|> "b"'
+    out = llm.generate("hi", grammar=grammar, skip_special_tokens=False, **RANDOM)[0].outputs[0]
+    assert out.text == "a<|user|>b" and 3 in out.token_ids
+    end = llm.generate("hi", grammar="start: </s>", **RANDOM)[0].outputs[0]
+    assert (end.text, end.token_ids, end.finish_reason) == ("", [2], "stop")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jfp8kv.text.detokenizer import Detokenizer
+from jfp8kv.text.tokenizer import as_tokenizer
 
 CORPUS = [
     "the cat sat on the mat. The end. STOP here, héllo wörld!",
@@ -228,3 +229,14 @@ def test_work_per_token_does_not_grow_with_the_text(kind):
     shown = "".join(pieces_of(Detokenizer(decoder), [[token] for token in ids]))
     assert shown == tokenizer.decode(ids)
     assert decoder.longest <= 12
+
+
+@pytest.mark.parametrize("spaces", [True, False])
+def test_spaces_between_special_tokens_are_those_of_the_decoder(spaces):
+    backend = Tokenizer(models.WordLevel({"<a>": 0, "<b>": 1, "x": 2, "<unk>": 3}, "<unk>"))
+    backend.add_special_tokens(["<a>", "<b>"])  # without a decoder, tokens are joined with spaces
+    tokenizer = as_tokenizer(backend)
+    ids = [0, 1, 2, 0, 0, 1, 2, 2]
+    text = tokenizer.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=spaces)
+    assert text == ("<a> <b> x <a> <a> <b> x x" if spaces else "<a><b> x <a><a><b> x x")
+    assert tokenizer.decode(ids, spaces_between_special_tokens=spaces) == "x x x"
