@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from jfp8kv.checkpoint import load
+from jfp8kv.checkpoint.gguf import read_header
 from jfp8kv.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from jfp8kv.checkpoint.hf_tokenizer import read_backend, read_tokenizer
 from jfp8kv.core.errors import CheckpointError, ConfigError
@@ -246,6 +247,56 @@ def test_gemma_gguf_ids_equal_those_of_transformers(tmp_path, transformers, text
     assert ours.decode(ours.encode(text), skip_special_tokens=False) == "<bos>" + text.replace(
         "▁", " "
     )
+
+
+GGUF_TEXTS = [
+    "hello world 123",
+    "it's 12 34567 o'clock  two  spaces",
+    "na\u00efve \u65e5\u672c \U0001f389\n\n x",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "def f(x):\n\treturn x+1  # c",
+    "<start_of_turn>hello\n  he<end_of_turn>",
+    "a<file_sep>b <empty_output> <|im_end|> x",
+]
+
+
+def theirs_from_gguf(fields, arch):
+    """Return the tokenizer that transformers' own GGUF reader builds from the same metadata."""
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    given = {
+        name: fields[f"tokenizer.{key}"]
+        for key, name in mapping.GGUF_TOKENIZER_MAPPING["tokenizer"].items()
+        if f"tokenizer.{key}" in fields
+    }
+    return mapping.convert_gguf_tokenizer(arch, given)[0]
+
+
+def assert_gguf_equal(fields, arch, where, texts=GGUF_TEXTS):
+    ours = tokenizer_from_gguf(fields, eos_ids=(), where=where)
+    theirs = theirs_from_gguf(fields, arch)
+    for text in texts:
+        ids = ours.encode(text, add_special_tokens=False)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert ours.decode(ids, skip_special_tokens=False) == theirs.decode(ids, False)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
+def test_gguf_ids_equal_those_of_the_gguf_reader_of_transformers(tiny, tmp_path, pre):
+    """Decomposed characters are left out: its reader does not compose them for Qwen."""
+    arch = "qwen2" if pre == "qwen2" else "llama"
+    assert_gguf_equal(gguf_fields(tiny, pre=pre), arch, tmp_path)
+
+
+def test_gemma_and_sentencepiece_gguf_ids_equal_those_of_the_reader(tmp_path):
+    """Texts of sentencepiece do not begin with a space, before which its reader adds none."""
+    assert_gguf_equal(gemma_fields(), "gemma3", tmp_path)
+    assert_gguf_equal(sentencepiece_fields(), "llama", tmp_path)
+
+
+def test_the_ids_of_a_real_gguf_file_equal_those_of_the_reader(smollm2_path):
+    fields, _ = read_header(smollm2_path)
+    assert_gguf_equal(fields, "llama", smollm2_path)
 
 
 def test_a_run_of_spaces_is_split_longest_token_first(tmp_path):
