@@ -77,13 +77,8 @@ class MessageTemplate(Section):
     """A Jinja template over the fields of the row."""
 
 
-CONFIG_KEYS = (
-    "dtype",
-    "strict",
-    "kv_dtype",
-    "kv_scales",
-    "seed",
-)  # engine options outside `engine`
+# Engine options that are keys of the config, outside of its section `engine`.
+CONFIG_KEYS = ("dtype", "strict", "kv_dtype", "kv_scales", "seed")
 
 
 @keys_from(EngineOptions, omit=CONFIG_KEYS)
@@ -141,12 +136,12 @@ class CalibrateFirst(Section):
 
 @keys_from(CompareOptions, omit=("max_model_len",))
 class ComparisonSection(OptionsSection):
-    """Which caches are compared, as in `jfp8kv.compare`."""
+    """The caches to compare, as in `jfp8kv.compare`."""
 
     kv_dtypes: list[str] = FROM_OPTION
     kv_scales: list[str] = FROM_OPTION
     calibration: Input | None = None
-    """Rows to calibrate scales on; other rows than those of the input."""
+    """Rows to calibrate scales on. They must not be the rows of the input."""
 
     def options(self) -> CompareOptions:
         """Return the options."""
@@ -178,7 +173,7 @@ class RaySection(Section):
 
 
 def _form(given: Any) -> str | None:
-    """Return the tag of a value that is a name, a list or a mapping."""
+    """Return the tag of a value: a name, a list or a mapping."""
     match given:
         case str():
             return "name"
@@ -233,7 +228,7 @@ class Config(Section):
     calibration: CalibrationSection = CalibrationSection()
     """For calibrate: its options."""
     comparison: ComparisonSection = ComparisonSection()
-    """For compare: which caches."""
+    """For compare: the caches to compare."""
     seed: int = FROM_OPTION
     """The seed of the run. Each row's seed is derived from it and the row number."""
     shard: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
@@ -245,7 +240,7 @@ class Config(Section):
 
 
 def fp8_format(config: Config) -> str:
-    """Return the one FP8 format of the cache. Raises `ConfigError` if there is none, or several."""
+    """Return the FP8 format of the cache. Raises `ConfigError` unless there is exactly one."""
     given = config.kv_dtype
     if isinstance(given, KVByLayer):
         names = [given.default]
@@ -261,7 +256,7 @@ def fp8_format(config: Config) -> str:
 def calibration_options(config: Config, section: CalibrationSection) -> CalibrationOptions:
     """Return the options of a calibration, with the FP8 format and the limits of the config.
 
-    Raises `ConfigError` for options that do not go together.
+    Raises `ConfigError` for an invalid combination of options.
     """
     max_model_len = config.engine.options().max_model_len
     return CalibrationOptions.from_fields(

@@ -1,7 +1,7 @@
 """Tasks with one result for all rows: `calibrate` (scales of an FP8 cache) and `compare` (caches).
 
-Prompts are read one by one. An invalid row stops the task, because the result would silently lack
-it.
+Prompts are read one by one. An invalid row stops the task, because leaving it out would silently
+change the result.
 """
 
 import json
@@ -43,7 +43,7 @@ def read_prompts(config: Config, file: InputFile) -> "Iterator[Prompt]":
 
 
 def load_calibrated(config: Config, path: Path) -> "tuple[Params, KVScales]":
-    """Load the model and the scales in the file at `path`; calibrate them if there is none yet."""
+    """Load the model and the scales at `path`, which are calibrated if there is no such file."""
     from jfp8kv.cache.scales import KVScales
 
     assert isinstance(config.kv_scales, CalibrateFirst)
@@ -56,7 +56,7 @@ def load_calibrated(config: Config, path: Path) -> "tuple[Params, KVScales]":
 
 
 def calibrate(config: Config, *, progress: bool | None) -> tuple[Totals, None]:
-    """Write calibrated scales to the output; the number of prompts and tokens used."""
+    """Write calibrated scales to the output. Return the number of prompts and tokens used."""
     params = _load_model(config)
     result = _calibrate(config, params, config.input, config.calibration, progress=progress)
     _write_atomically(Path(config.output.path), result.scales.save)
@@ -79,7 +79,7 @@ def _calibrate(
 
 
 def compare(config: Config, *, progress: bool | None) -> "tuple[Totals, QualityReport]":
-    """Write a comparison of caches as JSON to the output; its totals and the report."""
+    """Write a comparison of caches as JSON to the output. Return its totals and the report."""
     from jfp8kv.quality.compare import run_comparison
 
     file = config.comparison.calibration

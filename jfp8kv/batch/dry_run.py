@@ -53,7 +53,7 @@ class RowCounts:
 
     @property
     def mean_length(self) -> float:
-        """Tokens of a sequence on average."""
+        """The average number of tokens of a sequence."""
         return (self.prompt_tokens + self.completion_tokens) / max(1, self.sequences)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the engine is imported once the config is valid
     from jfp8kv.llm import LLM
 
 Result: TypeAlias = Union["RequestOutput", "Scored", Jfp8kvError]  # noqa: UP007
-# The number of a request, counted from 0, and its result or the error that it met.
+# The number of a request, counted from 0, and its result or error.
 Results: TypeAlias = Generator[tuple[int, Result], None, None]
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class BatchEngine(Protocol):
         """Return the text of a token id."""
 
     def counters(self) -> dict[str, float]:
-        """Return the counters of `llm.stats`, for the progress display."""
+        """Return the counters of `llm.stats`, which the progress display shows."""
 
 
 class LocalEngine:
@@ -58,8 +58,8 @@ class LocalEngine:
     def __init__(self, config: Config, scales: Path):
         self.llm = _open_llm(config, scales)
         self.description = describe_engine(self.llm)
-        # Refuse sampling options that not even the shortest prompt can have: they are a mistake in
-        # the config. OpenAI requests may override them.
+        # Sampling options that are invalid even for the shortest prompt are a mistake in the
+        # config. OpenAI requests may override them.
         if config.task == "generate" and config.input.row_format != "openai":
             self.llm.check([0], **config.sampling.given())
 

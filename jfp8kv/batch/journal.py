@@ -18,7 +18,7 @@ from typing import BinaryIO, Self
 
 _HEAD = re.compile(rb'\{"row":(\d+),"in":(\d+),"out":(\d+),"ok":(true|false),"output":')
 _END = b"}\n"
-SYNC_S = 5.0  # the most work that a power failure loses; a killed process loses none
+SYNC_S = 5.0  # a power failure loses at most the rows of this time, a killed process none
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Journal:
         self._synced = time.monotonic()
 
     def _recover(self) -> int:
-        """Count the rows of the file and truncate it after the last whole line; its size."""
+        """Count the rows of the file, truncate it after the last whole line, return its size."""
         size = 0
         with self.path.open("rb") as file:
             for start, head, line in _lines(file):
@@ -154,7 +154,7 @@ def unordered_outputs(path: Path) -> Iterator[bytes]:
 def ordered_outputs(path: Path, shard: tuple[int, int] = (0, 1)) -> Iterator[bytes]:
     """Yield the output of each row by number.
 
-    Rows that finished before an earlier row are remembered as file offsets, not contents.
+    Of rows that finished before an earlier row, only the file offsets are in memory.
     """
     row, step = shard
     ahead: dict[int, tuple[int, int]] = {}  # row: offset and length of its output

@@ -36,8 +36,9 @@ MAY_CHANGE = (
 OUTPUT_KEYS = ("output.format", "output.unordered")
 PACKAGES = ("jfp8kv", "jax", "jaxlib", "flax", "numpy", "pydantic")
 MAX_CHANGES_SHOWN = 5
-SAMPLE_BYTES = 2**16  # the digest of a model file covers samples of this size,
-SAMPLES = 64  # this many, evenly spaced
+# The digest of a model file covers evenly spaced samples.
+SAMPLES = 64
+SAMPLE_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class RunFiles:
 
 @contextlib.contextmanager
 def locked(files: RunFiles) -> Iterator[None]:
-    """Lock an output for this process. The lock is released when the process ends, however it ends.
+    """Lock an output for this process. The lock is released when the process ends or is killed.
 
     Raises:
       ConfigError: another process has the lock.
@@ -108,7 +109,7 @@ def _owner(manifest: Path) -> str:
 
 
 class Manifest:
-    """The manifest of a run: `data` is what is in the file."""
+    """The manifest of a run. `data` is the content of the file."""
 
     def __init__(self, path: Path, data: dict[str, Any]):
         self.path = path
@@ -121,7 +122,7 @@ class Manifest:
 
     @property
     def created(self) -> int:
-        """The time at which the first session of the run started, in Unix seconds."""
+        """The start of the first session of the run, in Unix seconds."""
         return int(self.data["created"])
 
     def save(self, **changes: Any) -> None:
@@ -141,14 +142,15 @@ class Manifest:
 
 
 def open_manifest(config: Config, files: RunFiles, *, restart: bool = False) -> Manifest:
-    """Return the manifest of a run that starts, resumes or is complete, with a session for it.
+    """Return the manifest of a run: a new one, or the one of a run to resume or that is complete.
 
     Args:
       config: the config of the run.
       files: its files.
       restart: discard earlier sessions, and replace any output.
 
-    Raises `ConfigError` for an output of another source, config, input or model, with the changes.
+    Raises `ConfigError` for an output that another program wrote, or that belongs to a run with
+    another config, input or model, with the changes.
     """
     now = fingerprint(config, files)
     if not restart and (files.manifest.exists() or files.partial.exists()):
@@ -227,9 +229,9 @@ def _check_same_run(files: RunFiles, manifest: Manifest, now: dict[str, Any]) ->
 
 
 def fingerprint(config: Config, files: RunFiles) -> dict[str, Any]:
-    """Return all that outputs depend on, as JSON values.
+    """Return everything that the output depends on, as JSON values.
 
-    Returns the config, digests of the input and of files that the config names, and digests of
+    This is the config, digests of the input and of files that the config names, and digests of
     samples of the model files.
     """
     named: list[str] = [*config.comparison.kv_scales, *config.comparison.kv_dtypes]

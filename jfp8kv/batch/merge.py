@@ -1,4 +1,4 @@
-"""Merge the outputs of all shards into the output that a run without shards writes."""
+"""Merge the outputs of all shards into the output of a run without shards."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from jfp8kv.core.errors import ConfigError
 def merge(config: Config, *, restart: bool = False) -> Totals:
     """Join the outputs of the shards, `OUT.0-of-4.jsonl` and so on, in the order of the input.
 
-    The manifest of the output is the one of a run without shards.
+    The output gets the manifest of a run without shards.
 
     Args:
       config: the config of the shards, without `shard` or with the one of any of them.
@@ -100,7 +100,7 @@ def _manifest(shard: Path) -> dict[str, Any]:
 
 
 def _interleave_lines(path: Path, shards: Iterable[Path]) -> None:
-    """Write one line of each shard in turn, as the shards took the rows from the input."""
+    """Write one line of each shard in turn, which is the order of the input."""
     with ExitStack() as stack, path.open("wb") as file:
         parts = [stack.enter_context(shard.open("rb")) for shard in shards]
         for lines in itertools.zip_longest(*parts, fillvalue=b""):

@@ -73,7 +73,7 @@ IGNORED_KEYS = {
     "safety_identifier",
     "parallel_tool_calls",
 }
-# Values of unsupported keys that request nothing.
+# Values with which an unsupported key has no effect.
 NO_EFFECT_VALUES: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "tool_choice": ("none", "auto"),
@@ -85,7 +85,7 @@ NO_EFFECT_VALUES: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
 }
 CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
-REPLACEMENT = "\ufffd"  # in the text of a token that is only a part of a character
+REPLACEMENT = "\ufffd"  # in the text of a token that is a part of a character
 UNLIMITED_TOKENS = 2**31 - 1  # the context length is the limit
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -233,7 +233,7 @@ class OpenAIRequests:
         return {"status_code": status, "request_id": f"req_{self._id(row)}", "body": body}
 
     def _id(self, row: Row) -> str:
-        """Return an id that is the same each time the run is repeated."""
+        """Return an id that depends on the model, the seed and the row only."""
         key = f"{self._config.model} {self._config.seed} {row.number}"
         return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 

@@ -39,7 +39,7 @@ class Section(BaseModel):
 
 
 class OptionsSection(Section):
-    """A section whose keys are options of the library. A null leaves its key out."""
+    """A section whose keys are options of the library. A null is the same as no key."""
 
     options_class: ClassVar[type[Options]] = Options
     option_names: ClassVar[frozenset[str]] = frozenset()
@@ -66,8 +66,8 @@ def keys_from(
 ) -> Callable[[type[S]], type[S]]:
     """Return a class decorator that adds the fields of an option class to a section.
 
-    A field that the section declares itself keeps its type and its description, if it has one, and
-    gets the default and the range of the option.
+    A field that the section declares itself has its own type and, if there is one, description. Its
+    default and range are those of the option.
 
     Args:
       options: the option class.
@@ -130,7 +130,7 @@ def _json_limits(spec: OptionSpec) -> dict[str, Any]:
 
 
 def _yaml_type(annotation: Any, limits: Any) -> Any:
-    """Return the part of a type that YAML has values of; None if there is none.
+    """Return the part of a type that YAML values can have; None if there is none.
 
     `limits` is the `Field` with the range of its numbers.
     """

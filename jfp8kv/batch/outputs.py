@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _as_text(value: Any) -> str:
-    """Return a value that JSON lacks as text: bytes as hex digits, others by `str`."""
+    """Return a value without a JSON type as text: bytes as hex digits, other types by `str`."""
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
@@ -77,7 +77,7 @@ def check_format(config: Config) -> None:
 
 
 def check_path(config: Config) -> None:
-    """Raise unless the output can be written; called before the work, not after it."""
+    """Raise unless the output can be written. It is checked before the work, not after it."""
     path = Path(config.output.path)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ConfigError(f"{path}: cannot be written; give a file in a folder that exists.")
@@ -135,7 +135,7 @@ def replaced(path: Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)  # the new name must survive a power failure before the journal is gone
+        _sync(path.parent)  # the new name must be on disk before the journal is removed
     except BaseException:
         temporary.unlink(missing_ok=True)  # on a full disk, the journal needs the space
         raise

@@ -19,8 +19,8 @@ class Progress:
 
     Attributes:
       done: finished rows, of all sessions.
-      failed: rows of these that failed.
-      fraction: the finished fraction of all rows, estimated from what was read of the input.
+      failed: how many of them failed.
+      fraction: the finished fraction of all rows, estimated from the input read so far.
       resumed_fraction: the fraction that was finished before this session.
       seconds: duration of this session.
       prompt_tokens, completion_tokens: tokens of this session.
@@ -43,7 +43,7 @@ class Progress:
         return self.seconds * (1 - self.fraction) / gained if gained > 0 else None
 
     def as_text(self) -> dict[str, str]:
-        """Return everything in words, by label."""
+        """Return the lines of the display by label."""
         seconds = max(self.seconds, 1e-9)
         failed = f", {self.failed:,} failed" if self.failed else ""
         prompt_rate = self.prompt_tokens / seconds
@@ -63,7 +63,7 @@ class Progress:
 
 
 class ProgressDisplay:
-    """Shows progress from a separate thread, so that it costs rows no time.
+    """Shows progress from a separate thread, so that rows do not wait for it.
 
     Args:
       quiet: show nothing.

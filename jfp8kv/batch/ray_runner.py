@@ -157,7 +157,7 @@ class Worker:
         return columns
 
     def _read(self, ranges: list[list[int]]) -> Iterator[Row]:
-        """Yield the rows in ranges of row numbers; reopen the input if they lie behind."""
+        """Yield the rows in ranges of row numbers. Reopens the input to go back to earlier rows."""
         for first, stop in ranges:
             if first < self._next or self._next == 0:
                 self._rows = iter(self.config.input.reader())

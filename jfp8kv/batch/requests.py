@@ -1,4 +1,4 @@
-"""Requests built from rows by the templates of the config, and results written beside the fields.
+"""Build requests from rows by the templates of the config, and output rows from the results.
 
 A request format (`TemplatedRequests` here, `OpenAIRequests` in `openai`) converts rows to requests
 for the engine, and results of the engine to output rows.

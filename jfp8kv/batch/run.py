@@ -1,7 +1,7 @@
 """Run a batch: from the input through the engine into the journal, then to the output.
 
-A run that is killed at any moment resumes where it was: rows in the journal are done, all others
-run again. The output of a row depends only on the config and the row number.
+A run that is killed at any moment can be resumed: rows in the journal are done, all others run
+again. The output of a row depends only on the config and the row number.
 """
 
 import itertools
@@ -40,7 +40,7 @@ OpenEngine: TypeAlias = Callable[[Config, Path], BatchEngine]
 
 
 class RunStopped(Jfp8kvError):
-    """A run that cannot continue. Its finished rows are kept, and the same call resumes it."""
+    """A run that cannot continue. Its finished rows are saved, and the same call resumes it."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _run_dataset_task(
 
 
 def validate_first_rows(file: InputFile, validate: Callable[[Row, Fields], object]) -> None:
-    """Raise `ConfigError` if none of the first rows is valid: then the config or file is wrong."""
+    """Raise `ConfigError` if none of the first rows is valid: the config or the file is wrong."""
     errors = []
     with closing(iter(file.reader())) as rows:
         for row in itertools.islice(rows, FIRST_ROWS):
@@ -178,7 +178,7 @@ class _RowRun:
         self.earlier = Totals()  # of earlier sessions
         self.started = time.monotonic()
         self.rows_read = 0  # rows of the shard
-        self.rows_skipped = 0  # rows of these that earlier sessions finished
+        self.rows_skipped = 0  # how many of them earlier sessions finished
         self.input_error: Exception | None = None
 
     def run(self) -> RunResult:
@@ -279,7 +279,7 @@ class _RowRun:
     def _unfinished_rows(self, journal: Journal) -> Generator[Row, None, None]:
         """Yield the rows of the shard that are not finished.
 
-        A read error ends the rows, so that those in flight still finish.
+        A read error ends the iteration, so that rows in flight still finish.
         """
         index, count = self.shard
         rows = iter(self.reader)
@@ -312,10 +312,10 @@ class _RowRun:
         return f"{rows:,} finished rows are kept in {self.files.partial}; the same command resumes."
 
     def _progress(self, journal: Journal) -> Progress:
-        # The fraction of a row, if the rest of the file is like what was read.
+        # The fraction of the input per row, assuming that the rest of the file is similar.
         row_fraction = self.reader.fraction / max(1, self.rows_read)
         session = journal.totals - self.earlier
-        # The engine also counts tokens of unfinished rows, but none of scoring or of Ray workers.
+        # The engine also counts tokens of unfinished rows, but not those of scoring or Ray workers.
         counters = self.engine.counters() if self.engine else {}
         prompt_tokens = max(session.prompt_tokens, counters.get("prompt_tokens", 0))
         generated = max(session.completion_tokens, counters.get("generated_tokens", 0))

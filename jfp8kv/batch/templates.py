@@ -14,7 +14,7 @@ from jfp8kv.text.chat import ChatOptions
 from jfp8kv.text.prompts import ChatPrompt, Prompt
 from jfp8kv.text.rows import Fields, RowError, prompt_of
 
-# What an expression in a template can raise, such as {{ 1 / 0 }} or {{ "a" + 1 }}.
+# Errors that an expression in a template can raise, such as {{ 1 / 0 }} or {{ "a" + 1 }}.
 _TEMPLATE_ERRORS = (
     TemplateError,
     ArithmeticError,
@@ -34,7 +34,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _refuse_null(value: Any) -> Any:
-    """Return the value of an expression unless it is null, which would read "None"."""
+    """Return the value of an expression. Raises `RowError` for a null, which would read "None"."""
     if value is None:
         raise RowError(
             "the template uses a null, which has no text: write {{ field or '' }} to allow it."
@@ -48,7 +48,8 @@ def compiled(text: str) -> Template:
     try:
         return _environment().from_string(text)
     except TemplateSyntaxError as error:
-        raise ConfigError(f"invalid template, line {error.lineno}: {error.message}.") from None
+        problem = (error.message or "syntax error").rstrip(".")
+        raise ConfigError(f"invalid template, line {error.lineno}: {problem}.") from None
 
 
 def render(template: Template, fields: Fields) -> str:

@@ -72,13 +72,17 @@ def json_schema() -> dict[str, Any]:
 
 def _first_error(source: YamlSource, error: ValidationError) -> ConfigError:
     """Return the error that comes first in the file."""
-    # Of the errors of one value, one for each alternative of its type, the first counts.
+    # A value has one error for each alternative of its type: the first one is used.
     errors = {_keys(source.data, details): details for details in reversed(error.errors())}
     found = sorted(
-        (_line(source, keys), str(_as_config_error(source, keys, details)))
+        (
+            _line(source, keys),
+            details["type"] == "missing",  # a misspelt key explains a missing one
+            str(_as_config_error(source, keys, details)),
+        )
         for keys, details in errors.items()
     )
-    message = found[0][1]
+    message = found[0][2]
     if len(found) > 1:
         message += f" (And {len(found) - 1} more mistake{'s' if len(found) > 2 else ''}.)"
     return ConfigError(message)
@@ -106,7 +110,7 @@ def _keys(data: Any, details: ErrorDetails) -> KeyPath:
 
 def _as_config_error(source: YamlSource, keys: KeyPath, details: ErrorDetails) -> ConfigError:
     cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, ConfigError):  # of an option class: "name=value: ..."
+    if isinstance(cause, ConfigError):  # an error of an option class: "name=value: ..."
         return _option_error(source, keys, cause)
     return source.error(keys, _describe(details, keys))
 
@@ -130,13 +134,13 @@ def _describe(details: ErrorDetails, keys: KeyPath) -> str:
     match details["type"]:
         case "extra_forbidden":
             known = list(_section(details["loc"][:-1]).model_fields)
-            return f"no such key.{did_you_mean(keys[-1], known)} There are {', '.join(known)}."
+            return f"no such key.{did_you_mean(keys[-1], known)} Keys: {', '.join(known)}."
         case "missing":
             return "is missing; every config needs it." if len(keys) == 1 else "is missing."
         case "literal_error":
             allowed = context["expected"]
             words = allowed.replace("'", "").replace(" or ", ", ").split(", ")
-            return f"{given!r} is not allowed: must be {allowed}.{did_you_mean(given, words)}"
+            return f"{given!r}: must be {allowed}.{did_you_mean(given, words)}"
         case "greater_than_equal":
             return f"{given!r}: must be at least {context['ge']}."
         case "too_short" | "too_long":
@@ -200,7 +204,7 @@ def _check(source: YamlSource, config: Config) -> None:
 
 
 def _check_at(source: YamlSource, keys: KeyPath, check: Callable[[], object]) -> None:
-    """Run a check; its error gets the place of the value at `keys`."""
+    """Run a check. Its error is raised with the place of the value at `keys`."""
     try:
         check()
     except Jfp8kvError as error:
@@ -208,7 +212,7 @@ def _check_at(source: YamlSource, keys: KeyPath, check: Callable[[], object]) ->
 
 
 def _check_options_at(source: YamlSource, keys: KeyPath, check: Callable[[], object]) -> None:
-    """Run a check of options; its error gets the place of the option in the section `keys`."""
+    """Run a check of options. Its error is raised with the place of the option in a section."""
     try:
         check()
     except ConfigError as error:
@@ -216,7 +220,7 @@ def _check_options_at(source: YamlSource, keys: KeyPath, check: Callable[[], obj
 
 
 def _check_keys(source: YamlSource, config: Config) -> None:
-    """Check that the keys go together."""
+    """Check that the combination of keys is valid."""
     for key, tasks in TASKS_OF_KEYS.items():
         if key in config.model_fields_set and config.task not in tasks:
             raise source.error(
@@ -247,7 +251,7 @@ def _require_ray() -> None:
 
 
 def _check_openai(source: YamlSource, config: Config) -> None:
-    """Refuse keys that the requests themselves determine."""
+    """Refuse keys whose values are in the requests."""
     if config.task != "generate":
         raise source.error(("task",), "OpenAI batch requests need task generate.")
     for key, value in (("prompt", config.prompt), ("messages", config.messages)):
@@ -282,7 +286,7 @@ def _check_cache(source: YamlSource, config: Config) -> None:
 
 
 def _check_file(source: YamlSource, keys: KeyPath, name: str) -> None:
-    """Check that a name that is a path is one of a file."""
+    """Check that a name that looks like a path is the path of a file."""
     if looks_like_path(name) and not Path(name).is_file():
         raise source.error(keys, f"{name}: no such file.")
 

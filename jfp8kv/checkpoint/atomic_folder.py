@@ -13,8 +13,8 @@ from jfp8kv.core.errors import CheckpointError
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a new temporary folder that replaces `path` when the block succeeds.
 
-    If the block fails, `path` stays unchanged. Parent folders are created. An existing `path` is
-    replaced, so the caller must check it first.
+    If the block fails, `path` is unchanged. Parent folders are created. An existing `path` is
+    replaced, so the caller must first check that this is allowed.
 
     Raises:
       CheckpointError: an `OSError` while writing.

@@ -7,9 +7,10 @@
     folder/kv_scales.jfp8kv        KV scales that the public layout cannot express (kv_export.py)
 
 The folder is written atomically. Weights get Hugging Face's names and layout, the inverse of
-`load`: the layouts (models/layouts.py) say which part of a tensor each parameter takes. A part is a
-view, so writing goes through the same view, and fused and transposed tensors need no separate rule.
-A tensor is assembled when it is written. The choices and their reasons: docs/notes/012.
+`load`: the layouts (models/layouts.py) define which part of a tensor each parameter is. A part is a
+view of the tensor, so values are written through the same view, and fused and transposed tensors
+need no separate code. A tensor is assembled when it is written. docs/notes/012 has the reasons for
+the choices.
 """
 
 import dataclasses
@@ -77,9 +78,9 @@ def export(
     """Write a model as a Hugging Face folder: weights, config, tokenizer and KV scales.
 
     vLLM and other engines load the folder with its FP8 scales, and `load` returns the same model.
-    Scales per tensor and per head are in the public layout. Scales per channel and K offsets are in
-    a file that only this library reads; other engines get one scale per head that clips no value,
-    and a warning says so.
+    Scales per tensor and per head have a public layout. Scales per channel and K offsets are in a
+    file that only this library reads. Other engines then get one scale per head that clips no
+    value, with a warning.
 
         jfp8kv.export(params, "out", kv_scales=jfp8kv.calibrate(params, prompts))
 
@@ -191,7 +192,7 @@ def _write_scales(config: ModelConfig, scales: KVScales, folder: Path) -> list[L
 
 
 def _pad_id(tokenizer: Tokenizer | None, vocab: int) -> int | None:
-    """Return the padding token's id. Without one in config.json, families assume different ids."""
+    """Return the padding token's id for config.json, without which families assume other ids."""
     token = tokenizer.special_tokens.get("pad_token") if tokenizer is not None else None
     if tokenizer is None or not isinstance(token, str):
         return None
@@ -238,7 +239,7 @@ def _require_loadable_scales(folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The part of a tensor that comes from one parameter: `leaf[index]`, to where `source` says."""
+    """A part of a tensor: `leaf[index]`, one slice of a parameter, which `source` locates in it."""
 
     leaf: Any
     index: tuple[int, ...]
@@ -248,12 +249,14 @@ class _Part:
         on_host = isinstance(self.leaf, np.ndarray) or all(
             device.platform == "cpu" for device in self.leaf.devices()
         )
-        # On a CPU, converting the whole array first is a view; elsewhere it copies all layers.
+        # On a CPU the whole array is a view; on other devices only the slice is copied.
         return np.asarray(self.leaf)[self.index] if on_host else np.asarray(self.leaf[self.index])
 
 
 def hf_weights(params: Params) -> list[LazyTensor]:
-    """Return every weight as a Hugging Face tensor in the dtype of its parameters. Reads nothing.
+    """Return every weight as a Hugging Face tensor, whose values are computed when it is written.
+
+    The dtype of a tensor is the one of its parameters.
 
     Raises:
       CheckpointError: a parameter is missing, unexpected or of the wrong shape.

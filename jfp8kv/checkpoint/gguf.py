@@ -1,4 +1,4 @@
-"""Read GGUF files: metadata, and tensors that are dequantized while they are read.
+"""Read GGUF files: metadata and tensors, which are dequantized while they are read.
 
 The header is parsed here, because the gguf library's reader takes seconds for a vocabulary of 50
 thousand strings. Value and tensor types, block sizes and dequantization come from the library. GGUF
@@ -81,7 +81,7 @@ def open_gguf(path: Path) -> GGUFFile:
     if kind in _OTHER_TYPES:
         raise CheckpointError(f"{path}: {_OTHER_TYPES[kind]}")
     factors = tensors.pop(_ROPE_FACTORS, None)
-    rope_factors = None if factors is None else _values(factors)
+    rope_factors = None if factors is None else _read_float32(factors)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     config = config_from_gguf(fields, tensors=shapes, rope_factors=rope_factors, where=str(path))
     return GGUFFile(path, fields, config, tensors)
@@ -109,7 +109,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
             raise CheckpointError(
                 f"{path}: GGUF version {version} is not supported: must be 2 or 3, little-endian."
             )
-        tensor_count, field_count = header.number("<Q"), header.number("<Q")
+        tensor_count = header.number("<Q")
+        field_count = header.number("<Q")
         fields = {header.string(): header.value() for _ in range(field_count)}
         if (parts := _integer(path, fields, "split.count", 0)) > 1:
             raise CheckpointError(
@@ -138,7 +139,7 @@ def _integer(
 
 
 class _Header:
-    """A cursor over the header. Raises `CheckpointError` where the file ends early."""
+    """A cursor over the header. Raises `CheckpointError` if the file ends early."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
@@ -210,7 +211,7 @@ def _tensor(
     size = path.stat().st_size
     if end > size:
         raise CheckpointError(
-            f"{path}: truncated: {name} ends at byte {end}, the file has {size}: fetch it again."
+            f"{path}: truncated: {name} ends at byte {end}, the file has {size}: download it again."
         )
     dtype = _FLOATS.get(kind) or (BFLOAT16 if _dequantizes(kind) else None)
     return StoredTensor(
@@ -246,7 +247,7 @@ def _read(
             rows[part] = values.astype(out.dtype)
 
 
-def _values(tensor: StoredTensor) -> np.ndarray:
+def _read_float32(tensor: StoredTensor) -> np.ndarray:
     out = np.empty(tensor.shape, np.float32)
     tensor.read(out)
     return out

@@ -1,10 +1,10 @@
 """Build the tokenizer of a GGUF file, with its chat template.
 
 GGUF stores a vocabulary, merges or scores, token types, and for byte-level BPE the *name* of a
-pre-tokenizer instead of its rule. The rules are listed here as in the `tokenizer.json` files of the
-models. An unknown name gives no tokenizer and a warning, because the wrong rule would silently
-change every output. Where llama.cpp and the model's `tokenizer.json` differ, ids follow the latter:
-for example, it normalizes Unicode for Qwen.
+pre-tokenizer instead of its rule. The rules are listed here, as in the `tokenizer.json` files of
+the models. A file with an unknown name has no tokenizer here, with a warning, because the wrong
+rule would silently change every output. If llama.cpp and `tokenizer.json` of the model differ, ids
+follow `tokenizer.json`, which for example normalizes Unicode for Qwen.
 """
 
 import warnings
@@ -15,7 +15,9 @@ from typing import Any
 from jfp8kv.text.tokenizer import Tokenizer
 
 # Token types of the GGUF specification.
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+_UNKNOWN = 2
+_CONTROL = 3
+_USER_DEFINED = 4
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -45,7 +47,7 @@ def tokenizer_from_gguf(
     bos = special.get("bos_token") if _adds_bos(fields) else None
     eos = special.get("eos_token") if fields.get("tokenizer.ggml.add_eos_token") else None
     if bos or eos:
-        _add_around_text(backend, bos, eos)
+        _add_bos_and_eos(backend, bos, eos)
     return Tokenizer(
         backend,
         chat_template=fields.get("tokenizer.chat_template"),
@@ -55,7 +57,7 @@ def tokenizer_from_gguf(
 
 
 def _with_marked_spaces(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Spell tokens of only spaces (in Gemma's vocabulary) with "▁", as tokenizer.json does."""
+    """Write tokens that consist of spaces (as Gemma has) with "▁", as tokenizer.json does."""
     tokens = fields.get("tokenizer.ggml.tokens")
     kinds = fields.get("tokenizer.ggml.token_type")
     if fields.get("tokenizer.ggml.model") != "llama" or not tokens or not kinds:
@@ -68,9 +70,9 @@ def _with_marked_spaces(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _adds_bos(fields: Mapping[str, Any]) -> bool:
-    """Return whether BOS is added: as the file says, else llama.cpp's default.
+    """Return whether BOS is added, according to the file or to llama.cpp's default.
 
-    By default sentencepiece and Llama 3 vocabularies add BOS, and others do not.
+    By default BOS is added for sentencepiece and Llama 3 vocabularies only.
     """
     default = (
         fields["tokenizer.ggml.model"] == "llama"
@@ -79,8 +81,8 @@ def _adds_bos(fields: Mapping[str, Any]) -> bool:
     return bool(fields.get("tokenizer.ggml.add_bos_token", default))
 
 
-def _add_around_text(backend: Any, bos: str | None, eos: str | None) -> None:
-    """Make a `tokenizers.Tokenizer` add these tokens before and after every text."""
+def _add_bos_and_eos(backend: Any, bos: str | None, eos: str | None) -> None:
+    """Configure a `tokenizers.Tokenizer` to add these tokens before and after every text."""
     from tokenizers.processors import TemplateProcessing
 
     tokens = [token for token in (bos, eos) if token]
@@ -93,10 +95,10 @@ def _add_around_text(backend: Any, bos: str | None, eos: str | None) -> None:
 def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
     tokens = fields["tokenizer.ggml.tokens"]
     found = {}
-    for theirs, ours in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
-        number = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+    for key, role in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        number = fields.get(f"tokenizer.ggml.{key}_token_id")
         if number is not None and 0 <= number < len(tokens):
-            found[f"{ours}_token"] = tokens[number]
+            found[f"{role}_token"] = tokens[number]
     return found
 
 
@@ -117,7 +119,7 @@ def _mark_special(backend: Any, fields: Mapping[str, Any]) -> None:
 
 
 def _byte_level_bpe(fields: Mapping[str, Any]) -> Any | None:
-    """Return byte-level BPE, as in GPT-2. Llama 3 ignores merges for a word that is a token."""
+    """Return byte-level BPE, as in GPT-2. In Llama 3, a word that is a token is not split."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
 
@@ -127,7 +129,7 @@ def _byte_level_bpe(fields: Mapping[str, Any]) -> Any | None:
     vocab = {token: number for number, token in enumerate(fields["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     backend = Backend(models.BPE(vocab, merges, ignore_merges=name in _LLAMA3_NAMES))
-    if name in _COMPOSED:
+    if name in _NFC_NAMES:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _PRE_TOKENIZERS[name]()
     backend.decoder = decoders.ByteLevel()
@@ -159,7 +161,7 @@ def _by_regex(pattern: str) -> Callable[[], Any]:
 
 
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-_COMPOSED = ("qwen2",)  # names whose text is NFC-normalized
+_NFC_NAMES = ("qwen2",)  # pre-tokenizers of models that normalize Unicode to NFC
 _PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
     "gpt-2": _gpt2,
     "smollm": _single_digits,
@@ -173,7 +175,8 @@ _PRE_TOKENIZERS: dict[str, Callable[[], Any]] = {
 def _sentencepiece(fields: Mapping[str, Any]) -> Any | None:
     """Return the sentencepiece BPE of Llama 1 and 2 and of Gemma.
 
-    No merges are stored: the pair whose joined piece has the best score is merged first.
+    The file has no merges: of all pairs, the one whose joined piece has the best score is merged
+    first.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
@@ -209,11 +212,11 @@ def _sentencepiece(fields: Mapping[str, Any]) -> Any | None:
 def _merges(
     vocab: Mapping[str, int], scores: Sequence[float], user_defined: Collection[str]
 ) -> list[tuple[str, str]]:
-    """Return every pair of pieces that joins to a third, in the order of merging.
+    """Return all pairs of pieces that join to a third piece, in the order of merging.
 
-    The best score of the joined piece goes first, then the order of ids, as in Llama 2's
-    tokenizer.json. User-defined pieces, whose scores have no meaning, go before all others, the
-    longest left part first, so that a run of spaces is one token as long as there is one.
+    Pairs are ordered by the score of the joined piece, then by ids, as in Llama 2's tokenizer.json.
+    User-defined pieces, whose scores have no meaning, come first, the longest left part first, so
+    that a run of spaces becomes one token if the vocabulary has it.
     """
     first = sorted(
         (pair for piece in user_defined for pair in _splits(piece, vocab)),

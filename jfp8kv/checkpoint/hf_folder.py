@@ -28,7 +28,7 @@ from jfp8kv.models.layouts import is_buffer, strip_prefix
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 _ADAPTER_WEIGHTS = "adapter_model*"
-_VISION = ("vision_tower.", "multi_modal_projector.")  # names without prefix of the image encoder
+_VISION = ("vision_tower.", "multi_modal_projector.")  # of a vision encoder, without prefix
 
 # Files to download. The ignored ones are other formats and copies of the same weights.
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", KV_FILE]
@@ -202,7 +202,7 @@ def _shard(folder: Path, name: str) -> Path:
         raise CheckpointError(f"{folder / INDEX}: the shard {name!r} is outside the folder.")
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: the shard {name} that {INDEX} lists is missing: fetch it again."
+            f"{folder}: the shard {name} that {INDEX} lists is missing: download it again."
         )
     return path
 

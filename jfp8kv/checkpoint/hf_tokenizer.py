@@ -21,8 +21,8 @@ TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 # Files of which one is enough for a tokenizer.
 _FORMATS = (TOKENIZER, "tekken.json", "vocab.json", "vocab.txt")
 _FORMAT_SUFFIXES = (".model", ".tiktoken")
-# Tokenizer classes that are `tokenizer.json` as it is, for model types without a class of their own
-# rules. `AutoTokenizer` then takes the general class.
+# Tokenizer classes that read `tokenizer.json` unchanged, for model types without special rules.
+# `AutoTokenizer` then uses the general class.
 _PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 _PLAIN_MODEL_TYPES = ("llama",)
 

@@ -5,12 +5,12 @@ The layout is what LLM Compressor writes and vLLM reads:
     model.layers.<n>.self_attn.k_scale, v_scale  float32, [1], or [kv_heads, 1, 1] for one per head
     config.json: quantization_config             declares the FP8 cache and the granularity
 
-It is for E4M3FN, with one granularity for K and V, and has neither scales per channel nor K
-offsets. Scales that it cannot express are written in full to `kv_scales.jfp8kv` (the format of
-`KVScales.save`), and the layout gets scales that clip no value. The file's suffix keeps loaders
-that read every .safetensors file of a folder from taking it for weights. `load` prefers the file as
-long as the scale tensors match what would be exported from it. So a folder that another tool
-calibrates later is not overridden by an outdated file.
+The layout is for E4M3FN. It has one granularity for K and V, and neither scales per channel nor K
+offsets. Scales that it cannot express are written in full to `kv_scales.jfp8kv` (in the format of
+`KVScales.save`), and the tensors get scales that clip no value. The suffix of the file prevents
+loaders that read every .safetensors file of a folder from reading it as weights. `load` prefers the
+file if the scale tensors are the ones that `export` would write for it. If another tool has
+calibrated the folder since, they differ, and the outdated file is not used.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ def to_e4m3fn(scales: KVScales) -> KVScales:
 def to_public_layout(scales: KVScales) -> KVScales:
     """Reduce E4M3FN scales to what the layout can express: one granularity, per layer or per head.
 
-    The largest scale of a head's channels is used. Keys that are stored less an offset `o` need
-    `scale + |o| / 448` without it.
+    A head gets the largest scale of its channels. A K offset `o` is replaced by a larger scale,
+    `scale + |o| / 448`.
     """
     k = scales.k
     if scales.k_offset is not None:
@@ -56,7 +56,7 @@ def to_public_layout(scales: KVScales) -> KVScales:
 
 
 def equal_values(a: KVScales, b: KVScales) -> bool:
-    """Return whether two scales have the same effect, in whatever shapes they are stored."""
+    """Return whether two scales have the same effect: equal values after broadcasting."""
 
     def equal(x: np.ndarray | None, y: np.ndarray | None) -> bool:
         return x is y or (x is not None and y is not None and bool(np.all(x == y)))
@@ -65,7 +65,7 @@ def equal_values(a: KVScales, b: KVScales) -> bool:
 
 
 def identical(a: KVScales, b: KVScales) -> bool:
-    """Return whether two scales have equal values and equal shapes."""
+    """Return whether two scales have equal values and shapes."""
     a_shapes = {name: array.shape for name, array in a.arrays.items()}
     b_shapes = {name: array.shape for name, array in b.arrays.items()}
     return a_shapes == b_shapes and equal_values(a, b)

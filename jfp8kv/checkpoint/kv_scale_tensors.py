@@ -3,7 +3,7 @@
 A tensor name gives the layer and the part: "k", "v", "kv" (one scale for both), "q" or "prob"
 (queries and probabilities, used by engines that quantize attention itself). The table covers the
 names that compressed-tensors (LLM Compressor), ModelOpt, Quark, AutoFP8 and vLLM write, and the
-names that vLLM reads. An invalid scale does not raise: its `StoredScale.error` says what is wrong.
+names that vLLM reads. Invalid scales do not raise: `StoredScale.error` says what is wrong.
 
 The side-car `kv_cache_scales.json` is what vLLM's first tools wrote:
 
@@ -53,8 +53,8 @@ _CONVENTIONS = {
         "module": rf"(?P<part>[qkv])\.{_ATTRIBUTE}",
     }.items()
 }
-# Names of no known convention that can only mean a KV scale. They are reported by name instead of
-# being taken for weights.
+# Names that follow no known convention but can only mean a KV scale. They are reported by name
+# instead of being read as weights.
 _LOOKS_LIKE_A_SCALE = re.compile(
     r"(^|\.)("
     r"(q|k|v|kv|qkv|key|value|query|prob)(_cache)?(_output)?"
@@ -66,7 +66,8 @@ _LOOKS_LIKE_A_SCALE = re.compile(
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0")
 # Outside this range, 1 / scale or scale * largest code is not a normal float32 number.
-_SMALLEST, _LARGEST = 2.0**-110, 2.0**110
+_SMALLEST = 2.0**-110
+_LARGEST = 2.0**110
 
 _SIDECAR_FORMATS = {
     "float8_e4m3fn": "fp8_e4m3",
@@ -95,7 +96,7 @@ class ScaleName(NamedTuple):
 def is_kv_scale(name: str) -> bool:
     """Return whether a tensor name means a scale or zero point of the KV cache.
 
-    Names of no known convention that can only mean a KV scale count too.
+    This includes names that follow no known convention but can only mean a KV scale.
     """
     return _LOOKS_LIKE_A_SCALE.search(name) is not None or parse_scale_name(name) is not None
 
@@ -130,7 +131,7 @@ class StoredScale:
       source: the full tensor name, or the file and layer.
       stored_dtype: the dtype in the file.
       fp8_format: the format that the file's scale is for.
-      error: why the scale is invalid, as the end of a sentence that begins with `source`.
+      error: why the scale is invalid, as the rest of a sentence that begins with `source`.
     """
 
     layer: int
@@ -143,7 +144,7 @@ class StoredScale:
 
     @property
     def granularity(self) -> str:
-        """ "tensor", "head", or "channel" (only in files written by this library)."""
+        """The granularity: "tensor", "head", or, in files of this library only, "channel"."""
         return GRANULARITIES[0 if self.value is None else self.value.ndim]
 
 

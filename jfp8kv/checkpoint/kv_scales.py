@@ -1,7 +1,7 @@
 """Check the KV-cache scales of a checkpoint layer by layer, and report on them.
 
-FP8 caches fail in practice through their scales: a name that no loader matched, a zero, a scale for
-a layer that the model lacks, a scale for another format. So every scale that is found is used or
+In practice, FP8 caches fail because of their scales: a name that no loader matches, a zero, a scale
+for a layer that does not exist, a scale for another format. So every scale that is found is used or
 reported. `check_scales` never raises for an invalid scale: it returns a `ScaleReport`, whose
 `raise_or_warn` applies strict or lenient loading. Scales are float32 and for E4M3FN (largest 448)
 after conversion; `real = stored * scale`. The choices and their reasons: docs/notes/008.
@@ -51,7 +51,7 @@ Place = tuple[int, str]  # a layer, and "k" or "v"
 
 
 class ScaleIssue(NamedTuple):
-    """Something that strict loading refuses. `layer` is None if it belongs to no single layer."""
+    """An invalid scale, which strict loading refuses. `layer` is None if it is not of one layer."""
 
     layer: int | None
     source: str

@@ -1,6 +1,6 @@
 """`load`: read a checkpoint (folder, GGUF file or hub id) into `Params`.
 
-This file decides what a source is. Each format has its reader in a file of this package.
+This file detects the format of a source. Each format has its reader in a file of this package.
 `read_checkpoint_info` reads the config and the headers; `load` then reads the weights. No code of a
 checkpoint runs: no pickles, no remote code, and chat templates are rendered in a sandbox.
 """
@@ -92,10 +92,12 @@ ModelLike: TypeAlias = Params | str | os.PathLike[str]
 """A model: weights in memory, or a path or hub id that `load` takes."""
 
 
-def as_params(model: ModelLike, *, dtype: Any = None, strict: bool = True) -> Params:
-    """Return `model` if it is a `Params`, else what `load` reads.
+def as_params(
+    model: ModelLike, *, dtype: WeightsDtype | None = None, strict: bool = True
+) -> Params:
+    """Return `model` if it is a `Params`, else the `Params` that `load` returns for it.
 
-    Raises `ConfigError` for another type, and for `dtype` or `strict` of weights in memory.
+    Raises `ConfigError` for another type, and for `dtype` or `strict` with weights in memory.
     """
     if isinstance(model, str | os.PathLike):
         return load(model, dtype=dtype, strict=strict)
@@ -120,7 +122,7 @@ class CheckpointInfo:
 
     Attributes:
       path: the folder or file.
-      kind: the format in words, for people.
+      kind: the format in words, for display.
       config: with `dtype` as the weights are stored. If it ties the output to the embeddings and
         the checkpoint has an output head too, `load` compares their values.
       weights: every tensor of the text model, under the names that `modules` gives (or our names
@@ -194,7 +196,7 @@ def read_scale_report(source: PathLike) -> ScaleReport:
 
 
 def resolve_dtype(dtype: WeightsDtype | None) -> np.dtype | None:
-    """Return a weight dtype from its name or from a NumPy or JAX dtype; None stays None.
+    """Return the NumPy dtype of weights for a name or a NumPy or JAX dtype; None for None.
 
     Raises:
       ConfigError: an unknown dtype, with the list of those that are supported.
@@ -228,7 +230,10 @@ def locate(source: PathLike, *, weights: bool = True) -> Path:
         return _checked_file(path)
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".gguf":
         return hf.download(source, weights=weights)
-    raise CheckpointError(f"{source}: no such file or folder.")
+    raise CheckpointError(
+        f"{source}: no such file or folder; give a folder, a .gguf file or a hub id such as "
+        "'owner/name'."
+    )
 
 
 def _checked_file(path: Path) -> Path:
@@ -362,9 +367,9 @@ def _load_weights(info: CheckpointInfo, dtype: np.dtype | None, strict: bool) ->
 
 
 def _resolve_tied_head(info: CheckpointInfo) -> tuple[ModelConfig, Mapping[str, StoredTensor]]:
-    """Compare the output head with the embeddings, where the config ties them and both are stored.
+    """Compare the output head with the embeddings, if the config ties them but both are stored.
 
-    An equal head is dropped. A different head is used: the config is then untied.
+    An equal head is dropped. A different head is used, and the returned config is untied.
     """
     config = info.config
     weights = info.weights

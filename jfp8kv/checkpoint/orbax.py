@@ -46,8 +46,11 @@ from jfp8kv.models.names import (
 from jfp8kv.models.params import Params
 from jfp8kv.text.tokenizer import Tokenizer
 
-FORMAT, VERSION = "jfp8kv.Params", 1
-DESCRIPTION, WEIGHTS, KV_SCALES = "jfp8kv.json", "weights", "kv_scales.safetensors"
+FORMAT = "jfp8kv.Params"
+VERSION = 1
+DESCRIPTION = "jfp8kv.json"
+WEIGHTS = "weights"
+KV_SCALES = "kv_scales.safetensors"
 _HUGGING_FACE = ("config.json", "model.safetensors", INDEX)
 _TREE = "_METADATA"  # Orbax's list of the arrays, a JSON object
 _ORBAX = ("_CHECKPOINT_METADATA", _TREE, "manifest.ocdbt")
@@ -67,12 +70,16 @@ def save(params: Params, folder: PathLike, *, overwrite: bool = False) -> None:
 
     The folder has the weights, the config, the tokenizer and the KV scales.
 
+        jfp8kv.save(params, "out")
+        params = jfp8kv.load("out")
+
     Args:
+      params: the model.
       folder: must not exist, or be empty. Parent folders are created.
       overwrite: replace a folder that `save` wrote. Any other folder is refused.
 
     Raises:
-      CheckpointError: the folder exists, or cannot be written.
+      CheckpointError: the folder is not empty, or cannot be written.
       ConfigError: not a `Params`, or a tokenizer or scales that cannot be written.
     """
     if not isinstance(params, Params):
@@ -149,7 +156,7 @@ def _write(params: Params, description: Mapping[str, Any], folder: Path) -> None
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """What `save` wrote beside the weights."""
+    """What `save` wrote in addition to the weights."""
 
     config: ModelConfig
     tokenizer: Tokenizer | None
@@ -201,7 +208,7 @@ def load_saved(folder: Path, dtype: np.dtype | None) -> Params:
 
 
 def read_saved_info(folder: Path) -> tuple[SavedModel, dict[str, StoredTensor]]:
-    """Return what `load_saved` would load, and the unread weights by name. Raises the same."""
+    """Return what `load_saved` would load, with the weights unread, by name. Raises the same."""
     saved = _read_description(folder)
     with _checkpointer() as checkpointer:
         weights = _open_weights(folder / WEIGHTS, expected_shapes(saved.config), checkpointer)
@@ -329,7 +336,7 @@ def _stored_tensors(path: Path, checkpointer: Any) -> dict[str, StoredTensor]:
 
 def _unreadable(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: not a readable Orbax checkpoint ({reason}): fetch or save it again."
+        f"{path}: not a readable Orbax checkpoint ({reason}): download or save it again."
     )
 
 
@@ -343,7 +350,7 @@ def _read_array(path: Path, checkpointer: Any, name: str, out: np.ndarray) -> No
         restored = checkpointer.restore(path, args=restore)
     except _ORBAX_ERRORS as error:
         raise CheckpointError(
-            f"{path}: {name} cannot be read ({_first_line(error)}): fetch or save it again."
+            f"{path}: {name} cannot be read ({_first_line(error)}): download or save it again."
         ) from error
     (array,) = jax.tree.leaves(restored)
     flat = out.reshape(-1)

@@ -1,10 +1,10 @@
 """Dequantize FP8 and MXFP4 weights while they are read: each becomes a `StoredTensor` of floats.
 
 A float8 weight has its scales in a second tensor: one scale for the tensor, for each output
-channel, or for each block of rows and columns. The first two are blocks too, of other sizes.
-`real = stored * scale` holds for every name of the scale tensor: `weight_scale_inv` is multiplied
-too. MXFP4 experts have two 4-bit values per byte, the low half first, and a power of two for every
-32 values. Only one chunk of a weight and the weight's scales are in memory at a time.
+channel, or for each block of rows and columns. The first two are handled as blocks of these sizes.
+`real = stored * scale` holds for every name of the scale tensor, `weight_scale_inv` included. MXFP4
+experts have two 4-bit values per byte, the low half first, and a power of two for every 32 values.
+Only one chunk of a weight and the weight's scales are in memory at a time.
 """
 
 import dataclasses

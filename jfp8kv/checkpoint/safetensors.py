@@ -1,8 +1,8 @@
 """Read and write safetensors files: a length, a JSON header, and raw little-endian bytes.
 
-The safetensors library is not used, for two reasons. It maps the file, so the mapped pages count as
-our memory beside the copy, and it cannot convert float8 tensors to NumPy. For writing, it needs all
-tensors in memory at once. Source: the description of the format in the safetensors repository.
+The safetensors library is not used. It maps the file, so the mapped pages count as memory of the
+process in addition to the copy, it cannot convert float8 tensors to NumPy, and for writing it needs
+all tensors in memory at once. Source: the description of the format in the safetensors repository.
 """
 
 import dataclasses
@@ -39,13 +39,14 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-WEIGHTS: dict[str, np.dtype] = {
+# The dtypes that weights are read as.
+_WEIGHT_DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float32),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": BFLOAT16,
 }
-_ALIGNMENT = 8  # bytes; where the data begins
+_ALIGNMENT = 8  # bytes; of the start of the data
 _MAX_HEADER = 100 << 20  # bytes; a limit of the format
 
 
@@ -76,7 +77,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         if text and not text.startswith(b"{"):
             raise not_a("a safetensors file", path, "its header is not JSON")
         raise CheckpointError(
-            f"{path}: truncated in its header ({len(text)} of {length} bytes): fetch it again."
+            f"{path}: truncated in its header ({len(text)} of {length} bytes): download it again."
         )
     try:
         header = json.loads(text)
@@ -98,13 +99,13 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, data_bytes: int)
     if end > data_bytes:
         raise CheckpointError(
             f"{path}: truncated: {name} ends at byte {data_start + end}, the file has "
-            f"{data_start + data_bytes}: fetch it again."
+            f"{data_start + data_bytes}: download it again."
         )
     return StoredTensor(
         name,
         shape,
         stored_dtype,
-        WEIGHTS.get(stored_dtype),
+        _WEIGHT_DTYPES.get(stored_dtype),
         path,
         partial(_read, path, data_start + start, dtype),
         data_start + start,

@@ -1,9 +1,9 @@
 """Tensors in checkpoint files, and streaming them into the parameter tree of a model.
 
-Memory is what matters here. Each parameter is one aligned host array. It is filled tensor by tensor
-with plain reads (memory-mapped pages would count as ours) and handed to JAX, which adopts the
-memory on a CPU and copies it to any other device. Nothing else is in memory but one chunk of the
-tensor that is being converted.
+Loading is designed for low peak memory. Each parameter is one aligned host array, which is filled
+tensor by tensor with plain reads (memory-mapped pages would count as memory of the process) and
+passed to JAX, which adopts the memory on a CPU and copies it to any other device. Only one chunk of
+the tensor that is being converted is in memory in addition.
 """
 
 import dataclasses
@@ -46,9 +46,9 @@ class StoredTensor:
 
     Attributes:
       stored_dtype: the file's name for its type, such as "BF16" or "Q4_K".
-      dtype: the float dtype that represents it best, None if it cannot be read as a weight.
+      dtype: the float dtype to read it as; None if it cannot be read as a weight.
       read: fills an array of `shape`, in the float dtype of that array.
-      offset: where its bytes begin in `file`, if they are stored there in C order.
+      offset: where its bytes start in `file`; None if they are not stored there in C order.
     """
 
     name: str
@@ -177,8 +177,8 @@ def read_exactly(path: Path, offset: int, out: np.ndarray) -> None:
             count = file.readinto(view)
             if not count:
                 raise CheckpointError(
-                    f"{path}: the file ends {len(view)} bytes early; it is truncated: fetch it "
-                    "again."
+                    f"{path}: the file ends {len(view)} bytes early; it is truncated: "
+                    "download it again."
                 )
             view = view[count:]
 

@@ -9,7 +9,7 @@ layout, an NNX module or state, Hugging Face names, or a Flax tree with `kernel`
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,12 @@ class HFConfig(Protocol):
         """Return the fields of config.json."""
 
 
-ConfigLike: TypeAlias = ModelConfig | Mapping[str, Any] | HFConfig
+if TYPE_CHECKING:
+    ConfigLike: TypeAlias = ModelConfig | Mapping[str, Any] | HFConfig
+else:
+    ConfigLike = (
+        object  # other types raise a `ConfigError`, not an error of a run-time type checker
+    )
 """A `ModelConfig`, a dict as in config.json, or a transformers config."""
 
 

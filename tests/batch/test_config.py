@@ -100,7 +100,7 @@ MISTAKES = {
     "an unknown section": (
         "prompt: |",
         "promt: |",
-        r"run.yaml:7: promt: no such key. Did you mean 'prompt'\? There are task, ",
+        r"run.yaml:7: promt: no such key. Did you mean 'prompt'\? Keys: task, ",
     ),
     "a wrong type": (
         "temperature: 0.5",
@@ -130,7 +130,7 @@ MISTAKES = {
     "an unknown choice": (
         "model: some",
         "task: generat\nmodel: some",
-        r"run.yaml:2: task: 'generat' is not allowed.*mean 'generate'",
+        r"run.yaml:2: task: 'generat': must be .*mean 'generate'",
     ),
     "an unknown format": (
         "fp8_e4m3",
@@ -216,7 +216,7 @@ MISTAKES = {
     "a dtype of the weights": (
         "input:",
         "dtype: float8\ninput:",
-        r"run.yaml:9: dtype: 'float8' is not allowed: must be 'bfloat16'",
+        r"run.yaml:9: dtype: 'float8': must be 'bfloat16'",
     ),
     "a percentile": (
         "input:",

@@ -162,7 +162,7 @@ def test_an_invalid_tree_is_refused_by_parameter(config, tensors):
         )
     with pytest.raises(CheckpointError, match=r"norm\.weight is of dtype int32"):
         Params.from_pytree(tensors | {"model.norm.weight": np.ones(32, np.int32)}, config)
-    with pytest.raises(CheckpointError, match="norm.weight is a float, not an array"):
+    with pytest.raises(CheckpointError, match="norm.weight is of type float, not an array"):
         Params.from_pytree(tensors | {"model.norm.weight": 1.0}, config)
     with pytest.raises(CheckpointError, match="contains no arrays"):
         Params.from_pytree({}, config)
