@@ -170,8 +170,8 @@ def test_channel_scales_of_one_kv_head_round_trip(tmp_path):
     assert equal(load(tmp_path).kv_scales, scales)
     seen = jfp8kv.inspect(tmp_path).scales
     assert (
-        seen.elsewhere == "kv_scales.jfp8kv"
-        and [(row.granularity, row.verdict) for row in seen.rows] == [("channel", "used")] * 2
+        seen.file == "kv_scales.jfp8kv"
+        and [(row.granularity, row.verdict) for row in seen.layers] == [("channel", "used")] * 2
     )
 
 
@@ -292,12 +292,12 @@ def exported(params, tmp_path):
 
 def test_inspect_shows_the_kv_file_layer_by_layer(exported):
     found = jfp8kv.inspect(exported).scales
-    assert (found.elsewhere, found.granularity, found.problems) == (
+    assert (found.file, found.granularity, found.issues) == (
         "kv_scales.jfp8kv",
         "channel",
         (),
     )
-    assert [(row.sources, row.granularity, row.verdict) for row in found.rows] == [
+    assert [(row.sources, row.granularity, row.verdict) for row in found.layers] == [
         (("kv_scales.jfp8kv",), "channel", "used")
     ] * LAYERS
 
