@@ -32,12 +32,12 @@ class CacheBenchmark:
 
     Attributes:
       kv_dtype, attention, bytes_per_token, tokens_capacity: as in `llm` and `llm.stats`.
-      max_requests: how many of the requests the cache has room for at once.
-      first_token_s: seconds from the call to the median request's first token.
+      max_requests: the number of requests that the cache has room for at once.
+      first_token_s: seconds from the call to the first token of the median request.
       prefill_tokens_s: prompt tokens per second of prefill; None for prompts of one token.
       decode_tokens_s: output tokens per second of decoding.
       output_tokens_s: output tokens per second of the whole round.
-      preemptions: per round.
+      preemptions: preemptions per round.
       compile_s: seconds of compilation, or of reading the compilation cache.
     """
 
@@ -56,7 +56,13 @@ class CacheBenchmark:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BenchmarkReport(Report):
-    """Caches side by side. Prints as a table; `to_dict` returns everything."""
+    """The result of `bench`. Prints as a table; `to_dict` returns everything.
+
+    Attributes:
+      requests, prompt_tokens, output_tokens, rounds: the options of the benchmark.
+      device: a description of the device.
+      caches: the speed of each cache; the first one is the baseline of ratios.
+    """
 
     requests: int
     prompt_tokens: int
@@ -144,8 +150,12 @@ def bench(
       progress: show a progress bar; None shows one on a terminal.
       **options: the fields of `BenchOptions`, listed below.
 
+    Returns:
+      The speed of each cache.
+
     Raises:
-      ConfigError: an invalid option, before the model is loaded; and the errors of `LLM`.
+      ConfigError: an invalid option, before the model is loaded.
+      Other errors are those of `LLM`.
     """
     checked = BenchOptions.from_fields(also=("model", "dtype", "strict", "progress"), **options)
     caches = list(_caches(checked))
@@ -186,7 +196,7 @@ def _caches(options: BenchOptions) -> Iterator[tuple[KVDtype, KVScalesLike]]:
 
 
 def _takes_scales(kv_dtype: KVDtype) -> bool:
-    """Return whether an explicit kind of scales goes with this format."""
+    """Return whether `kv_scales` applies to this format: not to unquantized ones and plans."""
     if isinstance(kv_dtype, str) and kv_dtype in KV_DTYPES and kv_dtype != "auto":
         return kv_format(kv_dtype).is_fp8
     return not isinstance(kv_dtype, KVPlan | str | os.PathLike)
@@ -200,7 +210,7 @@ def _label(llm: LLM, kv_scales: KVScalesLike) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Round:
-    """One run of all requests. `counters` are the increments of `llm.stats`."""
+    """One run of all requests. `counters` are the differences of `llm.stats`."""
 
     seconds: float
     first_token_s: float
@@ -220,10 +230,10 @@ def _run_rounds(
             rng = np.random.default_rng(number)
             shape = (options.requests, options.prompt_tokens)
             prompts = rng.integers(0, vocab, shape).tolist()
-            for llm, own_rounds in zip(llms, rounds, strict=True):
-                own_rounds.append(_run(llm, prompts, options.output_tokens))
+            for llm, llm_rounds in zip(llms, rounds, strict=True):
+                llm_rounds.append(_run(llm, prompts, options.output_tokens))
                 bar.update()
-    return [own_rounds[1:] for own_rounds in rounds]  # the first round compiled
+    return [llm_rounds[1:] for llm_rounds in rounds]  # the first round compiles
 
 
 def _run(llm: LLM, prompts: list[list[int]], output_tokens: int) -> _Round:

@@ -25,21 +25,25 @@ from jfp8kv.quality.options import (
 
 BASELINE = "float32"
 PLANNED = "planned"
-_LONGEST_LABEL = 40
+_MAX_LABEL = 40
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheChoice:
     """A cache to run: `kv_dtype` and `kv_scales` as `LLM` takes them, and the labels of reports.
 
-    `calibrate` is the granularity of scales that are still to be calibrated, or None.
+    Attributes:
+      label: the name of the cache in reports.
+      dtype_label, scales_label: the names of its format and its scales; `scales_label` is "" for
+        formats without scales.
+      calibrate: the granularity of scales that have yet to be calibrated, or None.
     """
 
     label: str
     kv_dtype: KVDtype
     kv_scales: KVScalesLike
     dtype_label: str
-    scales_label: str  # "" for formats without scales
+    scales_label: str
     calibrate: Granularity | None = None
 
 
@@ -48,21 +52,23 @@ def cache_choices(
 ) -> list[CacheChoice]:
     """Return the float32 cache, then each format with each kind of scales.
 
-    Formats that are not FP8 and KV plans come once, because they take no other scales; float32 is
-    not repeated. Equal labels are numbered.
+    A format that is not FP8 appears once, because it has no scales, and so does a KV plan, which
+    contains its scales. float32 is not repeated. Equal labels are numbered.
 
     Raises `ConfigError` or `CheckpointError` for a cache that an engine for sequences of up to
     `max_model_len` tokens would refuse.
     """
     builder = _Builder(params, options.scales_choices, max_model_len)
-    found = [CacheChoice(BASELINE, BASELINE, UNIT, BASELINE, "")]
+    choices = [CacheChoice(BASELINE, BASELINE, UNIT, BASELINE, "")]
     for label, kv_dtype in options.dtype_choices:
-        found += builder.choices(label, kv_dtype)
-    return list(_number_duplicates(found))
+        choices += builder.choices(label, kv_dtype)
+    return list(_number_duplicates(choices))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Builder:
+    """Creates the caches of each format, and checks that an engine would accept them."""
+
     params: Params
     kv_scales: tuple[Labelled[KVScalesLike], ...]
     max_model_len: int | None
@@ -106,26 +112,27 @@ class _Builder:
 def with_calibrated_scales(
     params: Params, choices: Sequence[CacheChoice], prompts: Iterable[Windows]
 ) -> list[CacheChoice]:
-    """Return `choices` with scales calibrated on `prompts` where they need some.
+    """Return `choices`, with scales calibrated on `prompts` where `calibrate` is set.
 
-    They are those of `jfp8kv.calibrate`, bit for bit. One pass over the data serves all
-    granularities, because the amax of each channel determines that of a head and of a tensor.
+    The scales equal those of `jfp8kv.calibrate`, bit for bit. One pass over the data is enough,
+    because the amax of each channel determines that of a head and of a tensor.
     """
     if all(choice.calibrate is None for choice in choices):
         return list(choices)
     calibrator = Calibrator(params, "channel")
     amax = calibrator.run(prompts, AmaxObserver.empty(calibrator.shape))
-    found = []
+    calibrated = []
     for choice in choices:
         if choice.calibrate is not None:
             formats = layer_formats(choice.kv_dtype, params.config, params.dtype.name)
             scales = amax_scales(amax, calibrator.shape, choice.calibrate, formats)
             choice = dataclasses.replace(choice, kv_scales=scales, calibrate=None)
-        found.append(choice)
-    return found
+        calibrated.append(choice)
+    return calibrated
 
 
 def _granularity(scales: KVScalesLike) -> Granularity | None:
+    """Return the granularity that `scales` names, or None."""
     return next(
         (name for name in GRANULARITIES if isinstance(scales, str) and scales == name), None
     )
@@ -151,4 +158,4 @@ def _number_duplicates(choices: Iterable[CacheChoice]) -> Iterator[CacheChoice]:
 
 
 def _shorten(text: str) -> str:
-    return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 3]}..."
+    return text if len(text) <= _MAX_LABEL else f"{text[: _MAX_LABEL - 3]}..."

@@ -1,4 +1,4 @@
-"""The measured quality of one cache: sums over sequences, and the reported means and shares."""
+"""The quality of one cache: sums over sequences, and the means and fractions of reports."""
 
 import dataclasses
 import math
@@ -28,9 +28,9 @@ class ReconstructionError:
     Attributes:
       snr_db: signal-to-noise ratio in decibels, 10 log10 of the sum of squares over the sum of
         squared errors; infinite without error.
-      clipped: share of values stored as the largest representable one although they are larger.
-      flushed: share of values stored as zero although they are not.
-      limits: by layer, the smallest and the largest magnitude that can be stored, the median over
+      clipped: fraction of values that are larger than the largest representable one.
+      flushed: fraction of nonzero values that are stored as zero.
+      limits: by layer, the smallest and the largest magnitude that can be stored, as medians over
         heads and channels; None with dynamic scales or K offsets.
     """
 
@@ -44,7 +44,7 @@ class ReconstructionError:
 
     @property
     def mean_snr_db(self) -> float:
-        """Mean over the layers with an error; infinite if there are none."""
+        """Mean over the layers with a finite ratio; infinite if there are none."""
         lossy = [each for each in self.snr_db if each != math.inf]
         return sum(lossy) / len(lossy) if lossy else math.inf
 
@@ -55,31 +55,31 @@ class ReconstructionError:
 
     @property
     def clipped_share(self) -> float:
-        """Clipped share of the values of all layers."""
+        """Clipped fraction of the values of all layers."""
         return sum(self.clipped) / len(self.clipped)
 
     @property
     def flushed_share(self) -> float:
-        """Flushed share of the values of all layers."""
+        """Flushed fraction of the values of all layers."""
         return sum(self.flushed) / len(self.flushed)
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheQuality:
-    """One cache against the float32 cache, over every token that has a predecessor.
+    """The quality of one cache, relative to the float32 cache, over all tokens with a predecessor.
 
-    Standard errors are those of a mean over sequences; None for a single sequence.
+    Standard errors are those of a mean over sequences, or None for a single sequence.
 
     Attributes:
       label, kv_dtype, kv_scales: names of the cache; `kv_scales` is "" for formats without scales.
       layers: the format of each layer, and whether its scales are dynamic.
       bytes_per_token: as in `llm.stats`.
       nll, perplexity: mean negative log-likelihood in nats, and its exponential.
-      nll_change: difference of `nll` to the float32 cache.
+      nll_change: the increase of `nll` over the float32 cache.
       kl, kl_largest: mean and largest KL(float32 cache || this cache) per token, in nats.
-      top1_agreement: share of tokens after which both have the same most likely token.
-      needle_recall: by prompt length, then depth.
-      k, v: errors of keys and values.
+      top1_agreement: fraction of tokens after which both have the same most likely next token.
+      needle_recall: recall by prompt length, then depth.
+      k, v: reconstruction errors of keys and of values.
     """
 
     label: str
@@ -101,7 +101,7 @@ class CacheQuality:
 
     @property
     def perplexity_change(self) -> float:
-        """Relative increase over the float32 cache's perplexity: 0.01 is 1%."""
+        """The increase over the perplexity of the float32 cache: 0.01 is 1%."""
         return math.expm1(min(self.nll_change, _MAX_NATS))
 
     @property
@@ -115,7 +115,7 @@ class CacheQuality:
 class Magnitudes:
     """Histograms of the magnitudes of keys and values, by layer.
 
-    Bin `i` is from `2**(lowest + i / parts)` to the next edge. The first bin also counts all
+    Bin `i` starts at `2**(lowest + i / parts)`. The first bin also counts all
     smaller magnitudes (zeros), the last all larger ones.
     """
 
@@ -151,16 +151,15 @@ class CacheTotals:
 
     def __init__(self) -> None:
         self.sequences: list[SequenceTotals] = []
-        self.tokens = 0  # whose keys and values were stored
-        self.quantization: dict[
-            str, np.ndarray
-        ] = {}  # fields of QuantStats [layers, kinds, kv_heads]
+        self.tokens = 0  # tokens whose keys and values were stored
+        # The fields of `QuantStats`, each [layers, kinds, kv_heads].
+        self.quantization: dict[str, np.ndarray] = {}
         self.magnitudes: HistogramObserver | None = None
         self.kl_largest = 0.0
-        self.recall: list[float] = []  # by needle
+        self.recall: list[float] = []  # of each needle
 
     def start_sequence(self) -> None:
-        """Start a new sequence; `add` adds to it."""
+        """Start a new sequence, to which `add` adds."""
         self.sequences.append(SequenceTotals())
 
     def add(self, scores: TokenScores, stats: CacheStats, predicted: int, tokens: int) -> None:
@@ -198,7 +197,10 @@ def summarize(
     """Return the quality of one cache.
 
     Args:
-      depths: needles per prompt length, 0 for none.
+      choice, config: the cache.
+      totals: its sums.
+      baseline: the sums of the float32 cache.
+      depths: the number of needles per prompt length.
       max_model_len: bytes per token are those of an engine for sequences of this length.
     """
     nll, _ = mean_and_stderr(totals.sequences, lambda sequence: sequence.nll)
@@ -237,9 +239,9 @@ def mean_and_stderr(
 ) -> tuple[float, float | None]:
     """Return the mean per token of a sum over tokens, and its standard error or None.
 
-    Tokens of a sequence depend on each other, so sequences are the sample. They differ in length:
-    with sums s_i, token counts n_i and r = sum s / sum n, the standard error of the ratio r is
-    sqrt(m / (m - 1) sum (s_i - r n_i)^2) / sum n, which for equal lengths is that of a mean
+    Tokens of a sequence are not independent, so the sample consists of m sequences. They differ in
+    length. With sums s_i, token counts n_i and r = sum s / sum n, the standard error of the ratio r
+    is sqrt(m / (m - 1) sum (s_i - r n_i)^2) / sum n, which for equal lengths is that of a mean
     (Cochran, Sampling Techniques, third edition, section 6.4).
     """
     sums = np.array([value(sequence) for sequence in sequences], np.float64)

@@ -1,14 +1,14 @@
-"""Static FP8 scales from data: run sample prompts, observe keys and values, choose scales that fit.
+"""Static FP8 scales from data: run sample prompts, observe keys and values, choose scales.
 
-The forward pass is the engine's, over a small float32 cache. Prompts run one at a time, in chunks
-whose widths depend on the prompt's length alone. So the statistics of a prompt do not depend on the
-others, to the last bit, and merging is exact: order and grouping of the data change nothing. Memory
-(statistics, and a cache for one prompt) does not grow with the number of prompts.
+The forward pass is that of the engine, over a small float32 cache. Prompts run one at a time, in
+chunks whose widths depend only on the length of the prompt. So the statistics of a prompt do not
+depend on other prompts, to the last bit. Merging statistics is exact, so the order of the prompts
+changes nothing. Memory (statistics, and a cache for one prompt) does not grow with their number.
 """
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 import jax
 import numpy as np
@@ -47,8 +47,8 @@ from jfp8kv.quality.observers import (
 )
 from jfp8kv.quality.options import CalibrationOptions, Granularity
 
-FEW_PROMPTS = 8  # no progress bar for these
-POOL_TOKENS = 512  # the cache of one sequence: this many tokens, or 4, 16, ... times as many
+MIN_PROGRESS_PROMPTS = 9  # fewer prompts run without a progress bar
+MIN_POOL_TOKENS = 512  # the cache of one sequence has this many tokens, or 4, 16, ... times as many
 ObserverT = TypeVar("ObserverT", bound=Observer)
 
 
@@ -62,8 +62,8 @@ def calibrate(
 ) -> KVScales:
     """Return static scales for an FP8 cache, from the keys (after RoPE) and values of `prompts`.
 
-    Any order of the prompts gives the same scales, bit for bit. Memory does not grow with their
-    number: an iterable is consumed one prompt at a time. Channels that are zero everywhere get
+    The scales do not depend on the order of the prompts, to the last bit. Memory does not grow with
+    their number: an iterable is consumed one prompt at a time. Channels that are always zero get
     scale 1.
 
         scales = jfp8kv.calibrate(params, prompts, granularity="channel", headroom=2.0)
@@ -76,9 +76,13 @@ def calibrate(
       progress: show a progress bar; None shows one on a terminal for more than 8 prompts.
       **options: the fields of `CalibrationOptions`, listed below.
 
+    Returns:
+      Scales to give as `kv_scales` to `generate` or `LLM`, or to save.
+
     Raises:
-      ConfigError: no prompts; one that is empty, too long or of an unknown form; an invalid option;
-        NaN or infinity among the keys or values of a layer.
+      ConfigError: no prompts; a prompt that is empty, too long or of an unknown form; an invalid
+        option; NaN or infinity among the keys or values of a layer.
+      CheckpointError: a model that cannot be loaded.
     """
     checked = CalibrationOptions.from_fields(also=("progress",), **options)
     return run_calibration(params, prompts, checked, progress=progress).scales
@@ -100,7 +104,7 @@ def run_calibration(
     *,
     progress: bool | None = None,
 ) -> CalibrationResult:
-    """Calibrate with checked options. Errors as for `calibrate`."""
+    """Return the result of `calibrate` with checked options, and the size of the data."""
     params = as_params(params)
     use_compilation_cache()
     max_tokens = _max_tokens(params.config, options)
@@ -112,13 +116,13 @@ def run_calibration(
         if options.k_offset:
             scales = _with_k_offset(passes, options, max_tokens)
         else:
-            scales = _to_scales(_choose(passes, options), options)
+            scales = _to_kv_scales(_scales_of_observer(passes, options), options)
     return CalibrationResult(scales, calibrator.prompts, calibrator.tokens)
 
 
 @dataclasses.dataclass
 class _Passes:
-    """Passes over the same prompts: `only`, or `first` and then `second`."""
+    """Passes over the same prompts: either `single`, or `first` and then `second`."""
 
     windows: Iterable[Windows]
     spool: TokenSpool
@@ -126,13 +130,16 @@ class _Passes:
     count: int | None
     progress: bool | None
 
-    def only(self) -> Iterable[Windows]:
+    def single(self) -> Iterable[Windows]:
+        """Return the prompts, without recording them."""
         return self._bar(self.windows, self.count, None)
 
     def first(self, description: str) -> Iterable[Windows]:
+        """Return the prompts, and record their token ids for `second`."""
         return self._bar(self.spool.record(self.windows), self.count, description)
 
     def second(self, description: str) -> Iterable[Windows]:
+        """Return the recorded prompts."""
         return self._bar(self.spool.replay(), self.calibrator.prompts, description)
 
     def _bar(
@@ -140,32 +147,35 @@ class _Passes:
     ) -> Iterable[Windows]:
         from tqdm import tqdm
 
-        few = count is not None and count <= FEW_PROMPTS
-        hidden = (few or None) if self.progress is None else not self.progress
+        hidden: bool | None = None  # tqdm then shows a bar if stderr is a terminal
+        if self.progress is not None:
+            hidden = not self.progress
+        elif count is not None and count < MIN_PROGRESS_PROMPTS:
+            hidden = True
         bar: Iterable[Windows] = tqdm(
             prompts, total=count, desc=description, unit="prompt", disable=hidden
         )
         return bar
 
 
-def _choose(passes: _Passes, options: CalibrationOptions) -> np.ndarray:
-    """Return the scales of one of the observers, `[layers, kinds, heads, channels]`."""
+def _scales_of_observer(passes: _Passes, options: CalibrationOptions) -> np.ndarray:
+    """Return the scales that `options.observer` chooses, `[layers, kinds, heads, channels]`."""
     calibrator = passes.calibrator
     shape = calibrator.shape
     fmt = kv_format(options.kv_dtype)
     if options.observer == "percentile":
-        histogram = calibrator.run(passes.only(), HistogramObserver.empty(shape))
+        histogram = calibrator.run(passes.single(), HistogramObserver.empty(shape))
         return histogram.scales(fmt, options.percent)
     if options.observer == "mse":
         amax = calibrator.run(passes.first("amax"), AmaxObserver.empty(shape))
         errors = calibrator.run(passes.second("errors"), MSEObserver.of(amax, fmt))
         return errors.scales()
-    amax = calibrator.run(passes.only(), AmaxObserver.empty(shape))
+    amax = calibrator.run(passes.single(), AmaxObserver.empty(shape))
     return amax.scales(fmt, options.headroom)
 
 
 def _with_k_offset(passes: _Passes, options: CalibrationOptions, max_tokens: int) -> KVScales:
-    """Return K offsets from a first pass, and the scales of the remainder from a second."""
+    """Return K offsets from a first pass, and scales for keys without them from a second pass."""
     calibrator = passes.calibrator
     fmt = kv_format(options.kv_dtype)
     channels = calibrator.shape.at("channel")
@@ -176,17 +186,17 @@ def _with_k_offset(passes: _Passes, options: CalibrationOptions, max_tokens: int
         passes.second("amax"), AmaxObserver.empty(channels), CenteredKeys(mean)
     )
     amax = centered.widen_keys(distance).coarsen(calibrator.shape)
-    return _to_scales(amax.scales(fmt, options.headroom), options, offset)
+    return _to_kv_scales(amax.scales(fmt, options.headroom), options, offset)
 
 
-def _to_scales(
+def _to_kv_scales(
     chosen: np.ndarray, options: CalibrationOptions, k_offset: np.ndarray | None = None
 ) -> KVScales:
     return KVScales(chosen[:, 0], chosen[:, 1], k_offset=k_offset, kv_dtype=options.kv_dtype)
 
 
 def _max_tokens(config: ModelConfig, options: CalibrationOptions) -> int:
-    """Return the most tokens of one sequence. Raises `ConfigError` beyond the model's limit."""
+    """Return the maximum length of a sequence. Raises `ConfigError` beyond the model's limit."""
     if options.window is not None and options.window > config.max_len:
         raise ConfigError(
             f"window={options.window}: this model was trained for at most {config.max_len} tokens."
@@ -217,7 +227,8 @@ def amax_scales(
 class Calibrator:
     """Runs prompts through the model, one at a time, and collects statistics on the host.
 
-    `prompts` and `tokens` count the data of the last run.
+    Attributes:
+      prompts, tokens: the size of the data of the last run.
     """
 
     def __init__(self, params: Params, granularity: Granularity):
@@ -238,16 +249,16 @@ class Calibrator:
         """Return the statistics of all windows of all prompts, on the host.
 
         Args:
-          prompts: the windows of each prompt; every window is a separate sequence.
-          observer: empty statistics.
-          transform: which keys are observed; by default those that are written to the cache.
+          prompts: the windows of each prompt. Every window is a separate sequence.
+          observer: an observer without values.
+          transform: selects the observed keys; None observes those written to the cache.
 
-        Raises `ConfigError` for NaN, for infinity, and without prompts.
+        Raises `ConfigError` if there are no prompts, or for NaN or infinity among the values.
         """
         transform = transform or CachedKeys()
         max_tokens = observer.max_tokens(self.shape)
         total: ObserverT | None = None
-        pending = 0  # tokens in the device statistics
+        pending = 0  # tokens in the statistics on the device
         self.prompts = 0
         self.tokens = 0
         for number, windows in enumerate(prompts):
@@ -268,8 +279,8 @@ class Calibrator:
         return _merged(total, observer)
 
     def _chunks(self, ids: list[int]) -> Iterator[CalibrationChunk]:
-        """Yield the chunks of one sequence, after making room for it in the cache."""
-        pool_tokens = POOL_TOKENS
+        """Yield the chunks of one sequence, after allocating a pool that it fits."""
+        pool_tokens = MIN_POOL_TOKENS
         while pool_tokens < len(ids):
             pool_tokens *= 4
         if self._pages is None or self._pages.num_pages * PAGE_SIZE != pool_tokens:
@@ -294,10 +305,11 @@ def _merged(total: ObserverT | None, observer: ObserverT) -> ObserverT:
     return on_host if total is None else total.merge(on_host)
 
 
-def _require_finite(observer: Any, prompt: int) -> None:
+def _require_finite(observer: Observer, prompt: int) -> None:
     """Raise `ConfigError`, naming the layer, if a key or value seen so far is NaN or infinite."""
     if isinstance(observer, MSEObserver):
-        return  # the first pass has checked the same values
+        return  # the first pass checked these values
+    assert isinstance(observer, AmaxObserver | MeanObserver | HistogramObserver)
     amax = np.asarray(observer.amax)
     bad = np.argwhere(~np.isfinite(amax))
     if len(bad):
@@ -305,5 +317,5 @@ def _require_finite(observer: Any, prompt: int) -> None:
         value = "NaN" if np.isnan(amax[tuple(bad[0])]) else "an infinity"
         raise ConfigError(
             f"prompt {prompt} gave {value} among the {'KV'[kind]} of layer {layer}: no scale fits "
-            "it. Check the weights, or load them with dtype='float32'."
+            "it; check the weights, or load them with dtype='float32'."
         )

@@ -1,9 +1,8 @@
-"""`compare`: all caches over the same texts in lockstep, chunk by chunk, one engine per cache.
+"""`compare`: run the same texts through several caches in lockstep, with one engine per cache.
 
-The engines share the weights; each pool has room for the longest sequence and no more. After a
-chunk the logits of every cache are compared with the float32 cache's and dropped, so memory does
-not grow with the texts: at any time the logits of two caches are alive. Sums are float64 on the
-host.
+The engines share the weights, and each pool has room for one sequence. After each chunk the logits
+of every cache are compared with those of the float32 cache and freed, so the logits of at most two
+caches are in memory at a time. Sums are float64 on the host.
 """
 
 import dataclasses
@@ -46,7 +45,7 @@ from jfp8kv.quality.quantization_stats import CacheStats, score_with_stats
 MIN_CHUNK = 16
 
 ScoredChunk: TypeAlias = tuple[range, tuple[Array, CacheStats]]
-"""Positions of a chunk, their logits `[requests, tokens, vocab]` on the device, and statistics."""
+"""The positions of a chunk, their logits `[requests, tokens, vocab]`, and statistics."""
 
 
 @takes(CompareOptions)
@@ -58,7 +57,7 @@ def compare(
     progress: bool | None = None,
     **options: Unpack[CompareFields],
 ) -> QualityReport:
-    """Compare KV caches with a float32 cache: same weights, same texts, through the engine.
+    """Compare KV caches with a float32 cache, on the same texts, through the engine.
 
     Measures the perplexity, KL divergence and top-1 agreement of each cache, the quantization error
     of keys and values by layer and head, recall of a needle in a haystack, and bytes per token.
@@ -74,6 +73,9 @@ def compare(
         differ from `texts`, or the result is optimistic.
       progress: show a progress bar; None shows one on a terminal.
       **options: the fields of `CompareOptions`, listed below.
+
+    Returns:
+      The quality of each cache. The float32 cache comes first.
 
     Raises:
       ConfigError, CheckpointError: unknown formats or scales, no texts, invalid texts, scales to
@@ -91,7 +93,7 @@ def run_comparison(
     calibration: Prompts | None = None,
     progress: bool | None = None,
 ) -> QualityReport:
-    """Compare with checked options. Errors as for `compare`."""
+    """Return the result of `compare` with checked options."""
     params = as_params(params)
     use_compilation_cache()
     max_model_len = context_length(params.config, options.max_model_len)
@@ -108,8 +110,8 @@ def run_comparison(
     corpus = np.concatenate([np.asarray(ids, np.int32) for ids in windows])
     needles = create_needles(corpus, lengths, options.needle_depths)
     choices = with_calibrated_scales(params, choices, prompts)
-    longest = max(map(len, [*scored, *(needle.ids for needle in needles)]))
-    runs = _create_runs(params, choices, longest=longest, max_model_len=max_model_len)
+    max_tokens = max(map(len, [*scored, *(needle.ids for needle in needles)]))
+    runs = _create_runs(params, choices, max_tokens=max_tokens, max_model_len=max_model_len)
     _run_all(runs, scored, needles, progress)
     baseline = runs[0].totals
     assert baseline.magnitudes is not None, "the baseline collects magnitudes"
@@ -137,12 +139,12 @@ def run_comparison(
 
 @dataclasses.dataclass
 class CacheRun:
-    """A cache, its engine, and the sums so far."""
+    """A cache to compare: its engine and the sums so far."""
 
     choice: CacheChoice
     engine: Engine
     totals: CacheTotals
-    is_baseline: bool  # the float32 cache, which also collects magnitudes
+    is_baseline: bool  # the float32 cache, which also collects a histogram of magnitudes
 
     def run_chunks(self, ids: list[int]) -> Generator[ScoredChunk, None, None]:
         """Run a sequence chunk by chunk."""
@@ -152,12 +154,12 @@ class CacheRun:
 def _calibration_windows(
     split: Any, choices: Sequence[CacheChoice], calibration: Prompts | None
 ) -> list[Windows]:
-    """Return the windows to calibrate on; none if no cache needs them."""
+    """Return the windows to calibrate on, or no windows if no cache needs calibration."""
     uncalibrated = [choice.label for choice in choices if choice.calibrate is not None]
     if not uncalibrated:
         if calibration is not None:
             raise ConfigError(
-                "calibration was given and no cache uses it: add 'tensor', 'head' or 'channel' to "
+                "calibration is given, but no cache uses it: add 'tensor', 'head' or 'channel' to "
                 "kv_scales."
             )
         return []
@@ -178,15 +180,15 @@ def _not_empty(name: str, prompts: Iterable[Windows]) -> list[Windows]:
 
 
 def _create_runs(
-    params: Params, choices: Sequence[CacheChoice], *, longest: int, max_model_len: int
+    params: Params, choices: Sequence[CacheChoice], *, max_tokens: int, max_model_len: int
 ) -> list[CacheRun]:
     """Create an engine for each cache.
 
     Each is configured for `max_model_len`, because scales may depend on it, and has room for one
-    sequence of `longest` tokens.
+    sequence of `max_tokens` tokens.
     """
     scored = max(MIN_CHUNK, max_logits_tokens(params.config.vocab))
-    chunk = min(default_prefill_chunk(), scored, longest)
+    chunk = min(default_prefill_chunk(), scored, max_tokens)
     runs: list[CacheRun] = []
     for choice in choices:
         config = resolve_cache(
@@ -200,7 +202,7 @@ def _create_runs(
         engine_options = EngineOptions(
             kv_dtype=choice.kv_dtype,
             kv_scales=choice.kv_scales,
-            kv_cache_memory=config.sequence_bytes(longest),
+            kv_cache_memory=config.sequence_bytes(max_tokens),
             max_model_len=max_model_len,
             max_num_seqs=1,
             max_num_batched_tokens=step_token_budget(chunk, 1),
@@ -272,7 +274,7 @@ def _require_finite(scores: TokenScores, predicted: int) -> None:
 
 
 def _recall(run: CacheRun, needle: Needle) -> float:
-    """Return the share of the needle's tokens after the cue that were the most likely ones."""
+    """Return the fraction of the needle's tokens after the cue that were predicted correctly."""
     found = [
         np.asarray(_most_likely(logits))[: len(positions)]
         for positions, (logits, _) in run.run_chunks(needle.ids)

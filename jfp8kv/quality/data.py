@@ -1,4 +1,4 @@
-"""Prompts to windows of token ids, one prompt at a time."""
+"""Prompts as windows of token ids, one prompt at a time."""
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -23,7 +23,8 @@ def iterate_prompts(prompts: Prompts, name: str = "prompts") -> tuple[Iterable[P
 
     An iterable that is not a list is consumed one prompt at a time and never stored.
 
-    Raises `ConfigError` for a type that holds no prompts; `name` is the argument in the message.
+    Raises `ConfigError` for a type that is not a prompt and contains none. The message calls the
+    argument `name`.
     """
     is_array = hasattr(prompts, "__array__")
     if isinstance(prompts, bytes | Mapping) or not (hasattr(prompts, "__iter__") or is_array):
@@ -72,7 +73,7 @@ def _check_ids(ids: list[int], vocab: int, label: str) -> None:
 
 
 class TokenSpool:
-    """Records token ids for a second pass: in memory, past 32 MiB in a temporary file."""
+    """Records token ids for a second pass, in memory or, beyond 32 MiB, in a temporary file."""
 
     def __init__(self) -> None:
         # Closed by __exit__.
@@ -94,10 +95,10 @@ class TokenSpool:
             yield windows
 
     def replay(self) -> Iterator[Windows]:
-        """Yield the recorded prompts from the first."""
+        """Yield the recorded prompts in order."""
         self._file.seek(0)
-        while head := self._file.read(4):
-            (count,) = np.frombuffer(head, np.int32)
+        while header := self._file.read(4):
+            (count,) = np.frombuffer(header, np.int32)
             lengths = self._read_ids(int(count))
             yield [self._read_ids(length) for length in lengths]
 

@@ -1,15 +1,15 @@
-"""The constant part of a model's keys, which need not be stored.
+"""K offsets: the constant part of a model's keys, which need not be stored.
 
 Softmax is invariant to a shift of all scores of a query, and `q . c` is such a shift for any `c`
-that is the same for every key. So `c` may be subtracted from the keys before they are quantized,
-and nothing is added back. Keys with a large constant part are common: the K biases of Qwen2 and
+that is the same for every key. So `c` can be subtracted from the keys before they are quantized,
+and it need not be added back. Keys with a large constant part are common: the K biases of Qwen2 and
 Qwen2.5 reach hundreds, and E4M3 then spends its three mantissa bits on the bias.
 
-RoPE rotates the constant part by the position, and a rotated constant is not constant. Two things
-follow. The mean is taken of keys *before* RoPE, and `c` is the part of it that stays constant after
-RoPE (models/key_bias.py). And the scale must fit positions that no prompt reached: the largest
-deviation from the *rotated* mean that was seen, plus the largest distance of the rotated mean from
-`c`.
+RoPE rotates the constant part by the position, and the result is not constant. So the mean is taken
+of keys *before* RoPE, and `c` is the part of it that stays constant after RoPE
+(models/key_bias.py). The scale must also fit positions that no prompt reached. It covers the
+largest observed deviation from the *rotated* mean, plus the largest distance of the rotated mean
+from `c`.
 
 A `KeyTransform` selects which keys an observer sees: `KeysBeforeRope` for the mean, `CenteredKeys`
 for the deviation from it.
@@ -37,7 +37,10 @@ class CachedKeys:
     """The keys and values that are written to the cache."""
 
     def bind(self, config: ModelConfig, rotations: AllAngles | None) -> ObservedBlock:
-        """Return the function of one chunk whose RoPE angles are `rotations`."""
+        """Return the function from a layer, K and V to the observed block, for one chunk.
+
+        `rotations` are the RoPE angles of the chunk.
+        """
         return lambda layer, k, v: jnp.stack([k, v])
 
 

@@ -1,4 +1,4 @@
-"""The cache formats that mixed precision chooses from, and the scales of each."""
+"""The options of mixed precision: cache formats, with the scales of each."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from jfp8kv.quality.observers import AmaxObserver, ScaleShape
 from jfp8kv.quality.options import CalibrationOptions
 
 ScalesKey: TypeAlias = tuple[str, bool]
-"""The scales of an FP8 layer, and whether its keys are stored minus an offset."""
+"""The kind of scales of an FP8 layer, and whether it has K offsets."""
 
-# Cheaper ones first: of two with the same loss, the first is chosen.
+# Cheaper ones first: of two with equal loss and size, the first is chosen.
 FP8_SCALES: tuple[ScalesKey, ...] = (
     (UNIT, False),
     ("head", False),
@@ -28,12 +28,12 @@ FP8_SCALES: tuple[ScalesKey, ...] = (
     (TOKEN_HEAD, True),
 )
 
-HEADROOM = 2.0  # a few thousand tokens do not show the largest values there are
+HEADROOM = 2.0  # other data has larger values than a few thousand tokens show
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerOptions:
-    """What any layer may store: `plans`, and for each the `scales` of all layers."""
+    """The options of every layer: option `i` is `plans[i]` with the scales `scales[i]`."""
 
     plans: tuple[LayerPlan, ...]
     scales: tuple[KVScales, ...]
@@ -47,7 +47,7 @@ class LayerOptions:
         *,
         max_model_len: int,
     ) -> "LayerOptions":
-        """Return all options with these formats, calibrated on `prompts` (token ids)."""
+        """Return the options with these formats, calibrated on `prompts` (token ids)."""
         plans: list[LayerPlan] = []
         scales: list[KVScales] = []
         formats = [kv_format(name) for name in kv_dtypes]
@@ -64,7 +64,7 @@ class LayerOptions:
         return cls(tuple(plans), tuple(scales))
 
     def mixed_scales(self, options: Sequence[int | None]) -> KVScales:
-        """Return the scales of layers with these options; None is a layer that is not quantized."""
+        """Return the scales of layers with these options. None is a layer that is not quantized."""
         shape = self.scales[0].k.shape
         k = np.ones(shape, np.float32)
         v = np.ones(shape, np.float32)
@@ -85,8 +85,10 @@ class LayerOptions:
         """Return the plan of layers with these options.
 
         Args:
-          losses: measured loss by layer and option, `[layers, options]`.
-          loss: measured loss of the plan as a whole.
+          options: the option of each layer.
+          losses: the measured losses, `[layers, options]`.
+          bytes_per_token: the size of the plan.
+          loss: the measured loss of the whole plan.
         """
         layers = tuple(
             dataclasses.replace(self.plans[option], loss=float(losses[layer, option]))
@@ -111,7 +113,7 @@ def _calibrate(
     prompts: Sequence[list[int]],
     max_model_len: int,
 ) -> dict[ScalesKey, KVScales]:
-    """Return the scales of each option that needs some."""
+    """Return calibrated scales for the options that use them."""
     config = params.config
     shape = ScaleShape(config.layers, config.kv_heads, config.head_dim, "channel")
     formats = [fmt] * config.layers
@@ -133,7 +135,7 @@ def _calibrate(
 
 
 def full_scales(scales: KVScales | None, config: ModelConfig) -> KVScales:
-    """Return scales and offsets of every channel, 1 and 0 where there are none."""
+    """Return scales and K offsets for every channel: 1 and 0 if `scales` has none."""
     shape = (config.layers, config.kv_heads, config.head_dim)
     if scales is None:
         ones = np.ones(shape, np.float32)

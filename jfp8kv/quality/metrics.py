@@ -1,4 +1,4 @@
-"""Metrics of two sets of logits for the same tokens, accurate even where the two hardly differ."""
+"""Metrics of two sets of logits for the same tokens, accurate for very small differences too."""
 
 import jax
 import jax.numpy as jnp

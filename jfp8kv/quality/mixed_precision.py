@@ -1,4 +1,4 @@
-"""`plan_kv`: measure the loss of each format in each layer, choose, and measure the whole plan."""
+"""`plan_kv`: measure the loss of each option in each layer, choose a plan, and measure its loss."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -32,8 +32,8 @@ from jfp8kv.quality.options import PlanOptions
 from jfp8kv.quality.pareto import Point, pareto_front
 from jfp8kv.quality.simulate import UNQUANTIZED, SimulatedLayers, simulated_score
 
-WINDOW = 512  # tokens measured together, whose logits are alive at the same time
-MAX_TRIALS = 8  # plans measured as a whole before a loss is called out of reach
+WINDOW = 512  # tokens of a window; the logits of two windows are in memory at the same time
+MAX_TRIALS = 8  # whole plans that are measured before a maximum loss is refused
 
 Assignment: TypeAlias = Sequence[int | None]
 """The option of each layer; None is a layer that is not quantized."""
@@ -47,14 +47,14 @@ def plan_kv(
     progress: bool | None = None,
     **options: Unpack[PlanFields],
 ) -> KVPlan:
-    """Choose the cache format of each layer: least loss within a size, or least size within a loss.
+    """Choose the cache format of each layer: minimum loss for a size, or minimum size for a loss.
 
     Loss is the KL divergence from the unquantized cache. A sensitivity analysis measures it for
-    every option in every layer, with the other layers unquantized, and then for the chosen plan as
-    a whole. The options are `kv_dtypes`, and for FP8 scale 1 and scales per head, per channel and
-    per token and head, the last two also with K offsets. It measures on every second window of
-    `texts` and calibrates on the others. That takes (layers x options) passes over half of the
-    texts; a few thousand tokens suffice.
+    every option in every layer, with the other layers unquantized. Then the loss of the chosen plan
+    is measured. The options are `kv_dtypes`, for FP8 with scale 1 and with scales per head, per
+    channel, and per token and head, the last two also with K offsets. Every second window of
+    `texts` is used to calibrate, and the others to measure, in (layers x options) passes. A few
+    thousand tokens suffice.
 
         plan = jfp8kv.plan_kv(params, texts, budget="60%")
         print(plan)
@@ -66,11 +66,12 @@ def plan_kv(
       progress: show a progress bar; None shows one on a terminal.
       **options: the fields of `PlanOptions`, listed below.
 
-    Returns: a plan, to give as `kv_dtype` to `generate` or `LLM`, to print or to save.
+    Returns:
+      A plan, to give as `kv_dtype` to `generate` or `LLM`, to print or to save.
 
     Raises:
-      ConfigError: an invalid option or text, or a budget that no plan meets; the message says what
-        is possible.
+      ConfigError: an invalid option or text, or a budget that no plan meets. The message says which
+        budget is possible.
     """
     checked = PlanOptions.from_fields(also=("progress",), **options)
     use_compilation_cache()
@@ -110,7 +111,7 @@ def _specs(layer_options: LayerOptions, point: Point) -> list[LayerCacheSpec]:
 
 @dataclasses.dataclass(frozen=True)
 class CacheCosts:
-    """The size of a cache, for sequences of the longest length: layers with a window cost less."""
+    """The size of a cache for sequences of `max_model_len` tokens. Sliding windows cost less."""
 
     config: ModelConfig
     max_model_len: int
@@ -189,7 +190,7 @@ class SensitivityAnalysis:
         self.engine = Engine(params, engine_options)
 
     def loss_by_layer(self) -> np.ndarray:
-        """Return nats per token `[layers, options]` with that layer alone quantized."""
+        """Return nats per token, `[layers, options]`, with only that layer quantized."""
         layers = range(self.config.layers)
         options = range(len(self.layer_options.plans))
         assignments = []
@@ -201,28 +202,32 @@ class SensitivityAnalysis:
         return self._losses(assignments).reshape(len(layers), len(options))
 
     def loss(self, options: Assignment) -> float:
-        """Return nats per token with every layer quantized as `options` says."""
+        """Return the loss in nats per token with these options of the layers."""
         return float(self._losses([options])[0])
 
     def _losses(self, assignments: Sequence[Assignment]) -> np.ndarray:
         from tqdm import tqdm
 
         totals = np.zeros(len(assignments))
-        hidden = (len(assignments) == 1 or None) if self.progress is None else not self.progress
+        hidden: bool | None = None  # tqdm then shows a bar if stderr is a terminal
+        if self.progress is not None:
+            hidden = not self.progress
+        elif len(assignments) == 1:
+            hidden = True
         total = len(assignments) * len(self.windows)
         with tqdm(total=total, unit="pass", disable=hidden) as bar:
             for ids in self.windows:
                 base = list(self._logits(ids, self.unquantized))
                 for i, assignment in enumerate(assignments):
                     quantized = self._logits(ids, assignment)
-                    for (tokens, want), (_, got) in zip(base, quantized, strict=True):
-                        kl = np.asarray(_kl_of_first_request(want, got))[:tokens]
+                    for (tokens, base_logits), (_, logits) in zip(base, quantized, strict=True):
+                        kl = np.asarray(_kl_of_first_request(base_logits, logits))[:tokens]
                         totals[i] += float(np.sum(kl, dtype=np.float64))
                     bar.update()
         return totals / sum(map(len, self.windows))
 
     def _logits(self, ids: list[int], assignment: Assignment) -> Iterator[tuple[int, Array]]:
-        """Yield the number of tokens of each chunk and logits `[requests, tokens, vocab]`."""
+        """Yield the number of tokens of each chunk, and logits `[requests, tokens, vocab]`."""
         plans = self.layer_options.plans
         layers = [UNQUANTIZED if option is None else plans[option].spec for option in assignment]
         scales = self.layer_options.mixed_scales(assignment)
@@ -240,37 +245,37 @@ def _kl_of_first_request(base: Array, other: Array) -> Array:
 def _within_bytes(
     front: list[Point], costs: CacheCosts, layer_options: LayerOptions, max_bytes: float
 ) -> Point:
-    """Return the point of least loss whose engine takes at most `max_bytes` per token."""
+    """Return the point of minimum loss with at most `max_bytes` bytes per token."""
     sizes = [costs.bytes_per_token(_specs(layer_options, point)) for point in front]
     for point, size in zip(reversed(front), reversed(sizes), strict=True):
         if size <= max_bytes:
             return point
     raise ConfigError(
-        f"budget={max_bytes:g}: no cache of these formats takes less than {min(sizes):,.0f} bytes "
-        "per token."
+        f"budget={max_bytes:g}: a cache of these formats takes at least {min(sizes):,.0f} bytes "
+        "per token; give that budget, or add a smaller format to kv_dtypes."
     )
 
 
 def _within_loss(
     front: list[Point], analysis: SensitivityAnalysis, max_loss: float
 ) -> tuple[Point, float]:
-    """Return the point of fewest bytes whose measured loss is within `max_loss`, and that loss.
+    """Return the smallest point whose measured loss is at most `max_loss`, and that loss.
 
-    Losses of layers add up to first order only. So the target for their sum is lowered by the ratio
-    of the measured loss to the limit, until a plan fits.
+    The losses of layers add up only to first order. So the target for their sum is lowered by the
+    ratio of the limit to the measured loss, until a plan fits.
     """
     target = max_loss
-    least = np.inf
+    min_loss = np.inf
     for _ in range(MAX_TRIALS):
         point = next((point for point in front if point.loss <= target), front[-1])
         loss = analysis.loss(point.options)
         if loss <= max_loss:
             return point, loss
-        least = min(least, loss)
+        min_loss = min(min_loss, loss)
         if point is front[-1]:
             break
         target = min(target * 0.9 * max_loss / loss, point.loss * 0.99)
     raise ConfigError(
-        f"max_loss={max_loss:g}: the least measured loss is {least:.3g} nats per token; add "
-        "'float32' to kv_dtypes?"
+        f"max_loss={max_loss:g}: the smallest measured loss is {min_loss:.3g} nats per token; "
+        "give a larger max_loss, or add 'float32' to kv_dtypes."
     )

@@ -26,7 +26,7 @@ class WeightsSummary:
       dtype: once loaded.
       bytes_in_memory: once loaded.
       bytes_on_disk: of the files with weights; None without files.
-      tensors: how many tensors of the checkpoint are stored in each format ("BF16", "Q4_K").
+      tensors: the number of tensors stored in each format ("BF16", "Q4_K").
       quantization: how the weights are quantized, or the tool that quantized the cache alone.
       vision_tensors: tensors of a vision encoder, which are ignored.
     """
@@ -41,7 +41,7 @@ class WeightsSummary:
 
     @classmethod
     def of_checkpoint(cls, info: CheckpointInfo, shapes: Params) -> "WeightsSummary":
-        """Summarize the weights in files; `shapes` is what loading them gives."""
+        """Summarize the weights of a checkpoint. `shapes` are the abstract params of loading it."""
         files = {tensor.file for tensor in info.weights.values()}
         scheme = info.weight_scheme
         return cls(
@@ -69,7 +69,7 @@ class WeightsSummary:
 
 
 def _count(formats: Iterable[str]) -> dict[str, int]:
-    """Return how often each occurs, the most frequent first."""
+    """Return the number of occurrences of each format, the most frequent first."""
     return dict(Counter(formats).most_common())
 
 
@@ -100,7 +100,7 @@ def attention_layers(config: ModelConfig) -> tuple[AttentionLayers, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class SequenceCost:
-    """Cache of one sequence of `tokens` tokens: whole pages, with and without sliding windows."""
+    """The cache of one sequence of `tokens` tokens, in whole pages, with and without windows."""
 
     tokens: int
     bytes: int
@@ -159,7 +159,7 @@ class CacheCost:
 def cache_costs(
     params: Params, requested: CacheConfig, lengths: Sequence[int]
 ) -> tuple[CacheCost, ...]:
-    """Return the cost of the common caches, preceded by the requested one if it is another."""
+    """Return the costs of `CACHES`, preceded by those of `requested` if it is not among them."""
     configs = {}
     for kv_dtype, kv_scales in CACHES:
         cache = resolve_cache(

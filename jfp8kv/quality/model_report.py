@@ -1,6 +1,7 @@
 """`inspect`: a model, the size of its KV cache and its KV scales, without reading the weights.
 
-Sizes are those of the shapes in the config. Cache sizes come from `CacheConfig`, as in an engine.
+Sizes follow from the shapes in the config. Cache sizes are computed by `CacheConfig`, as in an
+engine.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from jfp8kv.quality.model_costs import (
 )
 from jfp8kv.quality.scale_summary import ScaleSummary, scale_tables
 
-LENGTHS = (1024, 8192)  # sequence lengths whose cost is shown, besides the longest
+LENGTHS = (1024, 8192)  # sequence lengths whose cost is shown, besides max_model_len
 _MAX_RUNS = 6  # runs of layers listed before "..."
 _NORMS = {"rms": "RMS", "rms_plus_one": "RMS (1 + weight)", "layer": "layer norm"}
 _QK_NORMS = {
@@ -63,14 +64,14 @@ class ModelReport(Report):
       source, kind: where the model is, and in what format.
       model: the config.
       weights: number, size and storage of the weights.
-      attention: the layers by window and RoPE.
+      attention: the layers, grouped by window and RoPE.
       caches: the size of the cache in each format.
       scales: the KV scales of the checkpoint.
       tokenizer, chat_template: whether the model has them.
       end_tokens: the tokens that end a sequence, and where each comes from.
       max_model_len, page_size: as in `LLM`.
-      max_tokens_per_dispatch: most tokens that one dispatch adds to a sequence. Layers with a
-        sliding window store that many more than the window.
+      max_tokens_per_dispatch: the maximum number of tokens that one dispatch adds to a sequence.
+        Layers with a sliding window store that many tokens besides the window.
     """
 
     source: str
@@ -112,22 +113,21 @@ def inspect(
     max_model_len: int | None = None,
     page_size: int = 64,
 ) -> ModelReport:
-    """Return what a model is, the size of its KV cache in each format, and its KV scales by layer.
+    """Describe a model, the size of its KV cache in each format, and its KV scales by layer.
 
-    The weights are not read: config, headers and scales suffice. Invalid scales are reported, not
-      raised.
+    Only the config, headers and scales are read, not the weights. Invalid scales are reported and
+    do not raise.
 
-        print(jfp8kv.inspect("path/or/hub-id"))
+        print(jfp8kv.inspect("path/or/hub-id", kv_dtype="fp8"))
 
     Args:
-      model: a `Params`, or a path or hub id as for `load`. Of a hub model only the small files are
-        downloaded; a folder may lack its weights.
-      kv_dtype, kv_scales, max_model_len, page_size: as in `LLM`, whose `stats` show the same
-        numbers. The common formats are listed in any case.
+      model: a `Params`, or a path or hub id as for `load`. For a hub model only the small files are
+        downloaded. A folder without weights is accepted.
+      kv_dtype, kv_scales, max_model_len, page_size: the requested cache, as in `LLM`, whose `stats`
+        have the same numbers. The common formats are always listed.
 
     Raises:
-      CheckpointError, ConfigError: a model that cannot be loaded or served, as far as config and
-        headers show.
+      CheckpointError, ConfigError: a config or headers of a model that cannot be loaded or run.
     """
     options = EngineOptions(
         kv_dtype=kv_dtype, kv_scales=kv_scales, max_model_len=max_model_len, page_size=page_size
@@ -154,7 +154,7 @@ def _report(
     options: EngineOptions,
 ) -> ModelReport:
     config = params.config
-    longest = context_length(config, options.max_model_len)
+    max_model_len = context_length(config, options.max_model_len)
     span = max_tokens_per_dispatch(default_prefill_chunk())
     requested = resolve_cache(
         params,
@@ -162,9 +162,9 @@ def _report(
         options.kv_scales,
         page_size=options.page_size,
         max_tokens_per_dispatch=span,
-        max_model_len=longest,
+        max_model_len=max_model_len,
     )
-    lengths = [*(length for length in LENGTHS if length < longest), longest]
+    lengths = [*(length for length in LENGTHS if length < max_model_len), max_model_len]
     return ModelReport(
         source=source,
         kind=kind,
@@ -176,7 +176,7 @@ def _report(
         tokenizer=params.tokenizer is not None,
         chat_template=bool(getattr(params.tokenizer, "has_chat_template", False)),
         end_tokens=_end_tokens(params, end_sources),
-        max_model_len=longest,
+        max_model_len=max_model_len,
         page_size=options.page_size,
         max_tokens_per_dispatch=span,
     )

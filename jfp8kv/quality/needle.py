@@ -1,9 +1,9 @@
 """A needle-in-a-haystack test that small models can pass: copy tokens from earlier in the prompt.
 
-A prompt is `length` tokens of the user's text, with the needle inserted at a depth and repeated at
-the end. The first tokens of the repetition are the cue: a model that can look back continues it as
-before. Recall is the share of tokens after the cue that are the most likely ones given those
-before. So one forward pass scores a prompt and nothing is generated.
+A prompt has `length` tokens of the user's text, with the needle inserted at a depth and repeated at
+the end. The first tokens of the repetition are the cue, which a model that can look back continues
+as before. Recall is the fraction of the tokens after the cue that are the most likely ones given
+the tokens before them. So one forward pass scores a prompt, and nothing is generated.
 
 The needle's tokens are drawn from those of the text, all different where there are enough, with a
 fixed seed; each length and depth has a different needle. The first token of the text stays first,
@@ -27,7 +27,7 @@ MIN_LENGTH = 2 * NEEDLE_TOKENS + 1
 
 @dataclasses.dataclass(frozen=True)
 class Needle:
-    """A prompt of `length` tokens. The tokens from position `first` on are to be recalled."""
+    """A prompt of `length` tokens. Recall is measured from position `first` on."""
 
     ids: list[int]
     length: int
@@ -66,7 +66,7 @@ def create_needles(
 
 
 def allowed_lengths(lengths: Sequence[int] | None, max_tokens: int) -> tuple[int, ...]:
-    """Return the prompt lengths for a model of `max_tokens` tokens.
+    """Return the prompt lengths for a context of `max_tokens` tokens.
 
     None is 256 and 1024, limited to `max_tokens`. Raises `ConfigError` for a length beyond
     `max_tokens`.

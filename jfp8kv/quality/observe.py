@@ -1,4 +1,4 @@
-"""The hook that collects statistics in a forward pass, and the forward pass of calibration.
+"""Statistics of keys and values in a forward pass, and the forward pass of calibration.
 
 `observe` wraps any `attend` over a paged cache. Calibration and comparison differ only in the
 function that updates the statistics.
@@ -27,15 +27,15 @@ PAGE_SIZE = 64
 
 S = TypeVar("S")
 Update: TypeAlias = Callable[[S, Layer, KV, KV, KVPool], S]
-"""Statistics after the keys and values of a layer, given the pool they were written to."""
+"""A function that adds the keys and values of a layer, already in the pool, to the statistics."""
 
 
 def observe(
     attend: Attend, update: Update[S]
 ) -> Callable[[Layer, Query, KV, KV, tuple[KVPool, S]], tuple[Query, tuple[KVPool, S]]]:
-    """Return an `attend` whose carry is the pool and statistics, which `update` advances.
+    """Return an `attend` whose carry is the pool and statistics, which `update` updates.
 
-    The output of attention does not change. `update` sees the pool after the write.
+    The output of attention does not change. `update` runs after the write to the pool.
     """
 
     def observed(
@@ -50,7 +50,7 @@ def observe(
 
 @pytree
 class CalibrationChunk:
-    """Tokens `start .. length-1` of a sequence of `context` tokens, and padding."""
+    """Tokens `start .. length-1` of a sequence of `context` tokens, followed by padding."""
 
     tokens: Int[AnyArray, " tokens"]
     start: Int[AnyArray, ""]
@@ -99,7 +99,7 @@ run_calibration_step = jax.jit(calibration_step, static_argnums=0, donate_argnum
 
 
 def _in_float32(attend: Attend) -> Attend:
-    """Return `attend` with float32 queries; its output has the dtype of the queries given."""
+    """Return `attend` in float32. Its output has the dtype of the queries."""
 
     def attend_float32(layer: Layer, q: Query, k: KV, v: KV, pages: KVPool) -> tuple[Query, KVPool]:
         out, pages = attend(layer, q.astype(jnp.float32), k, v, pages)

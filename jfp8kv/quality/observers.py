@@ -3,15 +3,14 @@
 - `AmaxObserver`: the largest magnitude.
 - `MeanObserver`: also the sum of values, for K offsets.
 - `HistogramObserver`: also counts by magnitude, for percentiles.
-- `MSEObserver`: the squared error of storing every value under each of a few candidate scales.
+- `MSEObserver`: the squared quantization error of all values for each of several candidate scales.
 
 Observers are frozen pytrees: `update` returns a new one. Merging is exact in any order, because it
-  is
-a maximum or a sum of integers. Device statistics are float32 and int32. `to_host` converts them to
-NumPy with 64-bit integers; only host statistics are merged and mean_rotated_bias into scales.
+takes maxima or sums of integers. Device statistics are float32 and int32. `to_host` converts them
+to NumPy with 64-bit integers, and only host statistics are merged or converted to scales.
 
-Axes: `kinds` is 2, K then V. `heads` is `kv_heads`, or 1 where heads share a scale; `channels` is
-`head_dim`, or 1 likewise.
+Axes: `kinds` is 2, K then V. `heads` is `kv_heads`, or 1 if heads share a scale. `channels` is
+`head_dim`, or 1 if channels share a scale.
 """
 
 import dataclasses
@@ -68,7 +67,7 @@ class ScaleShape:
 
 
 class Observer(Protocol):
-    """The interface that `Calibrator` needs."""
+    """The interface of observers, which `Calibrator` uses."""
 
     def update(self: S, layer: Layer, x: Block, valid: Valid) -> S:
         """Return the statistics with the keys and values `x` of `layer` at `valid` tokens."""
@@ -83,19 +82,19 @@ class Observer(Protocol):
         ...
 
     def merge(self: S, other: S) -> S:
-        """Return the statistics of both sets of values; both on the host."""
+        """Return the statistics of the values of both. Both are on the host."""
         ...
 
     def max_tokens(self, shape: ScaleShape) -> int:
-        """Return how many tokens device statistics may cover; 0 is a single chunk."""
+        """Return how many tokens device statistics can cover. 0 means a single chunk."""
         ...
 
 
 def scales_from_amax(amax: np.ndarray, fmt: KVFormat) -> np.ndarray:
     """Return the float32 scales that map `amax` to the largest finite value of `fmt`.
 
-    Where all values are zero or subnormal the scale is 1: zeros lose nothing, and a later value is
-    stored unscaled. No scale is below 2**-126, whose inverse is still finite.
+    Where all values are zero or subnormal, the scale is 1: zeros are stored exactly, and values of
+    other prompts are stored unscaled. No scale is below 2**-126, whose inverse is still finite.
     """
     amax = np.asarray(amax, np.float64)
     scale = np.where(amax < SMALLEST_NORMAL, 1.0, np.maximum(amax / fmt.largest, SMALLEST_NORMAL))
@@ -160,7 +159,7 @@ def _update_amax(amax: PerScale, layer: Layer, x: Block, valid: Valid) -> Array:
 
 # -- means -----------------------------------------------------------------------------------------
 
-SUM_QUANTUM = 2.0**-24  # host sums are multiples of this: an error of at most 2**-25 per block
+SUM_QUANTUM = 2.0**-24  # host sums are multiples of this, with an error of 2**-25 per block
 
 
 @pytree
@@ -185,7 +184,7 @@ class MeanObserver:
         """See `Observer`."""
         amax = np.asarray(self.amax)
         sums = np.asarray(self.sums, np.float64)
-        sums = np.where(np.isfinite(amax), sums, 0.0)  # amax reports values that are not finite
+        sums = np.where(np.isfinite(amax), sums, 0.0)  # amax reports NaN and infinity
         return MeanObserver(amax, np.rint(sums / SUM_QUANTUM).astype(np.int64))
 
     def reset(self) -> "MeanObserver":
@@ -277,7 +276,7 @@ class HistogramObserver:
         Below that range the bound is at most `2**-16 * 33/32`. The bound never exceeds amax.
         """
         seen = np.cumsum(self.counts, axis=-1)
-        total = int(seen.flat[-1])  # the same for all scales
+        total = int(seen.flat[-1])  # the same for every scale
         rank = math.ceil(Fraction(str(percent)) / 100 * total)
         bins = np.argmax(seen >= max(rank, 1), axis=-1)
         return np.asarray(np.minimum(upper_edges()[bins], self.amax))
@@ -291,7 +290,7 @@ class HistogramObserver:
 
 STEPS_PER_OCTAVE = 8
 CANDIDATES = 25  # from amax / largest in steps of 1/8 octave down to 1/8 of it
-QUANTUM = 2.0**-30  # host errors are multiples of this share of the squared amax
+QUANTUM = 2.0**-30  # host errors are multiples of this fraction of the squared amax
 
 
 @pytree
@@ -304,7 +303,7 @@ class MSEObserver:
 
     candidates: PerCandidate
     inverses: PerCandidate
-    inverse_amax: PerScale  # puts all scales on one footing
+    inverse_amax: PerScale  # makes the errors of different scales comparable
     sums: (
         Float32[Array, "candidates layers kinds heads channels"]
         | Int[np.ndarray, "candidates layers kinds heads channels"]
@@ -365,13 +364,13 @@ class MSEObserver:
         return dataclasses.replace(self, sums=self.sums + other.sums)
 
     def scales(self) -> np.ndarray:
-        """Return the candidates of least error, the largest on ties."""
+        """Return the candidates with the smallest error, the largest scale on ties."""
         best = np.argmin(self.sums, axis=0)
         return np.asarray(np.take_along_axis(np.asarray(self.candidates), best[None], axis=0)[0])
 
 
 def _magnitude_bits(x: Float[Array, "*dims"]) -> UInt32[Array, "*dims"]:
-    """Return the float32 bits of `|x|`, which order like magnitudes with NaN on top.
+    """Return the float32 bits of `|x|`, which have the order of the magnitudes, NaN last.
 
     A maximum of floats can lose a NaN on a CPU; a maximum of these bits cannot.
     """
@@ -384,6 +383,9 @@ def _reduce(
     x: Shaped[Array, "kinds tokens kv_heads head_dim"],
     like: Any,
 ) -> Array:
-    """Reduce over tokens and the axes that share a scale in `like`: `[kinds, heads, channels]`."""
+    """Reduce over tokens, and over the axes that share a scale: `[kinds, heads, channels]`.
+
+    Axes of `like` that share a scale have size 1.
+    """
     over = [1, *(axis for axis in (2, 3) if like.shape[axis] == 1)]
     return jnp.squeeze(reduce(x, axis=tuple(over), keepdims=True), axis=1)

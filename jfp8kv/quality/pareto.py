@@ -1,8 +1,8 @@
-"""One option per layer out of several: the best combination for every total size.
+"""The Pareto front of mixed precision: for every size, the best choice of an option per layer.
 
-The losses of layers are assumed to add up, which holds to first order while each is small. That
-leaves a knapsack with one item of each group. It is solved exactly, layer by layer, keeping only
-the sums that no other sum beats in both bytes and loss.
+The losses of layers are assumed to add up, which holds to first order if each is small. The problem
+is then a multiple-choice knapsack. It is solved exactly, layer by layer: after each layer only the
+sums that are not dominated in both bytes and loss remain.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Point(NamedTuple):
-    """An option for every layer, with the total bytes and loss."""
+    """An option for each layer, with the total bytes and the total loss."""
 
     bytes: int
     loss: float
@@ -20,18 +20,20 @@ class Point(NamedTuple):
 
 
 class _Sum(NamedTuple):
+    """A sum over the first layers, with the option of the last of them."""
+
     bytes: int
     loss: float
     option: int
-    previous: "_Sum | None"  # the sum over the layers before
+    previous: "_Sum | None"  # the sum without that layer
 
 
 def pareto_front(layer_bytes: Sequence[Sequence[int]], losses: np.ndarray) -> list[Point]:
-    """Return all combinations that no other beats, from the fewest bytes to the least loss.
+    """Return all combinations that no other dominates, in ascending order of bytes.
 
     Args:
-      layer_bytes: bytes by layer and option.
-      losses: `[layers, options]`.
+      layer_bytes: the bytes of each option, by layer.
+      losses: the losses, `[layers, options]`.
     """
     sums = [_Sum(0, 0.0, -1, None)]
     for row, row_losses in zip(layer_bytes, losses.tolist(), strict=True):
@@ -48,7 +50,7 @@ def pareto_front(layer_bytes: Sequence[Sequence[int]], losses: np.ndarray) -> li
 
 
 def _front(entries: Iterable[_Sum]) -> list[_Sum]:
-    """Return the entries that no other beats in both, by ascending bytes."""
+    """Return the entries that no other dominates, in ascending order of bytes."""
     front: list[_Sum] = []
     for entry in sorted(entries, key=lambda each: (each.bytes, each.loss)):
         if not front or entry.loss < front[-1].loss:
@@ -57,6 +59,7 @@ def _front(entries: Iterable[_Sum]) -> list[_Sum]:
 
 
 def _options(total: _Sum) -> tuple[int, ...]:
+    """Return the option of each layer."""
     options = []
     while total.previous is not None:
         options.append(total.option)

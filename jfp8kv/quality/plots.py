@@ -1,4 +1,4 @@
-"""The figure of a comparison: errors, magnitudes, quality against bytes, recall."""
+"""The figure of `QualityReport`: errors, magnitudes, quality against size, recall."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ COLORS = 10
 MARKERS = "osD^vP*X<"
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1, 1.2)))
 LEGEND_COLUMNS = 6
-LONGEST_LABEL = 28
+MAX_LABEL = 28
 
 Kind = Literal["k", "v"]
 KINDS: tuple[Kind, ...] = ("k", "v")
@@ -27,7 +27,7 @@ NAMES = {"k": "Keys", "v": "Values"}
 
 @dataclasses.dataclass(frozen=True)
 class CacheStyle:
-    """How one cache is drawn in every panel."""
+    """The style of one cache in all panels."""
 
     cache: CacheQuality
     color: str
@@ -40,7 +40,7 @@ class CacheStyle:
         return {"color": self.color, "linestyle": self.dashes, "linewidth": 1.4}
 
     def errors(self, kind: Kind) -> ReconstructionError:
-        """The errors of keys or of values."""
+        """Return the errors of keys or of values."""
         return self.cache.k if kind == "k" else self.cache.v
 
 
@@ -88,7 +88,7 @@ def _pyplot() -> Any:
 
 
 def _plot_errors(panel: "Axes", styles: Sequence[CacheStyle], kind: Kind) -> None:
-    """Signal-to-noise ratio by layer: a line for each cache, a dot for each head."""
+    """Plot the signal-to-noise ratio by layer: a line for each cache, a dot for each head."""
     panel.set(
         title=f"{NAMES[kind]}: reconstruction (dots: heads)",
         xlabel="layer",
@@ -107,7 +107,7 @@ def _plot_errors(panel: "Axes", styles: Sequence[CacheStyle], kind: Kind) -> Non
 
 
 def _finite(values: Any) -> np.ndarray:
-    """Return the values with NaN, which matplotlib skips, in place of infinity."""
+    """Return the values with infinities replaced by NaN, which matplotlib skips."""
     values = np.asarray(values, np.float64)
     return np.where(np.isfinite(values), values, np.nan)
 
@@ -119,7 +119,7 @@ def _integer_ticks(axis: Any) -> None:
 def _plot_magnitudes(
     panel: "Axes", magnitudes: Magnitudes, styles: Sequence[CacheStyle], kind: Kind
 ) -> None:
-    """The magnitudes of each layer, dark for many, and the range that each FP8 cache can store."""
+    """Plot a histogram of magnitudes for each layer, and the range that each FP8 cache stores."""
     counts = np.array(magnitudes.k if kind == "k" else magnitudes.v, np.float64)
     share = counts / counts.sum(axis=1, keepdims=True)
     layers, bins = counts.shape
@@ -148,7 +148,7 @@ def _plot_magnitudes(
 
 
 def _plot_quality(panel: "Axes", styles: Sequence[CacheStyle]) -> None:
-    """KL divergence against bytes per token, with its standard error."""
+    """Plot the KL divergence, with its standard error, against bytes per token."""
     panel.set(
         title="Quality against size",
         xlabel="cache, bytes per token",
@@ -180,7 +180,7 @@ def _plot_recall(
     lengths: Sequence[int],
     depths: Sequence[float],
 ) -> None:
-    """Recall by cache, length and depth: numbers on a heat map."""
+    """Plot recall by cache, length and depth as a heat map with numbers."""
     panel.set_title("Needle in a haystack: recall, %")
     if not lengths:
         panel.set_axis_off()
@@ -203,6 +203,6 @@ def _plot_recall(
 
 
 def _shorten(label: str) -> str:
-    """Cut the middle out of a long label: both ends distinguish caches."""
-    half = LONGEST_LABEL // 2
-    return label if len(label) <= LONGEST_LABEL else f"{label[: half - 1]}…{label[1 - half :]}"
+    """Return a long label without its middle, because both ends distinguish caches."""
+    half = MAX_LABEL // 2
+    return label if len(label) <= MAX_LABEL else f"{label[: half - 1]}…{label[1 - half :]}"

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class QualityReport(Report):
-    """Caches side by side, the float32 cache first.
+    """The result of `compare`. Prints as tables.
 
-    Prints as tables; `plot` draws it, `to_dict` returns everything. `report["fp8_e4m3 unit"]` is
-    the cache with that label.
+    `plot` draws a figure and `to_dict` returns everything. `report["fp8_e4m3 unit"]` is the cache
+    with that label.
 
     Attributes:
-      tokens, sequences: what was scored: all windows of at least two tokens.
-      window: most tokens of a window.
-      needle_lengths, needle_depths: of the needle test; empty if there was none.
-      caches: the quality of each cache.
-      magnitudes: of keys and values, as the model computed them with the float32 cache.
+      tokens, sequences: the number of scored tokens, and of windows with at least two tokens.
+      window: the maximum length of a window.
+      needle_lengths, needle_depths: those of the needle test, empty if it was skipped.
+      caches: the quality of each cache, the float32 cache first.
+      magnitudes: histograms of keys and values with the float32 cache.
     """
 
     tokens: int
@@ -48,10 +48,9 @@ class QualityReport(Report):
         return by_label[label]
 
     def plot(self) -> "Figure":
-        """Return a matplotlib `Figure`.
+        """Return a matplotlib `Figure`: errors, magnitudes, quality against size, and recall.
 
-        Error by layer and head, magnitudes and the range of each format, quality against bytes,
-        recall. Raises `NotSupported` if matplotlib is not installed.
+        Raises `NotSupported` if matplotlib is not installed.
         """
         return comparison_figure(
             self.caches, self.magnitudes, self.needle_lengths, self.needle_depths
@@ -101,7 +100,7 @@ def _quality_table(report: QualityReport, lines: box.Box | None) -> Table:
 
 
 def _perplexity_change(cache: CacheQuality) -> str:
-    """Return `+1.02% ± 0.31%`. To first order its error is that of the mean log-probability."""
+    """Return `+1.02% ± 0.31%`. To first order the error is that of the mean log-probability."""
     change = f"{cache.perplexity_change:+.2%}"
     if cache.nll_change_stderr is None:
         return change
@@ -109,7 +108,7 @@ def _perplexity_change(cache: CacheQuality) -> str:
 
 
 def _with_stderr(value: float, stderr: float | None) -> str:
-    """Return `0.0123 ± 0.0004`, with two digits of the error, or three of a value without one."""
+    """Return `0.0123 ± 0.0004`: two digits of the error, or three digits of a value without one."""
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
     finest = stderr / 10 if stderr else abs(value) / 100

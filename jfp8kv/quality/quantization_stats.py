@@ -1,8 +1,8 @@
-"""Quantization error: the engine's scoring step, with an `attend` that reads the cache back.
+"""Quantization error: a scoring step with an `attend` that reads the cache back.
 
-Nothing is simulated. Attention writes keys and values, `read` decodes what is stored
-(cache/pool.py), and the two are compared. Where keys are stored minus an offset, the difference is
-compared: rounding, clipping and flushing of the difference are those of the keys.
+Nothing is simulated. Attention writes keys and values, `read` decodes the stored values
+(cache/pool.py), and the two are compared. With K offsets, keys minus the offset are compared:
+their rounding, clipping and flushing are those of the keys.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jfp8kv.models.decoder import bind
 from jfp8kv.quality.observe import Update, observe
 from jfp8kv.quality.observers import Block, HistogramObserver, ScaleShape, Valid
 
-# Two float32 roundings: of the scale's inverse times the value, and of the scale times the code.
+# Two float32 roundings: the value times the inverse scale, and the code times the scale.
 ROUNDING = 2.0**-22
 Sums = Float32[Array, "layers kinds kv_heads"]
 Counts = Int32[Array, "layers kinds kv_heads"]
@@ -33,11 +33,11 @@ class QuantStats:
     """Sums over the values of each layer, kind (K, V) and KV head.
 
     Attributes:
-      signal: squared values, of whole keys even where they are stored minus an offset, so that the
-        ratios of two caches can be compared.
-      noise: squared errors.
-      clipped: values stored as the largest representable one although they are larger.
-      flushed: values stored as zero although they are not.
+      signal: sum of squared values. With K offsets these are whole keys too, so that the
+        signal-to-noise ratios of two caches can be compared.
+      noise: sum of squared errors.
+      clipped: number of values that are larger than the largest representable one.
+      flushed: number of nonzero values that are stored as zero.
     """
 
     signal: Sums
@@ -59,11 +59,12 @@ class QuantStats:
         """Return the statistics with the keys and values of `layer`, all float32.
 
         Args:
-          given: as the model computed them.
-          target: as they should be stored: `given` minus the K offset.
-          stored: as the cache returns them.
+          layer: the layer.
+          given: the keys and values of the model.
+          target: the values to store: `given` minus the K offset.
+          stored: the values that the cache returns.
           largest: see `largest_representable`.
-          valid: which tokens count; the others are padding.
+          valid: false for padding tokens.
         """
         larger = jnp.abs(target) > jnp.abs(stored) * (1 + ROUNDING)
         clipped = larger & (jnp.abs(stored) >= largest[:, None])
@@ -83,7 +84,7 @@ class QuantStats:
 
 @pytree
 class CacheStats:
-    """Quantization errors of a chunk, and a histogram of its magnitudes or None."""
+    """The quantization error of a chunk, and optionally a histogram of its magnitudes."""
 
     quantization: QuantStats
     magnitudes: HistogramObserver | None
@@ -130,7 +131,7 @@ def score_with_stats(
 def quantization_update(
     scales: LayerScales | None, metadata: Callable[[Layer], AttentionMetadata], valid: Valid
 ) -> Update[CacheStats]:
-    """Return the update of `observe` that compares keys and values with what the cache stores."""
+    """Return an `update` for `observe` that compares keys and values with the stored ones."""
     offset = None if scales is None else scales.k_offset
     without_offset = None if scales is None else dataclasses.replace(scales, k_offset=None)
 
@@ -151,7 +152,7 @@ def quantization_update(
 def read_back(
     pages: KVPool, scales: LayerScales | None, at: AttentionMetadata, *, tokens: int, layer: Layer
 ) -> Block:
-    """Return what the cache stores for `tokens` positions from `at.start`, float32.
+    """Return the stored keys and values of `tokens` positions from `at.start`, float32.
 
     Only the pages of those positions are decoded.
     """

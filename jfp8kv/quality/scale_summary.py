@@ -1,4 +1,4 @@
-"""The KV scales of a model, layer by layer: values, sources, and whether an FP8 cache uses them."""
+"""The KV scales of a model by layer: values, sources, and whether an FP8 cache uses them."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -30,11 +30,10 @@ class LayerScaleSummary:
     Attributes:
       k, v: the scales that an FP8 cache uses, 1 in place of invalid ones; None for a layer that the
         model or the checkpoint does not have.
-      k_offset: what is subtracted from keys; None if nothing is.
-      sources: every scale found for the layer, valid or not: full tensor names, or a file and
-        layer.
+      k_offset: the K offset; None if there is none.
+      sources: all scales found for the layer, valid or not: full tensor names, or a file and layer.
       granularity: "tensor", "head" or "channel"; None if no scale is used.
-      verdict: "used", or each issue with the fallback of loading that is not strict.
+      verdict: "used", or each issue with the fallback of `strict=False`.
     """
 
     layer: int
@@ -53,13 +52,12 @@ class ScaleSummary:
     Attributes:
       tensors: full names of the scale tensors among the weights.
       granularity: the finest of all layers; None without scales.
-      layers: every layer with scales, or with missing ones, and layers that the model does not
-        have.
-      issues: what strict loading refuses, each with the fallback of loading that is not strict.
+      layers: all layers with scales or missing scales, and layers that the model does not have.
+      issues: the issues that strict loading refuses, each with the fallback of `strict=False`.
       file: the file beside the weights that scales come from, if any.
-      notes: warnings that are not errors.
-      unused: scales that were found and are not used: of queries and probabilities, of layers that
-        the model does not have, of unknown names.
+      notes: warnings.
+      unused: scales that are not used: those of queries, of probabilities, of layers that the model
+        does not have, and of unknown names.
     """
 
     tensors: tuple[str, ...]
@@ -111,18 +109,18 @@ def _layer_summaries(report: ScaleReport) -> Iterator[LayerScaleSummary]:
 def _layer_summary(
     number: int, layer: LayerScales | None, others: list[StoredScale], issues: list[ScaleIssue]
 ) -> LayerScaleSummary:
-    own = list(layer.issues) if layer else []  # of K and V; listed before those of unused scales
-    issues = own + [issue for issue in issues if issue not in own]
+    kv_issues = list(layer.issues) if layer else []  # listed before those of unused scales
+    issues = kv_issues + [issue for issue in issues if issue not in kv_issues]
     invalid = [issue.source for issue in issues]
-    found = [scale.source for scale in (*(layer.stored if layer else ()), *others)]
+    sources = [scale.source for scale in [*(layer.stored if layer else ()), *others]]
     if layer is None:
-        found += invalid  # of an existing layer, an invalid scale may also be a missing one
+        sources += invalid  # not for existing layers: their issues may be missing scales
     return LayerScaleSummary(
         layer=number,
         k=None if layer is None else value_range(layer.k),
         v=None if layer is None else value_range(layer.v),
         k_offset=None if layer is None else value_range(layer.k_offset),
-        sources=tuple(dict.fromkeys(found)),
+        sources=tuple(dict.fromkeys(sources)),
         granularity=None if layer is None else layer.granularity,
         verdict="; ".join(_verdicts(layer, others, issues)),
     )
@@ -148,7 +146,7 @@ def value_range(value: np.ndarray | None) -> Range | None:
 
 
 def format_range(value: Range | None) -> str:
-    """Return one number for equal ends, two for others, and "-" for None."""
+    """Return "low to high", one number if both are equal, or "-" for None."""
     if value is None:
         return "-"
     low, high = value
@@ -156,7 +154,7 @@ def format_range(value: Range | None) -> str:
 
 
 def scale_tables(scales: ScaleSummary, lines: box.Box | None) -> Iterator[RenderableType]:
-    """Yield a table of all layers, then issues of no single layer and notes."""
+    """Yield a table of all layers, then issues that concern no single layer, and notes."""
     if scales.layers:
         yield from gap(lines)
         yield _layer_table(scales.layers, lines)

@@ -1,8 +1,8 @@
-"""A simulated quantized cache: layer formats are data, so one program serves all plans.
+"""A simulated quantized cache. Layer formats are data, so one program runs all plans.
 
 The cache is float32. The keys and values of each layer are quantized and dequantized before they
-are written, in the format that the array selects. Attention sees what the real cache would return,
-to the rounding of float32.
+are written, in the format that `SimulatedLayers` selects. Attention reads the same values as from a
+real cache, up to rounding in float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ class SimulatedLayers:
         scales: KVScales,
         config: ModelConfig,
     ) -> "SimulatedLayers":
-        """Return the data of `layers` for a program that knows `specs`."""
+        """Return `layers` as indices into `specs`, the static argument of the program."""
         index = np.array([specs.index(spec) for spec in layers], np.int32)
         by_layer = LayerScales.of(
             scales, layers=config.layers, kv_heads=config.kv_heads, head_dim=config.head_dim
@@ -59,7 +59,7 @@ def simulated_score(
     *,
     specs: tuple[LayerCacheSpec, ...],
 ) -> tuple[Float[Array, "requests tokens vocab"], KVPool]:
-    """Return the logits after each token, as `engine.step.logits`, over a float32 pool."""
+    """Run `engine.step.logits` over a float32 pool with simulated quantization."""
     decoder = bind(model.config, weights, model.dtype)
     unit = unit_scales(model.config)
 
@@ -84,7 +84,7 @@ def simulated_score(
 def _quantize_first(
     attend: Attend, layers: SimulatedLayers, specs: Sequence[LayerCacheSpec]
 ) -> Attend:
-    """Return `attend` with keys and values that went through the quantizer of their layer."""
+    """Return `attend` with keys and values quantized and dequantized by the format of the layer."""
 
     def quantizer(spec: LayerCacheSpec) -> Callable[[Layer, KV, KV], tuple[KV, KV]]:
         def quantize(layer: Layer, k: KV, v: KV) -> tuple[KV, KV]:
