@@ -169,6 +169,10 @@ def beam_search(
       >>> (output,) = jfp8kv.beam_search(llm, "The capital of France is", beams=4, max_tokens=8)
       >>> [continuation.text for continuation in output.outputs]
     """
+    if not isinstance(llm, LLM):
+        raise ConfigError(
+            f"llm of type {type(llm).__name__}: must be an LLM; try beam_search(LLM(model), ...)."
+        )
     params = SamplingParams(
         max_tokens=max_tokens, stop_token_ids=tuple(stop_token_ids), ignore_eos=ignore_eos
     )

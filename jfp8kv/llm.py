@@ -300,7 +300,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         **fields: Unpack[GenerateFields],
     ) -> EngineIterator[str]:
-        """Generate one continuation and yield its text as it is produced.
+        """Generate one continuation and yield each new piece of its text immediately.
 
         Other calls share the engine meanwhile. Steps run only while a caller waits, so a stream
         that is not read costs nothing. Closing or dropping the iterator cancels the request.
@@ -369,6 +369,11 @@ class LLM:
     def _stream_request(
         self, prompt: Prompt, sampling_params: SamplingParams | None, fields: GenerateFields
     ) -> Request:
+        if not is_single(prompt):
+            raise ConfigError(
+                "a stream takes one prompt: give a str, a list of token ids or one conversation, "
+                "or use generate for several."
+            )
         (group,) = self._request_groups([prompt], sampling_params, fields)
         if len(group.requests) != 1 or group.params.prompt_logprobs is not None:
             raise ConfigError(
@@ -450,6 +455,11 @@ class LLM:
         Example:
           >>> llm.logits([1, 15, 7]).argmax(axis=-1)  # the most likely next token of each prefix
         """
+        if isinstance(token_ids, str):
+            raise ConfigError(
+                f"token_ids={token_ids!r}: must be a list of token ids, not text; try "
+                "llm.tokenizer.encode(text)."
+            )
         ids = encode(token_ids, None, what="token_ids").ids
         self.engine.check(ids, forward.PREFILL_ONLY, what="token_ids", new_tokens=0)
         request = logits_request(ids)

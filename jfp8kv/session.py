@@ -22,7 +22,7 @@ from jfp8kv.engine.kv_manager import SequenceHandle
 from jfp8kv.engine.request import CompletionOutput, Request, RequestOutput
 from jfp8kv.sampling.keywords import SamplingFields
 from jfp8kv.sampling.params import SamplingParams
-from jfp8kv.text.prompts import TokenIds, encode
+from jfp8kv.text.prompts import SupportsArray, TokenIds, encode
 
 Tokens: TypeAlias = str | TokenIds
 Generate: TypeAlias = Callable[..., list[RequestOutput]]
@@ -211,6 +211,10 @@ class Session:
 
     def _encode(self, tokens: int | Tokens) -> list[int]:
         tokenizer = self._engine.params.tokenizer
+        if not isinstance(tokens, str | int | np.integer | Sequence | SupportsArray):
+            raise ConfigError(
+                f"tokens={tokens!r}: must be a str, a token id or a list of token ids."
+            )
         if isinstance(tokens, str) and tokenizer is not None:
             ids = tokenizer.encode(tokens, add_special_tokens=False)
         elif isinstance(tokens, int | np.integer):

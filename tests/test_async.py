@@ -159,3 +159,8 @@ def test_every_stream_gets_the_error_of_a_failed_step_and_the_next_is_served(
 def test_an_invalid_option_is_raised_by_the_call_itself(llm, fields) -> None:
     with pytest.raises(ConfigError):
         llm.astream("hello", **fields)
+
+
+def test_a_stream_refuses_several_prompts(llm) -> None:
+    with pytest.raises(ConfigError, match="a stream takes one prompt"):
+        llm.astream(["hello", "goodbye"])

@@ -208,3 +208,8 @@ def test_a_search_that_fails_frees_all_its_pages(monkeypatch) -> None:
 def test_an_invalid_option_is_refused_before_anything_runs(llm, wrong, message) -> None:
     with pytest.raises(ConfigError, match=message):
         jfp8kv.beam_search(llm, PROMPT, **wrong)
+
+
+def test_a_model_without_an_engine_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"llm of type str: must be an LLM; try .*LLM\(model\)"):
+        jfp8kv.beam_search("path", PROMPT)

@@ -367,7 +367,7 @@ MISTAKES = {
     "max_tokens 0": ((*ASK_HI, "--max-tokens", 0), "max_tokens=0"),
     "max_tokens that is not a number": (
         (*ASK_HI, "--max-tokens", "ten"),
-        "--max-tokens: invalid int value",
+        "--max-tokens: 'ten' is not a whole number",
     ),
     "n 0": ((*ASK_HI, "--n", 0), "n=0"),
     "a negative seed": ((*ASK_HI, "--seed", -1), "seed=-1"),

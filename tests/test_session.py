@@ -271,6 +271,7 @@ def test_invalid_tokens_leave_the_session_unchanged(llm) -> None:
             ([1] * 96, "max_model_len=96"),
             ("abc", "tokenizer"),
             ([], "empty"),
+            (1.5, "tokens=1.5: must be a str, a token id or a list"),
         ):
             with pytest.raises(ConfigError, match=message):
                 session.extend(wrong)

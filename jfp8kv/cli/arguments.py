@@ -8,7 +8,7 @@ when the options are created, so ranges are stated once.
 import argparse
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -18,6 +18,23 @@ from jfp8kv.core.options import Options, OptionSpec
 
 ABOUT = "Run language models in JAX with a paged key/value cache in 8-bit floating point."
 _METAVARS = {int: "N", float: "X"}
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+_NUMBERS: dict[type, Callable[[str], float]] = {int: _whole_number, float: _number}
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,14 +123,24 @@ def add_options(
             action = argparse.BooleanOptionalAction if spec.default else "store_true"
             parser.add_argument(f"--{name}", action=action, default=argparse.SUPPRESS, help=help)
         elif spec.name in repeat:
+            help = f"{help} May be repeated."
             parser.add_argument(
                 f"--{name}", action="append", default=argparse.SUPPRESS, metavar="TEXT", help=help
             )
         else:
             initial = defaults.get(spec.name, argparse.SUPPRESS)
             kind = next((kind for kind in _METAVARS if spec.types == (kind,)), str)
-            metavar = "LIST" if _is_list(spec) else _METAVARS.get(kind)
-            parser.add_argument(f"--{name}", type=kind, default=initial, metavar=metavar, help=help)
+            metavar = _METAVARS.get(kind)
+            if _is_list(spec):
+                metavar = "LIST"
+                help = f"{help} Items are separated by commas."
+            parser.add_argument(
+                f"--{name}",
+                type=_NUMBERS.get(kind, kind),
+                default=initial,
+                metavar=metavar,
+                help=help,
+            )
 
 
 def _is_list(spec: OptionSpec) -> bool:
@@ -122,8 +149,10 @@ def _is_list(spec: OptionSpec) -> bool:
 
 
 def _help(spec: OptionSpec, default: Any) -> str:
-    """Return the help of an argument: that of the option, and its default."""
+    """Return the help of an argument: that of the option, its known values and its default."""
     text = spec.help
+    if spec.choices:
+        text = f"{text} Values: {', '.join(map(str, spec.choices))}."
     if default is True:
         text = f"{text} On by default."
     elif default is not False and default not in (None, ()):

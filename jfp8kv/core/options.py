@@ -12,6 +12,7 @@ This module imports nothing heavy, so that `jfp8kv --help` does not wait for JAX
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 import numbers
@@ -198,11 +199,26 @@ def option(
 def options(cls: C) -> C:
     """Make `cls`, a subclass of `Options`, a frozen dataclass, with its fields in its docstring."""
     decorated = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    decorated.__init__ = _suggest_keywords(decorated.__init__)  # type: ignore[misc]
     # Invalid values are reported by `OptionSpec.checked`, never by a run-time type checker.
     decorated.__no_type_check__ = True  # type: ignore[attr-defined]
     own_doc = typing.cast(str, cls.__doc__).rstrip()
     decorated.__doc__ = f"{own_doc}\n\n{fields_section(decorated)}"
     return typing.cast(C, decorated)
+
+
+def _suggest_keywords(init: F) -> F:
+    """Return an `__init__` whose `ConfigError` for an unknown keyword names the nearest field."""
+
+    @functools.wraps(init)
+    def checked_init(self: "Options", **fields: Any) -> None:
+        known = self.names()
+        for name in fields:
+            if name not in known:
+                raise unknown_keyword(name, known)
+        init(self, **fields)
+
+    return typing.cast(F, checked_init)
 
 
 class Options:

@@ -326,7 +326,7 @@ class Request:
 
 @dataclasses.dataclass
 class RequestGroup:
-    """A prompt and its requests: `n`, or `best_of` of which `n` are returned."""
+    """A prompt and its `n` requests, or `best_of` requests whose `n` best are returned."""
 
     prompt: Encoded
     params: SamplingParams

@@ -47,8 +47,8 @@ class ScoreRequest:
         first = max(1, pair.prompt_tokens)
         if len(pair.ids) <= first:
             raise ConfigError(
-                f"nothing to score in {len(pair.ids)} tokens after a prompt of "
-                f"{pair.prompt_tokens}: a scored token needs at least one token before it."
+                f"nothing to score: no token follows the first {len(pair.ids)}; give a sequence of "
+                "at least two tokens, or a completion of at least one after a prompt."
             )
         engine.check(pair.ids, PREFILL_ONLY, what="the sequence", new_tokens=0)
         outputs = PromptOutputs.logprobs(pair.ids, first=first)

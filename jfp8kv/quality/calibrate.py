@@ -253,7 +253,7 @@ class Calibrator:
           observer: an observer without values.
           transform: selects the observed keys; None observes those written to the cache.
 
-        Raises `ConfigError` if there are no prompts, or for NaN or infinity among the values.
+        Raises `ConfigError` without prompts, and for NaN or infinity among the values.
         """
         transform = transform or CachedKeys()
         max_tokens = observer.max_tokens(self.shape)

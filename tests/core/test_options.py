@@ -1,6 +1,7 @@
 """Option classes: one declaration gives the check, the error, the help and the keywords."""
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -98,6 +99,12 @@ def test_options_are_frozen_and_take_keywords_only() -> None:
 def test_a_misspelt_keyword_raises_with_the_nearest_name(given, nearest) -> None:
     with pytest.raises(ConfigError, match=f"{given}: no such keyword. Did you mean '{nearest}'"):
         Example.from_fields(also=("progress",), **{given: 1})
+
+
+def test_the_constructor_names_the_nearest_field_of_a_misspelt_keyword() -> None:
+    with pytest.raises(ConfigError, match="sise: no such keyword. Did you mean 'size'"):
+        Example(sise=1)
+    assert list(inspect.signature(Example).parameters) == Example.names()
 
 
 def test_from_fields_refuses_a_base_of_another_type() -> None:
