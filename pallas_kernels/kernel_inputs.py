@@ -93,7 +93,7 @@ class KernelConfig:
 
     @property
     def native_e4m3(self) -> bool:
-        """Whether the GPU has an instruction that converts E4M3."""
+        """Return whether the GPU has an instruction that converts E4M3."""
         return self.capability >= (8, 9)
 
     @property
@@ -111,7 +111,7 @@ class KernelConfig:
 
     @property
     def scale_tiles(self) -> bool:
-        """Whether dynamic scales multiply K and V tiles instead of scores and weights.
+        """Return whether dynamic scales multiply K and V tiles instead of scores and weights.
 
         This is faster if there are many rows and tiles go through shared memory anyway.
         """
@@ -119,7 +119,7 @@ class KernelConfig:
 
     @property
     def one_page(self) -> bool:
-        """Whether every block of keys lies in one page."""
+        """Return whether every block of keys lies in one page."""
         return self.page_size % self.block_k == 0
 
 

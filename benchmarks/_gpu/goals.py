@@ -34,7 +34,7 @@ class Goal:
 
     @property
     def status(self) -> str:
-        """Whether the goal is met, as text."""
+        """Return whether the goal is met, as text."""
         if self.measured is None:
             return "not measured"
         too_small = self.minimum is not None and self.measured < self.minimum

@@ -125,7 +125,7 @@ def build_kernel(
         "q_smem": tiled(config.heads, config.head_dim, dtype=config.compute),
         "k_smem": tiled(stages, block_k, config.head_dim, dtype=config.element),
         "v_smem": tiled(stages, block_k, config.head_dim, dtype=config.element),
-        "softmax_weights": tiled(config.heads, block_k, dtype=config.compute),
+        "weights_smem": tiled(config.heads, block_k, dtype=config.compute),
         "weight_smem": gpu.SMEM((config.heads,), jnp.float32),
         "q_barrier": gpu.Barrier(),
         "k_barrier": gpu.Barrier(num_arrivals=copies, num_barriers=stages),
@@ -264,7 +264,7 @@ def _attend_block(
         scores = scores + _broadcast_keys(v_exponent.astype(jnp.float32), config.heads)
         max_weight = jnp.maximum(state.max_weight, jnp.max(scores, axis=0))
         weights = jnp.exp2(scores - _broadcast_heads(max_weight - config.weight_shift, block_k))
-    refs["softmax_weights"].T[...] = weights.astype(config.compute)
+    refs["weights_smem"].T[...] = weights.astype(config.compute)
 
     @pallas().when((start < keys.first) | (start + block_k > keys.end))
     def zero_invalid_values() -> None:
@@ -282,7 +282,7 @@ def _attend_block(
         fetch_next()
 
     def weighted_sum(accumulator: Any) -> jax.Array:
-        gpu.wgmma(accumulator, values.T, refs["softmax_weights"].T)
+        gpu.wgmma(accumulator, values.T, refs["weights_smem"].T)
         return accumulator[...]
 
     block_out = pallas().run_scoped(

@@ -211,7 +211,7 @@ def test_the_matmul_bound_is_relative_to_the_fastest_tensor_instruction():
     assert bound.matmul_bound(
         Counter({"HMMA.16816.F32": 1}), warps=4, target=Target.a100()
     ).fraction == pytest.approx(1.0)
-    # Half the rate, and three products per product.
+    # Half the rate, and three TF32 products per float32 product.
     assert bound.matmul_bound(
         Counter({"HMMA.1688.F32.TF32": 1}), warps=4, target=Target.a100()
     ).fraction == pytest.approx(1 / 6)
