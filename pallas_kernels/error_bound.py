@@ -92,7 +92,7 @@ def paged_prefill_reference(
         q, kv, page_table, lengths, first_query, queries, element=element, score_offset=score_offset
     )
     for row in rows:
-        place = (row.index, row.head)
+        place = (row.query, row.head)
         out[place] = attention(row, sm_scale=sm_scale, softcap=softcap)
         error[place] = error_bound(
             row,

@@ -66,9 +66,11 @@ def key_block(
 ) -> KeyBlock:
     """Return the block at `start`. `row` is its pool row, or None to look it up."""
     token = start + jnp.arange(config.block_k, dtype=jnp.int32)
-    valid = token < keys.end if masked else None
-    if masked and ("window" in refs or config.causal):
-        valid &= token >= keys.first
+    valid = None
+    if masked:
+        valid = token < keys.end
+        if "window" in refs or config.causal:
+            valid &= token >= keys.first
     if row is None:
         # One page number per block, or one per token. Invalid tokens use that of a valid one.
         page_token = token

@@ -24,7 +24,7 @@ class QueryRow(NamedTuple):
     output.
     """
 
-    index: int  # of the query in `q`
+    query: int  # index in `q`
     head: int
     q: np.ndarray  # [head_dim], times the K scales
     k: np.ndarray  # [keys, head_dim], times the dynamic scales
@@ -68,12 +68,13 @@ def query_rows(
     first_exponent_row = layer.first_exponent_row
     if first_exponent_row is None:
         first_exponent_row = first_row
-    window = layer.window
+    window = 0 if layer.window is None else int(layer.window)
 
     def dynamic_scales(exponents: Any, page: Any, head: int, slot: Any) -> np.ndarray:
         if exponents is None:
             return np.ones(len(slot))
-        return 2.0 ** (np.float64(exponents[first_exponent_row + page, head, slot]) - 127)
+        codes = np.int32(exponents[first_exponent_row + page, head, slot])
+        return np.ldexp(np.ones(len(slot)), codes - 127)
 
     for request, i in ((request, i) for request, n in enumerate(queries) for i in range(n)):
         length = int(lengths[request])
@@ -159,10 +160,18 @@ def _select_layer(kv: LayerView) -> LayerView:
     """Return the view with the values of its layer where it has those of all layers."""
     if kv.layer is None:
         return kv
-    names = ("first_row", "first_exponent_row", "k_scale", "v_scale", "window", "sinks")
-    by_layer = {name: getattr(kv, name) for name in names}
-    here = {n: None if x is None else np.asarray(x)[kv.layer] for n, x in by_layer.items()}
-    return kv._replace(**here)
+
+    def select(x: Any) -> Any:
+        return None if x is None else np.asarray(x)[kv.layer]
+
+    return kv._replace(
+        first_row=select(kv.first_row),
+        first_exponent_row=select(kv.first_exponent_row),
+        k_scale=select(kv.k_scale),
+        v_scale=select(kv.v_scale),
+        window=select(kv.window),
+        sinks=select(kv.sinks),
+    )
 
 
 def _as_float32(x: Any) -> np.ndarray:

@@ -49,7 +49,7 @@ LOG2E = 1.4426950408889634
 class QueryBlock(NamedTuple):
     """The query rows of a program, each `[rows]`."""
 
-    index: jax.Array  # of the query in `q`
+    query: jax.Array  # index in `q`
     head: jax.Array
     position: jax.Array  # in the sequence
     valid: jax.Array  # False for padding
@@ -201,7 +201,7 @@ def _scaled_query(
     refs: Refs, config: KernelConfig, queries: QueryBlock, kv_head: Any
 ) -> ScaledQuery:
     channel, mask = channel_mask(config, queries.valid, config.rows)
-    index = queries.index[:, None]
+    index = queries.query[:, None]
     head = queries.head[:, None]
     q = load(refs["q"], index, head, channel, mask=mask, other=0.0).astype(jnp.float32)
     if "k_scale" in refs:
@@ -216,7 +216,7 @@ def _scaled_query(
     offset = None
     if "score_offset" in refs:
         offset = load(
-            refs["score_offset"], queries.index, queries.head, mask=queries.valid, other=0.0
+            refs["score_offset"], queries.query, queries.head, mask=queries.valid, other=0.0
         )
         offset = offset * unit
     return ScaledQuery(q.astype(config.compute), factor, offset)
@@ -271,6 +271,7 @@ def _visible(refs: Refs, config: KernelConfig, queries: QueryBlock, block: KeyBl
     """Return the attention mask of a block, in the layout of its scores."""
     rows, keys = config.rows, config.block_k
     shape = (keys, rows) if config.transposed else (rows, keys)
+    assert block.valid is not None, "masked blocks know their valid tokens"
     visible = jnp.broadcast_to(broadcast_keys(config, block.valid), shape)
     if config.causal:
         visible &= block.token[None, :] <= queries.position[:, None]

@@ -8,6 +8,7 @@ read of unwritten memory shows.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,9 +19,12 @@ from pallas_kernels import DecodeBlocks, LayerView, PrefillBlocks, paged_decode,
 from pallas_kernels.error_bound import paged_decode_reference, paged_prefill_reference
 from pallas_kernels.fp8 import E4M3
 
-NAN_CODE = {1: np.uint8(0xFF), 2: np.uint16(0xFFFF), 4: np.float32(np.nan)}
-KERNELS = {"decode": paged_decode, "prefill": paged_prefill}
-REFERENCES = {"decode": paged_decode_reference, "prefill": paged_prefill_reference}
+NAN_CODE: dict[int, np.generic] = {1: np.uint8(0xFF), 2: np.uint16(0xFFFF), 4: np.float32(np.nan)}
+KERNELS: dict[str, Callable[..., Any]] = {"decode": paged_decode, "prefill": paged_prefill}
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "decode": paged_decode_reference,
+    "prefill": paged_prefill_reference,
+}
 BLOCKS = {"decode": DecodeBlocks(16, 4, 1, 2), "prefill": PrefillBlocks(16, 16, 4, 1)}
 OUTSIDE = 1 << 20  # a page number past the end of every pool
 STATIC = ("sm_scale", "softcap", "capability")
@@ -77,8 +81,9 @@ class Batch:
         self.q_heads = kv_heads * group
         self.head_dim = head_dim
         self.page_size = page_size
-        self.lengths = np.int32(lengths)
-        self.queries = np.int32(np.minimum(QUERIES, lengths) if queries is None else queries)
+        self.lengths = np.asarray(lengths, np.int32)
+        chunks = np.minimum(QUERIES, lengths) if queries is None else queries
+        self.queries = np.asarray(chunks, np.int32)
         self.options = options
         self.tokens = int(self.queries.sum()) + len(lengths) + 1 if tokens is None else tokens
         self.first_query = self._shuffle_chunks()

@@ -167,16 +167,13 @@ def _kernel(gpu: Any, config: MosaicConfig, refs: Refs) -> None:
     for i in range(config.blocks.stages):
         fetch = functools.partial(_fetch, gpu, config, refs, keys, jnp.int32(i), jnp.int32(i))
         pallas().when(i < keys.blocks)(fetch)
-    factor, offset = (
-        gpu.load(
-            refs[name].at[request, program],
-            layout=gpu.Layout.WGMMA.reduce(0),
-            optimized=False,
-        )
-        if name in refs
-        else None
-        for name in ("factor", "offset")
-    )
+
+    def load_heads(name: str) -> jax.Array:
+        layout = gpu.Layout.WGMMA.reduce(0)
+        return gpu.load(refs[name].at[request, program], layout=layout, optimized=False)
+
+    factor = load_heads("factor")
+    offset = load_heads("offset") if "offset" in refs else None
     gpu.barrier_wait(refs["q_barrier"])
 
     def full(*shape: int, value: float) -> jax.Array:

@@ -133,7 +133,7 @@ def _kernel(
     (out,) = normalize(refs, config, state, kv_head)
     channel, mask = channel_mask(config, valid, config.rows)
     ref = out_refs["out"]
-    out_row = query_block.index[:, None]
+    out_row = query_block.query[:, None]
     store(ref, out_row, head[:, None], channel, value=out.astype(ref.dtype), mask=mask)
 
 
