@@ -99,15 +99,15 @@ def check_custom_ids(reader: Reader) -> None:
     with closing(iter(reader)) as rows:
         for row in rows:
             try:
-                custom_id = row.fields().get("custom_id")
+                custom_id = row.fields().get("custom_id", 0)
             except RowError:
                 continue
-            if not isinstance(custom_id, str):
-                continue
-            if not custom_id:
+            if custom_id is None or (isinstance(custom_id, str) and not custom_id.strip()):
                 raise ConfigError(
                     f"{reader.path}:{row.line}: custom_id is empty: give each request an id."
                 )
+            if not isinstance(custom_id, str):  # missing, or of another type
+                continue
             first = lines.setdefault(custom_id, row.line)
             if first != row.line:
                 raise ConfigError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jfp8kv.batch.config import Config
 from jfp8kv.batch.requests import GENERATED_FIELDS, SCORED_FIELDS
 from jfp8kv.core.errors import ConfigError
+from jfp8kv.core.log import logger
 from jfp8kv.text.rows import Fields, Reader, RowError
 
 if TYPE_CHECKING:
@@ -40,15 +41,17 @@ def output_schema(config: Config) -> "pa.Schema":
     path = Path(config.input.path)
     if config.input.row_format == "parquet":
         columns = read_schema(path)
+        _check_writable(columns, path)
+        _warn_lost_annotations(path, columns)
     else:
         columns = _inferred_schema(config.input.reader(), reserved)
+        _check_writable(columns, path)
     conflicts = reserved & set(columns.names)
     if conflicts:
         raise ConfigError(
             f"{path}: the column {min(conflicts)!r} has the name of a result: give "
             "`output.prefix`, such as 'new_'."
         )
-    _check_writable(columns, path)
     return pa.schema([*columns, *results], metadata=columns.metadata)
 
 
@@ -106,6 +109,42 @@ def _check_writable(schema: "pa.Schema", path: Path) -> None:
                 f"{path}: the column {field.name!r} of type {field.type} cannot be written as "
                 f"Parquet ({error}). {ADVICE}."
             ) from None
+
+
+def _warn_lost_annotations(path: Path, schema: "pa.Schema") -> None:
+    """Warn about columns with a Parquet type that Arrow lacks, such as INTERVAL and ENUM.
+
+    Their bytes are kept, but the output does not say what they mean.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    empty = pa.BufferOutputStream()
+    parquet.write_table(schema.empty_table(), empty)
+    written = parquet.ParquetFile(pa.BufferReader(empty.getvalue()))
+    with parquet.ParquetFile(path) as source:
+        before = _annotations(source)
+    after = _annotations(written)
+    for name in before.keys() & after.keys():
+        if before[name] != "NONE" and after[name] == "NONE":
+            logger.warning(
+                "%s: the column %s has Parquet's type %s, which pyarrow does not write: the output "
+                "has its bytes, without that type.",
+                path,
+                name,
+                before[name],
+            )
+
+
+def _annotations(file: Any) -> dict[str, str]:
+    """Return the logical types of a Parquet file's leaf columns by path; "NONE" for none."""
+    columns = [file.schema.column(number) for number in range(len(file.schema))]
+    return {
+        column.path: column.converted_type  # pyarrow has no name for the logical type of INTERVAL
+        if column.logical_type.type == "UNKNOWN"
+        else column.logical_type.type
+        for column in columns
+    }
 
 
 def _inferred_schema(reader: Reader, reserved: set[str]) -> "pa.Schema":

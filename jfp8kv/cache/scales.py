@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from jfp8kv.core.errors import CheckpointError, ConfigError
+from jfp8kv.core.file_contents import describe_file
 from jfp8kv.core.formats import KVFormat, kv_format
 from jfp8kv.core.types import PathLike
 from pallas_kernels import fp8
@@ -146,7 +147,8 @@ def read_scale_file(
             names = file.keys()
             arrays = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{given}: not a {class_name} file ({error}).") from error
+        reason = describe_file(Path(path)) or error
+        raise CheckpointError(f"{given}: not a {class_name} file ({reason}).") from error
     if missing := [name for name in "kv" if name not in arrays]:
         raise CheckpointError(
             f"{given}: not a {class_name} file (missing {', '.join(map(repr, missing))})."

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
-from jfp8kv.checkpoint.foreign import not_a
 from jfp8kv.checkpoint.gguf_tokenizer import tokenizer_from_gguf
 from jfp8kv.checkpoint.tensors import BFLOAT16, StoredTensor, chunks, read_exactly
 from jfp8kv.core.errors import CheckpointError
+from jfp8kv.core.file_contents import not_a
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.families.gguf import config_from_gguf
 from jfp8kv.text.tokenizer import Tokenizer

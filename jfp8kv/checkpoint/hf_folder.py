@@ -10,11 +10,9 @@ from typing import Any
 
 from jfp8kv.checkpoint.foreign import (
     ADAPTER_CONFIG,
-    PICKLE_ADVICE,
     PICKLES,
     adapter_error,
     check_saved_names,
-    describe_placeholder,
     folder_hint,
 )
 from jfp8kv.checkpoint.kv_export import KV_FILE
@@ -22,11 +20,13 @@ from jfp8kv.checkpoint.kv_scale_tensors import SIDECAR, Sidecar, is_kv_scale, pa
 from jfp8kv.checkpoint.safetensors import open_safetensors
 from jfp8kv.checkpoint.tensors import StoredTensor
 from jfp8kv.core.errors import CheckpointError
+from jfp8kv.core.file_contents import PICKLE_ADVICE, describe_placeholder
 from jfp8kv.models.families.fields import ids, ids_in_vocab
 from jfp8kv.models.layouts import is_buffer, strip_prefix
 
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
+_PICKLE_INDEX = "pytorch_model.bin.index.json"
 _ADAPTER_WEIGHTS = "adapter_model*"
 _VISION = ("vision_tower.", "multi_modal_projector.")  # of a vision encoder, without prefix
 
@@ -183,6 +183,8 @@ def _weight_files(folder: Path) -> list[Path]:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise CheckpointError(f"{folder}: its weights are only in {pickles[0]}: {PICKLE_ADVICE}")
+    if (folder / _PICKLE_INDEX).is_file():  # downloaded from the hub, without the weights
+        raise CheckpointError(f"{folder}: its weights are only in .bin files: {PICKLE_ADVICE}")
     raise CheckpointError(
         f"{folder}: no weights: expected model.safetensors, or {INDEX} and its shards."
         f"{folder_hint(folder)}"

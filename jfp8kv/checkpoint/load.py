@@ -17,12 +17,7 @@ import jax
 import numpy as np
 
 from jfp8kv.checkpoint import hf_folder as hf
-from jfp8kv.checkpoint.foreign import (
-    PICKLE_ADVICE,
-    PICKLES,
-    check_tokenizer_files,
-    describe_file,
-)
+from jfp8kv.checkpoint.foreign import PICKLES, check_tokenizer_files
 from jfp8kv.checkpoint.hf_tokenizer import read_tokenizer
 from jfp8kv.checkpoint.kv_export import prefer_kv_file
 from jfp8kv.checkpoint.kv_scales import ScaleReport, check_scales
@@ -36,6 +31,7 @@ from jfp8kv.checkpoint.tensors import (
     most_common_dtype,
 )
 from jfp8kv.core.errors import CheckpointError, ConfigError, invalid_choice
+from jfp8kv.core.file_contents import PICKLE_ADVICE, describe_file
 from jfp8kv.core.paths import looks_like_path
 from jfp8kv.core.types import PathLike, WeightsDtype
 from jfp8kv.models.config import ModelConfig

@@ -16,9 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jfp8kv.checkpoint.foreign import not_a
 from jfp8kv.checkpoint.tensors import BFLOAT16, StoredTensor, chunks, read_exactly
 from jfp8kv.core.errors import CheckpointError
+from jfp8kv.core.file_contents import not_a
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),

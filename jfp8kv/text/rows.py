@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, NoReturn, TypeAlias
 
 from jfp8kv.core.errors import ConfigError, NotSupported
+from jfp8kv.core.file_contents import describe_placeholder
 from jfp8kv.text.chat import ChatOptions
 from jfp8kv.text.prompts import is_conversation, with_chat_options
 
@@ -120,6 +121,10 @@ def check(path: str | os.PathLike[str], format: RowFormat | Literal["auto"] = "a
     if not Path(path).is_file():
         problem = "must be a regular file" if Path(path).exists() else "no such file"
         raise ConfigError(f"{path}: {problem}.")
+    is_text = Path(path).suffix.lower() == ".txt"
+    found = describe_placeholder(Path(path), web_pages=not is_text)
+    if found is not None:
+        raise ConfigError(f"{path}: {found}.")
     if format_of(path, format) == "parquet":
         require_parquet()
         _check_parquet(Path(path))

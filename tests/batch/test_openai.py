@@ -214,6 +214,8 @@ def test_a_refused_request_has_status_400_and_an_engine_error_500(respond):
         (["é", "e", "é"], "rows.jsonl:3: custom_id 'é' is already used in line 1"),
         (["", "b"], "rows.jsonl:1: custom_id is empty"),
         (["a", ""], "rows.jsonl:2: custom_id is empty"),
+        (["a", " \n"], "rows.jsonl:2: custom_id is empty"),
+        (["a", None], "rows.jsonl:2: custom_id is empty"),
     ],
 )
 @pytest.mark.parametrize("start", ["run", "dry run", "shard"])

@@ -106,6 +106,32 @@ def test_columns_keep_their_type_and_values(job, table, name, shards):
     assert None not in found.column("text").to_pylist()
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "column"),
+    [
+        ("INTERVAL", 21, pa.array([b"\1\0\0\0\2\0\0\0\3\0\0\0", None, b"\0" * 12], pa.binary(12))),
+        ("ENUM", 4, pa.array([b"A", None, b"B"])),
+        ("BSON", 20, pa.array([b"A", None, b"B"])),
+    ],
+)
+def test_bytes_of_types_that_arrow_lacks_are_kept_with_a_warning(job, caplog, name, code, column):
+    """The annotation is set in the footer, because pyarrow cannot write it."""
+    path = job.folder / "rows.parquet"
+    job.write(rows="rows.parquet", out="out.parquet")
+    parquet.write_table(pa.table({"word": words(3), "x": column}), path, store_schema=False)
+    content = path.read_bytes()
+    size = int.from_bytes(content[-8:-4], "little")
+    footer = content[-8 - size : -8]
+    plain = b"\x18\x01x\x00"  # name "x", end; field 6 is the annotation
+    assert footer.count(plain) == 1
+    footer = footer.replace(plain, b"\x18\x01x\x25" + bytes([2 * code]) + b"\x00")
+    path.write_bytes(content[: -8 - size] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    assert parquet.ParquetFile(path).schema.column(1).converted_type == name
+    job.run()
+    assert parquet.read_table(job.output).column("x").combine_chunks().equals(column)
+    assert f"the column x has Parquet's type {name}" in caplog.text and "word" not in caplog.text
+
+
 @pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
 def test_nan_infinity_and_negative_zero_are_kept(job, table, kind):
     values = [float("nan"), float("inf"), -float("inf"), -0.0, None]

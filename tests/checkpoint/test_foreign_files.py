@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint import load
 from jfp8kv.checkpoint.load import read_checkpoint_info
 from jfp8kv.core.errors import CheckpointError
@@ -143,6 +144,22 @@ def test_a_pointer_in_place_of_a_shard_or_index_is_named(tiny, tmp_path):
     refused(folder, "model-00002-of-00002.safetensors", "Git LFS pointer")
     (folder / INDEX).write_bytes(LFS)
     refused(folder, INDEX, "Git LFS pointer")
+
+
+def test_a_hub_model_whose_weights_are_only_pickles_is_named(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match=r"only in \.bin files: pickle .*save_pretrained"):
+        load(folder)
+
+
+@pytest.mark.parametrize("case", PLACEHOLDERS)
+def test_a_pointer_or_web_page_in_place_of_kv_scales_is_named(tmp_path, case):
+    content, *expected = PLACEHOLDERS[case]
+    (tmp_path / "scales.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError) as error:
+        KVScales.load(tmp_path / "scales.safetensors")
+    assert all(part in str(error.value) for part in ("not a KVScales file", *expected))
 
 
 # -- adapters --------------------------------------------------------------------------------------

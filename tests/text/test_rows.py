@@ -175,3 +175,29 @@ def test_the_reader_reports_the_fraction_that_was_read(tmp_path):
     next(rows)
     assert 0 < reader.fraction < 1
     assert len(list(rows)) == 99_999 and reader.fraction == 1
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.txt"])
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+        (b"/annex/objects/SHA256E-s12--ab\n", "git-annex pointer"),
+        (b"<!DOCTYPE html><html></html>", "a web page"),
+    ],
+)
+def test_a_pointer_or_web_page_in_place_of_a_file_of_rows_is_refused(
+    tmp_path, name, content, found
+):
+    (tmp_path / name).write_bytes(content)
+    if name == "a.txt" and found == "a web page":  # may be text
+        check(tmp_path / name)
+        return
+    with pytest.raises(ConfigError, match=f"{name}: {found}|{name}: a {found}"):
+        check(tmp_path / name)
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(99))
+    with pytest.raises(ConfigError, match="a.parquet: cannot be read as Parquet"):
+        check(tmp_path / "a.parquet")
