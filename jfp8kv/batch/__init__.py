@@ -6,9 +6,9 @@
 `validation` loads a config (`config`, `option_sections`, `yaml_source`), and `run` runs it. Rows of
 the input (`text.rows`) are converted to requests (`requests`, `templates`, `openai`). An engine
 (`engine`) runs them (`run_requests`, or `ray_runner` on a cluster). Finished rows are appended to a
-journal (`journal`), from which the output is written (`outputs`, `parquet`, `merge`). The manifest
-(`manifest`) identifies the run, and `progress` shows it. `dataset_tasks` are the tasks with one
-result for all rows, and `dry_run` reports on a run without running it.
+journal (`journal`), from which the output is written (`outputs`, `parquet_schema`, `parquet`,
+`merge`). The manifest (`manifest`) identifies the run, and `progress` shows it. `dataset_tasks` are
+the tasks with one result for all rows, and `dry_run` reports on a run without running it.
 """
 
 from jfp8kv.batch.config import Config

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jfp8kv.batch import journal, parquet
+from jfp8kv.batch import journal, parquet, parquet_schema
 from jfp8kv.batch.config import Config
 from jfp8kv.core.errors import ConfigError
 from jfp8kv.text.rows import require_parquet
@@ -98,7 +98,7 @@ def output_schema(config: Config) -> "pa.Schema | None":
 
     Raises `ConfigError` for rows that do not fit one table.
     """
-    return parquet.output_schema(config) if format_of(config) == "parquet" else None
+    return parquet_schema.output_schema(config) if format_of(config) == "parquet" else None
 
 
 def write_output(config: Config, partial: Path, schema: "pa.Schema | None") -> None:

@@ -5,7 +5,7 @@ import json
 
 from pyarrow import parquet
 
-from jfp8kv.batch import outputs
+from jfp8kv.batch import outputs, parquet_schema
 from jfp8kv.batch import parquet as batch_parquet
 
 
@@ -46,6 +46,7 @@ def test_parquet_rows_are_written_in_groups(job, monkeypatch):
 
 
 def test_a_parquet_column_may_be_null_at_first_or_everywhere(job, monkeypatch):
+    monkeypatch.setattr(parquet_schema, "GROUP_ROWS", 1)
     monkeypatch.setattr(batch_parquet, "GROUP_ROWS", 1)
     rows = [
         {"word": "x", "a": None, "nothing": None},

@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 import jfp8kv
-from jfp8kv.batch import RunStopped, dry_run, load_config, merge
+from jfp8kv.batch import RunStopped, dry_run, load_config, merge, parquet_schema
 from jfp8kv.batch import parquet as batch_parquet
 from jfp8kv.batch.manifest import RunFiles
 from jfp8kv.text.rows import Reader
@@ -309,6 +309,14 @@ UNWRITABLE = {
         [{"a": 0.5}] * 40 + [{"a": 2**60 + 1}],
         r"jsonl:41: the field 'a'",
     ),
+    "large integers before floats": (
+        [{"a": 2**60 + 1}] * 16 + [{"a": 0.5}],
+        r"jsonl:1: the field 'a'",
+    ),
+    "nested integers before floats": (
+        [{"a": [{"b": 2**60 + 1}]}] * 16 + [{"a": [{"b": 0.5}]}],
+        r"jsonl:1: the field 'a'",
+    ),
     "an object without keys": ([{"a": {}}], "the column 'a' of type struct<> cannot be written"),
     "an unpaired surrogate": ([{"a": "x"}, {"a": "\ud800"}], r"jsonl:2: the field 'a'"),
     "an unpaired surrogate in a list": ([{"a": ["x", "\udfff"]}], r"jsonl:1: the field 'a'"),
@@ -318,7 +326,7 @@ UNWRITABLE = {
 @pytest.mark.parametrize("case", UNWRITABLE)
 @pytest.mark.parametrize("shard", [[], ["shard=[1,2]"]])
 def test_rows_that_parquet_cannot_store_are_refused(job, monkeypatch, case, shard):
-    monkeypatch.setattr(batch_parquet, "GROUP_ROWS", 16)
+    monkeypatch.setattr(parquet_schema, "GROUP_ROWS", 16)
     rows, message = UNWRITABLE[case]
     job.write(out="out.parquet")
     job.rows([{"word": "a"} | row for row in rows])
