@@ -17,9 +17,9 @@ from jfp8kv.core.errors import CheckpointError, ConfigError
 from jfp8kv.text.chat import quiet_transformers
 from jfp8kv.text.tokenizer import Tokenizer, named_templates
 
-TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER, SETTINGS, TEKKEN = "tokenizer.json", "tokenizer_config.json", "tekken.json"
 # Files of which one is enough for a tokenizer.
-_FORMATS = (TOKENIZER, "tekken.json", "vocab.json", "vocab.txt")
+_FORMATS = (TOKENIZER, TEKKEN, "vocab.json", "vocab.txt")
 _FORMAT_SUFFIXES = (".model", ".tiktoken")
 # Tokenizer classes that read `tokenizer.json` unchanged, for model types without special rules.
 # `AutoTokenizer` then uses the general class.
@@ -101,12 +101,32 @@ def _load(folder: Path, name: str, loader: Callable[..., Any]) -> Any:
     try:
         with quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return loader(folder, trust_remote_code=False, local_files_only=True)
+            theirs = loader(folder, trust_remote_code=False, local_files_only=True)
+            if hasattr(theirs, "backend_tokenizer") or not (folder / TEKKEN).is_file():
+                return theirs
+            return _from_tekken(folder / TEKKEN)
     except Exception as error:  # noqa: BLE001 (transformers documents no exceptions)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointError(
             f"{folder / name}: not a readable tokenizer: {reason}.{_advice(name, reason)}"
         ) from error
+
+
+def _from_tekken(path: Path) -> Any:
+    """Return the tokenizer of Mistral's format with the chat template of mistral-common.
+
+    `AutoTokenizer` returns one of mistral-common where that is installed, which has no template and
+    no backend of the tokenizers library. Both add BOS to a text.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
+
+    theirs = convert_tekken_tokenizer(str(path))
+    bos = theirs.bos_token
+    theirs.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, theirs.bos_token_id)]
+    )
+    return theirs
 
 
 def _advice(name: str, reason: str) -> str:
@@ -121,7 +141,7 @@ def _advice(name: str, reason: str) -> str:
         if missing:
             installs = " or ".join(f"pip install 'jfp8kv[{module}]'" for module in missing)
             return f" A file in the format of {' or '.join(missing.values())} needs {installs}."
-    if name == "tekken.json" and find_spec("mistral_common") is None:
+    if name == TEKKEN and find_spec("mistral_common") is None:
         return " mistral-common may read it: pip install 'jfp8kv[mistral]'."
     return ""
 

@@ -88,13 +88,13 @@ def vocab() -> dict[str, int]:
 
 def backend(special: list[str | AddedToken] | None = None, **parts: Any) -> tokenizers.Tokenizer:
     """Return the byte-level BPE with these special tokens; None for all of `SPECIAL`."""
-    made = tokenizers.Tokenizer(models.BPE(vocab(), [tuple(m.split()) for m in MERGES]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(SPECIAL if special is None else special)
+    built = tokenizers.Tokenizer(models.BPE(vocab(), [tuple(m.split()) for m in MERGES]))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    built.add_special_tokens(SPECIAL if special is None else special)
     for name, part in parts.items():
-        setattr(made, name, part)
-    return made
+        setattr(built, name, part)
+    return built
 
 
 def metaspace() -> tokenizers.Tokenizer:
@@ -105,15 +105,15 @@ def metaspace() -> tokenizers.Tokenizer:
     model = models.BPE(
         table, [("h", "e"), ("▁", "he")], unk_token="<unk>", byte_fallback=True, fuse_unk=True
     )
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    built = tokenizers.Tokenizer(model)
+    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    made.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    made.add_special_tokens(["<unk>", BOS, EOS])
-    made.post_processor = processors.TemplateProcessing(
+    built.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    built.add_special_tokens(["<unk>", BOS, EOS])
+    built.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, 1)]
     )
-    return made
+    return built
 
 
 def _json(folder: Path, name: str, content: Any) -> None:
@@ -145,9 +145,9 @@ def folder(
     return write
 
 
-def _tekken() -> dict[str, Any]:
+def tekken(control: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a `tekken.json` with these control tokens."""
     ranks = [*(bytes([i]) for i in range(256)), b"he", b"ll", b"hell", b"hello", b" w"]
-    control = [{"rank": i, "token_str": t, "is_control": True} for i, t in enumerate(SPECIAL)]
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+"
     return {
         "config": {
@@ -170,9 +170,9 @@ def _without_special() -> tokenizers.Tokenizer:
 
 
 def _roles_not_special() -> tokenizers.Tokenizer:
-    made = backend([])
-    made.add_tokens([AddedToken(token, special=False, normalized=False) for token in SPECIAL])
-    return made
+    built = backend([])
+    built.add_tokens([AddedToken(token, special=False, normalized=False) for token in SPECIAL])
+    return built
 
 
 def _adds_bos() -> tokenizers.Tokenizer:
@@ -182,6 +182,7 @@ def _adds_bos() -> tokenizers.Tokenizer:
 
 
 _VOCAB_FILES = {"vocab": vocab(), "merges__txt": "#version: 0.2\n" + "\n".join(MERGES) + "\n"}
+_CONTROL = [{"rank": i, "token_str": t, "is_control": True} for i, t in enumerate(SPECIAL)]
 _NAMED = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "T"}]
 _DECODER = {
     "2": {"content": EOS, "special": False, "normalized": False},
@@ -226,7 +227,7 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "adds BOS": folder(_adds_bos),
     "no settings": folder(settings=None),
     "no config": folder(model_type=None),
-    "unknown class": folder(settings=PLAIN | {"tokenizer_class": "NobodysTokenizer"}),
+    "unknown class": folder(settings=PLAIN | {"tokenizer_class": "OwnTokenizer"}),
     "LlamaTokenizer with bytes": folder(settings=PLAIN | {"tokenizer_class": "LlamaTokenizer"}),
     "LlamaTokenizer": folder(metaspace, PLAIN | {"tokenizer_class": "LlamaTokenizer"}),
     "metaspace": folder(metaspace),
@@ -240,7 +241,7 @@ FOLDERS: dict[str, Callable[[Path], None]] = {
     "template file": folder(chat_template__jinja=TEMPLATE, settings=PLAIN | {"chat_template": "x"}),
     "vocab.json, qwen2": folder(None, PLAIN | {"tokenizer_class": None}, "qwen2", **_VOCAB_FILES),
     "vocab.json, gpt2": folder(None, PLAIN | {"tokenizer_class": None}, "gpt2", **_VOCAB_FILES),
-    "tekken.json": folder(None, None, "mistral", tekken=_tekken()),
+    "tekken.json": folder(None, None, "mistral", tekken=tekken(_CONTROL)),
 }
 
 
