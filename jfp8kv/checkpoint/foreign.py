@@ -1,21 +1,13 @@
-"""Recognize folders that are not checkpoints, and weights of adapters and wrapped modules.
+"""Recognize folders that are not checkpoints, so that errors say what they are and what to do."""
 
-Training code saves adapters, pickles and wrapped modules. Each is refused with what it is and what
-to do.
-"""
-
-from collections.abc import Iterable
 from pathlib import Path
 
 from jfp8kv.core.errors import CheckpointError
 from jfp8kv.core.file_contents import describe_placeholder
+from jfp8kv.models.saved_names import MERGE_ADVICE
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 ADAPTER_CONFIG = "adapter_config.json"
-_MERGE_ADVICE = (
-    "Merge it into its base model with PEFT: AutoPeftModelForCausalLM.from_pretrained(adapter)"
-    ".merge_and_unload().save_pretrained(new_folder)."
-)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,29 +21,6 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-)
-# By a component of a tensor name: what saved it, and how to save the model inside.
-_WRAPPERS = {
-    "_orig_mod": ("torch.compile", "save model._orig_mod"),
-    "module": ("DataParallel, DistributedDataParallel or DeepSpeed", "save model.module"),
-    "_fsdp_wrapped_module": ("FSDP", "save a full state dict"),
-    "_flat_param": ("FSDP", "save a full state dict"),
-    "_checkpoint_wrapped_module": ("activation checkpointing", "save the module inside"),
-}
-_ADAPTER_PARTS = frozenset(
-    (
-        "base_layer",
-        "lora_A",
-        "lora_B",
-        "lora_embedding_A",
-        "lora_embedding_B",
-        "lora_magnitude_vector",
-        "modules_to_save",
-        "ia3_l",
-        "hada_w1_a",
-        "lokr_w1",
-        "prompt_embeddings",
-    )
 )
 # Files of a folder that has no config.json or no weights, and what to do with them.
 _FOLDER_CONTENTS = {
@@ -89,28 +58,11 @@ def check_tokenizer_files(folder: Path) -> None:
             raise CheckpointError(f"{path}: not a tokenizer file, but {found}.")
 
 
-def check_saved_names(names: Iterable[str], *, where: Path) -> None:
-    """Raise `CheckpointError` for tensors of an adapter or of a wrapped module, by their names."""
-    for name in names:
-        parts = name.split(".")
-        if not _ADAPTER_PARTS.isdisjoint(parts) or name.startswith("base_model.model."):
-            raise CheckpointError(f"{where}: {name} is a tensor of an adapter. {_MERGE_ADVICE}")
-        for part in parts:
-            if part in _WRAPPERS:
-                wrapper, advice = _WRAPPERS[part]
-                raise CheckpointError(
-                    f"{where}: {name} has '{part}.' in its name, because it was saved from a "
-                    f"module wrapped by {wrapper}: {advice} instead, or rename the tensors without "
-                    "it."
-                )
-
-
 def adapter_error(folder: Path, base: object) -> CheckpointError:
     """Return the error for a folder with a PEFT adapter and no model."""
     of_base = f" for {base}" if isinstance(base, str) and base else ""
     return CheckpointError(
-        f"{folder}: only an adapter{of_base} (PEFT), without the weights of a model. "
-        f"{_MERGE_ADVICE}"
+        f"{folder}: only an adapter{of_base} (PEFT), without the weights of a model. {MERGE_ADVICE}"
     )
 
 

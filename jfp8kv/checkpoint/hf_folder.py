@@ -12,7 +12,6 @@ from jfp8kv.checkpoint.foreign import (
     ADAPTER_CONFIG,
     PICKLES,
     adapter_error,
-    check_saved_names,
     folder_hint,
 )
 from jfp8kv.checkpoint.kv_export import KV_FILE
@@ -23,6 +22,7 @@ from jfp8kv.core.errors import CheckpointError
 from jfp8kv.core.file_contents import PICKLE_ADVICE, describe_placeholder
 from jfp8kv.models.families.fields import ids, ids_in_vocab
 from jfp8kv.models.layouts import is_buffer, strip_prefix
+from jfp8kv.models.saved_names import check_saved_names
 
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"

@@ -29,6 +29,7 @@ from jfp8kv.models.names import (
     tensor_sources,
     unflatten,
 )
+from jfp8kv.models.saved_names import check_saved_names
 from jfp8kv.text.tokenizer import as_tokenizer
 
 _WHERE = "the given tree"
@@ -201,6 +202,7 @@ def _flatten(tree: Any) -> dict[str, Any]:
     walk((), _as_dict(tree))
     if not flat:
         raise CheckpointError(f"{_WHERE} of type {type(tree).__name__} contains no arrays.")
+    check_saved_names(flat, where=_WHERE)
     for name, leaf in flat.items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise CheckpointError(

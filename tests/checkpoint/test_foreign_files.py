@@ -14,6 +14,7 @@ from jfp8kv.cache.scales import KVScales
 from jfp8kv.checkpoint import load
 from jfp8kv.checkpoint.load import read_checkpoint_info
 from jfp8kv.core.errors import CheckpointError
+from jfp8kv.models.params import Params
 
 INDEX = "model.safetensors.index.json"
 
@@ -238,6 +239,25 @@ def test_weights_of_a_wrapped_module_are_named(tiny, tmp_path, prefix, wrapper, 
     config = tiny.config()
     tensors = {prefix + name: tensor for name, tensor in tiny.tensors(config).items()}
     refused(tiny.folder(tmp_path, config, tensors, shards), ".safetensors", prefix[:-1], wrapper)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"),
+    [
+        ("module.", "DistributedDataParallel"),
+        ("_orig_mod.", "torch.compile"),
+        ("base_model.model.", "a tensor of an adapter"),
+    ],
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_tree_of_a_wrapped_module_is_named(tiny, prefix, expected, nested):
+    config = tiny.config()
+    tensors = tiny.tensors(config)
+    tree = {prefix + name: tensor for name, tensor in tensors.items()}
+    if nested:
+        tree = {prefix[:-1]: tensors}
+    with pytest.raises(CheckpointError, match=f"the given tree: .*{expected}"):
+        Params.from_pytree(tree, config)
 
 
 def test_a_module_wrapped_inside_the_model_is_named(tiny, tmp_path):
