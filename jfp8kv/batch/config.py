@@ -128,7 +128,7 @@ class CalibrationRun(CalibrationSection):
 
 
 class CalibrateFirst(Section):
-    """Scales that are calibrated before the run and stored beside the output."""
+    """Scales that are calibrated before the run and stored next to the output."""
 
     calibrate: CalibrationRun
     """The prompts and the options of the calibration."""

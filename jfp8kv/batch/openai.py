@@ -334,7 +334,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _arguments(arguments: Any, where: str) -> dict[str, Any]:
-    """Return the arguments of a tool call as an object; of empty text, no arguments."""
+    """Return the arguments of a tool call as an object. An empty text has no arguments."""
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
@@ -382,7 +382,7 @@ def _sampling(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
 
 
 def _logprobs(given: Mapping[str, Any], chat: bool) -> Any:
-    """Return the number of top log-probabilities, None for none."""
+    """Return the number of top log-probabilities to return; None for no log-probabilities."""
     logprobs = given["logprobs"]
     if logprobs is False:
         return None

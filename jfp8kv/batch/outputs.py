@@ -94,7 +94,9 @@ def shard_path(output: Path, shard: list[int] | None) -> Path:
 
 
 def output_schema(config: Config) -> "pa.Schema | None":
-    """Return the schema of a Parquet output, None for another format; called before the work.
+    """Return the schema of a Parquet output, or None for another format.
+
+    It is determined before the run, so that a mistake is found early.
 
     Raises `ConfigError` for rows that do not fit one table.
     """
@@ -129,7 +131,7 @@ def write_output(config: Config, partial: Path, schema: "pa.Schema | None") -> N
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; then sync it to the disk and rename it to `path`."""
+    """Yield a temporary path. When the block succeeds, the file is synced and renamed to `path`."""
     temporary = path.with_name(path.name + ".new")
     try:
         yield temporary

@@ -17,8 +17,9 @@ from jfp8kv.text.rows import Fields
 if TYPE_CHECKING:
     import pyarrow as pa
 
-GROUP_ROWS = 8192  # per row group: the rows in memory,
-GROUP_BYTES = 64 << 20  # or fewer, where the rows of the input are large
+# Limits of a row group, whose rows are in memory.
+GROUP_ROWS = 8192
+GROUP_BYTES = 64 << 20
 
 
 def write_rows(path: Path, rows: Iterable[Fields], schema: "pa.Schema") -> None:
@@ -64,7 +65,7 @@ def write_columns(
 
 
 def interleave(path: Path, parts: Sequence[Path]) -> None:
-    """Write one row of each table in turn, as the shards took them from the input.
+    """Write one row of each table in turn, which is the order of the input.
 
     Raises `ConfigError` for tables with different columns.
     """

@@ -222,7 +222,7 @@ def _checked_column(
 
 
 def conversion_errors() -> tuple[type[Exception], ...]:
-    """Return what pyarrow raises for values that do not fit a column."""
+    """Return the errors that pyarrow raises for values that do not fit a column."""
     import pyarrow as pa
 
     return (pa.ArrowException, ValueError, TypeError, OverflowError)

@@ -11,7 +11,7 @@ from jfp8kv.batch.requests import RequestFormat, RowRequest, RowResult, Template
 from jfp8kv.core.errors import ConfigError, Jfp8kvError
 from jfp8kv.text.rows import Fields, Row, RowError
 
-MAX_CONSECUTIVE_FAILURES = 16  # rows in a row that fail in the engine, each retried alone
+MAX_CONSECUTIVE_FAILURES = 16  # consecutive rows that fail in the engine, each also alone
 Commit = Callable[[Row, RowResult], None]
 
 

@@ -1,1 +1,1 @@
-"""The paged KV cache: page pool on the device, scales, page allocator, and what a model gets."""
+"""The paged KV cache: page pool on the device, scales, page allocator, and its configuration."""

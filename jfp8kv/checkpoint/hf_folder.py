@@ -154,7 +154,7 @@ def _repeated(folder: Path, name: str, first: Path, second: Path) -> CheckpointE
     index = f" ({INDEX} lists it in {listed})" if listed else ""
     return CheckpointError(
         f"{folder}: {name} is in both {first.name} and {second.name}{index}: the files may belong "
-        "to different checkpoints. Remove those of the other one, or fetch the folder again."
+        "to different checkpoints. Remove those of the other one, or download the folder again."
     )
 
 

@@ -1,6 +1,6 @@
 """Read and write the tokenizer of a Hugging Face folder.
 
-transformers reads it: checkpoints are made for its rules on special tokens, their roles and chat
+transformers reads it, because checkpoints follow its rules on special tokens, their roles and chat
 templates. Its code is imported when a tokenizer is read. It imports torch where torch is installed,
 except for a plain `tokenizer.json`, which its general class reads without `AutoTokenizer`.
 """

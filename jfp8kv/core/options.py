@@ -199,7 +199,7 @@ def option(
 def options(cls: C) -> C:
     """Make `cls`, a subclass of `Options`, a frozen dataclass, with its fields in its docstring."""
     decorated = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    decorated.__init__ = _suggest_keywords(decorated.__init__)  # type: ignore[misc]
+    decorated.__init__ = _suggest_keywords(decorated.__init__)  # type: ignore[method-assign]
     # Invalid values are reported by `OptionSpec.checked`, never by a run-time type checker.
     decorated.__no_type_check__ = True  # type: ignore[attr-defined]
     own_doc = typing.cast(str, cls.__doc__).rstrip()

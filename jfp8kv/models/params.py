@@ -30,7 +30,7 @@ from jfp8kv.models.names import (
     unflatten,
 )
 from jfp8kv.models.saved_names import check_saved_names
-from jfp8kv.text.tokenizer import as_tokenizer
+from jfp8kv.text.tokenizer import Tokenizer, as_tokenizer
 
 _WHERE = "the given tree"
 
@@ -88,8 +88,8 @@ class Params:
 
     tree: dict[str, Any]
     config: ModelConfig
-    tokenizer: Any = None
-    kv_scales: Any = None
+    tokenizer: Tokenizer | None = None
+    kv_scales: Any = None  # a `KVScales`, which models do not import
 
     @classmethod
     def from_pytree(cls, tree: object, config: ConfigLike, tokenizer: object = None) -> "Params":
