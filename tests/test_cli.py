@@ -218,6 +218,21 @@ def test_a_conversation_keeps_its_messages_until_reset(run, says, llm):
     ]
 
 
+def test_variables_of_the_chat_template_are_given_as_json(run, says, llm):
+    ask = ("chat", MODEL, "--temperature", 0, "--max-tokens", 8, "--quiet")
+    says("hello")
+    replaced = llm.chat(
+        [{"role": "user", "content": "hello"}],
+        temperature=0,
+        max_tokens=8,
+        chat_template_kwargs={"eos_token": " dog"},
+    )[0].text
+    assert run(*ask, "--chat-template-kwargs", '{"eos_token": " dog"}') == (0, f"{replaced}\n", "")
+    for text, named in (("{", "not valid JSON"), ("[1]", "chat_template_kwargs=[1]: must be")):
+        status, _, err = run(*ask, "--chat-template-kwargs", text)
+        assert status == 2 and named in err and err.count("\n") == 1
+
+
 def test_a_full_context_drops_the_oldest_messages(run, says, llm):
     says("a", "the dog and the end of the café", "hello " * 400)
     status, out, err = run(

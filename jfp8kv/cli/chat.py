@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 import re
 import sys
 import time
@@ -13,6 +14,8 @@ from jfp8kv.cli.arguments import add_model, add_quiet
 from jfp8kv.cli.engine import add_engine, add_sampling, load, sampling
 from jfp8kv.cli.output import print_stream, rate, say
 from jfp8kv.core.errors import ConfigError
+from jfp8kv.text.chat import ChatOptions
+from jfp8kv.text.prompts import ChatPrompt
 
 if TYPE_CHECKING:
     from jfp8kv.llm import LLM
@@ -33,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add_model(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message of the conversation")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help='Variables of the chat template, such as {"enable_thinking": false}.',
+    )
     add_engine(parser)
     add_sampling(parser, omit=ONE_OUTPUT, defaults={"max_tokens": 512, "temperature": 0.7})
     add_quiet(parser, json=False)
@@ -41,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Chat until /exit or the end of stdin, and return the exit status."""
     params = sampling(args)
+    chat_options = _chat_options(args)
     llm = load(args)
     if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
         raise ConfigError(
@@ -48,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         )
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     context = min(llm.max_model_len, llm.stats.kv_tokens_capacity)
-    conversation = Conversation(llm, params, system, context, quiet=args.quiet)
+    conversation = Conversation(llm, params, chat_options, system, context, quiet=args.quiet)
     if not args.quiet:
         say(f"chatting with {args.model}; commands are {COMMANDS}, Ctrl-D exits")
     for text in _lines():
@@ -62,6 +71,17 @@ def run(args: argparse.Namespace) -> int:
         elif text:
             conversation.reply(text)
     return 0
+
+
+def _chat_options(args: argparse.Namespace) -> ChatOptions:
+    """Return the options of the chat template. Raises `ConfigError` for invalid JSON."""
+    if args.chat_template_kwargs is None:
+        return ChatOptions()
+    try:
+        values = json.loads(args.chat_template_kwargs)
+    except ValueError as error:
+        raise ConfigError(f"--chat-template-kwargs: not valid JSON: {error}.") from None
+    return ChatOptions(chat_template_kwargs=values)
 
 
 def _lines() -> Iterator[str]:
@@ -90,6 +110,7 @@ class Conversation:
 
     llm: "LLM"
     params: "SamplingParams"
+    chat_options: ChatOptions
     system: list[Message]
     context: int
     quiet: bool
@@ -109,7 +130,7 @@ class Conversation:
         before = self.llm.stats.generated_tokens
         room = min(self.params.max_tokens, self._room(self.messages, message))
         printed: list[str] = []
-        prompt = [*self.system, *self.messages, message]
+        prompt = ChatPrompt([*self.system, *self.messages, message], self.chat_options)
         with contextlib.suppress(KeyboardInterrupt):
             print_stream(self.llm.stream(prompt, self.params, max_tokens=room), printed)
         self.messages += [message, {"role": "assistant", "content": "".join(printed)}]
@@ -119,7 +140,8 @@ class Conversation:
     def _room(self, messages: list[Message], message: Message) -> int:
         """Return how many tokens the context leaves for a reply to `message` after `messages`."""
         assert self.llm.tokenizer is not None
-        return self.context - len(self.llm.tokenizer.chat([*self.system, *messages, message]))
+        prompt = [*self.system, *messages, message]
+        return self.context - len(self.llm.tokenizer.chat(prompt, self.chat_options))
 
     def _drop_oldest(self, message: Message) -> None:
         """Drop the oldest messages until `max_tokens`, or 1/4 of the context, are left."""

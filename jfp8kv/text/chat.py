@@ -22,7 +22,7 @@ Templates: TypeAlias = str | Mapping[str, str] | None
 
 TEXT_PART = "text"
 MEDIA_KEYS = ("image", "images", "audio", "video", "videos")
-# Variables of a template that have a keyword of their own.
+# Variables of a template that are options themselves.
 RESERVED = ("messages", "conversations", "tools", "documents", "chat_template")
 RESERVED_FLAGS = (
     "add_generation_prompt",

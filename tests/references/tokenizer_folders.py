@@ -127,7 +127,7 @@ def folder(
     **files: Any,
 ) -> Callable[[Path], None]:
     """Return a function that writes a folder with these files. `special_tokens_map={...}` writes
-    the JSON file of that name, a string is written as it is."""
+    the JSON file of that name, a string is written unchanged."""
 
     def write(path: Path) -> None:
         if model_type is not None:
