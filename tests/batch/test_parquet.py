@@ -74,7 +74,7 @@ class NeverStarted(StubEngine):
 
 @pytest.fixture
 def table(job):
-    """Write the input; return it as it is read from the file."""
+    """Write the input and return what is read from the file."""
 
     def table(columns, *, text='prompt: "Say {{ word }}"', **schema):
         job.write(text, rows="rows.parquet", out="out.parquet")
