@@ -23,13 +23,12 @@ from jfp8kv.engine.request import (
     Request,
     RequestGroup,
     RequestOutput,
-    with_stop_tokens,
 )
 from jfp8kv.engine.scoring import Scored, ScoreRequest, logits_request, score_iter
 from jfp8kv.engine.stats import Stats
 from jfp8kv.engine.warmup import warmup_steps
 from jfp8kv.models.params import Params
-from jfp8kv.sampling.params import SamplingParams, params_by_prompt
+from jfp8kv.sampling.params import SamplingParams, params_by_prompt, with_stop_tokens
 from jfp8kv.session import Session
 from jfp8kv.text.chat import ChatOptions, split_fields
 from jfp8kv.text.keywords import ChatFields

@@ -12,7 +12,7 @@ import numpy as np
 from jfp8kv.cache.allocator import PageTable
 from jfp8kv.core.errors import Jfp8kvError
 from jfp8kv.sampling.keywords import SamplingFields
-from jfp8kv.sampling.params import SamplingParams
+from jfp8kv.sampling.params import SamplingParams, special_stops
 from jfp8kv.sampling.rng import request_key
 from jfp8kv.sampling.state import SamplingState
 from jfp8kv.sampling.structured import GrammarMatcher
@@ -401,22 +401,6 @@ class RequestGroup:
             return self.requests
         ranked = sorted(self.requests, key=lambda r: (_complete(r), _mean_logprob(r)), reverse=True)
         return ranked[: self.params.n]
-
-
-def special_stops(params: SamplingParams, tokenizer: Tokenizer | None) -> dict[int, str]:
-    """Return the stop strings that are the text of one special token, by its id."""
-    special = {} if tokenizer is None else tokenizer.special_ids
-    return {special[stop]: stop for stop in params.stop if stop in special}
-
-
-def with_stop_tokens(
-    params: SamplingParams, tokenizer: Tokenizer | None, vocab: int
-) -> SamplingParams:
-    """Return `params` with the ids of stop strings that are special tokens."""
-    added = [token for token in special_stops(params, tokenizer) if token < vocab]
-    if not added:
-        return params
-    return dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *added))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@
 output, then temperature, top-k, top-p and min-p. The defaults sample from the model's distribution.
 """
 
+import dataclasses
 import functools
 import math
 import numbers
@@ -20,6 +21,7 @@ from jfp8kv.sampling.constraint import (
     pattern,
     schema_json,
 )
+from jfp8kv.text.tokenizer import Tokenizer
 
 MAX_LOGPROBS = 20
 MAX_RATE = 1000  # temperature, repetition penalty: larger values only overflow float32
@@ -311,3 +313,19 @@ def params_by_prompt(
             "each."
         )
     return given
+
+
+def special_stops(params: SamplingParams, tokenizer: Tokenizer | None) -> dict[int, str]:
+    """Return the stop strings that are the text of one special token, by its id."""
+    special = {} if tokenizer is None else tokenizer.special_ids
+    return {special[stop]: stop for stop in params.stop if stop in special}
+
+
+def with_stop_tokens(
+    params: SamplingParams, tokenizer: Tokenizer | None, vocab: int
+) -> SamplingParams:
+    """Return `params` with the ids of stop strings that are special tokens."""
+    added = [token for token in special_stops(params, tokenizer) if token < vocab]
+    if not added:
+        return params
+    return dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *added))

@@ -19,6 +19,11 @@ EXPECTED = json.loads(
 )
 
 
+def known_roles(special):
+    """Return the roles without `unk_token`, whose default differs between versions."""
+    return {role: token for role, token in special.items() if role != "unk_token"}
+
+
 # Mistral's own library, where it is installed, reads this file instead of transformers.
 NAMES = [name for name in FOLDERS if name != "tekken.json" or find_spec("mistral_common") is None]
 
@@ -27,7 +32,7 @@ NAMES = [name for name in FOLDERS if name != "tekken.json" or find_spec("mistral
 def test_ids_decoding_and_chats_equal_those_of_transformers(tmp_path, name):
     tokenizer = read_tokenizer(write(name, tmp_path))
     expected = EXPECTED[name]
-    assert tokenizer.special_tokens == expected["special"]
+    assert known_roles(tokenizer.special_tokens) == known_roles(expected["special"])
     assert tokenizer.eos_ids == (() if expected["eos"] is None else (expected["eos"],))
     for i, text in enumerate(TEXTS):
         ids = tokenizer.encode(text)
