@@ -43,7 +43,13 @@ def read_tokenizer(folder: Path, *, vocab: int | None = None) -> Tokenizer | Non
         return None
     settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
     added = _added_tokens(settings)
-    theirs = _load(folder, name, _loader(folder, settings))
+    try:
+        loader = _loader(folder, settings)
+    except (ImportError, RuntimeError) as error:  # a broken installation, of torch for example
+        raise CheckpointError(
+            f"{folder / name}: transformers, which reads it, cannot be imported: {error}"
+        ) from error
+    theirs = _load(folder, name, loader)
     backend = getattr(theirs, "backend_tokenizer", theirs)
     if backend is not theirs:
         backend.no_truncation()

@@ -101,9 +101,18 @@ warnings.simplefilter("ignore")
 jfp8kv.checkpoint.load(sys.argv[3])
 assert "torch" not in sys.modules
 """
+BROKEN_TORCH = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jfp8kv
+try:
+    jfp8kv.load(sys.argv[2])
+except jfp8kv.CheckpointError as error:
+    print(error)
+"""
 
 
-def test_torch_is_not_imported_even_where_it_is_installed(tiny, tmp_path):
+def test_torch_is_not_imported_for_gguf_files_and_plain_tokenizers(tiny, tmp_path):
     (tmp_path / "site" / "torch").mkdir(parents=True)
     (tmp_path / "site" / "torch" / "__init__.py").write_text(FAKE_TORCH)
     (tmp_path / "site" / "torch-2.9.0.dist-info").mkdir()
@@ -116,3 +125,7 @@ def test_torch_is_not_imported_even_where_it_is_installed(tiny, tmp_path):
     tiny.run_python(
         TORCH, tmp_path / "site", folder, tiny.gguf(tmp_path / "a.gguf", config, tensors)
     )
+    own_class = tiny.tokenizer(folder, tokenizer_class="GPT2Tokenizer")
+    (tmp_path / "site" / "torch" / "__init__.py").write_text("raise ImportError('broken')")
+    out = tiny.run_python(BROKEN_TORCH, tmp_path / "site", own_class)
+    assert "tokenizer.json: transformers, which reads it, cannot be imported" in out
