@@ -18,7 +18,7 @@ from jfp8kv.cache.allocator import PageAllocator
 from jfp8kv.cache.config import context_length, resolve_cache
 from jfp8kv.cache.copy import copy_batches
 from jfp8kv.cache.pool import KVPool
-from jfp8kv.core.errors import CapacityError, ConfigError, Jfp8kvError
+from jfp8kv.core.errors import CapacityError, Jfp8kvError
 from jfp8kv.core.log import logger
 from jfp8kv.core.platform import activation_dtype
 from jfp8kv.engine import step
@@ -33,12 +33,14 @@ from jfp8kv.engine.request import CANCELLED, DEADLINE, PrefillOutput, Request
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill, Scheduler, SchedulerOutput
 from jfp8kv.engine.speculative import decode_speculative
 from jfp8kv.engine.stats import Stats
-from jfp8kv.models.linear import cpu_weight
+from jfp8kv.engine.step import PrefillResult
+from jfp8kv.models.linear import backend_weights
 from jfp8kv.models.params import Params
 from jfp8kv.models.rope import switch_length
 from jfp8kv.sampling.params import MAX_LOGPROBS, SamplingParams
 from jfp8kv.sampling.state import PLAIN, SamplerVariant
 from jfp8kv.sampling.structured import StructuredOutput
+from jfp8kv.text.prompts import check_token_ids
 
 
 class Engine:
@@ -95,9 +97,7 @@ class Engine:
             matmul=select_matmul(self.attention.name),
         )
         if weights is None:
-            weights = params.tree
-            if on_host:
-                weights = jax.tree.map(lambda w: cpu_weight(w, params.dtype), weights)
+            weights = backend_weights(params.tree, params.dtype)
         self.programs = Programs(self.model, weights, self.cache_config.layer_scales())
         self.structured_output = StructuredOutput(
             params.tokenizer, config.vocab, eos_ids=params.eos_ids
@@ -192,15 +192,8 @@ class Engine:
           ConfigError: an empty prompt, or a token id outside the vocabulary.
           CapacityError: a request that exceeds `max_model_len` or the KV cache.
         """
-        if not prompt_ids:
-            raise ConfigError(f"{what} is empty: at least one token is needed.")
         vocab = self.params.config.vocab
-        invalid = next((token for token in prompt_ids if not 0 <= token < vocab), None)
-        if invalid is not None:
-            raise ConfigError(
-                f"{what} has the token id {invalid}{self._token_name(invalid)}: ids must be from 0 "
-                f"to {vocab - 1}."
-            )
+        check_token_ids(prompt_ids, vocab, self.params.tokenizer, what=what)
         params.check_vocab(vocab)
         self.structured_output.check(params)
         self.check_length(len(prompt_ids), new_tokens, what=what)
@@ -214,12 +207,6 @@ class Engine:
                 f"{self.stats.kv_tokens_capacity}: give kv_cache_memory of at least "
                 f"{pages * self.cache_config.page_bytes} bytes, or a smaller max_tokens."
             )
-
-    def _token_name(self, token: int) -> str:
-        """Return the text of a token that the tokenizer has and the model lacks, for messages."""
-        tokenizer = self.params.tokenizer
-        text = tokenizer.token_text(token) if tokenizer is not None and token >= 0 else ""
-        return f" ({text!r} of the tokenizer)" if text else ""
 
     def check_length(self, tokens: int, new_tokens: int, *, what: str = "prompt") -> None:
         """Raise `CapacityError` if `max_model_len` has no room for `new_tokens` after a prompt."""
@@ -334,10 +321,10 @@ class Engine:
             self.results.add(scheduled.decode, output)
             self.stats.decode_steps += scheduled.decode.steps
         if scheduled.prefill is not None:
-            output = self.prefill(scheduled.prefill)
+            prefill_output = self.prefill(scheduled.prefill)
             chunks = list(zip(scheduled.prefill.requests, scheduled.prefill.chunks, strict=True))
             positions = tuple(range(r.cached, r.cached + chunk) for r, chunk in chunks)
-            self.results.add(scheduled.prefill, output, positions)
+            self.results.add(scheduled.prefill, prefill_output, positions)
             self.stats.prefill_steps += 1
             for request, chunk in chunks:
                 request.cached += chunk
@@ -346,7 +333,7 @@ class Engine:
                     self.scheduler.finish(request)  # its outputs are stored later, by `commit`
         self.update_usage()
 
-    def prefill(self, plan: ScheduledPrefill) -> Any:
+    def prefill(self, plan: ScheduledPrefill) -> PrefillResult:
         """Start a prefill and return its output, which stays on the device."""
         match plan.output:
             case PrefillOutput.NONE:

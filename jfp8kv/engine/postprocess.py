@@ -11,7 +11,6 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from jfp8kv.engine.batch import StepOutput
 from jfp8kv.engine.request import DEAD_END, NO_TOKEN, PrefillOutput, Request, Status
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill, Scheduler
 from jfp8kv.engine.stats import Stats, Stopwatch
+from jfp8kv.engine.step import PrefillResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class InFlight:
 
     number: int
     plan: ScheduledDecode | ScheduledPrefill
-    output: Any
+    output: StepOutput | PrefillResult
     positions: tuple[range, ...] = ()
 
 
@@ -71,7 +71,7 @@ class StepResults:
     def add(
         self,
         plan: ScheduledDecode | ScheduledPrefill,
-        output: Any,
+        output: StepOutput | PrefillResult,
         positions: tuple[range, ...] = (),
     ) -> None:
         """Add a dispatch of the current step."""
@@ -91,8 +91,10 @@ class StepResults:
                 jax.block_until_ready(first.output)
                 self.stats.prefill_s += self._device_seconds()
                 if first.plan.output is not PrefillOutput.NONE:
+                    assert not isinstance(first.output, StepOutput)
                     store_prompt_outputs(first.output, first.plan, first.positions, scheduler)
             elif any(request.status is Status.RUNNING for request in first.plan.requests):
+                assert isinstance(first.output, StepOutput)
                 self._commit_decode(first.output, first.plan, scheduler)
             self.in_flight.popleft()
 
@@ -233,7 +235,7 @@ def finish(request: Request, reason: str, scheduler: Scheduler) -> None:
 
 
 def store_prompt_outputs(
-    output: Any, plan: ScheduledPrefill, positions: Sequence[range], scheduler: Scheduler
+    output: PrefillResult, plan: ScheduledPrefill, positions: Sequence[range], scheduler: Scheduler
 ) -> None:
     """Store a prefill's outputs in its requests, and finish those that generate nothing."""
     arrays = [np.asarray(array) for array in jax.tree.leaves(output)]

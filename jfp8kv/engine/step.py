@@ -340,6 +340,10 @@ class PromptLogprobs:
     top: TopLogprobs
 
 
+PrefillResult: TypeAlias = Array | PromptLogprobs
+"""The output of `prefill`, `logits` or `logprobs`."""
+
+
 def logprobs(
     model: StepModel,
     weights: Weights,

@@ -13,6 +13,7 @@ cache: XLA:CPU would widen the whole stack at each slice of it.
 import ctypes
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -58,6 +59,13 @@ def cpu_weight(weight: Array, dtype: np.dtype[Any]) -> Array:
     That is the bits of the 16-bit `dtype` of the model, or float32 for a weight of another type.
     """
     return as_bits(weight) if weight.dtype == dtype else weight.astype(np.float32)
+
+
+def backend_weights(tree: Any, dtype: np.dtype[Any]) -> Any:
+    """Return the weights of a model as matmuls on this backend read them, see `cpu_weight`."""
+    if jax.default_backend() != "cpu":
+        return tree
+    return jax.tree.map(lambda weight: cpu_weight(weight, dtype), tree)
 
 
 def widen(weight: Array, weight_dtype: np.dtype[Any], to: np.dtype[Any]) -> Array:

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar, Unpack
 
-import jax
 import numpy as np
 
 from jfp8kv.attention import xla
@@ -26,7 +25,7 @@ from jfp8kv.engine.buckets import Buckets, default_prefill_chunk, step_token_bud
 from jfp8kv.engine.step import StepModel
 from jfp8kv.models.config import ModelConfig
 from jfp8kv.models.key_bias import mean_rotated_bias
-from jfp8kv.models.linear import cpu_weight
+from jfp8kv.models.linear import backend_weights
 from jfp8kv.models.params import Params
 from jfp8kv.quality.data import Prompts, TokenSpool, Windows, iterate_prompts, split_prompts
 from jfp8kv.quality.key_offsets import CachedKeys, CenteredKeys, KeysBeforeRope, KeyTransform
@@ -235,9 +234,7 @@ class Calibrator:
         config = params.config
         self.shape = ScaleShape(config.layers, config.kv_heads, config.head_dim, granularity)
         self.model = StepModel(config, params.dtype, xla.attention)
-        self.weights = params.tree
-        if jax.default_backend() == "cpu":
-            self.weights = jax.tree.map(lambda w: cpu_weight(w, params.dtype), params.tree)
+        self.weights = backend_weights(params.tree, params.dtype)
         self.buckets = Buckets(1, step_token_budget(default_prefill_chunk(), 1))
         self.prompts = 0
         self.tokens = 0

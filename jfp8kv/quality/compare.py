@@ -6,10 +6,10 @@ caches are in memory at a time. Sums are float64 on the host.
 """
 
 import dataclasses
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from typing import Any, TypeAlias, Unpack
+from typing import TypeAlias, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,9 @@ class CacheRun:
 
 
 def _calibration_windows(
-    split: Any, choices: Sequence[CacheChoice], calibration: Prompts | None
+    split: Callable[..., Iterator[Windows]],
+    choices: Sequence[CacheChoice],
+    calibration: Prompts | None,
 ) -> list[Windows]:
     """Return the windows to calibrate on, or no windows if no cache needs calibration."""
     uncalibrated = [choice.label for choice in choices if choice.calibrate is not None]

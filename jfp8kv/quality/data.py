@@ -8,7 +8,7 @@ import numpy as np
 
 from jfp8kv.core.errors import CapacityError, ConfigError
 from jfp8kv.models.params import Params
-from jfp8kv.text.prompts import FORMS, Prompt, PromptLike, as_list, encode
+from jfp8kv.text.prompts import FORMS, Prompt, PromptLike, as_list, check_token_ids, encode
 
 SPOOL_BYTES = 32 * 2**20  # token ids kept in memory before they are written to a temporary file
 
@@ -54,7 +54,7 @@ def split_prompts(
     for number, prompt in enumerate(prompts):
         label = f"{name} {number}"
         ids = encode(prompt, params.tokenizer, what=label).ids
-        _check_ids(ids, params.config.vocab, label)
+        check_token_ids(ids, params.config.vocab, params.tokenizer, what=label)
         if window is None and len(ids) > max_model_len:
             raise CapacityError(
                 f"{label} has {len(ids)} tokens: the model takes {max_model_len} at most; "
@@ -62,14 +62,6 @@ def split_prompts(
             )
         step = window or len(ids)
         yield [ids[i : i + step] for i in range(0, len(ids), step)]
-
-
-def _check_ids(ids: list[int], vocab: int, label: str) -> None:
-    if not ids:
-        raise ConfigError(f"{label} is empty: at least one token is needed.")
-    bad = next((i for i in ids if not 0 <= i < vocab), None)
-    if bad is not None:
-        raise ConfigError(f"{label} has token id {bad}: ids must be from 0 to {vocab - 1}.")
 
 
 class TokenSpool:

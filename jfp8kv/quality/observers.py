@@ -18,7 +18,7 @@ import math
 import sys
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -381,7 +381,7 @@ def _magnitude_bits(x: Float[Array, "*dims"]) -> UInt32[Array, "*dims"]:
 def _reduce(
     reduce: Callable[..., Array],
     x: Shaped[Array, "kinds tokens kv_heads head_dim"],
-    like: Any,
+    like: Array | np.ndarray,
 ) -> Array:
     """Reduce over tokens, and over the axes that share a scale: `[kinds, heads, channels]`.
 

@@ -129,6 +129,29 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None, *, what: str) -> Encoded
     raise ConfigError(f"{what} is of type {type(listed).__name__}: prompts must be {FORMS}.")
 
 
+def check_token_ids(
+    ids: Sequence[int], vocab: int, tokenizer: Tokenizer | None, *, what: str
+) -> None:
+    """Raise `ConfigError` if there are no token ids, or one is outside the vocabulary.
+
+    Args:
+      ids: the token ids.
+      vocab: the vocabulary size of the model.
+      tokenizer: it may have more tokens than the model; the message then shows the text.
+      what: names the sequence in the message.
+    """
+    if not ids:
+        raise ConfigError(f"{what} is empty: at least one token is needed.")
+    invalid = next((token for token in ids if not 0 <= token < vocab), None)
+    if invalid is None:
+        return
+    text = tokenizer.token_text(invalid) if tokenizer is not None and invalid >= 0 else ""
+    shown = f" ({text!r} of the tokenizer)" if text else ""
+    raise ConfigError(
+        f"{what} has the token id {invalid}{shown}: ids must be from 0 to {vocab - 1}."
+    )
+
+
 def _encode_chat(chat: ChatPrompt, tokenizer: Tokenizer, *, what: str) -> Encoded:
     text = _check_unicode(tokenizer.render(chat.messages, chat.options), what)
     return Encoded(text, tokenizer.encode(text, add_special_tokens=False))

@@ -297,7 +297,7 @@ def test_the_spool_replays_what_it_recorded(tmp_path):
         (iter([]), {}, "prompts is empty"),
         (5, {}, "prompts of type int"),
         ([[1], []], {}, "prompt 1 is empty"),
-        ([[1, 96000]], {}, "prompt 0 has token id 96000"),
+        ([[1, 96000]], {}, "prompt 0 has the token id 96000"),
         ([[1] * 300], {}, "prompt 0 has 300 tokens: the model takes 256 at most; window=256"),
         ([[1] * 9], {"max_model_len": 8}, "prompt 0 has 9 tokens"),
         (["text"], {}, "no tokenizer"),

@@ -319,7 +319,7 @@ MISTAKES = {
     "a token outside the vocabulary": (
         {"given": [[1, 10**6]]},
         ConfigError,
-        "text 0 has token id 1000000",
+        "text 0 has the token id 1000000",
     ),
     "texts of one token": ({"given": [[1], [2]]}, ConfigError, "no two consecutive tokens"),
     "a text without a tokenizer": ({"given": ["once"]}, ConfigError, "text 0"),
