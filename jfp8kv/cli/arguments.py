@@ -117,23 +117,19 @@ def add_options(
         if spec.name in omit or (only and spec.name not in only):
             continue
         default = defaults.get(spec.name, spec.default)
-        help = _help(spec, default)
+        help = _help(spec, default, repeated=spec.name in repeat)
         name = spec.name.replace("_", "-")
         if spec.types == (bool,):
             action = argparse.BooleanOptionalAction if spec.default else "store_true"
             parser.add_argument(f"--{name}", action=action, default=argparse.SUPPRESS, help=help)
         elif spec.name in repeat:
-            help = f"{help} May be repeated."
             parser.add_argument(
                 f"--{name}", action="append", default=argparse.SUPPRESS, metavar="TEXT", help=help
             )
         else:
             initial = defaults.get(spec.name, argparse.SUPPRESS)
             kind = next((kind for kind in _METAVARS if spec.types == (kind,)), str)
-            metavar = _METAVARS.get(kind)
-            if _is_list(spec):
-                metavar = "LIST"
-                help = f"{help} Items are separated by commas."
+            metavar = "LIST" if _is_list(spec) else _METAVARS.get(kind)
             parser.add_argument(
                 f"--{name}",
                 type=_NUMBERS.get(kind, kind),
@@ -148,10 +144,14 @@ def _is_list(spec: OptionSpec) -> bool:
     return spec.is_sequence or isinstance(spec.default, tuple)
 
 
-def _help(spec: OptionSpec, default: Any) -> str:
-    """Return the help of an argument: that of the option, its known values and its default."""
+def _help(spec: OptionSpec, default: Any, *, repeated: bool) -> str:
+    """Return the help of an argument: that of the option, how to give it, values and default."""
     text = spec.help
-    if spec.choices:
+    if repeated:
+        text = f"{text} May be repeated."
+    elif _is_list(spec):
+        text = f"{text} Items are separated by commas."
+    elif spec.choices:
         text = f"{text} Values: {', '.join(map(str, spec.choices))}."
     if default is True:
         text = f"{text} On by default."

@@ -61,10 +61,7 @@ class LoadOptions(Options):
 
     dtype: WeightsDtype | None = option(
         default=None,
-        help=(
-            'Dtype of the weights: "bfloat16", "float16" or "float32". By default that of the '
-            "checkpoint."
-        ),
+        help="Dtype of the weights. By default that of the checkpoint.",
     )
     strict: bool = option(
         default=True,
