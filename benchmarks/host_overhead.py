@@ -68,7 +68,7 @@ def measure(
     sampling = SamplingParams(
         max_tokens=DECODE_STEPS * (steps + 3), ignore_eos=True, seed=0, **fields
     )
-    for group in llm._request_groups(prompts, sampling, {}):
+    for group in llm._requests.build(prompts, sampling, {}):
         engine.add(group.requests[0])
     idle: list[float] = []
     overlapped: list[float] = []

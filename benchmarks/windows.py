@@ -61,7 +61,7 @@ class LongRequest:
             params, kv_dtype=kv_dtype, max_model_len=len(prompt) + output, max_num_seqs=1
         )
         sampling = jfp8kv.SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-        (group,) = self.llm._request_groups([prompt], sampling, {})
+        (group,) = self.llm._requests.build([prompt], sampling, {})
         (self.request,) = group.requests
         self.peak_bytes = 0
         self.llm.engine.add(self.request)

@@ -31,8 +31,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from jfp8kv.core.errors import CapacityError, ConfigError, invalid_choice
-from jfp8kv.engine.request import PROMPT_CONTEXT, CompletionOutput, RequestOutput
+from jfp8kv.engine.request import CompletionOutput, RequestOutput
 from jfp8kv.llm import LLM
+from jfp8kv.request_group import PROMPT_CONTEXT
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.session import Session, extend_batch
 from jfp8kv.text.detokenizer import Detokenizer

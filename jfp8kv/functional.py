@@ -10,8 +10,9 @@ import numpy as np
 from jfp8kv.checkpoint.load import ModelLike, as_params
 from jfp8kv.core.options import takes
 from jfp8kv.engine.options import KVDtype, KVScalesLike
-from jfp8kv.engine.request import GenerateFields, RequestOutput
+from jfp8kv.engine.request import RequestOutput
 from jfp8kv.engine_registry import engine_for
+from jfp8kv.request_group import GenerateFields
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.text.chat import ChatOptions, split_fields
 from jfp8kv.text.prompts import (

@@ -1,6 +1,5 @@
 """`LLM`: a model with its KV cache and compiled steps, which stay warm between calls."""
 
-import itertools
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Unpack, cast, overload
@@ -18,22 +17,17 @@ from jfp8kv.engine.engine import Engine
 from jfp8kv.engine.keywords import EngineFields
 from jfp8kv.engine.options import EngineOptions, KVDtype
 from jfp8kv.engine.programs import CompileReport
-from jfp8kv.engine.request import (
-    GenerateFields,
-    Request,
-    RequestGroup,
-    RequestOutput,
-)
+from jfp8kv.engine.request import Request, RequestOutput
 from jfp8kv.engine.scoring import Scored, ScoreRequest, logits_request, score_iter
 from jfp8kv.engine.stats import Stats
 from jfp8kv.engine.warmup import warmup_steps
 from jfp8kv.models.params import Params
-from jfp8kv.sampling.params import SamplingParams, params_by_prompt, with_stop_tokens
+from jfp8kv.request_group import GenerateFields, RequestBuilder, RequestGroup
+from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.session import Session
-from jfp8kv.text.chat import ChatOptions, split_fields
+from jfp8kv.text.chat import ChatOptions
 from jfp8kv.text.keywords import ChatFields
 from jfp8kv.text.prompts import (
-    Encoded,
     EncodedPair,
     Message,
     OnePrompt,
@@ -94,8 +88,7 @@ class LLM:
         engine = Engine(params, given)
         self._driver = EngineDriver(engine)
         self._stats = engine.stats
-        self._seed = given.seed
-        self._request_numbers = itertools.count()
+        self._requests = RequestBuilder(self._driver, seed=given.seed)
 
     @property
     def engine(self) -> Engine:
@@ -168,8 +161,7 @@ class LLM:
 
         Args:
           structured: also compile the programs of structured output.
-          branches: also compile those that run several sessions in one dispatch: `extend_batch`
-            and `beam_search`.
+          branches: also compile those of `extend_batch` and `beam_search`.
         """
         for _ in self._driver.iterate(
             warmup_steps(self.engine, structured=structured, branches=branches)
@@ -213,7 +205,7 @@ class LLM:
           >>> outputs = llm.generate(["Once upon a time"], max_tokens=32, temperature=0.7)
           >>> outputs[0].text
         """
-        groups = self._request_groups(as_list(prompts), sampling_params, fields)
+        groups = self._requests.build(as_list(prompts), sampling_params, fields)
         self._run([request for group in groups for request in group.requests], progress)
         return [group.output() for group in groups]
 
@@ -224,7 +216,7 @@ class LLM:
         **fields: Unpack[GenerateFields],
     ) -> None:
         """Raise the error that `generate` would raise for these arguments, and run nothing."""
-        self._encode_prompts(as_list(prompts), sampling_params, fields)
+        self._requests.encode(as_list(prompts), sampling_params, fields)
 
     def chat(
         self,
@@ -242,11 +234,8 @@ class LLM:
           sampling_params, progress: as for `generate`.
           **fields: fields of `SamplingParams` and `ChatOptions`, such as `tools=[get_weather]`.
 
-        Returns:
-          One output for each conversation.
-
-        Raises:
-          ConfigError: also if the model has no chat template. Other errors are those of `generate`.
+        Returns one output for each conversation. Raises the errors of `generate`, and `ConfigError`
+        for a model without a chat template.
 
         Example:
           >>> (reply,) = llm.chat([{"role": "user", "content": "Name a colour."}], max_tokens=8)
@@ -285,9 +274,9 @@ class LLM:
         ) -> RequestGroup:
             prompt, params = request
             if isinstance(params, Mapping):
-                (group,) = self._request_groups([prompt], None, cast(GenerateFields, params))
+                (group,) = self._requests.build([prompt], None, cast(GenerateFields, params))
             else:
-                (group,) = self._request_groups([prompt], params, {})
+                (group,) = self._requests.build([prompt], params, {})
             return group
 
         limit = 2 * self.engine.buckets.max_requests
@@ -316,7 +305,7 @@ class LLM:
           >>> for piece in llm.stream("Once upon a time", max_tokens=64):
           ...     print(piece, end="", flush=True)
         """
-        return self._driver.stream(self._stream_request(prompt, sampling_params, fields))
+        return self._driver.stream(self._requests.build_stream(prompt, sampling_params, fields))
 
     def astream(
         self,
@@ -333,7 +322,7 @@ class LLM:
           >>> async for piece in llm.astream("Once upon a time", max_tokens=64):
           ...     print(piece, end="", flush=True)
         """
-        return self._driver.astream(self._stream_request(prompt, sampling_params, fields))
+        return self._driver.astream(self._requests.build_stream(prompt, sampling_params, fields))
 
     def session(self, prompt: Prompt, **chat_fields: Unpack[ChatFields]) -> Session:
         """Prefill a prompt and return it as a `Session`: a sequence that stays in the KV cache.
@@ -364,78 +353,6 @@ class LLM:
             disable = None  # tqdm then shows a bar if stderr is a terminal
         with tqdm(total=len(requests), unit="prompt", disable=disable) as bar:
             self._driver.run(requests, on_finish=bar.update)
-
-    def _stream_request(
-        self, prompt: Prompt, sampling_params: SamplingParams | None, fields: GenerateFields
-    ) -> Request:
-        if not is_single(prompt):
-            raise ConfigError(
-                "a stream takes one prompt: give a str, a list of token ids or one conversation, "
-                "or use generate for several."
-            )
-        (group,) = self._request_groups([prompt], sampling_params, fields)
-        if len(group.requests) != 1 or group.params.prompt_logprobs is not None:
-            raise ConfigError(
-                "a stream yields the text of one continuation: n and best_of must be 1, and "
-                "prompt_logprobs None."
-            )
-        if self.tokenizer is None:
-            raise ConfigError(
-                "a stream yields text, and this model has no tokenizer: use generate, which "
-                "returns token ids."
-            )
-        return group.requests[0]
-
-    def _request_groups(
-        self,
-        prompts: list[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        fields: GenerateFields,
-    ) -> list[RequestGroup]:
-        """Check all prompts and create their requests. Nothing is submitted."""
-        return [
-            RequestGroup.of(
-                prompt,
-                params,
-                max_new_tokens=self.engine.max_model_len - len(prompt.ids),
-                tokenizer=self.tokenizer,
-                engine_seed=self._seed,
-                number=next(self._request_numbers),
-            )
-            for prompt, params in self._encode_prompts(prompts, sampling_params, fields)
-        ]
-
-    def _encode_prompts(
-        self,
-        prompts: list[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        fields: GenerateFields,
-    ) -> list[tuple[Encoded, SamplingParams]]:
-        """Return the token ids and the sampling parameters of each prompt.
-
-        Raises `ConfigError` or `CapacityError` for a request that the engine cannot run.
-        """
-        if not prompts:
-            raise ConfigError("prompts is empty: give at least one.")
-        given = params_by_prompt(sampling_params, len(prompts))
-        chat, sampling = split_fields(fields)
-        prompts = with_chat_options(prompts, chat)
-        encoded_prompts = []
-        for index, (prompt, base) in enumerate(zip(prompts, given, strict=True)):
-            what = f"prompt {index}"
-            params = SamplingParams.from_fields(
-                base, also=("progress", *ChatOptions.names()), **sampling
-            )
-            params = with_stop_tokens(params, self.tokenizer, self.params.config.vocab)
-            encoded = encode(prompt, self.tokenizer, what=what)
-            self.engine.check(encoded.ids, params, what=what)
-            if params.stop and self.tokenizer is None:
-                raise ConfigError(
-                    f"stop={list(params.stop)!r}: stop strings need text, and this model has no "
-                    "tokenizer; use stop_token_ids."
-                )
-            encoded_prompts.append((encoded, params))
-        return encoded_prompts
 
     # -- scoring -----------------------------------------------------------------------------------
 

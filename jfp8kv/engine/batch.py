@@ -16,12 +16,7 @@ from jfp8kv.engine.buckets import Buckets
 from jfp8kv.engine.request import Request
 from jfp8kv.engine.scheduler import ScheduledDecode, ScheduledPrefill
 from jfp8kv.sampling.settings import PAST_THE_END, SamplerSettings, stack_settings
-from jfp8kv.sampling.state import (
-    PLAIN,
-    SamplerVariant,
-    SamplingState,
-    variant_of,
-)
+from jfp8kv.sampling.state import PLAIN, SamplerVariant, SamplingState, variant_of
 from jfp8kv.sampling.structured import GrammarMatcher, StructuredOutput
 
 MIN_RECENT_TOKENS = 64  # output tokens of a request that the device counts
@@ -337,11 +332,8 @@ class BatchBuilder:
     ) -> SamplerInputs:
         """Return the sampler's settings on the device, reused while the batch is the same."""
         cached = self._sampler
-        if cached is None or (cached.requests, cached.rows, cached.variant) != (
-            requests,
-            rows,
-            variant,
-        ):
+        batch = (requests, rows, variant)
+        if cached is None or (cached.requests, cached.rows, cached.variant) != batch:
             inputs = self._new_sampler_inputs(requests, rows, variant)
             cached = _CachedSampler(requests, rows, variant, inputs)
             self._sampler = cached

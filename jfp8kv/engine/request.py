@@ -1,4 +1,4 @@
-"""Requests of one sequence each, the group of all requests of a prompt, and the public outputs."""
+"""Requests of one sequence each, and the outputs that users get."""
 
 import dataclasses
 import enum
@@ -11,26 +11,15 @@ import numpy as np
 
 from jfp8kv.cache.allocator import PageTable
 from jfp8kv.core.errors import Jfp8kvError
-from jfp8kv.sampling.keywords import SamplingFields
-from jfp8kv.sampling.params import SamplingParams, special_stops
-from jfp8kv.sampling.rng import request_key
+from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.sampling.state import SamplingState
 from jfp8kv.sampling.structured import GrammarMatcher
 from jfp8kv.text.detokenizer import Detokenizer
-from jfp8kv.text.keywords import ChatFields
-from jfp8kv.text.prompts import Encoded
-from jfp8kv.text.tokenizer import Tokenizer
 
 DEADLINE = "deadline"  # finish reason: out of time
 DEAD_END = "dead_end"  # finish reason: no token is allowed next
 CANCELLED = "cancelled"  # finish reason: cancelled by the caller, or aborted with an error
 NO_TOKEN = "logit_bias, min_tokens and the structured output leave no token"  # a stop reason
-
-PROMPT_CONTEXT = 4  # prompt tokens detokenized before the first output token, for a leading space
-
-
-class GenerateFields(SamplingFields, ChatFields, total=False):
-    """Keywords of `generate`: fields of `SamplingParams` and of `ChatOptions`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,118 +311,3 @@ class Request:
             stop_reason=self.stop_reason,
             cumulative_logprob=float(sum(self.output_logprobs)),
         )
-
-
-@dataclasses.dataclass
-class RequestGroup:
-    """A prompt and its `n` requests, or `best_of` requests whose `n` best are returned."""
-
-    prompt: Encoded
-    params: SamplingParams
-    requests: list[Request]
-
-    @classmethod
-    def of(
-        cls,
-        prompt: Encoded,
-        params: SamplingParams,
-        *,
-        max_new_tokens: int,
-        tokenizer: Tokenizer | None,
-        engine_seed: int,
-        number: int,
-    ) -> "RequestGroup":
-        """Create the requests of a prompt.
-
-        Args:
-          prompt: the encoded prompt.
-          params: the sampling parameters of all its requests.
-          max_new_tokens: the number of output tokens that the context length has room for.
-          tokenizer: produces text and finds stop strings; None produces token ids only.
-          engine_seed, number: determine the random keys if `params` has no seed.
-        """
-        requests = [
-            Request(
-                prompt.ids,
-                params,
-                request_key(params.seed, index=index, engine_seed=engine_seed, number=number),
-                max_tokens=min(params.max_tokens, max_new_tokens),
-                index=index,
-                detokenizer=None if tokenizer is None else _detokenizer(tokenizer, prompt, params),
-                special_stops=special_stops(params, tokenizer),
-            )
-            for index in range(params.best_of or params.n)
-        ]
-        if params.prompt_logprobs is not None:
-            top = params.prompt_logprobs
-            requests[0].prompt_outputs = PromptOutputs.logprobs(prompt.ids, top=top)
-        return cls(prompt, params, requests)
-
-    def output(self) -> RequestOutput:
-        """Return the output of finished requests."""
-        submitted = self.requests[0].submitted
-        prompt_outputs = self.requests[0].prompt_outputs
-        prompt_logprobs = None
-        if prompt_outputs is not None:
-            prompt_logprobs = prompt_outputs.top_logprobs(self.prompt.ids)
-        first_tokens = [r.first_token for r in self.requests if r.first_token is not None]
-        ends = [r.finished for r in self.requests if r.finished is not None]
-        outputs = [
-            dataclasses.replace(request.output(), index=index)
-            for index, request in enumerate(self._best_requests())
-        ]
-        return RequestOutput(
-            prompt=self.prompt.text,
-            prompt_token_ids=self.prompt.ids,
-            outputs=outputs,
-            prompt_logprobs=prompt_logprobs,
-            first_token_s=min(first_tokens) - submitted if first_tokens else None,
-            total_s=max(ends) - submitted if ends else None,
-        )
-
-    def _best_requests(self) -> list[Request]:
-        """Return the `n` requests whose outputs are returned.
-
-        With `best_of` these are complete requests first, then those with the highest mean
-        log-probability. Ties go to the earlier request.
-        """
-        if self.params.best_of is None:
-            return self.requests
-        ranked = sorted(self.requests, key=lambda r: (_complete(r), _mean_logprob(r)), reverse=True)
-        return ranked[: self.params.n]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Decoder:
-    """A tokenizer's `decode` with the options of a request."""
-
-    tokenizer: Tokenizer
-    params: SamplingParams
-
-    def decode(self, ids: list[int], /) -> str:
-        return self.tokenizer.decode(
-            ids,
-            skip_special_tokens=self.params.skip_special_tokens,
-            spaces_between_special_tokens=self.params.spaces_between_special_tokens,
-        )
-
-
-def _detokenizer(tokenizer: Tokenizer, prompt: Encoded, params: SamplingParams) -> Detokenizer:
-    return Detokenizer(
-        _Decoder(tokenizer, params),
-        params.stop,
-        keep_stop=params.include_stop_str_in_output,
-        context=prompt.ids[-PROMPT_CONTEXT:],
-    )
-
-
-def _complete(request: Request) -> bool:
-    """Return whether a request finished normally. Truncated structured output did not."""
-    if request.finish_reason == "length":
-        return request.params.constraint is None
-    return request.finish_reason == "stop"
-
-
-def _mean_logprob(request: Request) -> float:
-    logprobs = request.output_logprobs
-    return sum(logprobs) / len(logprobs) if logprobs else -math.inf

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jfp8kv.engine.request import RequestGroup
+from jfp8kv.request_group import RequestGroup
 from jfp8kv.sampling.params import SamplingParams
 from jfp8kv.text.prompts import Encoded
 

@@ -13,7 +13,8 @@ import pytest
 
 import jfp8kv
 from jfp8kv import SamplingParams, StepError
-from jfp8kv.engine.request import CANCELLED, Request, RequestGroup
+from jfp8kv.engine.request import CANCELLED, Request
+from jfp8kv.request_group import RequestGroup
 from tests.engines import poisoned, used_pages
 from tests.models.test_decoder import REFERENCES
 
