@@ -14,6 +14,7 @@ from jfp8kv.engine import postprocess
 from jfp8kv.engine.batch import StepOutput
 from jfp8kv.engine.postprocess import NewTokens
 from jfp8kv.engine.scheduler import ScheduledDecode, SchedulerOutput
+from jfp8kv.engine.step import PromptLogprobs
 from tests.engines import used_pages
 from tests.models.test_decoder import REFERENCES
 
@@ -181,9 +182,11 @@ def test_a_failure_on_the_device_is_raised_when_its_results_are_needed(
         if calls.count(failing) != 2 or function.__name__ != failing:
             return output, pages
         if failing == "prefill":
-            return Lost(), pages
-        lost = object.__new__(StepOutput)
-        lost.__dict__.update(tokens=Lost(), logprobs=Lost(), top=None, drafts=None)
+            lost = object.__new__(PromptLogprobs)
+            lost.__dict__.update(logprobs=Lost(), top=Lost())
+        else:
+            lost = object.__new__(StepOutput)
+            lost.__dict__.update(tokens=Lost(), logprobs=Lost(), top=None, drafts=None)
         return lost, pages
 
     monkeypatch.setattr(engine.programs, "call", losing)
