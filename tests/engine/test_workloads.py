@@ -88,7 +88,7 @@ def reset(llm: jfp8kv.LLM) -> None:
 def new_groups(llm: jfp8kv.LLM, templates: list[Template]) -> list[RequestGroup]:
     """Return the requests of templates."""
     prompts = [list(template.prompt) for template in templates]
-    return llm._groups(prompts, [template.params for template in templates], {})
+    return llm._requests.build(prompts, [template.params for template in templates], {})
 
 
 def run(llm: jfp8kv.LLM, rng: np.random.Generator, groups: list[RequestGroup]) -> None:
