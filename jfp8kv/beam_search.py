@@ -1,5 +1,4 @@
-"""Beam search: the most likely continuations of a prompt, on top of `Session.fork` and
-`extend_batch`.
+"""Beam search: the most likely continuations of a prompt, by forking and extending sessions.
 
 Each round extends up to `beams` sequences, the *beams*, by one token. All continuations are
 ranked by the sum of the log-probabilities of their output tokens, at temperature 1. Among the first

@@ -1,7 +1,6 @@
 """`LLM`: a model with its KV cache and compiled steps, which stay warm between calls."""
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Unpack, cast, overload
 
 import numpy as np
@@ -144,12 +143,7 @@ class LLM:
     def __enter__(self) -> "LLM":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def warmup(self, *, structured: bool = False, branches: bool = False) -> None:

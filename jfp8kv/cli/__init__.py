@@ -1,7 +1,6 @@
-"""The command line: `jfp8kv generate`, `chat`, `batch`, `inspect`, `calibrate`, `compare`, `plan`,
-`export` and `bench`.
+"""The command line of jfp8kv.
 
-Each command is a module. Results go to stdout and everything else to stderr, so that a pipe carries
+Each command of `COMMANDS` is a module. Results go to stdout and everything else to stderr, so that a pipe carries
 results only. The exit status is 0 when all was done, 1 when a run failed in part, and 2 for a
 mistake of the user, which is reported in one line.
 

@@ -67,6 +67,18 @@ def invalid_choice(what: str, given: object, allowed: Iterable[str], *others: st
     )
 
 
+def check_unicode(text: str, what: str) -> str:
+    """Return `text`. Raises `ConfigError` for a lone surrogate, which no tokenizer accepts."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        lone = text[error.start]
+        raise ConfigError(
+            f"{what} is not valid Unicode at character {error.start}: {lone!r} is a lone surrogate."
+        ) from None
+    return text
+
+
 def number_ranges(numbers: Sequence[int], limit: int | None = None) -> str:
     """Return ascending numbers as ranges, for messages and tables.
 

@@ -15,7 +15,6 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from jfp8kv.core.errors import ConfigError, Jfp8kvError
@@ -337,12 +336,7 @@ class Subscription:
     def __enter__(self) -> "Subscription":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
 
     def __del__(self) -> None:

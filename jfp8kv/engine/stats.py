@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from types import TracebackType
 
 
 @dataclasses.dataclass
@@ -70,12 +69,7 @@ class Stopwatch:
     def __enter__(self) -> None:
         self._started = time.perf_counter()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._elapsed = self.now()
 
     def now(self) -> float:

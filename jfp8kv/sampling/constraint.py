@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
-from jfp8kv.core.errors import ConfigError
+from jfp8kv.core.errors import ConfigError, check_unicode
 
 CONSTRAINTS = ("json_schema", "regex", "choice", "grammar")
 
@@ -82,14 +82,7 @@ def _check_text(name: str, text: object, advice: str) -> str:
     """Return `text` if it is a non-empty string that UTF-8 can encode."""
     if not isinstance(text, str) or not text:
         raise ConfigError(advice)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        lone = text[error.start]
-        raise ConfigError(
-            f"{name} is not valid Unicode at character {error.start}: {lone!r} is a lone surrogate."
-        ) from None
-    return text
+    return check_unicode(text, name)
 
 
 def _short(value: object) -> str:

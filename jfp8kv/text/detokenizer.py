@@ -36,8 +36,8 @@ class Detokenizer:
 
     Args:
       tokenizer: decodes token ids.
-      stop: strings that end the text. The match that is complete first counts, of several the
-      longest. keep_stop: end the text with the match instead of before it.
+      stop: strings that end the text. The first complete match counts, and the longest of several.
+      keep_stop: whether the text ends after the match instead of before it.
       context: the last few ids of the prompt, so that the first word keeps its space.
 
     Attributes:

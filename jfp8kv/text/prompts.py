@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import numpy as np
 
-from jfp8kv.core.errors import ConfigError
+from jfp8kv.core.errors import ConfigError, check_unicode
 from jfp8kv.text.chat import ChatOptions, is_message
 from jfp8kv.text.chat import Message as Message
 from jfp8kv.text.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None, *, what: str) -> Encoded
     if isinstance(prompt, str):
         if not prompt:
             raise ConfigError(f"{what} is empty: at least one character is needed.")
-        return Encoded(prompt, _require(tokenizer, what).encode(_check_unicode(prompt, what)))
+        return Encoded(prompt, _require(tokenizer, what).encode(check_unicode(prompt, what)))
     if isinstance(prompt, ChatPrompt):
         return _encode_chat(prompt, _require(tokenizer, what), what=what)
     listed = _to_list(prompt)
@@ -153,7 +153,7 @@ def check_token_ids(
 
 
 def _encode_chat(chat: ChatPrompt, tokenizer: Tokenizer, *, what: str) -> Encoded:
-    text = _check_unicode(tokenizer.render(chat.messages, chat.options), what)
+    text = check_unicode(tokenizer.render(chat.messages, chat.options), what)
     return Encoded(text, tokenizer.encode(text, add_special_tokens=False))
 
 
@@ -181,18 +181,6 @@ def encode_pair(prompt: Prompt, completion: str | None, tokenizer: Tokenizer | N
     ids = encode(prompt, tokenizer, what="the prompt").ids
     tokenizer = _require(tokenizer, "the completion")
     return EncodedPair(ids + tokenizer.encode(completion, add_special_tokens=False), len(ids))
-
-
-def _check_unicode(text: str, what: str) -> str:
-    """Return `text`. Raises `ConfigError` for a lone surrogate, which no tokenizer accepts."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        lone = text[error.start]
-        raise ConfigError(
-            f"{what} is not valid Unicode at character {error.start}: {lone!r} is a lone surrogate."
-        ) from None
-    return text
 
 
 def _to_list(x: Any) -> Any:
