@@ -1,8 +1,8 @@
 """The command line of jfp8kv.
 
-Each command of `COMMANDS` is a module. Results go to stdout and everything else to stderr, so that a pipe carries
-results only. The exit status is 0 when all was done, 1 when a run failed in part, and 2 for a
-mistake of the user, which is reported in one line.
+Each command of `COMMANDS` is a module. Results go to stdout and everything else to stderr, so that
+a pipe carries results only. The exit status is 0 when all was done, 1 when a run failed in part,
+and 2 for a mistake of the user, which is reported in one line.
 
 JAX takes seconds to import, so it is imported only once a model is needed: `--help` and mistakes
 answer at once.
