@@ -73,11 +73,36 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jfp8kv")
 
 
+# Left out of `make test-fast`: these files take three quarters of the time.
+SLOW_FILES = {
+    "tests/attention/test_conformance.py",
+    "tests/batch/test_crash.py",
+    "tests/benchmarks/test_gpu.py",
+    "tests/benchmarks/test_soak.py",
+    "tests/cache/test_pages.py",
+    "tests/checkpoint/test_families.py",
+    "tests/engine/test_invariants.py",
+    "tests/engine/test_speculative.py",
+    "tests/models/test_decoder.py",
+    "tests/models/test_families.py",
+    "tests/pallas_kernels/test_attention.py",
+    "tests/pallas_kernels/test_encode.py",
+    "tests/quality/test_calibrate.py",
+    "tests/quality/test_compare.py",
+    "tests/sampling/test_sample.py",
+    "tests/sampling/test_structured.py",
+    "tests/test_beam_search.py",
+    "tests/test_cli.py",
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that use the real model as `model`, so that `-m "not model"` leaves them out."""
+    """Mark tests that use the real model as `model`, and those of slow files as `slow`."""
     for item in items:
         if "smollm2_path" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.model)
+        if item.path.relative_to(ROOT).as_posix() in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(tryfirst=True)
