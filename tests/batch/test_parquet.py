@@ -1,4 +1,4 @@
-"""Parquet: columns of the input are copied as they are; what cannot be written is refused first."""
+"""Parquet: columns of the input are copied unchanged; unwritable data is refused first."""
 
 import datetime
 import json

@@ -164,9 +164,10 @@ def test_a_tokenizer_that_cannot_be_written_is_refused_before_any_write(params, 
         def decode(self, ids, skip_special_tokens=True):
             return bytes(ids).decode()
 
-    for tokenizer in (Bytes(), Tokenizer(Bytes())):
+    wrapped = dataclasses.replace(params, tokenizer=Tokenizer(Bytes()))
+    for given in (wrapped, Params.from_pytree(params.tree, params.config, tokenizer=Bytes())):
         with pytest.raises(ConfigError, match=r"type Bytes.*tokenizer=None"):
-            save(dataclasses.replace(params, tokenizer=tokenizer), tmp_path / "saved")
+            save(given, tmp_path / "saved")
     with pytest.raises(ConfigError, match=r"kv_scales of type str"):
         save(dataclasses.replace(params, kv_scales="unit"), tmp_path / "saved")
     with pytest.raises(ConfigError, match=r"params of type dict"):

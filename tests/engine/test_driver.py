@@ -274,7 +274,11 @@ def test_a_deadline_ends_a_waiting_or_running_request_with_its_output_so_far() -
     [
         (ValueError("seven\neight"), StepError, "a step failed: ValueError: seven. In-flight req"),
         (ValueError(), StepError, r"a step failed: ValueError: \(no message\). In-flight req"),
-        (MemoryError(), DeviceMemoryError, "next to a KV cache of 1234 bytes.*smaller kv_cache_mem"),
+        (
+            MemoryError(),
+            DeviceMemoryError,
+            "next to a KV cache of 1234 bytes.*smaller kv_cache_mem",
+        ),
         (KeyboardInterrupt(), StepError, r"interrupted \(KeyboardInterrupt\)"),
         (SystemExit(), StepError, r"interrupted \(SystemExit\)"),
     ],

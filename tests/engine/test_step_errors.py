@@ -165,7 +165,7 @@ def test_an_interrupt_at_any_moment_leaves_a_working_engine(llm, want) -> None:
         else:
             list(llm.stream("b" * 60, **SAMPLING | {"max_tokens": 60}))
 
-    seconds = [1.0, 1.0]  # of each call, as far as it was seen to finish
+    seconds = [1.0, 1.0]  # of each call that was seen to finish
     interrupted = 0
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
