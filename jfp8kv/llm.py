@@ -59,6 +59,9 @@ class LLM:
     step advances all of them. If a step fails (`StepError`, `DeviceMemoryError`) or is interrupted,
     every caller with a request in flight receives the error, and the engine serves the next call.
 
+    Steps run in a separate thread. JAX's context managers are local to a thread, so settings such
+    as `jax.default_matmul_precision` reach the engine through `jax.config.update` only.
+
     Raises:
       ConfigError: an invalid option, or one that does not fit the model.
       CheckpointError: a model that cannot be loaded.

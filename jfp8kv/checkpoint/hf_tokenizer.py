@@ -107,15 +107,15 @@ def _load(folder: Path, name: str, loader: Callable[..., Any]) -> Any:
     try:
         with quiet_transformers(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs = loader(folder, trust_remote_code=False, local_files_only=True)
-            if hasattr(theirs, "backend_tokenizer") or not (folder / TEKKEN).is_file():
-                return theirs
-            return _from_tekken(folder / TEKKEN)
+            loaded = loader(folder, trust_remote_code=False, local_files_only=True)
+            if not hasattr(loaded, "backend_tokenizer") and (folder / TEKKEN).is_file():
+                loaded = _from_tekken(folder / TEKKEN)
     except Exception as error:  # noqa: BLE001 (transformers documents no exceptions)
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointError(
             f"{folder / name}: not a readable tokenizer: {reason}.{_advice(name, reason)}"
         ) from error
+    return loaded
 
 
 def _from_tekken(path: Path) -> Any:
@@ -127,12 +127,12 @@ def _from_tekken(path: Path) -> Any:
     from tokenizers.processors import TemplateProcessing
     from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
-    theirs = convert_tekken_tokenizer(str(path))
-    bos = theirs.bos_token
-    theirs.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, theirs.bos_token_id)]
+    converted = convert_tekken_tokenizer(str(path))
+    bos = converted.bos_token
+    converted.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, converted.bos_token_id)]
     )
-    return theirs
+    return converted
 
 
 def _advice(name: str, reason: str) -> str:

@@ -195,7 +195,7 @@ def prompt_of(
         if name in fields:
             return _with_chat_fields(fields[name], fields, chat_fields)
     found = ", ".join(map(repr, fields)) or "no fields"
-    raise RowError(f"has no {' or '.join(map(repr, names))}, but {found}: {hint}.")
+    raise RowError(f"no field {' or '.join(map(repr, names))}; the row has {found}: {hint}.")
 
 
 def _with_chat_fields(prompt: Any, fields: Fields, chat_fields: Mapping[str, Any]) -> Any:

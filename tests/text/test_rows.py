@@ -162,7 +162,7 @@ def test_the_prompt_is_the_first_known_field_or_the_given_one():
     del fields["messages"]
     assert prompt_of(fields, hint="") == "t"
     assert prompt_of(fields, "body", hint="") == "b"
-    message = "has no 'prompt' or 'messages' or 'text', but 'x': try --field."
+    message = "no field 'prompt' or 'messages' or 'text'; the row has 'x': try --field."
     with pytest.raises(RowError, match=message):
         prompt_of({"x": 1}, hint="try --field")
 
