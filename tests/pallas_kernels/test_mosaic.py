@@ -5,6 +5,7 @@ of a program. Lowering checks layouts.
 """
 
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -148,7 +149,9 @@ def test_a_jax_with_another_api_is_rejected_with_its_version(monkeypatch):
         raise TypeError("kernel() got an unexpected keyword argument")
 
     monkeypatch.setattr("jax.experimental.pallas.mosaic_gpu.kernel", changed)
-    monkeypatch.setattr("pallas_kernels.paged_decode.mosaic.TESTED_JAX", "0.0")
+    # By its name: the attribute `pallas_kernels.paged_decode` is a function.
+    mosaic = importlib.import_module("pallas_kernels.paged_decode.mosaic")
+    monkeypatch.setattr(mosaic, "TESTED_JAX", "0.0")
     with pytest.raises(
         NotSupported,
         match=rf"jax {jax.__version__} does not support this kernel.*unexpected keyword",
