@@ -142,7 +142,8 @@ def test_the_imports_of_the_package_keep_all_contracts(tmp_path):
 
 @pytest.mark.parametrize("code", ["import torch.nn", "import pickle", "from torch import Tensor"])
 def test_ruff_refuses_torch_and_pickle(code):
-    command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", "jfp8kv/checkpoint/new.py", "-"]
+    arguments = ["check", "--stdin-filename", "jfp8kv/checkpoint/new.py", "-"]
+    command = [sys.executable, "-m", "ruff", *arguments]
     source = f'"""New."""\n\n{code}\n'
     done = subprocess.run(command, input=source, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
