@@ -302,10 +302,6 @@ class CompileReport(Report):
         """Seconds that this engine spent compiling, or reading from the compilation cache."""
         return math.fsum(step.seconds for step in self.steps if not step.shared)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields by name, as JSON types."""
-        return dataclasses.asdict(self) | {"seconds": self.seconds}
-
     def __repr__(self) -> str:
         return f"CompileReport({len(self.steps)} programs, {self.seconds:.1f} s)"
 
